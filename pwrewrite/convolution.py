@@ -1,0 +1,253 @@
+"""The shape facts of one convolution, read from a module or from a functional call.
+
+A `ConvSpec` says everything about a convolution except its numbers: output shape, cost and the conditions under which a
+rewrite is exact follow from it alone. Nothing here computes on a tensor.
+
+Output size (Dumoulin & Visin 2016, *A guide to convolution arithmetic*, relationships 6, 14 and 15)::
+
+    ordinary     (n + p_left + p_right - d (k - 1) - 1) // s + 1
+    transposed   (n - 1) s - p_left - p_right + d (k - 1) + output_padding + 1
+
+MACs count one multiply-accumulate per weight and output position (for a transposed convolution per weight and input
+position), as ``torch.utils.flop_counter`` does with 2 FLOPs each; a bias adds none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+CONV_MODULES: tuple[type[nn.Module], ...] = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+def _spread(value: Any, dims: int) -> tuple[int, ...]:
+    """One integer for every spatial dim, from an int or a sequence (a sequence of one is spread too)."""
+    if isinstance(value, Sequence):
+        values = tuple(int(v) for v in value)
+        return values * dims if len(values) == 1 else values
+    return (int(value),) * dims
+
+
+@dataclass(frozen=True, slots=True)
+class ConvSpec:
+    """One convolution without its weights.
+
+    Attributes:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Extent per spatial dim.
+        stride: Step per spatial dim.
+        padding: ``(left, right)`` per spatial dim, ``same`` and ``valid`` already worked out.
+        dilation: Spacing of the kernel's taps per spatial dim.
+        groups: Number of independent channel groups.
+        bias: Whether a bias is added.
+        padding_mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
+        transposed: Whether this is a transposed convolution.
+        output_padding: Extra size at one side of a transposed convolution's output.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    bias: bool = True
+    padding_mode: str = "zeros"
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+
+    @classmethod
+    def of_module(cls, module: nn.Module) -> ConvSpec:
+        """Reads a stock convolution module (``nn.Conv1d`` … ``nn.ConvTranspose3d`` or a subclass)."""
+        m: Any = module
+        kernel, dilation = m.kernel_size, m.dilation
+        return cls(
+            m.in_channels,
+            m.out_channels,
+            kernel,
+            m.stride,
+            _padding(m.padding, kernel, dilation),
+            dilation,
+            m.groups,
+            m.bias is not None,
+            m.padding_mode,
+            m.transposed,
+            m.output_padding,
+        )
+
+    @classmethod
+    def of_call(
+        cls,
+        weight_shape: Sequence[int],
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        *,
+        bias: bool = True,
+        transposed: bool = False,
+        output_padding: Any = 0,
+    ) -> ConvSpec:
+        """Reads a functional call from its weight's shape and its arguments.
+
+        Args:
+            weight_shape: ``(out, in/groups, *k)``, or ``(in, out/groups, *k)`` where transposed.
+            stride: As ``torch.nn.functional.conv2d`` takes it.
+            padding: Int, sequence, ``"same"`` or ``"valid"``.
+            dilation: As above.
+            groups: As above.
+            bias: Whether a bias was given.
+            transposed: Whether it is one of the ``conv_transpose`` functions.
+            output_padding: For transposed ones.
+        """
+        kernel = tuple(int(k) for k in weight_shape[2:])
+        dims = len(kernel)
+        dilations = _spread(dilation, dims)
+        first, second = int(weight_shape[0]), int(weight_shape[1]) * groups
+        return cls(
+            first if transposed else second,
+            second if transposed else first,
+            kernel,
+            _spread(stride, dims),
+            _padding(padding if isinstance(padding, str) else _spread(padding, dims), kernel, dilations),
+            dilations,
+            groups,
+            bias,
+            "zeros",
+            transposed,
+            _spread(output_padding, dims) if transposed else (0,) * dims,
+        )
+
+    @property
+    def dims(self) -> int:
+        """Number of spatial dims."""
+        return len(self.kernel_size)
+
+    @property
+    def op(self) -> str:
+        """Name as in ``torch.nn.functional``: ``conv2d``, ``conv_transpose1d``, …."""
+        return f"conv_transpose{self.dims}d" if self.transposed else f"conv{self.dims}d"
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """``(out, in/groups, *k)``, or ``(in, out/groups, *k)`` where transposed."""
+        if self.transposed:
+            return (self.in_channels, self.out_channels // self.groups, *self.kernel_size)
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    @property
+    def params(self) -> int:
+        """Elements of weight and bias."""
+        return prod(self.weight_shape) + (self.out_channels if self.bias else 0)
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether the kernel is 1 in every dim, so that it mixes channels at one position only."""
+        return all(k == 1 for k in self.kernel_size)
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each input channel is filtered on its own: one input channel per group, more than one group."""
+        return self.groups == self.in_channels and self.groups > 1
+
+    @property
+    def is_dense_spatial(self) -> bool:
+        """Whether it is a k×k convolution that mixes channels: what a bottleneck can replace."""
+        return not self.is_pointwise and not self.is_depthwise
+
+    def output_size(self, size: Sequence[int], wanted: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Spatial output size.
+
+        Args:
+            size: Spatial input size, one per dim.
+            wanted: The ``output_size`` argument of a transposed convolution's call (spatial part).
+
+        Returns:
+            Spatial output size; a value below 1 means that the input is too small.
+        """
+        out = []
+        for i, n in enumerate(size):
+            (left, right), reach = self.padding[i], self.dilation[i] * (self.kernel_size[i] - 1)
+            if self.transposed:
+                smallest = (n - 1) * self.stride[i] - left - right + reach + 1
+                out.append(wanted[i] if wanted is not None else smallest + self.output_padding[i])
+            else:
+                out.append((n + left + right - reach - 1) // self.stride[i] + 1)
+        return tuple(out)
+
+    def output_shape(self, shape: Sequence[int], wanted: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Output shape for an input shape ``(N, in, *size)`` or, unbatched, ``(in, *size)``.
+
+        Args:
+            shape: Input shape.
+            wanted: The ``output_size`` argument of a transposed convolution's call, spatial or full.
+
+        Raises:
+            ValueError: If the rank or the channels do not fit, or the input is smaller than the kernel.
+        """
+        lead = len(shape) - self.dims - 1
+        if lead not in (0, 1):
+            raise ValueError(f"{self.op} takes {self.dims + 1} or {self.dims + 2} dims, got shape {tuple(shape)}")
+        if shape[lead] != self.in_channels:
+            raise ValueError(f"{self.op} takes {self.in_channels} channels, got {shape[lead]} in shape {tuple(shape)}")
+        if wanted is not None:
+            wanted = tuple(int(w) for w in wanted)[-self.dims :]
+        size = self.output_size(shape[lead + 1 :], wanted)
+        if any(n < 1 for n in size):
+            raise ValueError(
+                f"{self.op} with kernel {self.kernel_size} does not fit an input of size {tuple(shape[lead + 1 :])}"
+            )
+        return (*shape[:lead], self.out_channels, *size)
+
+    def macs(self, input_shape: Sequence[int], output_shape: Sequence[int]) -> int:
+        """Multiply-accumulates of one call, from its input and output shapes (batched or not)."""
+        per_weight = input_shape if self.transposed else output_shape
+        batch = per_weight[0] if len(per_weight) == self.dims + 2 else 1
+        return prod(self.weight_shape) * batch * prod(per_weight[len(per_weight) - self.dims :])
+
+
+def _padding(
+    padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    if isinstance(padding, str):
+        if padding == "valid":
+            return ((0, 0),) * len(kernel)
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return tuple((t // 2, t - t // 2) for t in total)
+    return tuple((p, p) for p in padding)
+
+
+def stock_convolution(module: nn.Module) -> bool:
+    """Whether ``module`` is a convolution whose forward is torch's own, subclassed or not.
+
+    An instance whose ``forward`` was replaced, or a class that overrides ``forward`` or ``_conv_forward``, is not.
+    """
+    for base in CONV_MODULES:
+        if isinstance(module, base):
+            kind: Any = type(module)
+            return (
+                kind.forward is base.forward
+                and getattr(kind, "_conv_forward", None) is getattr(base, "_conv_forward", None)
+                and "forward" not in module.__dict__
+                and not isinstance(module, nn.modules.lazy.LazyModuleMixin)
+            )
+    return False
+
+
+def element_bytes(dtype: torch.dtype) -> int:
+    """Bytes of one element of ``dtype``."""
+    return dtype.itemsize

@@ -1,0 +1,96 @@
+"""Every error that pwrewrite raises on purpose.
+
+Each class also subclasses the builtin a caller would expect, so ``except FileNotFoundError`` works as well as
+``except PwrewriteError``. An error carries four things a person needs: what happened, where, what was expected and what
+came, and what to try. ``exit_code`` is what the command returns for it: 1 when the tool refused or a check failed,
+2 when the usage or the input was wrong.
+"""
+
+from __future__ import annotations
+
+
+class PwrewriteError(Exception):
+    """Base of all deliberate errors.
+
+    Args:
+        message: What happened, and to what.
+        where: The path, file or layer it happened at.
+        expected: What would have been right.
+        got: What came instead.
+        hint: What to try.
+    """
+
+    exit_code = 2
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str | None = None,
+        expected: str | None = None,
+        got: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.message = message
+        self.where = where
+        self.expected = expected
+        self.got = got
+        self.hint = hint
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        lines = [self.message]
+        for label, text in (("where", self.where), ("expected", self.expected), ("got", self.got), ("try", self.hint)):
+            if text:
+                lines.append(f"  {label}: {text}")
+        return "\n".join(lines)
+
+
+class UsageError(PwrewriteError, ValueError):
+    """An argument, an option or a setting that makes no sense."""
+
+
+class TargetError(PwrewriteError, ValueError):
+    """A target string that does not lead to one model."""
+
+
+class TargetNotFound(TargetError, FileNotFoundError):
+    """A target whose file, folder or module does not exist."""
+
+
+class WeightsError(PwrewriteError, RuntimeError):
+    """A checkpoint that cannot be read, is not safe to read, or does not fit the model."""
+
+
+class InputError(PwrewriteError, ValueError):
+    """Example inputs that the model does not take, or that cannot be known."""
+
+
+class CaptureError(PwrewriteError, RuntimeError):
+    """A model that cannot be run or traced at all on the given inputs."""
+
+
+class PlanError(PwrewriteError, ValueError):
+    """A plan that is malformed or belongs to another model."""
+
+
+class OutputError(PwrewriteError, OSError):
+    """A place that cannot be written."""
+
+
+class RefusedError(PwrewriteError, RuntimeError):
+    """The tool could do what was asked and refuses, because the result would be wrong."""
+
+    exit_code = 1
+
+
+class VerificationError(PwrewriteError, RuntimeError):
+    """A rewritten model that did not pass verification."""
+
+    exit_code = 1
+
+
+class GateError(PwrewriteError, RuntimeError):
+    """A limit that the user set and the model exceeds."""
+
+    exit_code = 1
