@@ -6,10 +6,20 @@ Integers are stored and scaled only where they are rendered. ``Analysis.to_dict(
 
 from __future__ import annotations
 
+import json
+import platform
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
 
-from ..capture.records import Coverage, Layer
+import torch
+
+from ..capture.records import Call, Coverage, Layer
 from ..plan import Skip
+
+SCHEMA = "pwrewrite.analysis/1"
+"""Name and version of the JSON: keys may be added under one version, never renamed or removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +27,8 @@ class BreakEven:
     """Ranks at which a bottleneck costs as much as the layer it replaces, at equal ratio on both sides.
 
     A bottleneck gains below these ranks. They differ between MACs and parameters where there is a stride: the reduction
-    runs at the input's resolution, core and expansion at the output's.
+    runs at the input's resolution, core and expansion at the output's. Ranks are totals over the groups, hence multiples
+    of their number; 0 on both sides where even rank 1 per group costs more than the layer.
 
     Attributes:
         macs_rank_in: Largest width after the reduction that does not raise the MACs.
@@ -25,7 +36,7 @@ class BreakEven:
         params_rank_in: The same for parameters.
         params_rank_out: The same for parameters.
         half_macs: MACs of a bottleneck at half width on both sides, all calls.
-        half_params: Parameters of a bottleneck at half width on both sides.
+        half_params: Parameters, bias included, of a bottleneck at half width on both sides.
     """
 
     macs_rank_in: int
@@ -35,6 +46,17 @@ class BreakEven:
     half_macs: int
     half_params: int
 
+    def to_dict(self) -> dict[str, int]:
+        """The same as plain JSON data."""
+        return {
+            "macs_rank_in": self.macs_rank_in,
+            "macs_rank_out": self.macs_rank_out,
+            "params_rank_in": self.params_rank_in,
+            "params_rank_out": self.params_rank_out,
+            "half_macs": self.half_macs,
+            "half_params": self.half_params,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
@@ -43,30 +65,76 @@ class LayerReport:
     Attributes:
         layer: The layer.
         share: Its part of the model's MACs, 0 to 1.
+        cumulative: Its share and that of all layers above it in ``Analysis.layers``.
         hotspot: Whether it is dense, k×k and at or above the hotspot share.
         break_even: Ranks below which a bottleneck gains; None where none may be inserted.
         skip: Why no bottleneck may be inserted; None where one may.
         receptive_field: Extent of the model's input that one output position of its first call sees, per spatial dim;
             None where unknown (global operations count as the whole input).
-        bound: ``compute`` or ``memory``: its roofline class on the stated device.
-        intensity: MACs per byte moved.
+        bound: ``compute`` or ``memory``: its roofline class on the stated device; ``""`` where it is not called.
+        intensity: MACs per byte moved, all calls; 0 where it is not called.
+        seconds: Lower bound of the time of all its calls on the stated device.
         activation_bytes: Bytes of the outputs of all its calls.
     """
 
     layer: Layer
     share: float
+    cumulative: float
     hotspot: bool
     break_even: BreakEven | None
     skip: Skip | None
     receptive_field: tuple[int, ...] | None
     bound: str
     intensity: float
+    seconds: float
     activation_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON data."""
+        layer, spec, skip = self.layer, self.layer.spec, self.skip
+        return {
+            "path": layer.path,
+            "aliases": list(layer.aliases),
+            "op": layer.op,
+            "kernel": list(spec.kernel_size) if spec else None,
+            "stride": list(spec.stride) if spec else None,
+            "padding": [list(pair) for pair in spec.padding] if spec else None,
+            "dilation": list(spec.dilation) if spec else None,
+            "groups": spec.groups if spec else None,
+            "in_channels": layer.in_channels,
+            "out_channels": layer.out_channels,
+            "functional": layer.functional,
+            "params": layer.params,
+            "macs": layer.macs,
+            "flops": 2 * layer.macs,
+            "share": self.share,
+            "cumulative_share": self.cumulative,
+            "hotspot": self.hotspot,
+            "weight_bytes": layer.weight_bytes,
+            "activation_bytes": self.activation_bytes,
+            "intensity": self.intensity,
+            "bound": self.bound,
+            "seconds": self.seconds,
+            "receptive_field": list(self.receptive_field) if self.receptive_field else None,
+            "calls": [_call(call) for call in layer.calls],
+            "break_even": self.break_even.to_dict() if self.break_even else None,
+            "skip": {"reason": str(skip.reason), "detail": skip.detail} if skip else None,
+        }
+
+
+def _call(call: Call) -> dict[str, Any]:
+    return {
+        "node": call.node,
+        "input_shape": list(call.input_shape),
+        "output_shape": list(call.output_shape),
+        "macs": call.cost.macs,
+        "island": call.island,
+    }
 
 
 @dataclass(frozen=True, slots=True)
 class OpTotal:
-    """Totals of one kind of operation."""
+    """Totals of one kind of operation, without inputs, outputs and constants."""
 
     op: str
     calls: int
@@ -74,6 +142,18 @@ class OpTotal:
     macs: int
     read_bytes: int
     write_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON data."""
+        return {
+            "op": self.op,
+            "calls": self.calls,
+            "params": self.params,
+            "macs": self.macs,
+            "flops": 2 * self.macs,
+            "read_bytes": self.read_bytes,
+            "write_bytes": self.write_bytes,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +182,17 @@ class Peak:
     path: str
     tensors: tuple[LiveTensor, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON data."""
+        return {
+            "bytes": self.nbytes,
+            "node": self.node,
+            "path": self.path,
+            "tensors": [
+                {"node": t.node, "path": t.path, "shape": list(t.shape), "bytes": t.nbytes} for t in self.tensors
+            ],
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class CriticalPath:
@@ -117,16 +208,73 @@ class CriticalPath:
     nodes: tuple[str, ...]
     off_path_share: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON data."""
+        return {"macs": self.macs, "nodes": list(self.nodes), "off_path_share": self.off_path_share}
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """A device, and what it makes of the model at best.
+
+    Attributes:
+        device: Name of the device profile.
+        macs_per_s: Its peak MACs per second in the model's main dtype.
+        bytes_per_s: Its memory bandwidth.
+        ridge: MACs per byte above which an operation is compute-bound.
+        seconds: Lower bound of one forward pass, node after node: the larger of compute time and transfer time of each.
+        memory_bound_share: Part of ``seconds`` spent in memory-bound nodes, 0 to 1.
+    """
+
+    device: str
+    macs_per_s: float
+    bytes_per_s: float
+    ridge: float
+    seconds: float
+    memory_bound_share: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON data."""
+        return {
+            "device": self.device,
+            "macs_per_s": self.macs_per_s,
+            "bytes_per_s": self.bytes_per_s,
+            "ridge": self.ridge,
+            "seconds": self.seconds,
+            "memory_bound_share": self.memory_bound_share,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class TreeNode:
-    """A module of the hierarchy with the cost of all that runs inside it."""
+    """A module of the hierarchy with the cost of all that runs inside it.
+
+    Attributes:
+        path: Its absolute path; ``""`` for the model.
+        kind: Class name.
+        params: Parameter elements of it and its children; a tensor counts where it is first met, once.
+        macs: MACs of all that runs in it and its children.
+        children: Its children, in module order; a module under several paths is at the first.
+    """
 
     path: str
     kind: str
     params: int
     macs: int
     children: tuple[TreeNode, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return self.path.rpartition(".")[2]
+
+    def walk(self) -> Iterator[tuple[int, TreeNode]]:
+        """Yields ``(depth, node)`` from this node down, parents first, without recursion."""
+        stack = [(0, self)]
+        while stack:
+            depth, node = stack.pop()
+            yield depth, node
+            stack.extend((depth + 1, child) for child in reversed(node.children))
 
 
 @dataclass(frozen=True)
@@ -136,18 +284,18 @@ class Analysis:
     Attributes:
         target: What was analysed, as the user named it, or the class name.
         model_class: Qualified class name.
-        inputs: ``{"name", "shape", "dtype"}`` per input tensor.
+        inputs: ``{"name": str, "shape": [int], "dtype": str}`` per input tensor.
         params: Parameter elements, each tensor once.
         macs: MACs of one forward pass.
         weight_bytes: Bytes of parameters and buffers, each once.
         activation_bytes: Bytes of all tensors written in one forward pass, views excluded.
         peak: Peak activation memory.
         critical_path: The longest dependent chain.
+        roofline: The device profile behind the roofline classes, and the time it takes at best.
         layers: Every convolution and linear map, largest MACs first.
         by_op: Totals by kind of operation, largest MACs first and then most bytes.
         tree: The module hierarchy.
         coverage: What the graph holds of the model.
-        device: Name of the device profile behind the roofline classes.
         notes: What a reader should be told.
     """
 
@@ -160,11 +308,11 @@ class Analysis:
     activation_bytes: int
     peak: Peak
     critical_path: CriticalPath
+    roofline: Roofline
     layers: tuple[LayerReport, ...]
     by_op: tuple[OpTotal, ...]
     tree: TreeNode
     coverage: Coverage
-    device: str
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -176,3 +324,73 @@ class Analysis:
     def hotspots(self) -> tuple[LayerReport, ...]:
         """The layers worth squeezing, largest first."""
         return tuple(report for report in self.layers if report.hotspot)
+
+    @property
+    def device(self) -> str:
+        """Name of the device profile behind the roofline classes."""
+        return self.roofline.device
+
+    def to_dict(self) -> dict[str, Any]:
+        """The analysis as plain JSON data of schema ``pwrewrite.analysis/1``: integers unscaled, names stable."""
+        return {
+            "schema": SCHEMA,
+            "versions": versions(),
+            "model": {
+                "target": self.target,
+                "class": self.model_class,
+                "inputs": [dict(entry) for entry in self.inputs],
+            },
+            "totals": {
+                "params": self.params,
+                "macs": self.macs,
+                "flops": self.flops,
+                "weight_bytes": self.weight_bytes,
+                "activation_bytes": self.activation_bytes,
+                "peak_activation_bytes": self.peak.nbytes,
+                "critical_path_macs": self.critical_path.macs,
+            },
+            "layers": [report.to_dict() for report in self.layers],
+            "by_op": [total.to_dict() for total in self.by_op],
+            "peak": self.peak.to_dict(),
+            "critical_path": self.critical_path.to_dict(),
+            "roofline": self.roofline.to_dict(),
+            "modules": [
+                {"path": node.path, "kind": node.kind, "depth": depth, "params": node.params, "macs": node.macs}
+                for depth, node in self.tree.walk()
+            ],
+            "coverage": {
+                "capture": self.coverage.capture,
+                "convolutions": self.coverage.convolutions,
+                "in_graph": self.coverage.in_graph,
+                "unpriced": [{"op": op, "calls": calls} for op, calls in self.coverage.unpriced],
+                "values": self.coverage.values,
+            },
+            "notes": list(self.notes),
+        }
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """`to_dict` as JSON text.
+
+        Args:
+            indent: Spaces per level; None for one line.
+        """
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False)
+
+    def __str__(self) -> str:
+        from .summary import text
+
+        return text(self)
+
+    def _repr_html_(self) -> str:
+        from .summary import html
+
+        return html(self)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made an analysis."""
+    try:
+        own = metadata.version("pwrewrite")
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        own = "unknown"
+    return {"pwrewrite": own, "torch": str(torch.__version__), "python": platform.python_version()}
