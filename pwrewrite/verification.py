@@ -1,0 +1,62 @@
+"""What a verification says, as plain records. `pwrewrite.verify` makes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was checked.
+
+    Attributes:
+        name: Such as ``shapes (eval, batch 2)``.
+        passed: Whether it held.
+        detail: What was measured or, where it failed, what differed and where.
+    """
+
+    name: str
+    passed: bool
+    detail: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON data."""
+        return {"name": self.name, "passed": self.passed, "detail": self.detail}
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Whether a rewritten model is still the same model.
+
+    Attributes:
+        checks: What was checked, in order.
+        relative_error: ``‖y − ŷ‖ / ‖y‖`` over all floating outputs in eval mode; None where no run was possible.
+        agreement: Part of the inputs for which a classifier's largest output is the same; None for other models.
+        diverges_at: Path of the first layer where the two models differ by more than a check allows; None if none.
+    """
+
+    checks: tuple[Check, ...]
+    relative_error: float | None = None
+    agreement: float | None = None
+    diverges_at: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check held."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        """The checks that did not hold."""
+        return tuple(check for check in self.checks if not check.passed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON data."""
+        return {
+            "passed": self.passed,
+            "relative_error": self.relative_error,
+            "agreement": self.agreement,
+            "diverges_at": self.diverges_at,
+            "checks": [check.to_dict() for check in self.checks],
+        }
