@@ -1,1 +1,95 @@
-"""Questions asked of a captured model, one per file: where its work goes, and what could be done about it."""
+"""Questions asked of a captured model, one per file: where its work goes, and what could be done about it.
+
+`analyze_capture` asks them all. Each can be asked alone: `hotspots.hotspots`, `critical_path.critical_path`,
+`memory.peak_memory`, `roofline.roofline`, `receptive_field.ReceptiveFields`, `by_op.by_op`, `tree.module_tree`.
+"""
+
+from __future__ import annotations
+
+from ..capture.records import Capture, info
+from ..errors import UsageError
+from ..graph import dtype_name, graph
+from .by_op import by_op
+from .critical_path import critical_path
+from .hotspots import HOTSPOT_SHARE, hotspots
+from .memory import peak_memory
+from .receptive_field import ReceptiveFields
+from .records import (
+    SCHEMA,
+    Analysis,
+    BreakEven,
+    CriticalPath,
+    LayerReport,
+    LiveTensor,
+    OpTotal,
+    Peak,
+    Roofline,
+    TreeNode,
+)
+from .roofline import DEVICES, DeviceProfile, device_profile, roofline
+from .tree import module_tree
+
+__all__ = [
+    "DEVICES",
+    "HOTSPOT_SHARE",
+    "SCHEMA",
+    "Analysis",
+    "BreakEven",
+    "CriticalPath",
+    "DeviceProfile",
+    "LayerReport",
+    "LiveTensor",
+    "OpTotal",
+    "Peak",
+    "ReceptiveFields",
+    "Roofline",
+    "TreeNode",
+    "analyze_capture",
+]
+
+
+def analyze_capture(
+    capture: Capture,
+    *,
+    target: str = "",
+    hotspot_share: float = HOTSPOT_SHARE,
+    device: str | DeviceProfile = "cpu",
+) -> Analysis:
+    """Asks every question of a captured model.
+
+    Args:
+        capture: The captured model.
+        target: What the user calls it; the class name where left out.
+        hotspot_share: Share of the MACs from which a dense k×k layer is a hotspot, 0 to 1.
+        device: Name of a device profile (see `DEVICES`) or one of your own, for the roofline.
+
+    Raises:
+        UsageError: If the share is not between 0 and 1, or no profile has that name.
+    """
+    if not 0.0 <= hotspot_share <= 1.0:
+        raise UsageError("the hotspot share is a part of the MACs", expected="0 to 1", got=str(hotspot_share))
+    profile = device_profile(device)
+    infos = {node.name: info(node) for node in capture.graph.nodes}
+    macs = sum(facts.cost.macs for facts in infos.values())
+    kind = type(capture.model)
+    return Analysis(
+        target=target or kind.__name__,
+        model_class=f"{kind.__module__}.{kind.__qualname__}",
+        inputs=tuple(
+            {"name": name, "shape": list(spec.shape), "dtype": dtype_name(spec.dtype)} for name, spec in capture.inputs
+        ),
+        params=capture.params,
+        macs=macs,
+        weight_bytes=capture.weight_bytes,
+        activation_bytes=sum(facts.cost.write_bytes for facts in infos.values()),
+        peak=peak_memory(capture.memory, infos),
+        critical_path=critical_path(graph(capture)),
+        roofline=roofline(infos.values(), profile),
+        layers=hotspots(
+            capture, infos, profile, ReceptiveFields(capture).of, total_macs=macs, hotspot_share=hotspot_share
+        ),
+        by_op=by_op(infos.values()),
+        tree=module_tree(capture.model, infos.values()),
+        coverage=capture.coverage,
+        notes=capture.notes,
+    )

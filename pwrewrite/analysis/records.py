@@ -10,7 +10,6 @@ import json
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -26,9 +25,9 @@ SCHEMA = "pwrewrite.analysis/1"
 class BreakEven:
     """Ranks at which a bottleneck costs as much as the layer it replaces, at equal ratio on both sides.
 
-    A bottleneck gains below these ranks. They differ between MACs and parameters where there is a stride: the reduction
-    runs at the input's resolution, core and expansion at the output's. Ranks are totals over the groups, hence multiples
-    of their number; 0 on both sides where even rank 1 per group costs more than the layer.
+    A bottleneck gains below these ranks. They differ between MACs and parameters where there is a stride: the
+    reduction runs at the input's resolution, core and expansion at the output's. Ranks are totals over the groups,
+    hence multiples of their number; 0 on both sides where even rank 1 per group costs more than the layer.
 
     Attributes:
         macs_rank_in: Largest width after the reduction that does not raise the MACs.
@@ -389,8 +388,6 @@ class Analysis:
 
 def versions() -> dict[str, str]:
     """Versions of what made an analysis."""
-    try:
-        own = metadata.version("pwrewrite")
-    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        own = "unknown"
-    return {"pwrewrite": own, "torch": str(torch.__version__), "python": platform.python_version()}
+    from .. import __version__
+
+    return {"pwrewrite": __version__, "torch": str(torch.__version__), "python": platform.python_version()}

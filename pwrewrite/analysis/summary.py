@@ -38,7 +38,7 @@ def facts(analysis: Analysis) -> list[tuple[str, str]]:
     inputs = ", ".join(
         f"{'×'.join(str(n) for n in _shape(entry))} {entry.get('dtype', '')}".strip() for entry in analysis.inputs
     )
-    rows = [
+    return [
         ("input", inputs or "none"),
         ("params", f"{analysis.params:,} ({binary(analysis.weight_bytes)} of weights)"),
         ("MACs", f"{analysis.macs:,} ({scaled(analysis.flops, 'FLOPs')})"),
@@ -58,7 +58,6 @@ def facts(analysis: Analysis) -> list[tuple[str, str]]:
             + (f", {len(coverage.unpriced)} operations unpriced" if coverage.unpriced else ""),
         ),
     ]
-    return rows
 
 
 def remark(report: LayerReport) -> str:

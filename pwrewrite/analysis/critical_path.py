@@ -1,0 +1,45 @@
+"""The chain of dependent operations with the most MACs, and how much of the work lies off it.
+
+On a directed acyclic graph with weights on its nodes, the heaviest path to a node is its own weight plus the heaviest
+path to any of its predecessors. One pass in topological order suffices, and the graph of a capture is already in that
+order (`pwrewrite.graph`). It is the classical critical path, with MACs as duration: no schedule on any number of
+devices does the model in less than the time that this chain takes, and what lies off it can overlap with it (the
+branches of an Inception module).
+
+Limits: MACs are not time. Operations without MACs weigh nothing here, and equally heavy branches count one of them.
+"""
+
+from __future__ import annotations
+
+import networkx as nx
+
+from .records import CriticalPath
+
+
+def critical_path(graph: nx.DiGraph) -> CriticalPath:
+    """Finds the heaviest path by MACs.
+
+    Args:
+        graph: A graph made by `pwrewrite.graph`; its nodes are in topological order.
+    """
+    heaviest: dict[str, int] = {}
+    before: dict[str, str] = {}
+    macs: dict[str, int] = dict(graph.nodes(data="macs"))
+    for name, sources in graph.pred.items():
+        best = -1
+        for source in sources:
+            if heaviest[source] > best:
+                best = heaviest[source]
+                before[name] = source
+        heaviest[name] = macs[name] + max(best, 0)
+    total = sum(macs.values())
+    if not total:
+        return CriticalPath(0, (), 0.0)
+    last: str | None = max(heaviest, key=heaviest.__getitem__)
+    length = heaviest[last] if last is not None else 0
+    nodes = []
+    while last is not None:
+        if macs[last]:
+            nodes.append(last)
+        last = before.get(last)
+    return CriticalPath(length, tuple(reversed(nodes)), (total - length) / total)

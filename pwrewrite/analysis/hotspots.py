@@ -1,0 +1,134 @@
+"""Which layers hold the work, and what a bottleneck could save in each.
+
+A *hotspot* is a dense k×k convolution (k > 1 in some dimension, not depthwise) with at least a given share of the
+model's MACs. For each layer the table says either where a bottleneck breaks even (`pwrewrite.analysis.break_even`) or
+why none may be inserted: it has nothing to squeeze (pointwise, depthwise, linear), it may not be touched
+(`pwrewrite.eligibility`), or it is too small to gain.
+
+Break-even is necessary, not sufficient: three small convolutions can be slower than one large one, and how low a rank
+the weights allow is for their spectrum to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from ..capture.records import Capture, Layer, NodeInfo
+from ..eligibility import Owners, eligible
+from ..plan import Skip, SkipReason
+from .break_even import BottleneckCost
+from .records import BreakEven, LayerReport
+from .roofline import DeviceProfile, layer_bound
+
+HOTSPOT_SHARE = 0.01
+"""Share of the MACs from which a dense k×k layer is a hotspot."""
+
+
+def hotspots(
+    capture: Capture,
+    infos: Mapping[str, NodeInfo],
+    device: DeviceProfile,
+    receptive_field: Callable[[str], tuple[int, ...] | None],
+    *,
+    total_macs: int,
+    hotspot_share: float = HOTSPOT_SHARE,
+) -> tuple[LayerReport, ...]:
+    """One row per layer, largest MACs first; layers of equal MACs stay in graph order.
+
+    Args:
+        capture: The captured model.
+        infos: Facts of its nodes by name.
+        device: Device profile of the roofline columns.
+        receptive_field: Node name to the extent of the input that one position of its output sees.
+        total_macs: MACs of the model, linear maps and attention included.
+        hotspot_share: Share from which a dense k×k layer is a hotspot.
+    """
+    owners = Owners(capture)
+    ranked = sorted(capture.layers, key=lambda layer: -layer.macs)
+    shares = [layer.macs / total_macs if total_macs else 0.0 for layer in ranked]
+    reports = []
+    for layer, share, cumulative in zip(ranked, shares, accumulate(shares)):
+        verdict = squeeze(capture, layer, owners)
+        bound = layer_bound(layer, _dtype(layer, infos), device)
+        spec = layer.spec
+        reports.append(
+            LayerReport(
+                layer=layer,
+                share=share,
+                cumulative=min(1.0, cumulative),
+                hotspot=spec is not None and spec.is_dense_spatial and layer.called and share >= hotspot_share,
+                break_even=verdict if isinstance(verdict, BreakEven) else None,
+                skip=verdict if isinstance(verdict, Skip) else None,
+                receptive_field=receptive_field(layer.calls[0].node) if layer.calls else None,
+                bound=bound.bound,
+                intensity=bound.intensity,
+                seconds=bound.seconds,
+                activation_bytes=sum(call.cost.write_bytes for call in layer.calls),
+            )
+        )
+    return tuple(reports)
+
+
+def _dtype(layer: Layer, infos: Mapping[str, NodeInfo]) -> torch.dtype:
+    return infos[layer.calls[0].node].outputs[0].dtype if layer.calls else torch.float32
+
+
+def squeeze(capture: Capture, layer: Layer, owners: Owners | None = None) -> BreakEven | Skip:
+    """Where a bottleneck in place of a layer breaks even, or why none may be inserted.
+
+    Args:
+        capture: The captured model.
+        layer: One of its layers.
+        owners: ``Owners(capture)`` where many layers are asked for.
+    """
+    spec = layer.spec
+    if spec is None:
+        return Skip(
+            layer.path, SkipReason.POINTWISE, "a linear map has no kernel to squeeze; a pair of low rank may apply"
+        )
+    if spec.is_pointwise:
+        return Skip(layer.path, SkipReason.POINTWISE, "a 1×1 convolution has no kernel to squeeze")
+    if spec.is_depthwise:
+        return Skip(
+            layer.path, SkipReason.DEPTHWISE, "each channel is filtered on its own; there are no channels to squeeze"
+        )
+    refused = eligible(capture, layer, owners)
+    return refused if refused is not None else break_even(layer)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranks:
+    macs: tuple[int, int]
+    params: tuple[int, int]
+
+
+def break_even(layer: Layer) -> BreakEven | Skip:
+    """Break-even of a dense k×k layer over all its calls, or the skip of one where no rank gains anything.
+
+    Args:
+        layer: A convolution (``layer.spec`` is not None) that is called.
+    """
+    spec = layer.spec
+    assert spec is not None
+    macs = BottleneckCost.of_macs(spec, [(call.input_shape, call.output_shape) for call in layer.calls])
+    params = BottleneckCost.of_params(spec)
+    ranks = _Ranks(macs.break_even(), params.break_even())
+    if not any(ranks.macs) and not any(ranks.params):
+        return Skip(
+            layer.path,
+            SkipReason.TOO_SMALL,
+            f"even a bottleneck of rank {spec.groups} has {macs.at(1, 1):,} MACs and {params.at(1, 1):,} weights, "
+            f"the layer {macs.original:,} and {params.original:,}",
+        )
+    return BreakEven(
+        macs_rank_in=ranks.macs[0],
+        macs_rank_out=ranks.macs[1],
+        params_rank_in=ranks.params[0],
+        params_rank_out=ranks.params[1],
+        half_macs=macs.half,
+        half_params=params.half + (spec.out_channels if spec.bias else 0),
+    )

@@ -1,0 +1,200 @@
+"""Compute- or memory-bound: arithmetic intensity against what a stated device can do.
+
+The roofline of Williams, Waterman & Patterson 2009 (*Roofline: an insightful visual performance model for multicore
+architectures*): an operation that does M MACs and moves B bytes takes at least ``max(M / peak, B / bandwidth)``
+seconds. It is compute-bound where M / B is at or above the *ridge* ``peak / bandwidth``, memory-bound below.
+
+Bytes are those of inputs, weights and outputs, each moved once and nothing kept in a cache between operations, so the
+sum over nodes bounds a run without operator fusion. Peaks are datasheet figures for dense matrix arithmetic, two
+FLOPs to a MAC, and real kernels reach a part of them: read the result as a classification and a floor, not as a
+forecast.
+
+`DEVICES` is an open table; a profile of one's own can be given wherever a name can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+
+from ..capture.records import Layer, NodeInfo
+from ..errors import UsageError
+from .records import Roofline
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceProfile:
+    """What a device can do at best.
+
+    Attributes:
+        name: Short name, as users give it.
+        label: What it is.
+        macs_per_s: Peak MACs per second by dtype; must have ``torch.float32``, which stands for any dtype not listed.
+        bytes_per_s: Memory bandwidth.
+        source: Where the figures come from.
+    """
+
+    name: str
+    label: str
+    macs_per_s: Mapping[torch.dtype, float]
+    bytes_per_s: float
+    source: str
+
+    def peak(self, dtype: torch.dtype) -> float:
+        """Peak MACs per second in ``dtype``."""
+        return self.macs_per_s.get(dtype, self.macs_per_s[torch.float32])
+
+    def ridge(self, dtype: torch.dtype) -> float:
+        """MACs per byte from which an operation in ``dtype`` is compute-bound."""
+        return self.peak(dtype) / self.bytes_per_s
+
+
+def _peaks(
+    tflops32: float, tflops16: float, *, bfloat16: bool = True, tflops64: float = 0.0
+) -> Mapping[torch.dtype, float]:
+    peaks = {torch.float32: tflops32 * 5e11, torch.float16: tflops16 * 5e11}
+    peaks[torch.bfloat16] = (tflops16 if bfloat16 else tflops32) * 5e11
+    if tflops64:
+        peaks[torch.float64] = tflops64 * 5e11
+    return MappingProxyType(peaks)
+
+
+_PROFILES = (
+    DeviceProfile(
+        "cpu",
+        "desktop CPU: 8 cores with AVX2 at 3 GHz, two channels of DDR4-3200",
+        _peaks(0.768, 0.768, tflops64=0.384),
+        51.2e9,
+        "arithmetic: 8 cores × 2 FMA units × 8 float32 lanes × 3 GHz = 384 GMAC/s; 2 × 25.6 GB/s. No 16-bit arithmetic",
+    ),
+    DeviceProfile(
+        "server-cpu",
+        "server CPU: 32 cores with AVX-512 at 2.5 GHz, eight channels of DDR4-3200",
+        _peaks(5.12, 5.12, tflops64=2.56),
+        204.8e9,
+        "arithmetic: 32 cores × 2 FMA units × 16 float32 lanes × 2.5 GHz = 2.56 TMAC/s; 8 × 25.6 GB/s. No 16-bit",
+    ),
+    DeviceProfile(
+        "t4",
+        "NVIDIA T4 16 GB",
+        _peaks(8.1, 65.0, bfloat16=False),
+        320e9,
+        "NVIDIA T4 datasheet: 8.1 TFLOPS FP32, 65 TFLOPS mixed FP16/FP32, 320 GB/s GDDR6; no bfloat16 tensor cores",
+    ),
+    DeviceProfile(
+        "v100",
+        "NVIDIA V100 SXM2",
+        _peaks(15.7, 125.0, bfloat16=False, tflops64=7.8),
+        900e9,
+        "NVIDIA V100 datasheet: 15.7 TFLOPS FP32, 125 TFLOPS tensor, 7.8 TFLOPS FP64, 900 GB/s; no bfloat16",
+    ),
+    DeviceProfile(
+        "a100",
+        "NVIDIA A100 SXM 80 GB; float32 as TF32, torch's default for convolutions",
+        _peaks(156.0, 312.0, tflops64=19.5),
+        2039e9,
+        "NVIDIA A100 datasheet, dense: 156 TFLOPS TF32, 312 TFLOPS FP16 and BF16, 19.5 TFLOPS FP64 tensor, 2,039 GB/s",
+    ),
+    DeviceProfile(
+        "h100",
+        "NVIDIA H100 SXM 80 GB; float32 as TF32, torch's default for convolutions",
+        _peaks(494.7, 989.4, tflops64=66.9),
+        3350e9,
+        "NVIDIA H100 datasheet (its figures are with sparsity; halved here): 989 TFLOPS TF32, 1,979 TFLOPS FP16 and "
+        "BF16; 67 TFLOPS FP64 tensor; 3.35 TB/s",
+    ),
+    DeviceProfile(
+        "jetson-orin",
+        "NVIDIA Jetson AGX Orin 64 GB, GPU only; float32 on the CUDA cores",
+        _peaks(5.3, 42.5),
+        204.8e9,
+        "NVIDIA Jetson AGX Orin technical brief: 5.3 TFLOPS FP32; 170 sparse INT8 TOPS on the GPU's tensor cores, of "
+        "which dense FP16 is a quarter; 204.8 GB/s LPDDR5",
+    ),
+)
+
+DEVICES: dict[str, DeviceProfile] = {profile.name: profile for profile in _PROFILES}
+"""Profiles by name."""
+
+
+def device_profile(device: str | DeviceProfile) -> DeviceProfile:
+    """The profile of a name, or the profile given.
+
+    Raises:
+        UsageError: If there is no profile of that name.
+    """
+    if isinstance(device, DeviceProfile):
+        return device
+    profile = DEVICES.get(device.lower())
+    if profile is None:
+        raise UsageError(
+            f"no device profile is called {device!r}",
+            expected=", ".join(DEVICES),
+            hint="give one of these, or a DeviceProfile of your own",
+        )
+    return profile
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Roofline class of an operation (``""`` where nothing runs), its intensity, and the least seconds it takes."""
+
+    bound: str
+    intensity: float
+    seconds: float
+
+
+def bound(macs: int, nbytes: int, dtype: torch.dtype, device: DeviceProfile) -> Bound:
+    """Roofline class of so many MACs and bytes in ``dtype``."""
+    if not macs and not nbytes:
+        return Bound("", 0.0, 0.0)
+    compute, transfer = macs / device.peak(dtype), nbytes / device.bytes_per_s
+    if compute >= transfer:
+        return Bound("compute", macs / nbytes if nbytes else 0.0, compute)
+    return Bound("memory", macs / nbytes, transfer)
+
+
+def layer_bound(layer: Layer, dtype: torch.dtype, device: DeviceProfile) -> Bound:
+    """Roofline class of all calls of a layer together."""
+    macs = nbytes = 0
+    for call in layer.calls:
+        macs += call.cost.macs
+        nbytes += call.cost.read_bytes + call.cost.write_bytes
+    return bound(macs, nbytes, dtype, device)
+
+
+def roofline(infos: Iterable[NodeInfo], device: DeviceProfile) -> Roofline:
+    """What a device makes of a whole model at best, node after node.
+
+    Args:
+        infos: Facts of all nodes.
+        device: The profile. Each node counts in the dtype of its first output.
+    """
+    total = waiting = 0.0
+    macs: dict[torch.dtype, int] = {}
+    for facts in infos:
+        cost = facts.cost
+        nbytes = cost.read_bytes + cost.write_bytes
+        if not nbytes and not cost.macs:
+            continue
+        dtype = facts.outputs[0].dtype if facts.outputs else torch.float32
+        if cost.macs:
+            macs[dtype] = macs.get(dtype, 0) + cost.macs
+        compute, transfer = cost.macs / device.peak(dtype), nbytes / device.bytes_per_s
+        if compute >= transfer:
+            total += compute
+        else:
+            total += transfer
+            waiting += transfer
+    main = max(macs, key=macs.__getitem__) if macs else torch.float32
+    return Roofline(
+        device=device.name,
+        macs_per_s=device.peak(main),
+        bytes_per_s=device.bytes_per_s,
+        ridge=device.ridge(main),
+        seconds=total,
+        memory_bound_share=waiting / total if total else 0.0,
+    )
