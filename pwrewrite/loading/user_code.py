@@ -1,8 +1,8 @@
 """Runs a user's own Python as ``python model.py`` would, and says clearly where it went wrong.
 
 What is the same as under ``python model.py``: the file's folder is on ``sys.path`` (in front), ``sys.argv`` is the file
-alone, the working directory stays. What differs: ``__name__`` is a unique module name and never ``__main__``, so the guarded
-script part does not run; what the file prints goes to stderr, because stdout belongs to the tool's own output.
+alone, the working directory stays. What differs: ``__name__`` is a unique module name and never ``__main__``, so the
+guarded script part does not run; what the file prints goes to stderr, because stdout belongs to the tool's own output.
 
 The folder stays on ``sys.path`` after the import, since a forward may import a sibling lazily. When a second target
 comes from another folder, siblings of the same name that an earlier target imported are dropped from ``sys.modules``
@@ -32,6 +32,9 @@ from pwrewrite.errors import TargetError, TargetNotFound
 #: Folders that targets have put on ``sys.path``, in the order they came.
 _target_roots: list[Path] = []
 
+#: The folder of this package, whose frames say nothing about the user's code.
+_OURS = Path(__file__).resolve().parent.parent
+
 
 def nearest(name: str, known: list[str], n: int = 5) -> list[str]:
     """The known names most like a given one, compared without case, best first.
@@ -48,12 +51,13 @@ def nearest(name: str, known: list[str], n: int = 5) -> list[str]:
     return [by_lower[k] for k in difflib.get_close_matches(name.lower(), list(by_lower), n=n, cutoff=0.6)]
 
 
-def suggest_files(path: Path, suffixes: tuple[str, ...]) -> str | None:
+def suggest_files(path: Path, suffixes: tuple[str, ...], only_near: bool = False) -> str | None:
     """A hint that names the files nearest to a missing one.
 
     Args:
         path: The path that does not exist.
         suffixes: The endings of files worth suggesting.
+        only_near: Say nothing rather than list files of quite other names.
 
     Returns:
         The hint, or None when the folder holds nothing to suggest.
@@ -65,8 +69,11 @@ def suggest_files(path: Path, suffixes: tuple[str, ...]) -> str | None:
         names = sorted(p.name for p in folder.iterdir() if p.name.endswith(suffixes))
     except OSError:
         return None
-    near = nearest(path.name, names) or names[:5]
-    return f"did you mean {', '.join(str(folder / n) for n in near)}?" if near else None
+    if near := nearest(path.name, names):
+        return f"did you mean {', '.join(str(folder / n) for n in near)}?"
+    if only_near or not names:
+        return None
+    return f"{folder} has {', '.join(names[:5])}" + (", …" if len(names) > 5 else "")
 
 
 @contextlib.contextmanager
@@ -95,11 +102,11 @@ def locate(error: BaseException, origin: Path | None) -> str | None:
         origin: The user's file; None when the code is not the user's.
 
     Returns:
-        ``file, line N: source``, taken from the deepest frame in the user's file, or else in its folder; None without one.
+        ``file, line N: source``, taken from the deepest frame in the user's file, or else in its folder; None without.
     """
     if origin is None:
         return None
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not Path(f.filename).is_relative_to(_OURS)]
     own = [f for f in frames if f.filename == str(origin)]
     near = [f for f in frames if Path(f.filename).is_relative_to(origin.parent) and "site-packages" not in f.filename]
     for frame in [*own[-1:], *near[-1:]]:
@@ -133,11 +140,14 @@ def user_error(error: BaseException, what: str, origin: Path | None, hint: str |
         return TargetError(
             f"{what} imports {error.name!r}, which cannot be found",
             where=where,
-            hint=hint or f"pip install {top}; or, if {top!r} is code of your own, put the folder it lies in on PYTHONPATH",
+            hint=hint
+            or f"pip install {top}; or, if {top!r} is code of your own, put the folder it lies in on PYTHONPATH",
         )
     if isinstance(error, ImportError):
         if "no known parent package" in str(error):
-            hint = "the folder has no __init__.py, so it is no package: add one, or import the sibling by its plain name"
+            hint = (
+                "the folder has no __init__.py, so it is no package: add one, or import the sibling by its plain name"
+            )
         return TargetError(f"{what} has an import that fails: {error}", where=where, hint=hint)
     text = str(error)
     return TargetError(f"{what} raised {type(error).__name__}" + (f": {text}" if text else ""), where=where, hint=hint)
@@ -236,7 +246,10 @@ def _origin_of(dotted: str, error: BaseException) -> Path | None:
     tail = Path(*dotted.split("."))
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
-        if path.with_suffix("").parts[-len(tail.parts) :] == tail.parts or path.parent.parts[-len(tail.parts) :] == tail.parts:
+        if (
+            path.with_suffix("").parts[-len(tail.parts) :] == tail.parts
+            or path.parent.parts[-len(tail.parts) :] == tail.parts
+        ):
             return path
     return None
 
@@ -287,7 +300,7 @@ def _execute(path: Path, code: CodeType) -> ModuleType:
 
 @contextlib.contextmanager
 def _on_path(first: list[Path], last: list[Path]) -> Iterator[None]:
-    """Puts folders on ``sys.path`` for good, unless the import fails; drops an earlier target's siblings of the same name."""
+    """Puts folders on ``sys.path``, for good unless the import fails, and makes way for the modules in them."""
     saved = list(sys.path)
     roots = [*first, *last]
     for root in roots:
@@ -306,13 +319,14 @@ def _on_path(first: list[Path], last: list[Path]) -> Iterator[None]:
 
 def _forget_namesakes(root: Path) -> None:
     """Drops modules that an earlier target imported from elsewhere and that this folder has under the same name."""
+    if not any(old != root for old in _target_roots):
+        return
+    here = {p.name if p.is_dir() else p.stem for p in root.iterdir() if p.suffix == ".py" or p.is_dir()}
+    here -= {"pwrewrite", "torch", *sys.stdlib_module_names}
     for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if not file or name.startswith("pwrewrite"):
+        if name.partition(".")[0] not in here:
             continue
-        path = Path(file)
-        if path.is_relative_to(root) or not any(path.is_relative_to(old) for old in _target_roots):
-            continue
-        top = name.partition(".")[0]
-        if "site-packages" not in path.parts and ((root / f"{top}.py").is_file() or (root / top).is_dir()):
+        path = Path(getattr(module, "__file__", None) or "/")
+        foreign = not path.is_relative_to(root) and any(path.is_relative_to(old) for old in _target_roots)
+        if foreign and not {"site-packages", "dist-packages"} & set(path.parts):
             del sys.modules[name]
