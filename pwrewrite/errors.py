@@ -94,3 +94,9 @@ class GateError(PwrewriteError, RuntimeError):
     """A limit that the user set and the model exceeds."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line: its type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

@@ -264,7 +264,9 @@ class _Reader:
             return Skip(str(data["path"]), SkipReason(data["reason"]), str(data["detail"]))
         except (TypeError, KeyError, ValueError):
             at = self.find('"skipped"')
-            raise self.error("a skip needs a path, a known reason and a detail", at, "path, reason, detail", data) from None
+            raise self.error(
+                "a skip needs a path, a known reason and a detail", at, "path, reason, detail", data
+            ) from None
 
     def starts(self) -> list[int]:
         """Offsets of the ops in the text."""

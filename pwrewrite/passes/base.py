@@ -1,0 +1,350 @@
+"""What a pass is: something that looks at a capture and proposes, and never touches a model.
+
+`LayerPass` is what the factorising passes share: which layers are meant (patterns on paths, a callable, a least share of the
+MACs), which may be replaced (`pwrewrite.eligibility`), how wide the result is (a width, a ratio, an energy, EVBMF), and
+whether that pays. Every layer that a pass means and leaves is a `Skip` with a reason.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from .. import decompose
+from ..capture.records import Capture, Layer
+from ..convolution import ConvSpec
+from ..decompose import RankSpec
+from ..eligibility import Owners, eligible
+from ..errors import UsageError
+from ..forms import FORMS, chain_macs, chain_params, default_axes, linear_spec, rank_limits, spec_to_dict, stages
+from ..modules import ACTIVATIONS, NORMS, Factorized
+from ..plan import Estimate, Op, Skip, SkipReason
+
+Proposal = Op | Skip
+Rank = RankSpec | tuple[RankSpec, RankSpec]
+
+
+class Pass(ABC):
+    """Proposes operations on what a capture shows.
+
+    Attributes:
+        name: As on the command line.
+        summary: One line that says what it does.
+        exact: ``no`` for an approximation, else in which mode outputs stay equal: ``eval``, ``train`` or ``both``.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    exact: ClassVar[str] = "no"
+
+    @abstractmethod
+    def propose(self, capture: Capture) -> list[Proposal]:
+        """Operations to carry out and layers skipped, in graph order.
+
+        Args:
+            capture: The model as it is now.
+
+        Raises:
+            UsageError: If a setting does not fit the model, such as a pattern that matches nothing.
+        """
+
+
+class LayerPass(Pass):
+    """A pass that replaces single layers by one form.
+
+    Args:
+        rank: Width between, per group: an integer, or a ratio (``0.5``, ``"50%"``) of the most the form can use on that side. A
+            pair gives two different ones to a form with two.
+        include: Patterns (``layer3.*``) on paths; all where empty. A layer's aliases count.
+        exclude: Patterns on paths that are left as they are.
+        select: A callable on a `Layer` that says whether it is meant.
+        min_share: Least part of the model's MACs, 0 to 1.
+        energy: Instead of ``rank``: the part of ``‖W‖²`` to keep.
+        vbmf: Instead of ``rank``: choose by empirical variational Bayes (Nakajima et al. 2013, as in Kim et al. 2016).
+        multiple: What computed widths are rounded to; by default 8 where the channels are 64 or more, else 1.
+        allow_growth: Whether a result that costs more than the layer is proposed all the same.
+        replan: Whether parts of what an earlier rewrite put in are looked at too.
+        init: ``weights`` from the decomposition, or ``fresh`` for training.
+        norm: With ``fresh``: a norm after every stage but the last.
+        activation: With ``fresh``: an activation after every stage but the last.
+
+    Raises:
+        UsageError: If a setting makes no sense.
+    """
+
+    form: ClassVar[str]
+    default_rank: ClassVar[RankSpec] = 0.5
+
+    def __init__(
+        self,
+        rank: Rank | None = None,
+        *,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        select: Callable[[Layer], bool] | None = None,
+        min_share: float = 0.0,
+        energy: float | None = None,
+        vbmf: bool = False,
+        multiple: int | None = None,
+        allow_growth: bool = False,
+        replan: bool = False,
+        init: str = "weights",
+        norm: str | None = None,
+        activation: str | None = None,
+    ) -> None:
+        chosen = [
+            what
+            for what, given in (("rank", rank is not None), ("energy", energy is not None), ("vbmf", vbmf))
+            if given
+        ]
+        if len(chosen) > 1:
+            raise UsageError(f"{' and '.join(chosen)} exclude each other", hint="give one way to choose the widths")
+        if init not in ("weights", "fresh"):
+            raise UsageError(f"unknown init {init!r}", expected="weights or fresh")
+        if init == "weights" and (norm or activation):
+            raise UsageError(
+                "a norm or an activation between the stages changes the function that the weights stand for",
+                hint="they go with init='fresh'",
+            )
+        if init == "fresh" and (energy is not None or vbmf):
+            raise UsageError("energy and vbmf read the weights that init='fresh' throws away", hint="give a rank")
+        for table, given, what in ((NORMS, norm, "norm"), (ACTIVATIONS, activation, "activation")):
+            if given is not None and given not in table:
+                raise UsageError(f"unknown {what} {given!r}", expected=f"one of {', '.join(table)}")
+        if not 0 <= min_share <= 1:
+            raise UsageError(f"min_share {min_share!r} is no share", expected="a number from 0 to 1")
+        if energy is not None and not 0 < energy <= 1:
+            raise UsageError(f"energy {energy!r} is no share", expected="a number above 0 and up to 1")
+        self.ranks = self._spread(self.default_rank if rank is None else rank)
+        self.include, self.exclude, self.select = tuple(include), tuple(exclude), select
+        self.min_share, self.energy, self.vbmf, self.multiple = min_share, energy, vbmf, multiple
+        self.allow_growth, self.replan = allow_growth, replan
+        self.init, self.norm, self.activation = init, norm, activation
+
+    def _spread(self, rank: Rank) -> dict[str, RankSpec]:
+        names = FORMS[self.form]
+        ranks = rank if isinstance(rank, tuple) else (rank,) * len(names)
+        if len(ranks) != len(names):
+            raise UsageError(f"{self.name} takes {len(names)} width(s): {', '.join(names)}", got=repr(rank))
+        for name, value in zip(names, ranks):
+            if isinstance(value, (int, float)) and (isinstance(value, bool) or not value > 0):
+                raise UsageError(
+                    f"{name} {value!r} is neither a width nor a ratio",
+                    expected="an integer from 1, or a ratio above 0 and up to 1",
+                )
+            decompose.resolve_rank(value, 1 << 30, name=name)
+        return dict(zip(names, ranks))
+
+    # --------------------------------------------------------------------------------------- proposing
+
+    def propose(self, capture: Capture) -> list[Proposal]:
+        """See `Pass.propose`."""
+        meant = self._meant(capture)
+        owners = Owners(capture)
+        total = sum(layer.macs for layer in capture.layers) or 1
+        proposals: list[Proposal] = []
+        for layer in capture.layers:
+            if not self._concerns(layer):
+                continue
+            if id(layer) not in meant:
+                proposals.append(Skip(layer.path, SkipReason.EXCLUDED, "not meant by include, exclude or select"))
+                continue
+            proposals.append(self._one(capture, layer, owners, total))
+        return proposals
+
+    def _one(self, capture: Capture, layer: Layer, owners: Owners, total: int) -> Proposal:
+        refusal = self._refuses(layer) or self._inside_rewrite(layer, owners) or eligible(capture, layer, owners)
+        if refusal is not None:
+            return refusal
+        share = layer.macs / total
+        if share < self.min_share:
+            return Skip(
+                layer.path, SkipReason.BELOW_SHARE, f"{share:.2%} of the MACs, below min_share {self.min_share:.2%}"
+            )
+        spec = spec_of(layer)
+        axes = self._axes(spec)
+        widths = self._widths(layer, spec, owners, axes)
+        if isinstance(widths, Skip):
+            return widths
+        return self.op(layer, spec, widths, axes=axes, scope=_scope(capture, layer))
+
+    def op(
+        self,
+        layer: Layer,
+        spec: ConvSpec,
+        widths: Mapping[str, int],
+        *,
+        axes: tuple[int, ...] | None = None,
+        scope: str = "",
+    ) -> Proposal:
+        """The op for given widths, or a skip where it would not pay and growth is not allowed."""
+        estimate = estimate_chain(layer, spec, self.form, widths, axes)
+        grows = estimate.macs_after >= estimate.macs_before or estimate.params_after >= estimate.params_before
+        if grows and not self.allow_growth and self.init == "weights":
+            shown = ", ".join(f"{name} {width}" for name, width in widths.items())
+            return Skip(
+                layer.path,
+                SkipReason.NO_GAIN,
+                f"at {shown} it would take {estimate.macs_after:,} MACs and {estimate.params_after:,} parameters "
+                f"against {estimate.macs_before:,} and {estimate.params_before:,}; ask for less, or allow growth",
+            )
+        settings: dict[str, Any] = {
+            "form": self.form,
+            "widths": dict(widths),
+            "init": self.init,
+            "layer": spec_to_dict(spec),
+        }
+        if axes is not None:
+            settings["axes"] = list(axes)
+        if self.norm:
+            settings["norm"] = self.norm
+        if self.activation:
+            settings["activation"] = self.activation
+        if layer.functional:
+            settings |= {"weight": layer.weight, "scope": scope}
+        return Op("factorize", layer.path, self.name, settings, estimate)
+
+    # -------------------------------------------------------------------------------------- which layers
+
+    def _concerns(self, layer: Layer) -> bool:
+        """Whether a layer is of the kind that this pass is about at all."""
+        return layer.spec is not None
+
+    def _refuses(self, layer: Layer) -> Skip | None:
+        """Why the form does not apply to a layer's shape; None where it does."""
+        spec = layer.spec
+        assert spec is not None
+        if spec.is_pointwise:
+            return Skip(layer.path, SkipReason.POINTWISE, "a 1×1 convolution; factorize-pointwise is for these")
+        if spec.is_depthwise:
+            return Skip(layer.path, SkipReason.DEPTHWISE, "a depthwise convolution mixes no channels")
+        return None
+
+    def _axes(self, spec: ConvSpec) -> tuple[int, ...] | None:
+        return None
+
+    def _inside_rewrite(self, layer: Layer, owners: Owners) -> Skip | None:
+        if self.replan:
+            return None
+        path = layer.path
+        while path:
+            path = path.rpartition(".")[0]
+            if isinstance(owners.modules.get(path), Factorized):
+                return Skip(
+                    layer.path, SkipReason.ALREADY_BOTTLENECK, f"part of what a rewrite put at {path or 'the root'}"
+                )
+            if not path:
+                break
+        return None
+
+    def _meant(self, capture: Capture) -> set[int]:
+        concerned = [layer for layer in capture.layers if self._concerns(layer)]
+        for pattern in (*self.include, *self.exclude):
+            if not any(_matches(layer, pattern) for layer in capture.layers):
+                paths = [path for layer in capture.layers for path in (layer.path, *layer.aliases)]
+                near = get_close_matches(pattern, paths, n=3, cutoff=0.4) or paths[:5]
+                raise UsageError(
+                    f"the pattern {pattern!r} matches no layer",
+                    expected="a path, or a pattern such as 'layer3.*'",
+                    hint=f"layers are called {', '.join(near)}",
+                )
+        return {
+            id(layer)
+            for layer in concerned
+            if (not self.include or any(_matches(layer, p) for p in self.include))
+            and not any(_matches(layer, p) for p in self.exclude)
+            and (self.select is None or self.select(layer))
+        }
+
+    # --------------------------------------------------------------------------------------- how wide
+
+    def _widths(
+        self, layer: Layer, spec: ConvSpec, owners: Owners, axes: tuple[int, ...] | None
+    ) -> dict[str, int] | Skip:
+        limits = rank_limits(spec, self.form)
+        if self.energy is None and not self.vbmf:
+            widths = {}
+            for name, limit in limits.items():
+                try:
+                    widths[name] = decompose.resolve_rank(self.ranks[name], limit, self.multiple, name)
+                except UsageError as error:
+                    raise UsageError(error.message, where=layer.path, expected=error.expected, got=error.got, hint=error.hint) from None  # fmt: skip
+            return widths
+        weight = weight_of(layer, owners)
+        if weight is None or weight.is_meta:
+            return Skip(layer.path, SkipReason.WRONG_FORM, "the weights are on meta, so no rank can be read off them")
+        kernel = decompose.to_forward_layout(weight.detach(), spec.groups, spec.transposed)
+        found = self._read(kernel, spec, axes)
+        return {name: decompose.round_rank(max(1, value), limits[name], self.multiple) for name, value in found.items()}
+
+    def _read(self, kernel: Tensor, spec: ConvSpec, axes: tuple[int, ...] | None) -> dict[str, int]:
+        """Widths read off the weights, by energy or EVBMF."""
+        spectra = self._spectra(kernel, spec, axes)
+        if self.energy is not None:
+            return {name: decompose.energy_rank(spectrum, self.energy) for name, spectrum in spectra.items()}
+        return {name: decompose.evbmf_rank(matrix) for name, matrix in self._unfoldings(kernel, spec, axes).items()}
+
+    def _spectra(self, kernel: Tensor, spec: ConvSpec, axes: tuple[int, ...] | None) -> dict[str, Any]:
+        """One spectrum per width."""
+        raise NotImplementedError
+
+    def _unfoldings(self, kernel: Tensor, spec: ConvSpec, axes: tuple[int, ...] | None) -> dict[str, Tensor]:
+        """One matrix per width, of which the width is the rank (of the first group, where grouped)."""
+        raise NotImplementedError
+
+
+def spec_of(layer: Layer) -> ConvSpec:
+    """A layer's shape facts; a linear map is a convolution without spatial axes."""
+    if layer.spec is not None:
+        return layer.spec
+    return linear_spec(layer.in_channels, layer.out_channels, layer.params > layer.in_channels * layer.out_channels)
+
+
+def weight_of(layer: Layer, owners: Owners) -> Tensor | None:
+    """A layer's weight."""
+    path, _, name = layer.weight.rpartition(".")
+    module = owners.modules.get(path)
+    weight = getattr(module, name, None) if module is not None else None
+    return weight if isinstance(weight, Tensor) else None
+
+
+def estimate_chain(
+    layer: Layer, spec: ConvSpec, form: str, widths: Mapping[str, int], axes: Sequence[int] | None = None
+) -> Estimate:
+    """What replacing a layer by a form changes, over all its calls."""
+    chain = stages(spec, form, widths, axes)
+    macs = sum(chain_macs(chain, call.input_shape, call.output_shape) for call in layer.calls)
+    return Estimate(layer.params, chain_params(chain), layer.macs, macs)
+
+
+def _matches(layer: Layer, pattern: str) -> bool:
+    return any(fnmatchcase(path, pattern) for path in (layer.path, *layer.aliases))
+
+
+def _scope(capture: Capture, layer: Layer) -> str:
+    """The module whose code makes the one call of a functional layer."""
+    if not layer.functional:
+        return ""
+    name = layer.calls[0].node
+    node = next(n for n in capture.graph.nodes if n.name == name)
+    path: str = node.meta["info"].path
+    return path
+
+
+__all__ = [
+    "Layer",
+    "LayerPass",
+    "Pass",
+    "Proposal",
+    "Rank",
+    "default_axes",
+    "estimate_chain",
+    "nn",
+    "spec_of",
+    "weight_of",
+]
