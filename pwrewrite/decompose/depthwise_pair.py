@@ -1,0 +1,142 @@
+"""Depthwise k×k followed by pointwise: ``terms`` spatial filters per input channel, then a 1×1 that mixes them.
+
+Network decoupling (Guo et al. 2018): for each input channel the slice ``(out, k)`` of the kernel is cut to rank
+``terms``, by one SVD per input channel:
+
+    W[o, i, k] ≈ Σ_t  pointwise[o, i·terms + t] · depthwise[i·terms + t, k]
+
+which is optimal at every number of terms and exact at ``min(out/groups, k)``. One term is the depthwise-separable
+convolution of MobileNet (Howard et al. 2017). Stride, padding, dilation and output padding sit on the depthwise
+convolution, which comes first, so the pointwise one runs at the output's resolution.
+
+Weights: ``output_weight`` over ``out``; ``input_weight`` over the patch ``in·k`` (or ``in``), of which the diagonal
+blocks are used, one per input channel: correlations *between* input channels are not seen by this form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pwrewrite.decompose.layout import (
+    Factors,
+    Stage,
+    from_forward_layout,
+    pointwise_weight,
+    prepare_kernel,
+    spatial_size,
+)
+from pwrewrite.decompose.spectrum import MatrixSpectrum, Spectrum, Truncation
+from pwrewrite.decompose.weighting import SideWeight, side_weight
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Depthwise(Factors):
+    """A depthwise k×k convolution with ``terms`` filters per channel, and a pointwise one.
+
+    Attributes:
+        depthwise: ``(in·terms, 1, *k)``, to run with ``in`` groups.
+        pointwise: ``(out, in/groups·terms)``, to run with ``groups`` groups.
+        terms: Filters per input channel.
+    """
+
+    depthwise: Tensor
+    pointwise: Tensor
+    terms: int
+
+    @property
+    def rank(self) -> int:
+        """The number of terms."""
+        return self.terms
+
+    @property
+    def in_channels(self) -> int:
+        """Input channels, over all groups."""
+        return self.depthwise.shape[0] // self.terms
+
+    def reconstruct(self) -> Tensor:
+        """The kernel ``(out, in/groups, *k)``."""
+        groups, terms, out = self.groups, self.terms, self.pointwise.shape[0]
+        channels = self.in_channels // groups
+        filters = self.depthwise.reshape(groups, channels, terms, -1)
+        mixing = self.pointwise.reshape(groups, out // groups, channels, terms).transpose(1, 2)
+        kernel = (mixing @ filters).transpose(1, 2)
+        return kernel.reshape(out, channels, *self.depthwise.shape[2:])
+
+    def stages(self, transposed: bool = False) -> tuple[Stage, ...]:
+        """Depthwise (transposed when the original is), then pointwise (ordinary)."""
+        axes = tuple(range(self.depthwise.dim() - 2))
+        depthwise = from_forward_layout(self.depthwise, self.in_channels, transposed)
+        return (
+            Stage("depthwise", depthwise, self.in_channels, transposed, axes),
+            Stage("pointwise", pointwise_weight(self.pointwise, len(axes)), self.groups, False, ()),
+        )
+
+
+def depthwise_spectrum(
+    kernel: Tensor,
+    groups: int = 1,
+    input_weight: Tensor | None = None,
+    output_weight: Tensor | None = None,
+) -> Spectrum[Depthwise]:
+    """Factorises a kernel once for every number of terms.
+
+    Args:
+        kernel: ``(out, in/groups, *k)``, forward layout.
+        groups: Number of groups.
+        input_weight: ``C``, over ``in·k`` or ``in``; its diagonal blocks count.
+        output_weight: ``G``, over ``out``.
+
+    Returns:
+        The spectrum; ``max_rank`` is ``min(out/groups, k)`` terms.
+
+    Raises:
+        UsageError: A kernel or weight of the wrong shape or dtype.
+        RefusedError: NaN or Inf.
+    """
+    prepared = prepare_kernel(kernel, groups)
+    out, channels, *spatial = prepared.shape
+    size = spatial_size(prepared.shape)
+    sliced = prepared.reshape(groups, out // groups, channels, size).transpose(1, 2)
+    matrix = sliced.reshape(groups * channels, out // groups, size)
+    left = side_weight(output_weight, groups, out // groups, 1, prepared, "output_weight")
+    if left is not None:
+        left = SideWeight(left.matrix.repeat_interleave(channels, 0), 1)
+    right = _channel_blocks(side_weight(input_weight, groups, channels, size, prepared, "input_weight"), channels, size)
+
+    def build(cut: Truncation) -> Depthwise:
+        terms = cut.left.shape[2]
+        mixing = cut.left.reshape(groups, channels, out // groups, terms).transpose(1, 2)
+        return Depthwise(
+            depthwise=cut.right.reshape(groups * channels * terms, 1, *spatial).contiguous(),
+            pointwise=mixing.reshape(out, channels * terms).contiguous(),
+            terms=terms,
+            groups=groups,
+            relative_error=cut.relative_error,
+            weighted_error=cut.weighted_error,
+        )
+
+    return Spectrum(MatrixSpectrum(matrix, left, right), build)
+
+
+def _channel_blocks(weight: SideWeight | None, channels: int, size: int) -> SideWeight | None:
+    """The diagonal blocks ``(in, k, k)`` of a weight over ``channels·k``, or ``(in, 1, 1)`` of one over channels."""
+    if weight is None:
+        return None
+    block = weight.matrix.shape[-1] // channels
+    grouped = weight.matrix.reshape(-1, channels, block, channels, block)
+    blocks = torch.diagonal(grouped, dim1=1, dim2=3).movedim(-1, 1)
+    return SideWeight(blocks.reshape(-1, block, block), size // block)
+
+
+def depthwise(
+    kernel: Tensor,
+    terms: int = 1,
+    groups: int = 1,
+    input_weight: Tensor | None = None,
+    output_weight: Tensor | None = None,
+) -> Depthwise:
+    """The best depthwise + pointwise pair with ``terms`` filters per channel; arguments as for `depthwise_spectrum`."""
+    return depthwise_spectrum(kernel, groups, input_weight, output_weight).truncate(terms)

@@ -1,0 +1,110 @@
+"""The rank of a noisy matrix by empirical variational Bayesian matrix factorisation (EVBMF).
+
+Model: ``V = B Aᵀ + noise``, ``V (L, M)`` with ``L ≤ M``, Gaussian priors on the columns of ``A`` and ``B`` whose
+variances are estimated too, and Gaussian noise of variance σ². Nakajima, Sugiyama, Babacan & Tomioka ("Global
+analytic solution of fully-observed variational Bayesian matrix factorization", JMLR 14, 2013) show that the global
+optimum keeps exactly the singular values above a threshold. With ``α = L/M`` and
+
+    τ̄ ≈ 2.5129 √α        x̄ = (1 + τ̄)(1 + α/τ̄)          (a numerical fit of theirs for τ̄)
+
+singular value ``γ`` is kept iff ``γ² > σ² M x̄``. When σ² is unknown it minimises the free energy (terms
+constant in σ² dropped)
+
+    Ω(σ²) = Σ_h ψ(γ_h² / (M σ²)),   ψ(x) = x − log x + [x > x̄] ψ₁(x),
+    ψ₁(x) = log(τ(x) + 1) + α log(τ(x)/α + 1) − τ(x),   τ(x) = (x − 1 − α + √((x − 1 − α)² − 4α)) / 2
+
+over a bounded interval, which is searched in log σ² on a grid and then by Brent's method: Ω has several local minima.
+Kim et al. 2016 choose the ranks of a Tucker-2 decomposition so, from the two channel unfoldings of a kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pwrewrite.decompose.layout import check_finite, compute_dtype
+from pwrewrite.errors import UsageError
+
+_Array = npt.NDArray[np.float64]
+
+#: Points of the grid over log σ².
+_GRID = 64
+
+
+def evbmf_rank(values: Tensor, shape: Sequence[int] | None = None, sigma2: float | None = None) -> int:
+    """The number of singular values that EVBMF keeps.
+
+    Args:
+        values: A matrix ``(L, M)``; or, with ``shape``, its singular values (1-D, in any order).
+        shape: The matrix's shape, when singular values are given.
+        sigma2: The noise variance per entry, if it is known.
+
+    Returns:
+        The rank, from 0 (nothing but noise) to ``min(shape)``.
+
+    Raises:
+        UsageError: Neither a matrix, nor singular values with a shape that they fit; or a noise variance that is
+            not positive.
+        RefusedError: NaN or Inf.
+    """
+    if shape is None:
+        if values.dim() != 2 or values.numel() == 0:
+            raise UsageError(f"evbmf_rank needs a matrix, or singular values and a shape, not {tuple(values.shape)}")
+        shape = tuple(values.shape)
+        check_finite(float(values.detach().abs().amax()), values, "matrix")
+        values = torch.linalg.svdvals(values.detach().to(compute_dtype(values.dtype)))
+    low, high = sorted(shape)
+    if values.dim() != 1 or not 0 < len(values) <= low:
+        raise UsageError(f"{tuple(values.shape)} singular values do not fit a matrix of shape {tuple(shape)}")
+    if sigma2 is not None and not (math.isfinite(sigma2) and sigma2 > 0):
+        raise UsageError(f"a noise variance of {sigma2!r} makes no sense", expected="a positive number")
+    squares = np.sort(values.detach().to("cpu", torch.float64).square().numpy())[::-1]
+    check_finite(float(squares[0]), values, "singular values")
+    if squares[0] == 0:
+        return 0
+    alpha = low / high
+    tau = 2.5129 * math.sqrt(alpha)
+    threshold = (1 + tau) * (1 + alpha / tau)
+    if sigma2 is None:
+        sigma2 = float(squares[0]) * _noise_variance(squares / squares[0], low, high, threshold)
+    return int(np.count_nonzero(squares > sigma2 * high * threshold))
+
+
+def _noise_variance(squares: _Array, low: int, high: int, threshold: float) -> float:
+    """The σ² that minimises the free energy, for squared singular values scaled to a largest one of 1."""
+    from scipy.optimize import minimize_scalar
+
+    alpha = low / high
+    padded = np.zeros(low)
+    padded[: len(squares)] = squares
+    noisiest = min(low, math.ceil(low / (1 + alpha)) - 1)
+    upper = float(padded.sum()) / (low * high)
+    tail = padded[noisiest:]
+    lower = max(float(tail[0]) / (high * threshold), float(tail.mean()) / high) if len(tail) else 0.0
+    lower = max(lower, upper * 1e-15)
+    if lower >= upper:
+        return upper
+    positive = np.maximum(padded, np.finfo(np.float64).tiny)
+
+    def energy(log_sigma2: float) -> float:
+        return _free_energy(positive / (high * math.exp(log_sigma2)), alpha, threshold)
+
+    grid = np.linspace(math.log(lower), math.log(upper), _GRID)
+    best = int(np.argmin([energy(float(point)) for point in grid]))
+    around = (float(grid[max(best - 1, 0)]), float(grid[min(best + 1, _GRID - 1)]))
+    found = minimize_scalar(energy, bounds=around, method="bounded")
+    return math.exp(float(found.x) if found.fun <= energy(float(grid[best])) else float(grid[best]))
+
+
+def _free_energy(x: _Array, alpha: float, threshold: float) -> float:
+    """``Σ ψ(x)``."""
+    kept = x[x > threshold]
+    shifted = kept - 1 - alpha
+    tau = (shifted + np.sqrt(np.maximum(shifted**2 - 4 * alpha, 0))) / 2
+    psi1 = np.log1p(tau) + alpha * np.log1p(tau / alpha) - tau
+    return float(np.sum(x - np.log(x)) + np.sum(psi1))

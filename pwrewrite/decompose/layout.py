@@ -1,0 +1,282 @@
+"""Kernel layouts: how the weights of every convolution become one tensor, and factors become convolution weights.
+
+All of ``decompose`` works on the *forward layout* of an ordinary convolution,
+
+    kernel (out, in/groups, *k)          1 to 3 spatial axes
+
+A transposed convolution stores ``(in, out/groups, *k)``. Its channel axes are brought to forward layout by a
+permutation within each group, ``(groups, in/groups, out/groups, *k) -> (groups, out/groups, in/groups, *k)``; the
+spatial axes are not flipped, because every form of this package either leaves the spatial axes to one factor (which
+is then itself a transposed convolution) or gives each spatial axis to exactly one transposed convolution. So the
+*algebra* of a transposed convolution is that of an ordinary one, and only the layout of the factor that does the
+upsampling differs.
+
+A factorised convolution is a chain of `Stage` s. A stage says which spatial axes it owns: on those it has the
+kernel size, stride, padding, dilation and (transposed) output padding of the original convolution, on all others it
+has kernel size 1, stride 1, dilation 1 and no padding. Only the last stage has the bias. Under those rules the
+chain at full rank *is* the original convolution, for zero, reflect, replicate and circular padding alike: padding
+(which has no bias to spread) commutes with a 1×1 convolution and acts on each spatial axis on its own.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from pwrewrite.errors import RefusedError, UsageError
+
+#: How many elements of a float32 tensor are summed in float32.
+_NORM_PIECE = 4096
+
+_F = TypeVar("_F", bound="Factors")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a kernel is decomposed in, and its factors are returned in: float32 at least.
+
+    Args:
+        dtype: The kernel's dtype.
+
+    Returns:
+        float64 for float64, float32 for float32, bfloat16 and float16.
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """The widest real dtype of the tensor's device: float64, or float32 on a device that has none (mps)."""
+    return tensor.dtype if tensor.device.type == "mps" else torch.float64
+
+
+def frobenius(tensor: Tensor) -> float:
+    """The Frobenius norm, to the precision of the dtype.
+
+    Pieces of `_NORM_PIECE` elements are summed in the tensor's own dtype and then in the widest: a float32 sum over
+    millions of elements would lose four digits, and float64 throughout would cost a copy.
+    """
+    flat = tensor.detach().reshape(-1)
+    whole = flat.numel() // _NORM_PIECE * _NORM_PIECE
+    pieces = torch.linalg.vector_norm(flat[:whole].reshape(-1, _NORM_PIECE), dim=-1) if whole else flat[:0]
+    rest = torch.linalg.vector_norm(flat[whole:]).reshape(1)
+    norm = float(torch.linalg.vector_norm(torch.cat([pieces, rest]).to(wide_dtype(flat))))
+    if tensor.dtype == torch.float64 or 1e-15 < norm < 1e15:
+        return norm
+    return float(torch.linalg.vector_norm(flat, dtype=wide_dtype(flat)))
+
+
+def to_forward_layout(weight: Tensor, groups: int = 1, transposed: bool = False) -> Tensor:
+    """The weight of an ordinary or transposed convolution as a kernel ``(out, in/groups, *k)``.
+
+    Args:
+        weight: ``(out, in/groups, *k)``, or ``(in, out/groups, *k)`` when transposed.
+        groups: Number of groups.
+        transposed: Whether the weight is that of a transposed convolution.
+
+    Returns:
+        The kernel ``(out, in/groups, *k)``; the weight itself when it is not transposed.
+
+    Raises:
+        UsageError: The channels do not divide into the groups.
+    """
+    return _swap_channels(weight, groups) if transposed else weight
+
+
+def from_forward_layout(kernel: Tensor, groups: int = 1, transposed: bool = False) -> Tensor:
+    """The inverse of `to_forward_layout`.
+
+    Args:
+        kernel: ``(out, in/groups, *k)``.
+        groups: Number of groups.
+        transposed: Whether the weight of a transposed convolution is wanted.
+
+    Returns:
+        ``(in, out/groups, *k)`` when transposed, else the kernel itself.
+
+    Raises:
+        UsageError: The channels do not divide into the groups.
+    """
+    return _swap_channels(kernel, groups) if transposed else kernel
+
+
+def _swap_channels(weight: Tensor, groups: int) -> Tensor:
+    """``(g·a, b, *k) -> (g·b, a, *k)``, group by group; its own inverse."""
+    check_groups(weight, groups)
+    rows, columns, *spatial = weight.shape
+    grouped = weight.reshape(groups, rows // groups, columns, *spatial)
+    return grouped.transpose(1, 2).reshape(groups * columns, rows // groups, *spatial).contiguous()
+
+
+def check_groups(weight: Tensor, groups: int) -> None:
+    """Raises `UsageError` unless the first axis divides into ``groups``."""
+    if groups < 1 or weight.dim() < 2 or weight.shape[0] % groups:
+        raise UsageError(
+            f"a weight of shape {tuple(weight.shape)} does not divide into {groups} groups",
+            expected="groups that divide the first axis",
+            got=f"groups={groups}",
+        )
+
+
+def prepare_kernel(kernel: Tensor, groups: int, spatial: tuple[int, int] = (1, 3)) -> Tensor:
+    """Checks a kernel and brings it to its compute dtype, without a gradient.
+
+    Finiteness is checked by the callers, from a norm that they need anyway (`check_finite`).
+
+    Args:
+        kernel: ``(out, in/groups, *k)`` of any real floating dtype.
+        groups: Number of groups.
+        spatial: The fewest and the most spatial axes allowed.
+
+    Returns:
+        The detached kernel in float32 or float64.
+
+    Raises:
+        UsageError: Wrong rank, dtype, groups, or an empty axis.
+    """
+    low, high = spatial
+    if not low <= kernel.dim() - 2 <= high:
+        raise UsageError(
+            f"a kernel of shape {tuple(kernel.shape)} cannot be decomposed",
+            expected=f"(out, in/groups, *k) with {low} to {high} spatial axes",
+            got=f"{kernel.dim()} axes",
+        )
+    if not kernel.dtype.is_floating_point:
+        raise UsageError("only real floating kernels can be decomposed", got=str(kernel.dtype))
+    if kernel.numel() == 0:
+        raise UsageError(f"a kernel of shape {tuple(kernel.shape)} has no elements")
+    check_groups(kernel, groups)
+    return kernel.detach().to(compute_dtype(kernel.dtype))
+
+
+def check_finite(norm: float, tensor: Tensor, name: str = "kernel") -> None:
+    """Raises `RefusedError` when ``norm``, the norm of ``tensor``, shows that it holds NaN or Inf."""
+    if math.isfinite(norm):
+        return
+    nans, infs = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    raise RefusedError(
+        f"the {name} holds {nans} NaN and {infs} Inf among {tensor.numel()} values: it cannot be decomposed",
+        expected="finite values",
+        got=f"{nans} NaN, {infs} Inf",
+        hint="repair the weights, or exclude this layer",
+    )
+
+
+def check_rank(rank: int, limit: int, name: str = "rank") -> int:
+    """A width as a plain integer between 1 and ``limit``.
+
+    Args:
+        rank: The width asked for.
+        limit: The largest width that makes sense.
+        name: What to call it in the error.
+
+    Returns:
+        The width.
+
+    Raises:
+        UsageError: Not an integer, a bool, below 1, or beyond the limit.
+    """
+    try:
+        width = operator.index(rank)
+    except TypeError:
+        width = 0
+    if isinstance(rank, bool) or not 1 <= width <= limit:
+        raise UsageError(
+            f"{name} {rank!r} is not a width of this kernel",
+            expected=f"an integer from 1 to {limit} (per group)",
+            got=repr(rank),
+            hint="resolve_rank turns a ratio such as 0.5 or '50%' into a width",
+        )
+    return width
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One convolution of a factorised convolution.
+
+    Attributes:
+        name: ``reduce``, ``core``, ``expand``, ``first``, ``second``, ``depthwise`` or ``pointwise``. weight: In
+            the layout of the convolution that the stage is: ``(out, in/groups, *k)``, or ``(in, out/groups, *k)``
+            when ``transposed``.
+        groups: Number of groups of this stage.
+        transposed: Whether this stage is a transposed convolution.
+        axes: The spatial axes on which this stage carries the original's kernel size, stride, padding, dilation and
+            output padding. On the other axes: size 1, stride 1, no padding.
+    """
+
+    name: str
+    weight: Tensor
+    groups: int
+    transposed: bool
+    axes: tuple[int, ...]
+
+    @property
+    def in_channels(self) -> int:
+        """Input channels, over all groups."""
+        return self.weight.shape[0] if self.transposed else self.weight.shape[1] * self.groups
+
+    @property
+    def out_channels(self) -> int:
+        """Output channels, over all groups."""
+        return self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Factors:
+    """What every form has in common.
+
+    Attributes:
+        groups: Groups of the original convolution.
+        relative_error: ``‖W − Ŵ‖ / ‖W‖`` of the factors as they are returned (before any `to`); 0 for a zero kernel.
+        weighted_error: The same in the norm that was minimised, ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖``; equal to
+            ``relative_error`` when no weights were given.
+    """
+
+    groups: int
+    relative_error: float
+    weighted_error: float
+
+    def reconstruct(self) -> Tensor:
+        """The kernel ``(out, in/groups, *k)`` that the factors stand for."""
+        raise NotImplementedError
+
+    def stages(self, transposed: bool = False) -> tuple[Stage, ...]:
+        """The factors as a chain of convolutions, first to last.
+
+        Args:
+            transposed: Whether the original is a transposed convolution (brought to forward layout before).
+        """
+        raise NotImplementedError
+
+    @property
+    def params(self) -> int:
+        """Parameters of all factors, biases apart."""
+        return sum(stage.weight.numel() for stage in self.stages())
+
+    def to(self: _F, target: torch.dtype | torch.device | str) -> _F:
+        """The same factors in another dtype or on another device; the errors stay those of the original factors."""
+        changed = {
+            field.name: getattr(self, field.name).to(target)
+            for field in fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return replace(self, **changed)
+
+
+def pointwise_weight(matrix: Tensor, spatial_axes: int) -> Tensor:
+    """A matrix ``(out, in/groups)`` as a convolution weight ``(out, in/groups, 1, …)``."""
+    return matrix.reshape(*matrix.shape, *(1,) * spatial_axes)
+
+
+def relative(residual: float, norm: float) -> float:
+    """``residual / norm``, and 0 for a zero kernel, which every factorisation meets exactly."""
+    return residual / norm if norm else 0.0
+
+
+def spatial_size(shape: Sequence[int]) -> int:
+    """The product of the spatial sizes of a kernel shape ``(out, in/groups, *k)``."""
+    return math.prod(shape[2:])

@@ -1,0 +1,146 @@
+"""Rank choice: what a user writes, an energy threshold, and EVBMF, as a width of one side of a kernel.
+
+A *width* is an integer. A *ratio* is a share of the channels on that side, per group where the convolution is
+grouped. An explicit width is taken as it is; a width that was computed (from a ratio, an energy or EVBMF) is
+rounded to a multiple that hardware likes.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from typing import Protocol, SupportsIndex
+
+import torch
+from torch import Tensor
+
+from pwrewrite.decompose.evbmf import evbmf_rank
+from pwrewrite.errors import UsageError
+
+__all__ = ["RankSpec", "default_multiple", "energy_rank", "evbmf_rank", "resolve_rank", "round_rank"]
+
+#: What a rank may be given as: a width, a ratio, or either as text.
+RankSpec = SupportsIndex | float | str
+
+_INTEGER = re.compile(r"[+-]?\d+")
+
+
+class HasErrors(Protocol):
+    """A spectrum: the relative error at rank 0, 1, …, full."""
+
+    relative_errors: Tensor
+
+
+def default_multiple(channels: int) -> int:
+    """8 for 64 channels and more, else 1."""
+    return 8 if channels >= 64 else 1
+
+
+def round_rank(rank: float, channels: int, multiple: int | None = None) -> int:
+    """A computed rank as a width: the nearest multiple, at least 1 and at most ``channels``.
+
+    A rank too small for any multiple is rounded to an integer instead, and one at the full width stays there.
+
+    Args:
+        rank: The rank wanted, not necessarily whole.
+        channels: The channels on that side, per group.
+        multiple: What to round to; None for `default_multiple`.
+
+    Returns:
+        The width.
+
+    Raises:
+        UsageError: A multiple below 1.
+    """
+    multiple = default_multiple(channels) if multiple is None else multiple
+    if multiple < 1:
+        raise UsageError(f"cannot round ranks to a multiple of {multiple}", expected="1 or more", got=str(multiple))
+    if rank >= channels:
+        return channels
+    rounded = multiple * math.floor(rank / multiple + 0.5)
+    return min(channels, rounded or max(1, math.floor(rank + 0.5)))
+
+
+def resolve_rank(spec: RankSpec, channels: int, multiple: int | None = None, name: str = "rank") -> int:
+    """A width from what a user wrote.
+
+    Args:
+        spec: An integer or ``"32"`` is a width; a float in (0, 1], ``"0.5"`` or ``"50%"`` a ratio of ``channels``.
+        channels: The channels on that side, per group where grouped.
+        multiple: What a ratio is rounded to; None for `default_multiple`. A width is never rounded.
+        name: What to call it in an error.
+
+    Returns:
+        A width from 1 to ``channels``.
+
+    Raises:
+        UsageError: Zero, negative, beyond the channels, a ratio above 1, not a number, a bool, or text that is neither.
+    """
+    value = _parse(spec, name)
+    if isinstance(value, int):
+        if not 1 <= value <= channels:
+            raise UsageError(
+                f"{name} {spec!r} is not a width of {channels} channels",
+                expected=f"an integer from 1 to {channels}",
+                got=repr(spec),
+                hint="a ratio is written 0.5 or 50%",
+            )
+        return value
+    if not 0 < value <= 1:
+        raise UsageError(
+            f"{name} {spec!r} is not a ratio",
+            expected="a number in (0, 1], or a percentage up to 100%",
+            got=repr(spec),
+            hint="a width is written as an integer, without a point",
+        )
+    return round_rank(value * channels, channels, multiple)
+
+
+def _parse(spec: RankSpec, name: str) -> int | float:
+    """An int for a width and a float for a ratio."""
+    if isinstance(spec, bool):
+        raise _unreadable(spec, name)
+    if isinstance(spec, str):
+        text = spec.strip()
+        try:
+            if text.endswith("%"):
+                return float(text[:-1]) / 100
+            return int(text) if _INTEGER.fullmatch(text) else float(text)
+        except ValueError:
+            raise _unreadable(spec, name) from None
+    try:
+        return operator.index(spec)  # type: ignore[arg-type]  # a float raises, and is next
+    except TypeError:
+        pass
+    try:
+        return float(spec)  # numpy floats and the like
+    except (TypeError, ValueError):
+        raise _unreadable(spec, name) from None
+
+
+def _unreadable(spec: object, name: str) -> UsageError:
+    return UsageError(
+        f"{name} {spec!r} is neither a width nor a ratio",
+        expected="an integer such as 32, or a ratio such as 0.5 or '50%'",
+        got=repr(spec),
+    )
+
+
+def energy_rank(spectrum: HasErrors, energy: float) -> int:
+    """The smallest rank that keeps a share of the energy ``‖W‖²`` (weighted, if the spectrum is).
+
+    Args:
+        spectrum: A spectrum of a form with one rank.
+        energy: The share to keep, in (0, 1].
+
+    Returns:
+        The rank, at least 1, not rounded to a multiple.
+
+    Raises:
+        UsageError: A share out of (0, 1].
+    """
+    if not 0 < energy <= 1:
+        raise UsageError(f"an energy of {energy!r} makes no sense", expected="a share in (0, 1]", got=repr(energy))
+    lost = spectrum.relative_errors.square()
+    return max(1, int(torch.argmax((lost <= 1 - energy).to(torch.int8)))) if lost[-1] <= 1 - energy else len(lost) - 1

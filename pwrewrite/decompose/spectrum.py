@@ -1,0 +1,215 @@
+"""One factorisation of a stack of matrices, truncated at any rank; the error at every rank.
+
+For one matrix ``M (m, n)`` and weights ``G (m, m)`` on its rows and ``C (n, n)`` on its columns, the best rank-r
+``M̂`` in ``‖G^½ (M − M̂) C^½‖`` follows from the singular vectors ``U`` of ``G^½ M C^½`` (Eckart & Young 1936,
+after the change of variables):
+
+    M̂ = G^-½ U_r U_rᵀ G^½ M
+
+an oblique projection of ``M``. ``C`` enters through the Gram matrix ``G^½ M C Mᵀ G^½`` alone, whose eigenvectors
+are ``U`` and whose eigenvalues are the squared singular values, so no root of ``C`` is ever taken. The projection
+works on the shorter side of ``M`` (on the columns when ``n < m``, with the parts exchanged): there ``U`` is square
+at full rank, the projection is the identity, and full rank is exact however singular the weights are. The range of
+the projection is given an orthonormal basis ``Q`` by a QR decomposition, so that rounding a factor never meets a
+large inverse root.
+
+The Gram matrix of a float32 kernel is formed in float64, where squaring the condition number costs nothing that float32
+could show; a float64 kernel without weights goes through a QR decomposition and an SVD instead.
+
+All matrices of a stack (the groups of a convolution) are truncated at the same rank, and their squared errors add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from pwrewrite.decompose.layout import Factors, check_finite, check_rank, frobenius, relative, wide_dtype
+from pwrewrite.decompose.weighting import SideWeight, multiply_root
+from pwrewrite.errors import UsageError
+
+_F = TypeVar("_F", bound=Factors)
+
+
+@dataclass(frozen=True, eq=False)
+class Truncation:
+    """A stack of matrices at one rank: ``left @ right``.
+
+    Attributes:
+        left: ``(groups, m, rank)``.
+        right: ``(groups, rank, n)``.
+        relative_error: ``‖M − left @ right‖ / ‖M‖`` of the whole stack.
+        weighted_error: The same in the weighted norm.
+    """
+
+    left: Tensor
+    right: Tensor
+    relative_error: float
+    weighted_error: float
+
+
+def left_basis(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A complete orthonormal basis of left singular vectors, to working precision.
+
+    Args:
+        matrix: ``(*batch, m, n)`` in float32 or float64.
+
+    Returns:
+        ``U (*batch, m, m)`` and the squared singular values ``(*batch, m)`` in descending order, both in the widest
+        dtype.
+    """
+    wide = wide_dtype(matrix)
+    if matrix.dtype != wide:
+        return gram_basis((wide_matrix := matrix.to(wide)) @ wide_matrix.mT)
+    rows, columns = matrix.shape[-2:]
+    if columns > rows:
+        matrix = torch.linalg.qr(matrix.mT, mode="r")[1].mT
+    vectors, values, _ = torch.linalg.svd(matrix, full_matrices=True)
+    energies = values.new_zeros(*values.shape[:-1], rows)
+    energies[..., : values.shape[-1]] = values.square()
+    return vectors, energies
+
+
+def gram_basis(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors and eigenvalues of a symmetric positive semi-definite matrix, largest first, none below 0."""
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors.flip(-1), values.flip(-1).clamp(min=0)
+
+
+class MatrixSpectrum:
+    """The factorisation of a stack of matrices ``(groups, m, n)``.
+
+    Args:
+        matrix: ``(groups, m, n)`` in the compute dtype.
+        left: The weight of the rows, None for the identity.
+        right: The weight of the columns, None for the identity.
+
+    Attributes:
+        matrix: As given.
+        energies: ``(groups, min(m, n))``: squared singular values of ``G^½ M C^½``, descending, in the widest dtype.
+        max_rank: ``min(m, n)``.
+    """
+
+    def __init__(self, matrix: Tensor, left: SideWeight | None = None, right: SideWeight | None = None) -> None:
+        self.matrix = matrix
+        self.norm = frobenius(matrix)
+        check_finite(self.norm, matrix)
+        self._left, self._right = left, right
+        self.max_rank = min(matrix.shape[-2:])
+        self._on_columns = matrix.shape[-1] < matrix.shape[-2]
+        rows, near, far = (matrix.mT, right, left) if self._on_columns else (matrix, left, right)
+        self._root: Tensor | None = None
+        self._inverse: Tensor | None = None
+        if near is None and far is None:
+            self._basis, self.energies = left_basis(rows)
+            return
+        wide = rows.to(wide_dtype(matrix))
+        gram = (far.multiply(wide.mT).mT if far is not None else wide) @ wide.mT
+        if near is not None:
+            self._root, self._inverse = near.roots()
+            gram = multiply_root(self._root, multiply_root(self._root, gram).mT)
+        self._basis, self.energies = gram_basis((gram + gram.mT) / 2)
+
+    @property
+    def losses(self) -> Tensor:
+        """``(max_rank + 1,)``: the squared weighted error at rank 0, 1, …, summed over the stack."""
+        energies = self.energies.sum(0)
+        tails = energies.flip(0).cumsum(0).flip(0)
+        return torch.cat([tails, tails.new_zeros(1)])
+
+    @property
+    def relative_errors(self) -> Tensor:
+        """``(max_rank + 1,)``: the relative (weighted) error at rank 0, 1, …"""
+        losses = self.losses
+        return (losses / losses[0]).sqrt() if losses[0] > 0 else torch.zeros_like(losses)
+
+    def truncate(self, rank: int) -> Truncation:
+        """The best approximation of one rank, from the factorisation that is already there.
+
+        Args:
+            rank: From 1 to ``max_rank``.
+
+        Raises:
+            UsageError: A rank out of that range.
+        """
+        rank = check_rank(rank, self.max_rank)
+        basis = self._basis[..., :rank]
+        dtype, rows = self.matrix.dtype, self.matrix.mT if self._on_columns else self.matrix
+        if self._root is None or self._inverse is None or rank == self.max_rank:
+            tall = basis.to(dtype)
+            wide = tall.mT @ rows
+        else:
+            orthonormal, triangle = torch.linalg.qr(multiply_root(self._inverse, basis))
+            tall = orthonormal.to(dtype)
+            projected = multiply_root(self._root, basis).mT @ rows.to(basis.dtype)
+            wide = (triangle @ projected).to(dtype)
+        left, right = (wide.mT, tall.mT) if self._on_columns else (tall, wide)
+        residual = torch.baddbmm(self.matrix, left, right, alpha=-1)
+        error = relative(frobenius(residual), self.norm)
+        weighted = error
+        if self._left is not None or self._right is not None:
+            weighted = float(self.relative_errors[rank])
+        return Truncation(left, right, error, weighted)
+
+
+class Spectrum(Generic[_F]):
+    """One factorisation of a kernel in one form, from which the form at any rank is read off.
+
+    Args:
+        matrices: The factorised matricisation of the kernel.
+        build: Turns a truncation of it into the form.
+
+    Attributes:
+        max_rank: The rank (per group) at which the form is exact.
+        energies: ``(groups, max_rank)``: squared singular values, descending, in the widest dtype.
+        losses: ``(max_rank + 1,)``: the squared weighted error ``‖G^½ (W − Ŵ) C^½‖²`` at rank 0, 1, …
+        relative_errors: ``(max_rank + 1,)``: the square root of the losses over the loss at rank 0.
+    """
+
+    def __init__(self, matrices: MatrixSpectrum, build: Callable[[Truncation], _F]) -> None:
+        self._matrices = matrices
+        self._build = build
+        self.max_rank = matrices.max_rank
+        self.energies = matrices.energies
+        self.losses = matrices.losses
+        self.relative_errors = matrices.relative_errors
+
+    def truncate(self, rank: int) -> _F:
+        """The form at one rank (per group), without another factorisation.
+
+        Args:
+            rank: From 1 to ``max_rank``.
+
+        Raises:
+            UsageError: A rank out of that range.
+        """
+        return self._build(self._matrices.truncate(rank))
+
+
+def svd_spectrum(matrix: Tensor, left: SideWeight | None = None, right: SideWeight | None = None) -> MatrixSpectrum:
+    """The factorisation of a matrix ``(m, n)`` or a stack of them ``(groups, m, n)``, for any use.
+
+    Args:
+        matrix: float32 or float64.
+        left: The weight of the rows.
+        right: The weight of the columns.
+
+    Returns:
+        The spectrum; its factors are stacked even for a single matrix.
+
+    Raises:
+        UsageError: Not a matrix or a stack of matrices in float32 or float64, or empty.
+        RefusedError: NaN or Inf.
+    """
+    stack = matrix.detach().reshape(1, *matrix.shape) if matrix.dim() == 2 else matrix.detach()
+    if stack.dim() != 3 or stack.dtype not in (torch.float32, torch.float64) or math.prod(stack.shape) == 0:
+        raise UsageError(
+            f"cannot factorise a tensor of shape {tuple(matrix.shape)} and dtype {matrix.dtype}",
+            expected="(m, n) or (groups, m, n) in float32 or float64, not empty",
+        )
+    return MatrixSpectrum(stack, left, right)

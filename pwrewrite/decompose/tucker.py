@@ -1,0 +1,238 @@
+"""Bottlenecks: 1×1 reduce → k×k core → 1×1 expand, by a Tucker-2 decomposition of the two channel axes.
+
+    W[o, i, k] ≈ Σ_a Σ_b  expand[o, a] · core[a, b, k] · reduce[b, i]
+
+after Kim et al. 2016 ("Compression of deep convolutional neural networks for fast and low power mobile
+applications"), who keep the spatial axes whole. The factors are orthonormal (`pwrewrite.decompose.hooi`), so at
+full rank the bottleneck is the convolution, up to the rounding of two orthogonal matrices. Stride, padding,
+dilation and output padding sit on the core; ``reduce`` runs at the input's resolution, ``expand`` at the output's.
+Grouped convolutions are cut group by group, to equal ranks, and all three convolutions run with the same groups.
+
+**Weights.** With ``G`` over ``out`` and ``C`` over ``in``, ``‖G^½ (W − Ŵ) C^½‖`` is minimised by decomposing ``W' =
+G^½ W C^½`` and mapping the factors back with the inverse roots. They are made orthonormal again and their triangles
+go into the core. A side at full rank has a square factor ``Q``, and there the oblique projection is taken as ``Q
+Qᵀ``, so singular weights cannot break exactness. Weighted decompositions are computed in float64 throughout.
+
+A better weight over the whole patch ``in·k`` is not of this product form: take
+`pwrewrite.decompose.weighting.split_moment`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pwrewrite.decompose.hooi import best_subspaces, project
+from pwrewrite.decompose.layout import (
+    Factors,
+    Stage,
+    check_finite,
+    check_rank,
+    frobenius,
+    from_forward_layout,
+    pointwise_weight,
+    prepare_kernel,
+    relative,
+    wide_dtype,
+)
+from pwrewrite.decompose.weighting import SideWeight, side_weight
+from pwrewrite.errors import UsageError
+
+#: Below this squared relative error ‖W‖² − ‖core‖² has lost too many digits, and the residual itself is formed.
+_CANCELLATION = 1e-2
+#: Norms outside of this range are scaled to 1, so that no square under- or overflows in float32.
+_SCALE = (1e-8, 1e8)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Tucker2(Factors):
+    """A bottleneck.
+
+    Attributes:
+        reduce: ``(groups·rank_in, in/groups)``.
+        core: ``(groups·rank_out, rank_in, *k)``.
+        expand: ``(out, rank_out)``.
+    """
+
+    reduce: Tensor
+    core: Tensor
+    expand: Tensor
+
+    @property
+    def rank_in(self) -> int:
+        """The width after the reduction, per group."""
+        return self.core.shape[1]
+
+    @property
+    def rank_out(self) -> int:
+        """The width before the expansion, per group."""
+        return self.expand.shape[1]
+
+    def reconstruct(self) -> Tensor:
+        """The kernel ``(out, in/groups, *k)``."""
+        groups, rank_in, rank_out = self.groups, self.rank_in, self.rank_out
+        core = self.core.reshape(groups, rank_out, rank_in, -1)
+        inner = (core.mT @ self.reduce.reshape(groups, 1, rank_in, -1)).mT
+        _, _, channels, size = inner.shape
+        kernel = self.expand.reshape(groups, -1, rank_out) @ inner.reshape(groups, rank_out, channels * size)
+        return kernel.reshape(-1, channels, *self.core.shape[2:])
+
+    def stages(self, transposed: bool = False) -> tuple[Stage, ...]:
+        """Reduce (1×1, ordinary), core, expand (1×1, ordinary)."""
+        axes = tuple(range(self.core.dim() - 2))
+        core = from_forward_layout(self.core, self.groups, transposed)
+        return (
+            Stage("reduce", pointwise_weight(self.reduce, len(axes)), self.groups, False, ()),
+            Stage("core", core, self.groups, transposed, axes),
+            Stage("expand", pointwise_weight(self.expand, len(axes)), self.groups, False, ()),
+        )
+
+
+def tucker2(
+    kernel: Tensor,
+    *,
+    rank_in: int,
+    rank_out: int,
+    groups: int = 1,
+    method: str = "hooi",
+    sweeps: int = 5,
+    tolerance: float = 3e-4,
+    input_weight: Tensor | None = None,
+    output_weight: Tensor | None = None,
+) -> Tucker2:
+    """Decomposes a kernel into reduce, core and expand.
+
+    Args:
+        kernel: ``(out, in/groups, *k)`` with 1 to 3 spatial axes, forward layout; any real floating dtype.
+        rank_in: Width after the reduction, per group, 1 to ``in/groups``.
+        rank_out: Width before the expansion, per group, 1 to ``out/groups``.
+        groups: Number of groups.
+        method: ``hooi``, or ``hosvd`` for the truncation that `Tucker2Spectrum` tabulates.
+        sweeps: For ``hooi``: at most this many updates of both factors.
+        tolerance: For ``hooi``: stop when an update lowers the error by less than this share.
+        input_weight: ``C``, over ``in``.
+        output_weight: ``G``, over ``out``.
+
+    Returns:
+        The factors, in float32 or, for a float64 kernel, float64.
+
+    Raises:
+        UsageError: A kernel, rank, method or weight that does not fit.
+        RefusedError: NaN or Inf.
+    """
+    prepared = prepare_kernel(kernel, groups)
+    rank_in = check_rank(rank_in, prepared.shape[1], "rank_in")
+    rank_out = check_rank(rank_out, prepared.shape[0] // groups, "rank_out")
+    if method not in ("hooi", "hosvd"):
+        raise UsageError(f"method {method!r} is not known", expected="'hooi' or 'hosvd'")
+    problem = TuckerProblem(prepared, groups, input_weight, output_weight)
+    return problem.solve(rank_in, rank_out, method, sweeps, tolerance)
+
+
+class TuckerProblem:
+    """A kernel prepared for decomposition: laid out, scaled, weighted; and the way back to factors.
+
+    Args:
+        kernel: From `prepare_kernel`.
+        groups: Number of groups.
+        input_weight: ``C``, over ``in``, or None.
+        output_weight: ``G``, over ``out``, or None.
+
+    Attributes:
+        tensor: ``(*groups, out/groups, k, in/groups)``, without a group axis when there is one group; scaled to
+            norm 1 where its square would leave float32.
+        norm: Its Frobenius norm.
+        weighted: ``G^½ tensor C^½`` in the widest dtype; ``tensor`` itself without weights.
+        weighted_norm: The norm of that.
+        scale: What the core must be multiplied by.
+    """
+
+    def __init__(self, kernel: Tensor, groups: int, input_weight: Tensor | None, output_weight: Tensor | None) -> None:
+        out, channels, *spatial = kernel.shape
+        self.groups, self.spatial, self.dtype = groups, spatial, kernel.dtype
+        batch = () if groups == 1 else (groups,)
+        tensor = kernel.reshape(*batch, out // groups, channels, -1).mT.contiguous()
+        norm = frobenius(tensor)
+        check_finite(norm, kernel)
+        self.scale = 1.0 if norm == 0 or _SCALE[0] < norm < _SCALE[1] else norm
+        self.tensor = tensor if self.scale == 1 else tensor / self.scale
+        self.norm = norm / self.scale
+        left = side_weight(output_weight, groups, out // groups, 1, kernel, "output_weight")
+        right = side_weight(input_weight, groups, channels, 1, kernel, "input_weight")
+        self._roots = (self._root(left), self._root(right))
+        self.plain = left is None and right is None
+        self.weighted = self.tensor if self.plain else self._weigh(self.tensor.to(wide_dtype(kernel)))
+        self.weighted_norm = self.norm if self.plain else frobenius(self.weighted)
+
+    def _root(self, weight: SideWeight | None) -> tuple[Tensor, Tensor] | None:
+        """Root and inverse root, without a group axis when there is one group."""
+        if weight is None:
+            return None
+        root, inverse = weight.roots()
+        return (root[0], inverse[0]) if self.groups == 1 else (root, inverse)
+
+    def _weigh(self, tensor: Tensor) -> Tensor:
+        """``G^½ tensor C^½``."""
+        left, right = self._roots
+        if left is not None:
+            tensor = project(0, left[0], tensor)
+        return tensor if right is None else project(1, right[0], tensor)
+
+    def solve(self, rank_in: int, rank_out: int, method: str, sweeps: int, tolerance: float) -> Tucker2:
+        """Decomposes from scratch."""
+        if self.weighted_norm == 0:
+            eye = [torch.eye(size, dtype=self.dtype, device=self.tensor.device) for size in self.weighted.shape[-3::2]]
+            batch = self.tensor.shape[:-3]
+            return self.finish(eye[0][:, :rank_out].expand(*batch, -1, -1), eye[1][:, :rank_in].expand(*batch, -1, -1))
+        found = best_subspaces(self.weighted, rank_out, rank_in, method, sweeps, tolerance, self.weighted_norm)
+        return self.finish(found.out, found.inner, found.core)
+
+    def finish(self, out: Tensor, inner: Tensor, core: Tensor | None = None) -> Tucker2:
+        """Orthonormal factors of the weighted tensor as a bottleneck of the kernel.
+
+        Args:
+            out: ``(*groups, out/groups, rank_out)``.
+            inner: ``(*groups, in/groups, rank_in)``.
+            core: The weighted tensor projected onto both, if it is at hand; used where nothing is weighted.
+        """
+        if self.plain:
+            out, inner = out.to(self.dtype), inner.to(self.dtype)
+            core = project(0, out.mT, project(1, inner.mT, self.tensor)) if core is None else core.to(self.dtype)
+            error = weighted_error = self._plain_error(out, inner, core)
+        else:
+            out, reach_out = self._unweigh(0, out)
+            inner, reach_in = self._unweigh(1, inner)
+            wide = self.tensor.to(out.dtype)
+            core = project(0, reach_out.mT, project(1, reach_in.mT, wide)).to(self.dtype)
+            out, inner = out.to(self.dtype), inner.to(self.dtype)
+            residual = self.tensor - project(0, out, project(1, inner, core))
+            error = relative(frobenius(residual), self.norm)
+            weighted_error = relative(frobenius(self._weigh(residual.to(wide.dtype))), self.weighted_norm)
+        rank_out, rank_in = core.shape[-3], core.shape[-1]
+        core = core if self.scale == 1 else core * self.scale
+        return Tucker2(
+            reduce=inner.mT.reshape(self.groups * rank_in, -1).contiguous(),
+            core=core.mT.reshape(self.groups * rank_out, rank_in, *self.spatial).contiguous(),
+            expand=out.reshape(-1, rank_out).contiguous(),
+            groups=self.groups,
+            relative_error=error,
+            weighted_error=weighted_error,
+        )
+
+    def _unweigh(self, side: int, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """An orthonormal basis for one side of the unweighted kernel, and the (transposed) projection to it."""
+        roots = self._roots[side]
+        if roots is None or factor.shape[-1] == factor.shape[-2]:
+            return factor, factor
+        basis, triangle = torch.linalg.qr(roots[1] @ factor)
+        return basis, roots[0] @ factor @ triangle.mT
+
+    def _plain_error(self, out: Tensor, inner: Tensor, core: Tensor) -> float:
+        """The relative error, from the norms where that is precise enough and from the residual where it is not."""
+        share = 1 - (relative(frobenius(core), self.norm)) ** 2
+        if self.norm and share > _CANCELLATION:
+            return math.sqrt(share)
+        return relative(frobenius(project(0, out, project(1, inner, core)).sub_(self.tensor)), self.norm)

@@ -1,0 +1,198 @@
+"""Weights of the norm that a decomposition minimises, and their roots.
+
+The forms minimise ``‖G^½ (W − Ŵ) C^½‖_F`` where ``G (out, out)`` and ``C (in·k, in·k)`` are second moments of the
+gradient at the convolution's output and of its input patches. In that norm the error of a layer is, to second
+order, the change of the loss (Hassibi & Stork 1993; the Kronecker form is that of Martens & Grosse 2015). Without
+weights both are the identity.
+
+Axes are flattened channel first, ``(in, kH, kW)``, as `torch.nn.functional.unfold` does. For each side of a
+matricisation with axes ``(channels, *rest)`` a weight may be given over
+
+* all of it, ``(channels·rest, channels·rest)``, or
+* the channels only, ``(channels, channels)``, and then stands for ``weight ⊗ identity``.
+
+For a grouped convolution it is a stack ``(groups, d, d)``, or one matrix over the channels of all groups, of which the
+diagonal blocks are taken (the groups do not mix).
+
+A form whose norm is not of that shape is served by a Kronecker approximation: `split_moment` takes partial traces.
+
+Weights may be singular. A root floors the eigenvalues at `EIGENVALUE_FLOOR` times the largest, so that it can be
+inverted; a well-conditioned weight is not changed at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pwrewrite.decompose.layout import check_finite, frobenius, wide_dtype
+from pwrewrite.errors import UsageError
+
+#: Eigenvalues of a weight below this share of the largest count as this share: the root then has a condition number
+#: of at most 1e4, which float64 carries to about 1e-12.
+EIGENVALUE_FLOOR = 1e-8
+
+
+@dataclass(frozen=True, eq=False)
+class SideWeight:
+    """A weight on one side of a stack of matrices: ``matrix ⊗ identity(repeat)``.
+
+    Attributes:
+        matrix: ``(groups, d, d)``, symmetric positive semi-definite.
+        repeat: Size of the identity behind it.
+    """
+
+    matrix: Tensor
+    repeat: int
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """The weight times ``rows (groups, d·repeat, columns)``."""
+        return _kronecker_multiply(self.matrix, rows)
+
+    def roots(self) -> tuple[Tensor, Tensor]:
+        """The symmetric root and its inverse, each ``(groups, d, d)``, eigenvalues floored.
+
+        Raises:
+            UsageError: The weight has an eigenvalue that is clearly negative.
+        """
+        values, vectors = torch.linalg.eigh(self.matrix)
+        top = values[..., -1:]
+        if bool((values[..., :1] < -1e-4 * top.abs()).any()):
+            raise UsageError(
+                "a weight is not positive semi-definite",
+                got=f"smallest eigenvalue {float(values.min()):.3g}, largest {float(values.max()):.3g}",
+                expected="a matrix of second moments",
+            )
+        floor = torch.where(top > 0, top * EIGENVALUE_FLOOR, torch.ones_like(top))
+        root = torch.maximum(values, floor).sqrt()
+        return (vectors * root.unsqueeze(-2)) @ vectors.mT, (vectors / root.unsqueeze(-2)) @ vectors.mT
+
+
+def _kronecker_multiply(matrix: Tensor, rows: Tensor) -> Tensor:
+    """``(matrix ⊗ identity) @ rows`` without forming it."""
+    *batch, size, columns = rows.shape
+    inner = matrix.shape[-1]
+    return (matrix @ rows.reshape(*batch, inner, size // inner * columns)).reshape(*batch, size, columns)
+
+
+def multiply_root(root: Tensor, rows: Tensor) -> Tensor:
+    """A root ``(groups, d, d)`` of a `SideWeight`, with the identity behind it, times ``rows (groups, side, n)``."""
+    return _kronecker_multiply(root, rows)
+
+
+def side_weight(
+    weight: Tensor | None, groups: int, channels: int, rest: int, like: Tensor, name: str
+) -> SideWeight | None:
+    """Checks a weight and brings it to a stack in the widest dtype.
+
+    Args:
+        weight: ``(d, d)`` over the channels of all groups, or ``(groups, d, d)``; None for the identity.
+        groups: Number of groups.
+        channels: Channels per group on this side.
+        rest: Product of the other axes on this side.
+        like: A tensor on the device to use.
+        name: What to call the weight in an error.
+
+    Returns:
+        The weight, or None for the identity.
+
+    Raises:
+        UsageError: A shape that fits neither the channels nor the whole side.
+        RefusedError: NaN or Inf in the weight.
+    """
+    if weight is None:
+        return None
+    weight = weight.detach().to(device=like.device, dtype=wide_dtype(like))
+    sizes = (channels, channels * rest)
+    stacked = weight
+    if weight.dim() == 2 and weight.shape[0] == weight.shape[1] and weight.shape[0] % groups == 0:
+        size = weight.shape[0] // groups
+        stacked = weight.reshape(groups, size, groups, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    if (
+        stacked.dim() != 3
+        or stacked.shape[0] != groups
+        or stacked.shape[1] != stacked.shape[2]
+        or stacked.shape[1] not in sizes
+    ):
+        shapes = " or ".join(str((groups * size, groups * size)) for size in dict.fromkeys(sizes))
+        stacks = " or ".join(str((groups, size, size)) for size in dict.fromkeys(sizes))
+        raise UsageError(
+            f"{name} of shape {tuple(weight.shape)} does not fit the kernel",
+            expected=f"{shapes}, or a stack {stacks}",
+            got=str(tuple(weight.shape)),
+        )
+    check_finite(frobenius(stacked), stacked, name)
+    return SideWeight((stacked + stacked.mT) / 2, channels * rest // stacked.shape[1])
+
+
+def split_moment(moment: Tensor, channels: int, spatial: Sequence[int], axes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The Kronecker approximation of an input moment over the axes that stay near the input and those that do not.
+
+    Both parts are partial traces, ``A = tr_B(C)`` and ``B = tr_A(C) / tr(C)``, so ``A ⊗ B`` has the trace of ``C``,
+    and equals ``C`` when ``C`` is such a product. For `reduction`, ``axes=()``: ``A`` is its ``input_weight`` and
+    ``kron(G, B)`` its ``output_weight``. For `spatial`, ``axes`` are those of the first convolution.
+
+    Args:
+        moment: ``(in·k, in·k)`` or a stack ``(groups, in/groups·k, in/groups·k)``, channel first.
+        channels: Channels per matrix (per group for a stack).
+        spatial: The spatial sizes ``k``.
+        axes: The spatial axes that stay with the channels.
+
+    Returns:
+        ``A`` over ``(channels, *axes)`` and ``B`` over the other spatial axes.
+
+    Raises:
+        UsageError: The moment's size is not ``channels·k``.
+    """
+    size = channels * math.prod(spatial)
+    if moment.shape[-2:] != (size, size):
+        raise UsageError(
+            f"a moment of shape {tuple(moment.shape)} is not over {channels} channels and {tuple(spatial)}"
+        )
+    batch = moment.shape[:-2]
+    near = [0] + [1 + axis for axis in axes]
+    far = [1 + axis for axis in range(len(spatial)) if axis not in axes]
+    shape = (channels, *spatial)
+    dims = len(shape)
+    stack = moment.reshape(-1, *shape, *shape)
+    order = [
+        0,
+        *(1 + a for a in near),
+        *(1 + a for a in far),
+        *(1 + dims + a for a in near),
+        *(1 + dims + a for a in far),
+    ]
+    a, b = math.prod(shape[axis] for axis in near), math.prod(shape[axis] for axis in far)
+    paired = stack.permute(order).reshape(-1, a, b, a, b)
+    near_part = paired.diagonal(dim1=2, dim2=4).sum(-1)
+    far_part = paired.diagonal(dim1=1, dim2=3).sum(-1)
+    trace = near_part.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    far_part = torch.where(trace > 0, far_part / trace, torch.eye(b, dtype=moment.dtype, device=moment.device) / b)
+    return near_part.reshape(*batch, a, a), far_part.reshape(*batch, b, b)
+
+
+def kernel_loss(delta: Tensor, input_weight: Tensor | None, output_weight: Tensor | None, groups: int = 1) -> float:
+    """``‖G^½ Δ C^½‖² = tr(G Δ C Δᵀ)`` of a change of a kernel, in the full norm whatever the form.
+
+    Args:
+        delta: ``(out, in/groups, *k)``.
+        input_weight: ``C``, over ``in·k`` or ``in``; None for the identity.
+        output_weight: ``G``, over ``out``; None for the identity.
+        groups: Number of groups.
+
+    Returns:
+        The loss, summed over groups.
+    """
+    out, in_group, *spatial = delta.shape
+    rest = math.prod(spatial)
+    right = side_weight(input_weight, groups, in_group, rest, delta, "input_weight")
+    left = side_weight(output_weight, groups, out // groups, 1, delta, "output_weight")
+    rows = delta.to(wide_dtype(delta)).reshape(groups, out // groups, in_group * rest)
+    other = left.multiply(rows) if left is not None else rows
+    if right is not None:
+        rows = right.multiply(rows.mT).mT
+    return float((rows * other).sum())

@@ -1,0 +1,258 @@
+"""Ranks as users write them, by energy, by EVBMF, and at break-even."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from decompose_cases import SPECTRA, Convolution, convolutions, cut_rank, decaying
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pwrewrite.decompose import (
+    ConvShape,
+    break_even_ranks,
+    default_multiple,
+    energy_rank,
+    evbmf_rank,
+    expansion_spectrum,
+    ratio_ranks,
+    resolve_rank,
+    round_rank,
+    to_forward_layout,
+)
+from pwrewrite.errors import RefusedError, UsageError
+
+
+@pytest.mark.parametrize(
+    ("spec", "channels", "expected"),
+    [
+        (32, 100, 32),  # a width is taken as it is
+        (33, 100, 33),
+        (np.int64(7), 100, 7),
+        ("32", 100, 32),
+        (" 32 ", 100, 32),
+        (1, 1, 1),
+        ("1", 100, 1),
+        (0.5, 100, 48),  # a ratio of 64 channels or more is rounded to a multiple of 8; 50 is nearer to 48
+        (0.5, 60, 30),
+        ("0.5", 128, 64),
+        ("50%", 128, 64),
+        ("12.5 %", 64, 8),
+        (np.float32(0.25), 128, 32),
+        (1.0, 100, 100),  # full is full, multiple or not
+        ("1.0", 100, 100),
+        ("100%", 3, 3),
+        (0.99, 100, 96),
+        (0.999, 103, 103),
+        (0.01, 100, 1),  # never 0
+        (0.03, 100, 3),  # too small for a multiple
+        (0.5, 3, 2),
+        (0.001, 1, 1),
+    ],
+)
+def test_ranks_as_users_write_them(spec: object, channels: int, expected: int) -> None:
+    assert resolve_rank(spec, channels) == expected
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(0, -4, 101, "0", "-3", "101", 0.0, -0.5, 1.5, 32.0, "1.5", "150%", "0%", "-50%", True, False),
+        *(math.nan, math.inf, "nan", "inf", "-inf%", "half", "", "%", "3/4", "0x10", "5 0", None, [], 1 + 2j, "½"),
+    ],
+)
+def test_ranks_that_make_no_sense_are_named(spec: object) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve_rank(spec, 100, name="rank_in")
+    assert "rank_in" in str(caught.value)
+    assert caught.value.expected
+
+
+@given(rank=st.floats(0, 300), channels=st.integers(1, 300), multiple=st.one_of(st.none(), st.integers(1, 64)))
+def test_rounding_goes_to_the_nearest_multiple(rank: float, channels: int, multiple: int | None) -> None:
+    found = round_rank(rank, channels, multiple)
+    step = default_multiple(channels) if multiple is None else multiple
+    assert 1 <= found <= channels
+    if rank >= channels:
+        assert found == channels
+    elif rank < 0.5:
+        assert found == 1
+    elif found % step == 0:
+        assert abs(found - rank) <= step / 2
+    elif found == channels:  # the nearest multiple is beyond
+        assert channels - rank < step
+    else:
+        assert rank < step / 2
+        assert found == max(1, math.floor(rank + 0.5))
+
+
+def test_rounding_needs_a_multiple() -> None:
+    with pytest.raises(UsageError, match="multiple"):
+        round_rank(3, 10, 0)
+
+
+def test_energy_keeps_at_least_what_it_says() -> None:
+    spectrum = expansion_spectrum(decaying(20, 12, (3, 3), 1.0, torch.Generator().manual_seed(0)))
+    for energy in (1e-6, 0.3, 0.95, 0.999, 1.0):
+        rank = energy_rank(spectrum, energy)
+        kept = 1 - spectrum.relative_errors.square()
+        assert float(kept[rank]) >= energy - 1e-12
+        assert rank == 1 or float(kept[rank - 1]) < energy
+    for energy in (0, -1, 1.1, math.nan):
+        with pytest.raises(UsageError, match="energy"):
+            energy_rank(spectrum, energy)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 200), (200, 40), (100, 100), (64, 576)])
+@pytest.mark.parametrize("rank", [0, 1, 5, 20])
+@pytest.mark.parametrize("noise", [0.01, 1.0])
+def test_evbmf_finds_the_rank_of_a_noisy_matrix(rows: int, columns: int, rank: int, noise: float) -> None:
+    """Signal singular values are at least three times the largest of the noise, about noise·(√rows + √columns)."""
+    generator = torch.Generator().manual_seed(rank + rows)
+    left = torch.linalg.qr(torch.randn(rows, rank, generator=generator, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(columns, rank, generator=generator, dtype=torch.float64))[0]
+    strengths = noise * (math.sqrt(rows) + math.sqrt(columns)) * torch.linspace(3, 10, rank, dtype=torch.float64)
+    matrix = left * strengths @ right.T + noise * torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    assert evbmf_rank(matrix) == rank
+    assert evbmf_rank(matrix, sigma2=noise**2) == rank
+    assert evbmf_rank(torch.linalg.svdvals(matrix), (rows, columns)) == rank
+    assert evbmf_rank(matrix.float() * 1e-20) == rank
+
+
+def test_evbmf_of_extreme_matrices() -> None:
+    assert evbmf_rank(torch.zeros(4, 6)) == 0
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(30, 4, generator=generator) @ torch.randn(4, 50, generator=generator)
+    assert evbmf_rank(exact.double()) == 4
+    assert evbmf_rank(torch.tensor([[2.0]])) in (0, 1)
+    assert evbmf_rank(torch.randn(1, 20, generator=generator)) in (0, 1)
+    assert 0 <= evbmf_rank(torch.eye(10)) <= 10
+    with pytest.raises(RefusedError, match="NaN"):
+        evbmf_rank(torch.full((3, 3), math.nan))
+    for bad in (torch.zeros(3), torch.zeros(3, 0), torch.zeros(2, 2, 2)):
+        with pytest.raises(UsageError, match="evbmf_rank"):
+            evbmf_rank(bad)
+    with pytest.raises(UsageError, match="do not fit"):
+        evbmf_rank(torch.ones(5), (4, 6))
+    with pytest.raises(UsageError, match="noise variance"):
+        evbmf_rank(torch.ones(4, 4), sigma2=0.0)
+
+
+def counted(case: Convolution, form: str, ranks: tuple[int, ...]) -> tuple[int, int]:
+    """Parameters and MACs of the chain that a form really is, counted while it runs on one sample."""
+    weight, x, _ = case.tensors(torch.float32)
+    kernel = to_forward_layout(weight, case.groups, case.transposed)
+    taken = iter(ranks)
+    stages = cut_rank(form, kernel, case.groups, lambda limit: next(taken)).stages(case.transposed)
+    params = macs = 0
+    x = x[:1]
+    for stage in stages:
+        y = case.run(x, stage, None)
+        positions = math.prod((x if stage.transposed else y).shape[2:])
+        params += stage.weight.numel()
+        macs += stage.weight.numel() * positions
+        x = y
+    return params, macs
+
+
+@settings(max_examples=30, deadline=None)
+@given(case=convolutions(min_dims=2), data=st.data())
+def test_costs_are_those_of_the_chain(case: Convolution, data: st.DataObject) -> None:
+    weight, x, _ = case.tensors(torch.float32)
+    y = case.run(x, case.whole(weight), None)
+    shape = ConvShape(
+        case.groups * case.in_group,
+        case.groups * case.out_group,
+        case.kernel,
+        tuple(x.shape[2:]),
+        tuple(y.shape[2:]),
+        case.groups,
+        case.transposed,
+    )
+    core = math.prod((x if case.transposed else y).shape[2:])
+    assert (shape.original().params, shape.original().macs) == (weight.numel(), weight.numel() * core)
+    kernel = to_forward_layout(weight, case.groups, case.transposed)
+    ranks = data.draw(st.tuples(st.integers(1, case.in_group), st.integers(1, case.out_group)))
+    cost = shape.bottleneck(*ranks)
+    assert (cost.params, cost.macs) == counted(case, "hosvd", ranks)
+    for form in ("reduction", "expansion", "spatial", "depthwise"):
+        rank = data.draw(st.integers(1, SPECTRA[form](kernel, groups=case.groups).max_rank))
+        cost = getattr(shape, form)(rank)
+        assert (cost.params, cost.macs) == counted(case, form, (rank,)), form
+    last = tuple(range(1, case.dims))
+    rank = data.draw(st.integers(1, SPECTRA["spatial-last"](kernel, groups=case.groups).max_rank))
+    cost = shape.spatial(rank, last)
+    assert (cost.params, cost.macs) == counted(case, "spatial-last", (rank,))
+
+
+@settings(max_examples=15, deadline=None)
+@given(case=convolutions(pointwise=True), data=st.data())
+def test_the_cost_of_a_pointwise_pair(case: Convolution, data: st.DataObject) -> None:
+    if case.padding not in ("same", "valid"):
+        return  # padding a pointwise convolution adds positions on one side only: ConvShape counts them as given
+    weight, x, _ = case.tensors(torch.float32)
+    y = case.run(x, case.whole(weight), None)
+    channels = case.groups * case.in_group, case.groups * case.out_group
+    sizes = tuple(x.shape[2:]), tuple(y.shape[2:])
+    rank = data.draw(st.integers(1, min(case.in_group, case.out_group)))
+    cost = ConvShape(*channels, case.kernel, *sizes, case.groups, case.transposed).low_rank(rank)
+    assert (cost.params, cost.macs) == counted(case, "low_rank", (rank,))
+
+
+@given(
+    in_group=st.integers(1, 12),
+    out_group=st.integers(1, 12),
+    groups=st.integers(1, 3),
+    kernel=st.lists(st.integers(1, 4), min_size=0, max_size=3),
+    stride=st.integers(1, 3),
+    transposed=st.booleans(),
+)
+def test_break_even_is_the_largest_rank_that_pays(
+    in_group: int, out_group: int, groups: int, kernel: list[int], stride: int, transposed: bool
+) -> None:
+    inner, out = groups * in_group, groups * out_group
+    small, large = (4,) * len(kernel), (4 * stride,) * len(kernel)
+    sizes = (small, large) if transposed else (large, small)
+    found = break_even_ranks(inner, out, kernel, stride, groups, transposed, *sizes)
+    by_stride = break_even_ranks(inner, out, kernel, stride, groups, transposed)
+    assert by_stride == found  # costs scale with the positions
+    shape = ConvShape(inner, out, tuple(kernel), *sizes, groups, transposed)
+    taps = math.prod(kernel)
+    limits = {
+        "reduction": min(in_group, out_group * taps),
+        "expansion": min(out_group, in_group * taps),
+        "depthwise": min(out_group, taps),
+    }
+    if len(kernel) > 1:
+        limits["spatial"] = min(in_group * kernel[0], out_group * taps // kernel[0])
+    if taps == 1:
+        limits["low_rank"] = min(in_group, out_group)
+    for measure in ("macs", "params"):
+        budget = getattr(shape.original(), measure)
+        ranks = getattr(found, measure)
+        for form in ("reduction", "expansion", "depthwise", "spatial", "low_rank"):
+            cost = getattr(shape, form)
+            paying = [r for r in range(1, limits.get(form, 0) + 1) if getattr(cost(r), measure) <= budget]
+            assert getattr(ranks, form) == max(paying, default=0), form
+        line = [ratio_ranks(step, in_group, out_group) for step in range(1, max(in_group, out_group) + 1)]
+        paying = [pair for pair in line if getattr(shape.bottleneck(*pair), measure) <= budget]
+        assert ranks.bottleneck == max(paying, default=(0, 0))
+
+
+def test_break_even_differs_between_macs_and_params_where_there_is_a_stride() -> None:
+    plain, strided = break_even_ranks(64, 64, (3, 3)), break_even_ranks(64, 64, (3, 3), stride=2)
+    assert plain.macs == plain.params
+    assert strided.params == plain.params
+    assert strided.macs.bottleneck < strided.params.bottleneck
+    assert strided.macs.reduction < strided.params.reduction
+    assert strided.macs.expansion == strided.params.expansion
+
+
+def test_break_even_of_shapes_that_make_no_sense() -> None:
+    with pytest.raises(UsageError, match="groups"):
+        break_even_ranks(6, 4, (3, 3), groups=3)
+    with pytest.raises(UsageError, match="sizes"):
+        break_even_ranks(6, 4, (3, 3), input_size=(8,))
