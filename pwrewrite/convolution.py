@@ -220,9 +220,7 @@ class ConvSpec:
         return prod(self.weight_shape) * batch * prod(per_weight[len(per_weight) - self.dims :])
 
 
-def _padding(
-    padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]
-) -> tuple[tuple[int, int], ...]:
+def _padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     if isinstance(padding, str):
         if padding == "valid":
             return ((0, 0),) * len(kernel)

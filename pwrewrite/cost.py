@@ -1,9 +1,9 @@
 """What operations cost, from shapes alone: MACs of every matrix-product-like aten operation, in an open table.
 
-MACs are multiply-accumulates and FLOPs are 2 × MACs. The table follows what ``torch.utils.flop_counter`` counts, and adds what
-it leaves out: matrix-vector products, attention kernels, deformable convolution. Elementwise arithmetic, norms, pooling and
-data movement have no MACs by this convention (`FREE`). An operation in neither table is *unpriced*: it is reported, never
-taken for zero in silence.
+MACs are multiply-accumulates and FLOPs are 2 × MACs. The table follows what ``torch.utils.flop_counter`` counts, and
+adds what it leaves out: matrix-vector products, attention kernels, deformable convolution. Elementwise arithmetic,
+norms, pooling and data movement have no MACs by this convention (`FREE`). An operation in neither table is
+*unpriced*: it is reported, never taken for zero in silence.
 
 `register_formula` adds a formula for an operation of one's own::
 
@@ -76,7 +76,9 @@ def matmul_macs(left: tuple[int, ...], out: tuple[int, ...]) -> int:
 
 
 def attention_macs(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) -> int:
-    """MACs of softmax(Q Kᵀ) V for ``(…, L, E)``, ``(…, S, E)``, ``(…, S, Ev)``: L·S·(E + Ev) per head and batch item."""
+    """MACs of softmax(Q Kᵀ) V for ``(…, L, E)``, ``(…, S, E)``, ``(…, S, Ev)``: L·S·(E + Ev) per head and batch
+    item.
+    """
     *lead, length, width = query
     return prod(lead) * length * key[-2] * (width + value[-1])
 
@@ -144,11 +146,11 @@ _LAZY_FORMULAS: dict[str, Formula] = {
 """The same by name, for operations of libraries that need not be loaded."""
 
 FREE: set[str] = set()
-"""Qualified names (``aten::cat``) of operations that have no MACs: movement, reductions, norms, pooling, comparisons."""
+"""Qualified names (``aten::cat``) of operations that have no MACs: movement, reductions, norms, pooling,
+comparisons.
+"""
 
-FREE.update(
-    f"aten::{name}"
-    for name in """
+_FREE_ATEN = """
     _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d avg_pool1d avg_pool2d avg_pool3d
     max_pool2d_with_indices max_pool3d_with_indices max_pool2d mkldnn_max_pool2d max_unpool2d max_unpool3d
     _adaptive_avg_pool2d_backward fractional_max_pool2d
@@ -177,9 +179,9 @@ FREE.update(
     _assert_async _assert_tensor_metadata _unsafe_view _reshape_alias view_as_real view_as_complex resize_
     view reshape expand permute transpose t squeeze unsqueeze select slice narrow as_strided unfold movedim
     set_ _conj _neg_view resolve_conj resolve_neg complex polar
-    _nested_tensor_from_mask bincount histc multinomial
-    """.split()
-)
+    _nested_tensor_from_mask bincount histc multinomial floor_divide
+"""
+FREE.update(f"aten::{name}" for name in _FREE_ATEN.split())
 FREE.update({"torchvision::nms", "torchvision::roi_align", "torchvision::ps_roi_align", "torchvision::roi_pool"})
 
 

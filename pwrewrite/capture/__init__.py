@@ -1,13 +1,14 @@
 """Capturing any model as one graph: `capture`.
 
-The model runs once on ``meta`` tensors under a recorder (see `recorder`), so nothing is computed and its own control flow decides.
-Where its code needs values, it is recorded once more with real ones, seeded, and the coverage says so. The model is left exactly
-as it was.
+The model runs once on ``meta`` tensors under a recorder (see `recorder`), so nothing is computed and its own control
+flow decides. Where its code needs values, it is recorded once more with real ones, seeded, and the coverage says so.
+The model is left exactly as it was.
 """
 
 from __future__ import annotations
 
 import gc
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CaptureError, InputError
+from .inventory import Inventory
 from .layers import find_layers
+from .nested import map_tensors, tensors_of
+from .recorder import Recorder
 from .records import Call, Capture, Coverage, Layer, MemoryEvent, NodeInfo, TensorSpec, Window, info
-from .recorder import Recorder, map_tensors, tensors_of
-from .rules import ShapeError
+from .shapes import ShapeError
 from .state import untouched
 
 __all__ = [
@@ -42,14 +45,18 @@ _REAL_LIMIT = 8 << 30
 """Bytes of weights above which a model without values is not filled with random ones."""
 
 
-def capture(model: nn.Module, example_inputs: Inputs, *, training: bool = False, values: str = "auto") -> Capture:
+def capture(
+    model: nn.Module, example_inputs: Inputs, *, training: bool = False, values: str = "auto", items: bool = False
+) -> Capture:
     """Captures a model as a graph with shapes and costs, without computing where shapes suffice.
 
     Args:
-        model: Any module; its weights may be on any device, ``meta`` included.
-        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs, real or on ``meta``; tensors may be nested.
-        training: Whether the model runs as in training; by default as in evaluation.
-        values: ``meta`` (shapes only), ``real`` (compute) or ``auto`` (compute only if the model needs values).
+        model: Any module; its weights may be on any device, ``meta`` included. example_inputs: A tensor, a tuple of
+        positional inputs or a dict of keyword inputs, real or on ``meta``; tensors may be nested. training: Whether
+        the model runs as in training; by default as in evaluation. values: ``meta`` (shapes only), ``real`` (compute)
+        or ``auto`` (compute only if the model needs values).
+        items: Whether each of several tensors that an operation makes (``x.chunk(2)``) gets a ``getitem`` node, so that
+            the graph can be executed; otherwise their users read the operation's node.
 
     Returns:
         The capture. ``model`` is as it was before.
@@ -61,30 +68,48 @@ def capture(model: nn.Module, example_inputs: Inputs, *, training: bool = False,
     if not isinstance(model, nn.Module):
         raise InputError("not a model", expected="a torch.nn.Module", got=type(model).__name__)
     args, kwargs = split_inputs(example_inputs)
-    _refuse_lazy(model)
     attempts = {"auto": ("meta", "real"), "meta": ("meta",), "real": ("real",)}.get(values)
     if attempts is None:
         raise InputError("unknown values", expected="auto, meta or real", got=repr(values))
+    inventory = Inventory(model)
+    _refuse_lazy(inventory)
     failure: Exception | None = None
-    for attempt in attempts:
-        real = attempt == "real"
-        if real and failure is not None and _too_large(model):
-            break
-        recorder = Recorder(model, real=real)
-        try:
-            with _no_collection(), untouched(model, values=real):
-                for module in model.modules():
-                    module.training = training
-                torch.manual_seed(0)
-                _run(recorder, args, kwargs)
-        except ShapeError as error:
-            raise _refused(error, args, kwargs) from error
-        except Exception as error:
-            failure = error
-            continue
-        return _finish(recorder, attempt, failure)
+    with _one_at_a_time, _no_collection():
+        for attempt in attempts:
+            real = attempt == "real"
+            if real and failure is not None and _too_large(inventory):
+                break
+            try:
+                recorder = _record(inventory, args, kwargs, real=real, training=training, items=items)
+            except ShapeError as error:
+                raise _refused(error, args, kwargs) from error
+            except Exception as error:
+                failure = error
+                continue
+            return _finish(recorder, attempt, failure)
     assert failure is not None
     raise _refused(failure, args, kwargs) from failure
+
+
+_one_at_a_time = threading.RLock()
+"""Held while a model is captured: a capture changes what calling a module does, and sets random states and training
+flags.
+"""
+
+
+def _record(inventory: Inventory, args: Any, kwargs: Any, *, real: bool, training: bool, items: bool) -> Recorder:
+    """Records the model, once more where some of it ran outside of torch functions and has to be priced."""
+    for glue in (False, True):
+        recorder = Recorder(inventory, real=real, glue=glue, items=items)
+        with untouched(inventory, values=real):
+            for module in inventory.modules:
+                if module.training != training:
+                    module.__dict__["training"] = training
+            torch.manual_seed(0)
+            _run(recorder, args, kwargs)
+        if not recorder.origins.lost:
+            break
+    return recorder
 
 
 @contextmanager
@@ -105,12 +130,14 @@ def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any
     Raises:
         InputError: If they are neither a tensor, a sequence nor a mapping, or hold no tensor.
     """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(example_inputs, Tensor):
-        args, kwargs = (example_inputs,), dict[str, Any]()
+        args = (example_inputs,)
     elif isinstance(example_inputs, Mapping):
-        args, kwargs = (), dict(example_inputs)
+        kwargs = dict(example_inputs)
     elif isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
-        args, kwargs = tuple(example_inputs), {}
+        args = tuple(example_inputs)
     else:
         raise InputError(
             "example inputs of a kind that no model takes",
@@ -163,50 +190,56 @@ def _numbered(name: str, value: Any) -> list[str]:
 
 
 def _finish(recorder: Recorder, values: str, failure: Exception | None) -> Capture:
-    model, graph = recorder.model, recorder.graph
+    inventory, origins = recorder.inventory, recorder.origins
+    graph = origins.graph
+    if recorder.glue is not None:
+        recorder.glue.settle(graph)
     unpriced: Counter[str] = Counter()
     inputs = []
     for node in graph.nodes:
-        facts = info(node)
-        unpriced.update(facts.unpriced)
+        facts = node.meta["info"]
+        if facts.unpriced:
+            unpriced.update(facts.unpriced)
         if node.op == "placeholder":
             inputs.append((node.name, facts.outputs[0]))
-    layers = find_layers(model, graph)
+    layers = find_layers(inventory, graph)
     convolutions = [layer for layer in layers if layer.op != "linear"]
-    reached = sum(layer.called for layer in convolutions)
     kind = "whole"
-    if recorder.lost or recorder.opaque:
-        kind = "islands" if any(layer.called for layer in layers) else "eager"
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    if origins.lost or recorder.opaque:
+        kind = "islands" if any(layer.calls for layer in layers) else "eager"
     notes = []
     if failure is not None:
         notes.append(f"the model needs values ({_first_line(failure)}): figures are those of one seeded real run")
     if recorder.opaque:
         notes.append(f"TorchScript modules are opaque: {', '.join(p or '(root)' for p in recorder.opaque[:5])}")
+    if origins.lost:
+        notes.append(f"{origins.lost} tensors come from code that torch functions do not show: it is priced as a whole")
     return Capture(
-        model=model,
+        model=inventory.model,
         inputs=tuple(inputs),
         graph=graph,
         layers=layers,
-        coverage=Coverage(kind, len(convolutions), reached, tuple(unpriced.most_common()), values),
-        memory=tuple(recorder.memory),
-        params=sum(p.numel() for p in model.parameters()),
-        weight_bytes=sum(t.numel() * t.dtype.itemsize for t in tensors.values()),
+        coverage=Coverage(
+            kind, len(convolutions), sum(layer.called for layer in convolutions), tuple(unpriced.most_common()), values
+        ),
+        memory=tuple(recorder.liveness.events),
+        params=sum(p.numel() for p in inventory.parameters),
+        weight_bytes=sum(t.nbytes for t in inventory.parameters) + sum(t.nbytes for t in inventory.buffers),
         notes=tuple(notes),
-        constants=recorder.constants,
+        constants=origins.constants,
     )
 
 
-def _too_large(model: nn.Module) -> bool:
-    return sum(p.numel() * p.dtype.itemsize for p in model.parameters() if p.is_meta) > _REAL_LIMIT
+def _too_large(inventory: Inventory) -> bool:
+    return sum(p.nbytes for p in inventory.parameters if p.is_meta) > _REAL_LIMIT
 
 
-def _refuse_lazy(model: nn.Module) -> None:
-    for path, module in model.named_modules():
+def _refuse_lazy(inventory: Inventory) -> None:
+    for module in inventory.modules:
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
             raise CaptureError(
                 "a lazy module has no shapes yet",
-                where=path or type(module).__name__,
+                where=inventory.path(module) or type(module).__name__,
                 hint="run the model once on real inputs first: model(*example_inputs)",
             )
 
@@ -232,4 +265,3 @@ def _refused(error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         got=f"inputs of shape {shapes}",
         hint="check that model(*example_inputs) runs in plain PyTorch on these inputs",
     )
-

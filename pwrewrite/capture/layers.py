@@ -8,82 +8,96 @@ predicted from the input), through the module whose code makes the call.
 from __future__ import annotations
 
 from collections import defaultdict
+from copy import copy
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from ..convolution import CONV_MODULES, ConvSpec
+from .inventory import Inventory
 from .records import Call, Layer, info
 
 _KINDS = (*CONV_MODULES, nn.Linear)
 
 
-def find_layers(model: nn.Module, graph: fx.Graph) -> tuple[Layer, ...]:
+def find_layers(inventory: Inventory, graph: fx.Graph) -> tuple[Layer, ...]:
     """Every convolution and linear map of a model, with the calls that the graph makes of it.
 
     Args:
-        model: The model that was recorded.
+        inventory: The parts of the model that was recorded.
         graph: Its graph; nodes carry their `NodeInfo`.
 
     Returns:
         Layers in graph order, then those that the graph does not call in module order.
     """
-    modules: dict[str, nn.Module] = {}
-    names: defaultdict[int, list[str]] = defaultdict(list)
-    for path, module in model.named_modules(remove_duplicate=False):
-        modules[path] = module
-        if isinstance(module, _KINDS):
-            names[id(module)].append(path)
+    modules, names = inventory.paths, inventory.names
     islands = _islands(graph)
     calls: defaultdict[str, list[Call]] = defaultdict(list)
     found: dict[str, dict[str, Any]] = {}
     for node in graph.nodes:
-        if node.op not in ("call_module", "call_function", "call_method"):
-            continue
-        facts = info(node)
-        if facts.spec is None and facts.op != "linear":
+        facts = node.meta["info"]
+        spec = facts.spec
+        if spec is None and facts.op != "linear":
             continue
         if node.op == "call_module":
-            module = modules[node.target]
-            path = names[id(module)][0]
-            weight = getattr(module, "_parameters", {}).get("weight")
-            found.setdefault(path, _of_module(module, names[id(module)], path if weight is not None else None))
+            path = node.target
+            if path not in found:
+                module = modules[path]
+                found[path] = _of_module(module, names[id(module)], spec)
         else:
             path, weight_name = _functional_path(node, facts.path, modules)
             if path not in found:
                 found[path] = _of_call(node, path, weight_name, modules, names)
-        out = facts.outputs[0].shape
-        calls[path].append(
-            Call(path, node.name, facts.inputs[0].shape, out, facts.cost, islands.get(node, ""))
-        )
-    for same in names.values():
-        if not any(path in found for path in same):
-            found[same[0]] = _of_module(modules[same[0]], same, same[0])
-    return tuple(Layer(path=path, calls=tuple(calls[path]), **facts) for path, facts in found.items())
+        call = Call(path, node.name, facts.inputs[0].shape, facts.outputs[0].shape, facts.cost, islands.get(node, ""))
+        calls[path].append(call)
+    for module in inventory.modules:
+        if isinstance(module, _KINDS):
+            same = names[id(module)]
+            if not any(path in found for path in same):
+                found[same[0]] = _of_module(module, same, None)
+    return tuple([Layer(path=path, calls=tuple(calls[path]), **facts) for path, facts in found.items()])
 
 
-def _of_module(module: Any, names: list[str], weight_owner: str | None) -> dict[str, Any]:
+def _of_module(module: Any, names: list[str], spec: ConvSpec | None) -> dict[str, Any]:
     linear = isinstance(module, nn.Linear)
-    spec = None if linear else ConvSpec.of_module(module)
-    tensors = [t for t in (module.weight, module.bias) if isinstance(t, Tensor)]
-    sizes = [_size(t) for t in tensors]
-    prefix = f"{weight_owner}." if weight_owner else ""
+    if spec is None and not linear:
+        spec = _spec_of(module)
+    params = size = 0
+    for t in _weights(module):
+        params += t.numel()
+        size += t.nbytes
     return {
         "aliases": tuple(names[1:]),
         "op": "linear" if spec is None else spec.op,
         "in_channels": module.in_features if linear else module.in_channels,
         "out_channels": module.out_features if linear else module.out_channels,
-        "params": sum(n for n, _ in sizes),
-        "weight_bytes": sum(b for _, b in sizes),
+        "params": params,
+        "weight_bytes": size,
         "spec": spec,
         "functional": False,
-        "weight": "" if weight_owner is None else f"{prefix}weight",
+        "weight": "" if module._parameters.get("weight") is None else _joined(names[0], "weight"),
     }
 
 
-def _size(t: Tensor) -> tuple[int, int]:
-    n = t.numel()
-    return n, n * t.dtype.itemsize
+def _weights(module: Any) -> list[Tensor]:
+    """The parameters of a layer: its own, and the originals of those that are computed from others."""
+    own = [p for p in module._parameters.values() if p is not None]
+    parametrizations = module._modules.get("parametrizations") if module._modules else None
+    return own if parametrizations is None else [*own, *parametrizations.parameters()]
+
+
+def _spec_of(module: Any) -> ConvSpec:
+    """The spec of a convolution without asking for a weight or bias that would have to be computed."""
+    if module._modules and "parametrizations" in module._modules:
+        shell = copy(module)
+        shell.__class__ = nn.Module
+        shell.__dict__["bias"] = module._parameters.get("bias", "computed")
+        return ConvSpec.of_module(shell)
+    return ConvSpec.of_module(module)
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _argument(node: fx.Node, position: int, name: str) -> Any:
@@ -98,9 +112,10 @@ def _functional_path(node: fx.Node, scope: str, modules: dict[str, nn.Module]) -
         owner, _, attribute = name.rpartition(".")
         holder = modules.get(owner)
         alone = holder is not None and sum(p is not None and p.dim() > 1 for p in holder._parameters.values()) <= 1
-        return (owner if owner and attribute == "weight" and alone else name), name
+        whole = attribute == "weight" and (isinstance(holder, _KINDS) or (bool(owner) and alone))
+        return (owner if whole else name), name
     if isinstance(modules.get(scope), _KINDS):
-        return scope, ""
+        return scope, ""  # the layer's own code computes its weight
     return f"{scope}.{node.name}" if scope else node.name, ""
 
 
@@ -111,8 +126,7 @@ def _of_call(
     module: Any = modules.get(path)
     spec = facts.spec
     if isinstance(module, _KINDS):
-        own = _of_module(module, names[id(module)], path if weight_name else None)
-        return {**own, "spec": spec if spec is not None else own["spec"], "functional": True}
+        return {**_of_module(module, names[id(module)], spec), "functional": True}
     tensors = [
         info(arg).outputs[0]
         for arg in (_argument(node, 1, "weight"), _argument(node, 2, "bias"))

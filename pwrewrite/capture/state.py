@@ -1,24 +1,29 @@
 """Leaving a model as it was: a snapshot of everything that running its forward can change, and its restoration.
 
-Capturing runs the model's own code, which may store tensors (``self.last = x``), count calls, grow lists or draw random
-numbers. Restored are every module's ``__dict__`` (by identity, so training flags, hooks, replaced submodules and new
-attributes are covered), the contents of plain containers in it, the buffers where real values ran, and the random states
-of torch, Python and NumPy. Objects that the model only refers to (a config object's attributes) are not followed.
+Capturing runs the model's own code, which may store tensors (``self.last = x``), count calls, grow lists or draw
+random numbers. Restored are every module's ``__dict__`` (by identity, so training flags, hooks, replaced submodules
+and new attributes are covered), the contents of plain containers in it, the buffers where real values ran, and the
+random states of torch, Python and NumPy. Objects that the model only refers to (a config object's attributes) are not
+followed.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
-from torch import nn
+
+from .inventory import Inventory
 
 _CONTAINERS = (dict, list, set, deque)
+_HELD = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))
+_PLAIN = frozenset((bool, int, float, str, tuple, type(None)))
 _DEPTH = 3
 
 
@@ -27,7 +32,7 @@ def _contents(value: Any, found: list[tuple[Any, Any]], depth: int) -> None:
     found.append((value, value.copy()))
     if depth and value:
         for item in value.values() if isinstance(value, dict) else value:
-            if isinstance(item, _CONTAINERS):
+            if type(item) not in _PLAIN and isinstance(item, _CONTAINERS):
                 _contents(item, found, depth - 1)
 
 
@@ -39,34 +44,41 @@ def _refill(container: Any, saved: Any) -> None:
         container.extend(saved)
 
 
-def _changed(container: Any, saved: Any) -> bool:
+def _same(container: Any, saved: Any) -> bool:
+    """Whether a container holds the very objects that it held."""
     if len(container) != len(saved):
-        return True
+        return False
     if isinstance(container, dict):
-        return any(k not in container or container[k] is not v for k, v in saved.items())
+        return all(map(is_, container, saved)) and all(map(is_, container.values(), saved.values()))
     if isinstance(container, set):
-        return any(item not in container for item in saved)
-    return any(a is not b for a, b in zip(container, saved))
+        return bool(container == saved)
+    return all(map(is_, container, saved))
 
 
 @contextmanager
-def untouched(model: nn.Module, *, values: bool) -> Iterator[None]:
-    """Restores ``model`` and the random states on leaving, whatever happened in between.
+def untouched(inventory: Inventory, *, values: bool) -> Iterator[None]:
+    """Restores a model and the random states on leaving, whatever happened in between.
 
     Args:
-        model: The model whose state is kept.
+        inventory: The parts of the model.
         values: Whether real values will run through it, so that buffers may change too.
     """
-    modules = list(model.modules())
-    dicts = [(vars(module), vars(module).copy()) for module in modules]
+    dicts: list[tuple[dict[str, Any], dict[str, Any]]] = []
     containers: list[tuple[Any, Any]] = []
-    for attributes, _ in dicts:
+    empty: list[Any] = []
+    for module in inventory.modules:
+        attributes = module.__dict__
+        dicts.append((attributes, attributes.copy()))
         for value in attributes.values():
-            if isinstance(value, _CONTAINERS):
-                _contents(value, containers, _DEPTH)
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta] if values else []
+            kind = type(value)
+            if kind in _HELD or (kind not in _PLAIN and isinstance(value, _CONTAINERS)):
+                if value:
+                    _contents(value, containers, _DEPTH)
+                else:
+                    empty.append(value)
+    buffers = [(b, b.detach().clone()) for b in inventory.buffers if not b.is_meta] if values else []
     torch_state = torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     python_state = random.getstate()
     numpy: Any = sys.modules.get("numpy.random")
     numpy_state = numpy.get_state() if numpy is not None else None
@@ -74,16 +86,19 @@ def untouched(model: nn.Module, *, values: bool) -> Iterator[None]:
         yield
     finally:
         for attributes, saved in dicts:
-            if _changed(attributes, saved):
+            if not _same(attributes, saved):
                 attributes.clear()
                 attributes.update(saved)
-        for container, saved in containers:
-            if _changed(container, saved):
-                _refill(container, saved)
+        for container, held in containers:
+            if not _same(container, held):
+                _refill(container, held)
+        if any(empty):
+            for container in empty:
+                container.clear()
         with torch.no_grad():
-            for buffer, saved in buffers:
-                if not torch.equal(buffer, saved):
-                    buffer.copy_(saved)
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
         torch.set_rng_state(torch_state)
         if cuda_states is not None:
             torch.cuda.set_rng_state_all(cuda_states)

@@ -1,0 +1,69 @@
+"""Facts about torch functions by name: which read values, which move tensors between devices, which write in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(text.split())
+
+
+VALUE_READS = words(
+    """item tolist __bool__ __int__ __float__ __index__ __complex__ numpy __array__ nonzero masked_select unique
+    unique_consecutive bincount __contains__ equal allclose data_ptr"""
+)
+"""They need a tensor's values."""
+
+PLAIN_ATTRIBUTES = words(
+    """shape dtype ndim layout requires_grad is_sparse is_quantized is_nested names grad_fn is_leaf itemsize nbytes
+    grad is_mkldnn is_sparse_csr is_inference _backward_hooks _base _version output_nr retains_grad volatile"""
+)
+"""Attributes that are the same on ``meta``."""
+
+DEVICE_ATTRIBUTES = words("device is_cuda is_cpu is_meta is_xpu is_mps is_xla is_mtia is_maia is_vulkan")
+"""Attributes that say where a tensor is."""
+
+SILENT = words(
+    """size numel nelement dim ndimension stride is_contiguous element_size is_floating_point is_complex __len__
+    storage_offset get_device is_same_size is_signed requires_grad_ __hash__ __repr__ __format__ is_tensor
+    result_type promote_types can_cast is_grad_enabled register_hook untyped_storage is_inference is_conj is_neg"""
+)
+"""They ask about a tensor and compute nothing."""
+
+CASTS = words("to cuda cpu type")
+"""They may move a tensor to a device."""
+
+SOMETIMES_PRODUCTS = words(
+    """einsum inner tensordot cdist multi_dot linalg_multi_dot chain_matmul matrix_power linalg_matrix_power
+    corrcoef cov __rmatmul__ bilinear kron"""
+)
+"""Built-in functions that are a matrix product or not, depending on the arguments: free once is not free always."""
+
+_INPLACE_FLAG = words("relu relu6 silu hardswish hardsigmoid hardtanh elu selu celu leaky_relu mish")
+
+
+def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a function writes into its first argument."""
+    if name == "__setitem__" or (name[-1] == "_" and name[-2:] != "__") or (name[:3] == "__i" and name[3:4] != "n"):
+        return name not in ("__index__", "__int__", "__invert__", "__iter__", "__instancecheck__")
+    return (bool(kwargs) and bool(kwargs.get("inplace"))) or (
+        name in _INPLACE_FLAG and any(a is True for a in args[1:])
+    )
+
+
+def is_method(func: Any) -> bool:
+    """Whether a torch function is a method of ``Tensor``."""
+    return type(func).__name__ in ("method_descriptor", "wrapper_descriptor", "getset_descriptor") or (
+        getattr(func, "__module__", None) == "torch._tensor"
+    )
+
+
+def is_device(value: Any) -> bool:
+    """Whether an argument names a device."""
+    if isinstance(value, torch.device):
+        return True
+    return isinstance(value, str) and value.split(":")[0] in ("cpu", "cuda", "meta", "mps", "xpu")

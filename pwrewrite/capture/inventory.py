@@ -1,0 +1,93 @@
+"""What a model consists of, found in one walk: modules with all their paths, parameters, buffers, tensor attributes."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+_DEPTH = 3
+
+
+class Inventory:
+    """The parts of one model, by identity.
+
+    Attributes:
+        model: The model.
+        modules: Every module once, in the order of ``named_modules``.
+        names: ``id(module)`` to all its paths, the first first.
+        paths: Every path to its module.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules: list[nn.Module] = []
+        self.names: dict[int, list[str]] = {}
+        self.paths: dict[str, nn.Module] = {}
+        self._walk(model, "", set())
+
+    def _walk(self, module: nn.Module, path: str, above: set[int]) -> None:
+        key = id(module)
+        names = self.names.get(key)
+        if names is None:
+            self.names[key] = [path]
+            self.modules.append(module)
+        else:
+            names.append(path)
+        self.paths[path] = module
+        children = module._modules
+        if children and key not in above:
+            above.add(key)
+            prefix = f"{path}." if path else ""
+            for name, child in children.items():
+                if child is not None:
+                    self._walk(child, prefix + name, above)
+            above.discard(key)
+
+    def path(self, module: nn.Module) -> str | None:
+        """The first path of a module; None where it is not part of the model."""
+        names = self.names.get(id(module))
+        return names[0] if names is not None else None
+
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """Every parameter once."""
+        found = {id(p): p for m in self.modules if m._parameters for p in m._parameters.values() if p is not None}
+        return list(found.values())
+
+    @cached_property
+    def buffers(self) -> list[Tensor]:
+        """Every buffer once."""
+        found = {id(b): b for m in self.modules if m._buffers for b in m._buffers.values() if b is not None}
+        return list(found.values())
+
+    @cached_property
+    def owned(self) -> dict[int, tuple[str, Tensor]]:
+        """Parameters, buffers and tensor attributes by identity, with their full names.
+
+        Tensors in lists and dicts that modules hold have no name that a graph could use: theirs is empty.
+        """
+        owned: dict[int, tuple[str, Tensor]] = {}
+        loose: list[Tensor] = []
+        for module in self.modules:
+            path = self.names[id(module)][0]
+            prefix = f"{path}." if path else ""
+            attributes = module.__dict__
+            for store in (module._parameters, module._buffers, attributes):
+                for name, value in store.items():
+                    if isinstance(value, Tensor):
+                        owned.setdefault(id(value), (prefix + name, value))
+                    elif store is attributes and isinstance(value, (list, tuple, dict)) and name[:1] != "_":
+                        _loose(value, loose, _DEPTH)
+        for t in loose:
+            owned.setdefault(id(t), ("", t))
+        return owned
+
+
+def _loose(value: Any, found: list[Tensor], depth: int) -> None:
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif depth and isinstance(item, (list, tuple, dict)):
+            _loose(item, found, depth - 1)

@@ -1,0 +1,87 @@
+"""Births and deaths of activation storages while a model runs.
+
+A storage is born when an operation makes it and dies with the last tensor object that shares it. Tensors are watched
+through weak references, so that deaths come when Python's reference counts bring them, as in an ordinary run.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+
+from .records import MemoryEvent
+
+
+class _Birth(weakref.ref):  # type: ignore[type-arg]
+    """A weak reference that remembers which storage its tensor belongs to."""
+
+    __slots__ = ("key",)
+    key: int
+
+
+class _Storage:
+    """A live storage: who made it, how many tensor objects share it, how large it is."""
+
+    __slots__ = ("nbytes", "node", "users")
+
+    def __init__(self, node: str, nbytes: int) -> None:
+        self.node, self.nbytes, self.users = node, nbytes, 0
+
+
+class Liveness:
+    """Watches tensors and keeps the log.
+
+    Attributes:
+        events: Births and deaths so far.
+    """
+
+    def __init__(self) -> None:
+        self.events: list[MemoryEvent] = []
+        self._storages: dict[int, _Storage] = {}
+        self._births: set[_Birth] = set()
+
+    def watch(self, t: Tensor, node: str, *, known: bool) -> str | None:
+        """Starts to watch a tensor.
+
+        Args:
+            t: The tensor.
+            node: Name of the node that made it.
+            known: Whether this tensor object is watched already.
+
+        Returns:
+            The node that made its storage, where that is another tensor's; None for a new storage.
+        """
+        untyped = t.untyped_storage()
+        key = untyped._cdata
+        storage = self._storages.get(key)
+        if storage is None:
+            nbytes = untyped.nbytes()
+            storage = self._storages[key] = _Storage(node, nbytes)
+            if nbytes:
+                self.events.append(MemoryEvent(node, nbytes))
+            maker = None
+        else:
+            maker = storage.node or node
+            if known:
+                return maker
+        storage.users += 1
+        birth = _Birth(t, self._died)
+        birth.key = key
+        self._births.add(birth)
+        return maker
+
+    def ignore(self, t: Tensor) -> None:
+        """Takes a tensor's storage for no activation: it belongs to the model or to the user's code."""
+        self._storages.setdefault(t.untyped_storage()._cdata, _Storage("", 0)).users += 1
+
+    def _died(self, birth: Any) -> None:
+        self._births.discard(birth)
+        storage = self._storages.get(birth.key)
+        if storage is not None:
+            storage.users -= 1
+            if not storage.users:
+                del self._storages[birth.key]
+                if storage.nbytes:
+                    self.events.append(MemoryEvent(storage.node, -storage.nbytes))
