@@ -110,7 +110,6 @@ class _Alternation:
         self.ranks = ranks
         self.sizes = (tensor.shape[-3], tensor.shape[-1])
         self.strict = strict
-        self.top = 0.0
 
     def solve(self, method: str, sweeps: int, tolerance: float) -> Subspaces:
         """HOSVD or HOOI."""
@@ -133,8 +132,6 @@ class _Alternation:
             noise = _TRUST * math.sqrt(size) * torch.finfo(values.dtype).eps
             if bool((values[..., : size - rank].clamp(min=0).sum(-1) < noise * values[..., -1]).any()):
                 raise Untrusted
-        if values.dim() == 1:
-            self.top = float(values[-1])
         leading: Tensor = vectors[..., size - rank :].flip(-1)
         return leading
 
@@ -169,25 +166,33 @@ class _Alternation:
     def update(self, side: int, factor: Tensor, gram: Tensor) -> tuple[Tensor, float]:
         """A better factor for a Gram matrix, and by which share it lowers the error."""
         product = gram @ factor
-        before = float((factor * product).sum())
-        updated = self._chebyshev(factor, gram, product)
+        quotients = (factor * product).sum(-2)
+        before = float(quotients.sum())
+        updated = self._chebyshev(factor, gram, product, float(quotients.max()))
         after = -math.inf if updated is None else _captured(gram, updated)
         if updated is None or after < before:
             updated = _leading(gram, factor.shape[-1])
             after = _captured(gram, updated)
         return updated, (after - before) / (2 * max(self.energy - before, 1e-30 * self.energy))
 
-    def _chebyshev(self, factor: Tensor, gram: Tensor, product: Tensor) -> Tensor | None:
-        """One Chebyshev-filtered step of subspace iteration, or None where an eigendecomposition does better."""
+    def _chebyshev(self, factor: Tensor, gram: Tensor, product: Tensor, top: float) -> Tensor | None:
+        """One Chebyshev-filtered step of subspace iteration, or None where an eigendecomposition does better.
+
+        Args:
+            factor: ``U``.
+            gram: ``G``.
+            product: ``G U``.
+            top: The largest Rayleigh quotient of a column of ``U``, for the largest eigenvalue.
+        """
         size, rank = factor.shape[-2:]
         if factor.dim() != 2 or size < _CHEBYSHEV_SIZE or rank > 3 * size // 4:
             return None
         floor = float(torch.linalg.eigvalsh(factor.mT @ product)[0])
-        if not floor * _CHEBYSHEV_SPREAD[0] > self.top:
+        if not floor * _CHEBYSHEV_SPREAD[0] > top:
             return None
         scale = 2 / floor
         once = torch.sub(scale * product, factor)
-        if floor * _CHEBYSHEV_SPREAD[1] < self.top:
+        if floor * _CHEBYSHEV_SPREAD[1] < top:
             return _orthonormal(once)
         twice = torch.addmm(torch.add(factor, once, alpha=2), gram, once, beta=-1, alpha=2 * scale)
         return _orthonormal(twice)
