@@ -12,6 +12,7 @@ the applier looks for them. A hook registered globally for all modules is not ta
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -22,6 +23,8 @@ from torch.nn.utils import parametrize
 from .capture.records import Capture, Layer
 from .convolution import CONV_MODULES, stock_convolution
 from .plan import Skip, SkipReason
+
+_LAYERS = (*CONV_MODULES, nn.Linear)
 
 _HOOKS = (
     ("_forward_hooks", "forward hook"),
@@ -47,15 +50,7 @@ class Owners:
 
     def __init__(self, capture: Capture) -> None:
         self.modules: dict[str, nn.Module] = dict(capture.model.named_modules(remove_duplicate=False))
-        self.holders: dict[int, list[str]] = {}
-        seen: set[int] = set()
-        for path, module in self.modules.items():
-            if id(module) in seen:
-                continue
-            seen.add(id(module))
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    self.holders.setdefault(id(parameter), []).append(path)
+        self.holders = find_holders(self.modules)
         self.reads: dict[str, list[fx.Node]] = {}
         for node in capture.graph.nodes:
             if node.op == "get_attr":
@@ -77,57 +72,85 @@ def eligible(capture: Capture, layer: Layer, owners: Owners | None = None) -> Sk
         return _not_called(capture, layer)
     owners = owners or Owners(capture)
     module = owners.modules.get(layer.path)
-    if module is not None and (not layer.functional or isinstance(module, (*CONV_MODULES, nn.Linear))):
-        return _module(layer, module, owners)
+    if isinstance(module, _LAYERS) or (module is not None and not layer.functional):
+        refused = module_refusal(layer.path, module, owners.holders) or _read_directly(layer, owners)
+        return refused or (_functional(layer, owners) if layer.functional else None)
     return _functional(layer, owners)
 
 
-def _skip(layer: Layer, reason: SkipReason, detail: str) -> Skip:
-    return Skip(layer.path, reason, detail)
+def module_refusal(path: str, module: nn.Module, holders: Mapping[int, list[str]]) -> Skip | None:
+    """Whether a module may be replaced, as far as can be seen without a capture.
 
+    Args:
+        path: Its path.
+        module: A convolution or linear module.
+        holders: As in `Owners`.
 
-def _not_called(capture: Capture, layer: Layer) -> Skip:
-    if capture.coverage.capture == "whole":
-        return _skip(
-            layer, SkipReason.NOT_CALLED, "not called for these inputs in this mode; it may be used only in training"
-        )
-    return _skip(
-        layer,
-        SkipReason.NOT_TRACED,
-        "not in the graph: the model does not trace whole; capture the submodule that holds it",
-    )
-
-
-def _module(layer: Layer, module: nn.Module, owners: Owners) -> Skip | None:
+    Returns:
+        None where it may be, else why not.
+    """
     if isinstance(module, LazyModuleMixin):
-        return _skip(layer, SkipReason.LAZY, "a lazy module; run the model once so that it takes its final shape")
+        return Skip(path, SkipReason.LAZY, "a lazy module; run the model once so that it takes its final shape")
     if parametrize.is_parametrized(module):
         names = ", ".join(sorted(getattr(module, "parametrizations", {})))
-        return _skip(
-            layer,
+        return Skip(
+            path,
             SkipReason.PARAMETRIZED,
             f"{names} is parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it an ordinary one",
         )
     weight = module._parameters.get("weight")
     if weight is None and isinstance(getattr(module, "weight", None), Tensor):
-        return _skip(
-            layer,
+        return Skip(
+            path,
             SkipReason.PARAMETRIZED,
             "its weight is computed from other tensors before each call (weight_norm, spectral_norm or pruning of the "
             "older kind); remove_weight_norm, remove_spectral_norm or prune.remove makes it an ordinary parameter",
         )
     hooks = sorted({name for attribute, name in _HOOKS if getattr(module, attribute, None)})
     if hooks:
-        return _skip(
-            layer, SkipReason.HOOKS, f"has a {' and a '.join(hooks)}, which would be lost; remove it and put it back"
+        return Skip(
+            path, SkipReason.HOOKS, f"has a {' and a '.join(hooks)}, which would be lost; remove it and put it back"
         )
     if not _stock(module):
-        return _skip(
-            layer,
+        return Skip(
+            path,
             SkipReason.OVERRIDDEN_FORWARD,
             f"{type(module).__qualname__} has a forward of its own, which a replacement would not run",
         )
-    return _weight(layer, weight, owners, type(module).__qualname__)
+    found = _weight(path, weight, type(module).__qualname__)
+    return found or _shared(path, path, weight, module._parameters.get("bias"), holders)
+
+
+def find_holders(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
+    """Identity of a parameter to the paths of the distinct modules that hold it.
+
+    Args:
+        modules: Path to module, aliases included, in module order.
+    """
+    holders: dict[int, list[str]] = {}
+    seen: set[int] = set()
+    for path, module in modules.items():
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(path)
+    return holders
+
+
+def _not_called(capture: Capture, layer: Layer) -> Skip:
+    if capture.coverage.capture == "whole":
+        return Skip(
+            layer.path,
+            SkipReason.NOT_CALLED,
+            "not called for these inputs in this mode; it may be used only in training",
+        )
+    return Skip(
+        layer.path,
+        SkipReason.NOT_TRACED,
+        "not in the graph: the model does not trace whole; capture the submodule that holds it",
+    )
 
 
 def _stock(module: nn.Module) -> bool:
@@ -136,43 +159,59 @@ def _stock(module: nn.Module) -> bool:
     return not isinstance(module, CONV_MODULES) or stock_convolution(module)
 
 
-def _weight(layer: Layer, weight: Tensor | None, owners: Owners, kind: str) -> Skip | None:
+def _weight(path: str, weight: Tensor | None, kind: str) -> Skip | None:
     """Checks on the weight itself, for modules and functional calls alike."""
     if weight is None:
-        return _skip(layer, SkipReason.QUANTIZED, f"{kind} has no plain weight tensor")
+        return Skip(path, SkipReason.QUANTIZED, f"{kind} has no plain weight tensor")
     if is_lazy(weight):
-        return _skip(layer, SkipReason.LAZY, "its weight has no shape yet; run the model once")
+        return Skip(path, SkipReason.LAZY, "its weight has no shape yet; run the model once")
     if weight.dtype.is_complex:
-        return _skip(layer, SkipReason.COMPLEX, f"its weight is {weight.dtype}; the decompositions are of real weights")
+        return Skip(path, SkipReason.COMPLEX, f"its weight is {weight.dtype}; the decompositions are of real weights")
     if type(weight) not in (Parameter, Tensor) or weight.is_quantized or not weight.dtype.is_floating_point:
-        return _skip(
-            layer,
+        return Skip(
+            path,
             SkipReason.QUANTIZED,
             f"its weight is a {type(weight).__name__} of {weight.dtype}; rewrite the model before it is quantized",
         )
-    holders = owners.holders.get(id(weight), [])
-    if len(holders) > 1:
-        others = [path for path in holders if path not in (layer.path, layer.weight.rpartition(".")[0])]
-        return _skip(
-            layer,
-            SkipReason.SHARED_WEIGHT,
-            f"its weight is also that of {_few(others)}, which would keep the old one",
-        )
-    reads = owners.reads.get(layer.weight, [])
-    readers = list(dict.fromkeys(user.name for node in reads for user in node.users))
-    if not layer.functional and readers:
-        return _skip(
-            layer,
-            SkipReason.WEIGHT_READ,
-            f"its weight is also read directly, by {_few(readers)}, which would see the old one",
-        )
+    return None
+
+
+def _shared(
+    path: str, holder: str, weight: Tensor | None, bias: Tensor | None, holders: Mapping[int, list[str]]
+) -> Skip | None:
+    """Whether other modules hold the same weight or bias."""
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        held_by = holders.get(id(tensor), [])
+        others = [other for other in held_by if other not in (path, holder)]
+        if tensor is not None and len(held_by) > 1:
+            return Skip(
+                path,
+                SkipReason.SHARED_WEIGHT,
+                f"its {name} is also that of {_few(others)}, which would keep the old one",
+            )
+    return None
+
+
+def _read_directly(layer: Layer, owners: Owners) -> Skip | None:
+    """Whether the graph reads the weight or bias of a module other than by the layer's own calls."""
+    calls = {call.node for call in layer.calls} if layer.functional else set()
+    prefix = f"{layer.path}." if layer.path else ""
+    for name in ("weight", "bias"):
+        users = (user.name for node in owners.reads.get(f"{prefix}{name}", []) for user in node.users)
+        readers = [user for user in dict.fromkeys(users) if user not in calls]
+        if readers:
+            return Skip(
+                layer.path,
+                SkipReason.WEIGHT_READ,
+                f"its {name} is also read directly, by {_few(readers)}, which would see the old one",
+            )
     return None
 
 
 def _functional(layer: Layer, owners: Owners) -> Skip | None:
     if not layer.weight:
-        return _skip(
-            layer,
+        return Skip(
+            layer.path,
             SkipReason.PARAMETRIZED,
             "its weight is computed in the graph, so there is no parameter to decompose; store it as one",
         )
@@ -181,30 +220,46 @@ def _functional(layer: Layer, owners: Owners) -> Skip | None:
     weight: Any = None
     if holder is not None:
         if parametrize.is_parametrized(holder, name):
-            return _skip(
-                layer,
+            return Skip(
+                layer.path,
                 SkipReason.PARAMETRIZED,
                 f"{layer.weight} is parametrized; remove_parametrizations makes it an ordinary parameter",
             )
         weight = getattr(holder, name, None)
     if not isinstance(weight, Tensor):
-        return _skip(layer, SkipReason.FUNCTIONAL, f"no parameter is found under {layer.weight}")
+        return Skip(layer.path, SkipReason.FUNCTIONAL, f"no parameter is found under {layer.weight}")
     calls = {call.node for call in layer.calls}
-    users = {user.name for node in owners.reads.get(layer.weight, []) for user in node.users}
+    reads = owners.reads.get(layer.weight, [])
+    bias_name, bias_reads = _bias(reads, calls, owners)
+    users = {user.name for node in (*reads, *bias_reads) for user in node.users}
     others = sorted(users - calls)
     if others:
-        return _skip(
-            layer,
+        return Skip(
+            layer.path,
             SkipReason.WEIGHT_READ,
-            f"its weight is also read by {_few(others)}, which would see the old one",
+            f"its weight or bias is also read by {_few(others)}, which would see the old one",
         )
     if len(calls) > 1:
-        return _skip(
-            layer,
+        return Skip(
+            layer.path,
             SkipReason.FUNCTIONAL,
             f"one weight in {len(calls)} functional calls, which may differ in stride or padding; make it one module",
         )
-    return _weight(layer, weight, owners, "the function")
+    owner, _, attribute = bias_name.rpartition(".")
+    bias = getattr(owners.modules.get(owner), attribute, None) if attribute else None
+    found = _weight(layer.path, weight, "the function")
+    return found or _shared(layer.path, path, weight, bias, owners.holders)
+
+
+def _bias(reads: list[fx.Node], calls: set[str], owners: Owners) -> tuple[str, list[fx.Node]]:
+    """Name and graph reads of the bias that goes with a functional call's weight; ``""`` where none is stored."""
+    for read in reads:
+        for user in read.users:
+            bias: Any = user.args[2] if len(user.args) > 2 else user.kwargs.get("bias")
+            if user.name in calls and isinstance(bias, fx.Node) and bias.op == "get_attr":
+                name = str(bias.target)
+                return name, owners.reads.get(name, [])
+    return "", []
 
 
 def _few(names: list[str]) -> str:

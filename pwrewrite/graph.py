@@ -20,8 +20,8 @@ The attributes are plain Python data, so that ``networkx.node_link_data(graph(ca
 ``alias_of``              node whose storage it shares (views, in-place operations), or None
 ========================  ====================================================================================
 
-Edge attributes are ``bytes`` (of all tensors that ``u`` makes; of the one picked, where ``v`` takes an item of a
-tuple) and ``shape`` (of the first of them). A question of one's own is then a line or two::
+Edge attributes are ``bytes`` (of the tensors that ``v`` reads of what ``u`` makes) and ``shape`` (of the first of
+them). A question of one's own is then a line or two::
 
     g = pwrewrite.graph(capture)
     max(g.edges(data="bytes"), key=lambda edge: edge[2])            # the largest tensor between two operations
@@ -31,13 +31,14 @@ tuple) and ``shape`` (of the first of them). A question of one's own is then a l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import networkx as nx
 import torch
 from torch import fx
 
-from .capture.records import Capture, NodeInfo, info
+from .capture.records import Capture, NodeInfo, TensorSpec, info
 
 
 def graph(capture: Capture) -> nx.DiGraph:
@@ -58,13 +59,13 @@ def graph(capture: Capture) -> nx.DiGraph:
             continue
         facts, name = info(node), node.name
         nodes.append((name, _attributes(facts, layer_of.get(name))))
-        outputs = facts.outputs
-        flow = {"bytes": sum(t.nbytes for t in outputs), "shape": outputs[0].shape if outputs else ()}
-        made[node] = flow
+        made[node] = _flow(facts.outputs)
         for source in node.all_input_nodes:
-            carried = made.get(source)
-            if carried is not None:
-                edges.append((source.name, name, flow if _picks(node, source) else carried))
+            flow = made.get(source)
+            if flow is not None:
+                if len(info(source).outputs) > 1:
+                    flow = _part(node, source)
+                edges.append((source.name, name, flow))
     result = nx.DiGraph(name=type(capture.model).__name__)
     result.add_nodes_from(nodes)
     result.add_edges_from(edges)
@@ -88,9 +89,19 @@ def _attributes(facts: NodeInfo, layer: str | None) -> dict[str, Any]:
     }
 
 
-def _picks(node: fx.Node, source: fx.Node) -> bool:
-    """Whether ``node`` takes one item of the tuple that ``source`` makes."""
-    return len(info(source).outputs) > 1 and len(info(node).outputs) == 1 and "getitem" in info(node).op
+def _flow(tensors: Sequence[TensorSpec]) -> dict[str, Any]:
+    return {"bytes": sum([t.nbytes for t in tensors]), "shape": tensors[0].shape if tensors else ()}
+
+
+def _part(node: fx.Node, source: fx.Node) -> dict[str, Any]:
+    """What ``node`` reads of the tensors that ``source`` makes: its inputs that no other source accounts for."""
+    rest = list(info(node).inputs)
+    for other in node.all_input_nodes:
+        made = info(other).outputs
+        if len(made) == 1 and made[0] in rest:
+            rest.remove(made[0])
+    taken = [t for t in rest if t in info(source).outputs]
+    return _flow(taken or info(source).outputs)
 
 
 _dtype_names: dict[torch.dtype, str] = {}

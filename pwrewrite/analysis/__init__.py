@@ -6,6 +6,10 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from ..capture.records import Capture, info
 from ..errors import UsageError
 from ..graph import dtype_name, graph
@@ -69,6 +73,23 @@ def analyze_capture(
     if not 0.0 <= hotspot_share <= 1.0:
         raise UsageError("the hotspot share is a part of the MACs", expected="0 to 1", got=str(hotspot_share))
     profile = device_profile(device)
+    with _no_collection():
+        return _analyze(capture, target, hotspot_share, profile)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Holds back the garbage collector: an analysis is many small records, none of them garbage yet."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _analyze(capture: Capture, target: str, hotspot_share: float, profile: DeviceProfile) -> Analysis:
     infos = {node.name: info(node) for node in capture.graph.nodes}
     macs = sum(facts.cost.macs for facts in infos.values())
     kind = type(capture.model)

@@ -203,17 +203,34 @@ class Span:
 class Scan:
     """Positions along one tensor axis run through the frame dim together with other dims, as tokens do.
 
+    Token p stands at position ``(p // inner) mod size`` along the frame dim, until the tokens are cut or joined.
+
     Attributes:
         axis: Which, counted from the end.
-        extent: Most input positions that one of them sees.
+        low: First input position seen from a position along the frame dim.
+        high: Last input position seen.
+        size: Number of positions along the frame dim.
+        inner: Tokens from one position to the next; 0 where the order is lost.
     """
 
     axis: int
-    extent: int
+    low: Steps
+    high: Steps
+    size: int
+    inner: int
+
+    @property
+    def extent(self) -> int:
+        """Most input positions that one token sees, from the first to the last."""
+        return Span(None, self.low, self.high).extent
 
     def moved(self, axis: int) -> Scan:
         """The same along another axis."""
-        return Scan(axis, self.extent)
+        return Scan(axis, self.low, self.high, self.size, self.inner)
+
+    def loose(self) -> Scan:
+        """The same with the order of the tokens lost."""
+        return Scan(self.axis, self.low, self.high, self.size, 0)
 
 
 State = Span | Scan | Whole | Unknown
@@ -236,5 +253,7 @@ def join_states(a: State, b: State, size: int) -> State:
             return UNKNOWN
         return Span(a.axis, a.low.join(b.low, min, size), a.high.join(b.high, max, size))
     if isinstance(a, Scan) and isinstance(b, Scan) and a.axis == b.axis:
-        return Scan(a.axis, max(a.extent, b.extent))
+        if (a.size, a.inner) == (b.size, b.inner):
+            return Scan(a.axis, a.low.join(b.low, min, a.size), a.high.join(b.high, max, a.size), a.size, a.inner)
+        return (a if a.extent >= b.extent else b).loose()
     return UNKNOWN

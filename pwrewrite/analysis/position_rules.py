@@ -108,37 +108,51 @@ class Call:
 
 
 def _reshape(call: Call, state: State) -> State:
-    """Through view, reshape, flatten, squeeze: an axis is kept, runs together with its neighbours, or is torn apart."""
+    """Through view, reshape, flatten, squeeze: a dim keeps an axis, runs together with others, or comes apart again.
+
+    In the order of elements, a dim of ``size`` positions advances by ``stride``. An axis of the output with the same
+    two carries it alone; one whose elements enclose it carries it among others, as long as everything divides.
+    """
     assert isinstance(state, Span | Scan)
     if state.axis is None:
         return state
     before, after = call.input, call.output
-    size, behind = before[state.axis], 1
+    size, stride = before[state.axis], 1
     for n in before[len(before) + state.axis + 1 :]:
-        behind *= n
-    span = 1
+        stride *= n
+    if size == 1 and isinstance(state, Span):
+        return _single(state, stride, after)
+    if isinstance(state, Scan):
+        if not state.inner:  # an order that is lost allows no more than moving the axis
+            axis = _same_axis(size, stride, after)
+            return UNKNOWN if axis is None else state.moved(axis)
+        size, stride = state.size, stride * state.inner
+    step = 1  # of the axis of the output
     for axis in range(-1, -len(after) - 1, -1):
         n = after[axis]
-        if span == behind and n == size:
-            return state.moved(axis)
-        if span <= behind and behind * size <= span * n and n > 1:
-            if size == 1 and isinstance(state, Span):
-                return state.at(0)
-            together = behind % span == 0 and (span * n) % (behind * size) == 0
-            whole = together and _on_boundary(before, span) and _on_boundary(before, span * n)
-            return Scan(axis, state.extent) if whole else UNKNOWN
-        span *= n
-    return state.at(0) if size == 1 and isinstance(state, Span) else UNKNOWN
+        if (step, n) == (stride, size) and n > 1:
+            return Span(axis, state.low, state.high)
+        if step <= stride and stride * size <= step * n:
+            divides = stride % step == 0 and (step * n) % (stride * size) == 0
+            return Scan(axis, state.low, state.high, size, stride // step) if divides else UNKNOWN
+        step *= n
+    return UNKNOWN
 
 
-def _on_boundary(shape: Shape, count: int) -> bool:
-    """Whether ``count`` elements are whole axes of ``shape``, from the end."""
-    span = 1
-    for n in reversed(shape):
-        if span >= count:
-            break
-        span *= n
-    return span == count
+def _same_axis(size: int, stride: int, shape: Shape) -> int | None:
+    """The axis of ``shape`` that has this size and stride."""
+    step = 1
+    for axis in range(-1, -len(shape) - 1, -1):
+        if (step, shape[axis]) == (stride, size):
+            return axis
+        step *= shape[axis]
+    return None
+
+
+def _single(state: Span, stride: int, shape: Shape) -> State:
+    """A span along an axis of one position: along such an axis again, or along none."""
+    axis = _same_axis(1, stride, shape)
+    return state.at(0) if axis is None else state.moved(axis)
 
 
 def _moved(state: State, axis: int) -> State:
@@ -215,7 +229,9 @@ def _cat(call: Call, state: State) -> State:
     axis = _axis(state)
     rank = len(call.output)
     dim = call.argument(1, "dim", 0)
-    return UNKNOWN if isinstance(state, Span) and axis is not None and dim % rank - rank == axis else state
+    if axis is None or dim % rank - rank != axis:
+        return state
+    return state.loose() if isinstance(state, Scan) else UNKNOWN
 
 
 def _stack(call: Call, state: State) -> State:
@@ -273,7 +289,7 @@ def _pad(call: Call, state: State) -> State:
         return state
     before = pads[(-axis - 1) * 2]
     if isinstance(state, Scan):
-        return state
+        return state if before == pads[(-axis - 1) * 2 + 1] == 0 else state.loose()
     return state if before == 0 else _tapped(call, state, slice_taps(-int(before)))
 
 
@@ -297,7 +313,9 @@ def _narrow(call: Call, state: State) -> State:
         return UNKNOWN
     start %= max(call.input[min(dims)], 1)
     if call.facts.op == "narrow":
-        return state if axis not in dims or isinstance(state, Scan) else _tapped(call, state, slice_taps(start))
+        if axis not in dims:
+            return state
+        return state.loose() if isinstance(state, Scan) else _tapped(call, state, slice_taps(start))
     if axis in dims:
         return state.at(start) if isinstance(state, Span) else UNKNOWN
     return _moved(state, axis + sum(d > axis for d in dims))
@@ -330,12 +348,18 @@ def _getitem(call: Call, state: State) -> State:
                 return state.at(part % call.input[axis]) if isinstance(state, Span) else UNKNOWN
             dim += 1
         else:
-            if dim == axis + rank and isinstance(state, Span):
-                start, _, step = part.indices(call.input[axis])
-                state = state if (start, step) == (0, 1) else state.pull(slice_taps(start, step))
+            if dim == axis + rank and isinstance(state, Span | Scan):
+                state = _sliced(state, part, call.input[axis])
             out.append(dim)
             dim += 1
     return _moved(state, out.index(axis + rank) - len(out)) if isinstance(state, Span | Scan) else state
+
+
+def _sliced(state: Span | Scan, part: slice, size: int) -> State:
+    start, stop, step = part.indices(size)
+    if (start, stop, step) == (0, size, 1):
+        return state
+    return state.loose() if isinstance(state, Scan) else state.pull(slice_taps(start, step))
 
 
 # ------------------------------------------------------------------------------------------------------ mixers
@@ -441,8 +465,9 @@ def _names(text: str) -> list[str]:
 
 CONSTANT = frozenset(
     _names(
-    "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full arange linspace "
-    _names("zeros ones empty full size dim unknown")
+        """zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full arange
+        linspace zeros ones empty full size dim unknown"""
+    )
 )
 """Operations whose result does not depend on the values of their inputs."""
 

@@ -49,6 +49,7 @@ class ReceptiveFields:
     def __init__(self, capture: Capture) -> None:
         self._model = capture.model
         self._fields: dict[str, Field] = {}
+        self._hulls: dict[tuple[int, int, Shape], tuple[Field, Field, Field]] = {}  # ids, and what they stand for
         self.frame = _frame(capture)
         if self.frame:
             self._follow(capture)
@@ -149,9 +150,18 @@ class ReceptiveFields:
             if result is None:
                 result = field
             elif field is not result:
-                result = tuple([join_states(a, b, axis_size(shape, a, b)) for a, b in zip(result, field, strict=True)])
+                result = self._hull(result, field, shape)
         assert result is not None
         return result
+
+    def _hull(self, a: Field, b: Field, shape: Shape) -> Field:
+        """The hull of two fields, remembered: dense blocks join the same ones again and again."""
+        key = (id(a), id(b), shape)
+        known = self._hulls.get(key)
+        if known is None:
+            hull = tuple([join_states(s, t, axis_size(shape, s, t)) for s, t in zip(a, b, strict=True)])
+            known = self._hulls[key] = (a, b, a if hull == a else b if hull == b else hull)
+        return known[2]
 
 
 def _frame(capture: Capture) -> Shape:
@@ -176,6 +186,8 @@ def _same_positions(facts: NodeInfo) -> bool:
 
 def _broadcast(field: Field, shape: Shape, out: Shape) -> Field:
     """The field after an axis of one position was broadcast to many."""
+    if shape == out:
+        return field
     return tuple(
         [
             state.at(0)

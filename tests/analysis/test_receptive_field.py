@@ -1,0 +1,536 @@
+"""Receptive fields: published figures, closed forms, and the support of real gradients.
+
+The gradient check makes every weight positive, so that nothing cancels, replaces max pooling by average pooling
+(whose gradient reaches the whole window) and runs in float64: the input positions with a gradient are then exactly
+those that an output position sees. Predictions count padding as input, so they are cut at the borders of the input
+before comparing.
+"""
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from pwrewrite.analysis import ReceptiveFields
+from pwrewrite.analysis.alignment import Steps, Taps, adaptive_taps, window_taps
+from pwrewrite.capture import Capture, capture
+
+
+class Fn(nn.Module):
+    """A function as a model, with the modules that it uses."""
+
+    def __init__(self, forward: Callable[..., Tensor], **modules: nn.Module) -> None:
+        super().__init__()
+        self.function = forward
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def last(made: Capture) -> str:
+    """Name of the node whose value the model returns."""
+    (output,) = (node for node in made.graph.nodes if node.op == "output")
+    return str(output.args[0].name)
+
+
+def positive(model: nn.Module) -> nn.Module:
+    """The model in float64 with positive weights, average pooling and nothing that saturates, in evaluation mode."""
+    for name, module in list(model.named_modules()):
+        parent, _, leaf = name.rpartition(".")
+        if isinstance(module, nn.MaxPool2d):
+            pool = nn.AvgPool2d(module.kernel_size, module.stride, module.padding, module.ceil_mode)
+            setattr(model.get_submodule(parent), leaf, pool)
+        elif isinstance(module, nn.ReLU6):
+            setattr(model.get_submodule(parent), leaf, nn.ReLU())
+    model.to_empty(device="cpu").double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.rand_like(parameter) + 0.5)
+            if parameter.dim() > 1:
+                parameter /= parameter[0].numel()
+        for name, buffer in model.named_buffers():
+            buffer.fill_(1 if name.endswith("var") else 0)
+    return model
+
+
+def support(model: nn.Module, shape: tuple[int, ...], positions: list[tuple[int, ...]]) -> list[Any]:
+    """First and last input position, per spatial dim, with a gradient from each output position (all channels)."""
+    x = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+    out = model(x)
+    found = []
+    for position in positions:
+        (grad,) = torch.autograd.grad(out[(slice(None), slice(None), *position)].sum(), x, retain_graph=True)
+        seen = grad.abs().sum((0, 1)).nonzero()
+        low, high = seen.amin(0).tolist(), seen.amax(0).tolist()
+        found.append(tuple(zip(low, high)))
+    return found
+
+
+def check(model: nn.Module, shape: tuple[int, ...], *, border: bool = True, most: int = 40) -> None:
+    """Compares predictions and gradients at the centre (all phases around it) and, if wanted, at the corners."""
+    model = positive(model)
+    made = capture(model, torch.zeros(shape, dtype=torch.float64))
+    fields = ReceptiveFields(made)
+    node = last(made)
+    size = tuple(model(torch.zeros(shape, dtype=torch.float64)).shape[2:])
+    near = [[n // 2 + d for d in (0, 1, -1, 2) if 0 <= n // 2 + d < n] + ([0, n - 1] if border else []) for n in size]
+    positions = list(product(*near))[:most]
+    for position, actual in zip(positions, support(model, shape, positions)):
+        predicted = fields.seen_from(node, (0, 0, *position))
+        assert predicted is not None
+        cut = tuple((max(low, 0), min(high, n - 1)) for (low, high), n in zip(predicted, shape[2:]))
+        assert cut == actual, position
+    extents = fields.of(node)
+    assert extents is not None
+    for extent, n, (low, high) in zip(extents, shape[2:], support(model, shape, positions[:1])[0]):
+        assert high - low + 1 <= max(extent, n)
+
+
+def conv(kernel: Any = 3, stride: Any = 1, padding: Any = 0, dilation: Any = 1, channels: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, kernel, stride, padding, dilation, bias=False)
+
+
+def up(kernel: Any, stride: Any, padding: Any = 0, output_padding: Any = 0, dilation: Any = 1) -> nn.ConvTranspose2d:
+    return nn.ConvTranspose2d(1, 1, kernel, stride, padding, output_padding, bias=False, dilation=dilation)
+
+
+# ------------------------------------------------------------------------------------------- published figures
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "extent"),
+    [
+        # Araujo, Norris & Sim 2019, table of architectures; resnet50 here has its strides in the 3×3 convolutions
+        # (427), that of the article in the 1×1 convolutions before them (483).
+        ("alexnet", "features.10", 163),
+        ("vgg16", "features.28", 196),
+        ("resnet50", "layer4.2.conv2", 427),
+        ("resnet18", "layer4.1.conv2", 435),
+    ],
+)
+def test_published_figures(torchvision_capture, name: str, layer: str, extent: int) -> None:
+    made = torchvision_capture(name)
+    assert ReceptiveFields(made).of(made.layer(layer).calls[0].node) == (extent, extent)
+
+
+def test_every_convolution_of_common_networks_has_one(torchvision_capture) -> None:
+    for name in (
+        "googlenet",
+        "densenet121",
+        "mobilenet_v3_small",
+        "efficientnet_b0",
+        "convnext_tiny",
+        "shufflenet_v2_x0_5",
+    ):
+        made = torchvision_capture(name)
+        fields = ReceptiveFields(made)
+        assert all(fields.of(call.node) for call in made.calls), name
+
+
+# ------------------------------------------------------------------------------------------------ closed forms
+
+
+def extent_of(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    made = capture(model, torch.zeros(shape))
+    return ReceptiveFields(made).of(last(made))
+
+
+def test_recurrence_by_hand() -> None:
+    # r = 1 → 3 → 3 + 2·4 = 11 (dilation 2, kernel 5) with jump 1 → stride 2: jump 2 → + 2·2 = 15
+    model = nn.Sequential(conv(3), conv(5, stride=2, dilation=2), conv(3))
+    assert extent_of(model, (1, 1, 32, 32)) == (15, 15)
+
+
+def test_dims_are_kept_apart() -> None:
+    model = nn.Sequential(conv((1, 3)), conv((5, 1), stride=(1, 2)), conv((1, 3)))
+    assert extent_of(model, (1, 1, 32, 32)) == (5, 7)
+
+
+@pytest.mark.parametrize(("dims", "kind"), [(1, nn.Conv1d), (3, nn.Conv3d)])
+def test_other_numbers_of_dims(dims: int, kind: Any) -> None:
+    model = nn.Sequential(kind(2, 2, 3), kind(2, 2, 3, stride=2), kind(2, 2, 3))
+    assert extent_of(model, (1, 2, *(16,) * dims)) == (9,) * dims
+    assert extent_of(model, (2, *(16,) * dims)) == (9,) * dims  # not batched
+
+
+def test_the_longest_branch_counts() -> None:
+    model = Fn(lambda m, x: m.a(x) + m.b(x) + x, a=conv(5, padding=2), b=conv(3, padding=4, dilation=4))
+    assert extent_of(model, (1, 1, 16, 16)) == (9, 9)
+
+
+def test_branches_that_look_elsewhere_widen_the_hull() -> None:
+    model = Fn(lambda m, x: m.a(x)[..., :-2] + m.a(x)[..., 2:], a=conv(1))
+    assert extent_of(model, (1, 1, 16, 16)) == (1, 3)
+
+
+def test_an_upsampled_branch_sees_no_more_than_it_does() -> None:
+    # one position of the small map stands behind two of the large one
+    assert extent_of(nn.Sequential(conv(2, stride=2), up(2, 2)), (1, 1, 16, 16)) == (2, 2)
+    assert extent_of(
+        nn.Sequential(conv(2, stride=2), nn.Upsample(scale_factor=2), conv(3, padding=1)), (1, 1, 16, 16)
+    ) == (4, 4)
+
+
+WHOLE: dict[str, Fn] = {
+    "adaptive pool": Fn(lambda m, x: F.adaptive_avg_pool2d(m.c(x), 1), c=conv()),
+    "mean": Fn(lambda m, x: m.c(x).mean((2, 3)), c=conv()),
+    "mean of all": Fn(lambda m, x: m.c(x).mean().view(1, 1), c=conv()),
+    "mean, dims kept": Fn(lambda m, x: m.c(x).mean((-2, -1), keepdim=True), c=conv()),
+    "flatten, linear": Fn(lambda m, x: m.f(m.c(x).flatten(1)), c=conv(), f=nn.Linear(196, 2)),
+    "view, linear": Fn(lambda m, x: m.f(m.c(x).view(1, -1)), c=conv(), f=nn.Linear(196, 2)),
+    "squeeze-excite": Fn(lambda m, x: x * m.c(F.adaptive_avg_pool2d(x, 1)).sigmoid(), c=conv(1)),
+    "self-attention": Fn(
+        lambda m, x: F.scaled_dot_product_attention(*[m.c(x).flatten(2).transpose(1, 2)] * 3), c=conv()
+    ),
+    "attention by hand": Fn(
+        lambda m, x: ((t := m.c(x).flatten(2).transpose(1, 2)) @ t.transpose(-2, -1)).softmax(-1) @ t, c=conv()
+    ),
+    "non-local by bmm": Fn(lambda m, x: torch.bmm(m.c(x).flatten(2).transpose(1, 2), m.c(x).flatten(2)), c=conv()),
+    "mixing tokens": Fn(lambda m, x: m.f(m.c(x).flatten(2)), c=conv(), f=nn.Linear(196, 196)),
+    "max of all positions": Fn(lambda m, x: m.c(x).flatten(2).max(-1)[0], c=conv()),
+    "softmax over positions": Fn(lambda m, x: m.c(x).flatten(2).softmax(-1), c=conv()),
+    "einsum": Fn(lambda m, x: torch.einsum("nchw,ndhw->ncd", m.c(x), m.c(x)), c=conv()),
+    "multi-head attention": Fn(
+        lambda m, x: m.a(*[m.c(x).flatten(2).transpose(1, 2).repeat(1, 1, 4)] * 3)[0],
+        c=conv(),
+        a=nn.MultiheadAttention(4, 2, batch_first=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_mixes_all_positions_sees_the_whole_input(name: str) -> None:
+    assert extent_of(WHOLE[name].eval(), (1, 1, 16, 16)) == (16, 16)
+
+
+def test_mixing_one_dim() -> None:
+    assert extent_of(Fn(lambda m, x: m.c(x).mean(2, keepdim=True), c=conv()), (1, 1, 16, 12)) == (16, 3)
+    axial = Fn(lambda m, x: F.scaled_dot_product_attention(*[m.c(x).permute(0, 2, 3, 1)] * 3), c=conv())
+    assert extent_of(axial, (1, 1, 16, 12)) == (3, 12)
+
+
+KEEPS: dict[str, Fn] = {
+    "channels last and back": Fn(lambda m, x: m.c(x).permute(0, 2, 3, 1).permute(0, 3, 1, 2), c=conv()),
+    "linear on channels": Fn(lambda m, x: m.f(m.c(x).permute(0, 2, 3, 1)), c=conv(), f=nn.Linear(1, 3)),
+    "channel shuffle": Fn(lambda m, x: m.c(x).view(1, 1, 1, 14, 14).transpose(1, 2).reshape(1, 1, 14, 14), c=conv()),
+    "chunks of channels": Fn(lambda m, x: torch.cat(torch.cat([m.c(x)] * 2, 1).chunk(2, 1), 1), c=conv()),
+    "unsqueeze, squeeze": Fn(lambda m, x: m.c(x).unsqueeze(0).squeeze(0), c=conv()),
+    "stack, sum": Fn(lambda m, x: torch.stack([m.c(x), m.c(x)], 2).sum(2), c=conv()),
+    "norms": Fn(lambda m, x: m.g(m.c(x)).relu(), c=conv(), g=nn.GroupNorm(1, 1)),
+    "in place": Fn(lambda m, x: m.c(x).relu_().add_(1).mul_(2), c=conv()),
+    "patch tokens": Fn(lambda m, x: m.f(m.c(x).flatten(2).transpose(1, 2)), c=conv(), f=nn.Linear(1, 3)),
+    "gate from another branch": Fn(lambda m, x: m.c(x) * torch.sigmoid(m.c(x)).expand(1, 1, 14, 14), c=conv()),
+    "time before space": Fn(lambda m, x: m.c(x.unsqueeze(1).flatten(0, 1)), c=conv()),
+    "split and one of the pieces": Fn(lambda m, x: torch.cat([m.c(x)] * 3, 1).split([1, 2], 1)[1], c=conv()),
+    "tokens put back on the grid": Fn(
+        lambda m, x: m.d(m.c(x).flatten(2).transpose(1, 2).transpose(1, 2).reshape(1, 1, 14, 14)), c=conv(), d=conv(1)
+    ),
+    "matrix product over channels": Fn(lambda m, x: m.c(x).permute(0, 2, 3, 1) @ torch.ones(1, 5), c=conv()),
+}
+
+
+@pytest.mark.parametrize("name", KEEPS)
+def test_what_keeps_positions(name: str) -> None:
+    assert extent_of(KEEPS[name], (1, 1, 16, 16)) == (3, 3)
+
+
+UNKNOWN: dict[str, Fn] = {
+    "windows of tokens": Fn(lambda m, x: m.c(x).view(1, 1, 2, 7, 2, 7).transpose(3, 4).reshape(4, 1, 7, 7), c=conv()),
+    "roll": Fn(lambda m, x: torch.roll(m.c(x), 1, 2), c=conv()),
+    "flip": Fn(lambda m, x: m.c(x).flip(3), c=conv()),
+    "grid_sample": Fn(lambda m, x: F.grid_sample(m.c(x), torch.zeros(1, 4, 4, 2), align_corners=False), c=conv()),
+    "unfold": Fn(lambda m, x: F.unfold(m.c(x), 3), c=conv()),
+    "index": Fn(lambda m, x: m.c(x)[:, :, torch.tensor([3, 1])], c=conv()),
+    "convolution over tokens": Fn(lambda m, x: m.t(m.c(x).flatten(2)), c=conv(), t=nn.Conv1d(1, 1, 3)),
+    "tokens put back after one was added": Fn(
+        lambda m, x: torch.cat([torch.zeros(1, 1, 14), m.c(x).flatten(2)], 2).view(1, 1, 15, 14), c=conv()
+    ),
+    "two halves in one": Fn(lambda m, x: torch.cat([m.c(x), m.c(x)], 3), c=conv()),
+    "transposed against straight": Fn(lambda m, x: m.c(x) + m.c(x).transpose(2, 3), c=conv()),
+    "cumsum": Fn(lambda m, x: m.c(x).cumsum(2), c=conv()),
+    "pieces of positions": Fn(lambda m, x: m.c(x).chunk(2, 3)[1], c=conv()),
+    "written into": Fn(lambda m, x: _write(m.c(x)), c=conv()),
+}
+
+
+def _write(x: Tensor) -> Tensor:
+    out = x * 1
+    out[:, :, 1:] = x[:, :, :-1]
+    return out
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_is_not_followed_is_unknown(name: str) -> None:
+    assert extent_of(UNKNOWN[name], (1, 1, 16, 16)) is None
+
+
+def test_all_that_follows_the_unknown_is_unknown_until_the_whole_is_seen() -> None:
+    model = Fn(lambda m, x: m.d(torch.roll(m.c(x), 1, 2)), c=conv(), d=conv())
+    assert extent_of(model, (1, 1, 16, 16)) is None
+    gated = Fn(lambda m, x: torch.roll(m.c(x), 1, 2) * m.c(x).mean((2, 3), keepdim=True), c=conv())
+    assert extent_of(gated, (1, 1, 16, 16)) == (16, 16)
+
+
+def test_models_without_a_frame() -> None:
+    made = capture(nn.Linear(3, 2), torch.zeros(1, 3))
+    fields = ReceptiveFields(made)
+    assert fields.frame == ()
+    assert fields.of(last(made)) is None
+    assert fields.of("nothing") is None
+    assert fields.seen_from("nothing", ()) is None
+
+
+def test_a_stereo_pair_shares_coordinates() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = conv(3, padding=1), conv(5, padding=2)
+
+        def forward(self, left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
+            return self.a(left) + self.b(right) * scale
+
+    made = capture(Pair(), (torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), torch.zeros(1)))
+    assert ReceptiveFields(made).of(last(made)) == (5, 5)
+
+
+# --------------------------------------------------------------------------------------------------- gradients
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "plain": lambda: nn.Sequential(conv(3, padding=1), conv((5, 3), padding=2), conv(1)),
+    "strided": lambda: nn.Sequential(conv(3, 2, 1), conv(3, 2, 1), conv(3, 1, 1)),
+    "dilated": lambda: nn.Sequential(conv(3, padding=2, dilation=2), conv(3, padding=4, dilation=4)),
+    "atrous pyramid": lambda: Fn(
+        lambda m, x: torch.cat([m.a(x), m.b(x), m.c(x)], 1), a=conv(1), b=conv(3, 1, 2, 2), c=conv(3, 1, (5, 3), (5, 3))
+    ),
+    "residual with a stride": lambda: Fn(
+        lambda m, x: F.relu(m.b(m.a(x)) + m.s(x)), a=conv(3, 2, 1), b=conv(3, 1, 1), s=conv(1, 2)
+    ),
+    "pooling": lambda: nn.Sequential(conv(3), nn.AvgPool2d(3, 2, 1), conv(3), nn.AvgPool2d(2)),
+    "ceiling": lambda: nn.Sequential(nn.AvgPool2d(3, 2, ceil_mode=True), conv(3, 1, 1)),
+    "transposed 2/2": lambda: nn.Sequential(conv(3, 2, 1), up(2, 2), conv(3, 1, 1)),
+    "transposed 3/2": lambda: nn.Sequential(conv(3, 2, 1), up(3, 2, 1, 1), conv(3, 1, 1)),
+    "transposed 4/2": lambda: nn.Sequential(conv(4, 2, 1), conv(4, 2, 1), up(4, 2, 1), up(4, 2, 1)),
+    "transposed with gaps": lambda: nn.Sequential(conv(3, 3, 1), up(2, 3), conv(3, 1, 1)),
+    "transposed and dilated": lambda: nn.Sequential(up(3, 2, 2, 1, dilation=2), conv(3, 1, 1)),
+    "nearest": lambda: nn.Sequential(conv(3, 2, 1), nn.Upsample(scale_factor=2), conv(3, 1, 1)),
+    "nearest-exact": lambda: nn.Sequential(nn.Upsample(size=(15, 21), mode="nearest-exact"), conv(3, 1, 1)),
+    "nearest by three halves": lambda: nn.Sequential(conv(2, 2), nn.Upsample(scale_factor=1.5), conv(3, 1, 1)),
+    "bilinear": lambda: nn.Sequential(
+        conv(3, 2, 1), nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False), conv(3, 1, 1)
+    ),
+    "bilinear, smaller": lambda: Fn(
+        lambda m, x: m.a(F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False)), a=conv(3, 1, 1)
+    ),
+    "uneven adaptive": lambda: nn.Sequential(conv(3, 1, 1), nn.AdaptiveAvgPool2d((5, 7)), conv(3, 1, 1)),
+    "area": lambda: Fn(lambda m, x: F.interpolate(m.a(x), (6, 8), mode="area"), a=conv(3, 1, 1)),
+    "pixel shuffle": lambda: Fn(
+        lambda m, x: m.b(F.pixel_shuffle(torch.cat([m.a(x)] * 4, 1), 2)), a=conv(3, 2, 1), b=conv(3, 1, 1)
+    ),
+    "pixel unshuffle": lambda: Fn(
+        lambda m, x: m.a(F.pixel_unshuffle(x, 2)[:, :1] + F.pixel_unshuffle(x, 2)[:, 3:]), a=conv()
+    ),
+    "focus": lambda: Fn(
+        lambda m, x: m.a(torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2]], 1).sum(1, keepdim=True)),
+        a=conv(3, 1, 1),
+    ),
+    "same": lambda: nn.Sequential(nn.Conv2d(1, 1, (4, 3), padding="same", bias=False), conv(3, 1, 1)),
+    "skip around a bottleneck": lambda: Fn(
+        lambda m, x: m.c(torch.cat([x, m.u(m.d(x))], 1).sum(1, keepdim=True)),
+        d=conv(5, 4, 2),
+        u=up(4, 4),
+        c=conv(3, 1, 1),
+    ),
+    "tokens put back on the grid": lambda: Fn(
+        lambda m, x: m.b(m.a(x).flatten(2).transpose(1, 2).transpose(1, 2).reshape(1, 1, 10, 14)),
+        a=conv(3, 2, 1),
+        b=conv(3, (1, 2), 1),
+    ),
+    "window shorter than the step": lambda: nn.Sequential(conv(2, 3), conv(2, 2)),
+    "narrow and select": lambda: Fn(lambda m, x: m.a(torch.stack([x, x], 1).select(1, 0).narrow(2, 0, 18)), a=conv(3)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients(name: str) -> None:
+    check(MODELS[name](), (1, 1, 20, 28))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: nn.Sequential(conv(3), nn.Upsample(size=(17, 23), mode="bilinear", align_corners=True), conv(3)),
+        lambda: nn.Sequential(nn.Upsample(scale_factor=2, mode="bicubic", align_corners=False), conv(3)),
+        lambda: Fn(lambda m, x: m.a(x[:, :, 2:-1, 3:]), a=conv(3, 1, 1)),
+        lambda: Fn(lambda m, x: m.a(F.pad(x, (2, 0, 1, 4))), a=conv(3)),
+        lambda: Fn(lambda m, x: F.interpolate(m.a(x), (9, 13), mode="bilinear", antialias=True), a=conv(3, 1, 1)),
+        lambda: Fn(
+            lambda m, x: x + F.interpolate(m.a(x), (20, 28), mode="bilinear", align_corners=True), a=conv(3, 3, 1)
+        ),
+    ],
+)
+def test_gradients_away_from_the_border(model: Callable[[], nn.Module]) -> None:
+    # at the border, real interpolation clamps, a crop cuts what padding here is taken to see, and some positions see
+    # nothing but padding
+    check(model(), (1, 1, 20, 28), border=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("resnet18", 48), ("googlenet", 48), ("mobilenet_v2", 48), ("densenet121", 32), ("fcn_resnet50", 32)],
+)
+def test_gradients_of_torchvision_models(name: str, size: int) -> None:
+    models = pytest.importorskip("torchvision.models")
+    with torch.device("meta"):
+        settings = {"googlenet": {"init_weights": False}, "fcn_resnet50": {"weights_backbone": None}}
+        model = models.get_model(name, weights=None, **settings.get(name, {}))
+    if name == "fcn_resnet50":
+        body = nn.Sequential(*model.backbone.values(), model.classifier)
+    elif name == "resnet18":
+        body = nn.Sequential(*list(model.children())[:-2])
+    elif name == "googlenet":
+        wanted = [child for n, child in model.named_children() if n.startswith(("conv", "maxpool", "inception"))]
+        body = nn.Sequential(*wanted[:8])
+    else:
+        body = nn.Sequential(*list(model.features)[:8])
+    check(body, (1, 3, size, size), most=10)
+
+
+def test_gradients_of_a_u_net() -> None:
+    class UNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = nn.ModuleList(conv(3, 1, 1) for _ in range(4))
+            self.up = nn.ModuleList(up(2, 2) for _ in range(3))
+            self.out = nn.ModuleList(nn.Conv2d(2, 1, 3, padding=1, bias=False) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept = []
+            for layer in self.down:
+                x = layer(F.avg_pool2d(x, 2) if kept else x)
+                kept.append(x)
+            for rise, layer, skip in zip(self.up, self.out, kept[-2::-1]):
+                x = layer(torch.cat([skip, rise(x)], 1))
+            return x
+
+    check(UNet(), (1, 1, 48, 32), most=16)
+
+
+def parts() -> st.SearchStrategy[tuple[Any, ...]]:
+    """One operation along one dim: its kind and settings."""
+    kernel, step, hole = st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)
+    return st.one_of(
+        st.tuples(st.just("conv"), kernel, step, st.integers(0, 2), hole),
+        st.tuples(st.just("up"), kernel, step, st.integers(0, 1), hole),
+        st.tuples(st.just("nearest"), st.integers(2, 3)),
+        st.tuples(st.just("adaptive"), st.integers(3, 11)),
+        st.tuples(st.just("branch"), st.integers(1, 3), st.integers(1, 3)),
+    )
+
+
+class Random(nn.Module):
+    """A chain of such operations along one dim; a branch adds two convolutions of different dilation."""
+
+    def __init__(self, chain: list[tuple[Any, ...]]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for kind, *given_settings in chain:
+            if kind == "conv":
+                kernel, step, padding, hole = given_settings
+                self.layers.append(nn.Conv1d(1, 1, kernel, step, min(padding, kernel // 2), hole, bias=False))
+            elif kind == "up":
+                kernel, step, padding, hole = given_settings
+                self.layers.append(
+                    nn.ConvTranspose1d(1, 1, kernel, step, min(padding, kernel - 1), bias=False, dilation=hole)
+                )
+            elif kind == "nearest":
+                self.layers.append(nn.Upsample(scale_factor=given_settings[0]))
+            elif kind == "adaptive":
+                self.layers.append(nn.AdaptiveAvgPool1d(given_settings[0]))
+            else:
+                both = [nn.Conv1d(1, 1, 3, padding=d, dilation=d, bias=False) for d in given_settings]
+                self.layers.append(Fn(lambda m, x: m.a(x) + m.b(x), a=both[0], b=both[1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(parts(), min_size=1, max_size=5))
+def test_gradients_of_random_chains(chain: list[tuple[Any, ...]]) -> None:
+    assume(any(kind in ("conv", "up", "branch") for kind, *_ in chain))
+    shape = (1, 1, 48)
+    model = positive(Random(chain))
+    try:
+        out = model(torch.zeros(shape, dtype=torch.float64))
+    except RuntimeError:
+        assume(False)
+    assume(3 <= out.shape[-1] <= 400)
+    made = capture(model, torch.zeros(shape, dtype=torch.float64))
+    fields, node = ReceptiveFields(made), last(made)
+    middle = out.shape[-1] // 2
+    for at in range(middle - 1, middle + 2):
+        predicted = fields.seen_from(node, (0, 0, at))
+        assert predicted is not None
+        ((low, high),) = predicted
+        # only where neither the input's border nor that of a tensor in between (all narrower) can interfere
+        if low < 8 or high > 39 or low > high:
+            continue
+        assert support(model, shape, [(at,)]) == [((low, high),)]
+
+
+# ----------------------------------------------------------------------------------------------------- algebra
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 4),
+    st.lists(st.integers(-5, 5), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.lists(st.lists(st.integers(-4, 4), min_size=1, max_size=3).map(sorted), min_size=1, max_size=3),
+)
+def test_pulling_steps_through_taps(rise: int, offsets: list[int], advance: int, positions: list[list[int]]) -> None:
+    steps, taps = Steps(rise, tuple(offsets)), Taps(advance, tuple(map(tuple, positions)))
+    for pick in (min, max):
+        pulled = steps.pull(taps, pick)
+        assert pulled is not None
+        for o in range(-7, 20):
+            turns, phase = divmod(o, len(positions))
+            assert pulled(o) == pick(steps(turns * advance + p) for p in positions[phase])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    *[st.tuples(st.integers(0, 3), st.lists(st.integers(-5, 5), min_size=1, max_size=4))] * 2,
+)
+def test_joining_steps(a: tuple[int, list[int]], b: tuple[int, list[int]]) -> None:
+    f, g = Steps(a[0], tuple(a[1])), Steps(b[0], tuple(b[1]))
+    for pick in (min, max):
+        joined = f.join(g, pick, 12)
+        assert all(joined(o) == pick(f(o), g(o)) for o in range(12))
+        if a[0] * len(b[1]) == b[0] * len(a[1]):
+            assert all(joined(o) == pick(f(o), g(o)) for o in range(-5, 40))
+
+
+@pytest.mark.parametrize(("size", "out"), [(7, 3), (14, 7), (5, 5), (3, 7), (10, 4)])
+def test_adaptive_taps_are_those_of_torch(size: int, out: int) -> None:
+    taps = adaptive_taps(size, out)
+    x = torch.zeros(1, 1, size, requires_grad=True)
+    y = F.adaptive_avg_pool1d(x, out)
+    for o in range(out):
+        (grad,) = torch.autograd.grad(y[0, 0, o], x, retain_graph=True)
+        turns, phase = divmod(o, len(taps.positions))
+        assert [turns * taps.rise + p for p in taps.positions[phase]] == grad[0, 0].nonzero().flatten().tolist()
+
+
+def test_a_gap_sees_nothing() -> None:
+    assert window_taps(1, 3, 0, 1, True) == Taps(1, ((0,), (), ()))
