@@ -72,7 +72,7 @@ def eligible(capture: Capture, layer: Layer, owners: Owners | None = None) -> Sk
         return _not_called(capture, layer)
     owners = owners or Owners(capture)
     module = owners.modules.get(layer.path)
-    if isinstance(module, _LAYERS) or (module is not None and not layer.functional):
+    if module is not None and (isinstance(module, _LAYERS) or not layer.functional):
         refused = module_refusal(layer.path, module, owners.holders) or _read_directly(layer, owners)
         return refused or (_functional(layer, owners) if layer.functional else None)
     return _functional(layer, owners)

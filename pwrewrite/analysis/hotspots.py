@@ -7,6 +7,9 @@ why none may be inserted: it has nothing to squeeze (pointwise, depthwise, linea
 
 Break-even is necessary, not sufficient: three small convolutions can be slower than one large one, and how low a rank
 the weights allow is for their spectrum to say.
+
+Limits: a dense layer that already stands between a 1×1 reduction and a 1×1 expansion (the middle of a ResNet
+bottleneck) is judged like any other.
 """
 
 from __future__ import annotations
