@@ -7,8 +7,8 @@ optimum keeps exactly the singular values above a threshold. With ``α = L/M`` a
 
     τ̄ ≈ 2.5129 √α        x̄ = (1 + τ̄)(1 + α/τ̄)          (a numerical fit of theirs for τ̄)
 
-singular value ``γ`` is kept iff ``γ² > σ² M x̄``. When σ² is unknown it minimises the free energy (terms
-constant in σ² dropped)
+singular value ``γ`` is kept iff ``γ² > σ² M x̄``. When σ² is unknown it minimises the free energy (terms constant in
+σ² dropped)
 
     Ω(σ²) = Σ_h ψ(γ_h² / (M σ²)),   ψ(x) = x − log x + [x > x̄] ψ₁(x),
     ψ₁(x) = log(τ(x) + 1) + α log(τ(x)/α + 1) − τ(x),   τ(x) = (x − 1 − α + √((x − 1 − α)² − 4α)) / 2

@@ -4,30 +4,28 @@ A kernel ``T (out, k, in)`` is approximated by ``core ×_out U_out ×_in U_in`` 
 rank_out)`` and ``U_in (in, rank_in)``; the core is then ``T ×_out U_outᵀ ×_in U_inᵀ``, and the best pair maximises
 its norm.
 
-* **HOSVD** (De Lathauwer, De Moor & Vandewalle 2000a): each factor holds the leading eigenvectors of the Gram
-  matrix of its own unfolding. No singular value decomposition of a long matrix is needed.
-* **HOOI** (De Lathauwer et al. 2000b, "On the best rank-(R1, …, RN) approximation"; Kim et al. 2016 for
-  convolutions): alternately, each factor is the best for the tensor already projected by the other. Here one factor
-  (of the shorter axis) is started by HOSVD and the other is computed from the projected tensor (Vannieuwenhoven et
-  al. 2012), so even with no sweep the error is at most that of HOSVD.
+* **HOSVD** (De Lathauwer, De Moor & Vandewalle 2000a): each factor holds the leading eigenvectors of the Gram matrix
+of its own unfolding. No singular value decomposition of a long matrix is needed. * **HOOI** (De Lathauwer et al.
+2000b, "On the best rank-(R1, …, RN) approximation"; Kim et al. 2016 for convolutions): alternately, each factor is
+the best for the tensor already projected by the other. Here one factor (of the shorter axis) is started by HOSVD and
+the other is computed from the projected tensor (Vannieuwenhoven et al. 2012), so even with no sweep the error is at
+most that of HOSVD.
 
 Where the time goes (512×512×3×3, half rank, 2 cores): a projection, a Gram matrix and an eigendecomposition cost
 about the same. So
 
 * the kernel is kept as ``(out, k, in)``, in which both unfoldings and both projections are plain matrix products
-  without a copy;
-* a Gram matrix is computed as its lower blocks only;
-* an update does not decompose the Gram matrix ``G`` anew: one step of subspace iteration from the factor at hand,
-  ``U ← qr(T₂(G) U)``, with the Chebyshev polynomial that damps eigenvalues between 0 and the smallest Ritz value
-  (Zhou & Saad 2007), costs a quarter and, on flat spectra, converges faster than the exact update: it overshoots a
-  little, as over-relaxation does. The energy that each update captures is tracked; an update that loses some is
-  repeated exactly;
-* it stops when an update gains less than ``tolerance`` of the error.
+without a copy; * a Gram matrix is computed as its lower blocks only; * an update does not decompose the Gram matrix
+``G`` anew: one step of subspace iteration from the factor at hand, ``U ← qr(T₂(G) U)``, with the Chebyshev polynomial
+that damps eigenvalues between 0 and the smallest Ritz value (Zhou & Saad 2007), costs a quarter and, on flat spectra,
+converges faster than the exact update: it overshoots a little, as over-relaxation does. The energy that each update
+captures is tracked; an update that loses some is repeated exactly; * it stops when an update gains less than
+``tolerance`` of the error.
 
 **Precision.** A float32 Gram matrix cannot tell singular values below about 3e-4 of the largest. When what is to be
-cut off lies near that floor, the whole computation is repeated in float64 (`_TRUST`). The factors are orthonormal
-to working precision in any case, as eigenvectors and QR factors are, and so full rank is exact whatever the Gram
-matrix lost.
+cut off lies near that floor, the whole computation is repeated in float64 (`_TRUST`). The factors are orthonormal to
+working precision in any case, as eigenvectors and QR factors are, and so full rank is exact whatever the Gram matrix
+lost.
 """
 
 from __future__ import annotations
@@ -38,6 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pwrewrite.decompose.eigen import LinAlgError, symmetric_eigen
 from pwrewrite.decompose.layout import wide_dtype
 
 #: The energy that is cut off must exceed this times √n·eps times the largest eigenvalue for a Gram matrix to be
@@ -126,14 +125,13 @@ class _Alternation:
 
     def start(self, side: int, tensor: Tensor | None = None) -> Tensor:
         """Leading eigenvectors of one side, of the kernel itself or of a projected one."""
-        values, vectors = torch.linalg.eigh(self.gram(side, self.tensor if tensor is None else tensor))
+        values, vectors = symmetric_eigen(self.gram(side, self.tensor if tensor is None else tensor))
         size, rank = self.sizes[side], self.ranks[side]
         if self.strict and rank < size and self.tensor.dtype != wide_dtype(self.tensor):
             noise = _TRUST * math.sqrt(size) * torch.finfo(values.dtype).eps
             if bool((values[..., : size - rank].clamp(min=0).sum(-1) < noise * values[..., -1]).any()):
                 raise Untrusted
-        leading: Tensor = vectors[..., size - rank :].flip(-1)
-        return leading
+        return vectors[..., size - rank :].flip(-1)
 
     def result(
         self, out: Tensor, inner: Tensor, updates: int, partial: Tensor | None = None, done: int = 1
@@ -187,7 +185,10 @@ class _Alternation:
         size, rank = factor.shape[-2:]
         if factor.dim() != 2 or size < _CHEBYSHEV_SIZE or rank > 3 * size // 4:
             return None
-        floor = float(torch.linalg.eigvalsh(factor.mT @ product)[0])
+        try:
+            floor = float(torch.linalg.eigvalsh(factor.mT @ product)[0])
+        except LinAlgError:
+            return None
         if not floor * _CHEBYSHEV_SPREAD[0] > top:
             return None
         scale = 2 / floor
@@ -222,8 +223,7 @@ def _captured(gram: Tensor, factor: Tensor) -> float:
 
 def _leading(gram: Tensor, rank: int) -> Tensor:
     """The ``rank`` leading eigenvectors, largest first."""
-    vectors: Tensor = torch.linalg.eigh(gram)[1]
-    return vectors[..., gram.shape[-1] - rank :].flip(-1)
+    return symmetric_eigen(gram)[1][..., gram.shape[-1] - rank :].flip(-1)
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
     W[o, i] ≈ Σ_r  expand[o, r] · reduce[r, i]
 
-by one SVD per group, optimal at every rank (Eckart & Young 1936). A pointwise convolution may still have a stride
-and padding: they sit on ``reduce``, so both factors run at the output's resolution; a transposed one upsamples in
+by one SVD per group, optimal at every rank (Eckart & Young 1936). A pointwise convolution may still have a stride and
+padding: they sit on ``reduce``, so both factors run at the output's resolution; a transposed one upsamples in
 ``expand``, so both run at the input's.
 
 Weights: ``input_weight`` over ``in``, ``output_weight`` over ``out``.

@@ -10,11 +10,10 @@
 
 Both are optimal at every rank (Eckart & Young 1936); expansion is the response reconstruction of Zhang et al. 2016
 ("Accelerating very deep convolutional networks", §3.1) when weighted by the input's second moment. Stride, padding,
-dilation and output padding sit on the core: a reduction runs at the input's resolution, an expansion at the
-output's.
+dilation and output padding sit on the core: a reduction runs at the input's resolution, an expansion at the output's.
 
-Weights: ``input_weight`` over ``in`` (or, for the expansion, over the patch ``in·k``), ``output_weight`` over
-``out`` (or, for the reduction, over ``out·k``); see `pwrewrite.decompose.weighting`.
+Weights: ``input_weight`` over ``in`` (or, for the expansion, over the patch ``in·k``), ``output_weight`` over ``out``
+(or, for the reduction, over ``out·k``); see `pwrewrite.decompose.weighting`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Rank choice: what a user writes, an energy threshold, and EVBMF, as a width of one side of a kernel.
 
 A *width* is an integer. A *ratio* is a share of the channels on that side, per group where the convolution is
-grouped. An explicit width is taken as it is; a width that was computed (from a ratio, an energy or EVBMF) is
-rounded to a multiple that hardware likes.
+grouped. An explicit width is taken as it is; a width that was computed (from a ratio, an energy or EVBMF) is rounded
+to a multiple that hardware likes.
 """
 
 from __future__ import annotations

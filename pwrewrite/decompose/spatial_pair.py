@@ -1,7 +1,7 @@
 """Spatially separable pairs: the first convolution takes some spatial axes, the second the others.
 
-In 2-D, k×1 → 1×k (Jaderberg et al. 2014, scheme 2; Zhang et al. 2016). With the spatial axes split into ``a``
-(first) and ``b`` (second), the matricisation ``(out·b, in·a)`` is cut to rank r, by one SVD per group:
+In 2-D, k×1 → 1×k (Jaderberg et al. 2014, scheme 2; Zhang et al. 2016). With the spatial axes split into ``a`` (first)
+and ``b`` (second), the matricisation ``(out·b, in·a)`` is cut to rank r, by one SVD per group:
 
     W[o, i, a, b] ≈ Σ_r  second[o, r, b] · first[r, i, a]
 

@@ -1,20 +1,20 @@
 """One factorisation of a stack of matrices, truncated at any rank; the error at every rank.
 
 For one matrix ``M (m, n)`` and weights ``G (m, m)`` on its rows and ``C (n, n)`` on its columns, the best rank-r
-``M̂`` in ``‖G^½ (M − M̂) C^½‖`` follows from the singular vectors ``U`` of ``G^½ M C^½`` (Eckart & Young 1936,
-after the change of variables):
+``M̂`` in ``‖G^½ (M − M̂) C^½‖`` follows from the singular vectors ``U`` of ``G^½ M C^½`` (Eckart & Young 1936, after
+the change of variables):
 
     M̂ = G^-½ U_r U_rᵀ G^½ M
 
-an oblique projection of ``M``. ``C`` enters through the Gram matrix ``G^½ M C Mᵀ G^½`` alone, whose eigenvectors
-are ``U`` and whose eigenvalues are the squared singular values, so no root of ``C`` is ever taken. The projection
-works on the shorter side of ``M`` (on the columns when ``n < m``, with the parts exchanged): there ``U`` is square
-at full rank, the projection is the identity, and full rank is exact however singular the weights are. The range of
-the projection is given an orthonormal basis ``Q`` by a QR decomposition, so that rounding a factor never meets a
-large inverse root.
+an oblique projection of ``M``. ``C`` enters through the Gram matrix ``G^½ M C Mᵀ G^½`` alone, whose eigenvectors are
+``U`` and whose eigenvalues are the squared singular values, so no root of ``C`` is ever taken. The projection works
+on the shorter side of ``M`` (on the columns when ``n < m``, with the parts exchanged): there ``U`` is square at full
+rank, the projection is the identity, and full rank is exact however singular the weights are. The range of the
+projection is given an orthonormal basis ``Q`` by a QR decomposition, so that rounding a factor never meets a large
+inverse root.
 
-The Gram matrix of a float32 kernel is formed in float64, where squaring the condition number costs nothing that float32
-could show; a float64 kernel without weights goes through a QR decomposition and an SVD instead.
+The Gram matrix of a float32 kernel is formed in float64, where squaring the condition number costs nothing that
+float32 could show; a float64 kernel without weights goes through a QR decomposition and an SVD instead.
 
 All matrices of a stack (the groups of a convolution) are truncated at the same rank, and their squared errors add up.
 """
@@ -29,6 +29,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from pwrewrite.decompose.eigen import LinAlgError, symmetric_eigen
 from pwrewrite.decompose.layout import Factors, check_finite, check_rank, frobenius, relative, wide_dtype
 from pwrewrite.decompose.weighting import SideWeight, multiply_root
 from pwrewrite.errors import UsageError
@@ -69,7 +70,10 @@ def left_basis(matrix: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = matrix.shape[-2:]
     if columns > rows:
         matrix = torch.linalg.qr(matrix.mT, mode="r")[1].mT
-    vectors, values, _ = torch.linalg.svd(matrix, full_matrices=True)
+    try:
+        vectors, values, _ = torch.linalg.svd(matrix, full_matrices=True)
+    except LinAlgError:
+        return gram_basis(matrix @ matrix.mT)
     energies = values.new_zeros(*values.shape[:-1], rows)
     energies[..., : values.shape[-1]] = values.square()
     return vectors, energies
@@ -77,7 +81,7 @@ def left_basis(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def gram_basis(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvectors and eigenvalues of a symmetric positive semi-definite matrix, largest first, none below 0."""
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = symmetric_eigen(gram)
     return vectors.flip(-1), values.flip(-1).clamp(min=0)
 
 

@@ -3,10 +3,10 @@
     W[o, i, k] ≈ Σ_a Σ_b  expand[o, a] · core[a, b, k] · reduce[b, i]
 
 after Kim et al. 2016 ("Compression of deep convolutional neural networks for fast and low power mobile
-applications"), who keep the spatial axes whole. The factors are orthonormal (`pwrewrite.decompose.hooi`), so at
-full rank the bottleneck is the convolution, up to the rounding of two orthogonal matrices. Stride, padding,
-dilation and output padding sit on the core; ``reduce`` runs at the input's resolution, ``expand`` at the output's.
-Grouped convolutions are cut group by group, to equal ranks, and all three convolutions run with the same groups.
+applications"), who keep the spatial axes whole. The factors are orthonormal (`pwrewrite.decompose.hooi`), so at full
+rank the bottleneck is the convolution, up to the rounding of two orthogonal matrices. Stride, padding, dilation and
+output padding sit on the core; ``reduce`` runs at the input's resolution, ``expand`` at the output's. Grouped
+convolutions are cut group by group, to equal ranks, and all three convolutions run with the same groups.
 
 **Weights.** With ``G`` over ``out`` and ``C`` over ``in``, ``‖G^½ (W − Ŵ) C^½‖`` is minimised by decomposing ``W' =
 G^½ W C^½`` and mapping the factors back with the inverse roots. They are made orthonormal again and their triangles

@@ -1,18 +1,18 @@
 """Weights of the norm that a decomposition minimises, and their roots.
 
 The forms minimise ``‖G^½ (W − Ŵ) C^½‖_F`` where ``G (out, out)`` and ``C (in·k, in·k)`` are second moments of the
-gradient at the convolution's output and of its input patches. In that norm the error of a layer is, to second
-order, the change of the loss (Hassibi & Stork 1993; the Kronecker form is that of Martens & Grosse 2015). Without
-weights both are the identity.
+gradient at the convolution's output and of its input patches. In that norm the error of a layer is, to second order,
+the change of the loss (Hassibi & Stork 1993; the Kronecker form is that of Martens & Grosse 2015). Without weights
+both are the identity.
 
 Axes are flattened channel first, ``(in, kH, kW)``, as `torch.nn.functional.unfold` does. For each side of a
 matricisation with axes ``(channels, *rest)`` a weight may be given over
 
-* all of it, ``(channels·rest, channels·rest)``, or
-* the channels only, ``(channels, channels)``, and then stands for ``weight ⊗ identity``.
+* all of it, ``(channels·rest, channels·rest)``, or * the channels only, ``(channels, channels)``, and then stands for
+``weight ⊗ identity``.
 
-For a grouped convolution it is a stack ``(groups, d, d)``, or one matrix over the channels of all groups, of which the
-diagonal blocks are taken (the groups do not mix).
+For a grouped convolution it is a stack ``(groups, d, d)``, or one matrix over the channels of all groups, of which
+the diagonal blocks are taken (the groups do not mix).
 
 A form whose norm is not of that shape is served by a Kronecker approximation: `split_moment` takes partial traces.
 
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pwrewrite.decompose.eigen import symmetric_eigen
 from pwrewrite.decompose.layout import check_finite, frobenius, wide_dtype
 from pwrewrite.errors import UsageError
 
@@ -59,7 +60,7 @@ class SideWeight:
         Raises:
             UsageError: The weight has an eigenvalue that is clearly negative.
         """
-        values, vectors = torch.linalg.eigh(self.matrix)
+        values, vectors = symmetric_eigen(self.matrix)
         top = values[..., -1:]
         if bool((values[..., :1] < -1e-4 * top.abs()).any()):
             raise UsageError(

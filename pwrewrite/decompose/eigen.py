@@ -1,0 +1,49 @@
+"""Eigendecompositions that do not give up.
+
+LAPACK's divide and conquer fails on some float32 Gram matrices with many equal eigenvalues, above all on those of
+kernels with dead filters (zero rows), which trained networks have. The same matrix in float64 decomposes; should it
+not either, its ties are broken by a perturbation of the size of rounding, and the last resort is a singular value
+decomposition.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pwrewrite.decompose.layout import wide_dtype
+
+#: What torch raises when LAPACK does not converge.
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
+
+def symmetric_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of a symmetric positive semi-definite matrix.
+
+    Args:
+        gram: ``(*batch, n, n)``, finite.
+
+    Returns:
+        ``(*batch, n)`` and ``(*batch, n, n)`` in the matrix's dtype.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(gram)
+    except LinAlgError:
+        values, vectors = _stubborn_eigen(gram)
+    return values, vectors
+
+
+def _stubborn_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, for a matrix on which LAPACK failed."""
+    wide = gram.to(wide_dtype(gram))
+    scale = wide.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].abs()
+    scaled = wide / torch.where(scale > 0, scale, 1)
+    ties = torch.diag(torch.linspace(0, 1, gram.shape[-1], dtype=wide.dtype, device=wide.device))
+    for noise in (0.0, 1.0, 100.0):
+        try:
+            values, vectors = torch.linalg.eigh(scaled + noise * torch.finfo(wide.dtype).eps * ties)
+        except LinAlgError:
+            continue
+        return (values * scale[..., 0]).to(gram.dtype), vectors.to(gram.dtype)
+    left, values, _ = torch.linalg.svd(scaled)
+    return (values.flip(-1) * scale[..., 0]).to(gram.dtype), left.flip(-1).to(gram.dtype)
