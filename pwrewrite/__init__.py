@@ -1,0 +1,121 @@
+"""Static analysis and rewriting of convolutional PyTorch models.
+
+::
+
+    import pwrewrite
+
+    analysis = pwrewrite.analyze(model, torch.zeros(1, 3, 224, 224, device="meta"))
+    print(analysis)                       # where the work goes
+    analysis.to_dict()                    # the same as JSON data
+
+    capture = pwrewrite.capture(model, example_inputs)
+    pwrewrite.graph(capture)              # a networkx.DiGraph for questions of one's own
+
+Importing this package imports nothing heavy: each name is imported when it is first used.
+
+Some functions are named as the submodule that they live in (``capture``, ``graph``). Once Python has imported a
+submodule it binds it to the package under its name, so ``pwrewrite.graph`` is the submodule, and is made callable as
+the function of that name in it. Thus ``pwrewrite.graph(capture)``, ``from pwrewrite import graph``,
+``from pwrewrite.graph import graph`` and ``import pwrewrite.capture.records as records`` all work, in any order.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from inspect import Signature, signature
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .analysis.records import Analysis
+    from .api import analyze, analyze_target
+    from .capture import Capture, capture
+    from .convolution import ConvSpec
+    from .cost import Cost, register_formula
+    from .errors import PwrewriteError
+    from .graph import graph
+    from .loading import LoadedModel, load_target
+
+    __version__: str
+
+__all__ = [
+    "Analysis",
+    "Capture",
+    "ConvSpec",
+    "Cost",
+    "LoadedModel",
+    "PwrewriteError",
+    "__version__",
+    "analyze",
+    "analyze_target",
+    "capture",
+    "graph",
+    "load_target",
+    "register_formula",
+]
+
+_HOMES = {
+    "Analysis": "analysis.records",
+    "Capture": "capture",
+    "ConvSpec": "convolution",
+    "Cost": "cost",
+    "LoadedModel": "loading",
+    "PwrewriteError": "errors",
+    "analyze": "api",
+    "analyze_target": "api",
+    "capture": "capture",
+    "graph": "graph",
+    "load_target": "loading",
+    "register_formula": "cost",
+}
+"""Where each public name lives."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version(__name__)
+        except PackageNotFoundError:  # run from a checkout that is not installed
+            return "0+unknown"
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{home}")
+    if home == name:
+        return module  # callable, see _Package
+    value = globals()[name] = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _CallableModule(ModuleType):
+    """A submodule that can be called as the function of the same name in it."""
+
+    @property
+    def _function(self) -> Any:
+        return self.__dict__[self.__name__.rpartition(".")[2]]
+
+    @property
+    def __signature__(self) -> Signature:
+        return signature(self._function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+
+class _Package(ModuleType):
+    """This package: makes a submodule callable at the moment when Python binds it here, whoever imported it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if _HOMES.get(name) == name and type(value) is ModuleType:
+            value.__class__ = _CallableModule
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

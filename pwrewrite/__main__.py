@@ -1,0 +1,5 @@
+"""``python -m pwrewrite``."""
+
+from .cli import main
+
+main()

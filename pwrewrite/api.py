@@ -1,0 +1,98 @@
+"""The whole way in one call: from a model, or from what a person types, to an `Analysis`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from .analysis import analyze_capture
+from .analysis.records import Analysis
+from .analysis.roofline import DeviceProfile, device_profile
+from .capture import Inputs, capture
+from .capture.shapes import ShapeError
+from .errors import CaptureError
+from .loading import load_target
+
+
+def analyze(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    hotspot_share: float = 0.01,
+    device: str | DeviceProfile = "cpu",
+    target: str = "",
+) -> Analysis:
+    """Says where a model's work goes, without running it where shapes suffice.
+
+    Args:
+        model: Any module; its weights may be on ``meta``. It is not changed.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones, real or on ``meta``.
+        hotspot_share: Part of the MACs from which a k×k convolution is a hotspot.
+        device: The device profile for the roofline classes, or its name.
+        target: What to call the model; its class name by default.
+
+    Returns:
+        The analysis: print it, read its fields, or take ``to_dict()``.
+
+    Raises:
+        PwrewriteError: If the model does not run on these inputs, or a setting makes no sense.
+    """
+    return analyze_capture(capture(model, example_inputs), target=target, hotspot_share=hotspot_share, device=device)
+
+
+def analyze_target(
+    target: str,
+    *,
+    args: Mapping[str, object] | None = None,
+    weights: Path | None = None,
+    weights_lenient: bool = False,
+    inputs: Sequence[str] = (),
+    hotspot_share: float = 0.01,
+    device: str | DeviceProfile = "cpu",
+) -> Analysis:
+    """The same for what can be typed: a file, a Python name, or a model of torchvision or timm.
+
+    The model is built without memory for its weights, since their values matter to few models. Where they do, it is
+    built once more for real; a user's file is then executed twice.
+
+    Args:
+        target: ``model.py``, ``model.py:NAME``, ``package.module:NAME``, ``torchvision:NAME`` or ``timm:NAME``.
+        args: Arguments for whatever makes the model, by name.
+        weights: A checkpoint to fill in.
+        weights_lenient: Accept a checkpoint that fits in part.
+        inputs: Example inputs as ``[NAME=]SHAPE[:DTYPE]``; without them they are found or guessed, and a note says so.
+        hotspot_share: Part of the MACs from which a k×k convolution is a hotspot.
+        device: The device profile for the roofline classes, or its name.
+
+    Returns:
+        The analysis, with the notes of loading before its own.
+
+    Raises:
+        PwrewriteError: If the target does not lead to a model, or the model does not run.
+    """
+    device_profile(device)  # what is cheap to refuse is refused before a model is built
+    load = partial(load_target, target, args=args, weights=weights, weights_lenient=weights_lenient, inputs=inputs)
+    loaded = load(empty=True)
+    try:
+        captured = capture(loaded.model, loaded.example_inputs, values="meta")
+    except CaptureError as error:
+        if isinstance(error.__cause__, ShapeError):
+            raise
+        loaded = load()  # the model needs values: those that it is made with
+        captured = capture(loaded.model, loaded.example_inputs)
+    analysis = analyze_capture(captured, target=target, hotspot_share=hotspot_share, device=device)
+    return replace(analysis, model_class=_class_name(loaded.model, analysis), notes=(*loaded.notes, *analysis.notes))
+
+
+def _class_name(model: nn.Module, analysis: Analysis) -> str:
+    """The class under the name of the user's file, where that was imported under a name that is ours."""
+    kind = type(model)
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    if file is None or not kind.__module__.startswith("pwrewrite_target_"):
+        return analysis.model_class
+    return f"{Path(file).stem}.{kind.__qualname__}"

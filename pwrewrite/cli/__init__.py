@@ -1,0 +1,25 @@
+"""The command ``pwrewrite``: it parses, calls the library, prints and exits.
+
+What it says is decided in `pwrewrite.report`. Starting is fast: nothing here imports torch, networkx or numpy before a
+command needs them.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """The entry point of the command; ends the process with its exit code."""
+    code: object = 0
+    try:
+        from .app import app
+
+        app()
+    except SystemExit as leaving:
+        code = leaving.code
+    except KeyboardInterrupt:  # outside of a command
+        code = 130
+    from .running import leave
+
+    leave(code if isinstance(code, int) else int(code is not None))

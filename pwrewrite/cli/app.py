@@ -1,0 +1,36 @@
+"""The commands and what they have in common, as one typer application."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .analyze import analyze
+
+app = typer.Typer(
+    name="pwrewrite",
+    help="Says where the work of a convolutional PyTorch model goes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("analyze", no_args_is_help=True)(analyze)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import pwrewrite
+
+        typer.echo(f"pwrewrite {pwrewrite.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Says where the work of a convolutional PyTorch model goes."""

@@ -1,0 +1,349 @@
+"""What the cells of every rendering say: which layers, in which order, and the words for each of their facts.
+
+The renderers (`table`, `markdown`, `csv`) differ in form only; what a kernel or a saving is called is decided here,
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..analysis.records import Analysis, BreakEven, LayerReport, OpTotal, TreeNode
+from ..convolution import ConvSpec
+from ..errors import UsageError
+from .numbers import count, dims, duration, exact, percent, plural, size
+
+SORTS = ("macs", "params", "memory", "name", "order")
+"""What layers can be sorted by."""
+
+TOP = 15
+"""Layers shown unless the user says otherwise."""
+
+NO_CONVOLUTION = "This model has no convolution: there is nothing here for 1×1 rewriting."
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a reader wants to see.
+
+    Attributes:
+        top: At most so many layers; None for as many as suit the format.
+        sort: Order of the layers, one of `SORTS`: largest first, by name, or in the order in which the model defines
+            them.
+        everything: All layers, pointwise and linear ones too, each with the reason why it stays as it is.
+        depth: Show the module hierarchy down to this level in place of the layers.
+    """
+
+    top: int | None = None
+    sort: str = "macs"
+    everything: bool = False
+    depth: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.sort not in SORTS:
+            raise UsageError("no such order of layers", expected=", ".join(SORTS), got=repr(self.sort))
+        for name, value in (("top", self.top), ("depth", self.depth)):
+            if value is not None and value < 0:
+                raise UsageError(f"{name} is negative", expected="0 or more", got=str(value))
+
+    def check(self, form: str) -> None:
+        """Refuses what a format cannot show.
+
+        Raises:
+            UsageError: For JSON, which holds every layer in one order, if a choice of layers is wanted; for CSV, if the
+                module hierarchy is.
+        """
+        if form == "json" and (self.top is not None or self.sort != "macs"):
+            raise UsageError("JSON always holds every layer, largest MACs first", hint="leave out --top and --sort")
+        if form == "csv" and self.depth is not None:
+            raise UsageError("CSV holds layers, not modules", hint="--format json has the modules too")
+
+    @property
+    def limit(self) -> int | None:
+        """How many layers a page for people shows: `TOP` of the hotspots unless told otherwise, all of all layers."""
+        return TOP if self.top is None and not self.everything else self.top
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which layers a rendering shows.
+
+    Attributes:
+        reports: Them, in order.
+        cumulative: Their running share of the MACs, in the same order.
+        left_out: How many more there would be.
+        hotspots: Whether these are the hotspots, or all layers.
+    """
+
+    reports: tuple[LayerReport, ...]
+    cumulative: tuple[float, ...]
+    left_out: int
+    hotspots: bool
+
+
+def select(analysis: Analysis, view: View) -> Selection:
+    """The layers on a page for people: the hotspots, or all layers where there are none or all are wanted."""
+    hotspots = bool(analysis.hotspots) and not view.everything
+    ordered = sort_layers(analysis, analysis.hotspots if hotspots else analysis.layers, view.sort)
+    shown = tuple(ordered if view.limit is None else ordered[: view.limit])
+    running, cumulative = 0.0, []
+    for report in shown:
+        running += report.share
+        cumulative.append(min(running, 1.0))
+    return Selection(shown, tuple(cumulative), len(ordered) - len(shown), hotspots)
+
+
+def sort_layers(analysis: Analysis, reports: Iterable[LayerReport], sort: str) -> list[LayerReport]:
+    """The layers of an analysis by one of `SORTS`; ties keep their order."""
+    if sort == "order":
+        positions = {node.path: i for i, (_, node) in enumerate(analysis.tree.walk())}
+        return sorted(reports, key=lambda r: positions.get(r.layer.path, positions.get(_parent(r.layer.path), -1)))
+    if sort == "name":
+        return sorted(reports, key=lambda r: natural(r.layer.path))
+    if sort == "params":
+        return sorted(reports, key=lambda r: -r.layer.params)
+    if sort == "memory":
+        return sorted(reports, key=lambda r: -r.activation_bytes)
+    return sorted(reports, key=lambda r: -r.layer.macs)
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def natural(path: str) -> list[tuple[int, int, str]]:
+    """A sort key under which ``layer2`` comes before ``layer10``."""
+    key = []
+    for part in path.split("."):
+        stem = part.rstrip("0123456789")
+        key.append((0 if stem else -1, 0, stem))
+        key.append((0, int(part[len(stem) :] or -1), ""))
+    return key
+
+
+def plain(text: str) -> str:
+    """Text safe for one line of a terminal: control characters, line breaks among them, are spelt out."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def path_text(report: LayerReport) -> str:
+    """The layer's path; the root itself has none and is called ``(model)``. Several calls or names are told."""
+    layer = report.layer
+    text = plain(layer.path) or "(model)"
+    return f"{text} ×{len(layer.calls)}" if len(layer.calls) > 1 else text
+
+
+def kernel_text(report: LayerReport) -> str:
+    """Kernel, stride, dilation and groups: ``3×3 /2 d2 g32``; ``linear`` where there is no kernel."""
+    spec = report.layer.spec
+    return kernel_of(spec) if spec is not None else report.layer.op
+
+
+def kernel_of(spec: ConvSpec) -> str:
+    """Kernel, stride, dilation and groups of a convolution: ``3×3 /2 d2 g32``; a transposed one starts with ``T``."""
+    parts = [
+        ("T" if spec.transposed else "") + (dims(spec.kernel_size) if spec.dims > 1 else f"k{spec.kernel_size[0]}")
+    ]
+    if any(s != 1 for s in spec.stride):
+        parts.append("/" + _short(spec.stride))
+    if any(d != 1 for d in spec.dilation):
+        parts.append("d" + _short(spec.dilation))
+    if spec.is_depthwise:
+        parts.append("dw")
+    elif spec.groups > 1:
+        parts.append(f"g{spec.groups}")
+    return " ".join(parts)
+
+
+def _short(values: Sequence[int]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else dims(values)
+
+
+def channels_text(report: LayerReport) -> str:
+    """``64→128``."""
+    return f"{report.layer.in_channels}→{report.layer.out_channels}"
+
+
+def output_text(report: LayerReport) -> str:
+    """Spatial size of the first call's output (of a linear map, the sizes before its features); ``–`` if not called."""
+    layer = report.layer
+    if not layer.calls:
+        return "–"
+    shape = layer.calls[0].output_shape
+    spatial = shape[-layer.spec.dims :] if layer.spec is not None else shape[:-1]
+    return dims(spatial) if spatial else "–"
+
+
+def rank_text(rank_in: int, rank_out: int) -> str:
+    """Ranks of a bottleneck: ``341``, or ``170→341`` where the two sides differ."""
+    return str(rank_in) if rank_in == rank_out else f"{rank_in}→{rank_out}"
+
+
+def macs_ranks(found: BreakEven | None) -> str:
+    """Break-even ranks in MACs, or ``–``."""
+    return rank_text(found.macs_rank_in, found.macs_rank_out) if found else "–"
+
+
+def params_ranks(found: BreakEven | None) -> str:
+    """Break-even ranks in parameters, or ``–``."""
+    return rank_text(found.params_rank_in, found.params_rank_out) if found else "–"
+
+
+def saving_text(report: LayerReport) -> str:
+    """What a half-width bottleneck does to the layer's MACs (``-60%``), or the reason why none may be inserted."""
+    found, macs = report.break_even, report.layer.macs
+    if found is not None and macs:
+        change = round(100 * (found.half_macs - macs) / macs)
+        return f"{change:+d}%" if change else "0%"
+    return str(report.skip.reason) if report.skip else "–"
+
+
+def input_texts(analysis: Analysis) -> list[str]:
+    """Each input: ``x 1×3×224×224 float32``."""
+    texts = []
+    for entry in analysis.inputs:
+        shape = entry["shape"]
+        assert isinstance(shape, list | tuple)
+        texts.append(f"{plain(str(entry['name']))} {dims(shape)} {entry['dtype']}")
+    return texts
+
+
+def totals_text(analysis: Analysis, *, digits: bool = True) -> str:
+    """Parameters, MACs, FLOPs and weight bytes in one line; with all their digits where there is room."""
+
+    def total(value: int) -> str:
+        return f"{count(value)} ({exact(value)})" if digits and value >= 1000 else count(value)
+
+    return (
+        f"params {total(analysis.params)} · MACs {total(analysis.macs)} · FLOPs {count(analysis.flops)} · "
+        f"weights {size(analysis.weight_bytes)}"
+    )
+
+
+def headline(analysis: Analysis, selection: Selection) -> str:
+    """What the table of layers holds, in a sentence."""
+    layers = analysis.layers
+    if not selection.hotspots:
+        why = "" if analysis.hotspots else "no k×k convolution is a hotspot; "
+        if len(layers) < 2:
+            return f"{why}the only layer" if layers else "no convolutions and no linear maps"
+        return f"{why}{'the largest of' if selection.left_out else 'all'} {plural(len(layers), 'layer')}"
+    share = sum(report.share for report in analysis.hotspots)
+    hot = len(analysis.hotspots)
+    does = "does" if hot == 1 else "do"
+    return f"{hot} of {plural(len(layers), 'layer')} {does} {percent(min(share, 1.0))} of the MACs"
+
+
+def peak_text(analysis: Analysis) -> str:
+    """How much activation memory a forward pass takes at most and where, with the largest tensors alive then."""
+    peak = analysis.peak
+    place = plain(peak.path or peak.node)
+    text = size(peak.nbytes) + (f" at {place}" if place else "")
+    text += f" ({size(analysis.activation_bytes)} written in all)"
+    tensors = peak_tensors(analysis)
+    return f"{text}: {' + '.join(tensors)}" if tensors else text
+
+
+def peak_tensors(analysis: Analysis, most: int = 3) -> list[str]:
+    """The largest tensors alive at the peak, and how much the others hold."""
+    tensors = analysis.peak.tensors
+    texts = [f"{plain(t.path or t.node)} {dims(t.shape)} {size(t.nbytes)}" for t in tensors[:most]]
+    rest = tensors[most:]
+    if rest:
+        texts.append(f"{len(rest)} more {size(sum(t.nbytes for t in rest))}")
+    return texts
+
+
+def critical_path_text(analysis: Analysis) -> str:
+    """How much work lies on the longest dependent chain."""
+    critical = analysis.critical_path
+    if not analysis.macs:
+        return "no MACs"
+    text = f"{count(critical.macs)} MACs in {plural(len(critical.nodes), 'step')}"
+    if critical.off_path_share > 0:
+        return f"{text}; {percent(critical.off_path_share)} of the MACs lie off it, in parallel branches"
+    return f"{text}; all MACs lie on it"
+
+
+def roofline_text(analysis: Analysis) -> str:
+    """How long the stated device takes at best, and how much of the layers' work memory bounds."""
+    roofline = analysis.roofline
+    called = [report for report in analysis.layers if report.layer.called]
+    bound = [report for report in called if report.bound == "memory"]
+    share = share_of(sum(report.layer.macs for report in bound), analysis.macs)
+    return (
+        f"≥ {duration(roofline.seconds)} on {roofline.device} · memory bounds "
+        f"{percent(roofline.memory_bound_share)} of that time, {exact(len(bound))} of {plural(len(called), 'layer')}, "
+        f"{percent(share)} of the MACs"
+    )
+
+
+def coverage_text(analysis: Analysis) -> str:
+    """How much of the model the graph holds: ``whole · 53/53 convolutions · all priced``."""
+    coverage = analysis.coverage
+    parts = [
+        {"eager": "eager (no layer in a graph)"}.get(coverage.capture, coverage.capture),
+        f"{coverage.in_graph}/{plural(coverage.convolutions, 'convolution')}",
+        f"unpriced: {unpriced_text(analysis)}" if coverage.unpriced else "all priced",
+    ]
+    if coverage.values == "real":
+        parts.append("one seeded real run")
+    return " · ".join(parts)
+
+
+def unpriced_text(analysis: Analysis) -> str:
+    """The operations without a formula, each with how often it ran."""
+    return ", ".join(f"{op} ×{calls}" for op, calls in analysis.coverage.unpriced)
+
+
+def notes_of(analysis: Analysis) -> list[str]:
+    """The notes, led by the one that matters most where there is no convolution."""
+    notes = [plain(note) for note in analysis.notes]
+    return notes if analysis.coverage.convolutions else [NO_CONVOLUTION, *notes]
+
+
+def op_rows(analysis: Analysis, most: int | None) -> tuple[list[OpTotal], list[OpTotal]]:
+    """Totals by kind of operation, split into the rows to show and the rest.
+
+    Args:
+        analysis: The analysis.
+        most: How many kinds without MACs and parameters to show at most; None for all.
+    """
+    counted = [total for total in analysis.by_op if total.macs or total.params]
+    free = [total for total in analysis.by_op if not (total.macs or total.params)]
+    free.sort(key=lambda total: -(total.read_bytes + total.write_bytes))
+    cut = len(free) if most is None or len(free) == most + 1 else most  # "1 more" takes the room of the one
+    return counted + free[:cut], free[cut:]
+
+
+def share_of(part: int, whole: int) -> float:
+    """``part / whole``, 0 of nothing."""
+    return part / whole if whole else 0.0
+
+
+def reason_text(report: LayerReport) -> str:
+    """Why no bottleneck may be inserted, in full; empty where one may."""
+    return plain(report.skip.detail) if report.skip else ""
+
+
+def walk(node: TreeNode, depth: int) -> Iterable[tuple[TreeNode, tuple[bool, ...], bool]]:
+    """The module hierarchy from the top down, without modules that cost nothing.
+
+    Args:
+        node: Where to start.
+        depth: How many levels below it.
+
+    Yields:
+        A node; for each level from the model's children down to it, whether the node there is the last of its
+        siblings; and whether it has costly children that ``depth`` hides.
+    """
+    yield from _walk(node, depth, ())
+
+
+def _walk(node: TreeNode, depth: int, lasts: tuple[bool, ...]) -> Iterable[tuple[TreeNode, tuple[bool, ...], bool]]:
+    children = [child for child in node.children if child.macs or child.params]
+    yield node, lasts, bool(children) and depth <= 0
+    if depth > 0:
+        for i, child in enumerate(children):
+            yield from _walk(child, depth - 1, (*lasts, i == len(children) - 1))

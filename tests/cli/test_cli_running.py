@@ -1,0 +1,128 @@
+"""What every command has in common."""
+
+import io
+import os
+import signal
+import time
+import warnings
+from collections.abc import Callable
+
+import pytest
+import typer
+
+from pwrewrite.cli.running import handled, interruptible, quiet, uncollected, waiting
+from pwrewrite.errors import GateError, PwrewriteError, UsageError
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UsageError("no", expected="a", got="b", hint="c"), 2, "error: no\n  expected: a\n  got: b\n  try: c\n"),
+        (GateError("too much"), 1, "error: too much\n"),
+        (PwrewriteError("odd", where="here"), 2, "error: odd\n  where: here\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (BrokenPipeError(32, "Broken pipe"), 141, ""),
+        (KeyError("x"), 1, "internal error: KeyError: 'x' (run with --debug; please report)\n"),
+        (MemoryError(), 1, "internal error: MemoryError (run with --debug; please report)\n"),
+        (typer.Exit(5), 5, ""),
+    ],
+)  # fmt: skip
+def test_exceptions_become_words_and_codes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, said: str
+) -> None:
+    monkeypatch.delenv("PWREWRITE_DEBUG", raising=False)
+    monkeypatch.setattr("pwrewrite.cli.running._silence_stdout", lambda: None)
+    with pytest.raises(typer.Exit) as left, handled(debug=False):
+        raise error
+    assert left.value.exit_code == code
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(("no_color", "red"), [("", True), ("1", False)])
+def test_red_only_where_a_person_looks(monkeypatch: pytest.MonkeyPatch, no_color: str, red: bool) -> None:
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    monkeypatch.setenv("NO_COLOR", no_color)
+    with pytest.raises(typer.Exit), handled(debug=False):
+        raise UsageError("no")
+    assert terminal.getvalue() == ("\x1b[1;31merror:\x1b[0m no\n" if red else "error: no\n")
+
+
+def swallow(what: type[BaseException]) -> None:
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    except what:
+        pass
+
+
+def swallow_and_fail() -> None:
+    swallow(KeyboardInterrupt)
+    raise ImportError("half imported")
+
+
+@pytest.mark.parametrize("body", [lambda: swallow(KeyboardInterrupt), lambda: swallow(ValueError), swallow_and_fail])
+def test_ctrl_c_counts_even_where_it_is_swallowed(body: Callable[[], None]) -> None:
+    usual = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), interruptible():
+            body()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(ValueError, match="mine"), interruptible():
+        raise ValueError("mine")
+    with interruptible():
+        pass
+
+
+def test_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with quiet(debug=False):
+            print("to the other side")
+            warnings.warn("unheard", stacklevel=1)
+        with pytest.raises(UserWarning), quiet(debug=True):
+            warnings.warn("heard", stacklevel=1)
+    assert capsys.readouterr() == ("", "to the other side\n")
+
+
+def test_the_collector_is_put_back() -> None:
+    import gc
+
+    assert gc.isenabled()
+    with uncollected():
+        assert not gc.isenabled()
+        with uncollected():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+def test_a_sign_of_life_after_a_moment_and_no_trace_of_it() -> None:
+    terminal = Terminal()
+    with waiting("x" * 100, after=0.0, stream=terminal):
+        deadline = time.monotonic() + 10
+        while not terminal.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    shown = terminal.getvalue()
+    assert shown.startswith("\r⠋ …xxx")
+    assert max(map(len, shown.split("\r"))) < 80
+    assert shown.endswith("\r\x1b[K")
+
+
+def test_no_sign_of_life_when_it_is_quick_or_nobody_looks() -> None:
+    with waiting("x", after=60, stream=(terminal := Terminal())):
+        pass
+    assert terminal.getvalue() == ""
+    with waiting("x", after=0.0, stream=(file := io.StringIO())):
+        time.sleep(0.05)
+    assert file.getvalue() == ""
