@@ -31,7 +31,8 @@ from torch import fx
 
 from ..capture.records import Capture, NodeInfo, info
 from .alignment import UNKNOWN, WHOLE, Field, Scan, Span, Steps, join_states
-from .position_rules import ALIGNED, CONSTANT, FIRST_ONLY, MIXERS, RULES, Call, axis_size, windowed
+from .mixing_rules import MIXERS
+from .position_rules import ALIGNED, CONSTANT, FIRST_ONLY, RULES, Call, axis_size, windowed
 
 Shape = tuple[int, ...]
 
@@ -122,13 +123,12 @@ class ReceptiveFields:
         fields = self._fields
         if facts.window is not None:
             return windowed(fields[sources[0].name], facts.window, facts) if len(sources) == 1 else self._lost(sources)
-        rule = RULES.get(facts.op)
+        mixer, rule = MIXERS.get(facts.op), RULES.get(facts.op)
+        if mixer is not None:
+            return mixer(Call(node, facts, self._model), fields)
         if rule is None:
             return self._joined(sources, facts) if facts.op in ALIGNED else self._lost(sources)
         call = Call(node, facts, self._model)
-        if facts.op in MIXERS:
-            field: Field = rule(call, fields)
-            return field
         field = self._joined(sources, facts, broadcast=False) if len(sources) > 1 else fields[sources[0].name]
         return tuple([state if state is WHOLE or state is UNKNOWN else rule(call, state) for state in field])
 
