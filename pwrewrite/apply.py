@@ -1,30 +1,27 @@
 """The one place that changes a model: `apply` carries out a plan on a copy.
 
-Where a layer is a module, a new module takes its place under every name it has, so the model's class, code and methods stay
-(`swap`). Where it is a function call in a module's code, that one submodule becomes a graph (`graph_edit`). Weights come from
-`decompose` when a plan is carried out for the first time and stay unset when saved ones will be loaded.
+Where a layer is a module, a new module takes its place under every name it has, so the model's class, code and methods
+stay (`swap`). Where it is a function call in a module's code, that one submodule becomes a graph (`graph_edit`).
+Weights come from `decompose` when a plan is carried out for the first time and stay unset when saved ones will be
+loaded.
 
-A rewrite that the model's own code does not survive (it reads ``conv.weight.dtype``, it tests ``isinstance(m, nn.Conv2d)``) is
-found by running the result on shapes alone and taken back, op by op, into a skip.
+A rewrite that the model's own code does not survive (it reads ``conv.weight.dtype``) is found by a *probe*, which runs
+the result in some way. The ops that break it are then searched for by halves, each half on a fresh copy, and become
+skips.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .convolution import CONV_MODULES, ConvSpec
+from .actions import ACTIONS, Bench, Refused
 from .errors import PlanError, RefusedError, first_line
-from .forms import check_widths, factorize, linear_spec, rank_limits, spec_from_dict
-from .graph_edit import NotTraceable, functional_bias, replace_functional, to_graph
-from .modules import Factorized, build
 from .plan import Edit, Op, Plan, Skip, SkipReason
-from .swap import Swap, held_elsewhere, names_of
 
 Probe = Callable[[nn.Module], None]
 
@@ -86,30 +83,20 @@ def carry_out(
         PlanError: If the plan does not fit the model.
         RefusedError: If the model cannot be copied, or a weight holds NaN or Inf.
     """
-    changed = copy_of(model)
-    done: list[_Done] = []
-    skips: list[Skip] = []
-    targets = [_find(changed, op.path) for op in plan.ops if op.action == "factorize" and not op.settings.get("weight")]
-    held = held_elsewhere(changed, targets) if targets else {}
-    del targets
-    for i, op in enumerate(plan.ops):
-        if progress is not None:
-            progress(op.path)
-        try:
-            done.append(_ACTIONS[_known(op, i)](changed, op, i, fill, held))
-        except NotTraceable as error:
-            skips.append(Skip(op.path, SkipReason.NOT_TRACED, str(error)))
-        except _Held as error:
-            skips.append(Skip(op.path, SkipReason.HELD_ELSEWHERE, str(error)))
-    for entry in done:
-        if entry.swap.old is changed:
-            changed = entry.swap.new
-    if probe is not None and done:
-        for entry, error in _breaking(done, lambda: probe(changed)):
-            done.remove(entry)
-            detail = f"the model's own code does not survive it: {first_line(error)}"
-            skips.append(Skip(entry.edit.path, SkipReason.BROKE_MODEL, detail))
-    return Applied(changed, tuple(entry.edit for entry in done), tuple(skips))
+    for op in plan.ops:
+        if op.action not in ACTIONS:
+            raise PlanError(
+                "unknown action", where=op.where("action"), expected=f"one of {', '.join(ACTIONS)}", got=op.action
+            )
+    work = _Work(model, fill)
+    done = work.attempt(plan.ops, progress=progress)
+    if probe is not None and done.edits:
+        failure = _failure(probe, done.model)
+        if failure is not None:
+            done = _without_culprits(work, done, probe, failure)
+    order = {id(op): i for i, op in enumerate(plan.ops)}
+    skips = sorted(done.skips, key=lambda pair: order[id(pair[0])])
+    return Applied(done.model, tuple(done.edits), tuple(skip for _, skip in skips))
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -128,227 +115,89 @@ def copy_of(model: nn.Module) -> nn.Module:
         ) from error
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Done:
-    """An edit with the way back."""
+    """Some ops carried out on one copy."""
 
-    edit: Edit
-    swap: Swap
-
-
-class _Held(RuntimeError):
-    """A module that something else refers to."""
+    model: nn.Module
+    edits: list[Edit] = field(default_factory=list)
+    skips: list[tuple[Op, Skip]] = field(default_factory=list)
 
 
-def _breaking(done: Sequence[_Done], probe: Callable[[], None]) -> list[tuple[_Done, Exception]]:
-    """The edits that the probe does not survive, by halves; the rest is in place afterwards."""
-    for entry in done:
-        entry.swap.redo()
+class _Work:
+    """Carries out ops on as many copies of a model as it takes; what takes long is computed once."""
+
+    def __init__(self, model: nn.Module, fill: bool) -> None:
+        self.model, self.fill = model, fill
+        self.known: dict[Any, Any] = {}
+
+    def attempt(
+        self, ops: Sequence[Op], *, progress: Callable[[str], None] | None = None, partial: bool = False
+    ) -> _Done:
+        """Carries out ops on a fresh copy.
+
+        Args:
+            ops: The ops.
+            progress: Called with the path of each.
+            partial: Whether ops are missing that others may build on, which are then skipped as well.
+        """
+        bench = Bench(copy_of(self.model), self.model, self.fill, self.known)
+        done = _Done(bench.model)
+        for op in ops:
+            if progress is not None:
+                progress(op.path)
+            try:
+                done.edits.append(ACTIONS[op.action](bench, op))
+            except Refused as refused:
+                done.skips.append((op, refused.skip))
+            except PlanError:
+                if not partial:
+                    raise
+                detail = "builds on an edit that was taken back, because the model's own code does not survive it"
+                done.skips.append((op, Skip(op.path, SkipReason.BROKE_MODEL, detail)))
+        done.model = bench.model
+        return done
+
+
+def _failure(probe: Probe, model: nn.Module) -> Exception | None:
     try:
-        probe()
-        return []
+        probe(model)
     except Exception as error:
-        failure = error
-    for entry in reversed(done):
-        entry.swap.undo()
-    if len(done) == 1:
-        return [(done[0], failure)]
-    middle = len(done) // 2
-    found = _breaking(done[:middle], probe)
-    bad = {id(entry) for entry, _ in found}
-    good = [entry for entry in done[:middle] if id(entry) not in bad]
-    rest = _breaking_after(good, done[middle:], probe)
-    return found + rest
+        return error
+    return None
 
 
-def _breaking_after(
-    good: Sequence[_Done], rest: Sequence[_Done], probe: Callable[[], None]
-) -> list[tuple[_Done, Exception]]:
-    """The edits of ``rest`` that the probe does not survive while those of ``good`` are in place."""
-    for entry in good:
-        entry.swap.redo()
-    return _breaking(rest, probe)
+def _without_culprits(work: _Work, whole: _Done, probe: Probe, failure: Exception) -> _Done:
+    """Finds the ops that the probe does not survive, and carries out the others.
 
+    Args:
+        work: Makes attempts.
+        whole: The attempt with all ops.
+        probe: The probe.
+        failure: How it failed on ``whole``.
 
-def _known(op: Op, index: int) -> str:
-    if op.action not in _ACTIONS:
-        raise PlanError(
-            f"unknown action {op.action!r}", where=f"ops[{index}] ({op.path})", expected=" or ".join(_ACTIONS)
-        )
-    return op.action
+    Raises:
+        RefusedError: If the probe fails on the model as it was.
+    """
+    unchanged = _failure(probe, copy_of(work.model))
+    if unchanged is not None:
+        raise RefusedError(f"the model does not run even as it was: {first_line(unchanged)}") from unchanged
+    culprits: list[tuple[Op, Skip]] = []
 
+    def keep(good: list[Op], rest: list[Op], failure: Exception | None) -> list[Op]:
+        """``good`` and those ops of ``rest`` that the probe survives beside them."""
+        if failure is None:
+            failure = _failure(probe, work.attempt([*good, *rest], partial=True).model)
+        if failure is None:
+            return [*good, *rest]
+        if len(rest) == 1:
+            detail = f"the model's own code does not survive it: {first_line(failure)}"
+            culprits.append((rest[0], Skip(rest[0].path, SkipReason.BROKE_MODEL, detail)))
+            return good
+        half = len(rest) // 2
+        return keep(keep(good, rest[:half], None), rest[half:], None)
 
-def _find(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        raise PlanError(
-            f"the model has no module {path!r}",
-            where=path,
-            expected="a path of this model",
-            hint="the plan was made for another model, or for this one before another rewrite",
-        ) from None
-
-
-# ------------------------------------------------------------------------------------------------- factorize
-
-
-def _factorize(model: nn.Module, op: Op, index: int, fill: bool, held: dict[int, str]) -> _Done:
-    where = f"ops[{index}] ({op.path})"
-    settings = op.settings
-    spec = spec_from_dict(settings.get("layer"), f"{where}.settings.layer")
-    form = str(settings.get("form"))
-    widths = check_widths(spec, form, settings.get("widths") or {}, f"{where}.settings.widths")
-    init = settings.get("init", "weights")
-    if init not in ("weights", "fresh"):
-        raise PlanError("unknown init", where=where, expected="weights or fresh", got=repr(init))
-    weight_name = settings.get("weight")
-    if weight_name:
-        return _factorize_function(model, op, spec, form, widths, fill, where)
-    old = _find(model, op.path)
-    _fits(old, spec, where)
-    if id(old) in held:
-        raise _Held(f"also held by {held[id(old)]}, which would keep calling the old one")
-    weight: Tensor = old.weight  # type: ignore[assignment]
-    bias: Tensor | None = old.bias  # type: ignore[assignment]
-    new, error = _made(op, spec, form, widths, weight, bias, fill)
-    paths = names_of(model, old)
-    swap = Swap(model, old, new)
-    return _Done(_edit(op, "module", spec, form, widths, new, error, paths), swap)
-
-
-def _made(
-    op: Op, spec: ConvSpec, form: str, widths: dict[str, int], weight: Tensor, bias: Tensor | None, fill: bool
-) -> tuple[Factorized, float | None]:
-    """The new module, with weights where they are to be filled in, and the relative error of its weights."""
-    fresh = op.settings.get("init") == "fresh"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        new = build(
-            spec,
-            form,
-            widths,
-            axes=op.settings.get("axes"),
-            norm=op.settings.get("norm"),
-            activation=op.settings.get("activation"),
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-    error = None
-    if fill and not fresh and not weight.is_meta:
-        try:
-            factors = factorize(weight, spec, form, widths, axes=op.settings.get("axes"))
-        except RefusedError as refused:
-            raise RefusedError(refused.message, where=op.path, got=refused.got, hint=refused.hint) from None
-        new.load_factors(factors, bias)
-        error = factors.relative_error
-    for parameter in new.parameters():
-        parameter.requires_grad_(weight.requires_grad)
-    return new, error
-
-
-def _edit(
-    op: Op,
-    kind: str,
-    spec: ConvSpec,
-    form: str,
-    widths: dict[str, int],
-    new: Factorized,
-    error: float | None,
-    paths: tuple[str, ...],
-    graph_module: str | None = None,
-    old_names: tuple[str, ...] = ("weight", "bias"),
-    new_path: str | None = None,
-) -> Edit:
-    used = list(widths.values())
-    full = all(widths[name] == limit for name, limit in rank_limits(spec, form).items())
-    prefix = op.path if new_path is None else new_path
-    inner = [f"{prefix}.{name}" if prefix else name for name, _ in new.named_parameters()]
-    last = new.stage_names[-1]
-    weight_names = tuple(n for n in inner if not n.endswith(f"{last}.bias"))
-    bias_names = tuple(n for n in inner if n.endswith(f"{last}.bias"))
-    stem = f"{op.path}." if op.path and kind == "module" else ""
-    renamed = {stem + old_names[0]: weight_names}
-    if spec.bias and len(old_names) > 1:
-        renamed[stem + old_names[1]] = bias_names
-    return Edit(
-        op,
-        kind,
-        form,
-        used[0],
-        used[-1],
-        spec.params,
-        sum(p.numel() for p in new.parameters()),
-        error,
-        "both" if full and error is not None else None,
-        renamed,
-        tuple(p for p in paths if p != op.path),
-        graph_module,
-    )
-
-
-def _fits(module: Any, spec: ConvSpec, where: str) -> None:
-    """Checks that a module is the layer that an op was made for."""
-    if isinstance(module, nn.Linear):
-        found = linear_spec(module.in_features, module.out_features, module.bias is not None)
-    elif isinstance(module, CONV_MODULES):
-        found = ConvSpec.of_module(module)
-    else:
-        raise PlanError(
-            "the plan replaces a layer that is none here",
-            where=where,
-            expected="a convolution or linear module",
-            got=type(module).__name__,
-            hint="the plan was made for another model, or was applied already",
-        )
-    if found != spec:
-        raise PlanError(
-            "the plan was made for another layer",
-            where=where,
-            expected=_brief(spec),
-            got=_brief(found),
-            hint="make the plan anew for this model",
-        )
-
-
-def _brief(spec: ConvSpec) -> str:
-    kernel = "×".join(map(str, spec.kernel_size)) or "linear"
-    return f"{spec.in_channels}→{spec.out_channels} {kernel}, stride {spec.stride}, groups {spec.groups}"
-
-
-def _factorize_function(
-    model: nn.Module, op: Op, spec: ConvSpec, form: str, widths: dict[str, int], fill: bool, where: str
-) -> _Done:
-    scope, weight_name = str(op.settings.get("scope", "")), str(op.settings["weight"])
-    module = _find(model, scope)
-    inside = weight_name[len(scope) + 1 :] if scope else weight_name
-    if scope and not weight_name.startswith(f"{scope}."):
-        raise NotTraceable(f"{weight_name} lies outside {scope}, whose code reads it")
-    owner, _, attribute = weight_name.rpartition(".")
-    weight = getattr(_find(model, owner), attribute, None)
-    if not isinstance(weight, Tensor) or tuple(weight.shape) not in (spec.weight_shape, spec.weight_shape[:2]):
-        raise PlanError(
-            "the plan was made for another weight", where=where, expected=_brief(spec), got=str(weight_name)
-        )
-    made = to_graph(module)
-    bias_name, bias = functional_bias(module, inside)
-    new, error = _made(op, spec, form, widths, weight, bias, fill)
-    registered = replace_functional(made, inside, f"{inside.replace('.', '_')}_{form}", new)
-    names = (weight_name, f"{scope}.{bias_name}" if scope and bias_name else bias_name or "")
-    path = f"{scope}.{registered}" if scope else registered
-    if module is model:
-        swap = _RootSwap(model, made)
-    else:
-        swap = Swap(model, module, made)
-    edit = _edit(op, "graph", spec, form, widths, new, error, (), scope, names, path)
-    return _Done(edit, swap)
-
-
-class _RootSwap(Swap):
-    """The replacement of the model itself, which no parent registers."""
-
-    def __init__(self, old: nn.Module, new: nn.Module) -> None:
-        self.old, self.new, self._places = old, new, []
-
-
-_ACTIONS: dict[str, Callable[[nn.Module, Op, int, bool, dict[str, int | Any]], _Done]] = {"factorize": _factorize}
+    kept = keep([], [edit.op for edit in whole.edits], failure)
+    done = work.attempt(kept, partial=True)
+    done.skips += whole.skips + culprits
+    return done

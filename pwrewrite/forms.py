@@ -1,8 +1,8 @@
 """The forms that a layer can be factorised into, as chains of smaller convolutions: shapes and costs without weights.
 
-A *form* replaces one convolution ``(out, in/groups, *k)`` by a chain. Stride, padding, dilation and output padding sit on the
-stages that own the spatial axes, everything else is 1×1; only the last stage has a bias, so that padding commutes with
-the channel mixing before it and the chain is exactly linear in the factors. Widths are per group::
+A *form* replaces one convolution ``(out, in/groups, *k)`` by a chain. Stride, padding, dilation and output padding sit
+on the stages that own the spatial axes, everything else is 1×1; only the last stage has a bias, so that padding
+commutes with the channel mixing before it and the chain is exactly linear in the factors. Widths are per group::
 
     bottleneck   1×1 in→rank_in,  k×k rank_in→rank_out,  1×1 rank_out→out
     reduce       1×1 in→rank_in,  k×k rank_in→out
@@ -16,8 +16,7 @@ the channel mixing before it and the chain is exactly linear in the factors. Wid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -36,13 +35,16 @@ FORMS: dict[str, tuple[str, ...]] = {
 }
 """Form to the names of its widths."""
 
-LINEAR = ConvSpec(1, 1, (), (), (), ())
-"""What a linear map is: a convolution without spatial axes. ``replace(LINEAR, in_channels=…, out_channels=…, bias=…)``."""
-
 
 def linear_spec(in_features: int, out_features: int, bias: bool) -> ConvSpec:
     """A linear map as a convolution without spatial axes."""
-    return replace(LINEAR, in_channels=in_features, out_channels=out_features, bias=bias)
+    return ConvSpec(in_features, out_features, (), (), (), (), bias=bias)
+
+
+def pointwise_spec(dims: int, in_channels: int, out_channels: int, bias: bool = False) -> ConvSpec:
+    """A 1×1 convolution over some spatial dims; a linear map over none."""
+    ones = (1,) * dims
+    return ConvSpec(in_channels, out_channels, ones, ones, ((0, 0),) * dims, ones, 1, bias, output_padding=(0,) * dims)
 
 
 def spec_to_dict(spec: ConvSpec) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def spec_from_dict(data: Any, where: str) -> ConvSpec:
         PlanError: If it is not that.
     """
     try:
-        return ConvSpec(
+        spec = ConvSpec(
             int(data["in_channels"]),
             int(data["out_channels"]),
             tuple(map(int, data["kernel_size"])),
@@ -82,6 +84,7 @@ def spec_from_dict(data: Any, where: str) -> ConvSpec:
             bool(data["transposed"]),
             tuple(map(int, data["output_padding"])),
         )
+        _check_spec(spec)
     except (KeyError, TypeError, ValueError) as error:
         raise PlanError(
             "not the shape facts of a layer",
@@ -89,10 +92,28 @@ def spec_from_dict(data: Any, where: str) -> ConvSpec:
             expected="what `pwrewrite plan` writes under 'layer'",
             got=repr(error),
         ) from None
+    return spec
 
 
-def rank_limits(spec: ConvSpec, form: str) -> dict[str, int]:
-    """The largest width of each kind that a form can use, per group: at these it is exact."""
+def _check_spec(spec: ConvSpec) -> None:
+    counts = (spec.in_channels, spec.out_channels, spec.groups, *spec.kernel_size, *spec.stride, *spec.dilation)
+    per_dim = (spec.stride, spec.padding, spec.dilation, spec.output_padding)
+    if any(n < 1 for n in counts):
+        raise ValueError("channels, groups, kernel size, stride and dilation are at least 1")
+    if spec.dims > 3 or any(len(values) != spec.dims for values in per_dim):
+        raise ValueError("kernel size, stride, padding, dilation and output padding have one entry per spatial dim")
+    if spec.in_channels % spec.groups or spec.out_channels % spec.groups:
+        raise ValueError("groups divide the channels")
+
+
+def rank_limits(spec: ConvSpec, form: str, axes: Sequence[int] | None = None) -> dict[str, int]:
+    """The largest width of each kind that a form can use, per group: at these it is exact.
+
+    Args:
+        spec: The layer.
+        form: One of `FORMS`.
+        axes: For ``spatial``: the axes of the first stage.
+    """
     per_in, per_out = spec.in_channels // spec.groups, spec.out_channels // spec.groups
     taps = 1
     for k in spec.kernel_size:
@@ -101,19 +122,19 @@ def rank_limits(spec: ConvSpec, form: str) -> dict[str, int]:
         "bottleneck": {"rank_in": per_in, "rank_out": per_out},
         "reduce": {"rank_in": per_in},
         "expand": {"rank_out": per_out},
-        "spatial": {"rank": _spatial_limit(spec)},
+        "spatial": {"rank": _spatial_limit(spec, axes)},
         "depthwise": {"terms": min(taps, per_out)},
         "pair": {"rank": min(per_in, per_out)},
     }[form]
 
 
 def default_axes(spec: ConvSpec) -> tuple[int, ...]:
-    """The axes of the first stage of the spatial form: the first that has an extent, or half of them in 3-D."""
+    """The axes of the first stage of the spatial form: the first that has an extent."""
     extended = [i for i, k in enumerate(spec.kernel_size) if k > 1]
     return tuple(extended[:1])
 
 
-def _spatial_limit(spec: ConvSpec, axes: Sequence[int] | None = None) -> int:
+def _spatial_limit(spec: ConvSpec, axes: Sequence[int] | None) -> int:
     axes = default_axes(spec) if axes is None else axes
     first, second = spec.in_channels // spec.groups, spec.out_channels // spec.groups
     for i, k in enumerate(spec.kernel_size):
@@ -124,27 +145,75 @@ def _spatial_limit(spec: ConvSpec, axes: Sequence[int] | None = None) -> int:
     return min(first, second)
 
 
-def check_widths(spec: ConvSpec, form: str, widths: Mapping[str, Any], where: str) -> dict[str, int]:
-    """Widths that make sense for a layer.
+def check_form(spec: ConvSpec, form: Any, axes: Any, where: Callable[[str], str]) -> tuple[int, ...] | None:
+    """Checks that a form is known and that it splits a layer along axes that the layer has.
+
+    Args:
+        spec: The layer.
+        form: Name of the form.
+        axes: For ``spatial``: the axes of the first stage; the default where None.
+        where: From the name of a setting to where it is found, for the error.
+
+    Returns:
+        The axes; None where the form has none.
 
     Raises:
-        PlanError: If the form is unknown, or a width is missing, not an integer, below 1 or beyond the channels.
+        PlanError: If it is not or does not.
     """
-    names = FORMS.get(form)
-    if names is None:
-        raise PlanError(f"unknown form {form!r}", where=where, expected=f"one of {', '.join(FORMS)}")
-    limits, checked = rank_limits(spec, form), {}
-    for name in names:
-        width = widths.get(name)
-        if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= limits[name]:
+    if form not in FORMS:
+        raise PlanError(
+            f"unknown form {form!r}", where=where("form"), expected=f"one of {', '.join(FORMS)}", got=repr(form)
+        )
+    if form != "spatial":
+        if axes is not None:
+            raise PlanError(f"the form {form} has no axes", where=where("axes"), got=repr(axes))
+        return None
+    if axes is None:
+        return default_axes(spec)
+    every = range(spec.dims)
+    if not isinstance(axes, (list, tuple)) or not axes or any(type(a) is not int or a not in every for a in axes):
+        raise PlanError(
+            "axes are those of the first stage",
+            where=where("axes"),
+            expected=f"a list of some of {', '.join(map(str, every))}",
+            got=repr(axes),
+        )
+    return tuple(axes)
+
+
+def check_widths(
+    spec: ConvSpec, form: str, widths: Any, where: Callable[[str], str], axes: Sequence[int] | None = None
+) -> dict[str, int]:
+    """Widths that make sense for a layer.
+
+    Args:
+        spec: The layer.
+        form: One of `FORMS`.
+        widths: Name to width, per group.
+        where: From the name of a setting to where it is found, for the error.
+        axes: For ``spatial``: the axes of the first stage.
+
+    Raises:
+        PlanError: If a width is missing, unknown, not an integer, below 1 or beyond the channels.
+    """
+    limits = rank_limits(spec, form, axes)
+    if not isinstance(widths, Mapping) or set(widths) != set(limits):
+        raise PlanError(
+            f"not the widths of {form}",
+            where=where("widths"),
+            expected=f"an object with {' and '.join(limits)}",
+            got=repr(widths),
+        )
+    for name, limit in limits.items():
+        width = widths[name]
+        if type(width) is not int or not 1 <= width <= limit:
             raise PlanError(
                 f"{name} of {form} does not fit the layer",
-                where=where,
-                expected=f"an integer from 1 to {limits[name]}",
+                where=where(name),
+                expected=f"an integer from 1 to {limit}",
                 got=repr(width),
             )
-        checked[name] = width
-    return checked
+    return {name: widths[name] for name in limits}
 
 
 def stages(
@@ -277,7 +346,8 @@ def factorize(
     """The weights of a form.
 
     Args:
-        weight: The layer's weight: ``(out, in/groups, *k)``, ``(in, out/groups, *k)`` where transposed, or ``(out, in)``.
+        weight: The layer's weight: ``(out, in/groups, *k)``, ``(in, out/groups, *k)`` where transposed, or
+            ``(out, in)``.
         spec: The layer.
         form: One of `FORMS`.
         widths: The form's widths, per group.

@@ -1,18 +1,32 @@
 """Edits that no module swap can make: a call inside a module's own code becomes a call of a new module.
 
 Only the submodule whose code makes the call is turned into a `torch.fx.GraphModule`, with every child left as it is
-(all are leaves), its unused parameters, buffers and children carried over, and its training flag kept. It keeps its class's
-name but not its methods: an edit says so.
+(all are leaves). Its unused parameters, buffers and children, its plain attributes, its hooks and its training flag are
+carried over. It keeps its class's name but not its methods: an edit says so.
+
+A trace holds what the code did once. Where that would differ from what the code does, `to_graph` refuses: code that
+branches on ``self.training``, that sets attributes, or that a graph cannot hold at all.
 """
 
 from __future__ import annotations
 
+import copy
 import operator
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .capture.rules import CONV_FUNCTIONS
+from .convolution import ConvSpec
+from .forms import linear_spec
+
+_CONVOLUTIONS = frozenset(f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3))
+_ORDER = ("stride", "padding", "dilation", "groups")
+_TRANSPOSED_ORDER = ("stride", "padding", "output_padding", "groups", "dilation")
+_REGISTRIES = frozenset(("_modules", "_parameters", "_buffers"))
+
+
+class NotTraceable(RuntimeError):
+    """The module's own code cannot be turned into a graph."""
 
 
 class ShallowTracer(fx.Tracer):
@@ -25,94 +39,178 @@ class ShallowTracer(fx.Tracer):
         return True
 
 
-class NotTraceable(RuntimeError):
-    """The module's own code cannot be turned into a graph."""
+class Regraphed(fx.GraphModule):
+    """A module whose code became a graph; a copy of it holds all that it holds.
+
+    Copies of a plain ``GraphModule`` lose hooks, second names of a child, and which buffers are not saved.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Regraphed:
+        made = type(self).__new__(type(self))
+        type(made).__name__ = type(self).__name__
+        memo[id(self)] = made
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        made.graph = made._graph
+        return made
 
 
-def to_graph(module: nn.Module) -> fx.GraphModule:
+def to_graph(module: nn.Module) -> Regraphed:
     """A module's own code as a graph, with everything that it holds.
 
+    Args:
+        module: The module; its children are shared with the result.
+
     Raises:
-        NotTraceable: If the code depends on values or shapes in a way that a graph cannot hold.
+        NotTraceable: If the code depends on values, shapes or the training mode, or sets attributes.
     """
-    try:
-        graph = ShallowTracer().trace(module)
-    except Exception as error:
-        raise NotTraceable(f"{type(module).__name__}.forward does not trace: {str(error).splitlines()[0]}") from error
-    made = fx.GraphModule(module, graph, class_name=type(module).__name__)
-    for store in ("_parameters", "_buffers", "_modules"):
-        for name, value in getattr(module, store).items():
-            getattr(made, store).setdefault(name, value)
-    made._non_persistent_buffers_set |= module._non_persistent_buffers_set
-    made.train(module.training)
-    for name, child in module.named_modules():
-        if name:
-            made.get_submodule(name).training = child.training
+    graph = copy.deepcopy(module.graph) if isinstance(module, fx.GraphModule) else _trace(module)
+    made = Regraphed(module, graph, class_name=type(module).__name__)
+    for name, value in vars(module).items():
+        if name in _REGISTRIES:
+            store = getattr(made, name)
+            missing = {key: item for key, item in value.items() if key not in store}
+            order = [*value, *(key for key in store if key not in value)]
+            items = {**store, **missing}
+            store.clear()
+            store.update((key, items[key]) for key in order)
+        elif name not in ("_graph", "_code", "graph"):
+            vars(made)[name] = value
     return made
 
 
-def replace_functional(made: fx.GraphModule, weight: str, name: str, new: nn.Module) -> str:
-    """Replaces the one functional convolution or linear map that reads ``weight`` by a call of ``new``.
+def _trace(module: nn.Module) -> fx.Graph:
+    """The graph of a module's own code, which must be the same in both training modes."""
+    kind = type(module).__name__
+    before = dict(vars(module))
+    flags = {child: child.training for child in module.modules()}
+    graphs = []
+    try:
+        for training in (not module.training, module.training):
+            for child in flags:
+                child.training = training
+            graphs.append(ShallowTracer().trace(module))
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise NotTraceable(f"{kind}.forward does not trace: {lines[0][:160]}") from error
+    finally:
+        for child, training in flags.items():
+            child.training = training
+        changed = [name for name, value in vars(module).items() if name not in before or before[name] is not value]
+        for name in changed:
+            if name in before:
+                vars(module)[name] = before[name]
+            else:
+                del vars(module)[name]
+    if changed:
+        raise NotTraceable(f"{kind}.forward sets {', '.join(changed[:3])}, which a graph would not")
+    if _text(graphs[0]) != _text(graphs[1]):
+        raise NotTraceable(f"{kind}.forward does something else in training, which a graph cannot hold")
+    return graphs[1]
+
+
+def _text(graph: fx.Graph) -> list[str]:
+    return [f"{node.op} {node.target} {node.args} {node.kwargs}" for node in graph.nodes]
+
+
+class FunctionalCall:
+    """The one functional convolution or linear map that reads a weight, in a module's graph.
+
+    Attributes:
+        spec: Its shape facts.
+        bias_name: Name of the bias, relative to the module; None where it has none.
+        bias: The bias.
 
     Args:
         made: From `to_graph`.
         weight: Name of the weight, relative to ``made``.
-        name: Name to register ``new`` under.
-        new: The module.
-
-    Returns:
-        The name it was registered under.
 
     Raises:
-        NotTraceable: If there is not exactly one such call, or it takes more than an input, a weight and a bias as tensors.
+        NotTraceable: If there is not exactly one such call, or if it takes what only exists when it runs.
     """
-    calls = [
-        node
-        for node in made.graph.nodes
-        if node.op == "call_function"
-        and getattr(node.target, "__name__", "") in CONV_FUNCTIONS | {"linear"}
-        and _argument(node, 1, "weight") is not None
-        and _argument(node, 1, "weight").op == "get_attr"
-        and _argument(node, 1, "weight").target == weight
-    ]
-    if len(calls) != 1:
-        raise NotTraceable(f"{weight} is read by {len(calls)} functional calls there, expected one")
-    node = calls[0]
-    while hasattr(made, name):
-        name += "_"
-    made.add_submodule(name, new)
-    with made.graph.inserting_before(node):
-        call = made.graph.call_module(name, (_argument(node, 0, "input"),))
-    node.replace_all_uses_with(call)
-    made.graph.erase_node(node)
-    owner, _, attribute = weight.rpartition(".")
-    bias = _argument(node, 2, "bias")
-    gone = [weight] + ([str(bias.target)] if isinstance(bias, fx.Node) and bias.op == "get_attr" else [])
-    for target in gone:
-        for read in [n for n in made.graph.nodes if n.op == "get_attr" and n.target == target]:
+
+    def __init__(self, made: Regraphed, weight: str) -> None:
+        self.made, self.weight = made, weight
+        calls = [node for node in made.graph.nodes if _reads(node, weight)]
+        if len(calls) != 1:
+            raise NotTraceable(f"{weight} is read by {len(calls)} functional calls in this code, expected one")
+        self.node = calls[0]
+        bias = argument(self.node, 2, "bias")
+        self.bias_name: str | None = None
+        self.bias: Tensor | None = None
+        if isinstance(bias, fx.Node):
+            if bias.op != "get_attr":
+                raise NotTraceable(f"the bias beside {weight} is computed by the code")
+            self.bias_name = str(bias.target)
+            self.bias = operator.attrgetter(self.bias_name)(made)
+        self.spec = self._spec(operator.attrgetter(weight)(made))
+
+    def _spec(self, weight: Tensor) -> ConvSpec:
+        name = _function(self.node)
+        if name == "linear":
+            return linear_spec(weight.shape[1], weight.shape[0], self.bias is not None)
+        transposed = "transpose" in name
+        settings = dict(zip(_TRANSPOSED_ORDER if transposed else _ORDER, self.node.args[3:]))
+        settings |= {key: value for key, value in self.node.kwargs.items() if key not in ("input", "weight", "bias")}
+        if any(isinstance(value, fx.Node) for value in settings.values()):
+            raise NotTraceable(
+                f"the stride, padding or dilation of the call with {self.weight} is computed by the code"
+            )
+        facts: Any = settings
+        return ConvSpec.of_call(weight.shape, bias=self.bias is not None, transposed=transposed, **facts)
+
+    def replace(self, name: str, new: nn.Module) -> str:
+        """Puts a call of a module in its place, and drops the parameters that nothing reads any more.
+
+        Args:
+            name: Name to register the module under; changed where it is taken.
+            new: The module.
+
+        Returns:
+            The name it was registered under.
+        """
+        made, node = self.made, self.node
+        while hasattr(made, name):
+            name += "_"
+        made.add_submodule(name, new)
+        with made.graph.inserting_before(node):
+            call = made.graph.call_module(name, (argument(node, 0, "input"),))
+            call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        made.graph.erase_node(node)
+        for gone in (self.weight, self.bias_name):
+            if gone is not None:
+                self._drop(gone)
+        made.graph.lint()
+        made.recompile()
+        return name
+
+    def _drop(self, name: str) -> None:
+        reads = [node for node in self.made.graph.nodes if node.op == "get_attr" and node.target == name]
+        for read in reads:
             if not read.users:
-                made.graph.erase_node(read)
-        if not any(n.op == "get_attr" and n.target == target for n in made.graph.nodes):
-            owner, _, attribute = target.rpartition(".")
-            made.get_submodule(owner)._parameters.pop(attribute, None)
-    made.graph.lint()
-    made.recompile()
-    return name
+                self.made.graph.erase_node(read)
+        if any(read.users for read in reads):
+            return
+        owner, _, attribute = name.rpartition(".")
+        if any(node.op == "call_module" and node.target == owner for node in self.made.graph.nodes):
+            return
+        holder = self.made.get_submodule(owner)
+        holder._parameters.pop(attribute, None)
+        if owner and not any(True for _ in holder.parameters()) and not any(True for _ in holder.children()):
+            self.made.delete_submodule(owner)
 
 
-def functional_bias(module: nn.Module, weight: str) -> tuple[str | None, Tensor | None]:
-    """Name and value of the bias that goes with a functional call's weight, found in the module's own code."""
-    made = ShallowTracer().trace(module)
-    for node in made.nodes:
-        if node.op == "call_function" and getattr(node.target, "__name__", "") in CONV_FUNCTIONS | {"linear"}:
-            found = _argument(node, 1, "weight")
-            if isinstance(found, fx.Node) and found.target == weight:
-                bias = _argument(node, 2, "bias")
-                if isinstance(bias, fx.Node) and bias.op == "get_attr":
-                    value: Any = operator.attrgetter(str(bias.target))(module)
-                    return str(bias.target), value
-    return None, None
-
-
-def _argument(node: fx.Node, position: int, name: str) -> Any:
+def argument(node: fx.Node, position: int, name: str) -> Any:
+    """An argument of a call, wherever it was given."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def _function(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", "")) if node.op == "call_function" else ""
+
+
+def _reads(node: fx.Node, weight: str) -> bool:
+    if _function(node) not in _CONVOLUTIONS and _function(node) != "linear":
+        return False
+    read = argument(node, 1, "weight")
+    return isinstance(read, fx.Node) and read.op == "get_attr" and read.target == weight

@@ -2,12 +2,12 @@
 
 Each is a chain of ordinary convolutions under names (``conv.reduce``, ``conv.core``, ``conv.expand``), so state_dict,
 ``.to()``, training, tracing and export see nothing new. Each also reads like the layer that it stands for:
-``in_channels``, ``kernel_size``, ``stride``, … are those of the original, ``bias`` is that of the last stage, and a transposed
-one takes ``output_size``.
+``in_channels``, ``kernel_size``, ``stride``, … are those of the original, ``bias`` is that of the last stage, and a
+transposed one takes ``output_size``.
 
-Between the stages an architect may want a norm and an activation, as in GoogLeNet (Szegedy et al. 2014) and ResNet (He et
-al. 2015): ``norm`` and ``activation`` put them after every stage but the last. Without them the chain is linear, and holds
-exactly what its factors hold.
+Between the stages an architect may want a norm and an activation, as in GoogLeNet (Szegedy et al. 2014) and ResNet (He
+et al. 2015): ``norm`` and ``activation`` put them after every stage but the last. Without them the chain is linear, and
+holds exactly what its factors hold.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from .convolution import ConvSpec
 from .decompose import Factors
-from .errors import UsageError
-from .forms import FORMS, k_owned, stages
+from .errors import RefusedError, UsageError
+from .forms import k_owned, pointwise_spec, stages
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -118,7 +118,7 @@ class Factorized(nn.Module):
             if i < len(chain) - 1:
                 if norm is not None:
                     kind = _named(NORMS, norm, "norm")[spec.dims]
-                    self.add_module(f"{name}_norm", kind(stage.out_channels, device=device, dtype=dtype))  # type: ignore[call-arg]
+                    self.add_module(f"{name}_norm", kind(stage.out_channels, device=device, dtype=dtype))
                 if activation is not None:
                     self.add_module(f"{name}_act", _named(ACTIVATIONS, activation, "activation")())
 
@@ -143,11 +143,22 @@ class Factorized(nn.Module):
         return [wanted[i] if k_owned(spec, i) else x.shape[i - spec.dims] for i in range(spec.dims)]
 
     def load_factors(self, factors: Factors, bias: Tensor | None) -> None:
-        """Takes weights from a decomposition and the bias of the layer it stands for."""
+        """Takes weights from a decomposition and the bias of the layer it stands for.
+
+        Raises:
+            RefusedError: If a factor does not fit into the range of the dtype.
+        """
         with torch.no_grad():
             for stage in factors.stages(self.spec.transposed):
                 target: Any = getattr(self, stage.name)
                 target.weight.copy_(stage.weight.reshape(target.weight.shape))
+                if not torch.isfinite(target.weight).all():
+                    raise RefusedError(
+                        "a factor is too large for the dtype of the weights",
+                        where=stage.name,
+                        got=f"{float(stage.weight.abs().max()):.3g} in {target.weight.dtype}",
+                        hint="rewrite the model in float32 and convert the result",
+                    )
             if bias is not None:
                 last: Any = getattr(self, self.stage_names[-1])
                 last.bias.copy_(bias)
@@ -267,7 +278,6 @@ def build(spec: ConvSpec, form: str, widths: Mapping[str, int], **settings: Any)
         widths: The form's widths, per group.
         **settings: As for `Factorized`.
     """
-    assert form in FORMS
     kind = LowRankLinear if form == "pair" and not spec.dims else _KINDS[form]
     return kind(spec, form, widths, **settings)
 
@@ -279,10 +289,13 @@ class Projected(nn.Module):
         branch: What ran here before.
         channels: Channels that it returns.
         projected: Channels that leave the projection.
-        dims: Number of spatial dims.
-        bias: Whether the projection has a bias.
+        dims: Number of spatial dims; 0 for features, which a linear map projects.
         device: Where the projection lives.
         dtype: Its dtype.
+
+    Shape:
+        - Input: as of the branch.
+        - Output: that of the branch, with ``projected`` channels.
     """
 
     def __init__(
@@ -292,14 +305,12 @@ class Projected(nn.Module):
         projected: int,
         dims: int = 2,
         *,
-        bias: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.branch = branch
-        kind: Any = _CONVS[dims, False]
-        self.project = kind(channels, projected, 1, bias=bias, device=device, dtype=dtype)
+        self.project = make_layer(pointwise_spec(dims, channels, projected), device=device, dtype=dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Runs the branch, then projects its channels."""

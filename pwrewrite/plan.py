@@ -2,15 +2,16 @@
 
 Passes and planners *propose*; a plan records what they proposed; `pwrewrite.apply` alone carries it out.
 
-A `Plan` is an ordered list of `Op` (what to do) beside the `Skip` records (what was refused, and why). An op names a layer by
-its absolute path, says what replaces it and how wide, and holds no weights: a dry run prints the plan, ``rewrite`` applies
-it and fills in weights, ``load`` applies it and fills in saved ones. The file is JSON that a person may edit; what does not
-make sense is refused with the line it stands in.
+A `Plan` is an ordered list of `Op` (what to do) beside the `Skip` records (what was refused, and why). An op names a
+layer by its absolute path, says what replaces it and how wide, and holds no weights: a dry run prints the plan,
+``rewrite`` applies it and fills in weights, ``load`` applies it and fills in saved ones. The file is JSON that a person
+may edit; what does not make sense is refused with the line it stands in.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
@@ -83,15 +84,44 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """Where an op was read from.
+
+    Attributes:
+        name: Name of the file.
+        text: All of it.
+        start: Offset of the op in it.
+        end: Offset behind it.
+    """
+
+    name: str
+    text: str = field(repr=False)
+    start: int
+    end: int
+
+    def line(self, key: str) -> str:
+        """The line of a key of the op, or of the op where it has no such key."""
+        at = self.text.find(f'"{key}"', self.start, self.end)
+        return f"{self.name}, line {line_at(self.text, at if at >= 0 else self.start)}"
+
+
+def line_at(text: str, offset: int) -> int:
+    """The number of the line that an offset is in, from 1."""
+    return text.count("\n", 0, offset) + 1
+
+
+@dataclass(frozen=True, slots=True)
 class Op:
     """One thing to do to a model.
 
     Attributes:
-        action: What is done: ``factorize`` (a layer becomes a chain of smaller ones) or ``project`` (a 1×1 after a branch).
+        action: What is done: ``factorize`` (a layer becomes a chain of smaller ones) or ``project`` (a 1×1 after a
+            branch).
         path: Absolute path of the layer or module it is done to.
         pass_name: Name of the pass or planner that proposed it, such as ``insert-bottleneck``.
         settings: What the action needs to know, as JSON data; each action documents its own.
         estimate: Predicted change; None where not worked out yet.
+        source: Where it was read from; None for one that was proposed.
     """
 
     action: str
@@ -99,6 +129,12 @@ class Op:
     pass_name: str
     settings: Mapping[str, Any]
     estimate: Estimate | None = None
+    source: Source | None = field(default=None, compare=False, repr=False)
+
+    def where(self, key: str) -> str:
+        """Where to look for one of its settings, for an error: the line of a file, or the op's path."""
+        where = f"{key} of the op for {self.path or 'the root'}"
+        return f"{self.source.line(key)} ({where})" if self.source else where
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON data."""
@@ -119,9 +155,11 @@ class Edit:
         params_before: Parameters of the layer before.
         params_after: Parameters of what replaced it.
         relative_error: ``‖W − Ŵ‖ / ‖W‖`` of the weights; None for fresh ones.
-        exact: ``eval``, ``train`` or ``both`` for an edit that changes no output in that mode; None for an approximate one.
+        exact: ``eval``, ``train`` or ``both`` for an edit that changes no output in that mode; None for an approximate
+            one.
         renamed: Old parameter name to the names that came in its place.
         aliases: Other paths at which the same was replaced.
+        adapted: Paths of other layers that changed their shape with it.
         graph_module: Path of the submodule whose code became a graph; ``None`` for a plain swap.
     """
 
@@ -136,6 +174,7 @@ class Edit:
     exact: str | None = None
     renamed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
     graph_module: str | None = None
 
     @property
@@ -165,10 +204,16 @@ class Plan:
         return iter(self.ops)
 
     def __add__(self, other: Plan) -> Plan:
-        """One plan after the other; skips of the first that the second carried out are dropped."""
+        """One plan after the other.
+
+        Skips of layers that either of them carries out are dropped, and so is the remark that a pass did not mean a
+        layer, where another had more to say about it.
+        """
         done = {op.path for op in (*self.ops, *other.ops)}
-        skips = tuple(s for s in (*self.skips, *other.skips) if s.path not in done)
-        return replace(self, ops=self.ops + other.ops, skips=tuple(dict.fromkeys(skips)))
+        skips = dict.fromkeys(s for s in (*self.skips, *other.skips) if s.path not in done)
+        told = {s.path for s in skips if s.reason is not SkipReason.EXCLUDED}
+        kept = tuple(s for s in skips if s.reason is not SkipReason.EXCLUDED or s.path not in told)
+        return replace(self, ops=self.ops + other.ops, skips=kept, model=self.model or other.model)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON data."""
@@ -180,8 +225,8 @@ class Plan:
         }
 
     def to_json(self) -> str:
-        """JSON text, one value a line, made to be edited."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        """JSON text, made to be edited."""
+        return dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str, name: str = "plan") -> Plan:
@@ -218,6 +263,21 @@ class Plan:
         return cls.from_json(text, str(path))
 
 
+_SHORT_LISTS = (
+    re.compile(r"\[\n([^][{}\"]*?)\n *\]"),
+    re.compile(r"\[\n((?:[^][{}\"]|\[[^][{}\"\n]*\])*?)\n *\]"),
+)
+"""A list of numbers over several lines, and a list of those that are in one line already. Text has no line breaks."""
+
+
+def dumps(data: Any) -> str:
+    """JSON text with one setting a line; lists of numbers stay in it."""
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    for pattern in _SHORT_LISTS:
+        text = pattern.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
+    return text + "\n"
+
+
 class _Reader:
     """Turns JSON data into a plan and knows which line a complaint is about."""
 
@@ -230,62 +290,86 @@ class _Reader:
         schema = data.get("schema")
         if schema != SCHEMA:
             raise self.error("not a plan of this version", self.find('"schema"'), f'"schema": "{SCHEMA}"', schema)
-        ops, skipped = data.get("ops"), data.get("skipped", [])
-        if not isinstance(ops, list) or not isinstance(skipped, list):
-            raise self.error("ops and skipped are lists", self.find('"ops"'), "a list", ops)
-        starts = self.starts()
+        ops: Any = data.get("ops")
+        skipped, model = data.get("skipped", []), data.get("model", {})
+        for key, value, kind in (("ops", ops, list), ("skipped", skipped, list), ("model", model, dict)):
+            if not isinstance(value, kind):
+                expected = "a list" if kind is list else "an object"
+                raise self.error(f"{key} is {expected}", self.find(f'"{key}"'), expected, value)
         return Plan(
-            tuple(self.op(op, starts[i] if i < len(starts) else 0) for i, op in enumerate(ops)),
-            tuple(self.skip(skip) for skip in skipped),
-            data.get("model") or {},
+            tuple(self.op(op, *span) for op, span in zip(ops, self.entries("ops"), strict=True)),
+            tuple(self.skip(skip, *span) for skip, span in zip(skipped, self.entries("skipped"), strict=True)),
+            model,
         )
 
-    def op(self, data: Any, start: int) -> Op:
+    def op(self, data: Any, start: int, end: int) -> Op:
         if not isinstance(data, dict):
             raise self.error("an op is a JSON object", start, "an object", data)
         for key, kind in (("action", str), ("path", str), ("pass", str), ("settings", dict)):
             if not isinstance(data.get(key), kind):
-                at = self.find(f'"{key}"', start)
-                raise self.error(f"an op needs {key!r}", at, kind.__name__, data.get(key))
+                at = self.find(f'"{key}"', start, end)
+                expected = "an object" if kind is dict else "a string"
+                raise self.error(f"an op needs {key!r}", at, expected, data.get(key))
         unknown = set(data) - {"action", "path", "pass", "settings", "estimate"}
         if unknown:
             key = sorted(unknown)[0]
-            raise self.error(f"an op has no {key!r}", self.find(f'"{key}"', start), "action, path, pass, settings", key)
-        estimate = data.get("estimate")
-        try:
-            worked_out = Estimate(**estimate) if estimate else None
-        except TypeError:
-            at = self.find('"estimate"', start)
-            raise self.error("not an estimate", at, "params_before … macs_after", estimate) from None
-        return Op(data["action"], data["path"], data["pass"], data["settings"], worked_out)
+            at = self.find(f'"{key}"', start, end)
+            raise self.error(f"an op has no {key!r}", at, "action, path, pass, settings or estimate", key)
+        source = Source(self.name, self.text, start, end)
+        return Op(data["action"], data["path"], data["pass"], data["settings"], self.estimate(data, start, end), source)
 
-    def skip(self, data: Any) -> Skip:
-        try:
-            return Skip(str(data["path"]), SkipReason(data["reason"]), str(data["detail"]))
-        except (TypeError, KeyError, ValueError):
-            at = self.find('"skipped"')
-            raise self.error(
-                "a skip needs a path, a known reason and a detail", at, "path, reason, detail", data
-            ) from None
+    def estimate(self, data: Any, start: int, end: int) -> Estimate | None:
+        found, names = data.get("estimate"), [f.name for f in fields(Estimate)]
+        if found is None:
+            return None
+        if not isinstance(found, dict) or set(found) != set(names) or any(type(n) is not int for n in found.values()):
+            at = self.find('"estimate"', start, end)
+            raise self.error("not an estimate", at, f"integers {', '.join(names)}", found)
+        return Estimate(**found)
 
-    def starts(self) -> list[int]:
-        """Offsets of the ops in the text."""
-        at = self.text.find("[", self.find('"ops"'))
-        decoder, starts = json.JSONDecoder(), []
-        while at >= 0 and at + 1 < len(self.text):
-            at += 1
-            while at < len(self.text) and self.text[at] in " \t\r\n,":
+    def skip(self, data: Any, start: int, end: int) -> Skip:
+        if not isinstance(data, dict) or not all(isinstance(data.get(k), str) for k in ("path", "reason", "detail")):
+            raise self.error("a skip needs a path, a reason and a detail", start, "strings path, reason, detail", data)
+        try:
+            reason = SkipReason(data["reason"])
+        except ValueError:
+            at = self.find('"reason"', start, end)
+            raise self.error("unknown reason", at, f"one of {', '.join(SkipReason)}", data["reason"]) from None
+        return Skip(data["path"], reason, data["detail"])
+
+    def entries(self, key: str) -> list[tuple[int, int]]:
+        """Start and end offsets of the entries of one of the plan's lists."""
+        decoder, spans = json.JSONDecoder(), list[tuple[int, int]]()
+        at = self.value_of(key) + 1
+        while 0 < at < len(self.text):
+            while self.text[at] in " \t\r\n,":
                 at += 1
-            if at >= len(self.text) or self.text[at] == "]":
+            if self.text[at] == "]":
                 break
-            starts.append(at)
+            start = at
             _, at = decoder.raw_decode(self.text, at)
-            at -= 1
-        return starts
+            spans.append((start, at))
+        return spans
 
-    def find(self, what: str, start: int = 0) -> int:
-        return max(self.text.find(what, start), start)
+    def value_of(self, wanted: str) -> int:
+        """Offset of a value of the outermost object; -1 where it has no such key. The text is known to be JSON."""
+        decoder, found = json.JSONDecoder(), -1
+        at = self.text.index("{") + 1
+        while True:
+            while self.text[at] in " \t\r\n,":
+                at += 1
+            if self.text[at] == "}":
+                return found
+            key, at = decoder.raw_decode(self.text, at)
+            while self.text[at] in " \t\r\n:":
+                at += 1
+            if key == wanted:
+                found = at  # the last one counts, as it does for json.loads
+            _, at = decoder.raw_decode(self.text, at)
+
+    def find(self, what: str, start: int = 0, end: int | None = None) -> int:
+        return max(self.text.find(what, start, end), start)
 
     def error(self, message: str, at: int, expected: str, got: Any) -> PlanError:
-        line = self.text.count("\n", 0, at) + 1
-        return PlanError(message, where=f"{self.name}, line {line}", expected=expected, got=repr(got)[:120])
+        where = f"{self.name}, line {line_at(self.text, at)}"
+        return PlanError(message, where=where, expected=expected, got=repr(got)[:120])

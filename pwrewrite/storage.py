@@ -1,9 +1,9 @@
 """Saving a rewritten model and loading it again, without pickles.
 
-A folder holds ``model.safetensors`` (the weights), ``plan.json`` (what was done, with a map from old parameter names to new
-ones), ``report.json`` and a ``README.md`` for people. Loading takes the *original* model from the caller, carries out the plan
-without decomposing anything and fills in the saved weights. The target recorded in the plan is code: it is imported only when
-the caller says that it is trusted.
+A folder holds ``model.safetensors`` (the weights), ``plan.json`` (what was done, with a map from old parameter names to
+new ones), ``report.json`` and a ``README.md`` for people. Loading takes the *original* model from the caller, carries
+out the plan without decomposing anything and fills in the saved weights. The target recorded in the plan is code: it is
+imported only when the caller says that it is trusted.
 
 The folder is written beside its place and then renamed, so that an interruption leaves what was there before.
 """
@@ -19,11 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .apply import carry_out
-from .errors import OutputError, PlanError, TargetError, WeightsError
-from .plan import Edit, Plan
+from .errors import OutputError, PlanError, TargetError, WeightsError, first_line
+from .plan import SCHEMA, Edit, Plan, dumps
 
 WEIGHTS, PLAN, REPORT, README = "model.safetensors", "plan.json", "report.json", "README.md"
 _ALIASES = "pwrewrite.aliases"
@@ -48,63 +49,77 @@ def save(
         edits: What was done, for the map of names.
         report: The report's JSON data.
         readme: Text of the folder's README.
-        force: Whether an existing folder is replaced.
+        force: Whether a folder that was saved before is replaced.
 
     Returns:
         The folder.
 
     Raises:
-        OutputError: If the folder exists, or cannot be written.
+        OutputError: If the folder exists, cannot be written, or the model keeps what cannot be saved.
     """
-    target = Path(folder)
-    check_place(target, force=force)
+    check_place(folder, force=force)
+    target = Path(os.path.realpath(folder))
     names = {old: list(new) for edit in edits for old, new in edit.renamed.items()}
+    scratch = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise _unwritable(target, error) from None
-    try:
         _save_weights(model, scratch / WEIGHTS)
-        data = {**plan.to_dict(), "names": names}
-        _write(scratch / PLAN, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        _write(scratch / PLAN, dumps({**plan.to_dict(), "names": names}))
         _write(scratch / REPORT, json.dumps(report or {}, indent=2, ensure_ascii=False) + "\n")
         if readme is not None:
             _write(scratch / README, readme)
         scratch.chmod(0o777 & ~_umask())
         _move_in(scratch, target)
+    except OutputError:
+        raise
     except OSError as error:
-        raise _unwritable(target, error) from None
+        raise _unwritable(Path(folder), error) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return Path(folder)
 
 
 def check_place(folder: str | Path, *, force: bool = False) -> None:
     """Checks, before any work, that a folder can be written.
 
     Raises:
-        OutputError: If it exists and ``force`` is off, is a file, or its parent cannot be written.
+        OutputError: If it is a file, cannot be written, exists and ``force`` is off, or holds what pwrewrite did not
+            write.
     """
-    target = Path(folder)
+    target = Path(os.path.realpath(folder))
     if target.exists() and not target.is_dir():
-        raise OutputError("the output folder is a file", where=str(target), hint="give another place")
-    if target.exists() and any(target.iterdir()):
-        if not force:
-            raise OutputError("the output folder exists", where=str(target), hint="--force replaces it")
-        if not (target / PLAN).exists():
-            raise OutputError(
-                "the output folder exists and was not written by pwrewrite, so it is not replaced",
-                where=str(target),
-                hint="give another place, or remove it yourself",
-            )
-    parent = target.absolute().parent
+        raise OutputError("the output folder is a file", where=str(folder), hint="give another place")
+    try:
+        content = sorted(entry.name for entry in target.iterdir()) if target.exists() else []
+    except OSError as error:
+        raise _unwritable(Path(folder), error) from error
+    if content and not force:
+        raise OutputError("the output folder exists", where=str(folder), hint="--force replaces what was saved there")
+    strange = [name for name in content if name not in (WEIGHTS, PLAN, REPORT, README)]
+    if content and (strange or not _is_plan(target / PLAN)):
+        raise OutputError(
+            "the output folder holds what pwrewrite did not write, so it is not replaced",
+            where=str(folder),
+            got=", ".join(strange[:5]) or f"no {PLAN} of pwrewrite",
+            hint="give another place, or remove it yourself",
+        )
+    parent = target.parent
     while not parent.exists():
         parent = parent.parent
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(
-            "the output folder cannot be written", where=str(target), got=f"no write permission in {parent}"
-        )
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = "no write permission in" if parent.is_dir() else "not a folder:"
+        raise OutputError("the output folder cannot be written", where=str(folder), got=f"{why} {parent}")
+
+
+def _is_plan(path: Path) -> bool:
+    """Whether a file is a plan that was saved beside a model."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and data.get("schema") == SCHEMA
 
 
 def is_saved(path: str | Path) -> bool:
@@ -177,6 +192,12 @@ def _recorded(plan: Plan, folder: str | Path, trust_target: bool) -> nn.Module:
 
 
 def _save_weights(model: nn.Module, path: Path) -> None:
+    """Writes the state_dict; a tensor with several names is written once.
+
+    Raises:
+        OutputError: If the model keeps what safetensors cannot hold.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     kept: dict[str, Tensor] = {}
@@ -187,43 +208,37 @@ def _save_weights(model: nn.Module, path: Path) -> None:
             raise OutputError(
                 "the model keeps state that is not a tensor, which safetensors cannot hold",
                 where=name,
+                expected="tensors only",
                 got=type(value).__name__,
+                hint="override get_extra_state to return a tensor, or save the state yourself",
             )
+        if value.is_meta:
+            raise OutputError("the model has no weights to save: they are on meta", where=name)
         tensor = value.detach()
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, str(tensor.device))
         if tensor.numel() and key in seen:
             aliases[name] = seen[key]
             continue
         seen[key] = name
-        kept[name] = tensor.to("cpu").contiguous()
-    storages: dict[int, str] = {}
-    for name, tensor in kept.items():
-        pointer = tensor.untyped_storage().data_ptr()
-        if (
-            pointer and pointer in storages
-        ) or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
-            kept[name] = tensor.clone()
-        storages[pointer] = name
-    save_file(kept, str(path), metadata={"format": "pt", _ALIASES: json.dumps(aliases)})
+        # A copy: safetensors refuses tensors that share memory, and writes all of a storage that a view is part of.
+        kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+    try:
+        save_file(kept, str(path), metadata={"format": "pt", _ALIASES: json.dumps(aliases)})
+        _flush(path)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise OutputError(f"cannot write the weights: {first_line(error)}", where=str(path.name)) from error
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
-    from safetensors import SafetensorError, safe_open
+    """Fills a model with saved weights, in the dtypes that they were saved in.
 
-    state: dict[str, Tensor] = {}
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            aliases: dict[str, str] = json.loads((file.metadata() or {}).get(_ALIASES, "{}"))
-            for name in file.keys():  # noqa: SIM118
-                state[name] = file.get_tensor(name)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"the saved weights cannot be read: {error}", where=str(path)) from None
-    for name, original in aliases.items():
-        if original in state:
-            state[name] = state[original]
+    Raises:
+        WeightsError: If they cannot be read or do not fit.
+    """
+    state = _read_weights(path)
     wanted = model.state_dict()
     missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
-    misfits = [n for n in wanted if n in state and wanted[n].shape != state[n].shape]
+    misfits = [n for n in wanted if n in state and _shape(wanted[n]) != _shape(state[n])]
     if missing or extra or misfits:
         raise WeightsError(
             "the saved weights do not fit the model",
@@ -234,24 +249,79 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             + (f"; of another shape {', '.join(misfits[:5])}" if misfits else ""),
             hint="give the model that the rewrite started from",
         )
-    on_meta = any(t.is_meta for t in wanted.values())
-    model.load_state_dict(state, assign=on_meta)
-    if on_meta:
-        left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
-        if left:
-            raise WeightsError(
-                "some tensors of the model are neither saved nor made", where=str(path), got=", ".join(left[:5]),
-                hint="build the model on a real device, not on meta",
-            )  # fmt: skip
+    tied = _tied(model)
+    fresh = any(isinstance(value, Tensor) and value.is_meta for value in wanted.values())
+    if not fresh:
+        _cast(model, state)
+    model.load_state_dict(state, assign=fresh)
+    for first, *others in tied:
+        owner, _, name = first.rpartition(".")
+        parameter = getattr(model.get_submodule(owner), name)
+        for other in others:
+            owner, _, name = other.rpartition(".")
+            setattr(model.get_submodule(owner), name, parameter)
+    left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    if left:
+        raise WeightsError(
+            "some tensors of the model are neither saved nor made",
+            where=str(path),
+            got=", ".join(left[:5]),
+            hint="build the model on a real device, not on meta",
+        )
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """All saved tensors, under all their names."""
+    from safetensors import SafetensorError, safe_open
+
+    state: dict[str, Tensor] = {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            aliases: dict[str, str] = json.loads((file.metadata() or {}).get(_ALIASES, "{}"))
+            for name in file.keys():  # noqa: SIM118  (not a mapping: it cannot be iterated over)
+                state[name] = file.get_tensor(name)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(
+            f"the saved weights cannot be read: {first_line(error)}",
+            where=str(path),
+            hint="the file is missing or was cut off; save the rewrite again",
+        ) from error
+    for name, original in aliases.items():
+        if original in state:
+            state[name] = state[original]
+    return state
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value)
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """Names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [same for same in names.values() if len(same) > 1]
+
+
+def _cast(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Brings parameters and buffers to the dtypes of saved ones, which a load would otherwise convert."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in state and state[name].dtype != tensor.dtype:
+            tensor.data = tensor.data.to(state[name].dtype)
 
 
 # --------------------------------------------------------------------------------------------------- files
 
 
 def _write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
+    path.write_text(text, encoding="utf-8")
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Has a file on the disk before it is renamed, so that a crash cannot leave an empty one."""
+    with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
@@ -270,26 +340,30 @@ def write_atomically(path: str | Path, text: str) -> None:
             os.chmod(name, 0o666 & ~_umask())
             os.replace(name, target)
         except BaseException:
-            os.unlink(name)
+            Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise _unwritable(target, error) from None
+        raise _unwritable(target, error) from error
 
 
 def _move_in(scratch: Path, target: Path) -> None:
-    """Renames a finished folder into place; an old one goes only once the new one is there."""
+    """Renames a finished folder into place; an old one goes only once the new one is there.
+
+    Raises:
+        OSError: If it cannot be; the old folder is in its place then.
+    """
     if not target.exists():
         os.rename(scratch, target)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    os.rename(target, old / target.name)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    old = aside / target.name
     try:
+        os.rename(target, old)
         os.rename(scratch, target)
-    except BaseException:
-        os.rename(old / target.name, target)
-        raise
     finally:
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _umask() -> int:

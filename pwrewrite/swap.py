@@ -1,19 +1,25 @@
 """Putting one module in another's place, by identity, under every name that it has.
 
 Tracing reports only a module's first name; a model may hold it under several (tied blocks, a list beside an attribute).
-`Swap` replaces it in every parent that registers it and can take the replacement back. References that are not
-registrations (a plain list, an attribute set past ``nn.Module.__setattr__``, a bound method) would keep calling the old
-module: `held_elsewhere` finds them by asking the garbage collector who refers to it.
+`replace_module` replaces it in every parent that registers it. References that are not registrations (a plain list, an
+attribute set past ``nn.Module.__setattr__``, a bound method, a closure) would keep calling the old module:
+`held_elsewhere` finds them by walking through what the model's modules hold.
+
+Limits: a reference that no module of the model leads to, such as one in a global list, is not found.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from types import CellType, FrameType, MethodType, ModuleType
+import weakref
+from collections.abc import Iterator, Set
+from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, fx, nn
+
+_REGISTRIES = frozenset(("_modules", "_parameters", "_buffers"))
+_OPAQUE = (type, ModuleType, FrameType, CodeType, Tensor, fx.Graph, str, bytes, int, float)
 
 
 def names_of(model: nn.Module, module: nn.Module) -> tuple[str, ...]:
@@ -21,80 +27,100 @@ def names_of(model: nn.Module, module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, found in model.named_modules(remove_duplicate=False) if found is module)
 
 
-class Swap:
-    """One replacement that is done at once and can be undone.
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Puts a module in another's place, under every name, in the same training mode.
 
     Args:
         model: The model.
-        old: A module registered in it, not ``model`` itself.
-        new: What takes its place, in the same training mode.
-    """
-
-    def __init__(self, model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-        self.old, self.new = old, new
-        new.train(old.training)
-        self._places = [
-            (parent._modules, name)
-            for parent in model.modules()
-            for name, child in parent._modules.items()
-            if child is old
-        ]
-        self.redo()
-
-    def redo(self) -> None:
-        """Puts the new module in."""
-        for registry, name in self._places:
-            registry[name] = self.new
-
-    def undo(self) -> None:
-        """Puts the old module back."""
-        for registry, name in self._places:
-            registry[name] = self.old
-
-
-def held_elsewhere(model: nn.Module, modules: Sequence[nn.Module]) -> dict[int, str]:
-    """Which modules are referred to other than by registration.
-
-    Args:
-        model: The model, which nothing but the caller may refer to (a fresh copy).
-        modules: Modules registered in it.
+        old: A module registered in it, or ``model`` itself.
+        new: What takes its place.
 
     Returns:
-        Identity of a module to what holds it, such as ``a list`` or ``a bound method``.
+        The model, which is ``new`` where ``old`` was the model itself.
     """
-    wanted = {id(module) for module in modules}
-    registries = {id(parent._modules) for parent in model.modules()}
-    owners = {id(vars(module)): name or type(module).__name__ for name, module in model.named_modules()}
+    for parent in tuple(model.modules()):
+        for name, child in tuple(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
+    return new if old is model else model
+
+
+def held_elsewhere(copied: nn.Module, original: nn.Module) -> dict[int, str]:
+    """Which modules of a copy are referred to other than by registration, or shadowed by the original.
+
+    A deep copy copies lists and bound methods, but not functions: a closure over the model (``lambda x: self.conv(x)``)
+    still leads to the original, whose layers the copy then calls.
+
+    Args:
+        copied: A deep copy of a model.
+        original: The model.
+
+    Returns:
+        Identity of a module of the copy to what holds it, such as ``a list (block.convs)``.
+    """
+    own = {id(module) for module in copied.modules()}
+    strange = {id(module): path for path, module in original.named_modules()}
+    known = own.union(strange)
     found: dict[int, str] = {}
-    asked = tuple(modules)
-    ours = {id(asked), id(modules)}
-    for holder in gc.get_referrers(*asked):
-        if id(holder) in registries or id(holder) in ours or isinstance(holder, (FrameType, ModuleType)):
-            continue
-        what = _describe(holder, owners)
-        if what is None:
-            continue
-        for held in gc.get_referents(holder):
-            if id(held) in wanted:
-                found.setdefault(id(held), what)
+    seen: set[int] = set()
+    for path, module in copied.named_modules():
+        for name, value in vars(module).items():
+            if name in _REGISTRIES:
+                continue
+            place = f"{path}.{name}" if path else name
+            for held, how in _held(value, seen, known):
+                what = f"{how} ({place})"
+                if id(held) in own:
+                    found.setdefault(id(held), what)
+                elif id(held) in strange and not name.endswith("_hooks"):
+                    for shadowed in copied.get_submodule(strange[id(held)]).modules():
+                        found.setdefault(id(shadowed), what)
     return found
 
 
-def _describe(holder: Any, owners: dict[int, str]) -> str | None:
-    if isinstance(holder, dict):
-        if id(holder) in owners:
-            return f"a plain attribute of {owners[id(holder)]}"
-        return "a dict"
-    if isinstance(holder, MethodType):
-        return f"a bound method ({holder.__name__})"
-    if isinstance(holder, CellType):
-        return "a closure"
-    if isinstance(holder, (list, tuple, set, frozenset)):
-        return f"a {type(holder).__name__}"
-    if isinstance(holder, nn.Module):
-        # Newer Pythons keep attributes inline: the object itself refers to what its dict holds.
-        return f"a plain attribute of {owners.get(id(vars(holder)), type(holder).__name__)}"
-    kind = type(holder)
-    if kind.__module__ == "functools" or kind.__module__ == "builtins":
-        return f"a {kind.__name__}"
-    return f"an object of class {kind.__name__}"
+def _held(value: Any, seen: set[int], known: Set[int]) -> Iterator[tuple[nn.Module, str]]:
+    """Modules that an attribute's value leads to, each with the kind of its holder; does not look into known ones."""
+    todo = [(value, "a plain attribute")]
+    while todo:
+        thing, how = todo.pop()
+        if isinstance(thing, nn.Module):
+            yield thing, how
+        if isinstance(thing, _OPAQUE) or id(thing) in seen or id(thing) in known or not _leads_on(thing):
+            continue
+        seen.add(id(thing))
+        kind = _kind(thing)
+        todo += [(inner, kind if isinstance(inner, nn.Module) else how) for inner in _contents(thing)]
+
+
+def _leads_on(thing: Any) -> bool:
+    return isinstance(thing, weakref.ReferenceType) or gc.is_tracked(thing)
+
+
+def _contents(thing: Any) -> list[Any]:
+    if isinstance(thing, FunctionType):
+        cells = [cell.cell_contents for cell in thing.__closure__ or () if not _empty(cell)]
+        return [*cells, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
+    if isinstance(thing, weakref.ReferenceType):
+        return [thing()]
+    return gc.get_referents(thing)
+
+
+def _empty(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return True
+    return False
+
+
+def _kind(thing: Any) -> str:
+    if isinstance(thing, MethodType):
+        return f"a bound method {thing.__name__}"
+    if isinstance(thing, FunctionType):
+        return f"a closure {thing.__name__}"
+    if isinstance(thing, weakref.ReferenceType):
+        return "a weak reference"
+    kind = type(thing)
+    return (
+        f"a {kind.__name__}" if kind.__module__ in ("builtins", "functools") else f"an object of class {kind.__name__}"
+    )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from .base import LayerPass, Pass, Proposal
 from .bottleneck import InsertBottleneck, InsertExpansion, InsertReduction
+from .graph_pass import as_graph_pass
 from .low_rank import FactorizeLinear, FactorizePointwise
+from .project import ProjectBranch
 from .separable import FactorizeSpatial, SeparateDepthwise
 
 ALL: tuple[type[Pass], ...] = (
@@ -15,6 +17,7 @@ ALL: tuple[type[Pass], ...] = (
     SeparateDepthwise,
     FactorizePointwise,
     FactorizeLinear,
+    ProjectBranch,
 )
 """Every pass there is."""
 
@@ -28,6 +31,8 @@ __all__ = [
     "InsertReduction",
     "LayerPass",
     "Pass",
+    "ProjectBranch",
     "Proposal",
     "SeparateDepthwise",
+    "as_graph_pass",
 ]

@@ -1,8 +1,8 @@
 """What a pass is: something that looks at a capture and proposes, and never touches a model.
 
-`LayerPass` is what the factorising passes share: which layers are meant (patterns on paths, a callable, a least share of the
-MACs), which may be replaced (`pwrewrite.eligibility`), how wide the result is (a width, a ratio, an energy, EVBMF), and
-whether that pays. Every layer that a pass means and leaves is a `Skip` with a reason.
+`LayerPass` is what the factorising passes share: which layers are meant (patterns on paths, a callable, a least share
+of the MACs), which may be replaced (`pwrewrite.eligibility`), how wide the result is (a width, a ratio, an energy,
+EVBMF), and whether that pays. Every layer that a pass means and leaves is a `Skip` with a reason.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import decompose
 from ..capture.records import Capture, Layer
@@ -21,7 +21,7 @@ from ..convolution import ConvSpec
 from ..decompose import RankSpec
 from ..eligibility import Owners, eligible
 from ..errors import UsageError
-from ..forms import FORMS, chain_macs, chain_params, default_axes, linear_spec, rank_limits, spec_to_dict, stages
+from ..forms import FORMS, chain_macs, chain_params, linear_spec, rank_limits, spec_to_dict, stages
 from ..modules import ACTIVATIONS, NORMS, Factorized
 from ..plan import Estimate, Op, Skip, SkipReason
 
@@ -58,8 +58,8 @@ class LayerPass(Pass):
     """A pass that replaces single layers by one form.
 
     Args:
-        rank: Width between, per group: an integer, or a ratio (``0.5``, ``"50%"``) of the most the form can use on that side. A
-            pair gives two different ones to a form with two.
+        rank: Width between, per group: an integer, or a ratio (``0.5``, ``"50%"``) of the most the form can use on that
+            side. A pair gives two different ones to a form with two.
         include: Patterns (``layer3.*``) on paths; all where empty. A layer's aliases count.
         exclude: Patterns on paths that are left as they are.
         select: A callable on a `Layer` that says whether it is meant.
@@ -148,13 +148,21 @@ class LayerPass(Pass):
         owners = Owners(capture)
         total = sum(layer.macs for layer in capture.layers) or 1
         proposals: list[Proposal] = []
+        too_wide: list[UsageError] = []
         for layer in capture.layers:
             if not self._concerns(layer):
                 continue
             if id(layer) not in meant:
                 proposals.append(Skip(layer.path, SkipReason.EXCLUDED, "not meant by include, exclude or select"))
                 continue
-            proposals.append(self._one(capture, layer, owners, total))
+            try:
+                proposals.append(self._one(capture, layer, owners, total))
+            except UsageError as error:
+                too_wide.append(error)
+                detail = f"{error.message}; there, give {error.expected}"
+                proposals.append(Skip(layer.path, SkipReason.TOO_SMALL, detail))
+        if too_wide and not any(isinstance(proposal, Op) for proposal in proposals):
+            raise too_wide[0]
         return proposals
 
     def _one(self, capture: Capture, layer: Layer, owners: Owners, total: int) -> Proposal:
@@ -266,15 +274,9 @@ class LayerPass(Pass):
     def _widths(
         self, layer: Layer, spec: ConvSpec, owners: Owners, axes: tuple[int, ...] | None
     ) -> dict[str, int] | Skip:
-        limits = rank_limits(spec, self.form)
+        limits = rank_limits(spec, self.form, axes)
         if self.energy is None and not self.vbmf:
-            widths = {}
-            for name, limit in limits.items():
-                try:
-                    widths[name] = decompose.resolve_rank(self.ranks[name], limit, self.multiple, name)
-                except UsageError as error:
-                    raise UsageError(error.message, where=layer.path, expected=error.expected, got=error.got, hint=error.hint) from None  # fmt: skip
-            return widths
+            return {name: self._width(layer, name, limit) for name, limit in limits.items()}
         weight = weight_of(layer, owners)
         if weight is None or weight.is_meta:
             return Skip(layer.path, SkipReason.WRONG_FORM, "the weights are on meta, so no rank can be read off them")
@@ -282,10 +284,23 @@ class LayerPass(Pass):
         found = self._read(kernel, spec, axes)
         return {name: decompose.round_rank(max(1, value), limits[name], self.multiple) for name, value in found.items()}
 
+    def _width(self, layer: Layer, name: str, limit: int) -> int:
+        """A width or ratio as a width of one layer.
+
+        Raises:
+            UsageError: If it is beyond the layer's channels.
+        """
+        try:
+            return decompose.resolve_rank(self.ranks[name], limit, self.multiple, name)
+        except UsageError as error:
+            raise UsageError(
+                error.message, where=layer.path, expected=error.expected, got=error.got, hint=error.hint
+            ) from None
+
     def _read(self, kernel: Tensor, spec: ConvSpec, axes: tuple[int, ...] | None) -> dict[str, int]:
         """Widths read off the weights, by energy or EVBMF."""
-        spectra = self._spectra(kernel, spec, axes)
         if self.energy is not None:
+            spectra = self._spectra(kernel, spec, axes)
             return {name: decompose.energy_rank(spectrum, self.energy) for name, spectrum in spectra.items()}
         return {name: decompose.evbmf_rank(matrix) for name, matrix in self._unfoldings(kernel, spec, axes).items()}
 
@@ -334,17 +349,3 @@ def _scope(capture: Capture, layer: Layer) -> str:
     node = next(n for n in capture.graph.nodes if n.name == name)
     path: str = node.meta["info"].path
     return path
-
-
-__all__ = [
-    "Layer",
-    "LayerPass",
-    "Pass",
-    "Proposal",
-    "Rank",
-    "default_axes",
-    "estimate_chain",
-    "nn",
-    "spec_of",
-    "weight_of",
-]

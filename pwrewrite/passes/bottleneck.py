@@ -2,13 +2,13 @@
 
 For a kernel ``W (out, in, *k)`` and widths ``r_in``, ``r_out``::
 
-    bottleneck   W ≈ E · core · R     E (out, r_out),  core (r_out, r_in, *k),  R (r_in, in)      Tucker-2
-    reduce       W ≈ core · R         core (out, r_in, *k)                                        SVD of the input unfolding
-    expand       W ≈ E · core         core (r_out, in, *k)                                        SVD of the output unfolding
+    bottleneck   W ≈ E · core · R     E (out, r_out),  core (r_out, r_in, *k),  R (r_in, in)     Tucker-2
+    reduce       W ≈ core · R         core (out, r_in, *k)                       SVD of the input unfolding
+    expand       W ≈ E · core         core (r_out, in, *k)                       SVD of the output unfolding
 
 Sources: Kim et al. 2016, *Compression of deep convolutional neural networks for fast and low power mobile applications*
-(Tucker-2 with EVBMF ranks); Szegedy et al. 2014 (reductions, figure 2 b); He et al. 2015 (bottleneck blocks). Linear, so equal
-to the original in both modes at full width; below it the error is the part of the spectrum that is cut off.
+(Tucker-2 with EVBMF ranks); Szegedy et al. 2014 (reductions, figure 2 b); He et al. 2015 (bottleneck blocks). Linear,
+so equal to the original in both modes at full width; below it the error is the part of the spectrum that is cut off.
 """
 
 from __future__ import annotations

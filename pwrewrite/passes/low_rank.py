@@ -1,7 +1,8 @@
 """Two thin maps in place of one: `FactorizePointwise` for 1×1 convolutions, `FactorizeLinear` for ``nn.Linear``.
 
-``W (out, in) ≈ E (out, r) · R (r, in)``, the truncated SVD, which is optimal in the Frobenius norm (Eckart & Young 1936). It
-gains below ``r = in · out / (in + out)``. Half of ResNet-50's MACs are in 1×1 convolutions, so a budget below that needs it.
+``W (out, in) ≈ E (out, r) · R (r, in)``, the truncated SVD, which is optimal in the Frobenius norm (Eckart & Young
+1936). It gains below ``r = in · out / (in + out)``. Half of ResNet-50's MACs are in 1×1 convolutions, so a budget below
+that needs it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from .. import decompose
+from ..capture.records import Layer
 from ..convolution import ConvSpec
 from ..plan import Skip, SkipReason
-from .base import Layer, LayerPass
+from .base import LayerPass
 from .bottleneck import output_unfolding
 
 

@@ -1,7 +1,8 @@
 """Separable forms of a k×k: `FactorizeSpatial` (k×1 → 1×k) and `SeparateDepthwise` (depthwise k×k → 1×1).
 
-Sources: Jaderberg et al. 2014 and Zhang et al. 2016 (spatial pairs); Howard et al. 2017 (MobileNet) and Guo et al. 2018,
-*Network decoupling* (a kernel as a sum of depthwise–pointwise pairs, exact with as many terms as the kernel has taps).
+Sources: Jaderberg et al. 2014 and Zhang et al. 2016 (spatial pairs); Howard et al. 2017 (MobileNet) and Guo et al.
+2018, *Network decoupling* (a kernel as a sum of depthwise–pointwise pairs, exact with as many terms as the kernel has
+taps).
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from .. import decompose
+from ..capture.records import Layer
 from ..convolution import ConvSpec
 from ..forms import default_axes
 from ..plan import Skip, SkipReason
-from .base import Layer, LayerPass
+from .base import LayerPass
 from .bottleneck import output_unfolding
 
 

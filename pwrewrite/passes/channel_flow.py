@@ -1,0 +1,245 @@
+"""Where the channels of one branch of a concatenation go: `follow`.
+
+The walk starts at a concatenation and goes forward through everything that treats each channel alone, until every path
+ends at a convolution or linear map (a *consumer*, whose input channels can change), at a norm by channel (which changes
+with them and lets them through) or at an output of the model. Anything else is a reason not to change the width.
+
+Operations that are linear and treat all channels the same way commute with a 1×1: behind them, consumers can be
+factorised jointly with a projection. The flow remembers the first one on the way that does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from torch import fx
+
+from ..actions.project import CHANNEL_NORMS
+from ..capture.records import Capture, Layer, info
+from ..eligibility import Owners, eligible
+
+_LINEAR = frozenset(
+    ("identity", "dropout", "contiguous", "clone", "interpolate", "to", "float", "half", "bfloat16", "double")
+)
+_LINEAR_POOLS = tuple(f"{kind}avg_pool{dims}d" for kind in ("", "adaptive_") for dims in (1, 2, 3))
+_OTHER_POOLS = tuple(f"{kind}max_pool{dims}d" for kind in ("", "adaptive_") for dims in (1, 2, 3))
+_RECTIFIERS = ("relu", "relu6", "silu", "gelu", "elu", "selu", "celu", "leaky_relu", "mish", "softplus")
+_SQUASHERS = ("sigmoid", "logsigmoid", "tanh", "hardtanh", "hardswish", "hardsigmoid", "softsign", "clamp")
+_ARITHMETIC = ("clamp_min", "clamp_max", "add", "sub", "pow", "exp", "neg", "abs", "square", "sqrt")
+_ALONE = frozenset((*_RECTIFIERS, *_SQUASHERS, *_ARITHMETIC))
+_SCALED = frozenset(("mul", "div"))
+_RESHAPES = frozenset(("flatten", "view", "reshape", "squeeze"))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of a tensor's axis 1 that comes from the branch: ``channels`` with ``repeat`` entries each."""
+
+    offset: int
+    channels: int
+    repeat: int = 1
+
+
+@dataclass
+class Flow:
+    """What the branch's channels reach.
+
+    Attributes:
+        consumers: Layers, each with the part of its input that comes from the branch.
+        norms: Path, module and part of every norm on the way.
+        outputs: Number of an output of the model, its width and the part of it.
+        nonlinear: What on the way does not commute with a 1×1; ``""`` if nothing.
+        dropout: Whether there is a dropout on the way, which commutes in eval mode only.
+        blocked: Why the width cannot change; ``""`` if it can.
+        nodes: Every node whose output holds channels of the branch.
+    """
+
+    consumers: list[tuple[Layer, Segment]] = field(default_factory=list)
+    norms: list[tuple[str, Any, Segment]] = field(default_factory=list)
+    outputs: list[tuple[int, int, Segment]] = field(default_factory=list)
+    nonlinear: str = ""
+    dropout: bool = False
+    blocked: str = ""
+    nodes: dict[fx.Node, Segment] = field(default_factory=dict)
+
+
+def channel_axis(node: fx.Node) -> bool:
+    """Whether a node joins tensors along axis 1, the channels of a batch."""
+    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    shapes = [info(source).outputs[0].shape for source in node.all_input_nodes]
+    return isinstance(dim, int) and all(len(shape) >= 2 and dim % len(shape) == 1 for shape in shapes)
+
+
+def joined(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a concatenation joins, in order."""
+    tensors: Any = node.args[0] if node.args else node.kwargs.get("tensors", ())
+    return list(tensors)
+
+
+def follow(capture: Capture, owners: Owners, branch: fx.Node, cat: fx.Node) -> Flow:
+    """Follows a branch's channels from a concatenation to everything that reads them.
+
+    Args:
+        capture: The model.
+        owners: ``Owners(capture)``.
+        branch: The node that makes the branch's output.
+        cat: The concatenation along the channels.
+    """
+    return _Walk(capture, owners).run(branch, cat)
+
+
+class _Walk:
+    def __init__(self, capture: Capture, owners: Owners) -> None:
+        self.capture, self.owners = capture, owners
+        self.layers = {call.node: layer for layer in capture.layers for call in layer.calls}
+        self.flow = Flow()
+
+    def run(self, branch: fx.Node, cat: fx.Node) -> Flow:
+        start = Segment(0, info(branch).outputs[0].shape[1])
+        reached = {branch: start}
+        behind = False
+        for node in self.capture.graph.nodes:
+            behind = behind or node is cat
+            sources = [source for source in node.all_input_nodes if source in reached]
+            if not behind or not sources:
+                continue
+            segment = self._through(node, reached, sources)
+            if self.flow.blocked:
+                break
+            if segment is not None:
+                reached[node] = self.flow.nodes[node] = segment
+        return self.flow
+
+    def _through(self, node: fx.Node, reached: dict[fx.Node, Segment], sources: list[fx.Node]) -> Segment | None:
+        """The branch's part of what a node makes; None where the way ends there."""
+        facts = info(node)
+        if node.op == "output":
+            self._output(node, reached)
+            return None
+        if len(sources) > 1:
+            return self._block(node, "joins several copies of the branch's channels")
+        source = sources[0]
+        segment = reached[source]
+        if facts.op == "cat":
+            return self._cat(node, source, segment)
+        if node.name in self.layers:
+            return self._consumer(node, source, segment)
+        if node.op == "call_module" and isinstance(self.owners.modules.get(str(node.target)), CHANNEL_NORMS):
+            return self._norm(node, segment)
+        if len(node.all_input_nodes) > 1:
+            return self._block(node, "combines them with another tensor, which would keep its width")
+        return self._elementwise(node, source, segment)
+
+    def _elementwise(self, node: fx.Node, source: fx.Node, segment: Segment) -> Segment | None:
+        op, before, after = info(node).op, info(source).outputs[0].shape, info(node).outputs
+        if len(after) != 1:
+            return self._block(node, "splits the tensor")
+        shape = after[0].shape
+        if op in _RESHAPES:
+            return self._reshape(node, segment, before, shape)
+        same_channels = len(shape) >= 2 and shape[:2] == before[:2]
+        if op in ("mean", "sum", "pad"):
+            if not same_channels or (op == "mean" and 1 in _dims(node, len(before))):
+                return self._block(node, "does not keep the channels apart")
+            if op == "pad" and not _zero_pad(node):
+                self._remember(node)
+            return segment
+        if not same_channels:
+            return self._block(node, "does not keep the channels apart")
+        if op in _LINEAR or op in _LINEAR_POOLS or op in _SCALED:
+            self.flow.dropout |= op == "dropout"
+            return segment
+        if op in _ALONE or op in _OTHER_POOLS or (op == "prelu" and self._one_slope(node)):
+            self._remember(node)
+            return segment
+        return self._block(node, "is not known to treat each channel alone")
+
+    def _reshape(
+        self, node: fx.Node, segment: Segment, before: tuple[int, ...], after: tuple[int, ...]
+    ) -> Segment | None:
+        if len(after) >= 2 and after[:2] == before[:2]:
+            return segment
+        spatial = prod(before[2:])
+        if after == (before[0], before[1] * spatial):
+            return Segment(segment.offset * spatial, segment.channels, segment.repeat * spatial)
+        return self._block(node, "moves channels to another axis")
+
+    def _cat(self, node: fx.Node, source: fx.Node, segment: Segment) -> Segment | None:
+        tensors = joined(node)
+        if tensors.count(source) != 1:
+            return self._block(node, "joins the branch's channels with themselves")
+        if not channel_axis(node):
+            return self._block(node, "joins them along another axis")
+        earlier = sum(info(tensor).outputs[0].shape[1] for tensor in tensors[: tensors.index(source)])
+        return Segment(earlier + segment.offset, segment.channels, segment.repeat)
+
+    def _consumer(self, node: fx.Node, source: fx.Node, segment: Segment) -> Segment | None:
+        layer = self.layers[node.name]
+        read = node.args[0] if node.args else node.kwargs.get("input")
+        dims = 0 if layer.spec is None else layer.spec.dims
+        if layer.functional or read is not source:
+            return self._block(node, "reads them in a functional call, whose weight is not a module's")
+        if layer.spec is not None and layer.spec.groups != 1:
+            return self._block(node, "is grouped, so its output channels hang on single input channels")
+        if len(info(source).outputs[0].shape) != dims + 2:
+            return self._block(node, "reads another axis as its channels")
+        if len(layer.calls) > 1:
+            return self._block(node, "is called several times")
+        refused = eligible(self.capture, layer, self.owners)
+        if refused is not None:
+            return self._block(node, f"cannot change: {refused.detail}")
+        self.flow.consumers.append((layer, segment))
+        return None
+
+    def _norm(self, node: fx.Node, segment: Segment) -> Segment | None:
+        path = str(node.target)
+        norm = self.owners.modules[path]
+        if sum(1 for other in self.capture.graph.nodes if other.op == "call_module" and other.target == path) > 1:
+            return self._block(node, "is called several times")
+        if segment.repeat > 1:
+            return self._block(node, "normalises single positions")
+        if any(len(self.owners.holders.get(id(p), ())) > 1 for p in norm.parameters()):
+            return self._block(node, "shares its parameters")
+        self.flow.norms.append((path, norm, segment))
+        self._remember(node)
+        return segment
+
+    def _output(self, node: fx.Node, reached: dict[fx.Node, Segment]) -> None:
+        tensors: list[fx.Node] = []
+        fx.node.map_arg(node.args, tensors.append)
+        for i, tensor in enumerate(tensors):
+            if tensor in reached:
+                self.flow.outputs.append((i, info(tensor).outputs[0].shape[1], reached[tensor]))
+
+    def _one_slope(self, node: fx.Node) -> bool:
+        module: Any = self.owners.modules.get(str(node.target))
+        return node.op == "call_module" and module.num_parameters == 1
+
+    def _remember(self, node: fx.Node) -> None:
+        self.flow.nonlinear = self.flow.nonlinear or describe(node)
+
+    def _block(self, node: fx.Node, why: str) -> Segment | None:
+        self.flow.blocked = f"{describe(node)} {why}"
+        return None
+
+
+def describe(node: fx.Node) -> str:
+    """A node in words: its operation, and the module where it runs."""
+    facts = info(node)
+    return f"{facts.op} in {facts.path}" if facts.path else facts.op
+
+
+def _dims(node: fx.Node, rank: int) -> tuple[int, ...]:
+    """The axes that a reduction goes over."""
+    given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", ())
+    values = given if isinstance(given, (tuple, list)) else (given,)
+    return tuple(value % rank for value in values if isinstance(value, int))
+
+
+def _zero_pad(node: fx.Node) -> bool:
+    """Whether a padding commutes with a 1×1: all do but those with a constant other than 0."""
+    mode: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+    value: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
+    return mode != "constant" or value is None or value == 0
