@@ -179,7 +179,7 @@ _FREE_ATEN = """
     _assert_async _assert_tensor_metadata _unsafe_view _reshape_alias view_as_real view_as_complex resize_
     view reshape expand permute transpose t squeeze unsqueeze select slice narrow as_strided unfold movedim
     set_ _conj _neg_view resolve_conj resolve_neg complex polar
-    _nested_tensor_from_mask bincount histc multinomial floor_divide
+    _nested_tensor_from_mask bincount histc multinomial floor_divide unsafe_split unsafe_split_with_sizes unsafe_chunk
 """
 FREE.update(f"aten::{name}" for name in _FREE_ATEN.split())
 FREE.update({"torchvision::nms", "torchvision::roi_align", "torchvision::ps_roi_align", "torchvision::roi_pool"})
@@ -214,7 +214,7 @@ def price(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> i
         formula = _LAZY_FORMULAS.get(name)
     if formula is not None:
         return formula(args, kwargs, out[0] if isinstance(out, tuple) else out)
-    if name in FREE or torch.Tag.pointwise in op.tags or _is_view(op):
+    if name in FREE or torch.Tag.pointwise in op.tags or torch.Tag.inplace_view in op.tags or _is_view(op):
         return 0
     return None
 

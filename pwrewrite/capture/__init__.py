@@ -98,9 +98,9 @@ flags.
 
 
 def _record(inventory: Inventory, args: Any, kwargs: Any, *, real: bool, training: bool, items: bool) -> Recorder:
-    """Records the model, once more where some of it ran outside of torch functions and has to be priced."""
-    for glue in (False, True):
-        recorder = Recorder(inventory, real=real, glue=glue, items=items)
+    """Records the model, once more and deeper where some of it ran outside of torch functions."""
+    for deep in (False, True):
+        recorder = Recorder(inventory, real=real, deep=deep, items=items)
         with untouched(inventory, values=real):
             for module in inventory.modules:
                 if module.training != training:
@@ -192,8 +192,6 @@ def _numbered(name: str, value: Any) -> list[str]:
 def _finish(recorder: Recorder, values: str, failure: Exception | None) -> Capture:
     inventory, origins = recorder.inventory, recorder.origins
     graph = origins.graph
-    if recorder.glue is not None:
-        recorder.glue.settle(graph)
     unpriced: Counter[str] = Counter()
     inputs = []
     for node in graph.nodes:
@@ -213,7 +211,7 @@ def _finish(recorder: Recorder, values: str, failure: Exception | None) -> Captu
     if recorder.opaque:
         notes.append(f"TorchScript modules are opaque: {', '.join(p or '(root)' for p in recorder.opaque[:5])}")
     if origins.lost:
-        notes.append(f"{origins.lost} tensors come from code that torch functions do not show: it is priced as a whole")
+        notes.append(f"{origins.lost} tensors come from code that torch functions do not show")
     return Capture(
         model=inventory.model,
         inputs=tuple(inputs),

@@ -41,6 +41,7 @@ class Bookkeeper:
         window: Window | None = None,
         spec: ConvSpec | None = None,
         unpriced: tuple[str, ...] = (),
+        temporary: int = 0,
         weights: set[int] | frozenset[int] = frozenset(),
     ) -> None:
         """Writes down the facts of a node, and that it made ``out``.
@@ -58,6 +59,7 @@ class Bookkeeper:
             window: For convolutions and pooling.
             spec: For convolutions.
             unpriced: Operations without a formula.
+            temporary: Bytes that it holds beside its result while it runs.
             weights: Identities of tensors in ``given`` that serve as weights though they are no parameters.
         """
         origins, watch = self.origins, self.liveness.watch
@@ -78,6 +80,7 @@ class Bookkeeper:
                 written += made.nbytes
             alias = alias or shared
         origins.mark(out, node)
+        self.liveness.pass_by(name, temporary)
         read = 0
         if written or macs or unpriced:
             read = weight_bytes

@@ -8,7 +8,6 @@ predicted from the input), through the module whose code makes the call.
 from __future__ import annotations
 
 from collections import defaultdict
-from copy import copy
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -88,12 +87,11 @@ def _weights(module: Any) -> list[Tensor]:
 
 def _spec_of(module: Any) -> ConvSpec:
     """The spec of a convolution without asking for a weight or bias that would have to be computed."""
-    if module._modules and "parametrizations" in module._modules:
-        shell = copy(module)
-        shell.__class__ = nn.Module
-        shell.__dict__["bias"] = module._parameters.get("bias", "computed")
-        return ConvSpec.of_module(shell)
-    return ConvSpec.of_module(module)
+    if not (module._modules and "parametrizations" in module._modules):
+        return ConvSpec.of_module(module)
+    shell = nn.Module()
+    shell.__dict__.update(module.__dict__, bias=module._parameters.get("bias", "computed"))
+    return ConvSpec.of_module(shell)
 
 
 def _joined(path: str, name: str) -> str:

@@ -53,7 +53,10 @@ class Liveness:
         Returns:
             The node that made its storage, where that is another tensor's; None for a new storage.
         """
-        untyped = t.untyped_storage()
+        try:
+            untyped = t.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # functorch's and sparse tensors have none
+            return None
         key = untyped._cdata
         storage = self._storages.get(key)
         if storage is None:
@@ -72,9 +75,19 @@ class Liveness:
         self._births.add(birth)
         return maker
 
+    def pass_by(self, node: str, nbytes: int) -> None:
+        """Notes memory that an operation holds beside its result while it runs."""
+        if nbytes:
+            self.events.append(MemoryEvent(node, nbytes))
+            self.events.append(MemoryEvent(node, -nbytes))
+
     def ignore(self, t: Tensor) -> None:
         """Takes a tensor's storage for no activation: it belongs to the model or to the user's code."""
-        self._storages.setdefault(t.untyped_storage()._cdata, _Storage("", 0)).users += 1
+        try:
+            key = t.untyped_storage()._cdata
+        except (NotImplementedError, RuntimeError):
+            return
+        self._storages.setdefault(key, _Storage("", 0)).users += 1
 
     def _died(self, birth: Any) -> None:
         self._births.discard(birth)

@@ -30,13 +30,13 @@ import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunction
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..convolution import ConvSpec
 from ..cost import Cost, PricingMode
 from . import functions, rules
 from .bookkeeping import Bookkeeper
 from .evaluate import Evaluator, read, redirect, without_masks
-from .glue import Glue
 from .inventory import Inventory
 from .liveness import Liveness
 from .module_rules import Leaf, leaf_rule, module_window
@@ -57,17 +57,16 @@ class Recorder(TorchFunctionMode):
     Args:
         inventory: The parts of the model, which the caller protects with `state.untouched`.
         real: Whether values are computed; otherwise only shapes are.
-        glue: Whether code that torch functions do not show (TorchScript, functorch) is priced too, which takes longer.
+        deep: Whether code that torch functions do not show (TorchScript functions) is recorded too, which takes longer.
         items: Whether each of several tensors that a node makes gets a node of its own.
 
     Attributes:
         origins: The graph and the origins of tensors.
         liveness: Births and deaths of activations.
         opaque: Paths of TorchScript modules, which are not looked into.
-        glue: MACs of code that torch functions do not show, and its operations without a formula; None if not asked.
     """
 
-    def __init__(self, inventory: Inventory, *, real: bool = False, glue: bool = False, items: bool = False) -> None:
+    def __init__(self, inventory: Inventory, *, real: bool = False, deep: bool = False, items: bool = False) -> None:
         super().__init__()
         self.inventory = inventory
         self.model = inventory.model
@@ -77,7 +76,7 @@ class Recorder(TorchFunctionMode):
         self.liveness = Liveness()
         self.origins = Origins(inventory, self.liveness, real=real, items=items, device=self.device)
         self.opaque: list[str] = []
-        self.glue = Glue(lambda: self.busy > 0) if glue else None
+        self.deep = deep
         self.busy = 0
         self._scope: list[str] = []
         self._thread = threading.get_ident()
@@ -111,7 +110,7 @@ class Recorder(TorchFunctionMode):
         with _running:
             nn.Module.__call__ = call  # type: ignore[method-assign]
             try:
-                with torch.no_grad(), _eager_dynamo(), self.glue or _nothing(), self:
+                with torch.no_grad(), _eager_dynamo(), _deep() if self.deep else _nothing(), self:
                     out = self.model(*args, **kwargs)
             finally:
                 nn.Module.__call__ = _original_call  # type: ignore[method-assign]
@@ -212,11 +211,13 @@ class Recorder(TorchFunctionMode):
             for t in module._buffers.values():
                 if t is not None:
                     size += t.nbytes
+            temporary = rules.indices(out) if op in rules.INDEXED else 0
             writes = bool(module.__dict__.get("inplace", False))
             given = args if not kwargs else (args, kwargs)
             self._books.record(
                 node, op or "", path, given, out,
                 macs=macs, writes=writes, params=params, weight_bytes=size, window=window, spec=spec, unpriced=unpriced,
+                temporary=temporary,
             )  # fmt: skip
             return out
 
@@ -296,6 +297,8 @@ class Recorder(TorchFunctionMode):
 
     def _function(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         origins = self.origins
+        if not args and "input" in kwargs:
+            args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
         given = tensors_of(args)
         if kwargs:
             given += tensors_of(kwargs)
@@ -332,13 +335,15 @@ class Recorder(TorchFunctionMode):
             weights = {id(weight), id(bias)}
         elif name in rules.POOL_FUNCTIONS:
             window = rules.pool_call_window(name, *args, **kwargs)
-        op = _OPS.get(op, op)
+        op = _OPS.get(op, op).partition(".")[0]
+        held = rules.TEMPORARIES.get(name)
+        temporary = held(values, out) if held is not None and not ours else 0
         method = functions.is_method(func)
         node = origins.create("call_method" if method else "call_function", name if method else func, args, kwargs, op)
         inputs = args if not kwargs else (args, kwargs)
         self._books.record(
             node, op, self._here(), inputs, out,
-            macs=macs, writes=writes, window=window, spec=spec, unpriced=unpriced, weights=weights,
+            macs=macs, writes=writes, window=window, spec=spec, unpriced=unpriced, weights=weights, temporary=temporary,
         )  # fmt: skip
         if writes and given:
             value = origins.value(given[0])
@@ -346,6 +351,13 @@ class Recorder(TorchFunctionMode):
             if made and made[0] is value:
                 return given[0]
         return out
+
+
+class _Deep(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Calls every dispatched operation again as a torch function, so that a recorder sees those that came from C++."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 _OPS = {"multi_head_attention_forward": "attention", "scaled_dot_product_attention": "attention"}
@@ -360,6 +372,10 @@ def _blame(error: Exception, path: str | None) -> None:
 
 def _has_hooks(attributes: dict[str, Any]) -> bool:
     return bool(attributes["_forward_hooks"] or attributes["_forward_pre_hooks"])
+
+
+def _deep() -> AbstractContextManager[Any]:
+    return _Deep()  # type: ignore[no-untyped-call]
 
 
 def _nothing() -> AbstractContextManager[Any]:

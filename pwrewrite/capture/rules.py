@@ -8,6 +8,7 @@ call is unusual; the function then runs on ``meta`` itself.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -285,6 +286,33 @@ FUNCTION_MACS: dict[str, Callable[[Any, Any, Any], int]] = {
     "scaled_dot_product_attention": _attention_call,
 }
 """Name of a torch function to its MACs; the rest is priced under a dispatch mode the first time it is met."""
+
+INDEXED = frozenset(["max_pool2d", "max_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d"])
+"""Operations that make an index tensor beside their result, asked for or not."""
+
+
+def indices(out: Any) -> int:
+    """Bytes of the index tensor of a max pooling; 0 where it was asked for and is a result."""
+    return int(out.numel() * torch.int64.itemsize) if isinstance(out, Tensor) else 0
+
+
+def _copied_operands(values: Any, out: Any) -> int:
+    """Bytes of the operands that a batched matrix product copies, to have one batch dim."""
+    return sum(t.nbytes for t in values[:2] if t.dim() > 3 and not _one_batch(t))
+
+
+def _one_batch(t: Tensor) -> bool:
+    """Whether the leading dims of a tensor are one dim as they lie in memory."""
+    lead = [(n, s) for n, s in zip(t.shape[:-2], t.stride()[:-2]) if n != 1]
+    return all(outer == inner * n for (_, outer), (n, inner) in pairwise(lead))
+
+
+TEMPORARIES: dict[str, Callable[[Any, Any], int]] = {
+    "matmul": _copied_operands,
+    "__matmul__": _copied_operands,
+    **dict.fromkeys(INDEXED, lambda values, out: indices(out)),
+}
+"""Name of a torch function to the bytes that it holds beside its result while it runs."""
 
 FREE_FUNCTIONS = frozenset(FUNCTION_RULES) - CONV_FUNCTIONS - {"linear"} | frozenset(
     words(

@@ -1,10 +1,19 @@
-"""Runs the capture sweep outside pytest and prints its table: ``python -m zoo [jobs]`` with ``tests`` on the path."""
+"""Runs a sweep outside pytest and prints its table: ``python -m zoo [capture|replay] [jobs]`` in ``tests``."""
 
 import sys
+from collections import Counter
 
-from .checks import check_capture, summary
+from .checks import check_capture, check_replay, summary
 from .harness import RESULTS, sweep
 
 if __name__ == "__main__":
-    jobs = int(sys.argv[1]) if len(sys.argv) > 1 else 2
-    print(summary(sweep(check_capture, RESULTS / "capture.jsonl", jobs=jobs)))
+    what = sys.argv[1] if len(sys.argv) > 1 else "capture"
+    jobs = int(sys.argv[2]) if len(sys.argv) > 2 else 2
+    if what == "capture":
+        print(summary(sweep(check_capture, RESULTS / "capture.jsonl", jobs=jobs)))
+    else:
+        rows = sweep(check_replay, RESULTS / "replay.jsonl", jobs=jobs)
+        print(Counter(row.get("replay", "error") for row in rows.values()))
+        for key, row in sorted(rows.items()):
+            if row.get("replay") == "different" or "error" in row:
+                print(key, row.get("error", "different"))

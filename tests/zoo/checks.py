@@ -11,6 +11,7 @@ from pwrewrite.capture import capture
 
 from .counting import independent_macs, independent_params
 from .harness import REAL_LIMIT, Built, build
+from .replay import replay
 
 
 def check_capture(built: Built) -> dict[str, Any]:
@@ -57,6 +58,18 @@ def check_capture(built: Built) -> dict[str, Any]:
         row["unpriced"] = [list(u) for u in again.coverage.unpriced]
     row["macs_independent"] = independent_macs(real.model, real.inputs)
     return row
+
+
+def check_replay(built: Built) -> dict[str, Any]:
+    """Executes the captured graph on real values and compares with the model itself."""
+    model: Any = built.model
+    if sum(p.numel() for p in model.parameters()) > 120_000_000:
+        return {"replay": "skipped: large"}
+    if built.meta:
+        built = build(built.candidate, real=True)
+    pairs = replay(built.model, built.inputs)
+    equal = all(a.shape == b.shape and torch.allclose(a, b, atol=1e-4, equal_nan=True) for a, b in pairs)
+    return {"replay": "equal" if equal else "different"}
 
 
 def summary(rows: dict[str, dict[str, Any]]) -> str:
@@ -106,8 +119,3 @@ def shortfall(row: dict[str, Any]) -> str:
     if not row["untouched"]:
         faults.append("the model was changed")
     return "; ".join(faults)
-
-
-def single_threaded() -> None:
-    """Keeps a test process to one thread, as the workers are."""
-    torch.set_num_threads(1)

@@ -43,12 +43,18 @@ def independent_macs(model: nn.Module, inputs: tuple[Any, ...]) -> int:
     tensors = [t for value in inputs for t in (value if isinstance(value, list) else [value])]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
     try:
+        # The counter's module tracker fails on a parameter that is handed to a module.
+        for p in trained:
+            p.requires_grad_(False)
         counter = FlopCounterMode(display=False, custom_mapping=_mapping())
         with torch.device(tensors[0].device), torch.no_grad(), counter:
             model(*copy.deepcopy(inputs))
         flops = counter.get_total_flops()
     finally:
+        for p in trained:
+            p.requires_grad_(True)
         torch.backends.mha.set_fastpath_enabled(fastpath)
     assert flops % 2 == 0
     return flops // 2

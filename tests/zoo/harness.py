@@ -125,7 +125,8 @@ def _inputs(candidate: Candidate, model: Any) -> tuple[Any, ...]:
         return image(1, 3, 128, 128), image(1, 3, 128, 128)
     if family == "segmentation":
         return (image(1, 3, 520, 520),)
-    size = _crop(candidate.name)
+    own = getattr(model, "image_size", None)
+    size = (own, own) if own else _crop(candidate.name)
     if family == "video":
         return (image(1, 3, 16, *size),)
     return (image(1, 3, *size),)
