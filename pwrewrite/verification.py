@@ -33,13 +33,16 @@ class Verification:
         checks: What was checked, in order.
         relative_error: ``‖y − ŷ‖ / ‖y‖`` over all floating outputs in eval mode; None where no run was possible.
         agreement: Part of the inputs for which a classifier's largest output is the same; None for other models.
-        diverges_at: Path of the first layer where the two models differ by more than a check allows; None if none.
+        diverges_at: Path of the first layer where the two models differ by more than a check allows; ``(root)`` where
+            they differ in the model's own code, None where no check failed so.
+        notes: What was not checked, and why; what was left out of a comparison.
     """
 
     checks: tuple[Check, ...]
     relative_error: float | None = None
     agreement: float | None = None
     diverges_at: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -59,4 +62,5 @@ class Verification:
             "agreement": self.agreement,
             "diverges_at": self.diverges_at,
             "checks": [check.to_dict() for check in self.checks],
+            "notes": list(self.notes),
         }

@@ -1,0 +1,107 @@
+"""Whether a rewritten model still learns: every parameter that got a gradient gets one, and every new one does.
+
+One backward pass of a scalar that depends on every floating output: their means with fixed random weights. A
+plain sum would do for reachability, but the gradient of a sum behind a softmax or a norm is nothing but rounding.
+
+A new parameter may go without where the layer it belongs to got none before: its layer is the innermost module
+around it that the original has too, with parameters of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .outputs import Flat
+
+
+@dataclass(slots=True)
+class Gradients:
+    """What one backward pass gave.
+
+    Attributes:
+        of: Parameter name to gradient; None for those without.
+        error: Why there was no backward pass; empty where there was.
+    """
+
+    of: dict[str, Tensor | None] = field(default_factory=dict)
+    error: str = ""
+
+
+def backward(model: nn.Module, output: Flat) -> Gradients:
+    """Runs the backward pass of a scalar of ``output`` and takes the gradients off the model."""
+    generator = torch.Generator().manual_seed(0)
+    total: Tensor | None = None
+    for t in output.floating.values():
+        if t.requires_grad and t.numel():
+            real = torch.view_as_real(t) if t.is_complex() else t
+            real = real.float() if real.dtype.itemsize < 4 else real
+            term = (real * torch.randn(real.shape, generator=generator).to(real)).mean()
+            total = term if total is None else total + term.to(total)
+    if total is None:
+        return Gradients(error="no output depends on a parameter that needs a gradient")
+    model.zero_grad(set_to_none=True)
+    try:
+        total.backward()  # type: ignore[no-untyped-call]
+    except Exception as error:
+        return Gradients(error=f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}")
+    found = {name: p.grad for name, p in model.named_parameters(remove_duplicate=False)}
+    model.zero_grad(set_to_none=True)
+    return Gradients(found)
+
+
+def complaints(before: Mapping[str, Tensor | None], after: Mapping[str, Tensor | None]) -> list[str]:
+    """What is wrong with the rewritten model's gradients, given the original's.
+
+    Args:
+        before: Parameter name to gradient in the original.
+        after: The same in the rewritten model.
+
+    Returns:
+        One sentence per parameter.
+    """
+    found = []
+    for name, gradient in after.items():
+        old = name in before
+        if old and before[name] is None:
+            continue
+        if gradient is None:
+            if old:
+                found.append(f"{name} got a gradient before and gets none now")
+            elif _layer_learned(name, before):
+                found.append(f"{name} is new and gets no gradient")
+        elif not _finite(gradient) and (not old or _finite(before[name])):
+            found.append(f"{name} gets a gradient that is not finite")
+    return found
+
+
+def _finite(gradient: Tensor | None) -> bool:
+    if gradient is None:
+        return False
+    return bool(torch.isfinite(gradient.sum())) or bool(torch.isfinite(gradient).all())
+
+
+def _layer_learned(name: str, before: Mapping[str, Tensor | None]) -> bool:
+    """Whether anything around a new parameter got a gradient in the original."""
+    place = name
+    while place:
+        place = place.rpartition(".")[0]
+        prefix = f"{place}." if place else ""
+        own = [gradient for old, gradient in before.items() if old.startswith(prefix)]
+        if own:
+            return any(gradient is not None for gradient in own)
+    return True
+
+
+def gradient_difference(before: Mapping[str, Tensor | None], after: Mapping[str, Tensor | None]) -> float | None:
+    """Relative difference of the gradients that both have, taken together; None where there are none."""
+    difference = norm = 0.0
+    for name, old in before.items():
+        new = after.get(name)
+        if old is not None and new is not None and old.shape == new.shape:
+            difference += float(torch.linalg.vector_norm(new - old, dtype=torch.float64)) ** 2
+            norm += float(torch.linalg.vector_norm(old, dtype=torch.float64)) ** 2
+    return (difference / norm) ** 0.5 if norm else None

@@ -1,0 +1,131 @@
+"""Running a model once: seeded, on copies of its inputs, in a mode, with what it returned or how it failed."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .inputs import Arguments, copied
+from .outputs import Flat, flatten
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one run.
+
+    Attributes:
+        output: What the model returned; None where it failed.
+        error: The first line of the exception; empty where it ran.
+        random_state: The random state that the run left, of torch and of Python.
+        drew: Whether it drew random numbers.
+    """
+
+    output: Flat | None
+    error: str
+    random_state: tuple[bytes, object]
+    drew: bool
+
+    @property
+    def ran(self) -> bool:
+        """Whether the model returned."""
+        return self.output is not None
+
+
+@contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """Restores the random states of torch, Python and NumPy on leaving."""
+    state, python = torch.get_rng_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    numpy: Any = sys.modules.get("numpy.random")
+    numpy_state = numpy.get_state() if numpy is not None else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        random.setstate(python)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        if numpy_state is not None:
+            numpy.set_state(numpy_state)
+
+
+@contextmanager
+def plain_precision(device: torch.device | None) -> Iterator[None]:
+    """On CUDA, float32 in float32: TF32 has the significand of float16, and would set the tolerance of all."""
+    if device is None or device.type != "cuda":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    places: list[Any] = [torch.backends.cuda.matmul, cudnn.conv]
+    before = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before):
+            place.fp32_precision = value
+
+
+def seed_all(seed: int) -> None:
+    """Seeds torch on every device, Python and NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy: Any = sys.modules.get("numpy.random")
+    if numpy is not None:
+        numpy.seed(seed % 2**32)
+
+
+def device_of(*models: nn.Module) -> torch.device | None:
+    """The one device that the models' parameters and buffers are on; None where there is not one."""
+    devices = {t.device for model in models for t in (*model.parameters(), *model.buffers())}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def _random_state(model: nn.Module) -> tuple[bytes, object]:
+    device = device_of(model)
+    state = torch.get_rng_state()
+    if device is not None and device.type == "cuda":
+        state = torch.cat((state, torch.cuda.get_rng_state(device)))
+    return state.numpy().tobytes(), random.getstate()
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an exception."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+
+
+def run(model: nn.Module, inputs: Arguments, *, seed: int, training: bool = False, grad: bool = False) -> Outcome:
+    """Runs a model once.
+
+    Args:
+        model: A copy that may be changed: its mode is set, its buffers may move.
+        inputs: Kept as they are.
+        seed: Of all randomness in the run.
+        training: The mode.
+        grad: Whether gradients are tracked; the outputs are then those of the graph, otherwise copies.
+
+    Returns:
+        The outcome; an exception of the model is one too.
+    """
+    model.train(training)
+    args, kwargs = copied(inputs)
+    seed_all(seed)
+    before = _random_state(model)
+    try:
+        with torch.set_grad_enabled(grad):
+            flat = flatten(model(*args, **kwargs))
+    except Exception as error:
+        return Outcome(None, first_line(error), before, False)
+    if not grad:
+        flat.tensors = {path: t.detach().clone() for path, t in flat.tensors.items()}
+    after = _random_state(model)
+    return Outcome(flat, "", after, before != after)
