@@ -33,6 +33,16 @@ class Sort(StrEnum):
     ORDER = "order"
 
 
+class Tool(StrEnum):
+    """The tools of ``--as``."""
+
+    TORCH = "torch"
+    FVCORE = "fvcore"
+    THOP = "thop"
+    PTFLOPS = "ptflops"
+    TORCHINFO = "torchinfo"
+
+
 def analyze(
     target: Annotated[
         str,
@@ -119,6 +129,18 @@ def analyze(
             rich_help_panel=_SHOW,
         ),
     ] = "cpu",
+    convention: Annotated[
+        Tool | None,
+        typer.Option("--as", help="The total as that tool would count it, to the last digit.", rich_help_panel=_SHOW),
+    ] = None,
+    explain_count: Annotated[
+        bool,
+        typer.Option(
+            "--explain-count",
+            help="What each of these tools would say, and what makes the difference.",
+            rich_help_panel=_SHOW,
+        ),
+    ] = False,
     form: Annotated[Format, typer.Option("--format", help="Form of the report.", rich_help_panel=_OUT)] = Format.TABLE,
     output: Annotated[
         Path | None,
@@ -169,7 +191,25 @@ def analyze(
                     hotspot_share=share,
                     device=device,
                 )
-        if output is not None:
+            counts = None
+            if convention is not None or explain_count:
+                from .counting import counts_of, show_counts, text_of
+
+                with interruptible():
+                    counts = counts_of(
+                        target,
+                        args=dict(parse_arg(text) for text in arg or ()),
+                        weights=weights,
+                        weights_lenient=weights_lenient,
+                        inputs=inputs or (),
+                        tool=convention.value if convention is not None else None,
+                        explained=explain_count,
+                    )
+        if counts is not None and output is not None:
+            files.write_text(output, text_of(analysis, form.value, view, counts))
+        elif counts is not None:
+            show_counts(analysis, form.value, view, counts)
+        elif output is not None:
             files.write_text(output, render(analysis, form.value, view))
         else:
             show(analysis, form.value, view)
