@@ -8,14 +8,18 @@
     print(analysis)                       # where the work goes
     analysis.to_dict()                    # the same as JSON data
 
+    made = pwrewrite.rewrite(model, inputs, [pwrewrite.passes.InsertBottleneck(0.5)])
+    print(made.report)                    # what was saved, what proves the rest
+    made.save("folder")                   # and pwrewrite.load("folder", model) brings it back
+
     capture = pwrewrite.capture(model, example_inputs)
     pwrewrite.graph(capture)              # a networkx.DiGraph for questions of one's own
 
 Importing this package imports nothing heavy: each name is imported when it is first used.
 
-Some functions are named as the submodule that they live in (``capture``, ``graph``). Once Python has imported a
-submodule it binds it to the package under its name, so ``pwrewrite.graph`` is the submodule, and is made callable as
-the function of that name in it. Thus ``pwrewrite.graph(capture)``, ``from pwrewrite import graph``,
+Some functions are named as the submodule that they live in (``apply``, ``capture``, ``graph``, ``verify``). Once
+Python has imported a submodule it binds it to the package under its name, so ``pwrewrite.graph`` is the submodule, and
+is made callable as the function of that name in it. Thus ``pwrewrite.graph(capture)``, ``from pwrewrite import graph``,
 ``from pwrewrite.graph import graph`` and ``import pwrewrite.capture.records as records`` all work, in any order.
 """
 
@@ -28,14 +32,22 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import decompose, passes
     from .analysis.records import Analysis
     from .api import analyze, analyze_target
+    from .apply import apply
     from .capture import Capture, capture
     from .convolution import ConvSpec
     from .cost import Cost, register_formula
     from .errors import PwrewriteError
     from .graph import graph
     from .loading import LoadedModel, load_target
+    from .plan import Plan
+    from .report.records import Report
+    from .rewriting import Rewritten, make_plan, rewrite
+    from .storage import load, save
+    from .verification import Verification
+    from .verify import verify
 
     __version__: str
 
@@ -45,14 +57,26 @@ __all__ = [
     "ConvSpec",
     "Cost",
     "LoadedModel",
+    "Plan",
     "PwrewriteError",
+    "Report",
+    "Rewritten",
+    "Verification",
     "__version__",
     "analyze",
     "analyze_target",
+    "apply",
     "capture",
+    "decompose",
     "graph",
+    "load",
     "load_target",
+    "make_plan",
+    "passes",
     "register_formula",
+    "rewrite",
+    "save",
+    "verify",
 ]
 
 _HOMES = {
@@ -61,15 +85,27 @@ _HOMES = {
     "ConvSpec": "convolution",
     "Cost": "cost",
     "LoadedModel": "loading",
+    "Plan": "plan",
     "PwrewriteError": "errors",
+    "Report": "report.records",
+    "Rewritten": "rewriting",
+    "Verification": "verification",
     "analyze": "api",
     "analyze_target": "api",
+    "apply": "apply",
     "capture": "capture",
+    "decompose": "decompose",
     "graph": "graph",
+    "load": "storage",
     "load_target": "loading",
+    "make_plan": "rewriting",
+    "passes": "passes",
     "register_formula": "cost",
+    "rewrite": "rewriting",
+    "save": "storage",
+    "verify": "verify",
 }
-"""Where each public name lives."""
+"""Where each public name lives; a name that is its own home is a submodule."""
 
 
 def __getattr__(name: str) -> Any:
@@ -85,7 +121,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(f"{__name__}.{home}")
     if home == name:
-        return module  # callable, see _Package
+        return module  # callable where it holds a function of its name, see _Package
     value = globals()[name] = getattr(module, name)
     return value
 
@@ -113,7 +149,7 @@ class _Package(ModuleType):
     """This package: makes a submodule callable at the moment when Python binds it here, whoever imported it."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if _HOMES.get(name) == name and type(value) is ModuleType:
+        if _HOMES.get(name) == name and type(value) is ModuleType and name in vars(value):
             value.__class__ = _CallableModule
         super().__setattr__(name, value)
 

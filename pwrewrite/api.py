@@ -13,10 +13,12 @@ from torch import nn
 from .analysis import analyze_capture
 from .analysis.records import Analysis
 from .analysis.roofline import DeviceProfile, device_profile
-from .capture import Inputs, capture
+from .capture import Capture, Inputs, capture
 from .capture.shapes import ShapeError
 from .errors import CaptureError
-from .loading import load_target
+from .loading import LoadedModel, load_target
+from .opening import open_target
+from .storage import is_saved
 
 
 def analyze(
@@ -52,20 +54,25 @@ def analyze_target(
     weights: Path | None = None,
     weights_lenient: bool = False,
     inputs: Sequence[str] = (),
+    base: str | None = None,
+    trust_target: bool = False,
     hotspot_share: float = 0.01,
     device: str | DeviceProfile = "cpu",
 ) -> Analysis:
-    """The same for what can be typed: a file, a Python name, or a model of torchvision or timm.
+    """The same for what can be typed: a file, a Python name, a model of torchvision or timm, or a saved folder.
 
     The model is built without memory for its weights, since their values matter to few models. Where they do, it is
     built once more for real; a user's file is then executed twice.
 
     Args:
-        target: ``model.py``, ``model.py:NAME``, ``package.module:NAME``, ``torchvision:NAME`` or ``timm:NAME``.
+        target: ``model.py``, ``model.py:NAME``, ``package.module:NAME``, ``torchvision:NAME``, ``timm:NAME``, or a
+            folder that a rewrite was saved in.
         args: Arguments for whatever makes the model, by name.
         weights: A checkpoint to fill in.
         weights_lenient: Accept a checkpoint that fits in part.
         inputs: Example inputs as ``[NAME=]SHAPE[:DTYPE]``; without them they are found or guessed, and a note says so.
+        base: For a folder: the target of the model that was rewritten.
+        trust_target: For a folder: whether the target that its plan names may be imported.
         hotspot_share: Part of the MACs from which a k×k convolution is a hotspot.
         device: The device profile for the roofline classes, or its name.
 
@@ -76,6 +83,12 @@ def analyze_target(
         PwrewriteError: If the target does not lead to a model, or the model does not run.
     """
     device_profile(device)  # what is cheap to refuse is refused before a model is built
+    if is_saved(target) or base is not None:
+        loaded = open_target(
+            target, args=args, weights=weights, inputs=inputs, base=base, trust_target=trust_target
+        ).loaded
+        captured = capture(loaded.model, loaded.example_inputs)
+        return _analysis(loaded, captured, hotspot_share, device)
     load = partial(load_target, target, args=args, weights=weights, weights_lenient=weights_lenient, inputs=inputs)
     loaded = load(empty=True)
     try:
@@ -85,7 +98,11 @@ def analyze_target(
             raise
         loaded = load()  # the model needs values: those that it is made with
         captured = capture(loaded.model, loaded.example_inputs)
-    analysis = analyze_capture(captured, target=target, hotspot_share=hotspot_share, device=device)
+    return _analysis(loaded, captured, hotspot_share, device)
+
+
+def _analysis(loaded: LoadedModel, captured: Capture, hotspot_share: float, device: str | DeviceProfile) -> Analysis:
+    analysis = analyze_capture(captured, target=loaded.target, hotspot_share=hotspot_share, device=device)
     return replace(analysis, model_class=_class_name(loaded.model, analysis), notes=(*loaded.notes, *analysis.notes))
 
 

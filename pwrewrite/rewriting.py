@@ -1,32 +1,30 @@
-"""The whole way of a rewrite: capture → propose → apply → verify → report, as `rewrite`.
+"""The whole way of a rewrite: capture → propose → apply → verify → report, as `rewrite`; `make_plan` only plans it.
 
-Passes run in order, each on the model as the ones before left it, so that later ones see the parts that earlier ones put in.
-Their proposals join into one plan from the original model to the result, which `pwrewrite.apply` and `pwrewrite.load` can
-carry out again. What the report says of parameters and MACs is counted anew from the rewritten model, and must equal what the
-passes predicted.
+Passes run in order, each on the model as the ones before left it, so that later ones see the parts that earlier ones
+put in. Their proposals join into one plan from the original model to the result, which `pwrewrite.apply` and
+`pwrewrite.load` can carry out again. What the report says of parameters and MACs is counted anew from the rewritten
+model, and must equal what the shapes predict (an op's own estimate may be older than its widths, in a plan that a
+person edited).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from torch import nn
 
-from .analysis import analyze_capture
 from .analysis.records import Analysis
-from .apply import carry_out
-from .capture import Inputs, capture
-from .capture.records import Capture, info
-from .cost import Cost
-from .errors import UsageError
-from .passes import InsertBottleneck, Pass
-from .plan import Edit, Op, Plan, Skip
-from .report.records import EditRow, Report
+from .capture import Inputs
+from .errors import VerificationError
+from .passes import Pass
+from .plan import Edit, Plan
+from .report.records import Report
+from .steps import Progress, Run, join_names, propose, silent
 from .verification import Verification
 
-Progress = Callable[[str], None]
+__all__ = ["Planned", "Progress", "Rewritten", "join_names", "make_plan", "propose", "rewrite", "unverified_error"]
 
 
 @dataclass(frozen=True)
@@ -38,29 +36,71 @@ class Rewritten:
         plan: From the original model to this one.
         report: What changed, and what proves the rest.
         edits: What was done, in order.
+        names: Name of a parameter of the original to the names that came in its place, for those that are gone.
     """
 
     model: nn.Module
     plan: Plan
     report: Report
     edits: tuple[Edit, ...]
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def save(self, folder: str | Path, *, force: bool = False, unverified: bool = False) -> Path:
+        """Saves the model with its plan, report and a README; see `pwrewrite.load`.
+
+        Args:
+            folder: Where to.
+            force: Whether a folder that an earlier rewrite was saved in is replaced.
+            unverified: Whether to save although the verification failed or was left out; the README says so.
+
+        Returns:
+            The folder.
+
+        Raises:
+            VerificationError: If the verification failed or was left out, and ``unverified`` is off.
+            OutputError: If the folder exists, or cannot be written.
+        """
+        from .report.readme import readme
+        from .storage import save
+
+        if not self.report.passed and not unverified:
+            raise unverified_error(self.report)
+        # What the folder's map of names is made from: all edits in one, since later ones may rename what earlier made.
+        edits = [replace(self.edits[0], renamed=self.names)] if self.edits else []
+        text = readme(self.report, self.plan, Path(folder).name)
+        return save(folder, self.model, self.plan, edits=edits, report=self.report.to_dict(), readme=text, force=force)
 
 
-def propose(captured: Capture, passes: Sequence[Pass]) -> Plan:
-    """A plan from what several passes propose on one capture; the first to propose for a layer has it.
+@dataclass(frozen=True)
+class Planned:
+    """A plan that was not carried out.
 
-    Args:
-        captured: The model.
-        passes: The passes, in order.
+    Attributes:
+        plan: What would be done, and what would not.
+        report: What it would change, from shapes alone: no errors, no verification.
     """
-    plan = Plan(model=model_facts(captured))
-    taken: set[str] = set()
-    for one in passes:
-        proposals = one.propose(captured)
-        ops = tuple(p for p in proposals if isinstance(p, Op) and p.path not in taken)
-        taken |= {op.path for op in ops}
-        plan = plan + Plan(ops, tuple(p for p in proposals if isinstance(p, Skip)))
-    return plan
+
+    plan: Plan
+    report: Report
+
+
+def unverified_error(report: Report) -> VerificationError:
+    """Why a rewritten model is not saved."""
+    proof = report.verification
+    if proof is None:
+        return VerificationError(
+            "the rewritten model was not verified", hint="leave the verification on, or save it unverified on purpose"
+        )
+    failed = proof.failures
+    first = failed[0]
+    return VerificationError(
+        f"verification failed: {len(failed)} of {len(proof.checks)} checks"
+        if len(proof.checks) > 1
+        else "verification failed",
+        where=proof.diverges_at,
+        expected=first.name,
+        got=first.detail or None,
+    )
 
 
 def rewrite(
@@ -81,14 +121,15 @@ def rewrite(
     Args:
         model: Any module; stays as it is.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones.
-        passes: What proposes, in order; ``InsertBottleneck()`` at 1% of the MACs where neither these nor a plan are given.
+        passes: What proposes, in order; ``InsertBottleneck()`` at 1% of the MACs where neither these nor a plan are
+            given.
         plan: Instead of passes: a plan to carry out.
         allow_output_change: Whether an output may change its shape, which the report then tells.
         verify: Whether to verify the result.
         thorough: Whether to verify at several batch and spatial sizes, in train mode, gradients and reloading.
         max_error: Largest relative output error that passes verification; unlimited if None.
         target: Name for the report.
-        progress: Called with a line about each step.
+        progress: Called at each step with what is being done and how much of it is done.
 
     Returns:
         The rewritten copy with its plan and report. Whether verification passed is ``report.passed``.
@@ -99,152 +140,68 @@ def rewrite(
         RefusedError: If a weight holds NaN or Inf, or the model cannot be copied.
         CaptureError: If the model does not run on the inputs.
     """
-    if passes is not None and plan is not None:
-        raise UsageError("passes and a plan exclude each other", hint="a plan already says what to do")
-    say = progress or (lambda _: None)
-    say("capturing")
-    first = capture(model, example_inputs)
-    if plan is None and passes is None:
-        passes = (InsertBottleneck(min_share=0.01),)
-    run = _Run(model, example_inputs, first, say)
-    if plan is not None:
-        run.step(plan)
-    for one in passes or ():
-        say(f"{one.name}: proposing")
-        run.step(propose(run.captured, [one]))
-    before = analyze_capture(first, target=target or "")
-    after = analyze_capture(run.captured, target=target or "") if run.rows else before
-    expected = Cost(
-        params=before.params + sum(e.params_after - e.params_before for e in run.estimates),
-        macs=before.macs + sum(e.macs_after - e.macs_before for e in run.estimates),
-    )
+    run = Run(model, example_inputs, progress or silent)
+    run.all(passes, plan)
+    before, after = run.analyses(target)
     proof = None
     if verify:
-        say("verifying")
-        proof = _verify(model, run, example_inputs, expected, allow_output_change, thorough, max_error, say)
-    report = Report(
-        target or type(model).__name__,
-        totals(before),
-        totals(after),
-        tuple(run.rows),
-        run.plan.skips,
-        proof,
-        _output_changes(first, run.captured),
-        tuple(dict.fromkeys((*first.notes, *run.captured.notes))),
-    )
-    whole = replace(run.plan, model=model_facts(first, **({"target": target} if target else {})))
-    return Rewritten(run.model, whole, report, tuple(row.edit for row in run.rows))
-
-
-class _Run:
-    """A model on its way: as it is now, its capture, and what was done so far."""
-
-    def __init__(self, model: nn.Module, inputs: Inputs, captured: Capture, say: Progress) -> None:
-        self.model, self.inputs, self.captured, self.say = model, inputs, captured, say
-        self.plan = Plan()
-        self.rows: list[EditRow] = []
-        self.estimates: list[Any] = []
-
-    def step(self, plan: Plan) -> None:
-        """Carries out one plan on the model as it is now."""
-        if not plan.ops:
-            self.plan = self.plan + plan
-            return
-        applied = carry_out(
-            self.model,
-            plan,
-            probe=lambda changed: _survives(changed, self.inputs, self.captured.coverage.values),
-            progress=lambda path: self.say(f"rewriting {path}"),
-        )
-        after = capture(applied.model, self.inputs) if applied.edits else self.captured
-        macs_before, macs_after = _macs_by_path(self.captured), _macs_by_path(after)
-        for edit in applied.edits:
-            old = _under(macs_before, (edit.path, *edit.aliases))
-            new = _under(macs_after, _places(edit))
-            self.rows.append(EditRow(edit, old, new))
-            if edit.op.estimate is not None:
-                self.estimates.append(edit.op.estimate)
-        done = {edit.path for edit in applied.edits}
-        self.plan = self.plan + Plan(tuple(op for op in plan.ops if op.path in done), (*plan.skips, *applied.skips))
-        if applied.edits:
-            self.model, self.captured = applied.model, after
-
-
-def _survives(changed: nn.Module, inputs: Inputs, values: str) -> None:
-    capture(changed, inputs, values=values)
-
-
-def _macs_by_path(captured: Capture) -> dict[str, int]:
-    sums: dict[str, int] = {}
-    for node in captured.graph.nodes:
-        facts = info(node)
-        if facts.cost.macs:
-            sums[facts.path] = sums.get(facts.path, 0) + facts.cost.macs
-    for layer in captured.layers:
-        if layer.functional:
-            sums[layer.path] = layer.macs
-    return sums
-
-
-def _under(sums: dict[str, int], places: Sequence[str]) -> int:
-    return sum(
-        macs for path, macs in sums.items() if any(path == p or path.startswith(f"{p}." if p else "") for p in places)
+        run.say("verifying", None)
+        proof = _verify(model, run, before, allow_output_change, thorough, max_error)
+    return Rewritten(
+        run.model,
+        run.finished(target),
+        run.report(before, after, target, proof),
+        tuple(row.edit for row in run.rows),
+        run.names,
     )
 
 
-def _places(edit: Edit) -> tuple[str, ...]:
-    """Where the MACs of what an edit put in are found: its module, under its names."""
-    if edit.kind == "graph":
-        return tuple({name.rsplit(".", 2)[0] for names in edit.renamed.values() for name in names})
-    return (edit.path, *edit.aliases)
+def make_plan(
+    model: nn.Module,
+    example_inputs: Inputs,
+    passes: Sequence[Pass] | None = None,
+    plan: Plan | None = None,
+    *,
+    target: str | None = None,
+    progress: Progress | None = None,
+) -> Planned:
+    """The plan that `rewrite` would carry out, without decomposing weights where no later pass reads them.
+
+    Args:
+        model: Any module; stays as it is.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones.
+        passes: What proposes, in order, as for `rewrite`.
+        plan: Instead of passes: a plan to look at.
+        target: Name for the report.
+        progress: As for `rewrite`.
+
+    Raises:
+        PwrewriteError: As for `rewrite`.
+    """
+    run = Run(model, example_inputs, progress or silent, fill=False)
+    run.all(passes, plan)
+    before, after = run.analyses(target)
+    return Planned(run.finished(target), run.report(before, after, target, None))
 
 
 def _verify(
     model: nn.Module,
-    run: _Run,
-    inputs: Inputs,
-    expected: Cost,
+    run: Run,
+    before: Analysis,
     allow_output_change: bool,
     thorough: bool,
     max_error: float | None,
-    say: Progress,
 ) -> Verification:
     from .verify import verify
 
     return verify(
         model,
         run.model,
-        inputs,
+        run.inputs,
         edits=[row.edit for row in run.rows],
-        expected=expected,
+        expected=run.expected(before),
         allow_output_change=allow_output_change,
         max_error=max_error,
         thorough=thorough,
-        progress=say,
+        progress=lambda step: run.say(f"verifying: {step}", None),
     )
-
-
-def _output_changes(before: Capture, after: Capture) -> tuple[str, ...]:
-    """Outputs whose static shape changed, as sentences."""
-    old, new = (info(next(reversed(c.graph.nodes))).inputs for c in (before, after))
-    return tuple(
-        f"output {i}: {'×'.join(map(str, a.shape))} → {'×'.join(map(str, b.shape))}"
-        for i, (a, b) in enumerate(zip(old, new))
-        if a.shape != b.shape and before.coverage.values == "meta"
-    )
-
-
-def totals(analysis: Analysis) -> dict[str, int]:
-    """The totals that a report compares."""
-    found: dict[str, int] = analysis.to_dict()["totals"]
-    return found
-
-
-def model_facts(captured: Capture, **more: Any) -> dict[str, Any]:
-    """What a plan records about the model it was made for."""
-    kind = type(captured.model)
-    inputs = [
-        {"name": name, "shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
-        for name, spec in captured.inputs
-    ]
-    return {"class": f"{kind.__module__}.{kind.__qualname__}", "params": captured.params, "inputs": inputs, **more}

@@ -100,6 +100,8 @@ class BottleneckCost:
         limit = self.original
         if self.at(1, 1) > limit:
             return 0, 0
+        if not limit:  # called with nothing, as a detector's heads are where nothing was found
+            return self.fan_in * self.groups, self.fan_out * self.groups
         # core' r² + linear' r = original, with r the common ratio
         linear = self.reduce * self.fan_in + self.expand * self.fan_out
         guess = (sqrt(linear * linear + 4.0 * limit * limit) - linear) / (2.0 * limit)

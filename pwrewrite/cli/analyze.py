@@ -48,7 +48,7 @@ def analyze(
         str,
         typer.Argument(
             help="[bold]model.py[/], [bold]model.py:NAME[/], [bold]package.module:NAME[/], "
-            "[bold]torchvision:NAME[/] or [bold]timm:NAME[/].",
+            "[bold]torchvision:NAME[/], [bold]timm:NAME[/] or a [bold]folder[/] that rewrite saved.",
             show_default=False,
         ),
     ],
@@ -78,6 +78,23 @@ def analyze(
             rich_help_panel=_MODEL,
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="TARGET",
+            help="For a saved folder: the model that it was rewritten from.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    trust_target: Annotated[
+        bool,
+        typer.Option(
+            "--trust-target",
+            help="For a saved folder: import the model that its plan names, which runs that code.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = False,
     top: Annotated[
         int | None,
         typer.Option(
@@ -188,6 +205,8 @@ def analyze(
                     weights=weights,
                     weights_lenient=weights_lenient,
                     inputs=inputs or (),
+                    base=model,
+                    trust_target=trust_target,
                     hotspot_share=share,
                     device=device,
                 )

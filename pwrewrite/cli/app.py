@@ -7,16 +7,24 @@ from typing import Annotated
 import typer
 
 from .analyze import analyze
+from .passes import passes
+from .plan import plan
+from .rewrite import rewrite
+from .verify import verify
 
 app = typer.Typer(
     name="pwrewrite",
-    help="Says where the work of a convolutional PyTorch model goes.",
+    help="Says where the work of a convolutional PyTorch model goes, and squeezes it through 1×1 convolutions.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("analyze", no_args_is_help=True)(analyze)
+app.command("rewrite", no_args_is_help=True)(rewrite)
+app.command("plan", no_args_is_help=True)(plan)
+app.command("verify", no_args_is_help=True)(verify)
+app.command("passes")(passes)
 
 
 def _version(wanted: bool) -> None:
@@ -33,4 +41,4 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Says where the work of a convolutional PyTorch model goes."""
+    """Says where the work of a convolutional PyTorch model goes, and squeezes it through 1×1 convolutions."""

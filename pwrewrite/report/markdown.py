@@ -20,8 +20,8 @@ def render(analysis: Analysis, view: View) -> str:
     """The whole report."""
     selection = rows.select(analysis, view)
     blocks = [
-        f"# {_code(analysis.target)}",
-        f"Class {_code(analysis.model_class)}, input {', '.join(map(_code, rows.input_texts(analysis)))}.",
+        f"# {code(analysis.target)}",
+        f"Class {code(analysis.model_class)}, input {', '.join(map(code, rows.input_texts(analysis)))}.",
         f"**{rows.totals_text(analysis)}**",
     ]
     if view.depth is not None:
@@ -29,7 +29,7 @@ def render(analysis: Analysis, view: View) -> str:
     else:
         blocks += [
             f"## {'Hotspots' if selection.hotspots else 'Layers'}",
-            _sentence(rows.headline(analysis, selection)),
+            sentence(rows.headline(analysis, selection)),
         ]
         if selection.reports:
             blocks.append(_hotspots(selection) if selection.hotspots else _layers(selection))
@@ -44,7 +44,7 @@ def _hotspots(selection: Selection) -> str:
     ranks = ("break-even rank (MACs)", "break-even rank (params)", "half width")
     body = [
         (
-            _code(rows.path_text(r)),
+            code(rows.path_text(r)),
             rows.kernel_text(r),
             rows.channels_text(r),
             rows.output_text(r),
@@ -58,7 +58,7 @@ def _hotspots(selection: Selection) -> str:
         )
         for r, cumulative in zip(selection.reports, selection.cumulative, strict=True)
     ]
-    return _table((*head, *ranks), body, "lllrrrrrrrl")
+    return pipe_table((*head, *ranks), body, "lllrrrrrrrl")
 
 
 def _layers(selection: Selection) -> str:
@@ -76,7 +76,7 @@ def _layers(selection: Selection) -> str:
     )
     body = [
         (
-            _code(rows.path_text(r)),
+            code(rows.path_text(r)),
             rows.kernel_text(r),
             rows.channels_text(r),
             rows.output_text(r),
@@ -85,17 +85,17 @@ def _layers(selection: Selection) -> str:
             percent(r.share),
             size(r.activation_bytes),
             r.bound or "–",
-            ": ".join(filter(None, (rows.saving_text(r), _escape(rows.reason_text(r))))),
+            ": ".join(filter(None, (rows.saving_text(r), escape(rows.reason_text(r))))),
         )
         for r in selection.reports
     ]
-    return _table(head, body, "lllrrrrrll")
+    return pipe_table(head, body, "lllrrrrrll")
 
 
 def _kinds(analysis: Analysis) -> str:
     body = [
         (
-            _code(total.op),
+            code(total.op),
             exact(total.calls),
             count(total.params),
             count(total.macs),
@@ -104,7 +104,7 @@ def _kinds(analysis: Analysis) -> str:
         )
         for total in rows.op_rows(analysis, None)[0]
     ]
-    return _table(("operation", "calls", "params", "MACs", "share", "bytes moved"), body, "lrrrrr")
+    return pipe_table(("operation", "calls", "params", "MACs", "share", "bytes moved"), body, "lrrrrr")
 
 
 def _facts(analysis: Analysis) -> str:
@@ -115,21 +115,22 @@ def _facts(analysis: Analysis) -> str:
         ("Graph", rows.coverage_text(analysis)),
         *(("Note", note) for note in rows.notes_of(analysis)),
     ]
-    return "\n".join(f"- {name}: {_escape(fact)}" for name, fact in facts)
+    return "\n".join(f"- {name}: {escape(fact)}" for name, fact in facts)
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]], sides: str) -> str:
+def pipe_table(head: Sequence[str], body: Sequence[Sequence[str]], sides: str) -> str:
     """A pipe table; ``sides`` has an ``l`` or an ``r`` for each column."""
     rules = [":--" if side == "l" else "--:" for side in sides]
     escaped = ([re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in row] for row in body)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rules, *escaped))
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
+    """A text as a sentence."""
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     """A code span, fenced by more backticks than the text has in a row."""
     shown = rows.plain(text)
     longest = max((len(run) for run in re.findall("`+", shown)), default=0)
@@ -144,5 +145,6 @@ def _fenced(text: str) -> str:
     return f"{fence}text\n{text.rstrip()}\n{fence}"
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """A text in which nothing is markup."""
     return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", text)

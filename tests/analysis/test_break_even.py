@@ -132,3 +132,10 @@ def test_ranks_bracket_the_cost(fan_in, fan_out, kernel, stride) -> None:
     # the next ratio at which a rank changes costs more
     ratio = min(Fraction(rank_in + 1, fan_in), Fraction(rank_out + 1, fan_out))
     assert ratio > 1 or cost.at(max(1, int(ratio * fan_in)), max(1, int(ratio * fan_out))) > cost.original
+
+
+def test_a_layer_that_is_called_with_nothing() -> None:
+    """A detector's heads, where nothing was found: all ranks cost the same, nothing."""
+    spec = spec_of(16, 32, 3, padding=1)
+    shape = (0, 16, 14, 14)
+    assert BottleneckCost.of_macs(spec, [(shape, spec.output_shape(shape))]).break_even() == (16, 32)

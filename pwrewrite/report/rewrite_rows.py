@@ -1,0 +1,198 @@
+"""What the cells of a rewrite's report say, whatever its form: the saving, the proof, the layers, what was left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..plan import Edit, Skip
+from ..verification import Check, Verification
+from .numbers import count, exact, percent, plural, size
+from .records import EditRow, Report
+from .rows import natural, plain
+
+TOP = 20
+"""Layers shown unless all are asked for."""
+
+_TOTALS = (
+    ("params", "parameters", False),
+    ("macs", "MACs", False),
+    ("weight_bytes", "weights", True),
+    ("activation_bytes", "activations", True),
+    ("peak_activation_bytes", "peak memory", True),
+)
+"""Totals that are shown: key, what it is called, whether it is bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """A line of the saving.
+
+    Attributes:
+        name: What is counted.
+        before: To three digits, with the exact number where it is not bytes.
+        after: The same.
+        change: In percent.
+        better: Whether there is less of it; None where nothing changed.
+    """
+
+    name: str
+    before: str
+    after: str
+    change: str
+    better: bool | None
+
+
+def totals(report: Report) -> list[Total]:
+    """The saving, a line for each total that the report has."""
+    found = []
+    for key, name, is_bytes in _TOTALS:
+        if key not in report.before:
+            continue
+        before, after = report.before[key], report.after[key]
+        shown = size if is_bytes else _counted
+        better = None if before == after else after < before
+        found.append(Total(name, shown(before), shown(after), change(before, after), better))
+    return found
+
+
+def _counted(value: int) -> str:
+    return f"{count(value)} ({exact(value)})" if value >= 1000 else exact(value)
+
+
+def change(before: int, after: int) -> str:
+    """``-57.8%``; ``0%`` where nothing changed; ``new`` where there was nothing."""
+    if before == after:
+        return "0%"
+    if not before:
+        return "new"
+    share = (after - before) / before
+    text = f"{100 * share:+.1f}%"
+    return text if text not in ("+0.0%", "-0.0%") else ("<+0.1%" if share > 0 else "<-0.1%")
+
+
+def error_text(error: float | None) -> str:
+    """A relative error to three digits; ``–`` where there is none."""
+    if error is None:
+        return "–"
+    if error == 0 or error >= 0.001:
+        return f"{error:.3f}"
+    return f"{error:.0e}"
+
+
+def headline(report: Report, *, planned: bool = False) -> str:
+    """What was done, in a sentence."""
+    done = "would be rewritten" if planned else "rewritten"
+    if not report.edits:
+        return f"nothing {done}"
+    passes = list(dict.fromkeys(row.edit.op.pass_name for row in report.edits))
+    by = f" by {', '.join(passes)}" if passes else ""
+    return f"{plural(len(report.edits), 'layer')} {done}{by}"
+
+
+def shares(report: Report) -> str:
+    """How much of the model's MACs the edited layers did."""
+    done, total = sum(row.macs_before for row in report.edits), report.before.get("macs", 0)
+    if not total or len({row.edit.path for row in report.edits}) < len(report.edits):
+        return ""
+    return f"did {percent(min(done / total, 1.0))} of the MACs"
+
+
+def verdict(report: Report) -> tuple[str, bool]:
+    """Whether the result is proven, in a few words, and whether that is good."""
+    proof = report.verification
+    if proof is None:
+        return "NOT VERIFIED: nothing here is proven", False
+    return proof_text(proof), proof.passed
+
+
+def proof_text(proof: Verification) -> str:
+    """How a verification went, in one line."""
+    checks = plural(len(proof.checks), "check")
+    place = f", from {plain(proof.diverges_at)} on" if proof.diverges_at else ""
+    parts = [f"passed: {checks}" if proof.passed else f"FAILED: {len(proof.failures)} of {checks}{place}"]
+    if proof.relative_error is not None:
+        parts.append(f"relative output error {error_text(proof.relative_error)}")
+    if proof.agreement is not None:
+        parts.append(f"same prediction for {percent(proof.agreement)} of the inputs")
+    return " · ".join(parts)
+
+
+def check_lines(proof: Verification) -> list[tuple[bool, str, str]]:
+    """For each check whether it passed, its name and its detail; failures first."""
+    ordered: Iterable[Check] = sorted(proof.checks, key=lambda check: check.passed)
+    return [(check.passed, plain(check.name), plain(check.detail)) for check in ordered]
+
+
+def path_text(path: str) -> str:
+    """A path; the model itself is called ``(model)``."""
+    return plain(path) or "(model)"
+
+
+def form_text(edit: Edit) -> str:
+    """What came in place of the layer: ``bottleneck``, ``project``, and that it is fresh where it is."""
+    fresh = edit.op.settings.get("init") == "fresh"
+    return f"{edit.method} fresh" if fresh else edit.method
+
+
+def widths_text(edit: Edit) -> str:
+    """The widths between, first to last: ``32→64``, or one number where there is only one or they are equal."""
+    widths = [w for w in (edit.rank_in, edit.rank_out) if w is not None]
+    return "→".join(str(w) for w in dict.fromkeys(widths)) or "–"
+
+
+def kind_text(edit: Edit) -> str:
+    """``module`` for a swap; for a graph edit, where the code was rewritten."""
+    return "graph" if edit.kind == "graph" else edit.kind
+
+
+def ordered(rows: Sequence[EditRow], everything: bool) -> tuple[Sequence[EditRow], int]:
+    """The edits to show, and how many more there are: the largest savings first, or all in the order they were done."""
+    if everything or len(rows) <= TOP + 1:
+        return rows, 0
+    largest = sorted(rows, key=lambda row: row.macs_after - row.macs_before)
+    return largest[:TOP], len(rows) - TOP
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """Layers that were left for one reason.
+
+    Attributes:
+        reason: The reason.
+        detail: What was found; of the first, where they differ.
+        paths: Them.
+    """
+
+    reason: str
+    detail: str
+    paths: tuple[str, ...]
+
+
+def left(skips: Sequence[Skip]) -> list[Left]:
+    """Skips by reason, the most frequent first."""
+    groups: dict[str, list[Skip]] = {}
+    for skip in skips:
+        groups.setdefault(str(skip.reason), []).append(skip)
+    found = [
+        Left(reason, plain(group[0].detail), tuple(sorted((s.path for s in group), key=natural)))
+        for reason, group in groups.items()
+    ]
+    return sorted(found, key=lambda one: -len(one.paths))
+
+
+def counts_text(skips: Sequence[Skip]) -> str:
+    """How many were left for which reason: ``36 pointwise, 2 no-gain``."""
+    return ", ".join(f"{len(group.paths)} {group.reason}" for group in left(skips))
+
+
+def few(paths: Sequence[str], most: int = 3) -> str:
+    """Some paths, and how many more there are."""
+    shown = ", ".join(path_text(path) for path in paths[:most])
+    return shown if len(paths) <= most else f"{shown} and {exact(len(paths) - most)} more"
+
+
+def notes(report: Report) -> list[str]:
+    """What a reader should be told, the verification's own notes included."""
+    own = report.verification.notes if report.verification else ()
+    return [plain(note) for note in dict.fromkeys((*report.notes, *own))]
