@@ -118,10 +118,12 @@ def rank_limits(spec: ConvSpec, form: str, axes: Sequence[int] | None = None) ->
     taps = 1
     for k in spec.kernel_size:
         taps *= k
+    # No unfolding has more rank than its shorter side: few outputs cannot use many inputs, and the other way round.
+    most_in, most_out = min(per_in, per_out * taps), min(per_out, per_in * taps)
     return {
         "bottleneck": {"rank_in": per_in, "rank_out": per_out},
-        "reduce": {"rank_in": per_in},
-        "expand": {"rank_out": per_out},
+        "reduce": {"rank_in": most_in},
+        "expand": {"rank_out": most_out},
         "spatial": {"rank": _spatial_limit(spec, axes)},
         "depthwise": {"terms": min(taps, per_out)},
         "pair": {"rank": min(per_in, per_out)},

@@ -2,8 +2,9 @@
 
 Settings: ``channels`` (that leave the projection), ``branch_channels`` (that the branch makes), ``dims`` (spatial
 dims), ``init``; ``consumers``, each with ``path``, ``layer`` (its shape facts), ``offset`` (its first input channel
-that comes from the branch) and ``repeat`` (inputs per channel: above 1 behind a flatten); ``norms``, each with
-``path``, ``channels`` and ``offset``. ``outputs`` says which outputs change their width, for the reader.
+that comes from the branch) and ``repeat`` (inputs per channel: above 1 behind a flatten); ``norms``, each with ``path``,
+``channels`` and ``offset``. ``dtype`` is that of the branch's output, for a model without parameters. ``outputs`` says
+which outputs change their width, for the reader.
 
 With ``init: weights`` the consumers' slices ``W_j``, reshaped to ``(out · k, branch_channels)`` and stacked, are
 factorised jointly into ``A · P``, the truncated SVD: the projection gets ``P`` and each consumer its rows of ``A``.
@@ -74,7 +75,7 @@ def project_branch(bench: Bench, op: Op) -> Edit:
     branch = bench.find(op, op.path)
     bench.check_held(op.path, branch)
     request = _read(bench, op)
-    weight = _weight_for(request, branch, bench.model)
+    weight = _weight_for(op, request, branch, bench.model)
     dims, before, after = request.dims, request.branch_channels, request.channels
 
     def make(device: Any) -> nn.Module:
@@ -89,6 +90,7 @@ def project_branch(bench: Bench, op: Op) -> Edit:
         _tell_parent(bench, consumer, request)
     for _, norm, offset in request.norms:
         _narrow_norm(norm, request, offset)
+    full = after == min(before, sum(_row_count(consumer) for consumer in request.consumers))
     paths = bench.names_of(branch)
     inside = [name for name, _ in (*branch.named_parameters(), *branch.named_buffers())]
     projected = Projected(branch, before, after, dims, device="meta")
@@ -107,7 +109,7 @@ def project_branch(bench: Bench, op: Op) -> Edit:
         params_before=params_before,
         params_after=sum(_params(layer) for layer in (*_changed(request), projection)),
         relative_error=error,
-        exact=None if request.fresh or after < before else str(op.settings.get("exact", "eval")),
+        exact=str(op.settings.get("exact", "eval")) if full and not request.fresh else None,
         renamed={**{f"{op.path}.{name}": (f"{op.path}.branch.{name}",) for name in inside}, **weights},
         aliases=tuple(path for path in paths if path != op.path),
         adapted=tuple(c.path for c in request.consumers) + tuple(path for path, _, _ in request.norms),
@@ -156,6 +158,14 @@ def _read(bench: Bench, op: Op) -> _Request:
                 got=str(norm),
             )
         norms.append((path, norm, offset))
+    rows = sum(_row_count(consumer) for consumer in consumers)
+    if init == "weights" and consumers and channels > rows:
+        raise PlanError(
+            "a projection has no more channels than what its readers make of them",
+            where=op.where("channels"),
+            expected=f"up to {rows}",
+            got=str(channels),
+        )
     if init == "weights" and (norms or not consumers):
         raise PlanError(
             "a joint factorisation needs consumers that are reached without a norm",
@@ -189,7 +199,7 @@ def _entries(op: Op, key: str) -> list[Any]:
     return entries
 
 
-def _weight_for(request: _Request, branch: nn.Module, model: nn.Module) -> Tensor:
+def _weight_for(op: Op, request: _Request, branch: nn.Module, model: nn.Module) -> Tensor:
     """A weight whose device and dtype the projection takes."""
     if request.consumers:
         weight: Tensor = request.consumers[0].layer.weight
@@ -198,7 +208,10 @@ def _weight_for(request: _Request, branch: nn.Module, model: nn.Module) -> Tenso
         for parameter in module.parameters():
             if parameter.is_floating_point():
                 return parameter
-    return torch.zeros(())
+    dtype = getattr(torch, str(op.settings.get("dtype")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise PlanError("unknown dtype", where=op.where("dtype"), expected="such as float32", got=str(dtype))
+    return torch.zeros((), dtype=dtype)
 
 
 # --------------------------------------------------------------------------------------------------- weights

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.shape_prop import TensorMetadata
 
@@ -28,6 +28,7 @@ from ..apply import carry_out
 from ..capture import Inputs, capture
 from ..errors import UsageError
 from ..plan import Op, Plan, Skip
+from ..survival import survives
 from .base import Pass
 
 META = "pwrewrite"
@@ -56,11 +57,7 @@ def as_graph_pass(pass_: Pass, example_inputs: Inputs | None = None) -> Callable
         )
         if not plan.ops:
             return PassResult(graph_module, False)
-
-        def probe(changed: nn.Module) -> None:
-            capture(changed, inputs, values=captured.coverage.values)
-
-        applied = carry_out(graph_module, plan, probe=probe)
+        applied = carry_out(graph_module, plan, probe=survives(captured, inputs))
         if not applied.edits:
             return PassResult(graph_module, False)
         changed = applied.model

@@ -181,7 +181,7 @@ class _Run:
 
     def branch(self, path: str, cat: fx.Node, position: int, source: fx.Node) -> Proposal:
         """The op for one branch, or why there is none."""
-        settings, width = self.settings, settings_width(source)
+        settings, width = self.settings, _width(source)
         part_of = self._part_of_rewrite(path)
         if part_of is not None and not settings.replan:
             return Skip(path, SkipReason.ALREADY_BOTTLENECK, f"part of what a rewrite put at {part_of}")
@@ -238,6 +238,10 @@ class _Run:
                 f"output {i} of the model would have {less} channels instead of {width}; "
                 "allow_output_change permits it",
             )
+        rows = sum(_rows(layer, segment) for layer, segment in flow.consumers)
+        if settings.init == "weights" and 0 < rows < settings.channels:
+            detail = f"its readers make {rows} values of its channels, so {settings.channels} channels are too many"
+            return Skip(path, SkipReason.NO_GAIN, detail)
         if not flow.consumers and not flow.outputs:
             return Skip(path, SkipReason.NOT_LINEAR, "nothing reads its channels")
         if self.touched & ({source} | set(flow.nodes)) and any(_is_in(info(n).path, path) for n in self.touched):
@@ -280,6 +284,7 @@ class _Run:
             "init": self.settings.init,
             "branch_channels": c,
             "dims": len(shape) - 2,
+            "dtype": str(info(source).outputs[0].dtype).removeprefix("torch."),
             "consumers": consumers,
             "norms": norms,
         }
@@ -316,7 +321,13 @@ class _Run:
         self.touched |= set(flow.nodes)
 
 
-def settings_width(source: fx.Node) -> int:
+def _rows(layer: Layer, segment: Segment) -> int:
+    """How many combinations of a branch's channels a reader makes."""
+    spec = spec_of(layer)
+    return spec.out_channels * prod(spec.kernel_size) * segment.repeat
+
+
+def _width(source: fx.Node) -> int:
     """Channels of a branch's output."""
     return info(source).outputs[0].shape[1]
 
