@@ -91,6 +91,7 @@ def rewrite_target(
         target=request.target,
         progress=progress,
     )
+    check_settings(choices.settings, result.edits, result.report.skips)
     if not result.edits:
         raise RefusedError(
             "there is nothing to rewrite",
@@ -98,7 +99,6 @@ def rewrite_target(
             got=counts_text(result.report.skips) or "no layer that these passes are about",
             hint="--dry-run --all says why for each layer",
         )
-    check_settings(choices.settings, result.edits, result.report.skips)
     whole = _whole(opened, result.plan)
     names = join_names(opened.names, result.names)
     return replace(result, plan=whole, names=names, report=_told(result.report, opened.loaded))
