@@ -1,26 +1,26 @@
 """Orthogonal factors of the two channel axes of a kernel, fast: HOSVD, and higher-order orthogonal iteration (HOOI).
 
-A kernel ``T (out, k, in)`` is approximated by ``core ×_out U_out ×_in U_in`` with orthonormal ``U_out (out,
-rank_out)`` and ``U_in (in, rank_in)``; the core is then ``T ×_out U_outᵀ ×_in U_inᵀ``, and the best pair maximises
-its norm.
+A kernel ``T (out, k, in)`` is approximated by ``core ×_out U_out ×_in U_in`` with orthonormal ``U_out (out, rank_out)``
+and ``U_in (in, rank_in)``; the core is then ``T ×_out U_outᵀ ×_in U_inᵀ``, and the best pair maximises its norm.
 
-* **HOSVD** (De Lathauwer, De Moor & Vandewalle 2000a): each factor holds the leading eigenvectors of the Gram matrix
-of its own unfolding. No singular value decomposition of a long matrix is needed. * **HOOI** (De Lathauwer et al.
-2000b, "On the best rank-(R1, …, RN) approximation"; Kim et al. 2016 for convolutions): alternately, each factor is
-the best for the tensor already projected by the other. Here one factor (of the shorter axis) is started by HOSVD and
-the other is computed from the projected tensor (Vannieuwenhoven et al. 2012), so even with no sweep the error is at
-most that of HOSVD.
+* **HOSVD** (De Lathauwer, De Moor & Vandewalle 2000a): each factor holds the leading eigenvectors of the Gram
+  matrix of its own unfolding. No singular value decomposition of a long matrix is needed.
+* **HOOI** (De Lathauwer et al. 2000b, "On the best rank-(R1, …, RN) approximation"; Kim et al. 2016 for
+  convolutions): alternately, each factor is the best for the tensor already projected by the other. Here one factor
+  (of the shorter axis) is started by HOSVD and the other is computed from the projected tensor (Vannieuwenhoven et
+  al. 2012), so even with no sweep the error is at most that of HOSVD.
 
-Where the time goes (512×512×3×3, half rank, 2 cores): a projection, a Gram matrix and an eigendecomposition cost
-about the same. So
+A projection, a Gram matrix and an eigendecomposition cost about the same (512×512×3×3, half rank, 2 cores). So
 
 * the kernel is kept as ``(out, k, in)``, in which both unfoldings and both projections are plain matrix products
-without a copy; * a Gram matrix is computed as its lower blocks only; * an update does not decompose the Gram matrix
-``G`` anew: one step of subspace iteration from the factor at hand, ``U ← qr(T₂(G) U)``, with the Chebyshev polynomial
-that damps eigenvalues between 0 and the smallest Ritz value (Zhou & Saad 2007), costs a quarter and, on flat spectra,
-converges faster than the exact update: it overshoots a little, as over-relaxation does. The energy that each update
-captures is tracked; an update that loses some is repeated exactly; * it stops when an update gains less than
-``tolerance`` of the error.
+  without a copy;
+* a Gram matrix is computed as its lower blocks only;
+* an update does not decompose the Gram matrix ``G`` anew: one step of subspace iteration from the factor at hand,
+  ``U ← qr(T₂(G) U)``, with the Chebyshev polynomial that damps eigenvalues between 0 and the smallest Ritz value
+  (Zhou & Saad 2007), costs less than half and, on flat spectra, converges faster than the exact update: it overshoots
+  a little, as over-relaxation does. The energy that each update captures is tracked; an update that loses some is
+  repeated exactly;
+* it stops when updates lower the error by less than ``tolerance``, on the average of the last two (one of each side).
 
 **Precision.** A float32 Gram matrix cannot tell singular values below about 3e-4 of the largest. When what is to be
 cut off lies near that floor, the whole computation is repeated in float64 (`_TRUST`). The factors are orthonormal to
@@ -84,7 +84,7 @@ def best_subspaces(
         rank_in: Width of the in axis.
         method: ``hosvd`` or ``hooi``.
         sweeps: At most this many updates of both factors (HOOI).
-        tolerance: Stop when an update lowers the error by less than this share.
+        tolerance: Stop when an update, on the average of the last two, lowers the error by less than this share.
         norm: The Frobenius norm of the tensor.
 
     Returns:
@@ -150,15 +150,17 @@ class _Alternation:
         partial = project(first, factors[first].mT, self.tensor)
         side = 1 - first
         factors[side] = self.start(side, partial)
-        updates = 0
+        updates, previous = 0, math.inf
         free = [rank < size for rank, size in zip(self.ranks, self.sizes)]
         while all(free) and updates < 2 * sweeps:
             side = 1 - side
             partial = project(1 - side, factors[1 - side].mT, self.tensor)
             factors[side], gain = self.update(side, factors[side], self.gram(side, partial))
             updates += 1
-            if gain < tolerance:
+            # the sides may gain alternately much and little; but one that gains far less than the other has converged
+            if gain + min(previous, 4 * gain) < 2 * tolerance:
                 break
+            previous = gain
         return self.result(factors[0], factors[1], updates, partial, 1 - side)
 
     def update(self, side: int, factor: Tensor, gram: Tensor) -> tuple[Tensor, float]:

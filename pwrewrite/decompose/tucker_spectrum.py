@@ -68,14 +68,14 @@ class Tucker2Spectrum:
         whole = self.losses[0, 0]
         self.relative_errors = (self.losses / whole).sqrt() if whole > 0 else torch.zeros_like(self.losses)
 
-    def truncate(self, rank_in: int, rank_out: int, sweeps: int = 0, tolerance: float = 3e-4) -> Tucker2:
+    def truncate(self, rank_in: int, rank_out: int, sweeps: int = 0, tolerance: float = 4e-4) -> Tucker2:
         """The bottleneck at one pair of ranks.
 
         Args:
             rank_in: Width after the reduction.
             rank_out: Width before the expansion.
             sweeps: 0 for the tabulated truncation; more to refine it by HOOI, as `tucker2` does.
-            tolerance: Stop refining when an update lowers the error by less than this share.
+            tolerance: When to stop refining, as for `tucker2`.
 
         Raises:
             UsageError: A rank out of range.

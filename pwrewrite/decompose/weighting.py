@@ -8,8 +8,8 @@ both are the identity.
 Axes are flattened channel first, ``(in, kH, kW)``, as `torch.nn.functional.unfold` does. For each side of a
 matricisation with axes ``(channels, *rest)`` a weight may be given over
 
-* all of it, ``(channels·rest, channels·rest)``, or * the channels only, ``(channels, channels)``, and then stands for
-``weight ⊗ identity``.
+* all of it, ``(channels·rest, channels·rest)``, or
+* the channels only, ``(channels, channels)``, and then stands for ``weight ⊗ identity``.
 
 For a grouped convolution it is a stack ``(groups, d, d)``, or one matrix over the channels of all groups, of which
 the diagonal blocks are taken (the groups do not mix).

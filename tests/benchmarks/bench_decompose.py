@@ -8,7 +8,7 @@ an error is computed here from the factors, in float64, for both. Kernels:
 * ``random``: normal, as PyTorch initialises these networks. All singular values are alike: the hardest case for HOOI.
 * ``decaying``: singular values that fall like ``rank ** -0.7`` on both channel axes, as those of trained kernels do.
 * ``model``: the weights that ``--weights`` (a state dict read with ``weights_only=True``) holds, for a trained
-network at hand.
+  network at hand.
 
 Goals: the error at most 0.1% (relative) above tensorly's, and 20 times its speed over each network (10 times is the
 floor). Exits with 1 when the floor or the error is missed, and with 0 and a reason when tensorly is not installed.
@@ -72,8 +72,14 @@ def main() -> int:
     parser.add_argument("--ratio", type=float, default=0.5, help="rank / channels on both sides")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: seconds of this process, for a machine that others use too; give it --threads 1",
+    )
     parser.add_argument("--sweeps", type=int, default=5)
-    parser.add_argument("--tolerance", type=float, default=3e-4)
+    parser.add_argument("--tolerance", type=float, default=4e-4)
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     options = parser.parse_args()
     try:
@@ -85,7 +91,8 @@ def main() -> int:
     tensorly.set_backend("pytorch")
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
-    print(f"torch {torch.__version__}, tensorly {tensorly.__version__}, {options.threads} threads, float32")
+    versions = f"torch {torch.__version__}, tensorly {tensorly.__version__}"
+    print(f"{versions}, {options.threads} threads, {options.clock} time, float32")
 
     def theirs(kernel: Tensor, rank_out: int, rank_in: int) -> Factors:
         (core, (out, inner)), _ = partial_tucker(kernel, rank=[rank_out, rank_in], modes=[0, 1])
@@ -136,6 +143,7 @@ def measure(
     rank_out, rank_in = (max(1, round(options.ratio * channels)) for channels in shape[:2])
     ranks = {"rank_in": rank_in, "rank_out": rank_out}
     settings = {"sweeps": options.sweeps, "tolerance": options.tolerance}
+    clock = time.perf_counter if options.clock == "wall" else time.process_time
     tucker2(kernel, **ranks)  # warm: the first call of a LAPACK routine is slow
     times: dict[str, list[float]] = {"ours": [], "hosvd": [], "theirs": []}
     errors: dict[str, float] = {}
@@ -146,9 +154,9 @@ def measure(
     }
     for _ in range(options.repeats):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             result = run()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
             if name not in errors:
                 out, core, inner = (
                     result if isinstance(result, tuple) else (result.expand, result.core, result.reduce.T)
