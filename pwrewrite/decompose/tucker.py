@@ -43,6 +43,8 @@ from pwrewrite.errors import UsageError
 
 #: Below this squared relative error ‖W‖² − ‖core‖² has lost too many digits, and the residual itself is formed.
 _CANCELLATION = 1e-2
+#: Below this relative error the factors' own rounding is most of it, and a refinement pays.
+_NEARLY_EXACT = 1e-4
 #: Norms outside of this range are scaled to 1, so that no square under- or overflows in float32.
 _SCALE = (1e-8, 1e8)
 
