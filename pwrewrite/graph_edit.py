@@ -68,11 +68,10 @@ def to_graph(module: nn.Module) -> Regraphed:
     for name, value in vars(module).items():
         if name in _REGISTRIES:
             store = getattr(made, name)
-            missing = {key: item for key, item in value.items() if key not in store}
-            order = [*value, *(key for key in store if key not in value)]
-            items = {**store, **missing}
+            # A GraphModule has bare modules in the place of children whose parameters its graph reads.
+            items = {**value, **{key: item for key, item in store.items() if key not in value}}
             store.clear()
-            store.update((key, items[key]) for key in order)
+            store.update(items)
         elif name not in ("_graph", "_code", "graph"):
             vars(made)[name] = value
     return made
@@ -195,8 +194,11 @@ class FunctionalCall:
         if any(node.op == "call_module" and node.target == owner for node in self.made.graph.nodes):
             return
         holder = self.made.get_submodule(owner)
-        holder._parameters.pop(attribute, None)
-        if owner and not any(True for _ in holder.parameters()) and not any(True for _ in holder.children()):
+        if not owner:
+            holder._parameters.pop(attribute, None)
+            return
+        holder._parameters[attribute] = None
+        if not any(True for _ in holder.parameters()) and not any(True for _ in holder.children()):
             self.made.delete_submodule(owner)
 
 

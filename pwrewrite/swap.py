@@ -28,7 +28,7 @@ def names_of(model: nn.Module, module: nn.Module) -> tuple[str, ...]:
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Puts a module in another's place, under every name, in the same training mode.
+    """Puts a module in another's place, under every name.
 
     Args:
         model: The model.

@@ -51,6 +51,7 @@ def factorize_layer(bench: Bench, op: Op) -> Edit:
         return _function(bench, op, request)
     old = bench.layer(op, op.path, request.spec)
     new, error = _make(bench, op, request, old.weight, old.bias)
+    new.train(old.training)
     paths = bench.names_of(old)
     bench.replace(old, new)
     stem = f"{op.path}." if op.path else ""

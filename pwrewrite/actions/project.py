@@ -2,9 +2,9 @@
 
 Settings: ``channels`` (that leave the projection), ``branch_channels`` (that the branch makes), ``dims`` (spatial
 dims), ``init``; ``consumers``, each with ``path``, ``layer`` (its shape facts), ``offset`` (its first input channel
-that comes from the branch) and ``repeat`` (inputs per channel: above 1 behind a flatten); ``norms``, each with ``path``,
-``channels`` and ``offset``. ``dtype`` is that of the branch's output, for a model without parameters. ``outputs`` says
-which outputs change their width, for the reader.
+that comes from the branch) and ``repeat`` (inputs per channel: above 1 behind a flatten); ``norms``, each with
+``path``, ``channels`` and ``offset``. ``dtype`` is that of the branch's output, for a model without parameters.
+``outputs`` says which outputs change their width, for the reader.
 
 With ``init: weights`` the consumers' slices ``W_j``, reshaped to ``(out · k, branch_channels)`` and stacked, are
 factorised jointly into ``A · P``, the truncated SVD: the projection gets ``P`` and each consumer its rows of ``A``.

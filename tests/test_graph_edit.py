@@ -1,0 +1,157 @@
+"""Turning one module's code into a graph, and a functional call in it into a module."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from pwrewrite.convolution import ConvSpec
+from pwrewrite.forms import linear_spec
+from pwrewrite.graph_edit import FunctionalCall, NotTraceable, Regraphed, to_graph
+
+
+class Code(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.zz = nn.BatchNorm2d(4)
+        self.weight = nn.Parameter(torch.randn(6, 2, 3, 1))
+        self.other = nn.Parameter(torch.randn(4, 6, 2, 2))
+        self.bias = nn.Parameter(torch.randn(6))
+        self.flat = nn.Parameter(torch.randn(3, 8))
+        self.child = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Dropout())
+        self.alias = self.child
+        self.register_buffer("count", torch.zeros(1), persistent=False)
+        self.register_buffer("stored", None)
+        self.tag = ["kept"]
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        x = self.child(self.zz(x))
+        x = torch.conv2d(x, self.weight, self.bias, (2, 1), padding="valid", groups=2)
+        x = F.conv_transpose2d(x, weight=self.weight.transpose(0, 1) if False else self.other.transpose(0, 1), stride=2)
+        return F.linear(x.flatten(2).mean(-1).repeat(1, 2), self.flat) * scale
+
+
+X = torch.randn(2, 4, 7, 6, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_graph_holds_what_the_module_held() -> None:
+    module = Code().eval()
+    module.child[1].train()
+    module.register_forward_pre_hook(lambda *_: None)
+    made: Any = to_graph(module)
+    assert isinstance(made, Regraphed)
+    assert type(made).__name__ == "Code"
+    assert list(made.state_dict()) == list(module.state_dict())
+    assert dict(made.named_children()) == dict(module.named_children())
+    assert made.child is made.alias is module.child
+    assert made.tag is module.tag
+    assert made._forward_pre_hooks is module._forward_pre_hooks
+    assert not made.training
+    assert made.child[1].training
+    assert torch.equal(module.eval()(X, 2.0), made(X, 2.0))
+
+
+def test_a_copy_holds_it_too() -> None:
+    made: Any = to_graph(Code().eval())
+    made.register_forward_hook(lambda *_: None)
+    copied = copy.deepcopy(made)
+    assert list(copied.state_dict()) == list(made.state_dict())
+    assert copied.alias is copied.child is not made.child
+    assert copied._non_persistent_buffers_set == {"count"}
+    assert len(copied._forward_hooks) == 1
+    assert copied.graph is not made.graph
+    assert copied.graph.owning_module is copied
+    assert torch.equal(copied(X), made(X))
+    with torch.no_grad():
+        copied.bias.zero_()
+    assert not torch.equal(copied(X), made(X))
+
+
+def test_a_graph_module_is_edited_in_its_own_graph() -> None:
+    traced = fx.symbolic_trace(Code().eval())
+    for node in traced.graph.nodes:
+        node.meta["mine"] = node.name
+    made = to_graph(traced)
+    assert [node.meta["mine"] for node in made.graph.nodes] == [node.name for node in traced.graph.nodes]
+    FunctionalCall(made, "weight").replace("new", nn.Conv2d(4, 6, (3, 1), (2, 1), groups=2))
+    assert hasattr(traced, "weight")
+    assert torch.isfinite(traced(X)).all()
+
+
+def test_the_facts_of_a_call() -> None:
+    made = to_graph(Code())
+    call = FunctionalCall(made, "weight")
+    assert call.spec == ConvSpec.of_module(nn.Conv2d(4, 6, (3, 1), (2, 1), groups=2))
+    assert call.bias_name == "bias"
+    assert call.bias is made.bias
+    assert FunctionalCall(made, "flat").spec == linear_spec(8, 3, False)
+    with pytest.raises(NotTraceable, match="0 functional calls"):
+        FunctionalCall(made, "other")  # what the call reads is its transpose
+
+
+def test_a_call_is_replaced_and_its_parameters_go() -> None:
+    made: Any = to_graph(Code().eval())
+    call = FunctionalCall(made, "weight")
+    new = nn.Conv2d(4, 6, (3, 1), (2, 1), groups=2)
+    new.load_state_dict({"weight": made.weight, "bias": made.bias})
+    expected = made(X)
+    assert call.replace("child", new) == "child_"
+    assert not {"weight", "bias"} & set(dict(made.named_parameters()))
+    assert torch.equal(made(X), expected)
+
+
+def test_a_bias_that_others_read_stays() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(4, 4, 1, 1)), nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight, self.bias) + self.bias.mean()
+
+    made = to_graph(Shared())
+    FunctionalCall(made, "weight").replace("new", nn.Conv2d(4, 4, 1))
+    assert set(dict(made.named_parameters())) == {"bias", "new.weight", "new.bias"}
+    made(X)
+
+
+def test_a_child_that_was_only_a_holder_goes() -> None:
+    class Through(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held, self.called = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+            self.only = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.conv2d(x, self.only.weight, self.only.bias)
+            return self.called(F.conv2d(F.conv2d(x, self.held.weight), self.called.weight))
+
+    module = Through()
+    made: Any = to_graph(module)
+    assert made.held is module.held
+    FunctionalCall(made, "only.weight").replace("first", nn.Conv2d(4, 4, 1))
+    assert "only" not in dict(made.named_children())
+    FunctionalCall(made, "held.weight").replace("new", nn.Conv2d(4, 4, 1, bias=False))
+    assert list(made.held.state_dict()) == ["bias"]  # read by nobody, but still a parameter of the model
+    FunctionalCall(made, "called.weight").replace("other", nn.Conv2d(4, 4, 1, bias=False))
+    assert made.called.weight is not None
+    made(X)
+    repr(made)
+
+
+def test_settings_that_the_code_computes() -> None:
+    class Computed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4, 1, 1))
+
+        def forward(self, x: Tensor, stride: int = 1) -> Tensor:
+            return F.conv2d(x, self.weight, stride=stride)
+
+    with pytest.raises(NotTraceable, match="computed by the code"):
+        FunctionalCall(to_graph(Computed()), "weight")
