@@ -207,7 +207,7 @@ class ConvSpec:
         if wanted is not None:
             wanted = tuple(int(w) for w in wanted)[-self.dims :]
         size = self.output_size(shape[lead + 1 :], wanted)
-        if any(n < 1 for n in size):
+        if any(n < (0 if self.transposed else 1) for n in size):
             raise ValueError(
                 f"{self.op} with kernel {self.kernel_size} does not fit an input of size {tuple(shape[lead + 1 :])}"
             )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..convolution import CONV_MODULES, ConvSpec
 from .records import Window
-from .shapes import ShapeError, adaptive, convolve, new, pool_window, pooled_shape, project, same
+from .shapes import ShapeError, adaptive, convolve, new, pool_window, pooled, project, same
 
 
 class Leaf(NamedTuple):
@@ -46,16 +46,17 @@ def _batch_norm(module: Any, x: Tensor) -> Tensor:
         raise ShapeError(f"{type(module).__name__}: {error}") from None
     if x.shape[1] != module.num_features:
         raise ShapeError(f"{type(module).__name__} takes {module.num_features} channels, got shape {tuple(x.shape)}")
-    return same(x)
+    return new(x.shape, x)
 
 
 def _group_norm(module: Any, x: Tensor) -> Tensor:
     if x.dim() < 2 or x.shape[1] != module.num_channels:
         raise ShapeError(f"GroupNorm takes {module.num_channels} channels, got shape {tuple(x.shape)}")
-    return same(x)
+    return new(x.shape, x)
 
 
-def _instance_norm(module: Any, x: Tensor) -> Tensor:
+def _plain(module: Any, x: Tensor) -> Tensor:
+    """The same shape in the default format."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -81,7 +82,7 @@ def _dropout(module: Any, x: Tensor) -> Tensor:
 def _pool(module: Any, x: Tensor) -> Any:
     if getattr(module, "return_indices", False):
         return NotImplemented
-    return new(pooled_shape(x.shape, module_window(module), module.ceil_mode), x)
+    return pooled(x, module_window(module), module.ceil_mode, average=not hasattr(module, "return_indices"))
 
 
 def _adaptive_pool(module: Any, x: Tensor) -> Any:
@@ -130,17 +131,15 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Mish: "mish",
     nn.Softplus: "softplus",
     nn.PReLU: "prelu",
-    nn.Softmax: "softmax",
-    nn.LogSoftmax: "log_softmax",
 }
 
 _NORMS: dict[type[nn.Module], Leaf] = {
     nn.BatchNorm1d: Leaf("batch_norm", _batch_norm),
     nn.BatchNorm2d: Leaf("batch_norm", _batch_norm),
     nn.BatchNorm3d: Leaf("batch_norm", _batch_norm),
-    nn.InstanceNorm1d: Leaf("instance_norm", _instance_norm),
-    nn.InstanceNorm2d: Leaf("instance_norm", _instance_norm),
-    nn.InstanceNorm3d: Leaf("instance_norm", _instance_norm),
+    nn.InstanceNorm1d: Leaf("instance_norm", _plain),
+    nn.InstanceNorm2d: Leaf("instance_norm", _plain),
+    nn.InstanceNorm3d: Leaf("instance_norm", _plain),
     nn.GroupNorm: Leaf("group_norm", _group_norm),
 }
 
@@ -154,6 +153,7 @@ def _module_rules() -> dict[Any, Leaf]:
     rules[nn.LayerNorm.forward] = Leaf("layer_norm", _layer_norm)
     rules[nn.Flatten.forward] = Leaf("flatten", _flatten)
     rules |= {kind.forward: Leaf(op, _activation) for kind, op in _ACTIVATIONS.items()}
+    rules |= {nn.Softmax.forward: Leaf("softmax", _plain), nn.LogSoftmax.forward: Leaf("log_softmax", _plain)}
     rules |= {kind.forward: leaf for kind, leaf in _NORMS.items()}
     rules |= {kind.forward: Leaf("dropout", _dropout) for kind in _DROPOUTS}
     for d in (1, 2, 3):

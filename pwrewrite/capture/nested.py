@@ -49,7 +49,7 @@ def map_tensors(value: Any, convert: Callable[[Tensor], Any], *, plain: bool = F
     Args:
         value: Tuples, lists, dicts, slices and dataclasses of tensors and other things.
         convert: What becomes of a tensor.
-        plain: Whether dicts and dataclasses become plain dicts, as the arguments of a graph's nodes are.
+        plain: Whether named tuples become tuples, and dicts and dataclasses plain dicts, as in a graph's arguments.
     """
     if isinstance(value, Tensor):
         return convert(value)
@@ -57,7 +57,7 @@ def map_tensors(value: Any, convert: Callable[[Tensor], Any], *, plain: bool = F
         return value
     if isinstance(value, tuple):
         items = [map_tensors(item, convert, plain=plain) for item in value]
-        if hasattr(value, "_fields"):
+        if hasattr(value, "_fields") and not plain:
             return type(value)(*items)
         return tuple(items)
     if isinstance(value, list):

@@ -182,7 +182,8 @@ class Origins:
             return t
         name, known = self._inventory.owned.get(id(t), ("", None))
         if self._real:
-            alias = self._materialized(name, t) if t.is_meta else t.detach()
+            values = self._materialized(name, t) if t.is_meta else t.detach()
+            alias = values if isinstance(t, nn.Parameter) else values.clone()
         elif t.is_meta or isinstance(t, nn.Parameter) or t.numel() > _CONSTANT_LIMIT:
             alias = to_meta(t.detach()) if not t.is_meta else t.detach()
         else:

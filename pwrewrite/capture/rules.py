@@ -17,8 +17,10 @@ from torch import Tensor
 from ..convolution import ConvSpec
 from ..cost import attention_macs, matmul_macs
 from .functions import words
+from .nested import tensors_of
 from .records import Window
-from .shapes import ShapeError, adaptive, broadcast, convolve, new, pool_window, pooled_shape, project, same, spread
+from .recurrent import RECURRENT, recurrent, recurrent_macs
+from .shapes import ShapeError, adaptive, broadcast, convolve, new, pool_window, pooled, project, same, spread
 
 FunctionRule = Callable[..., Any]
 
@@ -28,20 +30,21 @@ def _inplace(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _pointwise(x: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(x, Tensor) or not x.is_floating_point() or any(isinstance(a, Tensor) for a in args):
+    if not isinstance(x, Tensor) or not x.is_floating_point() or tensors_of((args, kwargs)):
         return NotImplemented
     return x if _inplace(args, kwargs) else same(x)
 
 
 def _normalized(x: Any, *args: Any, **kwargs: Any) -> Any:
-    return same(x)
+    return new(x.shape, x)
 
 
 def _softmax(x: Any, *args: Any, dtype: Any = None, **kwargs: Any) -> Any:
-    return NotImplemented if dtype is not None or not x.is_floating_point() else same(x)
+    return NotImplemented if dtype is not None or not x.is_floating_point() else _plain(x)
 
 
-def _function_layer_norm(x: Any, *args: Any, **kwargs: Any) -> Any:
+def _plain(x: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same shape in the default format."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
@@ -65,8 +68,8 @@ def _binary(a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
     shape = broadcast(a.shape, b.shape)
     if shape == tuple(a.shape):
         return same(a)
-    if shape == tuple(b.shape):
-        return same(b)
+    if not (a.is_contiguous() and b.is_contiguous()):
+        return NotImplemented
     return torch.empty(shape, dtype=a.dtype, device=a.device)
 
 
@@ -95,10 +98,10 @@ def _reduce(x: Any, dim: Any = None, keepdim: Any = False, **kwargs: Any) -> Any
     if not all(isinstance(d, int) for d in dims):
         return NotImplemented
     gone = {d % x.dim() for d in dims} if x.dim() else set()
-    if not gone:
+    if not gone or not x.is_contiguous():
         return NotImplemented
     shape = [1 if i in gone else n for i, n in enumerate(x.shape) if keepdim or i not in gone]
-    return new(shape, x)
+    return torch.empty(shape, dtype=x.dtype, device=x.device)
 
 
 def _function_conv(name: str) -> FunctionRule:
@@ -164,12 +167,12 @@ def _function_pool(dims: int, average: bool) -> FunctionRule:
     ) -> Any:
         if return_indices:
             return NotImplemented
-        return new(pooled_shape(x.shape, pool_window(dims, kernel_size, stride, padding, dilation), ceil_mode), x)
+        return pooled(x, pool_window(dims, kernel_size, stride, padding, dilation), ceil_mode, average=False)
 
     def avg_pool(
         x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False, *_: Any, **__: Any
     ) -> Any:
-        return new(pooled_shape(x.shape, pool_window(dims, kernel_size, stride, padding), ceil_mode), x)
+        return pooled(x, pool_window(dims, kernel_size, stride, padding), ceil_mode, average=True)
 
     return avg_pool if average else max_pool
 
@@ -194,18 +197,22 @@ def _interpolate(x: Any, size: Any = None, scale_factor: Any = None, *args: Any,
         target = tuple(int(n * s) for n, s in zip(x.shape[2:], spread(scale_factor, dims)))
     else:
         return NotImplemented
-    return new((*x.shape[:2], *target), x)
+    if not x.is_contiguous():
+        return NotImplemented
+    return torch.empty((*x.shape[:2], *target), dtype=x.dtype, device=x.device)
 
 
 def _pad(x: Any, pad: Any, *args: Any, **kwargs: Any) -> Any:
+    if not x.is_contiguous():
+        return NotImplemented
     shape = list(x.shape)
     for i in range(len(pad) // 2):
         shape[-1 - i] += int(pad[2 * i]) + int(pad[2 * i + 1])
-    return new(shape, x)
+    return torch.empty(shape, dtype=x.dtype, device=x.device)
 
 
 _POINTWISE = words(
-    """relu relu6 silu gelu hardswish hardsigmoid hardtanh sigmoid logsigmoid tanh elu selu celu leaky_relu mish
+    """relu relu6 silu gelu hardswish hardsigmoid hardtanh sigmoid tanh elu selu celu leaky_relu mish
     softplus softsign exp sqrt rsqrt neg abs log log1p expm1 sin cos erf square sign reciprocal floor ceil round
     clamp clamp_min clamp_max threshold normalize"""
 )
@@ -217,8 +224,8 @@ _BINARY = words(
 def _function_rules() -> dict[str, FunctionRule]:
     rules: dict[str, FunctionRule] = dict.fromkeys(_POINTWISE, _pointwise)
     rules |= dict.fromkeys(_BINARY, _binary)
-    rules |= dict.fromkeys(("batch_norm", "group_norm", "instance_norm", "local_response_norm"), _normalized)
-    rules |= {"layer_norm": _function_layer_norm, "rms_norm": _function_layer_norm}
+    rules |= {"batch_norm": _normalized, "group_norm": _normalized, "instance_norm": _plain, "logsigmoid": _plain}
+    rules |= {"local_response_norm": same, "rms_norm": _normalized, "layer_norm": _plain}
     rules |= {"softmax": _softmax, "log_softmax": _softmax}
     rules |= dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"), _function_dropout)
     rules |= {"cat": _cat, "concat": _cat, "concatenate": _cat, "mean": _reduce, "sum": _reduce}
@@ -227,7 +234,7 @@ def _function_rules() -> dict[str, FunctionRule]:
         rules |= {name: _function_conv(name) for name in (f"conv{d}d", f"conv_transpose{d}d")}
         rules |= {f"max_pool{d}d": _function_pool(d, False), f"avg_pool{d}d": _function_pool(d, True)}
         rules |= {f"adaptive_avg_pool{d}d": _function_adaptive(d)}
-    return rules
+    return rules | dict.fromkeys(RECURRENT, recurrent)
 
 
 FUNCTION_RULES = _function_rules()
@@ -284,6 +291,7 @@ FUNCTION_MACS: dict[str, Callable[[Any, Any, Any], int]] = {
     "baddbmm": _addmm,
     "addmv": _addmm,
     "scaled_dot_product_attention": _attention_call,
+    **dict.fromkeys(RECURRENT, recurrent_macs),
 }
 """Name of a torch function to its MACs; the rest is priced under a dispatch mode the first time it is met."""
 
@@ -314,7 +322,7 @@ TEMPORARIES: dict[str, Callable[[Any, Any], int]] = {
 }
 """Name of a torch function to the bytes that it holds beside its result while it runs."""
 
-FREE_FUNCTIONS = frozenset(FUNCTION_RULES) - CONV_FUNCTIONS - {"linear"} | frozenset(
+FREE_FUNCTIONS = frozenset(FUNCTION_RULES) - CONV_FUNCTIONS - {"linear", *RECURRENT} | frozenset(
     words(
         """view reshape permute transpose flatten unflatten squeeze unsqueeze expand expand_as contiguous clone to
     float half bfloat16 double type_as detach t chunk split unbind stack __getitem__ __setitem__ view_as

@@ -65,6 +65,8 @@ def convolve(
         raise ShapeError(str(error)) from None
     if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled("cpu"):
         raise ShapeError(f"{spec.op} with a weight of {_plain(weight)} takes {_plain(weight)}, got {_plain(x)}")
+    if spec.padding_mode == "circular":  # the padding is a copy of its own, in the default format
+        return torch.empty(shape, dtype=x.dtype, device=x.device)
     return new(shape, x, weight)
 
 
@@ -84,13 +86,28 @@ def spread(value: Any, dims: int) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,) * dims
 
 
-def adaptive(x: Tensor, output_size: Any, dims: int) -> Tensor:
+def adaptive(x: Tensor, output_size: Any, dims: int) -> Any:
     """What adaptive pooling over the last ``dims`` axes returns for ``x``."""
     keep = x.dim() - dims
     if keep not in (1, 2):
         raise ShapeError(f"adaptive pooling over {dims} dims takes {dims + 1} or {dims + 2} dims, got {tuple(x.shape)}")
     size = tuple(n if wanted is None else int(wanted) for wanted, n in zip(spread(output_size, dims), x.shape[keep:]))
+    if dims == 1 and not x.is_contiguous():
+        return NotImplemented
+    if dims == 3:
+        return torch.empty((*x.shape[:keep], *size), dtype=x.dtype, device=x.device)
     return new((*x.shape[:keep], *size), x)
+
+
+def pooled(x: Tensor, window: Window, ceil_mode: bool, *, average: bool) -> Any:
+    """What local pooling over the last dims returns for ``x``."""
+    dims = len(window.kernel)
+    shape = pooled_shape(x.shape, window, ceil_mode)
+    if dims == 1 and not x.is_contiguous():
+        return NotImplemented
+    if dims == 3 and average:  # this kernel knows no channels_last
+        return torch.empty(shape, dtype=x.dtype, device=x.device)
+    return new(shape, x)
 
 
 def pooled_shape(shape: Sequence[int], window: Window, ceil_mode: bool) -> tuple[int, ...]:

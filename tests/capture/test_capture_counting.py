@@ -1,4 +1,4 @@
-"""What is counted, and how often: each trap that other tools fall into, against a count by hand or torch's own counter."""
+"""What is counted, and how often: traps that other tools fall into, against a count by hand or torch's own counter."""
 
 from __future__ import annotations
 
