@@ -65,7 +65,7 @@ class Bookkeeper:
         origins, watch = self.origins, self.liveness.watch
         inputs: dict[int, TensorSpec] = {}
         for t in tensors_of(given):
-            if id(t) in weights or isinstance(t, nn.Parameter):
+            if id(t) in weights or (type(t) is not Tensor and isinstance(t, nn.Parameter)):
                 params += self.count(t)
                 weight_bytes += t.nbytes
             elif id(t) not in inputs:

@@ -77,18 +77,20 @@ def _cat(tensors: Any, dim: Any = 0, **kwargs: Any) -> Any:
     if not isinstance(tensors, (tuple, list)) or not tensors or kwargs or not isinstance(dim, int):
         return NotImplemented
     first = tensors[0]
-    if any(t.dtype != first.dtype or t.dim() != first.dim() or not t.dim() for t in tensors):
+    rank, dtype, shape = first.dim(), first.dtype, tuple(first.shape)
+    if not rank or not -rank <= dim < rank:
         return NotImplemented
-    dim %= first.dim()
-    shape = list(first.shape)
-    for t in tensors[1:]:
-        if any(n != m for i, (n, m) in enumerate(zip(t.shape, first.shape)) if i != dim):
+    dim %= rank
+    before, after, total = shape[:dim], shape[dim + 1 :], 0
+    for t in tensors:
+        size = tuple(t.shape)
+        if t.dtype is not dtype or len(size) != rank or not t.is_contiguous():
+            return NotImplemented
+        if size[:dim] != before or size[dim + 1 :] != after:
             shapes = [tuple(t.shape) for t in tensors]
             raise ShapeError(f"cat along dim {dim} takes tensors equal in all other dims, got shapes {shapes}")
-        shape[dim] += t.shape[dim]
-    if all(t.is_contiguous() for t in tensors):
-        return torch.empty(shape, dtype=first.dtype, device=first.device)
-    return new(shape, next(t for t in tensors if not t.is_contiguous()))
+        total += size[dim]
+    return torch.empty((*before, total, *after), dtype=dtype, device=first.device)
 
 
 def _reduce(x: Any, dim: Any = None, keepdim: Any = False, **kwargs: Any) -> Any:
