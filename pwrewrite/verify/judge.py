@@ -287,14 +287,14 @@ class Judge:
         return bool(compared)
 
 
-def noisy_copy(model: nn.Module, noise: float, seed: int) -> nn.Module:
-    """A copy with every floating parameter moved by ``noise``, relative, in the root mean square."""
+def noisy_copy(model: nn.Module, noise: float, seed: int, *, scale: float = 1.0) -> nn.Module:
+    """A copy with every floating parameter scaled and moved by ``noise``, relative, in the root mean square."""
     noisy = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in noisy.parameters():
             if p.is_floating_point():
-                p.mul_(1 + noise * torch.randn(p.shape, generator=generator).to(p.device, p.dtype))
+                p.mul_(scale + noise * torch.randn(p.shape, generator=generator).to(p.device, p.dtype))
     return noisy
 
 

@@ -112,7 +112,7 @@ def _same_at(
         place = session.locate(inputs, False, inf)
         problems.append(f"at {label} the rewritten model does not run: {after.error}; {place}")
         return
-    found = session.real_differences(before.output, after.output)
+    found = session.real_differences(inputs, before.output, after.output)
     if found and not session.settings.allow_output_change:
         problems.append(f"at {label} {found[0]}; {session.locate(inputs, False, inf)}")
     exceeded, allowed = session.judge.elsewhere(inputs, before, after)

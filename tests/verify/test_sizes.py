@@ -157,6 +157,33 @@ def test_sizes_that_depend_on_values_are_not_held_against_an_approximate_rewrite
     assert verify(model, edited(model), images, edits=EXACT).passed
 
 
+def test_a_detector_that_always_finds_as_many_as_it_may() -> None:
+    """Other inputs and noise never change the ten boxes; smaller weights, as a factorisation leaves them, do."""
+
+    class Capped(Detector):
+        def forward(self, images: list[Tensor], targets: Any = None) -> Any:
+            if self.training:
+                raise ValueError("targets should not be none when in training mode")
+            found = []
+            for image in images:
+                y = self.head(self.conv(image[None]).relu())[0].flatten(1).T
+                found.append({"boxes": y[y.norm(dim=1) > 0.95 * self.usual][:10]})
+            return found
+
+    model = Capped()
+    images = ([torch.rand(3, 16, 16)],)
+    y = model.head(model.conv(images[0][0][None]).relu())[0].flatten(1).T
+    model.usual = float(y.detach().norm(dim=1).max())
+    smaller = Capped()
+    smaller.usual = model.usual
+    with torch.no_grad():
+        for parameter in smaller.head.parameters():
+            parameter *= 0.4
+    result = verify(model, smaller, images, edits=APPROXIMATE)
+    assert result.passed, result.failures
+    assert any("depend on values were not compared" in note for note in result.notes)
+
+
 def test_a_wrong_structure_is_held_against_it_all_the_same() -> None:
     class Wrong(Detector):
         def forward(self, images: list[Tensor], targets: Any = None) -> Any:
