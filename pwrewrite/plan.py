@@ -48,6 +48,12 @@ class SkipReason(StrEnum):
     NOT_LINEAR = "not-linear"
     WRONG_FORM = "wrong-form"
     BROKE_MODEL = "broke-model"
+    NOT_BEHIND_LAYER = "not-behind-layer"
+    SEVERAL_READERS = "several-readers"
+    CALLED_TWICE = "called-twice"
+    NO_KERNEL = "no-kernel"
+    NO_STATISTICS = "no-statistics"
+    PADDING = "padding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +122,8 @@ class Op:
 
     Attributes:
         action: What is done: ``factorize`` (a layer becomes a chain of smaller ones) or ``project`` (a 1×1 after a
-            branch).
+            branch); ``fold``, ``fuse``, ``merge``, ``remove`` and
+            ``channels-last``, of the fusing passes.
         path: Absolute path of the layer or module it is done to.
         pass_name: Name of the pass or planner that proposed it, such as ``insert-bottleneck``.
         settings: What the action needs to know, as JSON data; each action documents its own.

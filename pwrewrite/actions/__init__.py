@@ -9,10 +9,21 @@ from collections.abc import Callable
 
 from ..plan import Edit, Op
 from .bench import Bench, Refused
+from .channels_last import use_channels_last
 from .factorize import factorize_layer
+from .fold import fold_norm
+from .fuse import fuse_layer
 from .project import project_branch
+from .remove import remove_module
 
-ACTIONS: dict[str, Callable[[Bench, Op], Edit]] = {"factorize": factorize_layer, "project": project_branch}
+ACTIONS: dict[str, Callable[[Bench, Op], Edit]] = {
+    "factorize": factorize_layer,
+    "project": project_branch,
+    "fold": fold_norm,
+    "fuse": fuse_layer,
+    "remove": remove_module,
+    "channels-last": use_channels_last,
+}
 """Name of an action to what carries it out."""
 
 __all__ = ["ACTIONS", "Bench", "Refused"]

@@ -181,6 +181,8 @@ class PointwiseActivation(nn.Module):
         if residual is not None:
             if not self._adds(x, weight, residual):
                 return None
+            if not packs and x.dtype is not torch.float32:
+                return None  # falls back to an addition that knows no half precision
             if packs:
                 residual = residual.contiguous(memory_format=last)
         if packs:

@@ -1,0 +1,236 @@
+"""Fusing a model: exact passes that make it faster, proven like a rewrite: `fuse`.
+
+The passes run in order, each on the model as the ones before left it: what does nothing in evaluation goes, norms go
+into the layers before them, neighbours merge, layers take over the activations and additions behind them, and the
+convolutions compute in channels_last. `DEFAULT` lists them.
+
+Proven in three ways: by `pwrewrite.verify` as any rewrite; without gradients, where the fused kernels run, against the
+original in float64, from which the fused model may be at most twice as far as the original itself; and by a real run
+after the change of the memory format, which is taken back where the model's own code does not survive it
+(``x.view(n, -1)`` on a map in channels_last).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .apply import copy_of
+from .capture import Inputs, split_inputs
+from .capture.nested import map_tensors, tensors_of
+from .errors import RefusedError, first_line
+from .passes import Pass
+from .passes.channels_last import ChannelsLast
+from .passes.fold_batch_norm import FoldBatchNorm
+from .passes.fuse_activation import FusePointwiseActivation
+from .passes.remove_noise import RemoveInferenceNoise
+from .plan import Plan, Skip, SkipReason
+from .rewriting import Rewritten
+from .steps import Progress, Run, propose, silent
+from .verification import Check, Verification
+
+DEFAULT: tuple[type[Pass], ...] = (RemoveInferenceNoise, FoldBatchNorm, FusePointwiseActivation, ChannelsLast)
+"""The passes of `fuse`, in order."""
+
+_REFERENCE_LIMIT = 300_000_000
+"""Parameters above which no copy in float64 is made."""
+
+
+def fuse(
+    model: nn.Module,
+    example_inputs: Inputs,
+    passes: Sequence[Pass] | None = None,
+    *,
+    verify: bool = True,
+    thorough: bool = True,
+    target: str | None = None,
+    progress: Progress | None = None,
+) -> Rewritten:
+    """Makes a model faster without changing what it computes in evaluation.
+
+    Args:
+        model: A module in evaluation mode, of real floating-point weights on one device; stays as it is.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones.
+        passes: What is done, in order; those of `DEFAULT` where left out.
+        verify: Whether to verify the result.
+        thorough: Whether to verify at several batch and spatial sizes, in train mode, gradients and reloading.
+        target: Name for the report.
+        progress: Called at each step with what is being done and how much of it is done.
+
+    Returns:
+        The fused copy with its plan and report. Whether verification passed is ``report.passed``.
+
+    Raises:
+        RefusedError: If the model is in training mode and a pass is exact in evaluation only, or its weights are
+            complex, quantized or on several devices.
+        CaptureError: If the model does not run on the inputs.
+    """
+    chosen = [one() for one in DEFAULT] if passes is None else list(passes)
+    _check(model, chosen)
+    run = Run(model, example_inputs, progress or silent)
+    for one in chosen:
+        run.say(f"{one.name}: proposing", None)
+        plan = propose(run.captured, [one])
+        if isinstance(one, ChannelsLast):
+            _surviving(run, plan)
+        else:
+            run.step(plan)
+    before, after = run.analyses(target)
+    proof = None
+    if verify:
+        run.say("verifying", None)
+        proof = _verified(model, run, run.expected(before), thorough)
+    report = run.report(before, after, target, proof)
+    return Rewritten(run.model, run.finished(target), report, tuple(row.edit for row in run.rows), run.names)
+
+
+def _check(model: nn.Module, passes: Sequence[Pass]) -> None:
+    """Refuses models that cannot be fused rightly.
+
+    Raises:
+        RefusedError: If the model is one.
+    """
+    inexact = [one.name for one in passes if one.exact == "eval"]
+    training = next((name or "the model" for name, module in model.named_modules() if module.training), None)
+    if inexact and training is not None and any(module.training for module in _stateful(model)):
+        raise RefusedError(
+            "the model is in training mode, in which batch norms cannot be folded",
+            where=training,
+            hint=f"call model.eval() first, or leave out {', '.join(inexact)}",
+        )
+    devices: dict[str, str] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.dtype.is_complex:
+            raise RefusedError("complex weights cannot be fused", where=name, got=str(tensor.dtype))
+        if tensor.is_quantized:
+            hint = "fuse the model before it is quantized"
+            raise RefusedError("quantized weights cannot be fused", where=name, got=str(tensor.dtype), hint=hint)
+        devices.setdefault(str(tensor.device), name)
+    for name, module in model.named_modules():
+        kind = type(module).__module__
+        if kind.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")):
+            hint = "fuse the model before it is quantized"
+            raise RefusedError("quantized layers cannot be fused", where=name, got=type(module).__name__, hint=hint)
+    if len(devices) > 1:
+        shown = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise RefusedError("the weights are on several devices", got=shown, hint="move the model to one")
+
+
+def _stateful(model: nn.Module) -> list[nn.Module]:
+    """Modules for which the mode matters: all but plain containers and layers would do, so all are asked."""
+    return [model, *(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))]
+
+
+def _surviving(run: Run, plan: Plan) -> None:
+    """Carries out a plan and takes it back where the model does not run with real values any more."""
+    if not plan.ops:
+        run.step(plan)
+        return
+    kept = (run.model, run.captured, run.plan, list(run.rows), list(run.estimates), dict(run.names))
+    run.step(plan)
+    if any(t.is_meta for t in (*run.model.parameters(), *run.model.buffers())):
+        return
+    try:
+        _outputs(run.model, run.inputs)
+    except Exception as error:
+        run.model, run.captured, run.plan, run.rows, run.estimates, run.names = kept
+        detail = f"the model's own code does not survive it: {first_line(error)}"
+        run.plan = run.plan + Plan(skips=tuple(Skip(op.path, SkipReason.BROKE_MODEL, detail) for op in plan.ops))
+
+
+# ------------------------------------------------------------------------------------------------------- proof
+
+
+def _verified(model: nn.Module, run: Run, expected: Any, thorough: bool) -> Verification:
+    from .verify import verify
+
+    edits = [row.edit for row in run.rows]
+    proof = verify(
+        model,
+        run.model,
+        run.inputs,
+        edits=edits,
+        expected=expected,
+        thorough=thorough,
+        progress=lambda step: run.say(f"verifying: {step}", None),
+    )
+    run.say("verifying: against float64", None)
+    check = reference_check(model, run.model, run.inputs)
+    return proof if check is None else replace(proof, checks=(*proof.checks, check))
+
+
+def reference_check(model: nn.Module, fused: nn.Module, inputs: Inputs) -> Check | None:
+    """Compares a fused model, without gradients, with the original in float64.
+
+    Args:
+        model: The original.
+        fused: The fused model.
+        inputs: Example inputs; random ones of the same shapes where they are constant or on meta.
+
+    Returns:
+        The check; None where no values can be compared: weights on meta, a model that cannot run in float64, outputs
+        of which rounding alone changes the order or number.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(t.is_meta for t in tensors) or sum(t.numel() for t in tensors) > _REFERENCE_LIMIT:
+        return None
+    drawn = _drawn(inputs)
+    try:
+        exact = _outputs(copy_of(model).double(), map_tensors(drawn, _doubled))
+        first = _outputs(model, drawn)
+    except Exception:
+        return None
+    second = _outputs(fused, drawn)
+    if [t.shape for t in first] != [t.shape for t in exact] or [t.shape for t in first] != [t.shape for t in second]:
+        return None
+    own, ours = _distance(first, exact), _distance(second, exact)
+    if not own < 0.05:
+        return None  # another order of results, or no finite ones
+    largest = max((t.dtype for t in first), key=lambda d: torch.finfo(d).eps if d.is_floating_point else 0.0)
+    floor = 4 * torch.finfo(largest).eps if largest.is_floating_point else 0.0
+    detail = f"relative error {ours:.2g} to float64, {own:.2g} before"
+    return Check("float64 reference (fused kernels)", ours <= 2 * own + floor, detail)
+
+
+def _drawn(inputs: Inputs) -> Any:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t
+        if not t.is_meta and t.numel() and not bool((t == t.flatten()[0]).all()):
+            return t
+        device = "cpu" if t.is_meta else t.device
+        return torch.rand(t.shape, generator=generator).to(device, t.dtype)
+
+    return map_tensors(inputs, draw)
+
+
+def _doubled(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
+
+
+def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """The output tensors of a copy of a model in evaluation mode, on copies of inputs, without gradients."""
+    args, kwargs = split_inputs(map_tensors(inputs, lambda t: t.clone()))
+    runner = copy.deepcopy(model).eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        out = runner(*args, **kwargs)
+    if not tensors_of(out) and hasattr(out, "__dict__"):
+        out = vars(out)
+    return [t for t in tensors_of(out) if t.is_floating_point()]
+
+
+def _distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """``‖y − ŷ‖ / ‖y‖`` of the worst tensor."""
+    worst = 0.0
+    for a, b in zip(found, exact):
+        norm = float(b.double().norm())
+        worst = max(worst, float((a.double() - b.double()).norm()) / norm if norm else float(a.double().norm()))
+    return worst

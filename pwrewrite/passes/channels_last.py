@@ -1,0 +1,71 @@
+"""`ChannelsLast`: the convolutions of a model compute in channels_last, from the first one on. Exact.
+
+The format is a property of the layers, not of the input: each 2-D convolution brings its input into channels_last where
+it is not, so the first one converts for all, and the operations between keep what they get. The weights of convolutions
+are packed for it as they are used (see `pwrewrite.fused`).
+
+The rule: real weights on the CPU that oneDNN computes with, or on CUDA in half precision (where tensor cores want it).
+At least half of the MACs of the 2-D convolutions must be in layers with 16 channels or more on one side, below which
+the vectors of the format stay empty.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..capture.records import Capture, Layer
+from ..eligibility import Owners, eligible
+from ..forms import spec_to_dict
+from ..fused import PointwiseActivation
+from ..fused.kernels import CPU_DTYPES
+from ..plan import Estimate, Op, Skip, SkipReason
+from .base import Pass, Proposal, weight_of
+
+_WIDE = 16
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class ChannelsLast(Pass):
+    """Chooses channels_last for a model's 2-D convolutions where that pays."""
+
+    name = "channels-last"
+    summary = "2-D convolutions compute in channels_last, with packed weights"
+    exact = "both"
+
+    def propose(self, capture: Capture) -> list[Proposal]:
+        """See `Pass.propose`."""
+        owners = Owners(capture)
+        layers: list[Layer] = []
+        for layer in capture.layers:
+            spec = layer.spec
+            if spec is None or spec.dims != 2 or spec.transposed or not layer.called:
+                continue
+            module = owners.modules.get(layer.path)
+            if isinstance(module, PointwiseActivation):
+                if not module.channels_last:
+                    layers.append(layer)
+            elif not layer.functional and eligible(capture, layer, owners) is None:
+                layers.append(layer)
+        if not layers:
+            return []
+        refusal = _does_not_pay(layers, owners)
+        if refusal:
+            return [Skip("", SkipReason.NO_GAIN, refusal)]
+        specs = {layer.path: spec_to_dict(layer.spec) for layer in layers if layer.spec is not None}
+        return [Op("channels-last", "", self.name, {"layers": specs}, Estimate(0, 0, 0, 0))]
+
+
+def _does_not_pay(layers: list[Layer], owners: Owners) -> str:
+    """Why channels_last would not pay; empty where it does."""
+    weight = weight_of(layers[0], owners)
+    if weight is None or weight.is_meta:
+        device, dtype = "cpu", torch.float32
+    else:
+        device, dtype = weight.device.type, weight.dtype
+    if not ((device == "cpu" and dtype in CPU_DTYPES) or (device == "cuda" and dtype in _HALF)):
+        return f"no kernels that want channels_last for {dtype} on {device}"
+    wide = sum(layer.macs for layer in layers if max(layer.in_channels, layer.out_channels) >= _WIDE)
+    total = sum(layer.macs for layer in layers) or 1
+    if wide < total / 2:
+        return f"{1 - wide / total:.0%} of the MACs are in convolutions of fewer than {_WIDE} channels"
+    return ""

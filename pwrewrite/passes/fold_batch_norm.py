@@ -1,0 +1,237 @@
+"""`FoldBatchNorm`: a batch norm goes into the convolution or linear map beside it. Exact in evaluation.
+
+With fixed statistics a batch norm is ``γ (y - μ) / √(σ² + ε) + β``, one scale and one shift per channel, and so part of
+any linear layer before it: ``W'_o = s_o W_o``, ``b'_o = s_o (b_o - μ_o) + β_o`` with ``s = γ / √(σ² + ε)``. Behind it
+(BN → conv) the scale goes to the input channels, and the shift, carried through the kernel, to the bias: ``b' = b +
+Σ W_{oik} t_i``. That holds only where the convolution pads with values that the norm has seen (no padding, or reflect,
+replicate, circular), since a zero behind the norm is not a zero before it.
+
+A norm is known by what it is: torch's modules, subclasses that run ``F.batch_norm`` and then their own children (timm's
+``BatchNormAct2d``), and frozen ones that hold statistics as buffers (torchvision's ``FrozenBatchNorm2d``), which are
+tried out before they are trusted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..capture.records import Capture, Layer, info
+from ..convolution import CONV_MODULES
+from ..eligibility import module_refusal
+from ..forms import spec_to_dict
+from ..fused.known import hooked
+from ..plan import Estimate, Op, Skip, SkipReason
+from .base import Pass, Proposal, spec_of
+from .patterns import Graph, plain_weight
+
+_FROZEN = frozenset({"weight", "bias", "running_mean", "running_var"})
+
+
+class FoldBatchNorm(Pass):
+    """Folds batch norms into the layer before them, or the one behind where the padding allows it."""
+
+    name = "fold-batch-norm"
+    summary = "conv → batch norm and linear → batch norm become one layer; batch norm → conv where padding allows"
+    exact = "eval"
+
+    def propose(self, capture: Capture) -> list[Proposal]:
+        """See `Pass.propose`."""
+        graph = Graph(capture)
+        taken: set[str] = set()
+        proposals: list[Proposal] = []
+        for norm in _norms(graph):
+            found = norm if isinstance(norm, Skip) else _fold(graph, norm, taken)
+            if isinstance(found, Op):
+                taken.add(found.settings["layer"])
+            proposals.append(found)
+        return proposals
+
+
+class _Norm:
+    """One call of a norm module.
+
+    Attributes:
+        path: Its path.
+        first: The node that reads its input.
+        source: What it reads.
+        last: The node that makes its output, up to the norm itself.
+        keep: Names of its children that run behind the norm.
+    """
+
+    def __init__(self, path: str, first: fx.Node, source: Any, last: fx.Node, keep: tuple[str, ...] = ()) -> None:
+        self.path, self.first, self.source, self.last, self.keep = path, first, source, last, keep
+
+
+def _norms(graph: Graph) -> list[_Norm | Skip]:
+    """Every batch norm of the graph."""
+    found: list[_Norm | Skip] = []
+    frozen: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and info(node).op == "batch_norm":
+            found.append(_Norm(str(node.target), node, node.args[0] if node.args else None, node))
+        elif node.op == "call_function" and info(node).op == "batch_norm":
+            found.append(_functional(graph, node))
+        elif node.op in ("call_function", "call_method") and _is_frozen(graph.modules.get(info(node).path)):
+            frozen.setdefault(info(node).path, []).append(node)
+    return [*found, *(_frozen(path, nodes) for path, nodes in frozen.items())]
+
+
+def _functional(graph: Graph, node: fx.Node) -> _Norm | Skip:
+    """A norm module with a forward of its own, or a call in other code."""
+    path = info(node).path
+    module = graph.modules.get(path)
+    if not isinstance(module, _BatchNorm):
+        detail = "a functional batch norm, whose statistics this code holds; use a module"
+        return Skip(graph.where(node), SkipReason.FUNCTIONAL, detail)
+    if any(argument is True for argument in (node.kwargs.get("training"), *node.args[5:6])):
+        return Skip(path, SkipReason.NO_STATISTICS, "it normalises with the statistics of each batch")
+    if graph.inside[path] != 1:
+        return Skip(
+            path, SkipReason.NOT_TRACED, "its code runs other operations beside the norm, or it is called twice"
+        )
+    keep: list[str] = []
+    last = node
+    while True:
+        reader = graph.sole_reader(last)
+        inside = reader is not None and reader.op == "call_module" and str(reader.target).startswith(f"{path}.")
+        if reader is None or not inside:
+            break
+        keep.append(str(reader.target).removeprefix(f"{path}."))
+        last = reader
+    called = {t for n in graph.nodes if n.op == "call_module" and (t := str(n.target)).startswith(f"{path}.")}
+    deep = any("." in name for name in keep)
+    if called != {f"{path}.{name}" for name in keep} or deep or any(graph.calls[t] > 1 for t in called):
+        return Skip(path, SkipReason.NOT_TRACED, "its code does more than run its children behind the norm")
+    return _Norm(path, node, node.args[0], node, tuple(keep))
+
+
+def _is_frozen(module: nn.Module | None) -> bool:
+    if module is None or isinstance(module, _BatchNorm) or any(True for _ in module.children()):
+        return False
+    held = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    return held - {"num_batches_tracked"} == _FROZEN and hasattr(module, "eps")
+
+
+def _frozen(path: str, nodes: list[fx.Node]) -> _Norm | Skip:
+    """A norm whose code computes scale and shift from its buffers."""
+    own = set(nodes)
+    reads = [n for n in nodes for a in n.all_input_nodes if a not in own and a.op != "get_attr"]
+    outs = [n for n in nodes if any(user not in own for user in n.users)]
+    if len(reads) != 1 or len(outs) != 1:
+        return Skip(path, SkipReason.CALLED_TWICE, "a norm that is called more than once")
+    source = next(a for a in reads[0].all_input_nodes if a not in own and a.op != "get_attr")
+    return _Norm(path, reads[0], source, outs[0])
+
+
+def _fold(graph: Graph, norm: _Norm, taken: set[str]) -> Proposal:
+    """The op for one norm, or why there is none."""
+    path, module = norm.path, graph.modules[norm.path]
+    if graph.calls[path] > 1:
+        return Skip(path, SkipReason.CALLED_TWICE, f"called {graph.calls[path]} times; folding would need copies of it")
+    if hooked(module):
+        return Skip(path, SkipReason.HOOKS, "has a hook, which would no longer see the norm's output; remove it")
+    mean = getattr(module, "running_mean", None)
+    if not isinstance(mean, Tensor) or not isinstance(getattr(module, "running_var", None), Tensor):
+        detail = "no running statistics, so it normalises each batch by itself"
+        return Skip(path, SkipReason.NO_STATISTICS, detail)
+    before = _before(graph, norm, mean.numel())
+    if isinstance(before, Layer) and before.path not in taken:
+        return _op(graph, norm, before, "behind")
+    after = _behind(graph, norm, mean.numel())
+    if isinstance(after, Layer) and after.path not in taken:
+        return _op(graph, norm, after, "before")
+    if isinstance(after, Skip) and (isinstance(before, Layer) or before.reason is SkipReason.NOT_BEHIND_LAYER):
+        return after if after.reason is not SkipReason.NOT_BEHIND_LAYER or isinstance(before, Layer) else before
+    return before if isinstance(before, Skip) else _far(path, "a layer that another norm was folded into")
+
+
+def _far(path: str, what: str) -> Skip:
+    return Skip(path, SkipReason.NOT_BEHIND_LAYER, f"reads {what}, into which nothing can be folded")
+
+
+def _before(graph: Graph, norm: _Norm, channels: int) -> Layer | Skip:
+    """The layer whose only reader is the norm."""
+    source = graph.back(norm.source)
+    if not isinstance(source, fx.Node):
+        return _far(norm.path, "no single tensor")
+    layer = graph.layers.get(source.name)
+    if layer is None:
+        return _far(norm.path, f"the output of {info(source).op}")
+    if isinstance(norm.source, fx.Node) and (len(source.users) != 1 or len(norm.source.users) != 1):
+        return Skip(norm.path, SkipReason.SEVERAL_READERS, f"the output of {layer.path} is read elsewhere, too")
+    facts = info(source)
+    if layer.spec is None and len(facts.outputs[0].shape) != 2:
+        return _far(norm.path, "a linear map over an axis that it does not normalise")
+    if layer.out_channels != channels or (layer.spec is not None and len(facts.outputs[0].shape) < layer.spec.dims + 2):
+        return _far(norm.path, "an unbatched convolution")
+    return _usable(graph, norm, layer) or layer
+
+
+def _behind(graph: Graph, norm: _Norm, channels: int) -> Layer | Skip:
+    """The layer that is the norm's only reader and pads with nothing that the norm has not seen."""
+    nothing = _far(norm.path, "nothing linear")
+    if norm.keep:
+        return nothing
+    last = graph.onward(norm.last)
+    reader = graph.sole_reader(last)
+    layer = graph.layers.get(reader.name) if reader is not None else None
+    if layer is None or reader is None or not reader.args or reader.args[0] is not last:
+        return nothing
+    spec = layer.spec
+    if layer.in_channels != channels or (spec is not None and len(info(reader).inputs[0].shape) < spec.dims + 2):
+        return nothing
+    if spec is None:
+        if len(info(reader).inputs[0].shape) != 2:
+            return nothing
+    elif spec.transposed or (spec.padding_mode == "zeros" and any(map(any, spec.padding))) or layer.functional:
+        detail = f"{layer.path} pads with zeros, which the norm's shift would not reach"
+        return Skip(norm.path, SkipReason.PADDING, detail)
+    return _usable(graph, norm, layer) or layer
+
+
+def _usable(graph: Graph, norm: _Norm, layer: Layer) -> Skip | None:
+    """Why a layer's weights may not be changed; None where they may."""
+    module: Any = graph.modules.get(layer.path)
+    path = norm.path
+    if len(layer.calls) != 1:
+        detail = f"{layer.path} is called {len(layer.calls)} times, and only one of them is normalised by this"
+        return Skip(path, SkipReason.CALLED_TWICE, detail)
+    if not _is_layer(module):
+        return Skip(path, SkipReason.FUNCTIONAL, f"{layer.path} is a functional call; make it a module")
+    refusal = module_refusal(layer.path, module, graph.owners.holders)
+    if refusal is not None and refusal.reason is not SkipReason.OVERRIDDEN_FORWARD:
+        return Skip(path, refusal.reason, f"{layer.path} {refusal.detail}")
+    own = not layer.functional or any(n.name == layer.calls[0].node and info(n).path == layer.path for n in graph.nodes)
+    prefix = f"{layer.path}." if layer.path else ""
+    reads = [u for name in ("weight", "bias") for n in graph.owners.reads.get(prefix + name, []) for u in n.users]
+    if not own or any(u.name != layer.calls[0].node for u in reads):
+        return Skip(path, SkipReason.WEIGHT_READ, f"the weight of {layer.path} is read by other code")
+    holders = graph.owners.holders
+    if not plain_weight(module._parameters.get("weight")) or any(
+        p is not None and len(holders.get(id(p), [])) > 1 for p in module._parameters.values()
+    ):
+        return Skip(path, SkipReason.SHARED_WEIGHT, f"the weight of {layer.path} is shared or no plain parameter")
+    return None
+
+
+def _is_layer(module: Any) -> bool:
+    return isinstance(module, (*CONV_MODULES, nn.Linear))
+
+
+def _op(graph: Graph, norm: _Norm, layer: Layer, side: str) -> Op:
+    module = graph.modules[norm.path]
+    params = layer.params + sum(p.numel() for p in module.parameters(recurse=False))
+    has_bias = spec_of(layer).bias
+    after = layer.params + (0 if has_bias else layer.out_channels)
+    settings: dict[str, Any] = {
+        "layer": layer.path,
+        "side": side,
+        "channels": layer.out_channels if side == "behind" else layer.in_channels,
+        "spec": spec_to_dict(spec_of(layer)),
+    }
+    if norm.keep:
+        settings["keep"] = list(norm.keep)
+    return Op("fold", norm.path, FoldBatchNorm.name, settings, Estimate(params, after, layer.macs, layer.macs))

@@ -1,0 +1,179 @@
+"""`FusePointwiseActivation`: a convolution or linear map and the activation behind it become one module. Exact.
+
+``act(conv(x))`` in one kernel saves writing and reading the whole map once more; ``relu(conv(x) + residual)`` saves it
+twice. What is fused: the layer, the identities behind it, an addition where its other operand has the output's shape,
+and the activation, each with no other reader. A layer whose output is only added to something is fused with that
+addition alone.
+
+Where the activation is a module that is called once, it becomes an identity. Where it is a function, or a module that
+is called several times (torchvision's residual blocks call one ``self.relu`` three times), and for every addition, the
+code of the smallest enclosing module becomes a graph in which the call is missing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from ..capture.records import Capture, Layer, info
+from ..eligibility import eligible
+from ..forms import spec_to_dict
+from ..fused.known import hooked
+from ..plan import Estimate, Op, Skip, SkipReason
+from .base import Pass, Proposal, spec_of
+from .patterns import UNFUSED, Graph, passes_on
+
+_IN_PLACE_ADDS = frozenset({"add_", "iadd", "__iadd__"})
+
+
+class FusePointwiseActivation(Pass):
+    """Fuses layers with the activations and residual additions behind them.
+
+    Args:
+        residual: Whether additions are fused too.
+    """
+
+    name = "fuse-activation"
+    summary = "a convolution or linear map and its activation, with a residual addition between, become one kernel"
+    exact = "both"
+
+    def __init__(self, residual: bool = True) -> None:
+        self.residual = residual
+
+    def propose(self, capture: Capture) -> list[Proposal]:
+        """See `Pass.propose`."""
+        graph = Graph(capture)
+        fused: set[fx.Node] = set()
+        proposals: list[Proposal] = []
+        for node in graph.nodes:
+            layer = graph.layers.get(node.name)
+            if layer is None:
+                continue
+            found = self._one(capture, graph, layer, node, fused)
+            if found is not None:
+                proposals.append(found)
+        done = {p.path for p in proposals}
+        for node in graph.nodes:
+            skip = None if node in fused else _left(graph, node)
+            if skip is not None and skip.path not in done:
+                done.add(skip.path)
+                proposals.append(skip)
+        return proposals
+
+    def _one(self, capture: Capture, graph: Graph, layer: Layer, node: fx.Node, fused: set[fx.Node]) -> Proposal | None:
+        last = graph.onward(node)
+        reader = graph.sole_reader(last)
+        if reader is None:
+            after = [graph.activation(user) for user in last.users]
+            if any(found is not None for found in after) and len(last.users) > 1:
+                return Skip(layer.path, SkipReason.SEVERAL_READERS, "its output is also read before the activation")
+            return None
+        settings: dict[str, Any] | None = None
+        act = graph.activation(reader)
+        if act is not None:
+            settings = self._activation(graph, reader, act, fused)
+        elif self.residual and _is_add(reader):
+            settings = self._addition(graph, layer, node, last, reader, fused)
+        if settings is None:
+            return None
+        refusal = self._refused(capture, graph, layer)
+        if refusal is not None:
+            return refusal
+        fused.update(settings.pop("nodes"))
+        settings["layer"] = spec_to_dict(spec_of(layer))
+        estimate = Estimate(layer.params, layer.params, layer.macs, layer.macs)
+        return Op("fuse", layer.path, self.name, settings, estimate)
+
+    def _activation(
+        self, graph: Graph, node: fx.Node, act: tuple[Any, str], fused: set[fx.Node]
+    ) -> dict[str, Any] | None:
+        """Settings for an activation behind a layer."""
+        (name, numbers), path = act
+        if node in fused or (path and hooked(graph.modules[path])):
+            return None
+        settings: dict[str, Any] = {"activation": name, "scalars": list(numbers), "nodes": {node}}
+        if path and graph.calls_of(path) == 1:
+            return settings | {"remove": path}
+        return settings | {"scope": _scope(graph, node), "called": path}
+
+    def _addition(
+        self, graph: Graph, layer: Layer, node: fx.Node, last: fx.Node, add: fx.Node, fused: set[fx.Node]
+    ) -> dict[str, Any] | None:
+        """Settings for an addition behind a layer, and the ReLU behind that where there is one."""
+        spec = layer.spec
+        if add in fused or spec is None or spec.dims != 2 or len(layer.calls) != 1:
+            return None
+        operands = [a for a in add.args[:2] if isinstance(a, fx.Node)]
+        alpha = add.kwargs.get("alpha", 1)
+        if len(operands) != 2 or alpha != 1 or add.kwargs.get("out") is not None:
+            return None
+        other = operands[0] if operands[1] is last else operands[1]
+        name = add.target if isinstance(add.target, str) else getattr(add.target, "__name__", "")
+        if other is last or (name in _IN_PLACE_ADDS and operands[0] is not last):
+            return None
+        ours, theirs = info(last).outputs[0], info(other).outputs
+        if len(theirs) != 1 or theirs[0] != ours or len(ours.shape) != 4 or other.op == "get_attr":
+            return None
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or graph.written(other, other, add) or graph.written(source, node, add):
+            return None
+        settings = {"residual": True, "activation": "none", "scalars": [], "scope": _scope(graph, add), "nodes": {add}}
+        end = graph.onward(add)
+        reader = graph.sole_reader(end)
+        act = graph.activation(reader) if reader is not None else None
+        if reader is None or act is None or act[0][0] != "relu" or reader in fused:
+            return settings
+        path = act[1]
+        if path and hooked(graph.modules[path]):
+            return settings
+        settings |= {"activation": "relu", "nodes": {add, reader}}
+        if path and graph.calls_of(path) == 1:
+            return settings | {"remove": path}
+        if end is add and _scope(graph, reader) == settings["scope"]:
+            return settings | {"called": path}
+        return settings | {"activation": "none", "nodes": {add}}
+
+    def _refused(self, capture: Capture, graph: Graph, layer: Layer) -> Skip | None:
+        """Why a layer cannot be fused, though an activation follows it."""
+        if layer.spec is not None and layer.spec.transposed:
+            return Skip(layer.path, SkipReason.NO_KERNEL, "no fused kernel for transposed convolutions")
+        if len(layer.calls) != 1:
+            detail = f"called {len(layer.calls)} times; not every call may have this activation behind it"
+            return Skip(layer.path, SkipReason.CALLED_TWICE, detail)
+        if layer.functional:
+            return Skip(layer.path, SkipReason.FUNCTIONAL, "a functional call; make it a module")
+        return eligible(capture, layer, graph.owners)
+
+
+def _is_add(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and info(node).op in ("add", "iadd")
+
+
+def _scope(graph: Graph, node: fx.Node) -> str:
+    """The module whose code makes a call; of a module the nearest above it that is no container."""
+    path = info(node).path
+    if node.op != "call_module" and not (path and graph.activation(node) and graph.wraps(path)):
+        return path
+    while path:
+        path = path.rpartition(".")[0]
+        if not isinstance(graph.modules.get(path), (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            break
+    return path
+
+
+def _left(graph: Graph, node: fx.Node) -> Skip | None:
+    """Why an activation is left, for one that is."""
+    op = info(node).op
+    found = graph.activation(node)
+    if found is None and op not in UNFUSED:
+        return None
+    path = found[1] if found is not None and found[1] else graph.where(node)
+    if found is None:
+        return Skip(path, SkipReason.NO_KERNEL, f"no fused kernel for {op}")
+    before = graph.back(node.args[0]) if node.args else None
+    what = info(before).op if isinstance(before, fx.Node) and not passes_on(before) else "what is read elsewhere, too"
+    if isinstance(before, fx.Node) and before.name in graph.layers:
+        layer = graph.layers[before.name]
+        return Skip(path, SkipReason.NOT_BEHIND_LAYER, f"behind {layer.path}, which was left; see there")
+    return Skip(path, SkipReason.NOT_BEHIND_LAYER, f"it follows {what}, not a convolution or linear map")

@@ -1,0 +1,134 @@
+"""What the fusing passes ask of a captured graph: who reads a tensor, what is an activation, who else calls a module.
+
+A pattern is safe to fuse only if nobody else sees what lies between: each node has one reader, which reads it once,
+and each module in it is called once in the whole graph. Checking a node's readers alone is not enough; it is how
+public tools corrupt a convolution that is called twice (pytorch#104593).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from ..capture.records import Capture, Layer, info
+from ..eligibility import Owners
+from ..fused.known import Found, call_activation, module_activation
+
+_PASSES_ON = frozenset({"identity", "dropout"})
+UNFUSED = frozenset(
+    {"elu", "selu", "celu", "mish", "softplus", "prelu", "softsign", "log_sigmoid", "rrelu", "hardshrink"}
+)
+"""Activations without a fused kernel."""
+
+
+class Graph:
+    """A captured graph as the fusing passes read it.
+
+    Attributes:
+        nodes: Its nodes in order.
+        modules: Path to module, every alias included.
+        owners: Who holds and reads which parameter.
+        calls: Path to how many nodes call that module.
+        layers: Name of a node to the layer that it calls.
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self.nodes = list(capture.graph.nodes)
+        self.named = {node.name: node for node in self.nodes}
+        self.order = {node: i for i, node in enumerate(self.nodes)}
+        self.owners = Owners(capture)
+        self.modules: Mapping[str, nn.Module] = self.owners.modules
+        self.calls = Counter(str(node.target) for node in self.nodes if node.op == "call_module")
+        self.layers: dict[str, Layer] = {call.node: layer for layer in capture.layers for call in layer.calls}
+        self.inside = Counter(info(node).path for node in self.nodes if node.op in ("call_function", "call_method"))
+
+    def sole_reader(self, node: fx.Node) -> fx.Node | None:
+        """The one node that reads another, once."""
+        if len(node.users) != 1:
+            return None
+        reader = next(iter(node.users))
+        return reader if _count(reader, node) == 1 else None
+
+    def onward(self, node: fx.Node) -> fx.Node:
+        """The last of the identities behind a node, where each has one reader; the node itself where none follows."""
+        while True:
+            reader = self.sole_reader(node)
+            if reader is None or not passes_on(reader):
+                return node
+            node = reader
+
+    def back(self, node: Any) -> Any:
+        """The node before the identities that lead to a node, where each has one reader."""
+        while isinstance(node, fx.Node) and passes_on(node) and node.args and isinstance(node.args[0], fx.Node):
+            if len(node.args[0].users) != 1:
+                return node
+            node = node.args[0]
+        return node
+
+    def activation(self, node: fx.Node) -> tuple[Found, str] | None:
+        """The activation that a node is, and the path of its module (empty for a function that other code calls)."""
+        if node.op == "call_module":
+            found = module_activation(self.modules[str(node.target)])
+            return None if found is None else (found, str(node.target))
+        found = call_activation(node)
+        if found is None:
+            return None
+        path = info(node).path
+        return found, path if path and self.wraps(path) else ""
+
+    def wraps(self, path: str) -> bool:
+        """Whether a module is nothing but the calls of one function: no children, no weights."""
+        module = self.modules.get(path)
+        if module is None or any(True for _ in module.children()):
+            return False
+        return not any(True for _ in (*module.parameters(), *module.buffers()))
+
+    def calls_of(self, path: str) -> int:
+        """How many nodes a module made: its calls where it is a leaf, the calls inside where it is not."""
+        return self.calls[path] + self.inside[path]
+
+    def root_of(self, node: fx.Node) -> str:
+        """Name of the node that made the storage of a node's output."""
+        seen = set[str]()
+        name: str = node.name
+        while name not in seen:
+            seen.add(name)
+            name = info(self.named[name]).alias_of or name
+        return name
+
+    def written(self, held: fx.Node, first: fx.Node, last: fx.Node) -> bool:
+        """Whether a node between two others may write into what a third holds: shares its storage, is no identity."""
+        root = self.root_of(held)
+        between = self.nodes[self.order[first] + 1 : self.order[last]]
+        return any(self.root_of(node) == root for node in between if not passes_on(node))
+
+    def where(self, node: fx.Node) -> str:
+        """A path for what a node does: its module's, or its scope's and its name."""
+        if node.op == "call_module":
+            return str(node.target)
+        path = info(node).path
+        return f"{path}.{node.name}" if path else str(node.name)
+
+
+def passes_on(node: fx.Node) -> bool:
+    """Whether a node returns what it is given, in evaluation."""
+    return node.op == "call_module" and info(node).op in _PASSES_ON
+
+
+def _count(reader: fx.Node, node: fx.Node) -> int:
+    found: list[fx.Node] = []
+
+    def note(argument: fx.Node) -> fx.Node:
+        found.append(argument)
+        return argument
+
+    fx.node.map_arg((reader.args, reader.kwargs), note)
+    return sum(one is node for one in found)
+
+
+def plain_weight(weight: Any) -> bool:
+    """Whether a weight is a plain tensor of real floating-point numbers."""
+    return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.is_quantized
