@@ -225,7 +225,7 @@ def _is_view(op: Any) -> bool:
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
-class PricingMode(TorchDispatchMode):
+class PricingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the MACs of everything that runs under it, and lists what has no formula.
 
     Attributes:
@@ -234,7 +234,7 @@ class PricingMode(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.macs = 0
         self.unpriced: list[str] = []
 

@@ -11,13 +11,13 @@ flow runs as it always does, sizes are integers, and a `TorchFunctionMode` sees 
 - code that needs a tensor's *values* (``if x.sum() > 0``, ``nonzero``) cannot run on meta: `NeedsValues` tells the
   caller, who records again with real, seeded values.
 
-A tensor's origin is the attribute ``_pw_node`` on the tensor object, so that the recorder keeps no tensor alive and the
-deaths it observes are those of an ordinary run: ``memory`` is what eager execution holds, references in callers' frames
-included.
+The recorder keeps no activation alive (see `origins`), so that the deaths it observes are those of an ordinary run:
+``memory`` is what eager execution holds, references in callers' frames included.
 
-Limits: an in-place write through a view is an edge from the view, not from its base, and values that leave torch
-(through NumPy or Python numbers) and come back are constants. TorchScript code is opaque, and what it returns starts
-a new island.
+C++ that torch functions do not show (TorchScript functions) is recorded in a second run, one aten operation at a time.
+
+Limits: an in-place write through a view is an edge from the view, not from its base, and values that leave torch (through
+NumPy or Python numbers) and come back are constants. A TorchScript *module* is one opaque node, and starts a new island.
 """
 
 from __future__ import annotations

@@ -84,12 +84,14 @@ def _cat(tensors: Any, dim: Any = 0, **kwargs: Any) -> Any:
     before, after, total = shape[:dim], shape[dim + 1 :], 0
     for t in tensors:
         size = tuple(t.shape)
-        if t.dtype is not dtype or len(size) != rank or not t.is_contiguous():
+        if t.dtype is not dtype or len(size) != rank:
             return NotImplemented
         if size[:dim] != before or size[dim + 1 :] != after:
             shapes = [tuple(t.shape) for t in tensors]
             raise ShapeError(f"cat along dim {dim} takes tensors equal in all other dims, got shapes {shapes}")
         total += size[dim]
+    if not all(t.is_contiguous() for t in tensors):
+        return NotImplemented
     return torch.empty((*before, total, *after), dtype=dtype, device=first.device)
 
 
