@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from inspect import signature
 from typing import Any
 
 from .capture.records import Capture, Layer
@@ -196,6 +197,9 @@ class Choices:
         exclude = (*self.exclude, *(s.path for s in layers))
         for i, name in enumerate(names):
             kind = _kind(name)
+            if not issubclass(kind, LayerPass):
+                built.append(_plain(kind, self.include, exclude))
+                continue
             common = self._common()
             if i == 0:  # checks that the patterns match; later ones may find their layer already replaced
                 common |= {"include": self.include, "exclude": exclude}
@@ -215,7 +219,12 @@ class Choices:
                 f"--{idle[0].replace('_', '-')} goes with --pass; --set does only what it says",
                 hint="give the width in --set, or name a --pass for the other layers",
             )
-        kinds = [_kind(name) for name in self.passes] or ([] if self.settings else [InsertBottleneck])
+        named = [_kind(name) for name in self.passes]
+        kinds = [kind for kind in named if issubclass(kind, LayerPass)]
+        if not named and not self.settings:
+            kinds = [InsertBottleneck]
+        if named and not kinds and (unused := [name for name in idle if name not in ("include", "exclude")]):
+            raise UsageError(f"--{unused[0].replace('_', '-')} means nothing to {', '.join(k.name for k in named)}")
         for name in ("rank_in", "rank_out"):
             if getattr(self, name) is not None and not any(name in FORMS[kind.form] for kind in kinds):
                 raise UsageError(
@@ -258,19 +267,30 @@ class Choices:
         )
 
 
-def _kind(name: str) -> type[LayerPass]:
+def _kind(name: str) -> type[Pass]:
     by_name: dict[str, type[Pass]] = {kind.name: kind for kind in ALL}
     kind = by_name.get(name)
-    if kind is not None and issubclass(kind, LayerPass):
-        return kind
-    if kind is not None:
+    if kind is ProjectBranch:
         raise UsageError(f"{name} needs to know the branch and the width", hint="--set 'PATH=project:32'")
+    if kind is not None:
+        return kind
     near = get_close_matches(name, by_name, n=2)
     raise UsageError(
         f"there is no pass {name!r}",
         expected=", ".join(by_name),
         hint=f"did you mean {' or '.join(near)}?" if near else None,
     )
+
+
+def _plain(kind: type[Pass], include: Sequence[str], exclude: Sequence[str]) -> Pass:
+    """A pass without widths; the patterns go to it where it takes any."""
+    takes = signature(kind).parameters
+    patterns = {"include": include, "exclude": exclude}
+    given = {name: value for name, value in patterns.items() if value}
+    if not set(given) <= set(takes):
+        raise UsageError(f"{kind.name} takes no --{next(name for name in given if name not in takes)}")
+    make: Callable[..., Pass] = kind
+    return make(**given)
 
 
 def _selecting(include: Sequence[str], exclude: Sequence[str]) -> Callable[[Layer], bool]:

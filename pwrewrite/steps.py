@@ -157,7 +157,7 @@ class Run:
             if ours and (skip.reason in _MILD or skip.reason is SkipReason.ALREADY_BOTTLENECK):
                 continue
             old = found.get(skip.path)
-            if old is None or (old.reason in _MILD and skip.reason not in _MILD):
+            if old is None or skip.reason is old.reason or (old.reason in _MILD and skip.reason not in _MILD):
                 found[skip.path] = skip
         return tuple(found.values())
 

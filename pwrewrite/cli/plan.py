@@ -10,7 +10,7 @@ import typer
 from . import options as o
 from .options import OUT, Format, Init
 from .progress import progressing
-from .running import handled, quiet
+from .running import handled, interruptible, quiet
 from .showing import show, tell
 
 
@@ -55,7 +55,7 @@ def plan(
     [dim]pwrewrite plan model.py --pass insert-bottleneck --rank 0.5 --out plan.json[/]
     """
     with handled(debug):
-        with quiet(debug), progressing() as progress:
+        with quiet(debug), interruptible(), progressing() as progress:
             from ..by_target import plan_target
             from ..report import files
             from ..report import rewrite as table

@@ -10,7 +10,7 @@ import typer
 from . import options as o
 from .options import OUT, PASSES, PROOF, Format, Init
 from .progress import progressing
-from .running import handled, quiet
+from .running import handled, interruptible, quiet
 from .showing import show, tell
 
 
@@ -84,7 +84,7 @@ def rewrite(
     pwrewrite rewrite torchvision:resnet50 --dry-run[/]
     """
     with handled(debug):
-        with quiet(debug), progressing() as progress:
+        with quiet(debug), interruptible(), progressing() as progress:
             from ..by_target import plan_target, rewrite_target
             from ..errors import UsageError
             from ..plan import Plan
@@ -136,7 +136,7 @@ def rewrite(
         if out is None:
             tell("nothing was saved: give --out DIR")
         elif not failed or save_unverified:
-            with quiet(debug), progressing() as progress:
+            with quiet(debug), interruptible(), progressing() as progress:
                 progress("saving", None)
                 result.save(out, force=force, unverified=save_unverified)
             tell(f"saved in {out}" + ("" if result.report.passed else ", UNVERIFIED"))

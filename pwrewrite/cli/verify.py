@@ -10,7 +10,7 @@ import typer
 from . import options as o
 from .options import PROOF, Format
 from .progress import progressing
-from .running import handled, quiet
+from .running import handled, interruptible, quiet
 from .showing import show
 
 
@@ -48,7 +48,7 @@ def verify(
     [dim]pwrewrite verify model.py DIR --weights w.pt --max-error 0.1 · pwrewrite verify DIR1 DIR2 --model model.py[/]
     """
     with handled(debug):
-        with quiet(debug), progressing() as progress:
+        with quiet(debug), interruptible(), progressing() as progress:
             from ..by_target import verify_targets
             from ..errors import VerificationError
             from ..report import files

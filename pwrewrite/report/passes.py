@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..forms import FORMS
-from ..passes import ALL, LayerPass
+from ..passes import ALL, LayerPass, ProjectBranch
 from .layout import HEAD_RULE
 from .markdown import code, escape, pipe_table
 from .table import WIDTH
@@ -52,7 +52,7 @@ def rows() -> list[PassRow]:
 def _set(kind: type) -> str:
     if issubclass(kind, LayerPass):
         return f"{kind.form}:{','.join(name.removeprefix('rank_').upper() for name in FORMS[kind.form])}"
-    return "project:CHANNELS"
+    return "project:CHANNELS" if issubclass(kind, ProjectBranch) else "–"
 
 
 def page(found: Sequence[PassRow], *, width: int = WIDTH) -> RenderableType:
@@ -75,5 +75,8 @@ def _short(exact: str) -> str:
 
 def markdown(found: Sequence[PassRow]) -> str:
     """As a Markdown table."""
-    cells = [(code(r.name), escape(r.summary), _EXACT[r.exact], code(f"PATH={r.set}")) for r in found]
+    cells = [
+        (code(r.name), escape(r.summary), _EXACT[r.exact], code(f"PATH={r.set}") if r.set != "–" else r.set)
+        for r in found
+    ]
     return pipe_table(("pass", "what it does", "exact", "as --set"), cells, "llll") + "\n"
