@@ -63,7 +63,7 @@ def page(found: Sequence[PassRow], *, width: int = WIDTH) -> RenderableType:
     table.add_column("pass", style="cyan", no_wrap=True)
     table.add_column("what it does", ratio=1, overflow="fold")
     table.add_column("exact", no_wrap=True)
-    table.add_column("as --set PATH=", overflow="fold")
+    table.add_column("as --set PATH=", no_wrap=True)
     for row in found:
         table.add_row(*(Text(cell) for cell in (row.name, row.summary, _short(row.exact), row.set)))
     return Group(table, Text("\nno*: an approximation with its error reported; exact at full width", style="dim"))
