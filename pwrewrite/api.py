@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -61,6 +61,61 @@ def analyze_target(
 ) -> Analysis:
     """The same for what can be typed: a file, a Python name, a model of torchvision or timm, or a saved folder.
 
+    Args:
+        target: As for `capture_target`.
+        args: As there.
+        weights: As there.
+        weights_lenient: As there.
+        inputs: As there.
+        base: As there.
+        trust_target: As there.
+        hotspot_share: Part of the MACs from which a k×k convolution is a hotspot.
+        device: The device profile for the roofline classes, or its name.
+
+    Returns:
+        The analysis, with the notes of loading before its own.
+
+    Raises:
+        PwrewriteError: If the target does not lead to a model, or the model does not run.
+    """
+    device_profile(device)  # what is cheap to refuse is refused before a model is built
+    captured = capture_target(
+        target,
+        args=args,
+        weights=weights,
+        weights_lenient=weights_lenient,
+        inputs=inputs,
+        base=base,
+        trust_target=trust_target,
+    )
+    return analyze_captured(captured, hotspot_share=hotspot_share, device=device)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What a person typed, loaded and captured.
+
+    Attributes:
+        loaded: The model with its example inputs and the notes of loading.
+        capture: Its capture.
+    """
+
+    loaded: LoadedModel
+    capture: Capture
+
+
+def capture_target(
+    target: str,
+    *,
+    args: Mapping[str, object] | None = None,
+    weights: Path | None = None,
+    weights_lenient: bool = False,
+    inputs: Sequence[str] = (),
+    base: str | None = None,
+    trust_target: bool = False,
+) -> Captured:
+    """Loads and captures what can be typed.
+
     The model is built without memory for its weights, since their values matter to few models. Where they do, it is
     built once more for real; a user's file is then executed twice.
 
@@ -73,36 +128,32 @@ def analyze_target(
         inputs: Example inputs as ``[NAME=]SHAPE[:DTYPE]``; without them they are found or guessed, and a note says so.
         base: For a folder: the target of the model that was rewritten.
         trust_target: For a folder: whether the target that its plan names may be imported.
-        hotspot_share: Part of the MACs from which a k×k convolution is a hotspot.
-        device: The device profile for the roofline classes, or its name.
-
-    Returns:
-        The analysis, with the notes of loading before its own.
 
     Raises:
         PwrewriteError: If the target does not lead to a model, or the model does not run.
     """
-    device_profile(device)  # what is cheap to refuse is refused before a model is built
     if is_saved(target) or base is not None:
         loaded = open_target(
             target, args=args, weights=weights, inputs=inputs, base=base, trust_target=trust_target
         ).loaded
-        captured = capture(loaded.model, loaded.example_inputs)
-        return _analysis(loaded, captured, hotspot_share, device)
+        return Captured(loaded, capture(loaded.model, loaded.example_inputs))
     load = partial(load_target, target, args=args, weights=weights, weights_lenient=weights_lenient, inputs=inputs)
     loaded = load(empty=True)
     try:
-        captured = capture(loaded.model, loaded.example_inputs, values="meta")
+        return Captured(loaded, capture(loaded.model, loaded.example_inputs, values="meta"))
     except CaptureError as error:
         if isinstance(error.__cause__, ShapeError):
             raise
-        loaded = load()  # the model needs values: those that it is made with
-        captured = capture(loaded.model, loaded.example_inputs)
-    return _analysis(loaded, captured, hotspot_share, device)
+    loaded = load()  # the model needs values: those that it is made with
+    return Captured(loaded, capture(loaded.model, loaded.example_inputs))
 
 
-def _analysis(loaded: LoadedModel, captured: Capture, hotspot_share: float, device: str | DeviceProfile) -> Analysis:
-    analysis = analyze_capture(captured, target=loaded.target, hotspot_share=hotspot_share, device=device)
+def analyze_captured(
+    captured: Captured, *, hotspot_share: float = 0.01, device: str | DeviceProfile = "cpu"
+) -> Analysis:
+    """The analysis of what `capture_target` made, with the notes of loading before its own."""
+    loaded = captured.loaded
+    analysis = analyze_capture(captured.capture, target=loaded.target, hotspot_share=hotspot_share, device=device)
     return replace(analysis, model_class=_class_name(loaded.model, analysis), notes=(*loaded.notes, *analysis.notes))
 
 

@@ -183,7 +183,8 @@ def analyze(
     with handled(debug):
         with uncollected(), quiet(debug), waiting(f"analysing {target}"):
             with interruptible():
-                from ..api import analyze_target
+                from ..analysis.roofline import device_profile
+                from ..api import analyze_captured, capture_target
                 from ..loading import parse_arg
                 from ..report import View, files, gates, render
                 from ..report.numbers import parse_count, parse_share
@@ -198,8 +199,9 @@ def analyze(
             }
             if output is not None:
                 files.check_writable(output)
+            device_profile(device)  # what is cheap to refuse is refused before a model is built
             with interruptible():
-                analysis = analyze_target(
+                captured = capture_target(
                     target,
                     args=dict(parse_arg(text) for text in arg or ()),
                     weights=weights,
@@ -207,20 +209,15 @@ def analyze(
                     inputs=inputs or (),
                     base=model,
                     trust_target=trust_target,
-                    hotspot_share=share,
-                    device=device,
                 )
+                analysis = analyze_captured(captured, hotspot_share=share, device=device)
             counts = None
             if convention is not None or explain_count:
                 from .counting import counts_of, show_counts, text_of
 
                 with interruptible():
                     counts = counts_of(
-                        target,
-                        args=dict(parse_arg(text) for text in arg or ()),
-                        weights=weights,
-                        weights_lenient=weights_lenient,
-                        inputs=inputs or (),
+                        captured.capture,
                         tool=convention.value if convention is not None else None,
                         explained=explain_count,
                     )
