@@ -11,8 +11,8 @@ is then itself a transposed convolution) or gives each spatial axis to exactly o
 *algebra* of a transposed convolution is that of an ordinary one, and only the layout of the factor that does the
 upsampling differs.
 
-A factorised convolution is a chain of stages (`Stage`). A stage says which spatial axes it owns: on those it has the kernel
-size, stride, padding, dilation and (transposed) output padding of the original convolution, on all others it has
+A factorised convolution is a chain of stages (`Stage`). A stage says which spatial axes it owns: on those it has the
+kernel size, stride, padding, dilation and (transposed) output padding of the original convolution, on all others it has
 kernel size 1, stride 1, dilation 1 and no padding. Only the last stage has the bias. Under those rules the chain at
 full rank *is* the original convolution, for zero, reflect, replicate and circular padding alike: padding (which has
 no bias to spread) commutes with a 1×1 convolution and acts on each spatial axis on its own.

@@ -9,8 +9,8 @@
     W[o, i, k] ≈ Σ_r  expand[o, r] · core[r, i, k]
 
 Both are optimal at every rank (Eckart & Young 1936); expansion is the response reconstruction of Zhang et al. 2016
-when weighted by the input's second moment. Stride, padding,
-dilation and output padding sit on the core: a reduction runs at the input's resolution, an expansion at the output's.
+when weighted by the input's second moment. Stride, padding, dilation and output padding sit on the core: a reduction
+runs at the input's resolution, an expansion at the output's.
 
 Weights: ``input_weight`` over ``in`` (or, for the expansion, over the patch ``in·k``), ``output_weight`` over ``out``
 (or, for the reduction, over ``out·k``); see `pwrewrite.decompose.weighting`.

@@ -232,7 +232,8 @@ class TuckerProblem:
     def _refined(self, out: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Factors and core where hardly anything is cut off, so that only the last rounding is left as an error.
 
-        What a factor lacks in orthonormality is then the whole error; one Newton–Schulz step in a wider dtype squares it.
+        What a factor lacks in orthonormality is then the whole error; one Newton–Schulz step in a wider dtype squares
+        it.
         """
         wide = wide_dtype(self.tensor)
         steps = []
