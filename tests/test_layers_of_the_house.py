@@ -45,7 +45,7 @@ LEVELS = {
     "export": 12,
     "steps": 13,
     "rewriting": 14,
-    "fusing": 14,
+    "fusing": 15,
     "by_target": 15,
     "api": 16,
     "cli": 17,
