@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .convolution import ConvSpec
     from .cost import Cost, register_formula
     from .errors import PwrewriteError
+    from .fusing import fuse
     from .graph import graph
     from .loading import LoadedModel, load_target
     from .plan import Plan
@@ -94,6 +95,7 @@ _HOMES = {
     "analyze_target": "api",
     "apply": "apply",
     "capture": "capture",
+    "fuse": "fusing",
     "decompose": "decompose",
     "graph": "graph",
     "load": "storage",

@@ -13,17 +13,19 @@ after the change of the memory format, which is taken back where the model's own
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .apply import copy_of
 from .capture import Inputs, split_inputs
 from .capture.nested import map_tensors, tensors_of
+from .capture.records import Capture, info
 from .errors import RefusedError, first_line
+from .fused import PointwiseActivation
 from .passes import Pass
 from .passes.channels_last import ChannelsLast
 from .passes.fold_batch_norm import FoldBatchNorm
@@ -36,6 +38,20 @@ from .verification import Check, Verification
 
 DEFAULT: tuple[type[Pass], ...] = (RemoveInferenceNoise, FoldBatchNorm, FusePointwiseActivation, ChannelsLast)
 """The passes of `fuse`, in order."""
+
+
+@dataclass(frozen=True)
+class Fused(Rewritten):
+    """The result of fusing: that of a rewrite, and what it saves.
+
+    Attributes:
+        before: Nodes, kernels and bytes moved, before.
+        after: The same, after.
+    """
+
+    before: Mapping[str, int] = field(default_factory=dict)
+    after: Mapping[str, int] = field(default_factory=dict)
+
 
 _REFERENCE_LIMIT = 300_000_000
 """Parameters above which no copy in float64 is made."""
@@ -50,7 +66,7 @@ def fuse(
     thorough: bool = True,
     target: str | None = None,
     progress: Progress | None = None,
-) -> Rewritten:
+) -> Fused:
     """Makes a model faster without changing what it computes in evaluation.
 
     Args:
@@ -86,7 +102,8 @@ def fuse(
         run.say("verifying", None)
         proof = _verified(model, run, run.expected(before), thorough)
     report = run.report(before, after, target, proof)
-    return Rewritten(run.model, run.finished(target), report, tuple(row.edit for row in run.rows), run.names)
+    edits = tuple(row.edit for row in run.rows)
+    return Fused(run.model, run.finished(target), report, edits, run.names, traffic(run.first), traffic(run.captured))
 
 
 def _check(model: nn.Module, passes: Sequence[Pass]) -> None:
@@ -143,6 +160,39 @@ def _surviving(run: Run, plan: Plan) -> None:
         run.plan = run.plan + Plan(skips=tuple(Skip(op.path, SkipReason.BROKE_MODEL, detail) for op in plan.ops))
 
 
+def traffic(captured: Capture) -> dict[str, int]:
+    """What a model has to do beside its MACs, from shapes alone.
+
+    Args:
+        captured: The model.
+
+    Returns:
+        ``nodes`` of the graph that compute, ``kernels`` (a fused layer is one) and ``bytes_moved`` by them. A view
+        moves nothing; a fused layer reads its inputs and weights and writes its output once.
+    """
+    modules = dict(captured.model.named_modules(remove_duplicate=False))
+    nodes = kernels = moved = 0
+    open_layer: tuple[str, set[fx.Node]] = ("", set())
+    for node in captured.graph.nodes:
+        facts = info(node)
+        size = facts.cost.read_bytes + facts.cost.write_bytes
+        if node.op not in ("call_module", "call_function", "call_method") or not size:
+            continue
+        if facts.op in ("identity", "dropout"):
+            continue
+        nodes += 1
+        fused = isinstance(modules.get(facts.path), PointwiseActivation)
+        if fused and open_layer[0] == facts.path and any(n in open_layer[1] for n in node.all_input_nodes):
+            open_layer[1].add(node)
+            others = [n for n in node.all_input_nodes if n not in open_layer[1]]
+            moved += sum(spec.nbytes for n in others for spec in info(n).outputs)
+            continue
+        open_layer = (facts.path if fused else "", {node})
+        kernels += 1
+        moved += size
+    return {"nodes": nodes, "kernels": kernels, "bytes_moved": moved}
+
+
 # ------------------------------------------------------------------------------------------------------- proof
 
 
@@ -179,7 +229,7 @@ def reference_check(model: nn.Module, fused: nn.Module, inputs: Inputs) -> Check
     tensors = [*model.parameters(), *model.buffers()]
     if any(t.is_meta for t in tensors) or sum(t.numel() for t in tensors) > _REFERENCE_LIMIT:
         return None
-    drawn = _drawn(inputs)
+    drawn = drawn_inputs(inputs)
     try:
         exact = _outputs(copy_of(model).double(), map_tensors(drawn, _doubled))
         first = _outputs(model, drawn)
@@ -197,7 +247,8 @@ def reference_check(model: nn.Module, fused: nn.Module, inputs: Inputs) -> Check
     return Check("float64 reference (fused kernels)", ours <= 2 * own + floor, detail)
 
 
-def _drawn(inputs: Inputs) -> Any:
+def drawn_inputs(inputs: Inputs) -> Any:
+    """Example inputs with values: random ones where they are constant or on meta."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(t: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .analyze import analyze
+from .fuse import fuse
 from .passes import passes
 from .plan import plan
 from .rewrite import rewrite
@@ -24,6 +25,7 @@ app.command("analyze", no_args_is_help=True)(analyze)
 app.command("rewrite", no_args_is_help=True)(rewrite)
 app.command("plan", no_args_is_help=True)(plan)
 app.command("verify", no_args_is_help=True)(verify)
+app.command("fuse", no_args_is_help=True)(fuse)
 app.command("passes")(passes)
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from .base import LayerPass, Pass, Proposal
 from .bottleneck import InsertBottleneck, InsertExpansion, InsertReduction
+from .channels_last import ChannelsLast
+from .fold_batch_norm import FoldBatchNorm
+from .fuse_activation import FusePointwiseActivation
 from .graph_pass import as_graph_pass
 from .low_rank import FactorizeLinear, FactorizePointwise
 from .project import ProjectBranch
+from .remove_noise import RemoveInferenceNoise
 from .separable import FactorizeSpatial, SeparateDepthwise
 
 ALL: tuple[type[Pass], ...] = (
@@ -19,13 +23,16 @@ ALL: tuple[type[Pass], ...] = (
     FactorizeLinear,
     ProjectBranch,
 )
-"""Every pass there is."""
+"""Every pass of `pwrewrite.rewrite`; those of `pwrewrite.fuse` are `pwrewrite.fusing.DEFAULT`."""
 
 __all__ = [
     "ALL",
+    "ChannelsLast",
     "FactorizeLinear",
     "FactorizePointwise",
     "FactorizeSpatial",
+    "FoldBatchNorm",
+    "FusePointwiseActivation",
     "InsertBottleneck",
     "InsertExpansion",
     "InsertReduction",
@@ -33,6 +40,7 @@ __all__ = [
     "Pass",
     "ProjectBranch",
     "Proposal",
+    "RemoveInferenceNoise",
     "SeparateDepthwise",
     "as_graph_pass",
 ]
