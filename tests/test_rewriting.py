@@ -124,3 +124,25 @@ def test_progress_is_told_with_shares() -> None:
 
 def test_the_mode_of_the_original_is_kept() -> None:
     assert pwrewrite.rewrite(net().train(), X, [InsertBottleneck(0.5)], verify=False).model.training
+
+
+def test_code_that_asks_what_a_layer_is_takes_the_rewrite_back() -> None:
+    """It runs on after the swap and does something else in silence; only the operations that run show it."""
+
+    class Asks(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = torch.nn.Conv2d(16, 16, 3, padding=1)
+            self.b = torch.nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x)
+            if isinstance(self.a, torch.nn.Conv2d):
+                y = torch.relu(y)
+            result: torch.Tensor = self.b(y)
+            return result
+
+    done = pwrewrite.rewrite(Asks(), (torch.randn(1, 16, 8, 8),), passes=[InsertBottleneck(0.5)])
+    assert [edit.path for edit in done.edits] == ["b"]
+    assert {(s.path, str(s.reason)) for s in done.plan.skips} == {("a", "broke-model")}
+    assert done.report.passed

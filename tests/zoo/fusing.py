@@ -1,0 +1,173 @@
+"""What the sweep of `fuse` checks of a model, with a matcher of its own for what could have been fused and was not.
+
+The matcher knows nothing of the passes: it sees the calls of the *fused* model through a `TorchFunctionMode` on real
+tensors, and remembers by identity which tensor came straight out of a convolution, and how often each was read. What it
+calls fusible is a batch norm or an activation with a kernel that reads such a tensor, where nothing else does.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pwrewrite.fused import PointwiseActivation
+from pwrewrite.fusing import fuse, reference_check
+
+from .harness import Built, build
+
+LIMIT = 100_000_000
+ACTIVATIONS = frozenset(
+    {"relu", "relu_", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "leaky_relu", "hardtanh"}
+)
+LAYERS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
+
+
+class Matcher(TorchFunctionMode):
+    """Finds a norm or activation that is the only reader of a layer's output.
+
+    Attributes:
+        left: Name of an operation to how often it could have been fused.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[Tensor, str]] = {}
+        self.reads: Counter[int] = Counter()
+        self.after: list[tuple[int, str]] = []
+        self.held: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        first = tensors[0] if tensors else None
+        inside = FUSED.depth > 0
+        if name not in ("__get__", "size", "dim", "__set__"):
+            for t in tensors:
+                self.reads[id(t)] += 1
+        if first is not None and not inside and (name in ACTIVATIONS or name == "batch_norm"):
+            known = self.made.get(id(first))
+            if known is not None:
+                self.after.append((id(first), name))
+        out = func(*args, **(kwargs or {}))
+        if name in LAYERS and isinstance(out, Tensor):
+            self.made[id(out)] = (out, name)
+        if isinstance(out, Tensor):
+            self.held.append(out)  # so that no identity is used twice
+        return out
+
+    @property
+    def left(self) -> Counter[str]:
+        return Counter(name for key, name in self.after if self.reads[key] == 1)
+
+
+class FUSED:
+    """How deep in fused layers the run is."""
+
+    depth = 0
+
+
+def unfused(model: nn.Module, inputs: tuple[Any, ...]) -> Counter[str]:
+    """Norms and activations that a run of a model could have had fused."""
+    runner = copy.deepcopy(model).eval()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        FUSED.depth += 1
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        FUSED.depth -= 1
+
+    for module in runner.modules():
+        if isinstance(module, PointwiseActivation):
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
+    matcher = Matcher()
+    with torch.no_grad(), matcher:
+        runner(*inputs)
+    return matcher.left
+
+
+def check_fuse(built: Built) -> dict[str, Any]:
+    """Fuses a model and compares it with the original, without gradients and in float64."""
+    params = sum(p.numel() for p in built.model.parameters())
+    if params > LIMIT:
+        return {"skipped": f"{params:,} parameters"}
+    if built.meta:
+        built = build(built.candidate, real=True)
+    model, inputs = built.model, _smaller(built)
+    _liven(model)
+    start = time.perf_counter()
+    done = fuse(model, inputs, verify=False)
+    seconds = time.perf_counter() - start
+    check = reference_check(model, done.model, inputs)
+    row: dict[str, Any] = {
+        "fuse_s": round(seconds, 2),
+        "done": dict(Counter(edit.op.action for edit in done.edits)),
+        "left": dict(Counter(f"{skip.reason}: {_kind(skip.detail)}" for skip in done.plan.skips)),
+        "kernels": [done.before["kernels"], done.after["kernels"]],
+        "detail": "not compared" if check is None else check.detail,
+        "passed": check is None or check.passed,
+    }
+    try:
+        row["fusible"] = dict(unfused(done.model, inputs))
+    except Exception as error:
+        row["fusible_error"] = f"{type(error).__name__}: {error}"[:200]
+    return row
+
+
+def _kind(detail: str) -> str:
+    """A reason without the path in it."""
+    return " ".join(word for word in detail.split() if "." not in word.strip(",.;") and "_" not in word)[:80]
+
+
+def _smaller(built: Built) -> tuple[Any, ...]:
+    """A smaller image where the model takes one."""
+    inputs = built.inputs
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].dim() != 4 or inputs[0].shape[-1] <= 128:
+        return inputs
+    small = inputs[0][:, :, :128, :128].contiguous()
+    try:
+        with torch.no_grad():
+            copy.deepcopy(built.model)(small)
+    except Exception:
+        return inputs
+    return (small,)
+
+
+def _liven(model: nn.Module) -> None:
+    """Statistics that a fold must not ignore."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+        if isinstance(mean, Tensor) and isinstance(var, Tensor):
+            mean.copy_(torch.rand(mean.shape, generator=generator) * 0.2 - 0.1)
+            var.copy_(torch.rand(var.shape, generator=generator) * 0.5 + 0.75)
+
+
+def summary(rows: dict[str, dict[str, Any]]) -> str:
+    """The figures of a sweep, then what failed or was left though it could be fused."""
+    good = {k: r for k, r in rows.items() if "error" not in r and "skipped" not in r}
+    done: Counter[str] = Counter()
+    left: Counter[str] = Counter()
+    for r in good.values():
+        done.update(r["done"])
+        left.update(r["left"])
+    lines = [
+        f"{len(rows)} models, {len(good)} fused, {sum('skipped' in r for r in rows.values())} too large, "
+        f"{sum('error' in r for r in rows.values())} errors, {sum(not r['passed'] for r in good.values())} different, "
+        f"{sum(r['detail'] == 'not compared' for r in good.values())} not compared, "
+        f"{sum(bool(r.get('fusible')) for r in good.values())} with something fusible left",
+        f"done: {dict(done)}",
+    ]
+    lines += [f"left {n:6} {reason}" for reason, n in left.most_common()]
+    for key, r in sorted(rows.items()):
+        if "error" in r:
+            lines.append(f"{key}: {r['error'].splitlines()[0][:200]}")
+        elif "skipped" not in r and (not r["passed"] or r.get("fusible")):
+            lines.append(f"{key}: {'' if r['passed'] else r['detail']} fusible {r.get('fusible')}")
+    return "\n".join(lines)
