@@ -16,8 +16,9 @@ The recorder keeps no activation alive (see `origins`), so that the deaths it ob
 
 C++ that torch functions do not show (TorchScript functions) is recorded in a second run, one aten operation at a time.
 
-Limits: an in-place write through a view is an edge from the view, not from its base, and values that leave torch (through
-NumPy or Python numbers) and come back are constants. A TorchScript *module* is one opaque node, and starts a new island.
+Limits: an in-place write through a view is an edge from the view, not from its base, and values that leave torch
+(through NumPy or Python numbers) and come back are constants. A TorchScript *module* is one opaque node, and starts a
+new island.
 """
 
 from __future__ import annotations
