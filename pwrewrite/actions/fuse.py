@@ -3,16 +3,19 @@
 Settings: ``layer`` (shape facts), ``activation`` and ``scalars`` (see `pwrewrite.fused`); ``remove``: path of an
 activation module that is called once and becomes an identity. Otherwise ``scope``: path of the module whose code makes
 the call (or of one inside it; the search goes outwards), and ``called``: path of the activation module that it calls
-there, empty for a function. ``residual``: whether an addition lies between, which that code makes.
+there, empty for a function. ``residual``: whether an addition lies between, which that code makes. ``same``: whether
+the layer's own code pads as TensorFlow does, so that the output is as large as the input over the stride.
 """
 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx, nn
 
+from ..convolution import ConvSpec
 from ..errors import PlanError, UsageError
 from ..forms import spec_from_dict
 from ..fused import PointwiseActivation
@@ -20,7 +23,7 @@ from ..fused.activations import checked
 from ..fused.known import call_activation, hooked, is_identity, module_activation
 from ..graph_edit import NotTraceable, Regraphed, to_graph
 from ..plan import Edit, Op, Skip, SkipReason
-from .bench import Bench, Refused
+from .bench import Bench, Refused, spec_of_module
 
 _ADDS = frozenset({operator.add, operator.iadd, torch.add})
 
@@ -39,7 +42,8 @@ def fuse_layer(bench: Bench, op: Op) -> Edit:
         numbers = checked(str(name), scalars)
     except (UsageError, TypeError, ValueError) as error:
         raise PlanError(str(error).splitlines()[0], where=op.where("activation")) from None
-    layer = bench.layer(op, op.path, spec)
+    same = settings.get("same") is True
+    layer = _padding_layer(bench, op, spec) if same else bench.layer(op, op.path, spec)
     remove = settings.get("remove")
     scope = settings.get("scope")
     act: nn.Module | None = None
@@ -55,7 +59,7 @@ def fuse_layer(bench: Bench, op: Op) -> Edit:
         if not isinstance(scope, str):
             raise PlanError("scope is no path", where=op.where("scope"), expected="a string", got=repr(scope))
         graph_path = _edit_code(bench, op, scope, layer, (str(name), numbers), bool(residual), act)
-    new = PointwiseActivation.of_layer(layer, spec, str(name), numbers)
+    new = PointwiseActivation.of_layer(layer, spec, str(name), numbers, same=same)
     paths = bench.names_of(layer)
     bench.replace(layer, new)
     if act is not None:
@@ -76,6 +80,37 @@ def fuse_layer(bench: Bench, op: Op) -> Edit:
         aliases=tuple(path for path in paths if path != op.path),
         graph_module=graph_path,
     )
+
+
+def _padding_layer(bench: Bench, op: Op, spec: ConvSpec) -> Any:
+    """A convolution with code of its own that pads its input; tried out, where it has values, at two sizes.
+
+    Raises:
+        PlanError: If it is another layer.
+        Refused: If its code does something else.
+    """
+    layer: Any = bench.find(op, op.path)
+    if not isinstance(layer, nn.Conv2d) or spec_of_module(layer) != spec:
+        raise PlanError("the plan was made for another layer", where=op.where("layer"), got=str(layer)[:80])
+    bench.check_held(op.path, layer)
+    detail = f"{type(layer).__qualname__} has a forward of its own that does more than pad"
+    refused = Refused(Skip(op.path, SkipReason.OVERRIDDEN_FORWARD, detail))
+    if hooked(layer) or layer._parameters.get("weight") is None:
+        raise refused
+    if not bench.fill or layer.weight.is_meta:
+        return layer
+    trial = PointwiseActivation.of_layer(layer, spec, "none", same=True)
+    generator = torch.Generator().manual_seed(0)
+    for height, width in ((13, 16), (18, 15)):
+        x = torch.randn(1, spec.in_channels, height, width, generator=generator).to(layer.weight)
+        try:
+            with torch.no_grad():
+                found, wanted = layer(x), trial(x)
+        except Exception as error:
+            raise refused from error
+        if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=1e-2, atol=1e-3):
+            raise refused
+    return layer
 
 
 def _edit_code(

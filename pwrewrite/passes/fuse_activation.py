@@ -17,7 +17,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..capture.records import Capture, Layer, info
-from ..eligibility import eligible
+from ..eligibility import eligible, module_refusal
 from ..forms import spec_to_dict
 from ..fused.known import hooked
 from ..plan import Estimate, Op, Skip, SkipReason
@@ -77,9 +77,12 @@ class FusePointwiseActivation(Pass):
             settings = self._addition(graph, layer, node, last, reader, fused)
         if settings is None:
             return None
-        refusal = self._refused(capture, graph, layer)
-        if refusal is not None:
-            return refusal
+        if pads_itself(graph, layer, node):
+            settings["same"] = True
+        else:
+            refusal = self._refused(capture, graph, layer)
+            if refusal is not None:
+                return refusal
         fused.update(settings.pop("nodes"))
         settings["layer"] = spec_to_dict(spec_of(layer))
         estimate = Estimate(layer.params, layer.params, layer.macs, layer.macs)
@@ -144,6 +147,17 @@ class FusePointwiseActivation(Pass):
         if layer.functional:
             return Skip(layer.path, SkipReason.FUNCTIONAL, "a functional call; make it a module")
         return eligible(capture, layer, graph.owners)
+
+
+def pads_itself(graph: Graph, layer: Layer, node: fx.Node) -> bool:
+    """Whether a layer may be a convolution that pads as TensorFlow does, by its own code; the action tries it out."""
+    module = graph.modules.get(layer.path)
+    if not isinstance(module, nn.Conv2d) or not layer.functional or len(layer.calls) != 1:
+        return False
+    if info(node).path != layer.path or any(map(any, layer.spec.padding if layer.spec else ())):
+        return False
+    refusal = module_refusal(layer.path, module, graph.owners.holders)
+    return refusal is not None and refusal.reason is SkipReason.OVERRIDDEN_FORWARD
 
 
 def _is_add(node: fx.Node) -> bool:

@@ -148,6 +148,41 @@ def test_timm_and_torchvision_norms() -> None:
     assert not reasons(done)
 
 
+class Same(nn.Conv2d):
+    """TensorFlow's padding, as timm's Conv2dSame."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads: list[int] = []
+        for n, k, s in reversed(list(zip(x.shape[-2:], self.kernel_size, self.stride))):
+            total = max((-(-n // s) - 1) * s + k - n, 0)
+            pads += [total // 2, total - total // 2]
+        return F.conv2d(F.pad(x, pads), self.weight, self.bias, self.stride)
+
+
+def test_layers_that_pad_as_tensorflow() -> None:
+    model = lively(nn.Sequential(Same(4, 6, 3, stride=2, bias=False), nn.BatchNorm2d(6), nn.ReLU()))
+    done = checked(model)
+    assert Counter(e.op.action for e in done.edits) == {"fold": 1, "fuse": 1}
+    for size in ((9, 9), (6, 11)):
+        x = torch.randn(1, 4, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(done.model(x), model(x), rtol=1e-4, atol=1e-5)
+    layers = pytest.importorskip("timm.layers")
+    model = lively(nn.Sequential(layers.Conv2dSame(4, 6, 5, stride=2, bias=False), layers.BatchNormAct2d(6)))
+    done = checked(model)
+    assert Counter(e.op.action for e in done.edits) == {"fold": 1, "fuse": 1}
+
+
+class Odd(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x.flip(2), self.weight, self.bias, self.stride)
+
+
+def test_layers_that_do_something_else_by_their_own_code() -> None:
+    done = checked(nn.Sequential(Odd(4, 6, 3), nn.ReLU()).eval())
+    assert reasons(done)["0"] == "overridden-forward"
+
+
 class Twice(nn.Module):
     """pytorch#104593: one convolution, called with a norm behind it and without."""
 
