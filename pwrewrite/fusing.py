@@ -30,13 +30,20 @@ from .passes import Pass
 from .passes.channels_last import ChannelsLast
 from .passes.fold_batch_norm import FoldBatchNorm
 from .passes.fuse_activation import FusePointwiseActivation
+from .passes.merge_pointwise import MergePointwise
 from .passes.remove_noise import RemoveInferenceNoise
 from .plan import Plan, Skip, SkipReason
 from .rewriting import Rewritten
 from .steps import Progress, Run, propose, silent
 from .verification import Check, Verification
 
-DEFAULT: tuple[type[Pass], ...] = (RemoveInferenceNoise, FoldBatchNorm, FusePointwiseActivation, ChannelsLast)
+DEFAULT: tuple[type[Pass], ...] = (
+    RemoveInferenceNoise,
+    FoldBatchNorm,
+    MergePointwise,
+    FusePointwiseActivation,
+    ChannelsLast,
+)
 """The passes of `fuse`, in order."""
 
 
@@ -96,6 +103,9 @@ def fuse(
             _surviving(run, plan)
         else:
             run.step(plan)
+            while isinstance(one, MergePointwise) and plan.ops:  # three in a row are two pairs
+                plan = propose(run.captured, [one])
+                run.step(plan)
     before, after = run.analyses(target)
     proof = None
     if verify:

@@ -13,6 +13,7 @@ from .channels_last import use_channels_last
 from .factorize import factorize_layer
 from .fold import fold_norm
 from .fuse import fuse_layer
+from .merge import merge_layers
 from .project import project_branch
 from .remove import remove_module
 
@@ -21,6 +22,7 @@ ACTIONS: dict[str, Callable[[Bench, Op], Edit]] = {
     "project": project_branch,
     "fold": fold_norm,
     "fuse": fuse_layer,
+    "merge": merge_layers,
     "remove": remove_module,
     "channels-last": use_channels_last,
 }

@@ -21,7 +21,7 @@ def fuse(
         typer.Option(
             "--passes",
             metavar="NAME,…",
-            help="Passes to run, in order: remove-inference-noise, fold-batch-norm, fuse-activation, "
+            help="Passes to run, in order: remove-inference-noise, fold-batch-norm, merge-pointwise, fuse-activation, "
             r"channels-last. [dim]\[default: all of them][/]",
             rich_help_panel=PASSES,
         ),

@@ -9,6 +9,7 @@ from .fold_batch_norm import FoldBatchNorm
 from .fuse_activation import FusePointwiseActivation
 from .graph_pass import as_graph_pass
 from .low_rank import FactorizeLinear, FactorizePointwise
+from .merge_pointwise import MergePointwise
 from .project import ProjectBranch
 from .remove_noise import RemoveInferenceNoise
 from .separable import FactorizeSpatial, SeparateDepthwise
@@ -37,6 +38,7 @@ __all__ = [
     "InsertExpansion",
     "InsertReduction",
     "LayerPass",
+    "MergePointwise",
     "Pass",
     "ProjectBranch",
     "Proposal",

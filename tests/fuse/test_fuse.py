@@ -21,6 +21,7 @@ from pwrewrite.fusing import fuse
 from pwrewrite.passes import Pass
 from pwrewrite.passes.fold_batch_norm import FoldBatchNorm
 from pwrewrite.passes.fuse_activation import FusePointwiseActivation
+from pwrewrite.passes.merge_pointwise import MergePointwise
 from pwrewrite.plan import Plan
 from pwrewrite.rewriting import Rewritten
 from pwrewrite.storage import load
@@ -256,6 +257,59 @@ def test_other_reasons_not_to_fold() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- fusing
+
+
+# ------------------------------------------------------------------------------------------------------ merging
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shape"),
+    [
+        (nn.Conv2d(4, 16, 1), nn.Conv2d(16, 6, 1, stride=2), (2, 4, 10, 10)),
+        (nn.Conv2d(4, 16, 1, stride=2), nn.Conv2d(16, 6, 1, bias=False), (2, 4, 10, 10)),
+        (nn.Conv2d(4, 32, 1, bias=False), nn.Conv2d(32, 6, 3, padding=1, stride=2, dilation=2), (2, 4, 10, 10)),
+        (nn.Conv2d(4, 32, 1), nn.Conv2d(32, 6, (1, 3)), (2, 4, 10, 10)),
+        (nn.Conv2d(4, 32, 1), nn.Conv2d(32, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 10, 10)),
+        (nn.Conv2d(4, 32, 3, padding=1, stride=2), nn.Conv2d(32, 6, 1, stride=2), (2, 4, 10, 10)),
+        (nn.Conv1d(4, 32, 3, padding=1), nn.Conv1d(32, 6, 1), (2, 4, 10)),
+        (nn.Linear(10, 32), nn.Linear(32, 3), (2, 4, 10)),
+    ],
+)
+def test_neighbours_merge(first: nn.Module, second: nn.Module, shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(first, nn.Dropout(), second).eval()
+    done = checked(model, torch.randn(shape), [MergePointwise()], thorough=True)
+    assert [e.method for e in done.edits] == ["merge"]
+    assert isinstance(done.model[0], nn.Identity)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (nn.Conv2d(4, 32, 1), nn.Conv2d(32, 6, 3, padding=1)),  # zeros where the bias is
+        (nn.Conv2d(4, 32, 1, stride=2), nn.Conv2d(32, 6, 3)),
+        (nn.Conv2d(4, 32, 1, bias=False), nn.Conv2d(32, 8, 3, groups=2)),
+        (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)),
+        (nn.Conv2d(4, 1, 1), nn.Conv2d(1, 4, 1)),  # a bottleneck that pays
+    ],
+)
+def test_neighbours_that_stay(first: nn.Module, second: nn.Module) -> None:
+    assert not checked(nn.Sequential(first, second).eval(), passes=[MergePointwise()]).edits
+
+
+def test_a_pointless_bottleneck_is_taken_back(tmp_path: Path) -> None:
+    from pwrewrite.passes import InsertBottleneck
+    from pwrewrite.rewriting import rewrite
+
+    x = torch.randn(2, 8, 10, 10)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    wide = rewrite(model, x, [InsertBottleneck(8, allow_growth=True)])
+    assert wide.edits
+    done = checked(wide.model, x)
+    assert Counter(e.op.action for e in done.edits)["merge"] == 2
+    assert sum(p.numel() for p in done.model.parameters()) == 8 * 8 * 9 + 8
+    done.save(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "out", wide.model)(x), done.model(x))
 
 
 class Calls(nn.Module):
