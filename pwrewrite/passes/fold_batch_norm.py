@@ -94,16 +94,15 @@ def _functional(graph: Graph, node: fx.Node) -> _Norm | Skip:
         )
     keep: list[str] = []
     last = node
-    while True:
-        reader = graph.sole_reader(last)
-        inside = reader is not None and reader.op == "call_module" and str(reader.target).startswith(f"{path}.")
-        if reader is None or not inside:
+    while (reader := graph.sole_reader(last)) is not None:
+        child = str(reader.target) if reader.op == "call_module" else info(reader).path
+        inside = child.startswith(f"{path}.") and "." not in child[len(path) + 1 :]
+        if not inside or graph.calls_of(child) != 1 or (reader.op != "call_module" and not graph.wraps(child)):
             break
-        keep.append(str(reader.target).removeprefix(f"{path}."))
+        keep.append(child[len(path) + 1 :])
         last = reader
-    called = {t for n in graph.nodes if n.op == "call_module" and (t := str(n.target)).startswith(f"{path}.")}
-    deep = any("." in name for name in keep)
-    if called != {f"{path}.{name}" for name in keep} or deep or any(graph.calls[t] > 1 for t in called):
+    ours = [n for n in graph.nodes if n.op != "get_attr" and info(n).path.startswith(f"{path}.")]
+    if len(ours) != len(keep):
         return Skip(path, SkipReason.NOT_TRACED, "its code does more than run its children behind the norm")
     return _Norm(path, node, node.args[0], node, tuple(keep))
 

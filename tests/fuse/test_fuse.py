@@ -147,6 +147,9 @@ def test_timm_and_torchvision_norms() -> None:
     done = checked(model)
     assert Counter(e.op.action for e in done.edits) == {"fold": 2, "fuse": 1}
     assert not reasons(done)
+    tanh = layers.GELUTanh  # a module of timm's own, with a forward of its own
+    done = checked(lively(nn.Sequential(nn.Conv2d(4, 6, 3), layers.BatchNormAct2d(6, act_layer=tanh))))
+    assert Counter(e.op.action for e in done.edits) == {"fold": 1, "fuse": 1}
 
 
 class Same(nn.Conv2d):
@@ -451,6 +454,24 @@ class Written(nn.Module):
 def test_additions_that_must_stay(way: int) -> None:
     done = checked(Written(way).eval())
     assert not any(e.method.startswith("add") for e in done.edits)
+
+
+class Optional(nn.Module):
+    """timm's DLA: a trace of this code knows only the call with a shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        if shortcut is None:
+            shortcut = x
+        return self.relu(self.conv(x) + shortcut)
+
+
+def test_optional_inputs_are_not_baked_in() -> None:
+    done = checked(nn.Sequential(Optional(), nn.Conv2d(4, 4, 1)).eval())
+    assert reasons(done)["0.conv"] == "not-traced"
 
 
 class Branches(nn.Module):
