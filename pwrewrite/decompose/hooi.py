@@ -42,6 +42,9 @@ from pwrewrite.decompose.layout import wide_dtype
 #: The energy that is cut off must exceed this times √n·eps times the largest eigenvalue for a Gram matrix to be
 #: trusted.
 _TRUST = 100.0
+#: A first update that gains less than this times the tolerance and the squared aspect ratio leaves little: less than
+#: the tolerance, over spectra from flat to steep, aspect ratios from 1 to 3 and rank ratios from 1/4 to 3/4.
+_FIRST_GAIN = 5.0
 #: Chebyshev steps pay from this size on; below it, an eigendecomposition is as fast.
 _CHEBYSHEV_SIZE = 48
 #: The largest ratio of leading eigenvalue to smallest Ritz value that a step of degree 1 and of degree 2 is applied
@@ -151,6 +154,7 @@ class _Alternation:
         side = 1 - first
         factors[side] = self.start(side, partial)
         updates, previous = 0, math.inf
+        aspect = min(self.sizes) / max(self.sizes)
         free = [rank < size for rank, size in zip(self.ranks, self.sizes)]
         while all(free) and updates < 2 * sweeps:
             side = 1 - side
@@ -159,6 +163,8 @@ class _Alternation:
             updates += 1
             # the sides may gain alternately much and little; but one that gains far less than the other has converged
             if gain + min(previous, 4 * gain) < 2 * tolerance:
+                break
+            if updates == 1 and gain < _FIRST_GAIN * aspect**2 * tolerance:
                 break
             previous = gain
         return self.result(factors[0], factors[1], updates, partial, 1 - side)

@@ -41,8 +41,9 @@ from pwrewrite.decompose.layout import (
 from pwrewrite.decompose.weighting import SideWeight, side_weight
 from pwrewrite.errors import UsageError
 
-#: Below this squared relative error ‖W‖² − ‖core‖² has lost too many digits, and the residual itself is formed.
-_CANCELLATION = 1e-2
+#: Below the first of these squared relative errors ‖W‖² − ‖core‖² has to be corrected for factors that are orthonormal
+#: to working precision only; below the second it has lost too many digits, and the residual itself is formed.
+_CANCELLATION = (2e-2, 4e-3)
 #: Below this relative error the factors' own rounding is most of it, and a refinement pays.
 _NEARLY_EXACT = 1e-4
 #: Norms outside of this range are scaled to 1, so that no square under- or overflows in float32.
@@ -253,8 +254,16 @@ class TuckerProblem:
         return basis, roots[0] @ factor @ triangle.mT
 
     def _plain_error(self, out: Tensor, inner: Tensor, core: Tensor) -> float:
-        """The relative error, from the norms where that is precise enough and from the residual where it is not."""
+        """The relative error, from the norms where that is precise enough and from the residual where it is not.
+
+        ``‖W − Ŵ‖² = ‖W‖² − 2‖core‖² + ‖Ŵ‖²``, where ``‖Ŵ‖² = ‖core‖²`` up to what the factors lack in orthonormality.
+        """
         share = 1 - (relative(frobenius(core), self.norm)) ** 2
-        if self.norm and share > _CANCELLATION:
+        if self.norm and share > _CANCELLATION[1]:
+            if share < _CANCELLATION[0]:
+                for side, factor in enumerate((out, inner)):
+                    defect = factor.mT @ factor
+                    defect.diagonal(dim1=-2, dim2=-1).sub_(1)
+                    share += float((core * project(side, defect, core)).sum()) / self.norm**2
             return math.sqrt(share)
         return relative(frobenius(project(0, out, project(1, inner, core)).sub_(self.tensor)), self.norm)
