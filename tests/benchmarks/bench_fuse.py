@@ -7,7 +7,8 @@
 
 Each figure is the median of runs that take turns: every round runs each way once, so that a slow moment of the machine
 meets all of them. ``best`` is the fastest round, which noise touches least. onnxruntime gets the unfused model,
-exported to ONNX, which it fuses itself; ``--compile`` adds ``torch.compile`` with frozen weights (minutes).
+exported to ONNX, which it fuses itself; ``--compile`` adds ``torch.compile`` with frozen weights (minutes). On a busy
+machine ``--threads 1 --cpu-time`` still tells the ways apart, since time spent waiting for a core does not count.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _onnx(model: nn.Module, x: Tensor) -> Run:
     return lambda: session.run(None, feed)
 
 
-def measure(runs: dict[str, Run], seconds: float) -> dict[str, tuple[float, float]]:
+def measure(runs: dict[str, Run], seconds: float, clock: Callable[[], float]) -> dict[str, tuple[float, float]]:
     """Median and best seconds of each way, taking turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     with torch.no_grad():
@@ -124,9 +125,9 @@ def measure(runs: dict[str, Run], seconds: float) -> dict[str, tuple[float, floa
         end = time.perf_counter() + seconds * len(runs)
         while time.perf_counter() < end or len(times["eager"]) < 5:
             for name, run in runs.items():
-                start = time.perf_counter()
+                start = clock()
                 run()
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return {name: (statistics.median(found), min(found)) for name, found in times.items()}
 
 
@@ -138,15 +139,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of this process's CPUs, not of the clock")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    clock = time.process_time if options.cpu_time else time.perf_counter
     rows: list[dict[str, Any]] = []
     for name in options.models.split(","):
         model = build(name)
         size = 299 if name == "inception_v3" else 224
         for batch in map(int, options.batches.split(",")):
             x = torch.rand(batch, 3, size, size)
-            found = measure(ways(model, x, compiled=options.compile), options.seconds)
+            found = measure(ways(model, x, compiled=options.compile), options.seconds, clock)
             row = {"model": name, "batch": batch, **{k: {"median": m, "best": b} for k, (m, b) in found.items()}}
             rows.append(row)
             fused = found["fused"]
