@@ -99,9 +99,9 @@ def rewrite_target(
             got=counts_text(result.report.skips) or "no layer that these passes are about",
             hint="--dry-run --all says why for each layer",
         )
-    whole = _whole(opened, result.plan)
+    whole = whole_plan(opened, result.plan)
     names = join_names(opened.names, result.names)
-    return replace(result, plan=whole, names=names, report=_told(result.report, opened.loaded))
+    return replace(result, plan=whole, names=names, report=told(result.report, opened.loaded))
 
 
 def plan_target(
@@ -127,7 +127,7 @@ def plan_target(
         opened.model, opened.loaded.example_inputs, passes, plan, target=request.target, progress=progress
     )
     facts = {**planned.plan.model, **_origin(opened)}
-    return Planned(replace(planned.plan, model=facts), _told(planned.report, opened.loaded))
+    return Planned(replace(planned.plan, model=facts), told(planned.report, opened.loaded))
 
 
 def verify_targets(
@@ -207,7 +207,7 @@ def _origin(opened: Opened) -> dict[str, Any]:
     return facts
 
 
-def _whole(opened: Opened, plan: Plan) -> Plan:
+def whole_plan(opened: Opened, plan: Plan) -> Plan:
     """The plan from the original model."""
     if opened.plan is None:
         return replace(plan, model={**plan.model, **_origin(opened)})
@@ -216,7 +216,7 @@ def _whole(opened: Opened, plan: Plan) -> Plan:
     return replace(joined, model={**plan.model, **_origin(opened), **kept})
 
 
-def _told(report: Report, loaded: LoadedModel) -> Report:
+def told(report: Report, loaded: LoadedModel) -> Report:
     """A report with the notes of loading before its own."""
     return replace(report, notes=tuple(dict.fromkeys((*loaded.notes, *report.notes))))
 

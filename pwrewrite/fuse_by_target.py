@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .by_target import Request, _told, _whole
+from .by_target import Request, told, whole_plan
 from .capture import Inputs, split_inputs
 from .errors import RefusedError, UsageError
 from .fusing import DEFAULT, Fused, drawn_inputs, fuse
@@ -86,8 +86,8 @@ def fuse_target(
         before, after = latencies(model, result.model, inputs)
     return Measured(
         result.model,
-        _whole(opened, result.plan),
-        _told(result.report, opened.loaded),
+        whole_plan(opened, result.plan),
+        told(result.report, opened.loaded),
         result.edits,
         join_names(opened.names, result.names),
         result.before,
