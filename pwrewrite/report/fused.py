@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -15,15 +15,41 @@ from . import rewrite_rows as rows
 from .layout import Column, fit, shorten
 from .markdown import code, escape, pipe_table, sentence
 from .numbers import exact, plural, size
+from .records import Report
 from .rewrite import checks
 from .rows import plain
 from .table import WIDTH
 
-if TYPE_CHECKING:
-    from ..fuse_by_target import Measured
-
 _SHOWN = 5
 _WORDS = {"fold": "batch norm folded", "remove": "module without effect removed", "channels-last": "channels_last"}
+
+
+class Measured(Protocol):
+    """What a report of fusing is made from: the result of `pwrewrite.fuse_by_target.fuse_target`."""
+
+    @property
+    def report(self) -> Report:
+        """What changed, and the proof."""
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """What was done."""
+
+    @property
+    def before(self) -> Mapping[str, int]:
+        """Nodes, kernels and bytes moved, before."""
+
+    @property
+    def after(self) -> Mapping[str, int]:
+        """The same, after."""
+
+    @property
+    def seconds_before(self) -> float | None:
+        """Median seconds of one run before; None where not measured."""
+
+    @property
+    def seconds_after(self) -> float | None:
+        """The same after."""
 
 
 def page(result: Measured, *, width: int = WIDTH, everything: bool = False) -> RenderableType:
