@@ -60,6 +60,9 @@ class Fused(Rewritten):
     after: Mapping[str, int] = field(default_factory=dict)
 
 
+_REPEATED = (FoldBatchNorm, MergePointwise)
+"""Passes that go on until nothing is left: three in a row are two pairs, and a layer may lie between two norms."""
+
 _REFERENCE_LIMIT = 300_000_000
 """Parameters above which no copy in float64 is made."""
 
@@ -102,10 +105,11 @@ def fuse(
         if isinstance(one, ChannelsLast):
             _surviving(run, plan)
         else:
+            done = len(run.rows)
             run.step(plan)
-            while isinstance(one, MergePointwise) and plan.ops:  # three in a row are two pairs
-                plan = propose(run.captured, [one])
-                run.step(plan)
+            while isinstance(one, _REPEATED) and len(run.rows) > done:
+                done = len(run.rows)
+                run.step(propose(run.captured, [one]))
     before, after = run.analyses(target)
     proof = None
     if verify:

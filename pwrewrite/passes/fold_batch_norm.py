@@ -73,6 +73,8 @@ def _norms(graph: Graph) -> list[_Norm | Skip]:
         if node.op == "call_module" and info(node).op == "batch_norm":
             found.append(_Norm(str(node.target), node, node.args[0] if node.args else None, node))
         elif node.op == "call_function" and info(node).op == "batch_norm":
+            if _is_layer(graph.modules.get(info(node).path)):
+                continue  # a layer that normalises its weight, not an activation
             found.append(_functional(graph, node))
         elif node.op in ("call_function", "call_method") and _is_frozen(graph.modules.get(info(node).path)):
             frozen.setdefault(info(node).path, []).append(node)

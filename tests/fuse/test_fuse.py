@@ -121,6 +121,11 @@ def test_a_norm_before_a_layer_folds_where_the_padding_allows(conv: nn.Module) -
     assert len(checked(model, torch.randn(2, 5), [FoldBatchNorm()]).edits) == 1
 
 
+def test_norms_on_both_sides_of_a_layer_fold() -> None:
+    model = lively(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6)))
+    assert [e.path for e in checked(model, passes=[FoldBatchNorm()]).edits] == ["1", "3"]
+
+
 class Frozen(nn.Module):
     def __init__(self, channels: int, power: float = -0.5) -> None:
         super().__init__()
