@@ -98,6 +98,7 @@ def _optimized(model: nn.Module, x: Tensor) -> Run:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = optimize_for_inference(copy.deepcopy(model))
+        made(x)  # it cannot run every model
     return lambda: made(x)
 
 
