@@ -61,7 +61,8 @@ def to_graph(module: nn.Module) -> Regraphed:
         module: The module; its children are shared with the result.
 
     Raises:
-        NotTraceable: If the code depends on values, shapes or the training mode, or sets attributes.
+        NotTraceable: If the code depends on values, shapes or the training mode, has inputs that may be None, or sets
+            attributes.
     """
     graph = copy.deepcopy(module.graph) if isinstance(module, fx.GraphModule) else _trace(module)
     made = Regraphed(module, graph, class_name=type(module).__name__)
@@ -102,6 +103,10 @@ def _trace(module: nn.Module) -> fx.Graph:
                 del vars(module)[name]
     if changed:
         raise NotTraceable(f"{kind}.forward sets {', '.join(changed[:3])}, which a graph would not")
+    inputs = [node for node in graphs[1].nodes if node.op == "placeholder" and node.args]
+    optional = [str(node.target) for node in inputs if node.args[0] is None or isinstance(node.args[0], bool)]
+    if optional:  # ``if shortcut is None: shortcut = x`` leaves no trace: a graph holds the code for a given one
+        raise NotTraceable(f"{kind}.forward takes {', '.join(optional)} optionally")
     if _text(graphs[0]) != _text(graphs[1]):
         raise NotTraceable(f"{kind}.forward does something else in training, which a graph cannot hold")
     return graphs[1]

@@ -155,3 +155,20 @@ def test_settings_that_the_code_computes() -> None:
 
     with pytest.raises(NotTraceable, match="computed by the code"):
         FunctionalCall(to_graph(Computed()), "weight")
+
+
+def test_code_with_optional_inputs_is_refused() -> None:
+    """A trace holds what it does with one that is given, and here the model gives none."""
+
+    class Optional(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(4, 4, 3, 3))
+
+        def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
+            if shortcut is None:
+                shortcut = x
+            return torch.nn.functional.conv2d(x, self.weight, padding=1) + shortcut
+
+    with pytest.raises(NotTraceable, match="shortcut optionally"):
+        to_graph(Optional())

@@ -132,7 +132,7 @@ def _edit_code(
         if inside and module is not layer:
             bench.check_held(op.path, module)
             try:
-                made = _graph_of(module)
+                made = to_graph(module)
                 relative = op.path.removeprefix(f"{scope}." if scope else "")
                 edit = _CodeEdit(made, relative, layer, activation, residual, act, removed)
                 edit.carry_out()
@@ -146,20 +146,6 @@ def _edit_code(
         if not scope:
             raise Refused(Skip(op.path, SkipReason.NOT_TRACED, failure))
         scope = scope.rpartition(".")[0]
-
-
-def _graph_of(module: nn.Module) -> Regraphed:
-    """A module's code as a graph.
-
-    Raises:
-        NotTraceable: If it cannot be one, or if it has optional inputs: a trace holds what the code does with one that
-            is given (``if shortcut is None: shortcut = x`` leaves no trace), and not what it does without.
-    """
-    made = to_graph(module)
-    optional = [str(node.target) for node in made.graph.nodes if node.op == "placeholder" and node.args]
-    if optional:
-        raise NotTraceable(f"{type(module).__name__}.forward takes {', '.join(optional)} optionally")
-    return made
 
 
 class _NotHere(NotTraceable):
@@ -310,7 +296,7 @@ def _chain(module: nn.Module) -> list[str] | None:
         names = list(module._modules)
         return names if len({id(child) for child in module._modules.values()}) == len(names) else None
     try:
-        nodes = list(_graph_of(module).graph.nodes)
+        nodes = list(to_graph(module).graph.nodes)
     except NotTraceable:
         return None
     calls = nodes[1:-1]
