@@ -26,24 +26,16 @@ from .capture.nested import map_tensors, tensors_of
 from .capture.records import Capture, info
 from .errors import RefusedError, first_line
 from .fused import PointwiseActivation
-from .passes import Pass
+from .passes import FUSING, Pass
 from .passes.channels_last import ChannelsLast
 from .passes.fold_batch_norm import FoldBatchNorm
-from .passes.fuse_activation import FusePointwiseActivation
 from .passes.merge_pointwise import MergePointwise
-from .passes.remove_noise import RemoveInferenceNoise
 from .plan import Plan, Skip, SkipReason
 from .rewriting import Rewritten
 from .steps import Progress, Run, propose, silent
 from .verification import Check, Verification
 
-DEFAULT: tuple[type[Pass], ...] = (
-    RemoveInferenceNoise,
-    FoldBatchNorm,
-    MergePointwise,
-    FusePointwiseActivation,
-    ChannelsLast,
-)
+DEFAULT = FUSING
 """The passes of `fuse`, in order."""
 
 

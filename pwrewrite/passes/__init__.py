@@ -24,10 +24,20 @@ ALL: tuple[type[Pass], ...] = (
     FactorizeLinear,
     ProjectBranch,
 )
-"""Every pass of `pwrewrite.rewrite`; those of `pwrewrite.fuse` are `pwrewrite.fusing.DEFAULT`."""
+"""Every pass of `pwrewrite.rewrite`."""
+
+FUSING: tuple[type[Pass], ...] = (
+    RemoveInferenceNoise,
+    FoldBatchNorm,
+    MergePointwise,
+    FusePointwiseActivation,
+    ChannelsLast,
+)
+"""Every pass of `pwrewrite.fuse`, in the order in which it runs them."""
 
 __all__ = [
     "ALL",
+    "FUSING",
     "ChannelsLast",
     "FactorizeLinear",
     "FactorizePointwise",

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..forms import FORMS
-from ..passes import ALL, LayerPass, ProjectBranch
+from ..passes import ALL, FUSING, LayerPass, ProjectBranch
 from .layout import HEAD_RULE
 from .markdown import code, escape, pipe_table
 from .table import WIDTH
@@ -23,6 +23,9 @@ _EXACT = {
 }
 
 
+_FUSE = "(pwrewrite fuse)"
+
+
 @dataclass(frozen=True, slots=True)
 class PassRow:
     """A pass.
@@ -31,7 +34,7 @@ class PassRow:
         name: As for ``--pass``.
         summary: What it does.
         exact: ``no``, ``eval``, ``train`` or ``both``.
-        set: How ``--set`` asks for it.
+        set: How ``--set`` asks for it, or which command runs it.
     """
 
     name: str
@@ -46,13 +49,15 @@ class PassRow:
 
 def rows() -> list[PassRow]:
     """Every pass there is."""
-    return [PassRow(kind.name, kind.summary, kind.exact, _set(kind)) for kind in ALL]
+    return [PassRow(kind.name, kind.summary, kind.exact, _set(kind)) for kind in (*ALL, *FUSING)]
 
 
 def _set(kind: type) -> str:
     if issubclass(kind, LayerPass):
         return f"{kind.form}:{','.join(name.removeprefix('rank_').upper() for name in FORMS[kind.form])}"
-    return "project:CHANNELS" if issubclass(kind, ProjectBranch) else "–"
+    if issubclass(kind, ProjectBranch):
+        return "project:CHANNELS"
+    return _FUSE
 
 
 def page(found: Sequence[PassRow], *, width: int = WIDTH) -> RenderableType:
@@ -76,7 +81,7 @@ def _short(exact: str) -> str:
 def markdown(found: Sequence[PassRow]) -> str:
     """As a Markdown table."""
     cells = [
-        (code(r.name), escape(r.summary), _EXACT[r.exact], code(f"PATH={r.set}") if r.set != "–" else r.set)
+        (code(r.name), escape(r.summary), _EXACT[r.exact], r.set if r.set == _FUSE else code(f"PATH={r.set}"))
         for r in found
     ]
     return pipe_table(("pass", "what it does", "exact", "as --set"), cells, "llll") + "\n"

@@ -344,11 +344,11 @@ def test_the_figure_of_googlenet(run: Run, folder: Path) -> None:
 
 
 def test_passes_are_listed(run: Run) -> None:
-    from pwrewrite.passes import ALL
+    from pwrewrite.passes import ALL, FUSING
 
     text = run("passes").stdout
     data = json.loads(run("passes", "--format", "json").stdout)
-    assert [row["name"] for row in data] == [kind.name for kind in ALL]
+    assert [row["name"] for row in data] == [kind.name for kind in (*ALL, *FUSING)]
     for row in data:
         assert row["name"] in text
         assert row["exact"] in ("no", "eval", "train", "both")
