@@ -51,10 +51,11 @@ def capture(
     """Captures a model as a graph with shapes and costs, without computing where shapes suffice.
 
     Args:
-        model: Any module; its weights may be on any device, ``meta`` included. example_inputs: A tensor, a tuple of
-        positional inputs or a dict of keyword inputs, real or on ``meta``; tensors may be nested. training: Whether
-        the model runs as in training; by default as in evaluation. values: ``meta`` (shapes only), ``real`` (compute)
-        or ``auto`` (compute only if the model needs values).
+        model: Any module; its weights may be on any device, ``meta`` included.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs, real or on ``meta``; tensors
+            may be nested.
+        training: Whether the model runs as in training; by default as in evaluation.
+        values: ``meta`` (shapes only), ``real`` (compute) or ``auto`` (compute only if the model needs values).
         items: Whether each of several tensors that an operation makes (``x.chunk(2)``) gets a ``getitem`` node, so that
             the graph can be executed; otherwise their users read the operation's node.
 
