@@ -56,11 +56,14 @@ class NodeInfo:
         op: Canonical name of the operation: ``conv2d``, ``linear``, ``batch_norm``, ``relu``, ``add``, ``cat``,
             ``attention``, ``input``, ``output``, ….
         path: Path of the module that ran it (the leaf itself for a module call, the enclosing module for a function).
-        inputs: Activations read, in order, without repetition. Weights are not among them. outputs: Tensors made,
-        flattened in order. cost: Parameters used here (0 from the second call of a layer on), MACs, bytes read and
-        written. A view moves no bytes. alias_of: Name of the node whose storage the output shares: views and in-place
-        operations. window: For convolutions and local pooling. spec: For convolutions. unpriced: Operations inside
-        that have no cost formula, one entry per occurrence.
+        inputs: Activations read, in order, without repetition. Weights are not among them.
+        outputs: Tensors made, flattened in order.
+        cost: Parameters used here (0 from the second call of a layer on), MACs, bytes read and written. A view moves no
+            bytes.
+        alias_of: Name of the node whose storage the output shares: views and in-place operations.
+        window: For convolutions and local pooling.
+        spec: For convolutions.
+        unpriced: Operations inside that have no cost formula, one entry per occurrence.
     """
 
     op: str
@@ -150,10 +153,12 @@ class Coverage:
     """How much of the model the graph holds.
 
     Attributes:
-        capture: ``whole`` (one graph), ``islands`` (parts that torch functions cannot connect) or ``eager`` (no layer
-        in a graph). convolutions: Distinct convolution layers the model has. in_graph: How many of them the graph
-        calls. unpriced: ``(operation, calls)`` without a formula. values: ``meta`` where shapes sufficed, ``real``
-        where the model needed one seeded real run.
+        capture: ``whole`` (one graph), ``islands`` (parts that torch functions cannot connect) or ``eager`` (no layer in
+            a graph).
+        convolutions: Distinct convolution layers the model has.
+        in_graph: How many of them the graph calls.
+        unpriced: ``(operation, calls)`` without a formula.
+        values: ``meta`` where shapes sufficed, ``real`` where the model needed one seeded real run.
     """
 
     capture: str

@@ -199,9 +199,9 @@ class Stage:
     """One convolution of a factorised convolution.
 
     Attributes:
-        name: ``reduce``, ``core``, ``expand``, ``first``, ``second``, ``depthwise`` or ``pointwise``. weight: In
-            the layout of the convolution that the stage is: ``(out, in/groups, *k)``, or ``(in, out/groups, *k)``
-            when ``transposed``.
+        name: ``reduce``, ``core``, ``expand``, ``first``, ``second``, ``depthwise`` or ``pointwise``.
+        weight: In the layout of the convolution that the stage is: ``(out, in/groups, *k)``, or
+            ``(in, out/groups, *k)`` when ``transposed``.
         groups: Number of groups of this stage.
         transposed: Whether this stage is a transposed convolution.
         axes: The spatial axes on which this stage carries the original's kernel size, stride, padding, dilation and
