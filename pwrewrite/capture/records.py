@@ -153,8 +153,8 @@ class Coverage:
     """How much of the model the graph holds.
 
     Attributes:
-        capture: ``whole`` (one graph), ``islands`` (parts that torch functions cannot connect) or ``eager`` (no layer in
-            a graph).
+        capture: ``whole`` (one graph), ``islands`` (parts that torch functions cannot connect) or ``eager`` (no layer
+            in a graph).
         convolutions: Distinct convolution layers the model has.
         in_graph: How many of them the graph calls.
         unpriced: ``(operation, calls)`` without a formula.
