@@ -220,6 +220,68 @@ class ConvSpec:
         return prod(self.weight_shape) * batch * prod(per_weight[len(per_weight) - self.dims :])
 
 
+class StandsForLayer:
+    """What stands for a layer reads like it: a mixin for modules that keep the layer's shape facts.
+
+    Attributes:
+        spec: The layer's shape facts.
+    """
+
+    spec: ConvSpec
+
+    @property
+    def in_channels(self) -> int:
+        """Input channels of the layer it stands for."""
+        return self.spec.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """Output channels of the layer it stands for."""
+        return self.spec.out_channels
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Kernel size of the layer it stands for."""
+        return self.spec.kernel_size
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """Stride of the layer it stands for."""
+        return self.spec.stride
+
+    @property
+    def padding(self) -> tuple[int, ...] | str:
+        """Padding of the layer it stands for, ``same`` where it is not symmetric."""
+        if all(left == right for left, right in self.spec.padding):
+            return tuple(left for left, _ in self.spec.padding)
+        return "same"
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        """Dilation of the layer it stands for."""
+        return self.spec.dilation
+
+    @property
+    def groups(self) -> int:
+        """Groups of the layer it stands for."""
+        return self.spec.groups
+
+    @property
+    def padding_mode(self) -> str:
+        """Padding mode of the layer it stands for."""
+        return self.spec.padding_mode
+
+    @property
+    def output_padding(self) -> tuple[int, ...]:
+        """Output padding of the layer it stands for."""
+        return self.spec.output_padding
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it stands for a transposed convolution."""
+        return self.spec.transposed
+
+
 def _padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     if isinstance(padding, str):
         if padding == "valid":

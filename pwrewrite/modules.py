@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .convolution import ConvSpec
+from .convolution import ConvSpec, StandsForLayer
 from .decompose import Factors
 from .errors import RefusedError, UsageError
 from .forms import k_owned, pointwise_spec, stages
@@ -77,7 +77,7 @@ def make_layer(spec: ConvSpec, **factory: Any) -> nn.Module:
     return _CONVS[spec.dims, spec.transposed](spec.in_channels, spec.out_channels, **settings, **factory)
 
 
-class Factorized(nn.Module):
+class Factorized(StandsForLayer, nn.Module):
     """A layer as a chain of smaller ones.
 
     Args:
@@ -169,58 +169,6 @@ class Factorized(nn.Module):
         last: Any = self._modules[self.stage_names[-1]]
         bias: Tensor | None = last.bias
         return bias
-
-    @property
-    def in_channels(self) -> int:
-        """Input channels of the layer it stands for."""
-        return self.spec.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        """Output channels of the layer it stands for."""
-        return self.spec.out_channels
-
-    @property
-    def kernel_size(self) -> tuple[int, ...]:
-        """Kernel size of the layer it stands for."""
-        return self.spec.kernel_size
-
-    @property
-    def stride(self) -> tuple[int, ...]:
-        """Stride of the layer it stands for."""
-        return self.spec.stride
-
-    @property
-    def padding(self) -> tuple[int, ...] | str:
-        """Padding of the layer it stands for, ``same`` where it is not symmetric."""
-        if all(left == right for left, right in self.spec.padding):
-            return tuple(left for left, _ in self.spec.padding)
-        return "same"
-
-    @property
-    def dilation(self) -> tuple[int, ...]:
-        """Dilation of the layer it stands for."""
-        return self.spec.dilation
-
-    @property
-    def groups(self) -> int:
-        """Groups of the layer it stands for."""
-        return self.spec.groups
-
-    @property
-    def padding_mode(self) -> str:
-        """Padding mode of the layer it stands for."""
-        return self.spec.padding_mode
-
-    @property
-    def output_padding(self) -> tuple[int, ...]:
-        """Output padding of the layer it stands for."""
-        return self.spec.output_padding
-
-    @property
-    def transposed(self) -> bool:
-        """Whether it stands for a transposed convolution."""
-        return self.spec.transposed
 
     def extra_repr(self) -> str:
         """The layer it stands for, in one line."""

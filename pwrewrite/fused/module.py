@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..convolution import ConvSpec
+from ..convolution import ConvSpec, StandsForLayer
 from ..errors import UsageError
 from . import cuda
 from .activations import ACTIVATIONS, checked
@@ -34,7 +34,7 @@ _FORMATS: dict[int, Any] = {4: torch.channels_last, 5: torch.channels_last_3d}
 _compiling: Any = torch.compiler.is_compiling
 
 
-class PointwiseActivation(nn.Module):
+class PointwiseActivation(StandsForLayer, nn.Module):
     """A convolution or linear map with its activation.
 
     Args:
@@ -244,16 +244,6 @@ class PointwiseActivation(nn.Module):
     # ------------------------------------------------------------------------------------- reads like the layer
 
     @property
-    def in_channels(self) -> int:
-        """Input channels."""
-        return self.spec.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        """Output channels."""
-        return self.spec.out_channels
-
-    @property
     def in_features(self) -> int:
         """Input features of a linear map."""
         return self.spec.in_channels
@@ -264,36 +254,9 @@ class PointwiseActivation(nn.Module):
         return self.spec.out_channels
 
     @property
-    def kernel_size(self) -> tuple[int, ...]:
-        """Kernel size."""
-        return self.spec.kernel_size
-
-    @property
-    def stride(self) -> tuple[int, ...]:
-        """Stride."""
-        return self.spec.stride
-
-    @property
     def padding(self) -> tuple[int, ...] | str:
         """Padding, ``same`` where it is not symmetric."""
-        if self.same or any(left != right for left, right in self.spec.padding):
-            return "same"
-        return tuple(left for left, _ in self.spec.padding)
-
-    @property
-    def dilation(self) -> tuple[int, ...]:
-        """Dilation."""
-        return self.spec.dilation
-
-    @property
-    def groups(self) -> int:
-        """Groups."""
-        return self.spec.groups
-
-    @property
-    def padding_mode(self) -> str:
-        """Padding mode."""
-        return self.spec.padding_mode
+        return "same" if self.same else super().padding
 
     def extra_repr(self) -> str:
         """The layer and its activation, in one line."""
