@@ -146,3 +146,12 @@ def test_code_that_asks_what_a_layer_is_takes_the_rewrite_back() -> None:
     assert [edit.path for edit in done.edits] == ["b"]
     assert {(s.path, str(s.reason)) for s in done.plan.skips} == {("a", "broke-model")}
     assert done.report.passed
+
+
+def test_a_later_pass_may_name_a_layer_that_an_earlier_one_replaced() -> None:
+    model = nn.Sequential(nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3))
+    first, second = InsertBottleneck(0.5, include=["0"]), InsertReduction(0.5, include=["0", "1"])
+    done = pwrewrite.rewrite(model, (torch.randn(1, 32, 8, 8),), passes=[first, second])
+    assert [(edit.path, edit.method) for edit in done.edits] == [("0", "bottleneck"), ("1", "reduce")]
+    with pytest.raises(UsageError, match="matches no layer"):
+        pwrewrite.rewrite(model, (torch.randn(1, 32, 8, 8),), passes=[first, InsertReduction(include=["2"])])

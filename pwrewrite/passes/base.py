@@ -252,7 +252,10 @@ class LayerPass(Pass):
 
     def _meant(self, capture: Capture) -> set[int]:
         concerned = [layer for layer in capture.layers if self._concerns(layer)]
+        rewritten = [n for n, m in capture.model.named_modules(remove_duplicate=False) if isinstance(m, Factorized)]
         for pattern in (*self.include, *self.exclude):
+            if any(fnmatchcase(path, pattern) for path in rewritten):
+                continue  # an earlier pass replaced the layer of this name
             if not any(_matches(layer, pattern) for layer in capture.layers):
                 paths = [path for layer in capture.layers for path in (layer.path, *layer.aliases)]
                 near = get_close_matches(pattern, paths, n=3, cutoff=0.4) or paths[:5]
