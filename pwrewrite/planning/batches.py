@@ -1,0 +1,289 @@
+"""Calibration inputs: any iterable of batches, checked, cast and cut into chunks, some of them held out for measuring.
+
+A batch is a tensor or numpy array, a tuple or list of positional inputs, or a dict of keyword inputs. Where labels come
+beside them (``(images, labels)`` of a loader; ``labels`` in a dict), they are told apart by what the example inputs say
+that the model takes, left out of the inputs, and kept (`Batches.labels`).
+
+The source is gone through anew for every pass, and memory holds a few chunks of it at a time; iterators and generators
+are kept as they go by; a shuffling loader gets one order for all passes (`pwrewrite.planning.sources`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..capture import Inputs, split_inputs
+from ..capture.nested import tensors_of
+from ..errors import PwrewriteError, UsageError, first_line
+from .batch_inputs import Batch, described, sort_out
+from .batch_reader import Reader
+from .sources import Kept, stable
+
+Chunk = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword inputs of one run of the model."""
+
+Part = Literal["all", "calibration", "held_out"]
+"""Which chunks: every one, those to gather statistics from, those kept for measuring."""
+
+_BOTH = frozenset({"all", "calibration", "held_out"})
+_GATHERED = frozenset({"all", "calibration"})
+_HELD = frozenset({"all", "held_out"})
+
+
+class Batches:
+    """Calibration inputs in chunks, the same in every pass.
+
+    Every ``holdout``-th chunk is held out. Where there are fewer chunks than that, the last ``1/holdout`` of the
+    samples is; a single sample is used for both.
+
+    Args:
+        source: An iterable of batches, a ``Dataset``, or one batch.
+        example_inputs: What the model takes: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+        size: Use at most so many samples, the first ones.
+        chunk: Samples in a chunk, at most. Inputs without a batch dim in common, such as lists of images, stay whole:
+            one chunk a batch.
+        device: Where the chunks go; where the example inputs are, if None.
+        dtype: Of floating inputs; that of the example inputs, if None.
+        holdout: Every how many chunks one is held out, 2 or more; 0 to measure on what was calibrated on.
+        preprocess: Called with the inputs of each chunk as they came (labels left out); returns what the model takes.
+
+    Raises:
+        UsageError: If the source is no iterable of batches, or a setting makes no sense. Passes raise it for a batch
+            that the model does not take, one that holds NaN or Inf, one that cannot be read, and when there is none.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Any],
+        example_inputs: Inputs,
+        *,
+        size: int | None = None,
+        chunk: int = 32,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        holdout: int = 5,
+        preprocess: Callable[..., Any] | None = None,
+    ) -> None:
+        for name, value, least in (("size", size, 1), ("chunk", chunk, 1), ("holdout", holdout or 2, 2)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise UsageError(f"{name} of the calibration inputs must be {least} or more", got=str(value))
+        self.size, self.chunk, self.holdout = size, chunk, holdout
+        self._args, self._kwargs = split_inputs(example_inputs)
+        self._reader = Reader(self._args, self._kwargs, device, dtype)
+        self._preprocess = preprocess
+        self._given = source
+        self._source = stable(source, size, chunk)
+        self._notes: list[str] = []
+        self._seen = 0
+        self._labels: list[tuple[frozenset[str], Tensor | None]] | None = None
+        self._fingerprint: str | None = None
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """All chunks, those held out included."""
+        return self._read("all")
+
+    def calibration(self) -> Iterator[Chunk]:
+        """The chunks to gather statistics from."""
+        return self._read("calibration")
+
+    def held_out(self) -> Iterator[Chunk]:
+        """The chunks kept for measuring."""
+        return self._read("held_out")
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are, as far as a pass has come yet."""
+        return self._seen
+
+    @property
+    def expected(self) -> int | None:
+        """About how many samples there will be, without a pass; None where nothing tells."""
+        known = self._seen if self._labels is not None else self._length()
+        return self.size if known is None else known if self.size is None else min(known, self.size)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What should be told about the inputs, as far as a pass has come yet."""
+        told = getattr(self._given, "notes", ())
+        own = [note for note in told if isinstance(note, str)] if isinstance(told, (list, tuple)) else []
+        return tuple(dict.fromkeys([*own, *self._notes, *self._reader.notes]))
+
+    def labels(self, part: Part = "all") -> Tensor | None:
+        """The labels that came with the inputs.
+
+        Args:
+            part: Of which chunks.
+
+        Returns:
+            One integer per sample, in the order of the chunks, on the CPU; None where any chunk came without.
+        """
+        if self._labels is None:
+            for _ in self._parts():
+                pass
+        labels = [own for of, own in self._labels or () if part in of]
+        found = [own for own in labels if own is not None]
+        return torch.cat(found) if found and len(found) == len(labels) else None
+
+    def fingerprint(self) -> str:
+        """A hash of all chunks: their values, shapes, dtypes and names, and which are held out.
+
+        Returns:
+            64 hex digits; another for the same samples in other chunks, since what is sampled of them differs too.
+        """
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            reader = Reader(self._args, self._kwargs, "cpu", self._reader.dtype)
+            for batch, of in self._parts():
+                args, kwargs = reader.read(self._prepared(batch))
+                digest.update(repr((sorted(of), len(args), sorted(kwargs))).encode())
+                for tensor in tensors_of((args, [kwargs[name] for name in sorted(kwargs)])):
+                    digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+                    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def _read(self, part: Part) -> Iterator[Chunk]:
+        """The chunks of a part, as the model takes them."""
+        for batch, of in self._parts():
+            if part in of:
+                yield self._reader.read(self._prepared(batch))
+
+    def _prepared(self, batch: Batch) -> Batch:
+        """A batch after the user's preprocessing."""
+        if self._preprocess is None:
+            return batch
+        made = self._preprocess(*batch.args, **batch.kwargs)
+        found, _ = sort_out(made, batch.number, self._args, self._kwargs)
+        if found.samples != batch.samples:
+            raise UsageError(
+                f"preprocess made {found.samples} samples of {batch.samples} in batch {batch.number}",
+                got=described(made),
+                hint="it is called with a whole batch, not with each sample",
+            )
+        self._reader.check(found)
+        return Batch(found.args, found.kwargs, batch.labels, batch.samples, batch.number, batch.first, found.whole)
+
+    def _parts(self) -> Iterator[tuple[Batch, frozenset[str]]]:
+        """One pass: every chunk, and which parts it belongs to."""
+        labels: list[tuple[frozenset[str], Tensor | None]] = []
+        for batch, of in self._dealt():
+            own = batch.labels
+            if own is not None:
+                own = torch.from_numpy(np.array(own)) if isinstance(own, np.ndarray) else own.detach().cpu()
+                own = own.to(torch.int64)
+            labels.append((of, own))
+            yield batch, of
+        self._labels = labels
+
+    def _dealt(self) -> Iterator[tuple[Batch, frozenset[str]]]:
+        """Chunks and the parts they belong to; the first ``holdout`` of them wait, in case there are no more."""
+        if not self.holdout:
+            for batch in self._chunks():
+                yield batch, _BOTH
+            return
+        waiting: list[Batch] = []
+        for place, batch in enumerate(self._chunks()):
+            if place < self.holdout:
+                waiting.append(batch)
+                if place < self.holdout - 1:
+                    continue
+                yield from ((one, _GATHERED) for one in waiting[:-1])
+                waiting.clear()
+            yield batch, _HELD if place % self.holdout == self.holdout - 1 else _GATHERED
+        if waiting:
+            yield from self._few(waiting)
+
+    def _few(self, batches: list[Batch]) -> Iterator[tuple[Batch, frozenset[str]]]:
+        """Deals fewer chunks than ``holdout``: the last samples are held out."""
+        last, alone = batches[-1], len(batches) == 1
+        total = sum(batch.samples for batch in batches)
+        if alone and (total == 1 or last.whole):
+            what = "one calibration sample" if total == 1 else "one calibration batch, which cannot be cut"
+            self._note(f"there is only {what}: what the plan loses is measured on it too, and may read too low")
+            yield last, _BOTH
+            return
+        yield from ((one, _GATHERED) for one in batches[:-1])
+        held = min(max(1, round(total / self.holdout)), last.samples - alone)
+        if last.whole or held == last.samples:
+            yield last, _HELD
+            return
+        yield last.part(0, last.samples - held), _GATHERED
+        yield last.part(last.samples - held, last.samples), _HELD
+
+    def _chunks(self) -> Iterator[Batch]:
+        """Batches cut into chunks, up to ``size`` samples."""
+        seen = 0
+        for batch in self._batches():
+            left = batch.samples if self.size is None else min(batch.samples, self.size - seen)
+            if batch.whole:
+                seen += batch.samples
+                self._seen = max(self._seen, seen)
+                yield batch
+            else:
+                for start in range(0, left, self.chunk):
+                    stop = min(start + self.chunk, left)
+                    seen += stop - start
+                    self._seen = max(self._seen, seen)
+                    yield batch.part(start, stop) if stop - start < batch.samples else batch
+            if self.size is not None and seen >= self.size:
+                return
+        if not seen:
+            raise UsageError(
+                "the calibration inputs are empty",
+                got=f"a {type(self._given).__name__} that gives no batch",
+                hint="an iterator that was gone through already gives nothing more: give a list or a loader"
+                if isinstance(self._source, Kept)
+                else None,
+            )
+        if self.size is not None:
+            self._note(f"{self.size} calibration samples were asked for, and there are {seen}")
+
+    def _batches(self) -> Iterator[Batch]:
+        """What the source gives, sorted into inputs and labels."""
+        number = 0
+        try:
+            iterator = iter(self._source)
+            while True:
+                try:
+                    value = next(iterator)
+                except StopIteration:
+                    return
+                batch, note = sort_out(value, number, self._args, self._kwargs)
+                if note:
+                    self._note(note)
+                if self._preprocess is None:
+                    self._reader.check(batch)
+                yield batch
+                number += 1
+        except PwrewriteError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"batch {number} of the calibration inputs cannot be read", got=first_line(error)
+            ) from error
+
+    def _note(self, text: str) -> None:
+        """Keeps something to be told, once."""
+        if text not in self._notes:
+            self._notes.append(text)
+
+    def _length(self) -> int | None:
+        """How many samples the source holds, where that is known without a pass."""
+        source: Any = self._source
+        try:
+            if isinstance(source, list):
+                return sum(sort_out(batch, 0, self._args, self._kwargs)[0].samples for batch in source)
+            if isinstance(source, DataLoader):
+                order = source.batch_sampler
+                return sum(map(len, order)) if isinstance(order, list) else len(source.dataset)  # type: ignore[arg-type]
+        except (UsageError, TypeError, NotImplementedError):
+            return None
+        samples = getattr(source, "samples", None)
+        return samples if isinstance(samples, int) else None
