@@ -18,7 +18,7 @@ from ..eligibility import eligible
 from ..forms import spec_to_dict
 from ..fused import PointwiseActivation
 from ..fused.merging import merged_spec
-from ..plan import Estimate, Op
+from ..plan import Estimate, Op, Skip, SkipReason
 from .base import Pass, Proposal, spec_of
 from .patterns import Graph
 
@@ -73,5 +73,7 @@ def _pair(capture: Capture, graph: Graph, first: Layer, second: Layer) -> Propos
         refusal = eligible(capture, layer, graph.owners)
         if refusal is not None:
             return refusal
+        if layer.functional:
+            return Skip(layer.path, SkipReason.FUNCTIONAL, "a functional call; make it a module")
     settings = {"first": first.path, "first_layer": spec_to_dict(before), "layer": spec_to_dict(after)}
     return Op("merge", second.path, MergePointwise.name, settings, Estimate(params, merged.params, macs, new))
