@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from .actions import ACTIONS, Bench, Refused
+from .actions import ACTIONS, Bench, Decomposer, Refused
 from .errors import PlanError, RefusedError, first_line
 from .plan import Edit, Op, Plan, Skip, SkipReason
 
@@ -67,6 +67,7 @@ def carry_out(
     plan: Plan,
     *,
     fill: bool = True,
+    decomposer: Decomposer | None = None,
     probe: Probe | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Applied:
@@ -76,6 +77,7 @@ def carry_out(
         model: The model; stays as it is.
         plan: What to do.
         fill: Whether to fill in weights; without it the new parameters are unset, for saved ones.
+        decomposer: Gives the factors of a layer; the plain decomposition of its weights where None.
         probe: Runs the changed model in some way and raises if it does not survive; ops that break it become skips.
         progress: Called with the path of each layer before it is worked on.
 
@@ -88,7 +90,7 @@ def carry_out(
             raise PlanError(
                 "unknown action", where=op.where("action"), expected=f"one of {', '.join(ACTIONS)}", got=op.action
             )
-    work = _Work(model, fill)
+    work = _Work(model, fill, decomposer)
     done = work.attempt(plan.ops, progress=progress)
     if probe is not None and done.edits:
         failure = _failure(probe, done.model)
@@ -127,8 +129,8 @@ class _Done:
 class _Work:
     """Carries out ops on as many copies of a model as it takes; what takes long is computed once."""
 
-    def __init__(self, model: nn.Module, fill: bool) -> None:
-        self.model, self.fill = model, fill
+    def __init__(self, model: nn.Module, fill: bool, decomposer: Decomposer | None) -> None:
+        self.model, self.fill, self.decomposer = model, fill, decomposer
         self.known: dict[Any, Any] = {}
 
     def attempt(
@@ -141,7 +143,7 @@ class _Work:
             progress: Called with the path of each.
             partial: Whether ops are missing that others may build on, which are then skipped as well.
         """
-        bench = Bench(copy_of(self.model), self.model, self.fill, self.known)
+        bench = Bench(copy_of(self.model), self.model, self.fill, self.known, self.decomposer)
         done = _Done(bench.model)
         for op in ops:
             if progress is not None:

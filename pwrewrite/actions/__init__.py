@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..plan import Edit, Op
-from .bench import Bench, Refused
+from .bench import Bench, Decomposer, Refused
 from .channels_last import use_channels_last
 from .factorize import factorize_layer
 from .fold import fold_norm
@@ -28,4 +28,4 @@ ACTIONS: dict[str, Callable[[Bench, Op], Edit]] = {
 }
 """Name of an action to what carries it out."""
 
-__all__ = ["ACTIONS", "Bench", "Refused"]
+__all__ = ["ACTIONS", "Bench", "Decomposer", "Refused"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convolution import CONV_MODULES, ConvSpec
+from ..decompose import Factors
 from ..eligibility import find_holders, module_refusal
 from ..errors import PlanError
 from ..forms import linear_spec
@@ -17,6 +18,9 @@ from ..plan import Op, Skip, SkipReason
 from ..swap import held_elsewhere, names_of, replace_module
 
 _T = TypeVar("_T")
+
+Decomposer = Callable[[Op, Tensor], Factors | None]
+"""From an op and the layer's weight to factors of the form and widths that the op names; None for the plain ones."""
 
 
 class Refused(Exception):
@@ -35,10 +39,18 @@ class Bench:
         original: The model.
         fill: Whether new layers get weights; without it their parameters are unset, for saved ones.
         known: What was worked out before on another copy, by op; filled here.
+        decomposer: What gives a layer's factors; the plain decomposition of its weights where None.
     """
 
-    def __init__(self, copied: nn.Module, original: nn.Module, fill: bool, known: dict[Any, Any]) -> None:
-        self.model, self.fill = copied, fill
+    def __init__(
+        self,
+        copied: nn.Module,
+        original: nn.Module,
+        fill: bool,
+        known: dict[Any, Any],
+        decomposer: Decomposer | None = None,
+    ) -> None:
+        self.model, self.fill, self.decomposer = copied, fill, decomposer
         self._holders = find_holders(dict(copied.named_modules(remove_duplicate=False)))
         self._held = held_elsewhere(copied, original)
         self._known = known

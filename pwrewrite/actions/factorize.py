@@ -158,7 +158,7 @@ def _make(
     error = None
     if bench.fill and not request.fresh and not weight.is_meta:
         try:
-            factors = bench.once(op, lambda: _decompose(request, weight))
+            factors = bench.once(op, lambda: _decompose(bench, op, request, weight))
             new.load_factors(factors, bias)
         except RefusedError as refused:
             raise RefusedError(
@@ -172,7 +172,10 @@ def _make(
     return new, error
 
 
-def _decompose(request: _Request, weight: Tensor) -> Factors:
+def _decompose(bench: Bench, op: Op, request: _Request, weight: Tensor) -> Factors:
+    given = bench.decomposer(op, weight) if bench.decomposer is not None else None
+    if given is not None:
+        return given
     return factorize(weight, request.spec, request.form, request.widths, axes=request.axes)
 
 

@@ -166,7 +166,7 @@ class LayerPass(Pass):
         return proposals
 
     def _one(self, capture: Capture, layer: Layer, owners: Owners, total: int) -> Proposal:
-        refusal = self._refuses(layer) or self._inside_rewrite(layer, owners) or eligible(capture, layer, owners)
+        refusal = self.refusal(capture, layer, owners)
         if refusal is not None:
             return refusal
         share = layer.macs / total
@@ -180,6 +180,10 @@ class LayerPass(Pass):
         if isinstance(widths, Skip):
             return widths
         return self.op(layer, spec, widths, axes=axes, scope=_scope(capture, layer))
+
+    def refusal(self, capture: Capture, layer: Layer, owners: Owners) -> Skip | None:
+        """Why a layer may not be replaced by this form; None where it may."""
+        return self._refuses(layer) or self._inside_rewrite(layer, owners) or eligible(capture, layer, owners)
 
     def op(
         self,
@@ -251,25 +255,11 @@ class LayerPass(Pass):
         return None
 
     def _meant(self, capture: Capture) -> set[int]:
-        concerned = [layer for layer in capture.layers if self._concerns(layer)]
-        rewritten = [n for n, m in capture.model.named_modules(remove_duplicate=False) if isinstance(m, Factorized)]
-        for pattern in (*self.include, *self.exclude):
-            if any(fnmatchcase(path, pattern) for path in rewritten):
-                continue  # an earlier pass replaced the layer of this name
-            if not any(_matches(layer, pattern) for layer in capture.layers):
-                paths = [path for layer in capture.layers for path in (layer.path, *layer.aliases)]
-                near = get_close_matches(pattern, paths, n=3, cutoff=0.4) or paths[:5]
-                raise UsageError(
-                    f"the pattern {pattern!r} matches no layer",
-                    expected="a path, or a pattern such as 'layer3.*'",
-                    hint=f"layers are called {', '.join(near)}",
-                )
+        wanted = chosen(capture, self.include, self.exclude)
         return {
             id(layer)
-            for layer in concerned
-            if (not self.include or any(_matches(layer, p) for p in self.include))
-            and not any(_matches(layer, p) for p in self.exclude)
-            and (self.select is None or self.select(layer))
+            for layer in capture.layers
+            if self._concerns(layer) and id(layer) in wanted and (self.select is None or self.select(layer))
         }
 
     # --------------------------------------------------------------------------------------- how wide
@@ -314,6 +304,36 @@ class LayerPass(Pass):
     def _unfoldings(self, kernel: Tensor, spec: ConvSpec, axes: tuple[int, ...] | None) -> dict[str, Tensor]:
         """One matrix per width, of which the width is the rank (of the first group, where grouped)."""
         raise NotImplementedError
+
+
+def chosen(capture: Capture, include: Sequence[str], exclude: Sequence[str]) -> set[int]:
+    """Identities of the layers that patterns on paths choose.
+
+    Args:
+        capture: The model.
+        include: Patterns; all layers where empty. A layer's aliases count.
+        exclude: Patterns of what is left out of these.
+
+    Raises:
+        UsageError: If a pattern matches nothing.
+    """
+    rewritten = [n for n, m in capture.model.named_modules(remove_duplicate=False) if isinstance(m, Factorized)]
+    for pattern in (*include, *exclude):
+        if any(fnmatchcase(path, pattern) for path in rewritten):
+            continue  # an earlier pass replaced the layer of this name
+        if not any(_matches(layer, pattern) for layer in capture.layers):
+            paths = [path for layer in capture.layers for path in (layer.path, *layer.aliases)]
+            near = get_close_matches(pattern, paths, n=3, cutoff=0.4) or paths[:5]
+            raise UsageError(
+                f"the pattern {pattern!r} matches no layer",
+                expected="a path, or a pattern such as 'layer3.*'",
+                hint=f"layers are called {', '.join(near)}",
+            )
+    return {
+        id(layer)
+        for layer in capture.layers
+        if (not include or any(_matches(layer, p) for p in include)) and not any(_matches(layer, p) for p in exclude)
+    }
 
 
 def spec_of(layer: Layer) -> ConvSpec:
