@@ -10,9 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import UsageError
-
-LABEL_NAMES = ("labels", "label", "targets", "target", "y")
-"""Under these names a dict may hold labels beside the inputs."""
+from ..loading.arrays import LABEL_NAMES
 
 
 @dataclass(frozen=True)

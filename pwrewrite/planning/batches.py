@@ -209,13 +209,21 @@ class Batches:
             self._note(f"there is only {what}: what the plan loses is measured on it too, and may read too low")
             yield last, _BOTH
             return
-        yield from ((one, _GATHERED) for one in batches[:-1])
-        held = min(max(1, round(total / self.holdout)), last.samples - alone)
-        if last.whole or held == last.samples:
-            yield last, _HELD
-            return
-        yield last.part(0, last.samples - held), _GATHERED
-        yield last.part(last.samples - held, last.samples), _HELD
+        wanted = left = max(1, round(total / self.holdout))
+        held = [0] * len(batches)
+        for place in reversed(range(len(batches))):
+            one = batches[place]
+            if not one.whole:
+                held[place] = min(left, one.samples - (place == 0))
+            elif place and (one.samples <= left or left == wanted):
+                held[place] = one.samples
+            left = max(0, left - held[place])
+        for one, count in zip(batches, held, strict=True):
+            if 0 < count < one.samples:
+                yield one.part(0, one.samples - count), _GATHERED
+                yield one.part(one.samples - count, one.samples), _HELD
+            else:
+                yield one, _HELD if count else _GATHERED
 
     def _chunks(self) -> Iterator[Batch]:
         """Batches cut into chunks, up to ``size`` samples."""
