@@ -1,7 +1,9 @@
 """``fold``: a batch norm's scale and shift go into the layer beside it, and the norm becomes an identity.
 
 Settings: ``layer`` (path of the layer), ``side`` (``behind``: the norm is behind the layer; ``before``), ``channels``,
-``spec`` (the layer's shape facts), and ``keep``: names of the norm's children that run behind it and stay.
+``spec`` (the layer's shape facts), and ``keep``: names of the norm's children that run behind it and stay. A norm that
+is a function call in some code has ``tensors`` (the names of what it reads), ``eps`` and ``scope`` (the module whose
+code makes the call, which becomes a graph).
 
 Computed in float64 and rounded once.
 """
@@ -19,6 +21,7 @@ from ..errors import PlanError, RefusedError
 from ..forms import spec_from_dict
 from ..plan import Edit, Op, Skip, SkipReason
 from .bench import Bench, Refused, brief, spec_of_module
+from .code_norm import CodeNorm
 
 
 def fold_norm(bench: Bench, op: Op) -> Edit:
@@ -27,7 +30,7 @@ def fold_norm(bench: Bench, op: Op) -> Edit:
     Raises:
         PlanError: If the op makes no sense or was made for another model.
         RefusedError: If the folded weight does not fit into its dtype.
-        Refused: If the norm is not one.
+        Refused: If the norm is not one, or the code that calls it cannot become a graph.
     """
     settings = op.settings
     side, path, keep = settings.get("side"), settings.get("layer"), settings.get("keep", [])
@@ -35,7 +38,8 @@ def fold_norm(bench: Bench, op: Op) -> Edit:
         raise PlanError("unknown side", where=op.where("side"), expected="behind or before", got=repr(side))
     if not isinstance(path, str) or not isinstance(keep, list):
         raise PlanError("not a fold", where=op.where("layer"), expected="a path", got=repr(path))
-    norm: Any = bench.find(op, op.path)
+    code = CodeNorm(bench, op) if "tensors" in settings else None
+    norm: Any = bench.find(op, op.path) if code is None else code.norm
     layer: Any = bench.find(op, path, "layer")
     spec, found = spec_from_dict(settings.get("spec"), op.where("spec")), spec_of_module(layer)
     if found != spec:
@@ -50,12 +54,14 @@ def fold_norm(bench: Bench, op: Op) -> Edit:
             expected=f"a norm of {width} channels with running statistics",
             got=str(norm)[:80],
         )
-    for one, where in ((norm, op.path), (layer, path)):
-        bench.check_held(where, one)
+    bench.check_held(path, layer)
+    if code is None:
+        bench.check_held(op.path, norm)
     params = _params(layer) + _params(norm)
     weight = layer.weight
     fill = bench.fill and not (weight.is_meta or mean.is_meta)
-    _check(op, norm, keep, width, fill)
+    if code is None:
+        _check(op, norm, keep, width, fill)
     had_bias = layer.bias is not None
     if fill:
         new_weight, new_bias = _folded(layer, norm, spec, side)
@@ -73,17 +79,18 @@ def fold_norm(bench: Bench, op: Op) -> Edit:
         trained = weight.requires_grad
         layer.weight = nn.Parameter(new_weight, requires_grad=trained)
         layer.bias = nn.Parameter(new_bias, requires_grad=trained)
-    children = OrderedDict((name, norm._modules[name]) for name in keep)
-    rest: nn.Module = nn.Sequential(children) if keep else nn.Identity()
-    rest.train(norm.training)
-    names = bench.names_of(norm)
-    bench.replace(norm, rest)
-    stem, inner = (f"{p}." if p else "" for p in (path, op.path))
+    stem = f"{path}." if path else ""
     bias = f"{stem}bias"
-    renamed = {f"{inner}weight": (f"{stem}weight",), f"{inner}bias": (bias,)}
+    renamed = {old: (stem + key,) for key, old in _names(op, norm, code).items()}
+    names: tuple[str, ...] = ()
+    if code is not None:
+        code.remove()
+    else:
+        names = bench.names_of(norm)
+        bench.replace(norm, _rest(norm, keep))
     return Edit(
         op=op,
-        kind="module",
+        kind="module" if code is None else "graph",
         method="fold",
         rank_in=None,
         rank_out=None,
@@ -91,15 +98,33 @@ def fold_norm(bench: Bench, op: Op) -> Edit:
         params_after=_params(layer),
         relative_error=None,
         exact="eval",
-        renamed={old: new for old, new in renamed.items() if getattr(norm, old.rpartition(".")[2]) is not None}
-        | ({} if had_bias else {f"{stem}weight": (f"{stem}weight", bias)}),
+        renamed=renamed | ({} if had_bias else {f"{stem}weight": (f"{stem}weight", bias)}),
         aliases=tuple(name for name in names if name != op.path),
         adapted=(path,),
+        graph_module=None if code is None else code.scope,
     )
 
 
-def _params(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters(recurse=False))
+def _rest(norm: nn.Module, keep: list[str]) -> nn.Module:
+    """What stays of a norm module."""
+    children = OrderedDict((name, norm._modules[name]) for name in keep)
+    rest: nn.Module = nn.Sequential(children) if keep else nn.Identity()  # type: ignore[arg-type]
+    rest.train(norm.training)
+    return rest
+
+
+def _names(op: Op, norm: Any, code: CodeNorm | None) -> dict[str, str]:
+    """``weight`` and ``bias``, where the norm has them, to their full names."""
+    if code is not None:
+        return {key: name for key in ("weight", "bias") if (name := code.names[key]) is not None}
+    inner = f"{op.path}." if op.path else ""
+    return {key: inner + key for key in ("weight", "bias") if getattr(norm, key) is not None}
+
+
+def _params(module: Any) -> int:
+    """Parameters of a layer or a norm."""
+    own = (getattr(module, "weight", None), getattr(module, "bias", None))
+    return sum(p.numel() for p in own if isinstance(p, nn.Parameter))
 
 
 def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:

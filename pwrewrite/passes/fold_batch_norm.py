@@ -8,16 +8,20 @@ replicate, circular), since a zero behind the norm is not a zero before it.
 
 A norm is known by what it is: torch's modules, subclasses that run ``F.batch_norm`` and then their own children (timm's
 ``BatchNormAct2d``), and frozen ones that hold statistics as buffers (torchvision's ``FrozenBatchNorm2d``), which are
-tried out before they are trusted.
+tried out before they are trusted. ``F.batch_norm`` in the code of any other module folds too, where nothing else reads
+its statistics; that module then becomes a graph without the call.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..actions.code_norm import TENSORS
 from ..capture.records import Capture, Layer, info
 from ..convolution import CONV_MODULES
 from ..eligibility import module_refusal
@@ -25,7 +29,10 @@ from ..forms import spec_to_dict
 from ..fused.known import hooked
 from ..plan import Estimate, Op, Skip, SkipReason
 from .base import Pass, Proposal, spec_of
-from .patterns import Graph, plain_weight
+from .patterns import Graph, plain_weight, tensor
+
+_ARGUMENTS = ("input", *TENSORS, "training", "momentum", "eps")
+"""Of ``F.batch_norm``, in order."""
 
 _FROZEN = frozenset({"weight", "bias", "running_mean", "running_var"})
 
@@ -51,18 +58,27 @@ class FoldBatchNorm(Pass):
 
 
 class _Norm:
-    """One call of a norm module.
+    """One call of a norm.
 
     Attributes:
-        path: Its path.
-        first: The node that reads its input.
+        path: Its path; that of its mean where it is a function call.
         source: What it reads.
         last: The node that makes its output, up to the norm itself.
         keep: Names of its children that run behind the norm.
+        code: Settings of a function call: ``tensors``, ``eps`` and ``scope``.
     """
 
-    def __init__(self, path: str, first: fx.Node, source: Any, last: fx.Node, keep: tuple[str, ...] = ()) -> None:
-        self.path, self.first, self.source, self.last, self.keep = path, first, source, last, keep
+    def __init__(
+        self, path: str, source: Any, last: fx.Node, keep: tuple[str, ...] = (), code: dict[str, Any] | None = None
+    ) -> None:
+        self.path, self.source, self.last, self.keep, self.code = path, source, last, keep, code or {}
+
+    def tensors(self, graph: Graph) -> Any:
+        """What has its statistics, and scale and shift where it has them, as attributes."""
+        if not self.code:
+            return graph.modules[self.path]
+        names = self.code["tensors"].items()
+        return SimpleNamespace(**{key: None if name is None else tensor(graph, name) for key, name in names})
 
 
 def _norms(graph: Graph) -> list[_Norm | Skip]:
@@ -71,7 +87,7 @@ def _norms(graph: Graph) -> list[_Norm | Skip]:
     frozen: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_module" and info(node).op == "batch_norm":
-            found.append(_Norm(str(node.target), node, node.args[0] if node.args else None, node))
+            found.append(_Norm(str(node.target), node.args[0] if node.args else None, node))
         elif node.op == "call_function" and info(node).op == "batch_norm":
             if _is_layer(graph.modules.get(info(node).path)):
                 continue  # a layer that normalises its weight, not an activation
@@ -86,8 +102,7 @@ def _functional(graph: Graph, node: fx.Node) -> _Norm | Skip:
     path = info(node).path
     module = graph.modules.get(path)
     if not isinstance(module, _BatchNorm):
-        detail = "a functional batch norm, whose statistics this code holds; use a module"
-        return Skip(graph.where(node), SkipReason.FUNCTIONAL, detail)
+        return _in_code(graph, node)
     if any(argument is True for argument in (node.kwargs.get("training"), *node.args[5:6])):
         return Skip(path, SkipReason.NO_STATISTICS, "it normalises with the statistics of each batch")
     if graph.inside[path] != 1:
@@ -106,7 +121,33 @@ def _functional(graph: Graph, node: fx.Node) -> _Norm | Skip:
     ours = [n for n in graph.nodes if n.op != "get_attr" and info(n).path.startswith(f"{path}.")]
     if len(ours) != len(keep):
         return Skip(path, SkipReason.NOT_TRACED, "its code does more than run its children behind the norm")
-    return _Norm(path, node, node.args[0], node, tuple(keep))
+    return _Norm(path, node.args[0], node, tuple(keep))
+
+
+def _in_code(graph: Graph, node: fx.Node) -> _Norm | Skip:
+    """A call of ``F.batch_norm`` in the code of a module that is no norm."""
+    where = graph.where(node)
+    if node.target is not F.batch_norm:
+        return Skip(where, SkipReason.FUNCTIONAL, "a batch norm by another function than F.batch_norm; use that")
+    given = dict(zip(_ARGUMENTS, node.args)) | node.kwargs
+    if given.get("training", False) is not False or given.get("running_mean") is None:
+        return Skip(where, SkipReason.NO_STATISTICS, "it normalises with the statistics of each batch")
+    names: dict[str, str | None] = {}
+    for key in TENSORS:
+        read = given.get(key)
+        name = str(read.target) if isinstance(read, fx.Node) and read.op == "get_attr" else None
+        held = None if name is None else tensor(graph, name)
+        if read is not None and held is None:
+            return Skip(where, SkipReason.FUNCTIONAL, f"its {key} is computed by the code; keep it as a buffer")
+        names[key] = name
+        if held is None or name is None:
+            continue
+        users = [user for n in graph.owners.reads[name] for user in n.users]
+        if len(users) > 1 or graph.calls[name.rpartition(".")[0]] or len(graph.owners.holders.get(id(held), ())) > 1:
+            return Skip(where, SkipReason.SHARED_WEIGHT, f"its {key}, {name}, is also used elsewhere")
+    eps = given.get("eps", 1e-5)
+    code = {"tensors": names, "eps": eps, "scope": info(node).path}
+    return _Norm(str(names["running_mean"]), given.get("input"), node, code=code)
 
 
 def _is_frozen(module: nn.Module | None) -> bool:
@@ -124,12 +165,12 @@ def _frozen(path: str, nodes: list[fx.Node]) -> _Norm | Skip:
     if len(reads) != 1 or len(outs) != 1:
         return Skip(path, SkipReason.CALLED_TWICE, "a norm that is called more than once")
     source = next(a for a in reads[0].all_input_nodes if a not in own and a.op != "get_attr")
-    return _Norm(path, reads[0], source, outs[0])
+    return _Norm(path, source, outs[0])
 
 
 def _fold(graph: Graph, norm: _Norm, taken: set[str]) -> Proposal:
     """The op for one norm, or why there is none."""
-    path, module = norm.path, graph.modules[norm.path]
+    path, module = norm.path, norm.tensors(graph)
     if graph.calls[path] > 1:
         return Skip(path, SkipReason.CALLED_TWICE, f"called {graph.calls[path]} times; folding would need copies of it")
     if hooked(module):
@@ -174,7 +215,7 @@ def _before(graph: Graph, norm: _Norm, channels: int) -> Layer | Skip:
 def _behind(graph: Graph, norm: _Norm, channels: int) -> Layer | Skip:
     """The layer that is the norm's only reader and pads with nothing that the norm has not seen."""
     nothing = _far(norm.path, "nothing linear")
-    if norm.keep:
+    if any(type(graph.modules[f"{norm.path}.{name}"]) is not nn.Identity for name in norm.keep):
         return nothing
     last = graph.onward(norm.last)
     reader = graph.sole_reader(last)
@@ -223,8 +264,9 @@ def _is_layer(module: Any) -> bool:
 
 
 def _op(graph: Graph, norm: _Norm, layer: Layer, side: str) -> Op:
-    module = graph.modules[norm.path]
-    params = layer.params + sum(p.numel() for p in module.parameters(recurse=False))
+    held = norm.tensors(graph)
+    own = [getattr(held, name, None) for name in ("weight", "bias")]
+    params = layer.params + sum(p.numel() for p in own if isinstance(p, nn.Parameter))
     has_bias = spec_of(layer).bias
     after = layer.params + (0 if has_bias else layer.out_channels)
     settings: dict[str, Any] = {
@@ -235,4 +277,5 @@ def _op(graph: Graph, norm: _Norm, layer: Layer, side: str) -> Op:
     }
     if norm.keep:
         settings["keep"] = list(norm.keep)
+    settings |= norm.code
     return Op("fold", norm.path, FoldBatchNorm.name, settings, Estimate(params, after, layer.macs, layer.macs))

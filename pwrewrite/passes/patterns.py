@@ -132,3 +132,10 @@ def _count(reader: fx.Node, node: fx.Node) -> int:
 def plain_weight(weight: Any) -> bool:
     """Whether a weight is a plain tensor of real floating-point numbers."""
     return type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point() and not weight.is_quantized
+
+
+def tensor(graph: Graph, name: str) -> Tensor | None:
+    """The parameter or buffer of a full name."""
+    path, _, attribute = name.rpartition(".")
+    found = getattr(graph.modules.get(path), attribute, None)
+    return found if isinstance(found, Tensor) else None
