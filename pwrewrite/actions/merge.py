@@ -34,7 +34,7 @@ def merge_layers(bench: Bench, op: Op) -> Edit:
         raise PlanError("first is no path", where=op.where("first"), expected="a string", got=repr(path))
     before = spec_from_dict(op.settings.get("first_layer"), op.where("first_layer"))
     after = spec_from_dict(op.settings.get("layer"), op.where("layer"))
-    merged = merged_spec(before, after)
+    merged = merged_layer(before, after)
     if isinstance(merged, str) or before.out_channels != after.in_channels:
         raise PlanError("these layers cannot be merged", where=op.where("layer"), got=str(merged))
     first, second = bench.layer(op, path, before, "first"), bench.layer(op, op.path, after)
@@ -71,6 +71,17 @@ def merge_layers(bench: Bench, op: Op) -> Edit:
         aliases=tuple(name for name in names if name != op.path),
         adapted=(path,),
     )
+
+
+def merged_layer(first: ConvSpec, second: ConvSpec) -> ConvSpec | str:
+    """The shape facts of two layers as one module, or why there is none."""
+    merged = merged_spec(first, second)
+    if isinstance(merged, str):
+        return merged
+    uneven = any(left != right for left, right in merged.padding)
+    if uneven and any(step != 1 for step in merged.stride):
+        return "no module has a stride and pads one side more than the other"
+    return merged
 
 
 def _fill(new: Any, first: Any, second: Any, before: ConvSpec, op: Op) -> None:

@@ -13,11 +13,11 @@ inserted expand before the pointwise layer behind it, neighbours left when a nor
 
 from __future__ import annotations
 
+from ..actions.merge import merged_layer
 from ..capture.records import Capture, Layer
 from ..eligibility import eligible
 from ..forms import spec_to_dict
 from ..fused import PointwiseActivation
-from ..fused.merging import merged_spec
 from ..plan import Estimate, Op, Skip, SkipReason
 from .base import Pass, Proposal, spec_of
 from .patterns import Graph
@@ -55,7 +55,7 @@ def _pair(capture: Capture, graph: Graph, first: Layer, second: Layer) -> Propos
     before, after = spec_of(first), spec_of(second)
     if len(first.calls) != 1 or len(second.calls) != 1 or first.out_channels != second.in_channels:
         return None
-    merged = merged_spec(before, after)
+    merged = merged_layer(before, after)
     if isinstance(merged, str):
         return None
     fused = [isinstance(graph.modules.get(layer.path), PointwiseActivation) for layer in (first, second)]

@@ -298,6 +298,7 @@ def test_neighbours_merge(first: nn.Module, second: nn.Module, shape: tuple[int,
         (nn.Conv2d(4, 32, 1, bias=False), nn.Conv2d(32, 8, 3, groups=2)),
         (nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)),
         (nn.Conv2d(4, 1, 1), nn.Conv2d(1, 4, 1)),  # a bottleneck that pays
+        (nn.Conv2d(4, 32, (1, 2), padding="same"), nn.Conv2d(32, 6, 1, stride=2)),  # uneven and strided
     ],
 )
 def test_neighbours_that_stay(first: nn.Module, second: nn.Module) -> None:
