@@ -198,11 +198,13 @@ class Plan:
         ops: What to do.
         skips: What was refused, and why.
         model: What the plan was made for: ``class`` and, where known, ``target``; ``params`` before.
+        budget: For a plan that was made under one: ``limits``, ``predicted_loss``, and how it was predicted.
     """
 
     ops: tuple[Op, ...] = ()
     skips: tuple[Skip, ...] = ()
     model: Mapping[str, Any] = field(default_factory=dict)
+    budget: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ops)
@@ -220,13 +222,15 @@ class Plan:
         skips = dict.fromkeys(s for s in (*self.skips, *other.skips) if s.path not in done)
         told = {s.path for s in skips if s.reason is not SkipReason.EXCLUDED}
         kept = tuple(s for s in skips if s.reason is not SkipReason.EXCLUDED or s.path not in told)
-        return replace(self, ops=self.ops + other.ops, skips=kept, model=self.model or other.model)
+        model, budget = self.model or other.model, self.budget or other.budget
+        return replace(self, ops=self.ops + other.ops, skips=kept, model=model, budget=budget)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON data."""
         return {
             "schema": SCHEMA,
             "model": dict(self.model),
+            **({"budget": dict(self.budget)} if self.budget else {}),
             "ops": [op.to_dict() for op in self.ops],
             "skipped": [skip.to_dict() for skip in self.skips],
         }
@@ -298,8 +302,9 @@ class _Reader:
         if schema != SCHEMA:
             raise self.error("not a plan of this version", self.find('"schema"'), f'"schema": "{SCHEMA}"', schema)
         ops: Any = data.get("ops")
-        skipped, model = data.get("skipped", []), data.get("model", {})
-        for key, value, kind in (("ops", ops, list), ("skipped", skipped, list), ("model", model, dict)):
+        skipped, model, budget = data.get("skipped", []), data.get("model", {}), data.get("budget", {})
+        kinds = (("ops", ops, list), ("skipped", skipped, list), ("model", model, dict), ("budget", budget, dict))
+        for key, value, kind in kinds:
             if not isinstance(value, kind):
                 expected = "a list" if kind is list else "an object"
                 raise self.error(f"{key} is {expected}", self.find(f'"{key}"'), expected, value)
@@ -307,6 +312,7 @@ class _Reader:
             tuple(self.op(op, *span) for op, span in zip(ops, self.entries("ops"), strict=True)),
             tuple(self.skip(skip, *span) for skip, span in zip(skipped, self.entries("skipped"), strict=True)),
             model,
+            budget,
         )
 
     def op(self, data: Any, start: int, end: int) -> Op:

@@ -1,0 +1,248 @@
+"""What each layer could become: every form at a ladder of widths, with what it costs and what it loses.
+
+A layer's calls count together. A candidate that saves neither parameters nor MACs is not one. The first candidate of
+every layer is to keep it, at no loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..capture.records import Capture, Layer
+from ..convolution import ConvSpec
+from ..decompose import Factors
+from ..eligibility import Owners
+from ..errors import UsageError
+from ..forms import FORMS
+from ..passes import (
+    FactorizeLinear,
+    FactorizePointwise,
+    FactorizeSpatial,
+    InsertBottleneck,
+    InsertExpansion,
+    InsertReduction,
+    LayerPass,
+    SeparateDepthwise,
+)
+from ..passes.base import chosen, estimate_chain, spec_of, weight_of
+from ..plan import Op, Skip, SkipReason
+from .statistics import LayerStatistics, Statistics
+from .weighted import Rung, WeightedLayer
+
+FORM_SETS: dict[str, tuple[str, ...]] = {
+    "all": tuple(FORMS),
+    "1x1": ("reduce", "expand", "bottleneck", "pair"),
+}
+"""Names for several forms at once."""
+
+_CONVOLUTION_PASSES: dict[str, type[LayerPass]] = {
+    "bottleneck": InsertBottleneck,
+    "reduce": InsertReduction,
+    "expand": InsertExpansion,
+    "spatial": FactorizeSpatial,
+    "depthwise": SeparateDepthwise,
+    "pair": FactorizePointwise,
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing that a layer could become.
+
+    Attributes:
+        op: The op that does it; None to keep the layer.
+        loss: Predicted loss.
+        error: Relative error of the layer in the norm of the prediction.
+        costs: ``params`` and ``macs`` of the layer with it; others as they are measured.
+    """
+
+    op: Op | None
+    loss: float
+    error: float
+    costs: Mapping[str, float]
+
+
+@dataclass
+class LayerCandidates:
+    """A layer and its candidates.
+
+    Attributes:
+        layer: The layer.
+        spec: Its shape facts.
+        weighted: Its kernel in the norm of its statistics.
+        candidates: The first keeps it.
+    """
+
+    layer: Layer
+    spec: ConvSpec
+    weighted: WeightedLayer
+    candidates: list[Candidate] = field(default_factory=list)
+
+    def factors(self, op: Op) -> Factors:
+        """The weights of one of its candidates."""
+        axes = op.settings.get("axes")
+        return self.weighted.factors(op.settings["form"], op.settings["widths"], axes)
+
+
+def forms_named(names: Sequence[str]) -> tuple[str, ...]:
+    """Forms from their names, or from a name for several.
+
+    Raises:
+        UsageError: An unknown name.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        given = FORM_SETS.get(name, (name,))
+        for form in given:
+            if form not in FORMS:
+                raise UsageError(
+                    f"there is no form {name!r}", expected=f"some of {', '.join((*FORM_SETS, *FORMS))}", got=name
+                )
+            found[form] = None
+    return tuple(found)
+
+
+class Meant:
+    """Which layers of a capture are meant, and by which pass each form is proposed.
+
+    Args:
+        capture: The model.
+        forms: The forms that may be used.
+        include: Patterns on paths; all layers where empty.
+        exclude: Patterns on paths that stay as they are.
+        replan: Whether parts of earlier rewrites are looked at.
+
+    Attributes:
+        layers: What may be replaced, with the passes that apply to it.
+        skips: What may not, and why.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        forms: Sequence[str],
+        *,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        replan: bool = False,
+    ) -> None:
+        self.owners = Owners(capture)
+        self.layers: list[tuple[Layer, dict[str, LayerPass]]] = []
+        self.skips: list[Skip] = []
+        passes = {form: _CONVOLUTION_PASSES[form](replan=replan) for form in forms}
+        linear = {"pair": FactorizeLinear(replan=replan)} if "pair" in forms else {}
+        wanted = chosen(capture, include, exclude)
+        for layer in capture.layers:
+            if id(layer) not in wanted:
+                self.skips.append(Skip(layer.path, SkipReason.EXCLUDED, "not meant by include or exclude"))
+                continue
+            applying: dict[str, LayerPass] = {}
+            refusals: list[Skip] = []
+            for form, one in (linear if layer.op == "linear" else passes).items():
+                refused = one.refusal(capture, layer, self.owners)
+                if refused is None:
+                    applying[form] = one
+                else:
+                    refusals.append(refused)
+            if layer.functional and applying:
+                detail = "called as a function, where calibration cannot look; make it a module"
+                refusals, applying = [Skip(layer.path, SkipReason.FUNCTIONAL, detail)], {}
+            if applying:
+                self.layers.append((layer, applying))
+            elif refusals:
+                mild = (SkipReason.WRONG_FORM, SkipReason.POINTWISE)
+                self.skips.append(next((r for r in refusals if r.reason not in mild), refusals[0]))
+            else:
+                self.skips.append(Skip(layer.path, SkipReason.WRONG_FORM, "none of the forms is for a linear map"))
+
+    def specs(self) -> dict[str, ConvSpec]:
+        """Path to shape facts."""
+        return {layer.path: spec_of(layer) for layer, _ in self.layers}
+
+
+def make_candidates(
+    meant: Meant,
+    statistics: Statistics | None,
+    *,
+    centred: bool = True,
+    multiple: int | None = None,
+    largest_error: float | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> list[LayerCandidates]:
+    """The candidates of every layer that is meant.
+
+    Args:
+        meant: The layers.
+        statistics: What calibration said; None for the weights' own norm, relative per layer.
+        centred: Whether the mean of what a layer reads is taken off, since a bias or norm makes up for it.
+        multiple: What widths are rounded to.
+        largest_error: Largest relative error of a layer in the norm of the prediction.
+        progress: Called with a layer's path and how much is done.
+    """
+    found = []
+    for i, (layer, passes) in enumerate(meant.layers):
+        if progress is not None:
+            progress(layer.path, i / len(meant.layers))
+        weight = weight_of(layer, meant.owners)
+        assert weight is not None
+        spec = spec_of(layer)
+        weighted = weighted_layer(weight, spec, layer.path, statistics, centred=centred, multiple=multiple)
+        one = LayerCandidates(layer, spec, weighted)
+        costs = {"params": float(layer.params), "macs": float(layer.macs)}
+        one.candidates.append(Candidate(None, 0.0, 0.0, costs))
+        for form, by in passes.items():
+            for rung in weighted.rungs(form, _saves(layer, spec)):
+                if largest_error is not None and rung.error > largest_error:
+                    continue
+                op = by.op(layer, spec, rung.widths, axes=rung.axes)
+                if isinstance(op, Op) and op.estimate is not None:
+                    after = {"params": float(op.estimate.params_after), "macs": float(op.estimate.macs_after)}
+                    one.candidates.append(Candidate(op, rung.loss, rung.error, after))
+        found.append(one)
+    return found
+
+
+def weighted_layer(
+    weight: Tensor,
+    spec: ConvSpec,
+    path: str,
+    statistics: Statistics | None,
+    *,
+    centred: bool = True,
+    multiple: int | None = None,
+) -> WeightedLayer:
+    """A layer's kernel in the norm of its statistics."""
+    if statistics is None:
+        weighted = WeightedLayer(weight, spec, None, None, multiple=multiple)
+        weighted.normalise(1.0)  # the relative squared error of each layer
+        return weighted
+    one = statistics.layers[path]
+    inputs = shrunk(one.input_moment(centred=centred), one)
+    weighted = WeightedLayer(weight, spec, inputs, one.gradient_moment(), statistics.positions(path), multiple)
+    if statistics.kind != "loss":
+        weighted.normalise(1.0)
+    return weighted
+
+
+def shrunk(moment: Tensor, one: LayerStatistics) -> Tensor:
+    """A moment drawn to a multiple of the identity as far as the rows were few."""
+    size = moment.shape[-1]
+    share = min(0.5, 0.02 * size / max(one.rows, 1)) + 1e-6
+    level = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
+    eye = torch.eye(size, dtype=moment.dtype, device=moment.device)
+    return moment * (1 - share) + share * level[:, None, None] * eye
+
+
+def _saves(layer: Layer, spec: ConvSpec) -> Callable[[str, Mapping[str, int], tuple[int, ...] | None], bool]:
+    def worth(form: str, widths: Mapping[str, int], axes: tuple[int, ...] | None) -> bool:
+        estimate = estimate_chain(layer, spec, form, widths, axes)
+        return estimate.macs_after < estimate.macs_before and estimate.params_after < estimate.params_before
+
+    return worth
+
+
+__all__ = ["FORM_SETS", "Candidate", "LayerCandidates", "Meant", "Rung", "forms_named", "make_candidates"]

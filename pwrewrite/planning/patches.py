@@ -1,0 +1,110 @@
+"""What a layer reads and writes, position by position: rows of input patches and of outputs.
+
+A convolution is a matrix ``(out, in·k)`` applied to the patch under each output position, channel first, as
+`torch.nn.functional.unfold` lays patches out; a linear map is one without spatial axes, whose positions are all of its
+leading dims. A transposed convolution applies one matrix ``(out, in)`` per tap to the channels at each *input*
+position, so there a row is the input's channels, and what holds for rows of inputs holds for each tap.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..convolution import ConvSpec
+
+
+def row_size(spec: ConvSpec) -> int:
+    """Size of an input row, per group."""
+    channels = spec.in_channels // spec.groups
+    return channels if spec.transposed else channels * prod(spec.kernel_size)
+
+
+def batched(x: Tensor, spec: ConvSpec) -> Tensor:
+    """A layer's input or output as ``(N, channels, *size)``, or ``(rows, features)`` for a linear map."""
+    if not spec.dims:
+        return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == spec.dims + 2 else x.unsqueeze(0)
+
+
+def input_rows(x: Tensor, spec: ConvSpec, positions: Tensor | None = None) -> Tensor:
+    """Input rows of a call.
+
+    Args:
+        x: The layer's input, from `batched`.
+        spec: The layer.
+        positions: Flat positions to take, of the output (of the input where transposed; of all rows for a linear
+            map); all where None.
+
+    Returns:
+        ``(groups, rows, row_size)``.
+    """
+    if not spec.dims:
+        return (x if positions is None else x[positions])[None]
+    if spec.transposed:
+        flat = x.flatten(2)
+        return _grouped(flat if positions is None else flat[..., positions], spec.groups)
+    size = spec.output_size(x.shape[2:])
+    if any(side != (0, 0) for side in spec.padding):
+        sides = [n for side in reversed(spec.padding) for n in side]
+        x = F.pad(x, sides, mode="constant" if spec.padding_mode == "zeros" else spec.padding_mode)
+    index = _indices(x.shape[2:], size, spec, positions).to(x.device)
+    rows = x.flatten(2)[:, :, index.flatten()].reshape(*x.shape[:2], *index.shape)  # (N, in, positions, taps)
+    count, channels = rows.shape[0] * rows.shape[2], spec.in_channels // spec.groups
+    rows = rows.transpose(1, 2).reshape(count, spec.groups, channels * index.shape[1])
+    return rows.transpose(0, 1)
+
+
+def output_rows(y: Tensor, spec: ConvSpec, positions: Tensor | None = None) -> Tensor:
+    """Rows of an output (or of the gradient there).
+
+    Args:
+        y: The layer's output, from `batched`.
+        spec: The layer.
+        positions: Flat output positions to take; all where None.
+
+    Returns:
+        ``(groups, rows, out/groups)``.
+    """
+    if not spec.dims:
+        return (y if positions is None else y[positions])[None]
+    flat = y.flatten(2)
+    return _grouped(flat if positions is None else flat[..., positions], spec.groups)
+
+
+def position_count(x: Tensor, spec: ConvSpec, wanted: tuple[int, ...] | None = None) -> int:
+    """How many flat positions a call has that `input_rows` may take: per sample, or rows for a linear map.
+
+    Args:
+        x: From `batched`.
+        spec: The layer.
+        wanted: The output's spatial size where it is known.
+    """
+    if not spec.dims:
+        return x.shape[0]
+    return prod(x.shape[2:] if spec.transposed else wanted or spec.output_size(x.shape[2:]))
+
+
+def _grouped(flat: Tensor, groups: int) -> Tensor:
+    """``(N, channels, positions)`` as ``(groups, N·positions, channels/groups)``."""
+    count, channels, positions = flat.shape
+    rows = flat.transpose(1, 2).reshape(count * positions, groups, channels // groups)
+    return rows.transpose(0, 1)
+
+
+def _indices(padded: torch.Size, size: tuple[int, ...], spec: ConvSpec, positions: Tensor | None) -> Tensor:
+    """Flat input index of every tap of every position taken: ``(positions, taps)``."""
+    flat = torch.arange(prod(size)) if positions is None else positions.cpu()
+    index = torch.zeros(len(flat), 1, dtype=torch.long)
+    coordinates = []
+    for n in reversed(size):
+        coordinates.append(flat % n)
+        flat = flat // n
+    for axis, start in enumerate(reversed(coordinates)):
+        taps = torch.arange(spec.kernel_size[axis]) * spec.dilation[axis]
+        along = start[:, None] * spec.stride[axis] + taps
+        index = (index[:, :, None] * padded[axis] + along[:, None, :]).flatten(1)
+    return index

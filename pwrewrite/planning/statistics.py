@@ -1,0 +1,419 @@
+"""What calibration inputs say about each layer: second moments of its input and of the loss's gradient at its output.
+
+`gather` runs a model over calibration inputs once and keeps, per layer, sums only: memory is bounded by the layers and
+not by the data. Two sums over disjoint data add up, so several processes may each see a part (`Statistics.add`,
+`Statistics.all_reduce`).
+
+**Inputs.** ``C = E[x xᵀ]`` over the patches ``x`` under the output positions (`pwrewrite.planning.patches`), with their
+mean. Large maps are sampled: enough positions of every input that the patches outnumber their size several times.
+
+**Gradients.** ``G = E[g gᵀ]``, ``g`` the gradient at one output position of the loss of one sample. The loss needs no
+labels. Where the model has one output of shape ``(N, classes)`` it is the cross-entropy of a label drawn from the
+model's own softmax, so that ``G`` is a diagonal block of the Fisher information (Martens 2014, *New insights and
+perspectives on the natural gradient method*; Martens & Grosse 2015): a change of the layer's outputs then changes the
+predicted distribution, in KL divergence, by half its square in that norm, to second order. For any other outputs
+(feature maps, boxes, segmentations) it is the inner product with Gaussian noise, scaled per output tensor to
+``1/√(n·rms²)``: the same half square is then half the expected squared relative error of the outputs.
+
+Assumptions of the loss that is made of them, ``½ · positions · tr(G ΔW C ΔWᵀ)``: gradients do not depend on inputs, and
+errors at different positions and in different layers do not add coherently. `pwrewrite.planning.measure` measures what
+that misses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..convolution import ConvSpec
+from ..errors import RefusedError
+from .patches import batched, input_rows, output_rows, position_count, row_size
+
+Chunk = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Positional and keyword inputs of one run of the model."""
+
+LARGEST_ROW = 8192
+"""Longer input rows than this get no second moment of their own, only that of their mean square."""
+
+_LEAST_POSITIONS = 64
+_ROWS_PER_SIZE = 8
+
+
+@dataclass
+class LayerStatistics:
+    """Sums over what one layer read and what came back to it.
+
+    Attributes:
+        inputs: ``(groups, d, d)`` sum of ``x xᵀ``, float64; ``(groups, d)``, its diagonal, where ``d`` is larger than
+            `LARGEST_ROW`.
+        means: ``(groups, d)`` sum of ``x``.
+        weight: Sum of the weights of the rows: how many positions they stand for.
+        rows: How many rows were seen.
+        gradients: ``(groups, o, o)`` sum of ``g gᵀ``; None where none came.
+        gradient_weight: As ``weight``.
+    """
+
+    inputs: Tensor
+    means: Tensor
+    weight: float = 0.0
+    rows: int = 0
+    gradients: Tensor | None = None
+    gradient_weight: float = 0.0
+
+    @classmethod
+    def empty(cls, spec: ConvSpec, device: torch.device) -> LayerStatistics:
+        """No rows yet."""
+        size = row_size(spec)
+        square = (size, size) if size <= LARGEST_ROW else (size,)
+        none = torch.zeros(0, dtype=wide_dtype(device), device=device)
+        return cls(none.new_zeros(spec.groups, *square), none.new_zeros(spec.groups, size))
+
+    def add_inputs(self, rows: Tensor, weight: float) -> None:
+        """Adds input rows ``(groups, n, d)`` that each stand for ``weight`` positions."""
+        if self.inputs.dim() == 3:
+            product = rows.mT @ rows
+        else:
+            product = rows.square().sum(1)
+        self.inputs.add_(product.to(self.inputs.dtype), alpha=weight)
+        self.means.add_(rows.sum(1).to(self.means.dtype), alpha=weight)
+        self.weight += weight * rows.shape[1]
+        self.rows += rows.shape[1]
+
+    def add_gradients(self, rows: Tensor, weight: float) -> None:
+        """Adds gradient rows ``(groups, n, o)``."""
+        product = (rows.mT @ rows).to(self.inputs.dtype)
+        if self.gradients is None:
+            self.gradients = torch.zeros_like(product)
+        self.gradients.add_(product, alpha=weight)
+        self.gradient_weight += weight * rows.shape[1]
+
+    def add(self, other: LayerStatistics) -> None:
+        """Adds what another process or part of the data gave."""
+        self.inputs += other.inputs.to(self.inputs)
+        self.means += other.means.to(self.means)
+        self.weight += other.weight
+        self.rows += other.rows
+        if other.gradients is not None:
+            self.gradients = other.gradients.to(self.inputs) + (0 if self.gradients is None else self.gradients)
+            self.gradient_weight += other.gradient_weight
+
+    def input_moment(self, *, centred: bool = False) -> Tensor:
+        """``C (groups, d, d)``, the mean of ``x xᵀ``.
+
+        Args:
+            centred: Whether the mean of ``x`` is taken off, as it may be where a bias makes up for it.
+        """
+        weight = max(self.weight, 1e-300)
+        mean = self.means / weight
+        if self.inputs.dim() == 2:  # only the mean square is known: spread evenly
+            level = self.inputs / weight - (mean.square() if centred else 0)
+            return torch.diag_embed(level.mean(1, keepdim=True).expand_as(level))
+        moment = self.inputs / weight
+        return moment - mean[:, :, None] * mean[:, None, :] if centred else moment
+
+    def gradient_moment(self) -> Tensor | None:
+        """``G (groups, o, o)``, the mean of ``g gᵀ``; None where no gradient reached the layer."""
+        if self.gradients is None or not self.gradient_weight or not bool(self.gradients.any()):
+            return None
+        return self.gradients / self.gradient_weight
+
+
+@dataclass
+class Statistics:
+    """Sums of every layer.
+
+    Attributes:
+        layers: By path.
+        samples: How many inputs were seen.
+        chunks: How many chunks were seen.
+        kind: ``loss`` with gradients, ``activations`` without.
+        outcome: What the gradients are of: ``classes`` or ``values``; ``""`` without.
+    """
+
+    layers: dict[str, LayerStatistics] = field(default_factory=dict)
+    samples: int = 0
+    chunks: int = 0
+    kind: str = "loss"
+    outcome: str = ""
+
+    def positions(self, path: str) -> float:
+        """How many positions of a layer one sample has, over all its calls."""
+        return self.layers[path].weight / max(self.samples, 1)
+
+    def add(self, other: Statistics) -> None:
+        """Adds statistics of the same model over other data."""
+        for path, one in other.layers.items():
+            if path in self.layers:
+                self.layers[path].add(one)
+            else:
+                self.layers[path] = one
+        self.samples += other.samples
+        self.chunks += other.chunks
+        self.outcome = self.outcome or other.outcome
+
+    def all_reduce(self) -> None:
+        """Adds up the statistics of all processes of `torch.distributed`, where it is initialised."""
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+        for one in self.layers.values():
+            some = torch.tensor(float(one.gradients is not None), device=device)
+            dist.all_reduce(some)
+            if some and one.gradients is None:
+                raise RefusedError("some processes have gradients of a layer and others have none")
+            for tensor in (one.inputs, one.means, one.gradients):
+                if tensor is not None:
+                    there = tensor.to(device)
+                    dist.all_reduce(there)
+                    tensor.copy_(there)
+            one.weight, rows, one.gradient_weight = _summed(
+                (one.weight, one.rows, one.gradient_weight), device, dist.all_reduce
+            )
+            one.rows = round(rows)
+        samples, chunks = _summed((self.samples, self.chunks), device, dist.all_reduce)
+        self.samples, self.chunks = round(samples), round(chunks)
+
+
+def gather(
+    model: nn.Module,
+    layers: Mapping[str, ConvSpec],
+    chunks: Iterable[Chunk],
+    *,
+    gradients: bool = True,
+    seed: int = 0,
+    expected: int | None = None,
+    start: Statistics | None = None,
+    each: Callable[[Statistics], None] | None = None,
+) -> Statistics:
+    """Runs a model over calibration inputs once and sums up what its layers see.
+
+    Args:
+        model: The model; runs in eval mode and stays as it is.
+        layers: Path and shape facts of the layers, which are modules.
+        chunks: Inputs, run by run.
+        gradients: Whether to go backward too.
+        seed: Of the positions sampled, the labels and the noise drawn; a chunk's draw depends on it and on its number.
+        expected: About how many samples there will be; decides how many positions of each are sampled.
+        start: Statistics of the first chunks, which are then passed over.
+        each: Called after every chunk with what there is by then.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        RefusedError: If an activation or a gradient holds NaN or Inf.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    found = start or Statistics(kind="loss" if gradients else "activations")
+    for path, spec in layers.items():
+        if path not in found.layers:
+            found.layers[path] = LayerStatistics.empty(spec, device)
+    watch = _Watch(found, expected, gradients)
+    skip = found.chunks
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        if gradients:
+            stack.enter_context(frozen(model))
+        for path, spec in layers.items():
+            handle = model.get_submodule(path).register_forward_hook(watch.hook(path, spec), with_kwargs=True)
+            stack.callback(handle.remove)
+        for number, (args, kwargs) in enumerate(chunks):
+            if number < skip:
+                continue
+            watch.begin(samples_of(args, kwargs), torch.Generator().manual_seed(seed * 1_000_003 + number))
+            with torch.set_grad_enabled(gradients):
+                outputs = model(*args, **kwargs)
+                if gradients:
+                    found.outcome = watch.backward(outputs)
+            watch.end()
+            found.samples += watch.samples
+            found.chunks += 1
+            if each is not None:
+                each(found)
+    return found
+
+
+def samples_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """How many samples a chunk holds: the first dim of its first tensor, or the length of its first list."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim():
+            return int(value.shape[0])
+        if isinstance(value, (list, tuple)):
+            return len(value)
+    return 1
+
+
+class _Watch:
+    """The hooks of one gathering: adds rows of inputs as layers run and rows of gradients as they come back."""
+
+    def __init__(self, found: Statistics, expected: int | None, gradients: bool) -> None:
+        self.found, self.expected, self.gradients = found, expected, gradients
+        self.roots: list[Tensor] = []
+        self.pending: list[Callable[[], None]] = []
+
+    def begin(self, samples: int, generator: torch.Generator) -> None:
+        """Starts a chunk."""
+        self.samples, self.generator = samples, generator
+
+    def end(self) -> None:
+        """Ends a chunk: what it gave counts only now, so that an interruption leaves whole chunks."""
+        for add in self.pending:
+            add()
+        self.pending.clear()
+        self.roots.clear()
+
+    def hook(self, path: str, spec: ConvSpec) -> Callable[..., Any]:
+        """The forward hook of a layer."""
+        one = self.found.layers[path]
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+            x = batched((args[0] if args else kwargs["input"]).detach(), spec)
+            size = tuple(output.shape[output.dim() - spec.dims :])
+            count = position_count(x, spec, size)
+            taken, share = self._sampled(count, row_size(spec), spec)
+            # The rows are made now, since a later in-place operation may change what was read.
+            rows = input_rows(x, spec, taken)
+            rows = _checked(rows if rows.dtype.itemsize >= 4 else rows.float(), path, "the input")
+            self.pending.append(lambda: one.add_inputs(rows, share))
+            return self._follow(path, spec, one, output) if self.gradients else None
+
+        return after
+
+    def _follow(self, path: str, spec: ConvSpec, one: LayerStatistics, output: Tensor) -> Tensor | None:
+        """Makes sure that the gradient of an output comes back, and says what to do with it."""
+        replaced = None
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+            self.roots.append(output)
+            replaced = output.clone()  # a leaf must not be changed in place
+        shape = tuple(output.shape)
+        count = shape[0] if not spec.dims else int(torch.Size(shape[len(shape) - spec.dims :]).numel())
+        taken, share = self._sampled(count, spec.out_channels // spec.groups, spec, linear_rows=_rows(shape))
+
+        def back(gradient: Tensor) -> None:
+            rows = output_rows(batched(gradient.detach(), spec), spec, taken)
+            rows = _checked(rows if rows.dtype.itemsize >= 4 else rows.float(), path, "the gradient")
+            self.pending.append(lambda: one.add_gradients(rows, share))
+
+        output.register_hook(back)  # type: ignore[no-untyped-call]
+        return replaced
+
+    def _sampled(
+        self, count: int, size: int, spec: ConvSpec, *, linear_rows: int | None = None
+    ) -> tuple[Tensor | None, float]:
+        """Positions to take of those there are, and how many each stands for."""
+        if not spec.dims and linear_rows is not None:
+            count = linear_rows
+        per_sample = max(_LEAST_POSITIONS, ceil(_ROWS_PER_SIZE * size / (self.expected or 64)))
+        limit = per_sample if spec.dims else per_sample * self.samples
+        if count <= limit + limit // 4:
+            return None, 1.0
+        taken = torch.randperm(count, generator=self.generator)[:limit].sort().values
+        return taken, count / limit
+
+    def backward(self, outputs: Any) -> str:
+        """Goes back from a loss of the outputs; the hooks add what comes.
+
+        Returns:
+            What the loss is of: ``classes`` or ``values``.
+        """
+        tensors = [t for t in tensors_in(outputs) if t.is_floating_point() and t.requires_grad]
+        if not tensors:
+            return ""
+        if is_classifier(outputs):
+            logits = tensors[0].float()
+            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=self.generator)
+            loss = torch.nn.functional.cross_entropy(logits, drawn[:, 0].to(logits.device), reduction="sum")
+            outcome = "classes"
+        else:
+            loss = torch.stack([self._noisy(t) for t in tensors]).sum()
+            outcome = "values"
+        torch.autograd.backward(loss, inputs=self.roots)
+        return outcome
+
+    def _noisy(self, output: Tensor) -> Tensor:
+        """An output's inner product with noise, in units in which its squared gradient is a relative error."""
+        values = output.float()
+        noise = torch.randn(values.shape, generator=self.generator).to(values.device)
+        per_sample = values.numel() / max(self.samples, 1)
+        power = values.detach().square().mean().clamp(min=1e-30)
+        return (values * noise).sum() / (per_sample * power).sqrt()
+
+
+def is_classifier(outputs: Any) -> bool:
+    """Whether a model's outputs are one tensor of class scores ``(N, classes)``."""
+    return isinstance(outputs, Tensor) and outputs.dim() == 2 and outputs.shape[1] > 1 and outputs.is_floating_point()
+
+
+def tensors_in(outputs: Any) -> Iterator[Tensor]:
+    """The tensors in a nest of tuples, lists, dicts and dataclasses, in order."""
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, Mapping):
+        for value in outputs.values():
+            yield from tensors_in(value)
+    elif isinstance(outputs, (list, tuple)):
+        for value in outputs:
+            yield from tensors_in(value)
+    elif hasattr(outputs, "__dataclass_fields__"):
+        for name in outputs.__dataclass_fields__:
+            yield from tensors_in(getattr(outputs, name))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; every module is put back into the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model with parameters that need no gradient, and as they were afterwards."""
+    needing = [p for p in model.parameters() if p.requires_grad]
+    for parameter in needing:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in needing:
+            parameter.requires_grad_(True)
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The widest dtype to sum in on a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape[:-1]).numel())
+
+
+def _checked(rows: Tensor, path: str, what: str) -> Tensor:
+    if not bool(torch.isfinite(rows).all()):
+        raise RefusedError(
+            f"{what} of a layer is not finite on the calibration data",
+            where=path,
+            got="NaN or Inf",
+            hint="look at the calibration inputs, and at the model in this dtype",
+        )
+    return rows
+
+
+def _summed(numbers: tuple[float, ...], device: torch.device, reduce: Callable[[Tensor], Any]) -> list[float]:
+    tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
+    reduce(tensor)
+    return [float(n) for n in tensor]

@@ -1,0 +1,193 @@
+"""Fitting in lock-step: forwards stop where they should, and what is fitted comes nearer to the original."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pwrewrite.capture import capture
+from pwrewrite.convolution import ConvSpec
+from pwrewrite.forms import linear_spec
+from pwrewrite.modules import build
+from pwrewrite.planning.lockstep import Lockstep
+from pwrewrite.planning.refit import Target, refit
+from pwrewrite.planning.residuals import Residual, residuals
+from pwrewrite.planning.weighted import WeightedLayer
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(x + self.bn2(self.conv2(y)), inplace=True)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.Sequential(Block(8), Block(8))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(F.relu(self.stem(x))).mean((2, 3)))
+
+
+@pytest.fixture
+def model() -> Net:
+    torch.manual_seed(0)
+    net = Net()
+    net.train()
+    for _ in range(20):
+        net(torch.randn(16, 3, 10, 10))
+    return net.eval()
+
+
+def inputs(count: int = 6, seed: int = 2) -> list[tuple[tuple[Tensor], dict[str, Tensor]]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [((torch.randn(16, 3, 10, 10, generator=generator),), {}) for _ in range(count)]
+
+
+LAYERS = ("blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv1", "blocks.1.conv2")
+ORDER = [f"blocks.{i}.{name}" for i in (0, 1) for name in ("conv1", "bn1", "conv2", "bn2")]
+NORMS = [path for path in ORDER if "bn" in path]
+
+
+def reduced(model: Net) -> tuple[Net, list[Target]]:
+    """The model with every block convolution cut to a third, and what to fit."""
+    changed = copy.deepcopy(model)
+    where = residuals(capture(model, inputs()[0][0][0]), LAYERS)
+    targets = []
+    for path in LAYERS:
+        layer = model.get_submodule(path)
+        assert isinstance(layer, nn.Conv2d)
+        spec = ConvSpec.of_module(layer)
+        new = build(spec, "expand", {"rank_out": 3})
+        new.load_factors(WeightedLayer(layer.weight, spec, None, None).factors("expand", {"rank_out": 3}), None)
+        parent, _, name = path.rpartition(".")
+        setattr(changed.get_submodule(parent), name, new)
+        targets.append(Target(path, spec, layer.weight.detach(), None, where.get(path)))
+    return changed, targets
+
+
+def distance(one: nn.Module, other: nn.Module) -> float:
+    with torch.no_grad():
+        return sum(float((one(*args) - other(*args)).square().sum()) for args, _ in inputs(4, seed=9))
+
+
+def test_residual_branches_are_found(model: Net) -> None:
+    found = residuals(capture(model, inputs()[0][0][0]), LAYERS)
+    assert found == {
+        "blocks.0.conv2": Residual("blocks.0.bn2", "blocks.0.conv1", "input"),
+        "blocks.1.conv2": Residual("blocks.1.bn2", "blocks.1.conv1", "input"),
+    }
+
+
+def test_fitting_comes_nearer_on_inputs_it_has_not_seen(model: Net) -> None:
+    changed, targets = reduced(model)
+    biased = copy.deepcopy(changed)
+    plain = distance(model, changed)
+    refit(model, biased, targets, NORMS, ORDER, inputs(), factors=False)
+    errors = refit(model, changed, targets, NORMS, ORDER, inputs())
+    assert distance(model, biased) < plain
+    assert distance(model, changed) < 0.7 * plain
+    assert distance(model, changed) < distance(model, biased)
+    assert set(errors) == set(LAYERS)
+    for target in targets:
+        made: nn.Module = changed.get_submodule(target.path)
+        kernel = torch.einsum("or,rikl->oikl", made.expand.weight[:, :, 0, 0], made.core.weight)  # type: ignore[union-attr, index]
+        error = float((kernel - target.weight).norm() / target.weight.norm())
+        assert errors[target.path] == pytest.approx(error, rel=1e-4)
+
+
+def test_looking_at_the_other_side_of_a_sum_helps(model: Net) -> None:
+    with_sums, targets = reduced(model)
+    without = copy.deepcopy(with_sums)
+    refit(model, with_sums, targets, NORMS, ORDER, inputs())
+    alone = [Target(t.path, t.spec, t.weight, t.gradients) for t in targets]
+    refit(model, without, alone, NORMS, ORDER, inputs())
+    assert distance(model, with_sums) < distance(model, without)
+
+
+def test_a_full_width_is_fitted_to_itself(model: Net) -> None:
+    changed = copy.deepcopy(model)
+    layer = model.blocks[0].conv1
+    spec = ConvSpec.of_module(layer)  # type: ignore[arg-type]
+    new = build(spec, "expand", {"rank_out": 8})
+    new.load_factors(WeightedLayer(layer.weight, spec, None, None).factors("expand", {"rank_out": 8}), None)  # type: ignore[arg-type]
+    changed.blocks[0].conv1 = new
+    refit(model, changed, [Target("blocks.0.conv1", spec, layer.weight.detach(), None)], NORMS, ORDER, inputs())  # type: ignore[operator]
+    x = inputs(1, seed=9)[0][0][0]
+    torch.testing.assert_close(changed(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_linear_and_transposed_layers_are_fitted() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 6)).eval()
+    changed = copy.deepcopy(model)
+    spec = linear_spec(12, 16, True)
+    weight = model[0].weight.detach()
+    assert isinstance(weight, Tensor)
+    new = build(spec, "pair", {"rank": 4})
+    new.load_factors(WeightedLayer(weight, spec, None, None).factors("pair", {"rank": 4}), None)
+    changed[0] = new
+    mixing = torch.randn(12, 12)
+    data: list[tuple[tuple[Tensor], dict[str, Tensor]]] = [((torch.randn(40, 12) @ mixing + 1,), {}) for _ in range(5)]
+    with torch.no_grad():
+        before = float((changed(data[0][0][0]) - model(data[0][0][0])).norm())
+        refit(model, changed, [Target("0", spec, weight, None)], [], ["0"], data)
+        assert float((changed(data[0][0][0]) - model(data[0][0][0])).norm()) < before
+    transposed = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, 2)).eval()
+    changed = copy.deepcopy(transposed)
+    tspec = ConvSpec.of_module(transposed[0])  # type: ignore[arg-type]
+    tweight = transposed[0].weight.detach()
+    assert isinstance(tweight, Tensor)
+    changed[0] = build(tspec, "expand", {"rank_out": 2})
+    changed[0].load_factors(WeightedLayer(tweight, tspec, None, None).factors("expand", {"rank_out": 2}), None)  # type: ignore[operator]
+    maps: list[tuple[tuple[Tensor], dict[str, Tensor]]] = [((torch.rand(3, 4, 5, 5),), {}) for _ in range(3)]
+    refit(transposed, changed, [Target("0", tspec, tweight, None)], [], ["0"], maps)
+    with torch.no_grad():
+        for axis_mean in [(changed(x) - transposed(x)).mean((0, 2, 3)) for (x,), _ in maps[:1]]:
+            assert float(axis_mean.abs().max()) < 0.05
+
+
+def test_models_and_threads_are_left_as_they_were(model: Net) -> None:
+    before = copy.deepcopy(model.state_dict())
+    threads = threading.active_count()
+    changed, targets = reduced(model)
+    changed.train()
+    refit(model, changed, targets, NORMS, ORDER, inputs(2))
+    assert threading.active_count() == threads
+    assert changed.training
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+    for net in (model, changed):
+        assert all(not m._forward_hooks and not m._forward_pre_hooks for m in net.modules())
+
+
+def test_lockstep_stops_every_forward_in_turn(model: Net) -> None:
+    with Lockstep(model, inputs(3), before=["blocks.0.conv2"], behind=["head"]) as steps:
+        assert steps.advance_to("blocks.0.conv2")
+        assert [forward.at.path for forward in steps.forwards if forward.at] == ["blocks.0.conv2"] * 3
+        assert steps.advance_to("head")
+        values = [forward.at.value for forward in steps.forwards if forward.at]
+        for (args, _), value in zip(inputs(3), values):
+            torch.testing.assert_close(value, model(*args))
+        assert not steps.advance_to("blocks.0.conv2")
+        assert all(forward.finished for forward in steps.forwards)
+
+
+def test_an_error_inside_a_forward_comes_out(model: Net) -> None:
+    bad: list[tuple[tuple[Tensor], dict[str, Tensor]]] = [((torch.randn(2, 4, 10, 10),), {})]
+    threads = threading.active_count()
+    with pytest.raises(RuntimeError, match="channels"), Lockstep(model, bad, before=["head"]) as steps:
+        steps.advance_to("head")
+    assert threading.active_count() == threads

@@ -1,0 +1,198 @@
+"""Sums of inputs and gradients equal those of plain loops, and leave the model as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pwrewrite.convolution import ConvSpec
+from pwrewrite.errors import RefusedError
+from pwrewrite.planning.statistics import Statistics, gather, is_classifier, samples_of
+
+
+class Net(nn.Module):
+    """A convolution whose output is changed in place, one called twice, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.twice = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu_()
+        y = self.twice(F.relu(self.twice(y)))
+        return self.head(y.mean((2, 3)))
+
+
+def specs(model: Net) -> dict[str, ConvSpec]:
+    from pwrewrite.forms import linear_spec
+
+    return {
+        "first": ConvSpec.of_module(model.first),
+        "twice": ConvSpec.of_module(model.twice),
+        "head": linear_spec(4, 5, True),
+    }
+
+
+@pytest.fixture
+def model() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def chunks(count: int = 3) -> list[tuple[tuple[Tensor], dict[str, Tensor]]]:
+    generator = torch.Generator().manual_seed(1)
+    return [((torch.randn(4, 3, 6, 6, generator=generator),), {}) for _ in range(count)]
+
+
+def test_inputs_are_second_moments_of_all_patches(model: Net) -> None:
+    found = gather(model, specs(model), chunks(), gradients=False)
+    rows = torch.cat([F.unfold(x, 3, padding=1).transpose(1, 2).reshape(-1, 27) for (x,), _ in chunks()]).double()
+    one = found.layers["first"]
+    torch.testing.assert_close(one.input_moment()[0], rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+    centred = (rows - rows.mean(0)).T @ (rows - rows.mean(0)) / len(rows)
+    torch.testing.assert_close(one.input_moment(centred=True)[0], centred, rtol=1e-5, atol=1e-6)
+    assert found.positions("first") == 36
+    assert found.positions("twice") == 72
+    assert found.positions("head") == 1
+    assert found.samples == 12
+    assert one.gradient_moment() is None
+
+
+def test_gradients_are_those_of_autograd(model: Net) -> None:
+    found = gather(model, {"first": specs(model)["first"]}, chunks(), seed=5)
+    total = torch.zeros(4, 4, dtype=torch.float64)
+    for number, ((x,), _) in enumerate(chunks()):
+        generator = torch.Generator().manual_seed(5 * 1_000_003 + number)
+        with torch.no_grad():
+            output = model.first(x)
+        output.requires_grad_()
+        logits = model.head(model.twice(F.relu(model.twice(output.clone().relu()))).mean((2, 3)))
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        F.cross_entropy(logits, labels, reduction="sum").backward()
+        assert output.grad is not None
+        rows = output.grad.flatten(2).transpose(1, 2).reshape(-1, 4).double()
+        total += rows.T @ rows
+    moment = found.layers["first"].gradient_moment()
+    assert moment is not None
+    torch.testing.assert_close(moment[0], total / (12 * 36), rtol=1e-4, atol=1e-12)
+    assert found.outcome == "classes"
+
+
+def test_the_loss_predicts_what_noise_in_a_layer_does() -> None:
+    """½ · positions · tr(G ΔW C ΔWᵀ) is the KL divergence that a small random change of the weights makes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 16, 10)).double().eval()
+    data = [((torch.randn(64, 3, 6, 6, dtype=torch.float64),), {}) for _ in range(8)]
+    spec = ConvSpec.of_module(model[0])  # type: ignore[arg-type]
+    found = gather(model, {"0": spec}, data)
+    one = found.layers["0"]
+    moment, gradient = one.input_moment()[0], one.gradient_moment()
+    assert gradient is not None
+    ratios = []
+    for seed in range(12):
+        delta = 1e-3 * torch.randn(8, 27, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        predicted = 0.5 * found.positions("0") * float((gradient[0] @ delta @ moment @ delta.T).trace())
+        changed = copy.deepcopy(model)
+        with torch.no_grad():
+            changed[0].weight += delta.reshape(8, 3, 3, 3)  # type: ignore[operator]
+            kl = 0.0
+            for (x,), _ in data:
+                p, q = model(x).log_softmax(-1), changed(x).log_softmax(-1)
+                kl += float((p.exp() * (p - q)).sum()) / 512
+        ratios.append(kl / predicted)
+    assert 0.5 < sum(ratios) / len(ratios) < 2
+
+
+def test_the_surrogate_predicts_relative_output_error() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 4, 3)).double().eval()
+    data = [((torch.randn(16, 3, 9, 9, dtype=torch.float64),), {}) for _ in range(16)]
+    found = gather(model, {"2": ConvSpec.of_module(model[2])}, data)  # type: ignore[arg-type]
+    one = found.layers["2"]
+    delta = 1e-2 * torch.randn(4, 72, dtype=torch.float64)
+    gradient = one.gradient_moment()
+    assert gradient is not None
+    assert found.outcome == "values"
+    predicted = 0.5 * found.positions("2") * float((gradient[0] @ delta @ one.input_moment()[0] @ delta.T).trace())
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed[2].weight += delta.reshape(4, 8, 3, 3)  # type: ignore[operator]
+        error = sum(float((model(x) - changed(x)).square().sum()) for (x,), _ in data)
+        power = sum(float(model(x).square().sum()) for (x,), _ in data)
+    assert predicted == pytest.approx(0.5 * error / power, rel=0.15)
+
+
+def test_the_model_stays_as_it_was(model: Net) -> None:
+    model.train()
+    model.head.eval()
+    model.first.weight.requires_grad_(False)
+    before = copy.deepcopy(model)
+    gather(model, specs(model), chunks())
+    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in before.parameters()]
+    assert all(p.grad is None for p in model.parameters())
+    assert all(not m._forward_hooks for m in model.modules())
+    for (name, a), b in zip(model.state_dict().items(), before.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_statistics_of_parts_add_up(model: Net) -> None:
+    whole = gather(model, specs(model), chunks(4), gradients=False)
+    first = gather(model, specs(model), chunks(4)[:2], gradients=False)
+    first.add(gather(model, specs(model), chunks(4)[2:], gradients=False))
+    for path, one in whole.layers.items():
+        torch.testing.assert_close(first.layers[path].input_moment(), one.input_moment())
+    assert first.samples == whole.samples
+
+
+def test_an_interrupted_gathering_goes_on_where_it_was(model: Net) -> None:
+    whole = gather(model, specs(model), chunks(4))
+
+    def breaking() -> Iterator[tuple[tuple[Tensor], dict[str, Tensor]]]:
+        yield from chunks(4)[:2]
+        raise KeyboardInterrupt
+
+    part = Statistics()
+    with pytest.raises(KeyboardInterrupt):
+        gather(model, specs(model), breaking(), start=part)
+    assert part.chunks == 2
+    gather(model, specs(model), chunks(4), start=part)
+    for path, one in whole.layers.items():
+        assert torch.equal(part.layers[path].inputs, one.inputs)
+        assert part.layers[path].gradients is not None
+        assert torch.equal(part.layers[path].gradients, one.gradients)  # type: ignore[arg-type]
+
+
+def test_large_maps_are_sampled_and_still_counted_whole() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 3, 3, padding=1)
+    x = torch.randn(8, 2, 40, 40)
+    found = gather(layer, {"": ConvSpec.of_module(layer)}, [((x,), {})], expected=8)
+    one = found.layers[""]
+    assert one.rows < 8 * 1600
+    assert found.positions("") == pytest.approx(1600)
+    rows = F.unfold(x, 3, padding=1).transpose(1, 2).reshape(-1, 18).double()
+    torch.testing.assert_close(one.input_moment()[0].diagonal(), rows.square().mean(0), rtol=0.15, atol=0)
+
+
+def test_values_that_are_not_finite_are_refused(model: Net) -> None:
+    with torch.no_grad():
+        model.first.weight[0, 0, 0, 0] = float("inf")
+    with pytest.raises(RefusedError, match="not finite"):
+        gather(model, specs(model), chunks())
+
+
+def test_what_counts_as_a_classifier_and_a_sample() -> None:
+    assert is_classifier(torch.zeros(4, 10))
+    assert not is_classifier(torch.zeros(4, 1))
+    assert not is_classifier(torch.zeros(4, 10, 8, 8))
+    assert not is_classifier({"logits": torch.zeros(4, 10)})
+    assert samples_of(([torch.zeros(3, 8, 8)] * 2,), {}) == 2
+    assert samples_of((), {"x": torch.zeros(5, 3)}) == 5

@@ -1,0 +1,148 @@
+"""Losses that are predicted are those of the factors that are made, for every form, and small ranks lose more."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pwrewrite.convolution import ConvSpec
+from pwrewrite.decompose import kernel_loss
+from pwrewrite.forms import linear_spec, rank_limits
+from pwrewrite.planning.last_factor import Inner, last_matrix, solve_last, with_last
+from pwrewrite.planning.patches import row_size
+from pwrewrite.planning.weighted import Rung, WeightedLayer, ladder
+
+LAYERS = {
+    "dense": nn.Conv2d(12, 16, 3),
+    "grouped": nn.Conv2d(12, 16, 3, groups=2),
+    "wide": nn.Conv2d(6, 20, (5, 3)),
+    "transposed": nn.ConvTranspose2d(8, 6, 2, 2),
+    "pointwise": nn.Conv2d(12, 8, 1),
+    "one axis": nn.Conv1d(10, 8, 3),
+}
+SPATIAL = ("reduce", "expand", "bottleneck", "depthwise", "spatial")
+
+
+def moments(spec: ConvSpec, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def moment(size: int) -> Tensor:
+        mixing = torch.randn(spec.groups, size, size, generator=generator, dtype=torch.float64)
+        rows = torch.randn(spec.groups, 4 * size, size, generator=generator, dtype=torch.float64) @ mixing
+        return rows.mT @ rows / rows.shape[1]
+
+    return moment(row_size(spec)), moment(spec.out_channels // spec.groups)
+
+
+def weighted(name: str) -> WeightedLayer:
+    layer = LAYERS[name]
+    spec = ConvSpec.of_module(layer)
+    torch.manual_seed(0)
+    return WeightedLayer(torch.randn_like(layer.weight), spec, *moments(spec), positions=10.0)  # type: ignore[arg-type]
+
+
+def forms_of(name: str) -> tuple[str, ...]:
+    if name == "pointwise":
+        return ("pair",)
+    return tuple(form for form in SPATIAL if form != "spatial" or name != "one axis")
+
+
+@pytest.mark.parametrize(("name", "form"), [(name, form) for name in LAYERS for form in forms_of(name)])
+def test_predicted_losses_are_those_of_the_factors(name: str, form: str) -> None:
+    layer = weighted(name)
+    rungs = layer.rungs(form, lambda *given: True)
+    assert rungs
+    for rung in rungs[:: max(1, len(rungs) // 6)]:
+        factors = layer.factors(form, rung.widths, rung.axes)
+        delta = layer.kernel - factors.reconstruct().reshape(layer.kernel.shape)
+        loss = 5.0 * kernel_loss(delta, layer.inputs, layer.gradients, layer.spec.groups)
+        assert rung.loss == pytest.approx(loss, rel=1e-5, abs=1e-6 * layer.scale)
+        assert factors.weighted_error == pytest.approx(rung.error, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize(("name", "form"), [(name, form) for name in LAYERS for form in forms_of(name)])
+def test_the_full_rank_loses_nothing(name: str, form: str) -> None:
+    layer = weighted(name)
+    axes = (0,) if form == "spatial" else None
+    factors = layer.factors(form, rank_limits(layer.spec, form, axes), axes)
+    torch.testing.assert_close(factors.reconstruct().reshape(layer.kernel.shape), layer.kernel, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["reduce", "spatial", "depthwise", "expand"])
+def test_the_last_factor_cannot_be_bettered(form: str) -> None:
+    layer = weighted("dense")
+    rung = layer.rungs(form, lambda *given: True)[3]
+    best = layer.factors(form, rung.widths, rung.axes)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        matrix = last_matrix(best)
+        nudge = 1e-3 * torch.randn(matrix.shape, generator=generator, dtype=matrix.dtype)
+        other = with_last(best, matrix + nudge)
+        delta = layer.kernel - other.reconstruct().reshape(layer.kernel.shape)
+        assert layer.loss_of(delta) > rung.loss * (1 - 1e-9)
+
+
+def test_a_bottleneck_beats_the_plain_one() -> None:
+    from pwrewrite.decompose import tucker2
+
+    layer = weighted("dense")
+    for rung in layer.rungs("bottleneck", lambda *given: True)[::20]:
+        plain = tucker2(layer.kernel, rank_in=rung.widths["rank_in"], rank_out=rung.widths["rank_out"])
+        assert rung.loss <= layer.loss_of(layer.kernel - plain.reconstruct()) * (1 + 1e-9) + 1e-6
+
+
+@pytest.mark.parametrize("form", ["reduce", "expand", "bottleneck", "depthwise", "spatial"])
+def test_inner_maps_times_last_factors_are_the_kernel(form: str) -> None:
+    layer = weighted("grouped")
+    rung: Rung = layer.rungs(form, lambda *given: True)[2]
+    factors = layer.factors(form, rung.widths, rung.axes)
+    inner = Inner(factors, layer.spatial)
+    eye = torch.eye(layer.rows.shape[2], dtype=torch.float64).expand(2, -1, -1)
+    made = last_matrix(factors) @ inner.multiply(eye)
+    torch.testing.assert_close(made.reshape(layer.kernel.shape), factors.reconstruct().reshape(layer.kernel.shape))
+    assert inner.multiply(eye).shape[1] == inner.size
+
+
+def test_without_statistics_losses_are_relative_squared_errors() -> None:
+    layer = nn.Linear(12, 10)
+    one = WeightedLayer(layer.weight, linear_spec(12, 10, True), None, None)
+    one.normalise(1.0)
+    values = torch.linalg.svdvals(layer.weight.detach().double()).square()
+    for rung in one.rungs("pair", lambda *given: True):
+        assert rung.loss == pytest.approx(float(values[rung.widths["rank"] :].sum() / values.sum()), abs=1e-9)
+
+
+def test_losses_of_large_patches_are_near_the_full_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pwrewrite.planning import weighted as module
+
+    spec = ConvSpec.of_module(nn.Conv2d(48, 40, 3))
+    inputs, gradients = moments(spec)
+    weight = torch.randn(40, 48, 3, 3, generator=torch.Generator().manual_seed(0))
+    exact = WeightedLayer(weight, spec, inputs, gradients).rungs("reduce", lambda *given: True)
+    monkeypatch.setattr(module, "_EXACT_ROW", 10)
+    rungs = WeightedLayer(weight, spec, inputs, gradients).rungs("reduce", lambda *given: True)
+    assert any(rough.loss != rung.loss for rough, rung in zip(rungs, exact))
+    for rough, rung in zip(rungs, exact):
+        assert rough.loss == pytest.approx(rung.loss, rel=0.35, abs=1e-4 * exact[0].loss)
+
+
+def test_singular_moments_are_solved() -> None:
+    normal = torch.zeros(1, 4, 4, dtype=torch.float64)
+    normal[0, :2, :2] = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+    cross = torch.tensor([[[2.0, 1.0, 0.0, 0.0]]], dtype=torch.float64)
+    torch.testing.assert_close(
+        solve_last(normal, cross)[0, 0], torch.tensor([1.0, 0, 0, 0], dtype=torch.float64), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_ladders_reach_the_full_rank_and_stay_short() -> None:
+    assert ladder(5) == [1, 2, 3, 4, 5]
+    assert ladder(1) == [1]
+    for limit in (17, 64, 100, 512, 4608):
+        ranks = ladder(limit)
+        assert ranks[-1] == limit
+        assert ranks == sorted(set(ranks))
+        assert len(ranks) <= 24
+        assert ranks[0] >= 1
+    assert all(rank % 16 == 0 for rank in ladder(128, 16) if rank >= 16)
