@@ -1,4 +1,7 @@
-"""``remove``: a module that does nothing in evaluation becomes an identity. Settings: ``kind``, its class's name."""
+"""``remove``: a module that does nothing in evaluation becomes an identity. Settings: ``kind``, its class's name.
+
+With the kind ``code`` it is the code of the module that has something to remove (`pwrewrite.actions.simplify`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from ..errors import PlanError
 from ..fused.known import drops, hooked
 from ..plan import Edit, Op, Skip, SkipReason
 from .bench import Bench, Refused
+from .simplify import CODE, simplify_code
 
 
 def remove_module(bench: Bench, op: Op) -> Edit:
@@ -17,6 +21,8 @@ def remove_module(bench: Bench, op: Op) -> Edit:
         PlanError: If there is no such module, or it does something in evaluation.
         Refused: If something else refers to it.
     """
+    if op.settings.get("kind") == CODE:
+        return simplify_code(bench, op)
     module = bench.find(op, op.path)
     if type(module).__name__ != op.settings.get("kind") or not drops(module):
         raise PlanError(

@@ -3,7 +3,10 @@
 Dropout of every kind, stochastic depth and drop path become identities, so that what lies on both sides of them can be
 fused. Torch's own modules are known by their class; others are taken where their class says that they drop something
 and they return the very tensor that they are given. Identities in code that has become a graph are left out of it by
-the passes that made the graph.
+the passes that made the graph. One that is in training mode in a model that is not is meant to drop, and stays.
+
+In code: functional dropouts that keep a layer from what is behind it, results that nobody reads, the first of two
+``contiguous`` or reshapes in a row, permutations that undo each other, equal calls on the same tensors.
 """
 
 from __future__ import annotations
@@ -12,13 +15,15 @@ from ..capture.records import Capture
 from ..fused.known import drops, hooked
 from ..plan import Estimate, Op, Skip, SkipReason
 from .base import Pass, Proposal
+from .noise_in_code import code_ops
+from .patterns import Graph
 
 
 class RemoveInferenceNoise(Pass):
     """Makes identities of modules that only act in training."""
 
     name = "remove-inference-noise"
-    summary = "dropout, stochastic depth and drop path become identities"
+    summary = "dropout and stochastic depth become identities; dead, repeated and undone operations leave the code"
     exact = "eval"
 
     def propose(self, capture: Capture) -> list[Proposal]:
@@ -27,9 +32,12 @@ class RemoveInferenceNoise(Pass):
         for path, module in capture.model.named_modules():
             if not path or not drops(module):
                 continue
-            if hooked(module):
+            if module.training and not capture.model.training:
+                detail = "in training mode in a model that is not, so it is meant to drop; call eval() on it, too"
+                proposals.append(Skip(path, SkipReason.EXCLUDED, detail))
+            elif hooked(module):
                 proposals.append(Skip(path, SkipReason.HOOKS, "has a hook, which would no longer be called; remove it"))
             else:
                 settings = {"kind": type(module).__name__}
                 proposals.append(Op("remove", path, self.name, settings, Estimate(0, 0, 0, 0)))
-        return proposals
+        return [*proposals, *code_ops(Graph(capture), self.name)]
