@@ -3,7 +3,7 @@
 ``act(conv(x))`` in one kernel saves writing and reading the whole map once more; ``relu(conv(x) + residual)`` saves it
 twice. What is fused: the layer, the identities behind it, an addition where its other operand has the output's shape,
 and the activation, each with no other reader. A layer whose output is only added to something is fused with that
-addition alone.
+addition alone. One that is called several times is fused where the same activation is behind each of its calls.
 
 Where the activation is a module that is called once, it becomes an identity. Where it is a function, or a module that
 is called several times (torchvision's residual blocks call one ``self.relu`` three times), and for every addition, the
@@ -62,6 +62,8 @@ class FusePointwiseActivation(Pass):
         return proposals
 
     def _one(self, capture: Capture, graph: Graph, layer: Layer, node: fx.Node, fused: set[fx.Node]) -> Proposal | None:
+        if len(layer.calls) > 1:
+            return self._repeated(capture, graph, layer, node, fused)
         last = graph.onward(node)
         reader = graph.sole_reader(last)
         if reader is None:
@@ -83,10 +85,38 @@ class FusePointwiseActivation(Pass):
             refusal = self._refused(capture, graph, layer)
             if refusal is not None:
                 return refusal
+        return self._op(layer, settings, fused)
+
+    def _op(self, layer: Layer, settings: dict[str, Any], fused: set[fx.Node]) -> Op:
         fused.update(settings.pop("nodes"))
         settings["layer"] = spec_to_dict(spec_of(layer))
         estimate = Estimate(layer.params, layer.params, layer.macs, layer.macs)
         return Op("fuse", layer.path, self.name, settings, estimate)
+
+    def _repeated(
+        self, capture: Capture, graph: Graph, layer: Layer, node: fx.Node, fused: set[fx.Node]
+    ) -> Proposal | None:
+        """A layer that is called several times: fused where the same code has the same activation behind each call."""
+        calls = [graph.named[call.node] for call in layer.calls]
+        readers = [graph.sole_reader(graph.onward(call)) for call in calls]
+        acts = [graph.activation(reader) if reader is not None else None for reader in readers]
+        if node is not calls[0] or not any(acts):
+            return None
+        behind = [reader for reader in readers if reader is not None]
+        scopes = {_scope(graph, reader) for reader in behind}
+        if acts[0] is None or any(act != acts[0] for act in acts) or len(scopes) > 1 or fused & set(behind):
+            detail = f"called {len(layer.calls)} times; not every call has this activation behind it"
+            return Skip(layer.path, SkipReason.CALLED_TWICE, detail)
+        refusal = self._refused(capture, graph, layer)
+        if refusal is not None:
+            return refusal
+        (name, numbers), path = acts[0]
+        if path and hooked(graph.modules[path]):
+            return None
+        settings: dict[str, Any] = {"activation": name, "scalars": list(numbers), "nodes": set(behind)}
+        if path and graph.calls_of(path) == len(behind):
+            return self._op(layer, settings | {"remove": path}, fused)
+        return self._op(layer, settings | {"scope": scopes.pop(), "called": path}, fused)
 
     def _activation(
         self, graph: Graph, node: fx.Node, act: tuple[Any, str], fused: set[fx.Node]
@@ -141,9 +171,6 @@ class FusePointwiseActivation(Pass):
         """Why a layer cannot be fused, though an activation follows it."""
         if layer.spec is not None and layer.spec.transposed:
             return Skip(layer.path, SkipReason.NO_KERNEL, "no fused kernel for transposed convolutions")
-        if len(layer.calls) != 1:
-            detail = f"called {len(layer.calls)} times; not every call may have this activation behind it"
-            return Skip(layer.path, SkipReason.CALLED_TWICE, detail)
         if layer.functional:
             return Skip(layer.path, SkipReason.FUNCTIONAL, "a functional call; make it a module")
         return eligible(capture, layer, graph.owners)

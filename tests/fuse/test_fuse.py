@@ -496,13 +496,45 @@ def test_code_that_is_no_graph_is_left() -> None:
 
 
 def test_shared_and_multiply_read() -> None:
-    shared = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
-    done = checked(nn.Sequential(shared, shared).eval())
-    assert reasons(done)["0.0"] == "called-twice"
+    conv, relu = nn.Conv2d(4, 4, 1), nn.ReLU()
+    for layers in ((conv, relu, conv), (conv, relu, conv, nn.Tanh()), (conv, relu, conv, nn.Tanh(), relu)):
+        done = checked(nn.Sequential(*layers).eval())
+        assert reasons(done)["0"] == "called-twice"
     alias = Residual()
     alias.again = alias.conv1
     done = checked(lively(alias))
     assert done.model.again is done.model.conv1
+
+
+class Loop(nn.Module):
+    """One block, called as often as there are steps, with an activation in code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.gate = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()), Gate()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.gate(self.body(x))
+        return x
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.conv(x))
+
+
+def test_layers_called_several_times_with_the_same_activation() -> None:
+    done = checked(Loop().eval())
+    assert sorted(e.method for e in done.edits) == ["relu", "sigmoid"]
+    shared = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+    done = checked(nn.Sequential(shared, shared).eval())
+    assert [e.method for e in done.edits] == ["relu"]
+    assert done.model[0] is done.model[1]  # type: ignore[index]
 
 
 def test_training_goes_on_where_nothing_was_folded() -> None:
