@@ -10,6 +10,7 @@
 
     made = pwrewrite.rewrite(model, inputs, [pwrewrite.passes.InsertBottleneck(0.5)])
     print(made.report)                    # what was saved, what proves the rest
+    made = pwrewrite.rewrite(model, inputs, budget={"macs": 0.5}, calibration=batches)
     made.save("folder")                   # and pwrewrite.load("folder", model) brings it back
 
     capture = pwrewrite.capture(model, example_inputs)
@@ -17,10 +18,10 @@
 
 Importing this package imports nothing heavy: each name is imported when it is first used.
 
-Some functions are named as the submodule that they live in (``apply``, ``capture``, ``graph``, ``verify``). Once
-Python has imported a submodule it binds it to the package under its name, so ``pwrewrite.graph`` is the submodule, and
-is made callable as the function of that name in it. Thus ``pwrewrite.graph(capture)``, ``from pwrewrite import graph``,
-``from pwrewrite.graph import graph`` and ``import pwrewrite.capture.records as records`` all work, in any order.
+Some functions are named as a submodule (``apply``, ``capture``, ``graph``, ``plan``, ``verify``). Once Python has
+imported a submodule it binds it to the package under its name, so ``pwrewrite.graph`` is the submodule, and is made
+callable as that function. Thus ``pwrewrite.graph(capture)``, ``from pwrewrite import graph``, ``from pwrewrite.graph
+import graph`` and ``import pwrewrite.capture.records as records`` all work, in any order.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .analysis.records import Analysis
     from .api import analyze, analyze_target
     from .apply import apply
+    from .budgeting import plan
     from .capture import Capture, capture
     from .convolution import ConvSpec
     from .cost import Cost, register_formula
@@ -75,11 +77,15 @@ __all__ = [
     "load_target",
     "make_plan",
     "passes",
+    "plan",
     "register_formula",
     "rewrite",
     "save",
     "verify",
 ]
+
+_ELSEWHERE = {"plan": "budgeting"}
+"""Submodules that are called as a function of their name that lives in another one."""
 
 _HOMES = {
     "Analysis": "analysis.records",
@@ -103,6 +109,7 @@ _HOMES = {
     "load_target": "loading",
     "make_plan": "rewriting",
     "passes": "passes",
+    "plan": "plan",
     "register_formula": "cost",
     "rewrite": "rewriting",
     "save": "storage",
@@ -138,7 +145,10 @@ class _CallableModule(ModuleType):
 
     @property
     def _function(self) -> Any:
-        return self.__dict__[self.__name__.rpartition(".")[2]]
+        name = self.__name__.rpartition(".")[2]
+        if name in _ELSEWHERE:
+            return getattr(import_module(f"{__name__}.{_ELSEWHERE[name]}"), name)
+        return self.__dict__[name]
 
     @property
     def __signature__(self) -> Signature:
@@ -152,7 +162,7 @@ class _Package(ModuleType):
     """This package: makes a submodule callable at the moment when Python binds it here, whoever imported it."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if _HOMES.get(name) == name and type(value) is ModuleType and name in vars(value):
+        if _HOMES.get(name) == name and type(value) is ModuleType and (name in vars(value) or name in _ELSEWHERE):
             value.__class__ = _CallableModule
         super().__setattr__(name, value)
 

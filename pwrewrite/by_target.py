@@ -126,7 +126,7 @@ def plan_target(
     planned = make_plan(
         opened.model, opened.loaded.example_inputs, passes, plan, target=request.target, progress=progress
     )
-    facts = {**planned.plan.model, **_origin(opened)}
+    facts = {**planned.plan.model, **origin_of(opened)}
     return Planned(replace(planned.plan, model=facts), told(planned.report, opened.loaded))
 
 
@@ -197,7 +197,7 @@ def _opened(request: Request, progress: Progress | None) -> Opened:
     return request.open()
 
 
-def _origin(opened: Opened) -> dict[str, Any]:
+def origin_of(opened: Opened) -> dict[str, Any]:
     """What a plan records about where the original comes from."""
     facts: dict[str, Any] = {"target": opened.origin}
     if opened.plan is None:
@@ -210,10 +210,10 @@ def _origin(opened: Opened) -> dict[str, Any]:
 def whole_plan(opened: Opened, plan: Plan) -> Plan:
     """The plan from the original model."""
     if opened.plan is None:
-        return replace(plan, model={**plan.model, **_origin(opened)})
+        return replace(plan, model={**plan.model, **origin_of(opened)})
     joined = opened.plan + plan
     kept = {key: opened.plan.model[key] for key in ("class", "params") if key in opened.plan.model}
-    return replace(joined, model={**plan.model, **_origin(opened), **kept})
+    return replace(joined, model={**plan.model, **origin_of(opened), **kept})
 
 
 def told(report: Report, loaded: LoadedModel) -> Report:

@@ -9,22 +9,35 @@ person edited).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from .analysis.records import Analysis
+from .budgeting import Ask, Budgeted, BudgetLike, Metric
 from .capture import Inputs
-from .errors import VerificationError
+from .errors import UsageError, VerificationError
 from .passes import Pass
 from .plan import Edit, Plan
+from .planning.planner import Settings
 from .report.records import Report
 from .steps import Progress, Run, join_names, propose, silent
 from .verification import Verification
 
-__all__ = ["Planned", "Progress", "Rewritten", "join_names", "make_plan", "propose", "rewrite", "unverified_error"]
+__all__ = [
+    "Planned",
+    "Progress",
+    "Rewritten",
+    "join_names",
+    "make_plan",
+    "propose",
+    "rewrite",
+    "rewrite_asked",
+    "unverified_error",
+]
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,18 @@ def rewrite(
     plan: Plan | None = None,
     allow_output_change: bool = False,
     *,
+    budget: BudgetLike | None = None,
+    calibration: Iterable[Any] | None = None,
+    calibration_size: int | None = None,
+    forms: Sequence[str] = ("all",),
+    sensitivity: str | None = None,
+    refit: str = "full",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    multiple: int | None = None,
+    max_layer_error: float | None = None,
+    metric: Metric | None = None,
+    seed: int = 0,
     verify: bool = True,
     thorough: bool = True,
     max_error: float | None = None,
@@ -118,6 +143,9 @@ def rewrite(
 ) -> Rewritten:
     """Rewrites a model, keeps its weights' knowledge, and proves what did not change.
 
+    Either as passes or a plan say, or within a budget at the least loss: ``rewrite(model, inputs, budget={"macs": 0.5},
+    calibration=batches)``. With a plan and calibration inputs, the plan's new weights are chosen and fitted by these.
+
     Args:
         model: Any module; stays as it is.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones.
@@ -125,6 +153,19 @@ def rewrite(
             given.
         plan: Instead of passes: a plan to carry out.
         allow_output_change: Whether an output may change its shape, which the report then tells.
+        budget: Instead of passes or a plan: kind to limit, as for `pwrewrite.plan`; so are the next nine.
+        calibration: A few hundred unlabelled inputs: any iterable of batches.
+        calibration_size: Use at most so many inputs.
+        forms: Forms to choose from.
+        sensitivity: ``loss``, ``activations`` or ``weights``.
+        refit: ``full`` fits the factors, biases and norms to the original on the calibration inputs, ``bias`` the last
+            two alone, ``none`` nothing.
+        include: Patterns on paths, for a budget; passes have their own.
+        exclude: Patterns on paths that stay as they are.
+        multiple: What widths are rounded to.
+        max_layer_error: Largest relative error of a layer.
+        metric: Called with the original and with the result; the report tells both values.
+        seed: Of everything that is drawn.
         verify: Whether to verify the result.
         thorough: Whether to verify at several batch and spatial sizes, in train mode, gradients and reloading.
         max_error: Largest relative output error that passes verification; unlimited if None.
@@ -140,17 +181,70 @@ def rewrite(
         RefusedError: If a weight holds NaN or Inf, or the model cannot be copied.
         CaptureError: If the model does not run on the inputs.
     """
+    ask = None
+    if budget is not None or calibration is not None:
+        settings = Settings(
+            tuple(forms), sensitivity, refit, tuple(include), tuple(exclude), multiple, max_layer_error, seed=seed
+        )
+        metrics = None if metric is None else {getattr(metric, "__name__", "metric"): metric}
+        ask = Ask(budget, calibration, calibration_size, settings, metrics)
+        if passes is not None:
+            raise UsageError("a budget or calibration inputs and passes exclude each other", hint="give one of them")
+    return rewrite_asked(
+        model,
+        example_inputs,
+        ask,
+        plan,
+        allow_output_change,
+        passes=passes,
+        verify=verify,
+        thorough=thorough,
+        max_error=max_error,
+        target=target,
+        progress=progress,
+    )
+
+
+def rewrite_asked(
+    model: nn.Module,
+    example_inputs: Inputs,
+    ask: Ask | None,
+    plan: Plan | None = None,
+    allow_output_change: bool = False,
+    *,
+    passes: Sequence[Pass] | None = None,
+    verify: bool = True,
+    thorough: bool = True,
+    max_error: float | None = None,
+    target: str | None = None,
+    progress: Progress | None = None,
+) -> Rewritten:
+    """`rewrite`, with what a budget asks as one; None where passes or a plan decide alone.
+
+    Raises:
+        PwrewriteError: As for `rewrite`.
+    """
+    if ask is not None and ask.budget is not None and plan is not None:
+        raise UsageError("a budget and a plan exclude each other", hint="a plan already says what to do")
+    if ask is not None and ask.budget is None and plan is None:
+        raise UsageError("calibration inputs serve a budget or a plan, and there is neither")
     run = Run(model, example_inputs, progress or silent)
-    run.all(passes, plan)
+    budgeted = None if ask is None else Budgeted(run, ask)
+    if budgeted is None:
+        run.all(passes, plan)
+    else:
+        budgeted.carry_out(plan)
     before, after = run.analyses(target)
     proof = None
     if verify:
         run.say("verifying", None)
-        proof = _verify(model, run, before, allow_output_change, thorough, max_error)
+        inputs = run.inputs if budgeted is None else budgeted.sample()
+        proof = _verify(model, run, inputs, before, allow_output_change, thorough, max_error)
+    report = run.report(before, after, target, proof)
     return Rewritten(
         run.model,
         run.finished(target),
-        run.report(before, after, target, proof),
+        report if budgeted is None else budgeted.complete(report),
         tuple(row.edit for row in run.rows),
         run.names,
     )
@@ -187,6 +281,7 @@ def make_plan(
 def _verify(
     model: nn.Module,
     run: Run,
+    inputs: Inputs,
     before: Analysis,
     allow_output_change: bool,
     thorough: bool,
@@ -197,7 +292,7 @@ def _verify(
     return verify(
         model,
         run.model,
-        run.inputs,
+        inputs,
         edits=[row.edit for row in run.rows],
         expected=run.expected(before),
         allow_output_change=allow_output_change,

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from .actions import Decomposer
 from .analysis import analyze_capture
 from .analysis.records import Analysis
 from .apply import Probe, carry_out
@@ -66,6 +67,9 @@ class Run:
         inputs: Example inputs.
         say: Called at each step.
         fill: Whether new layers get their weights from the old ones; without it only shapes are right.
+
+    Attributes:
+        decomposer: Gives the factors of a layer; the plain decomposition where None.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, say: Progress, *, fill: bool = True) -> None:
@@ -76,13 +80,14 @@ class Run:
         self.rows: list[EditRow] = []
         self.estimates: list[Estimate | None] = []
         self.names: dict[str, tuple[str, ...]] = {}
+        self.decomposer: Decomposer | None = None
 
     def all(self, passes: Sequence[Pass] | None, plan: Plan | None) -> None:
         """Carries out passes or a plan."""
         if passes is not None and plan is not None:
             raise UsageError("passes and a plan exclude each other", hint="a plan already says what to do")
         if plan is not None:
-            self.plan = replace(self.plan, skips=plan.skips)
+            self.plan = replace(self.plan, skips=plan.skips, budget=plan.budget)
             for part in self._parts(plan):
                 self.step(part)
             return
@@ -111,6 +116,7 @@ class Run:
             self.model,
             plan,
             fill=self.fill if fill is None else fill,
+            decomposer=self.decomposer,
             probe=_probe(plan, self.captured, self.inputs),
             progress=lambda path: self.say(f"rewriting {path}", names.index(path) / len(names)),
         )
@@ -125,6 +131,15 @@ class Run:
         self.plan = self.plan + Plan(tuple(op for op in plan.ops if op.path in done), (*plan.skips, *applied.skips))
         if applied.edits:
             self.model, self.captured = applied.model, after
+
+    def fitted(self, errors: Mapping[str, float]) -> None:
+        """Takes note of the relative errors of weights that were fitted after they were put in, by path."""
+        self.rows = [
+            replace(row, edit=replace(row.edit, relative_error=errors[row.edit.path], exact=None))
+            if row.edit.path in errors
+            else row
+            for row in self.rows
+        ]
 
     def _rename(self, edit: Edit) -> None:
         self.names = join_names(self.names, edit.renamed)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import budget_options as b
 from . import options as o
 from .options import OUT, Format, Init
 from .progress import progressing
 from .running import handled, interruptible, quiet
 from .showing import show, tell
+
+if TYPE_CHECKING:
+    from ..report.frontier import Frontier
 
 
 def plan(
@@ -33,6 +38,18 @@ def plan(
     norm: o.Norm = None,
     activation: o.Activation = None,
     allow_output_change: o.AllowOutputChange = False,
+    budget: b.BudgetOption = None,
+    calibration: b.Calibration = None,
+    preprocess: b.Preprocess = None,
+    calibration_size: b.CalibrationSize = None,
+    forms: b.Forms = None,
+    sensitivity: b.SensitivityOption = None,
+    refit: b.RefitOption = b.Refit.FULL,
+    max_layer_error: b.MaxLayerError = None,
+    metric: b.Metric = None,
+    labels: b.Labels = None,
+    max_drop: b.MaxDrop = None,
+    pareto: b.Pareto = False,
     arg: o.Arg = None,
     weights: o.Weights = None,
     weights_lenient: o.WeightsLenient = False,
@@ -48,14 +65,17 @@ def plan(
     ] = None,
     form: o.FormatOption = Format.TABLE,
     everything: o.All = False,
+    output: o.Output = None,
     debug: o.Debug = False,
 ) -> None:
     """Writes down what rewrite would do, as JSON made to be edited; [bold]rewrite --plan[/] does exactly that.
 
-    [dim]pwrewrite plan model.py --pass insert-bottleneck --rank 0.5 --out plan.json[/]
+    [dim]pwrewrite plan model.py --pass insert-bottleneck --rank 0.5 --out plan.json ·
+    pwrewrite plan model.py --weights w.pt --budget macs=0.5 --calibration images.npy --out plan.json[/]
     """
     with handled(debug):
         with quiet(debug), interruptible(), progressing() as progress:
+            from ..budget_by_target import frontier_of, plan_budget
             from ..by_target import plan_target
             from ..report import files
             from ..report import rewrite as table
@@ -66,12 +86,27 @@ def plan(
                 allow_growth, replan, init, norm, activation, allow_output_change,
             )  # fmt: skip
             request = o.request_of(target, arg, weights, weights_lenient, inputs, model, trust_target, seed)
-            if out is not None:
-                files.check_writable(out)
-            planned = plan_target(request, choices, progress=progress)
+            asked = b.budget_request_of(
+                budget, calibration, preprocess, calibration_size, forms, sensitivity, refit, max_layer_error, metric,
+                labels, max_drop, pareto,
+            )  # fmt: skip
+            for place in (out, output):
+                if place is not None:
+                    files.check_writable(place)
+            if pareto:
+                assert asked is not None
+                _check_pareto(out)
+                found = frontier_of(request, choices, asked, progress=progress)
+            elif asked is not None:
+                planned = plan_budget(request, choices, asked, progress=progress)
+            else:
+                planned = plan_target(request, choices, progress=progress)
+        if pareto:
+            _show_frontier(found, form, output)
+            return
         show(
             form.value,
-            None,
+            output,
             page=lambda width: table.page(planned.report, width=width, everything=everything, planned=True),
             markdown=lambda: markdown.render(planned.report, everything=everything, planned=True),
             data=planned.plan.to_json,
@@ -81,3 +116,33 @@ def plan(
             return
         files.write_text(out, planned.plan.to_json())
         tell(f"written to {out}")
+
+
+def _check_pareto(out: Path | None) -> None:
+    from ..errors import UsageError
+
+    if out is not None:
+        raise UsageError("--pareto makes no plan for --out", hint="--output frontier.csv writes the frontier")
+
+
+def _show_frontier(found: Frontier, form: Format, output: Path | None) -> None:
+    """Shows a frontier, or writes it in the form that the file's name asks for."""
+    from ..report import files, frontier
+
+    written: dict[str, Callable[[Frontier], str]] = {
+        ".csv": frontier.comma_separated,
+        ".svg": frontier.picture,
+        ".md": frontier.markdown,
+        ".json": type(found).to_json,
+    }
+    if output is not None and output.suffix.lower() in written:
+        files.write_text(output, written[output.suffix.lower()](found))
+        tell(f"written to {output}")
+        return
+    show(
+        form.value,
+        output,
+        page=lambda width: frontier.page(found, width=width),
+        markdown=lambda: frontier.markdown(found),
+        data=found.to_json,
+    )

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from . import budget_options as b
 from . import options as o
 from .options import OUT, PASSES, PROOF, Format, Init
 from .progress import progressing
@@ -39,6 +40,16 @@ def rewrite(
     norm: o.Norm = None,
     activation: o.Activation = None,
     allow_output_change: o.AllowOutputChange = False,
+    budget: b.BudgetOption = None,
+    calibration: b.Calibration = None,
+    preprocess: b.Preprocess = None,
+    calibration_size: b.CalibrationSize = None,
+    forms: b.Forms = None,
+    sensitivity: b.SensitivityOption = None,
+    refit: b.RefitOption = b.Refit.FULL,
+    max_layer_error: b.MaxLayerError = None,
+    metric: b.Metric = None,
+    labels: b.Labels = None,
     arg: o.Arg = None,
     weights: o.Weights = None,
     weights_lenient: o.WeightsLenient = False,
@@ -81,10 +92,12 @@ def rewrite(
     """Puts 1×1 bottlenecks in place of expensive layers, [bold]proves[/] that the rest is as it was, and saves.
 
     [dim]pwrewrite rewrite model.py --weights w.pt --pass insert-bottleneck --rank 0.5 --out DIR ·
+    pwrewrite rewrite model.py --weights w.pt --budget macs=0.5 --calibration images.npy --out DIR ·
     pwrewrite rewrite torchvision:resnet50 --dry-run[/]
     """
     with handled(debug):
         with quiet(debug), interruptible(), progressing() as progress:
+            from ..budget_by_target import plan_budget, rewrite_budget
             from ..by_target import plan_target, rewrite_target
             from ..errors import UsageError
             from ..plan import Plan
@@ -104,13 +117,23 @@ def rewrite(
                 allow_growth, replan, init, norm, activation, allow_output_change,
             )  # fmt: skip
             request = o.request_of(target, arg, weights, weights_lenient, inputs, model, trust_target, seed)
+            asked = b.budget_request_of(
+                budget, calibration, preprocess, calibration_size, forms, sensitivity, refit, max_layer_error, metric,
+                labels,
+            )  # fmt: skip
             if out is not None:
                 check_place(out, force=force)
             if output is not None:
                 files.check_writable(output)
             given = Plan.read(plan) if plan is not None else None
-            if dry_run:
+            if dry_run and asked is not None and given is None:
+                planned = plan_budget(request, choices, asked, progress=progress)
+            elif dry_run:
                 planned = plan_target(request, choices, given, progress=progress)
+            elif asked is not None:
+                result = rewrite_budget(
+                    request, choices, asked, given, verify=not no_verify, max_error=bound, progress=progress
+                )
             else:
                 result = rewrite_target(
                     request, choices, given, verify=not no_verify, max_error=bound, progress=progress

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..plan import Edit, Skip
@@ -51,6 +51,59 @@ class EditRow:
 
 
 @dataclass(frozen=True)
+class BudgetReport:
+    """What a budget asked, what was predicted and what was measured.
+
+    Attributes:
+        limits: Kind to limit, as a person writes it.
+        reached: Kind to what the result costs, as a share of the original; latency only where it was measured.
+        sensitivity: In what norm errors counted.
+        refit: How the result was fitted.
+        samples: Calibration inputs seen.
+        predicted: Predicted loss; None for a plan without statistics.
+        gap: How far at most the predicted loss is from the least one, as a share of it.
+        measured: Loss on held-out inputs, in the unit of the prediction; None where nothing was measured.
+        agreement: How often both models name the same class there; None where they name none.
+        held_out: How many inputs that was measured on.
+        kind: ``classes``, a KL divergence in nats, or ``values``, half the squared relative error of the outputs.
+        metrics: Name of a metric to its value before and after.
+        latency: Seconds before and after, measured in one run; None where it was not asked for.
+    """
+
+    limits: Mapping[str, str]
+    reached: Mapping[str, float]
+    sensitivity: str
+    refit: str
+    samples: int
+    predicted: float | None = None
+    gap: float = 0.0
+    measured: float | None = None
+    agreement: float | None = None
+    held_out: int = 0
+    kind: str = "classes"
+    metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    latency: tuple[float, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON data."""
+        return {
+            "limits": dict(self.limits),
+            "reached": dict(self.reached),
+            "sensitivity": self.sensitivity,
+            "refit": self.refit,
+            "samples": self.samples,
+            "predicted_loss": self.predicted,
+            "gap": self.gap,
+            "measured_loss": self.measured,
+            "agreement": self.agreement,
+            "held_out": self.held_out,
+            "loss_kind": self.kind,
+            "metrics": {name: {"before": before, "after": after} for name, (before, after) in self.metrics.items()},
+            "latency": None if self.latency is None else {"before": self.latency[0], "after": self.latency[1]},
+        }
+
+
+@dataclass(frozen=True)
 class Report:
     """What a rewrite did.
 
@@ -63,6 +116,7 @@ class Report:
         verification: The proof; None where it was not asked for.
         output_changes: Outputs whose shape changed, as sentences; empty unless that was allowed.
         notes: What a reader should be told.
+        budget: Where there was one: what it asked, predicted and measured.
     """
 
     target: str
@@ -73,6 +127,7 @@ class Report:
     verification: Verification | None
     output_changes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    budget: BudgetReport | None = None
 
     @property
     def passed(self) -> bool:
@@ -102,6 +157,7 @@ class Report:
             "verification": self.verification.to_dict() if self.verification else None,
             "output_changes": list(self.output_changes),
             "notes": list(self.notes),
+            **({"budget": self.budget.to_dict()} if self.budget else {}),
         }
 
     def to_json(self) -> str:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ..plan import Skip
 from ..verification import Verification
+from . import budget_rows
 from . import rewrite_rows as rows
 from .layout import Column, fit, plain_text, shorten
 from .numbers import count, exact, plural
@@ -32,6 +33,8 @@ def page(report: Report, *, width: int = WIDTH, everything: bool = False, planne
         planned: Whether nothing was done yet.
     """
     parts: list[RenderableType] = [_header(report, width, planned), Text(), _saving(report, width)]
+    if report.budget is not None:
+        parts += [_section("Budget", ""), _facts(budget_rows.lines(report.budget))]
     for line in report.output_changes:
         parts.append(Text(f"{plain(line)}, as allowed", style="yellow"))
     if not planned:
@@ -83,6 +86,15 @@ def checks(proof: Verification) -> Table:
         table.add_row(
             Text("✓" if passed else "✗", style=style), Text(name), Text(detail, style="dim" if passed else "")
         )
+    return table
+
+
+def _facts(lines: Sequence[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in lines:
+        table.add_row(Text(name), Text(text))
     return table
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..plan import Skip
 from ..verification import Verification
+from . import budget_rows
 from . import rewrite_rows as rows
 from .markdown import code, escape, pipe_table, sentence
 from .numbers import count, exact, plural
@@ -28,6 +29,9 @@ def render(report: Report, *, everything: bool = False, planned: bool = False) -
 def body(report: Report, *, everything: bool = False, planned: bool = False) -> list[str]:
     """The report's sections, without its head."""
     blocks = [saving(report)]
+    if report.budget is not None:
+        lines = budget_rows.lines(report.budget)
+        blocks += ["## Budget", "\n".join(f"- {escape(name)}: {escape(text)}" for name, text in lines)]
     blocks += [f"**{escape(line)}**, as allowed." for line in report.output_changes]
     if not planned:
         blocks += ["## Proof", *proof(report)]

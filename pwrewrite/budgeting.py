@@ -1,0 +1,289 @@
+"""A rewrite under a budget: plan, carry out, fit, measure; `plan` stops after the first.
+
+What `pwrewrite.planning` works out for one model is put to use here on a `pwrewrite.steps.Run`. `search` looks for the
+smallest model that keeps a metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from .apply import carry_out
+from .capture import Inputs
+from .errors import RefusedError, UsageError
+from .loading import describe_inputs
+from .plan import Plan
+from .planning.budget import Budget, budgets_of
+from .planning.measure import FAR, accuracy, compare
+from .planning.planner import Choice, Planner, Settings
+from .planning.statistics import samples_of
+from .report.records import BudgetReport, Report
+from .steps import Progress, Run, model_facts, silent
+
+Metric = Callable[[nn.Module], float]
+
+BudgetLike = Mapping[str, object] | Sequence[Budget]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a rewrite under a budget is asked.
+
+    Attributes:
+        budget: Limits; None where a plan is at hand and only its weights are to be calibrated.
+        calibration: Any iterable of inputs, or `pwrewrite.planning.batches.Batches`.
+        size: Use at most so many of them.
+        settings: How to plan and to fit.
+        metrics: Name to a callable on a model, larger is better; measured before and after.
+        labels: Class of each calibration input, in order, for the accuracy on those held out.
+    """
+
+    budget: BudgetLike | None = None
+    calibration: Iterable[Any] | None = None
+    size: int | None = None
+    settings: Settings = field(default_factory=Settings)
+    metrics: Mapping[str, Metric] | None = None
+    labels: Tensor | None = None
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The limits.
+
+        Raises:
+            UsageError: If one makes no sense.
+        """
+        if self.budget is None:
+            return ()
+        return budgets_of(self.budget) if isinstance(self.budget, Mapping) else tuple(self.budget)
+
+
+class Budgeted:
+    """A run under a budget.
+
+    Args:
+        run: The run; nothing was done on it yet.
+        ask: What is asked.
+
+    Raises:
+        PwrewriteError: If the budget or the calibration makes no sense, or calibrating fails.
+    """
+
+    def __init__(self, run: Run, ask: Ask) -> None:
+        self.run, self.ask, self.budgets = run, ask, ask.budgets
+        self.planner = Planner(
+            run.first.model,
+            run.inputs,
+            ask.calibration,
+            ask.settings,
+            size=ask.size,
+            say=run.say,
+            captured=run.first,
+        )
+
+    def carry_out(self, plan: Plan | None) -> None:
+        """Plans where there is no plan yet, carries it out and fits the result."""
+        if plan is None:
+            plan = self.planner.choose(self.budgets).plan
+        self.run.decomposer = self.planner.decomposer
+        self.run.all(None, plan)
+        if self.run.rows:
+            self.run.fitted(self.planner.refit(self.run.model, self.run.plan))
+
+    def sample(self) -> Inputs:
+        """Held-out inputs as many as the example inputs, to verify on; the example inputs where there are none.
+
+        What a fitted model makes of noise or zeros says little about it.
+        """
+        batches = self.planner.batches
+        if batches is None:
+            return self.run.inputs
+        wanted = next((spec.shape[0] for _, spec in self.run.first.inputs if spec.shape), 1)
+        args, kwargs = next(iter(batches.held_out()))
+        if samples_of(args, kwargs) > wanted:
+            args = tuple(a[:wanted] if isinstance(a, (Tensor, list, tuple)) and len(a) > wanted else a for a in args)
+            kwargs = {k: v[:wanted] if isinstance(v, Tensor) and len(v) > wanted else v for k, v in kwargs.items()}
+        return kwargs if kwargs and not args else args
+
+    def complete(self, report: Report) -> Report:
+        """A report with what the budget asked, what was predicted and what was measured."""
+        found, notes = self._measured()
+        reached = {kind: report.after[kind] / report.before[kind] for kind in found.limits if report.before.get(kind)}
+        return replace(
+            report,
+            budget=replace(found, reached=reached),
+            notes=tuple(dict.fromkeys((*report.notes, *notes))),
+        )
+
+    def _measured(self) -> tuple[BudgetReport, list[str]]:
+        planner, facts = self.planner, self.run.plan.budget
+        settings = planner.settings
+        found = BudgetReport(
+            facts.get("limits", {str(b.kind): str(b).partition("=")[2] for b in self.budgets}),
+            {},
+            str(settings.sensitivity),
+            settings.refit,
+            planner.statistics.samples if planner.statistics is not None else 0,
+            facts.get("predicted_loss") if facts.get("sensitivity") == settings.sensitivity else None,
+            facts.get("gap", 0.0),
+        )
+        notes = list(planner.notes)
+        if planner.batches is not None:
+            self.run.say("measuring on held-out inputs", None)
+            measured = compare(planner.model, self.run.model, planner.batches.held_out())
+            found = replace(
+                found,
+                measured=measured.loss,
+                agreement=measured.agreement,
+                held_out=measured.samples,
+                kind=measured.kind,
+            )
+            notes += _astray(found)
+        return replace(found, metrics=self._metrics()), [*notes, *(planner.batches.notes if planner.batches else ())]
+
+    def _metrics(self) -> dict[str, tuple[float, float]]:
+        found = {}
+        models = (self.planner.model, self.run.model)
+        for name, metric in (self.ask.metrics or {}).items():
+            self.run.say(f"measuring {name}", None)
+            found[name] = (float(metric(models[0])), float(metric(models[1])))
+        batches = self.planner.batches
+        labels = None if batches is None else batches.labels("held_out")
+        if batches is not None and labels is not None:
+            before, after = (accuracy(model, batches.held_out(), labels) for model in models)
+            found["accuracy on held-out inputs"] = (before, after)
+        return found
+
+
+def _astray(found: BudgetReport) -> list[str]:
+    """Says aloud where the prediction is far from what was measured."""
+    if found.predicted is None or found.measured is None or found.sensitivity != "loss":
+        return []
+    if found.measured > FAR * found.predicted and found.measured > 1e-3:
+        times = found.measured / max(found.predicted, 1e-12)
+        return [
+            f"the measured loss is {times:.1f} times the predicted one: errors of different layers add up here, or "
+            "are too large for the prediction; trust what was measured"
+        ]
+    return []
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Inputs,
+    budget: BudgetLike,
+    calibration: Iterable[Any] | None = None,
+    *,
+    calibration_size: int | None = None,
+    forms: Sequence[str] = ("all",),
+    sensitivity: str | None = None,
+    refit: str = "full",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    multiple: int | None = None,
+    max_layer_error: float | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Plan:
+    """Chooses which layers to rewrite, in which form and how wide, so that a budget is met at the least loss.
+
+    Args:
+        model: Any module; stays as it is.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones.
+        budget: Kind to limit: ``{"macs": 0.5, "params": "12M"}``; floats up to 1 are ratios of the original.
+        calibration: A few hundred unlabelled inputs: any iterable of batches (a tensor, a tuple of positional inputs or
+            a dict of keyword ones). Without it the weights' own errors count, which is much poorer.
+        calibration_size: Use at most so many inputs.
+        forms: Forms to choose from: ``all``, ``1x1``, or some of `pwrewrite.forms.FORMS`.
+        sensitivity: ``loss``, ``activations`` or ``weights``; the best that the calibration allows by default.
+        refit: How `pwrewrite.rewrite` will fit the result; the prediction depends on it.
+        include: Patterns on paths; all layers where empty.
+        exclude: Patterns on paths that stay as they are.
+        multiple: What widths are rounded to; 8 where the channels are 64 or more by default.
+        max_layer_error: Largest relative error of a layer in the norm of its prediction.
+        seed: Of everything that is drawn.
+        progress: Called at each step.
+
+    Returns:
+        The plan, for `pwrewrite.rewrite`; ``plan.budget`` holds the predicted loss.
+
+    Raises:
+        RefusedError: If the budget cannot be met.
+        UsageError: If a setting or the calibration makes no sense.
+    """
+    settings = Settings(
+        tuple(forms), sensitivity, refit, tuple(include), tuple(exclude), multiple, max_layer_error, seed=seed
+    )
+    ask = Ask(budget, calibration, calibration_size, settings)
+    if not ask.budgets:
+        raise UsageError("there is no budget", expected='such as {"macs": 0.5}')
+    planner = Planner(model, example_inputs, calibration, settings, size=calibration_size, say=progress or silent)
+    found = planner.choose(ask.budgets).plan
+    return replace(found, model=model_facts(planner.captured, inputs=describe_inputs(example_inputs)))
+
+
+@dataclass(frozen=True)
+class Found:
+    """The smallest model that keeps a metric.
+
+    Attributes:
+        choice: Its plan.
+        before: The metric of the original.
+        after: Its metric, fitted.
+        tried: MACs as a share of the original and metric of each model that was tried, in order.
+    """
+
+    choice: Choice
+    before: float
+    after: float
+    tried: tuple[tuple[float, float], ...]
+
+
+def search(
+    planner: Planner,
+    metric: Metric,
+    max_drop: float,
+    *,
+    kind: str = "macs",
+    budgets: Sequence[Budget] = (),
+    steps: int = 7,
+) -> Found:
+    """The smallest model whose metric falls by no more than that, by halving the interval of budgets.
+
+    Args:
+        planner: The model, calibrated.
+        metric: A callable on a model, larger is better.
+        max_drop: How much it may fall, in its own unit.
+        kind: What is to be small.
+        budgets: Limits that hold beside it.
+        steps: How many models to try.
+
+    Raises:
+        RefusedError: If no smaller model keeps the metric.
+    """
+    before = float(metric(planner.model))
+    choices = planner.frontier(kind, budgets, points=4 * 2**steps // 4 + 1)
+    tried: list[tuple[float, float]] = []
+    low, high, best = 0, len(choices) - 1, None
+    while low <= high and len(tried) < steps:
+        middle = (low + high + 1) // 2
+        choice = choices[middle]
+        planner.say(f"trying {choice.costs[kind] / planner.original[kind]:.1%} of the {kind}", len(tried) / steps)
+        made = carry_out(planner.model, choice.plan, decomposer=planner.decomposer).model
+        planner.refit(made, choice.plan)
+        after = float(metric(made))
+        tried.append((choice.costs[kind] / planner.original[kind], after))
+        if after >= before - max_drop:
+            best, low = Found(choice, before, after, tuple(tried)), middle + 1
+        else:
+            high = middle - 1
+    if best is None or not best.choice.plan.ops:
+        raise RefusedError(
+            "no smaller model keeps the metric",
+            expected=f"at least {before - max_drop:.4g}",
+            got=", ".join(f"{value:.4g} at {share:.0%}" for share, value in tried),
+        )
+    return replace(best, tried=tuple(tried))

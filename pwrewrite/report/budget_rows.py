@@ -1,0 +1,51 @@
+"""What a report says of a budget: a name, what was found, and whether it is as it should be, line by line."""
+
+from __future__ import annotations
+
+from .numbers import exact, percent, plural
+from .records import BudgetReport
+from .rows import plain
+
+Line = tuple[str, str]
+
+_NORMS = {
+    "loss": "by the change of the loss (input and gradient moments)",
+    "activations": "by the change of each layer's outputs (input moments)",
+    "weights": "by the change of each layer's weights; no calibration inputs",
+}
+_REFITS = {"full": "factors, biases and norms fitted", "bias": "biases and norms fitted", "none": "nothing fitted"}
+
+
+def lines(budget: BudgetReport) -> list[Line]:
+    """Name and text of each line."""
+    found = [(kind, _limit(kind, text, budget)) for kind, text in budget.limits.items()]
+    found.append(("chosen", _NORMS[budget.sensitivity] + (f", gap {percent(budget.gap)}" if budget.gap > 0 else "")))
+    if budget.samples:
+        found.append(("calibration", f"{plural(budget.samples, 'input')}; {_REFITS[budget.refit]}"))
+    found += _losses(budget)
+    found += [
+        (plain(name), f"{before:.4g} → {after:.4g} ({after - before:+.3g})")
+        for name, (before, after) in budget.metrics.items()
+    ]
+    if budget.latency is not None:
+        before, after = budget.latency
+        found.append(("latency", f"{1000 * before:.3g} ms → {1000 * after:.3g} ms ({after / before:.2f}×)"))
+    return found
+
+
+def _limit(kind: str, text: str, budget: BudgetReport) -> str:
+    reached = budget.reached.get(kind)
+    return f"at most {text}" + (f"; {percent(reached)} of the original" if reached is not None else "")
+
+
+def _losses(budget: BudgetReport) -> list[Line]:
+    unit = "KL divergence in nats" if budget.kind == "classes" else "half the squared relative output error"
+    found = []
+    if budget.predicted is not None:
+        what = unit if budget.sensitivity == "loss" else "sum of relative squared errors of the layers"
+        found.append(("predicted loss", f"{budget.predicted:.3g} ({what})"))
+    if budget.measured is not None:
+        agreed = "" if budget.agreement is None else f"; same class for {percent(budget.agreement)}"
+        held = f"{exact(budget.held_out)} held-out inputs"
+        found.append(("measured loss", f"{budget.measured:.3g} ({unit}) on {held}{agreed}"))
+    return found
