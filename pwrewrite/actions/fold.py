@@ -3,7 +3,8 @@
 Settings: ``layer`` (path of the layer), ``side`` (``behind``: the norm is behind the layer; ``before``), ``channels``,
 ``spec`` (the layer's shape facts), and ``keep``: names of the norm's children that run behind it and stay. A norm that
 is a function call in some code has ``tensors`` (the names of what it reads), ``eps`` and ``scope`` (the module whose
-code makes the call, which becomes a graph).
+code makes the call, which becomes a graph). With the side ``weight`` it is a norm of the layer's own weight
+(`pwrewrite.actions.fold_weight`).
 
 Computed in float64 and rounded once.
 """
@@ -22,6 +23,7 @@ from ..forms import spec_from_dict
 from ..plan import Edit, Op, Skip, SkipReason
 from .bench import Bench, Refused, brief, spec_of_module
 from .code_norm import CodeNorm
+from .fold_weight import WEIGHT, fold_weight
 
 
 def fold_norm(bench: Bench, op: Op) -> Edit:
@@ -34,8 +36,10 @@ def fold_norm(bench: Bench, op: Op) -> Edit:
     """
     settings = op.settings
     side, path, keep = settings.get("side"), settings.get("layer"), settings.get("keep", [])
+    if side == WEIGHT:
+        return fold_weight(bench, op)
     if side not in ("behind", "before"):
-        raise PlanError("unknown side", where=op.where("side"), expected="behind or before", got=repr(side))
+        raise PlanError("unknown side", where=op.where("side"), expected="behind, before or weight", got=repr(side))
     if not isinstance(path, str) or not isinstance(keep, list):
         raise PlanError("not a fold", where=op.where("layer"), expected="a path", got=repr(path))
     code = CodeNorm(bench, op) if "tensors" in settings else None

@@ -4,7 +4,8 @@ Settings: ``layer`` (shape facts), ``activation`` and ``scalars`` (see `pwrewrit
 activation module that is called once and becomes an identity. Otherwise ``scope``: path of the module whose code makes
 the call (or of one inside it; the search goes outwards), and ``called``: path of the activation module that it calls
 there, empty for a function. ``residual``: whether an addition lies between, which that code makes. ``same``: whether
-the layer's own code pads as TensorFlow does, so that the output is as large as the input over the stride.
+the layer's own code pads as TensorFlow does, so that the output is as large as the input over the stride. ``head``:
+whether the code of ``scope`` lies behind the layer and applies the activation to its input before all else.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ def fuse_layer(bench: Bench, op: Op) -> Edit:
     if residual or act is None:
         if not isinstance(scope, str):
             raise PlanError("scope is no path", where=op.where("scope"), expected="a string", got=repr(scope))
-        graph_path = _edit_code(bench, op, scope, layer, (str(name), numbers), bool(residual), act)
+        if settings.get("head") is True:
+            graph_path = _edit_head(bench, op, scope, (str(name), numbers))
+        else:
+            graph_path = _edit_code(bench, op, scope, layer, (str(name), numbers), bool(residual), act)
     new = PointwiseActivation.of_layer(layer, spec, str(name), numbers, same=same)
     paths = bench.names_of(layer)
     bench.replace(layer, new)
@@ -146,6 +150,33 @@ def _edit_code(
         if not scope:
             raise Refused(Skip(op.path, SkipReason.NOT_TRACED, failure))
         scope = scope.rpartition(".")[0]
+
+
+def _edit_head(bench: Bench, op: Op, scope: str, activation: tuple[str, tuple[float, ...]]) -> str:
+    """Takes the activation out of the code of a module that applies it to its input first; the module's path."""
+    module = bench.find(op, scope, "scope")
+    bench.check_held(op.path, module)
+    if hooked(module):
+        raise Refused(Skip(op.path, SkipReason.HOOKS, f"{scope} has a hook, which would see what it is given change"))
+    try:
+        made = to_graph(module)
+    except NotTraceable as error:
+        raise Refused(Skip(op.path, SkipReason.NOT_TRACED, str(error))) from error
+    found = []
+    for node in made.graph.nodes:
+        given = node.args[0] if node.args else node.kwargs.get("input")
+        if call_activation(node) == activation and isinstance(given, fx.Node) and given.op == "placeholder":
+            found.append((node, given))
+    if len(found) != 1 or len(found[0][1].users) != 1:
+        detail = f"{scope} does not apply {activation[0]} to its input first"
+        raise Refused(Skip(op.path, SkipReason.NOT_TRACED, detail))
+    node, given = found[0]
+    node.replace_all_uses_with(given)
+    made.graph.erase_node(node)
+    made.graph.lint()
+    made.recompile()
+    bench.replace(module, made)
+    return scope
 
 
 class _NotHere(NotTraceable):

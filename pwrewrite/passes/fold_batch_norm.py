@@ -9,7 +9,8 @@ replicate, circular), since a zero behind the norm is not a zero before it.
 A norm is known by what it is: torch's modules, subclasses that run ``F.batch_norm`` and then their own children (timm's
 ``BatchNormAct2d``), and frozen ones that hold statistics as buffers (torchvision's ``FrozenBatchNorm2d``), which are
 tried out before they are trusted. ``F.batch_norm`` in the code of any other module folds too, where nothing else reads
-its statistics; that module then becomes a graph without the call.
+its statistics; that module then becomes a graph without the call. A norm of a convolution's own weight, worked out anew
+in each call, goes into that weight.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ..fused.known import hooked
 from ..plan import Estimate, Op, Skip, SkipReason
 from .base import Pass, Proposal, spec_of
 from .patterns import Graph, plain_weight, tensor
+from .weight_norms import weight_norms
 
 _ARGUMENTS = ("input", *TENSORS, "training", "momentum", "eps")
 """Of ``F.batch_norm``, in order."""
@@ -54,7 +56,7 @@ class FoldBatchNorm(Pass):
             if isinstance(found, Op):
                 taken.add(found.settings["layer"])
             proposals.append(found)
-        return proposals
+        return [*proposals, *weight_norms(graph, self.name)]
 
 
 class _Norm:

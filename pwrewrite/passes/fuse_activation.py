@@ -64,7 +64,7 @@ class FusePointwiseActivation(Pass):
     def _one(self, capture: Capture, graph: Graph, layer: Layer, node: fx.Node, fused: set[fx.Node]) -> Proposal | None:
         if len(layer.calls) > 1:
             return self._repeated(capture, graph, layer, node, fused)
-        last = graph.onward(node)
+        last = graph.onward(node, dropouts=False)
         reader = graph.sole_reader(last)
         if reader is None:
             after = [graph.activation(user) for user in last.users]
@@ -74,7 +74,7 @@ class FusePointwiseActivation(Pass):
         settings: dict[str, Any] | None = None
         act = graph.activation(reader)
         if act is not None:
-            settings = self._activation(graph, reader, act, fused)
+            settings = self._activation(graph, layer, reader, act, fused)
         elif self.residual and _is_add(reader):
             settings = self._addition(graph, layer, node, last, reader, fused)
         if settings is None:
@@ -98,7 +98,7 @@ class FusePointwiseActivation(Pass):
     ) -> Proposal | None:
         """A layer that is called several times: fused where the same code has the same activation behind each call."""
         calls = [graph.named[call.node] for call in layer.calls]
-        readers = [graph.sole_reader(graph.onward(call)) for call in calls]
+        readers = [graph.sole_reader(graph.onward(call, dropouts=False)) for call in calls]
         acts = [graph.activation(reader) if reader is not None else None for reader in readers]
         if node is not calls[0] or not any(acts):
             return None
@@ -119,7 +119,7 @@ class FusePointwiseActivation(Pass):
         return self._op(layer, settings | {"scope": scopes.pop(), "called": path}, fused)
 
     def _activation(
-        self, graph: Graph, node: fx.Node, act: tuple[Any, str], fused: set[fx.Node]
+        self, graph: Graph, layer: Layer, node: fx.Node, act: tuple[Any, str], fused: set[fx.Node]
     ) -> dict[str, Any] | None:
         """Settings for an activation behind a layer."""
         (name, numbers), path = act
@@ -128,7 +128,11 @@ class FusePointwiseActivation(Pass):
         settings: dict[str, Any] = {"activation": name, "scalars": list(numbers), "nodes": {node}}
         if path and graph.calls_of(path) == 1:
             return settings | {"remove": path}
-        return settings | {"scope": _scope(graph, node), "called": path}
+        scope = _scope(graph, node)
+        outside = scope and not f"{layer.path}.".startswith(f"{scope}.")
+        if not path and outside and sum(graph.activation(n) == act for n in graph.code.get(scope, ())) == 1:
+            settings["head"] = True
+        return settings | {"scope": scope, "called": path}
 
     def _addition(
         self, graph: Graph, layer: Layer, node: fx.Node, last: fx.Node, add: fx.Node, fused: set[fx.Node]
@@ -152,7 +156,7 @@ class FusePointwiseActivation(Pass):
         if not isinstance(source, fx.Node) or graph.written(other, other, add) or graph.written(source, node, add):
             return None
         settings = {"residual": True, "activation": "none", "scalars": [], "scope": _scope(graph, add), "nodes": {add}}
-        end = graph.onward(add)
+        end = graph.onward(add, dropouts=False)
         reader = graph.sole_reader(end)
         act = graph.activation(reader) if reader is not None else None
         if reader is None or act is None or act[0][0] != "relu" or reader in fused:
@@ -194,7 +198,8 @@ def _is_add(node: fx.Node) -> bool:
 def _scope(graph: Graph, node: fx.Node) -> str:
     """The module whose code makes a call; of a module the nearest above it that is no container."""
     path = info(node).path
-    if node.op != "call_module" and not (path and graph.activation(node) and graph.wraps(path)):
+    found = graph.activation(node)
+    if node.op != "call_module" and not (found is not None and found[1]):
         return path
     while path:
         path = path.rpartition(".")[0]

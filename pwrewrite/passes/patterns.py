@@ -43,7 +43,11 @@ class Graph:
         self.modules: Mapping[str, nn.Module] = self.owners.modules
         self.calls = Counter(str(node.target) for node in self.nodes if node.op == "call_module")
         self.layers: dict[str, Layer] = {call.node: layer for layer in capture.layers for call in layer.calls}
-        self.inside = Counter(info(node).path for node in self.nodes if node.op in ("call_function", "call_method"))
+        self.code: dict[str, list[fx.Node]] = {}
+        for node in self.nodes:
+            if node.op in ("call_function", "call_method"):
+                self.code.setdefault(info(node).path, []).append(node)
+        self.inside = Counter({path: len(nodes) for path, nodes in self.code.items()})
 
     def sole_reader(self, node: fx.Node) -> fx.Node | None:
         """The one node that reads another, once."""
@@ -52,11 +56,16 @@ class Graph:
         reader = next(iter(node.users))
         return reader if _count(reader, node) == 1 else None
 
-    def onward(self, node: fx.Node) -> fx.Node:
-        """The last of the identities behind a node, where each has one reader; the node itself where none follows."""
+    def onward(self, node: fx.Node, *, dropouts: bool = True) -> fx.Node:
+        """The last of the identities behind a node, where each has one reader; the node itself where none follows.
+
+        Args:
+            node: The node.
+            dropouts: Whether dropouts count, which are identities in evaluation only.
+        """
         while True:
             reader = self.sole_reader(node)
-            if reader is None or not passes_on(reader):
+            if reader is None or not passes_on(reader) or not (dropouts or info(reader).op == "identity"):
                 return node
             node = reader
 
@@ -69,7 +78,10 @@ class Graph:
         return node
 
     def activation(self, node: fx.Node) -> tuple[Found, str] | None:
-        """The activation that a node is, and the path of its module (empty for a function that other code calls)."""
+        """The activation that a node is, and the path of its module.
+
+        The path is empty for a function that other code calls, be it only one that scales the result.
+        """
         if node.op == "call_module":
             found = module_activation(self.modules[str(node.target)])
             return None if found is None else (found, str(node.target))
@@ -77,7 +89,8 @@ class Graph:
         if found is None:
             return None
         path = info(node).path
-        return found, path if path and self.wraps(path) else ""
+        alone = bool(path) and self.wraps(path) and all(call_activation(n) == found for n in self.code[path])
+        return found, path if alone else ""
 
     def wraps(self, path: str) -> bool:
         """Whether a module is nothing but the calls of one function: no children, no weights."""

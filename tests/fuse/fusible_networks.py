@@ -15,6 +15,21 @@ from hypothesis import strategies as st
 from random_networks import CONVS, LARGEST, NORMS, SMALLEST, Network, Steps, _Architect, _settle
 from torch import Tensor, nn
 
+
+class Gamma(nn.Module):
+    """An activation and more, as a module without children or weights (timm's GammaAct)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x).mul_(1.7)
+
+
+class Swish(nn.Module):
+    """An activation of two operations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
 MODULES: tuple[Any, ...] = (
     nn.ReLU,
     nn.ReLU6,
@@ -27,6 +42,8 @@ MODULES: tuple[Any, ...] = (
     nn.Tanh,
     nn.ELU,
     nn.Mish,
+    Gamma,
+    Swish,
 )
 CALLS: tuple[Any, ...] = (
     F.relu,
