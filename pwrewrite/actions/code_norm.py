@@ -18,7 +18,7 @@ from ..errors import PlanError
 from ..graph_edit import NotTraceable, Regraphed
 from ..plan import Op, Skip, SkipReason
 from .bench import Bench, Refused
-from .evaluation import evaluation_graph
+from .evaluation import code_graph
 
 TENSORS = ("running_mean", "running_var", "weight", "bias")
 """What a batch norm reads beside its input."""
@@ -53,7 +53,7 @@ class CodeNorm:
         self.module = bench.find(op, scope, "scope")
         bench.check_held(op.path, self.module)
         try:
-            self.made: Regraphed = evaluation_graph(self.module, frozenset({F.batch_norm}))
+            self.made: Regraphed = code_graph(self.module, frozenset({F.batch_norm}))
         except NotTraceable as error:
             raise Refused(Skip(op.path, SkipReason.NOT_TRACED, str(error))) from error
         self.node = self._call()

@@ -3,17 +3,26 @@
 `pwrewrite.graph_edit.to_graph` refuses code that does something else in training. ``F.batch_norm(…, self.training)``
 and ``F.dropout(x, p, self.training)`` are such code; an edit that is exact in evaluation takes just these calls out, so
 here they are written down as they are in evaluation. All else that differs is refused as ever.
+
+A trace makes ``x = x + y`` of ``x += y``, and that is something else where another name, a view or the caller holds
+what was written into. Code of classes with such assignments is refused where that may be so.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
+import operator
+import textwrap
+from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..graph_edit import Regraphed, to_graph
+from ..capture.functions import words
+from ..graph_edit import NotTraceable, Regraphed, to_graph
 
 DROPS: frozenset[Any] = frozenset(
     {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
@@ -35,15 +44,75 @@ class _Evaluating(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def evaluation_graph(module: nn.Module, functions: frozenset[Any]) -> Regraphed:
-    """As `pwrewrite.graph_edit.to_graph`, with calls of some functions as they are in evaluation.
+def code_graph(module: nn.Module, functions: frozenset[Any] = frozenset()) -> Regraphed:
+    """As `pwrewrite.graph_edit.to_graph`, for edits that are exact in evaluation.
 
     Args:
         module: The module.
-        functions: The functions, of those that take ``training``.
+        functions: Functions that take ``training``, whose calls are as they are in evaluation.
 
     Raises:
-        NotTraceable: As there.
+        NotTraceable: As there, and where an assignment such as ``+=`` may write into what something else holds.
     """
     with _Evaluating(functions):
-        return to_graph(module)
+        made = to_graph(module)
+    if not isinstance(module, fx.GraphModule) and _assigns(type(module)):
+        for node in made.graph.nodes:
+            if node.op == "call_function" and node.target in _OPERATORS and _seen_elsewhere(node):
+                raise NotTraceable(f"{type(module).__name__}.forward may write with += into what another name holds")
+    return made
+
+
+_OPERATORS: frozenset[Any] = frozenset(
+    {operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod, operator.pow}
+)
+_VIEWS = words(
+    """getitem view reshape permute transpose flatten unflatten unsqueeze squeeze narrow select chunk split expand
+    expand_as view_as detach contiguous movedim swapaxes unbind diagonal t to float"""
+)
+"""Functions and methods whose result may share storage with what they are given."""
+
+
+def _assigns(kind: type[nn.Module]) -> bool:
+    """Whether the code of a class, its bases up to ``nn.Module`` included, has an assignment such as ``+=``."""
+    for one in kind.__mro__:
+        if one.__module__.split(".")[0] == "torch" or one is object:
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(one)))
+        except (OSError, TypeError, SyntaxError):
+            return True
+        if any(isinstance(node, ast.AugAssign) for node in ast.walk(tree)):
+            return True
+    return False
+
+
+def _seen_elsewhere(node: fx.Node) -> bool:
+    """Whether the first operand, or what may share its storage, came from outside or is read after this node."""
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node):
+        return False
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    related, todo = set[fx.Node](), [first]
+    while todo:
+        one = todo.pop()
+        if one not in related:
+            related.add(one)
+            todo += _sharing(one)
+    return any(one.op in ("placeholder", "get_attr") for one in related) or any(
+        order[user] > order[node] for one in related for user in one.users
+    )
+
+
+def _sharing(node: fx.Node) -> Iterator[fx.Node]:
+    """Nodes that may share a node's storage: what it is a view of, and views of it."""
+    if _is_view(node) and node.args and isinstance(node.args[0], fx.Node):
+        yield node.args[0]
+    for user in node.users:
+        if _is_view(user) and user.args and user.args[0] is node:
+            yield user
+
+
+def _is_view(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
+    return node.op in ("call_function", "call_method") and name in _VIEWS

@@ -25,6 +25,7 @@ from ..fused.known import call_activation, hooked, is_identity, module_activatio
 from ..graph_edit import NotTraceable, Regraphed, to_graph
 from ..plan import Edit, Op, Skip, SkipReason
 from .bench import Bench, Refused, spec_of_module
+from .evaluation import code_graph
 
 _ADDS = frozenset({operator.add, operator.iadd, torch.add})
 
@@ -136,7 +137,7 @@ def _edit_code(
         if inside and module is not layer:
             bench.check_held(op.path, module)
             try:
-                made = to_graph(module)
+                made = code_graph(module)
                 relative = op.path.removeprefix(f"{scope}." if scope else "")
                 edit = _CodeEdit(made, relative, layer, activation, residual, act, removed)
                 edit.carry_out()
@@ -159,7 +160,7 @@ def _edit_head(bench: Bench, op: Op, scope: str, activation: tuple[str, tuple[fl
     if hooked(module):
         raise Refused(Skip(op.path, SkipReason.HOOKS, f"{scope} has a hook, which would see what it is given change"))
     try:
-        made = to_graph(module)
+        made = code_graph(module)
     except NotTraceable as error:
         raise Refused(Skip(op.path, SkipReason.NOT_TRACED, str(error))) from error
     found = []

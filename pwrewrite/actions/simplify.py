@@ -22,7 +22,7 @@ from ..fused.known import is_identity
 from ..graph_edit import NotTraceable, Regraphed
 from ..plan import Edit, Op, Skip, SkipReason
 from .bench import Bench, Refused
-from .evaluation import DROPS, evaluation_graph
+from .evaluation import DROPS, code_graph
 
 CODE = "code"
 """The kind of such an op."""
@@ -47,7 +47,7 @@ def simplify_code(bench: Bench, op: Op) -> Edit:
     module = bench.find(op, op.path)
     bench.check_held(op.path, module)
     try:
-        made = evaluation_graph(module, DROPS)
+        made = code_graph(module, DROPS)
     except NotTraceable as error:
         raise Refused(Skip(op.path, SkipReason.NOT_TRACED, str(error))) from error
     inner = f"{op.path}." if op.path else ""

@@ -147,7 +147,7 @@ class FusePointwiseActivation(Pass):
             return None
         other = operands[0] if operands[1] is last else operands[1]
         name = add.target if isinstance(add.target, str) else getattr(add.target, "__name__", "")
-        if other is last or (name in _IN_PLACE_ADDS and operands[0] is not last):
+        if other is last or (name in _IN_PLACE_ADDS and operands[0] is not last and not graph.private(other)):
             return None
         ours, theirs = info(last).outputs[0], info(other).outputs
         if len(theirs) != 1 or theirs[0] != ours or len(ours.shape) != 4 or other.op == "get_attr":

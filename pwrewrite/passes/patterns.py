@@ -118,6 +118,18 @@ class Graph:
         between = self.nodes[self.order[first] + 1 : self.order[last]]
         return any(self.root_of(node) == root for node in between if not passes_on(node))
 
+    def private(self, node: fx.Node) -> bool:
+        """Whether what a node makes, and all that shares its storage, is read by one node only, each by the next.
+
+        Writing into it is then the same as making another one.
+        """
+        while len(node.users) == 1 and node.op not in ("placeholder", "get_attr"):
+            held = info(node).alias_of
+            if held is None:
+                return True
+            node = self.named[held]
+        return False
+
     def where(self, node: fx.Node) -> str:
         """A path for what a node does: its module's, or its scope's and its name."""
         if node.op == "call_module":

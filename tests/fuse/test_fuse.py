@@ -462,6 +462,57 @@ def test_additions_that_must_stay(way: int) -> None:
     assert not any(e.method.startswith("add") for e in done.edits)
 
 
+class Summed(nn.Module):
+    """GhostNet's branches: each is added into the sum of those before it."""
+
+    def __init__(self, kept: bool = False) -> None:
+        super().__init__()
+        self.convs, self.relu, self.kept = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(3)), nn.ReLU(), kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.sin(x)
+        first = out if self.kept else 0
+        for conv in self.convs:
+            out += conv(x)
+        return self.relu(out) + first
+
+
+def test_sums_in_place() -> None:
+    done = checked(Summed().eval(), thorough=True)
+    assert Counter(e.method for e in done.edits) == {"add": 2, "add+relu": 1}
+    done = checked(Summed(kept=True).eval())
+    assert not any(e.op.settings.get("residual") for e in done.edits)
+
+
+class ThroughView(nn.Module):
+    """``+=`` on a view: a trace of this code shows no write at all."""
+
+    def __init__(self, way: int) -> None:
+        super().__init__()
+        self.conv, self.act, self.way = nn.Conv2d(4, 4, 1), nn.ReLU(), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(x))
+        view = x[:, :2]
+        if self.way == 0:
+            view += 1
+        elif self.way == 1:
+            view *= 2
+            x = x + view.sum()
+        else:
+            other = x
+            other -= 1
+            x = x * other
+        return x + self.act(x)
+
+
+@pytest.mark.parametrize("way", range(3))
+def test_writes_that_a_trace_does_not_show(way: int) -> None:
+    done = checked(ThroughView(way).eval())
+    assert not any(e.kind == "graph" for e in done.edits)
+    assert reasons(done)["conv"] == "not-traced"
+
+
 class Optional(nn.Module):
     """timm's DLA: a trace of this code knows only the call with a shortcut."""
 
