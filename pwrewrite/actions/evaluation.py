@@ -56,16 +56,23 @@ def code_graph(module: nn.Module, functions: frozenset[Any] = frozenset()) -> Re
     """
     with _Evaluating(functions):
         made = to_graph(module)
-    if not isinstance(module, fx.GraphModule) and _assigns(type(module)):
+    if not isinstance(module, fx.GraphModule):
+        written = _assigned(type(module))
         for node in made.graph.nodes:
-            if node.op == "call_function" and node.target in _OPERATORS and _seen_elsewhere(node):
+            if node.op == "call_function" and node.target in written and _seen_elsewhere(node):
                 raise NotTraceable(f"{type(module).__name__}.forward may write with += into what another name holds")
     return made
 
 
-_OPERATORS: frozenset[Any] = frozenset(
-    {operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod, operator.pow}
-)
+_OPERATORS: dict[type[ast.operator], Any] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
 _VIEWS = words(
     """getitem view reshape permute transpose flatten unflatten unsqueeze squeeze narrow select chunk split expand
     expand_as view_as detach contiguous movedim swapaxes unbind diagonal t to float"""
@@ -73,18 +80,18 @@ _VIEWS = words(
 """Functions and methods whose result may share storage with what they are given."""
 
 
-def _assigns(kind: type[nn.Module]) -> bool:
-    """Whether the code of a class, its bases up to ``nn.Module`` included, has an assignment such as ``+=``."""
+def _assigned(kind: type[nn.Module]) -> set[Any]:
+    """Operators that the code of a class, its bases up to ``nn.Module`` included, uses as in ``+=``."""
+    found: set[Any] = set()
     for one in kind.__mro__:
         if one.__module__.split(".")[0] == "torch" or one is object:
             continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(one)))
         except (OSError, TypeError, SyntaxError):
-            return True
-        if any(isinstance(node, ast.AugAssign) for node in ast.walk(tree)):
-            return True
-    return False
+            return set(_OPERATORS.values())
+        found |= {_OPERATORS.get(type(node.op)) for node in ast.walk(tree) if isinstance(node, ast.AugAssign)}
+    return found
 
 
 def _seen_elsewhere(node: fx.Node) -> bool:
