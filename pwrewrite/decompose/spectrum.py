@@ -132,6 +132,24 @@ class MatrixSpectrum:
         losses = self.losses
         return (losses / losses[0]).sqrt() if losses[0] > 0 else torch.zeros_like(losses)
 
+    def right_basis(self, rank: int) -> Tensor:
+        """Rows of which the first r span what the right factor of rank r spans, for every r up to ``rank``.
+
+        Args:
+            rank: From 1 to ``max_rank``.
+
+        Returns:
+            ``(groups, rank, n)``, in the widest dtype; not orthonormal.
+
+        Raises:
+            UsageError: A rank out of that range.
+        """
+        basis = self._basis[..., : check_rank(rank, self.max_rank)]
+        if self._on_columns:
+            return (basis if self._inverse is None else multiply_root(self._inverse, basis)).mT
+        reach = basis if self._root is None else multiply_root(self._root, basis)
+        return reach.mT @ self.matrix.to(basis.dtype)
+
     def truncate(self, rank: int) -> Truncation:
         """The best approximation of one rank, from the factorisation that is already there.
 
@@ -182,6 +200,10 @@ class Spectrum(Generic[_F]):
         self.energies = matrices.energies
         self.losses = matrices.losses
         self.relative_errors = matrices.relative_errors
+
+    def right_basis(self, rank: int) -> Tensor:
+        """Rows of which the first r span what the first factor of rank r spans; see `MatrixSpectrum.right_basis`."""
+        return self._matrices.right_basis(rank)
 
     def truncate(self, rank: int) -> _F:
         """The form at one rank (per group), without another factorisation.

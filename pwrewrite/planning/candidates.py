@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..capture.records import Capture, Layer
 from ..convolution import ConvSpec
-from ..decompose import Factors
 from ..eligibility import Owners
 from ..errors import UsageError
 from ..forms import FORMS
@@ -73,19 +72,12 @@ class LayerCandidates:
     Attributes:
         layer: The layer.
         spec: Its shape facts.
-        weighted: Its kernel in the norm of its statistics.
         candidates: The first keeps it.
     """
 
     layer: Layer
     spec: ConvSpec
-    weighted: WeightedLayer
     candidates: list[Candidate] = field(default_factory=list)
-
-    def factors(self, op: Op) -> Factors:
-        """The weights of one of its candidates."""
-        axes = op.settings.get("axes")
-        return self.weighted.factors(op.settings["form"], op.settings["widths"], axes)
 
 
 def forms_named(names: Sequence[str]) -> tuple[str, ...]:
@@ -191,7 +183,7 @@ def make_candidates(
         assert weight is not None
         spec = spec_of(layer)
         weighted = weighted_layer(weight, spec, layer.path, statistics, centred=centred, multiple=multiple)
-        one = LayerCandidates(layer, spec, weighted)
+        one = LayerCandidates(layer, spec)
         costs = {"params": float(layer.params), "macs": float(layer.macs)}
         one.candidates.append(Candidate(None, 0.0, 0.0, costs))
         for form, by in passes.items():

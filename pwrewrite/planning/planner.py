@@ -354,14 +354,10 @@ class Planner:
         return one.factors(op.settings["form"], op.settings["widths"], op.settings.get("axes"))
 
     def _weighted(self, path: str, weight: Tensor) -> WeightedLayer | None:
-        for one in self.layers:
-            if one.layer.path == path:
-                return one.weighted
-        specs = self.meant.specs()
-        if path not in specs:
+        spec = self.meant.specs().get(path)
+        if spec is None:
             return None
-        centred = self.settings.refit != "none"
-        return weighted_layer(weight, specs[path], path, self.statistics, centred=centred)
+        return weighted_layer(weight, spec, path, self.statistics, centred=self.settings.refit != "none")
 
     def refit(self, rewritten: nn.Module, plan: Plan) -> dict[str, float]:
         """Fits a rewritten model to the original on the calibration inputs, in place.

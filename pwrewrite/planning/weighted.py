@@ -28,19 +28,13 @@ from ..convolution import ConvSpec
 from ..decompose import Factors, Reduction, Tucker2, default_multiple
 from ..forms import default_axes, rank_limits
 from .last_factor import Inner, last_matrix, solve_last, with_last
+from .nested import Nested
 
 LADDER = 24
 """At most this many ranks of a form are looked at."""
 
 _CORNERS = 8
 """At most this many input widths of a bottleneck."""
-
-_EXACT_ROW = 1200
-"""Up to this size of a patch the full norm is taken at every rank, beyond it at a few, with the ratio to the Kronecker
-approximation interpolated between them."""
-
-_PROBES = 8
-_NOTHING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +99,7 @@ class WeightedLayer:
         self.cross = self.rows @ self.inputs  # W C
         self.scale = self._trace(self.cross @ self.rows.mT) * self.factor
         self._spectra: dict[tuple[str, tuple[int, ...] | None], decompose.Spectrum[Factors]] = {}
+        self._reduced_ranks: Nested | None = None
         self._reductions: dict[int, tuple[Reduction, decompose.Spectrum[decompose.Expansion], float]] = {}
 
     def normalise(self, scale: float) -> None:
@@ -216,28 +211,31 @@ class WeightedLayer:
     def _losses(self, form: str, axes: tuple[int, ...] | None, ranks: Sequence[int]) -> list[float]:
         """Losses in the full norm."""
         spectrum = self._spectrum(form, axes)
-        rough = [float(spectrum.losses[rank]) * self.factor for rank in ranks]
         if form in ("expand", "pair"):
-            return rough
-        some = [i for i, loss in enumerate(rough) if loss > _NOTHING * self.scale] or [0]
-        if self.rows.shape[2] > _EXACT_ROW:
-            some = [some[round(i * (len(some) - 1) / (_PROBES - 1))] for i in range(_PROBES)]
-        probes = sorted(set(some))
-        exact = {i: self._full_loss(spectrum.truncate(ranks[i])) for i in probes}
-        return [exact[i] if i in exact else rough[i] * _ratio_at(i, probes, exact, rough) for i in range(len(ranks))]
+            return [float(spectrum.losses[rank]) * self.factor for rank in ranks]
+        below = [rank for rank in ranks if rank < spectrum.max_rank]
+        kept = self._nest(form, axes, max(below)).explained(self.gradients) if below else None
+        return [
+            self.scale - float(kept[rank]) * self.factor if kept is not None and rank < len(kept) else 0.0
+            for rank in ranks
+        ]
 
-    def _full_loss(self, made: Factors) -> float:
-        """The loss with the best last factor."""
-        half, normal = Inner(made, self.spatial).normal(self.inputs)
-        cross = self.rows @ half.mT
-        return self.scale - self._trace(solve_last(normal, cross) @ cross.mT) * self.factor
+    def _nest(self, form: str, axes: tuple[int, ...] | None, rank: int) -> Nested:
+        """A form at every rank up to one; that of reductions serves the bottlenecks too."""
+        if form == "reduce" and self._reduced_ranks is not None and self._reduced_ranks.rank >= rank:
+            return self._reduced_ranks
+        first = self._spectrum(form, axes).right_basis(rank)
+        made = Nested(first, form, self.rows, self.inputs, self.spatial, axes)
+        if form == "reduce":
+            self._reduced_ranks = made
+        return made
 
     # ---------------------------------------------------------------------------------------- bottlenecks
 
     def _bottlenecks(self, worth: Callable[[str, Mapping[str, int], tuple[int, ...] | None], bool]) -> list[Rung]:
         limits = rank_limits(self.spec, "bottleneck")
         most_in = min(limits["rank_in"], self._spectrum("reduce", None).max_rank)
-        found = []
+        pairs: dict[int, list[int]] = {}
         for inner in ladder(most_in, self.multiple, _CORNERS):
             outers = [
                 outer
@@ -245,14 +243,24 @@ class WeightedLayer:
                 if outer <= inner * prod(self.spatial)
                 and worth("bottleneck", {"rank_in": inner, "rank_out": outer}, None)
             ]
-            if not outers:
-                continue
-            _, spectrum, lost = self._reduced(inner)
+            if outers and inner < most_in:
+                pairs[inner] = outers
+        if not pairs:
+            return []
+        nested, root, found = self._nest("reduce", None, max(pairs)), self._gradient_root(), []
+        for inner, outers in pairs.items():
+            kept = nested.explained_cut(min(inner, nested.rank), root)
             for outer in outers:
-                if outer <= spectrum.max_rank:
-                    loss = lost + float(spectrum.losses[outer]) * self.factor
-                    found.append(self._rung("bottleneck", {"rank_in": inner, "rank_out": outer}, None, loss))
+                loss = self.scale - float(kept[outer]) * self.factor
+                found.append(self._rung("bottleneck", {"rank_in": inner, "rank_out": outer}, None, loss))
         return found
+
+    def _gradient_root(self) -> Tensor | None:
+        if self.gradients is None:
+            return None
+        values, vectors = torch.linalg.eigh(self.gradients)
+        root: Tensor = (vectors * values.clamp(min=0).sqrt()[:, None, :]) @ vectors.mT
+        return root
 
     def _reduced(self, inner: int) -> tuple[Reduction, decompose.Spectrum[decompose.Expansion], float]:
         """The reduction of one width, the cuts of its core at every rank, and what the reduction alone loses."""
@@ -301,18 +309,3 @@ def ladder(limit: int, multiple: int | None = None, most: int = LADDER) -> list[
     last = len(every) - 1
     chosen = {round(last * (i / (most - 1)) ** 1.5) for i in range(most)}
     return [every[i] for i in sorted(chosen)]
-
-
-def _ratio_at(i: int, probes: Sequence[int], exact: Mapping[int, float], rough: Sequence[float]) -> float:
-    """Exact over rough loss, between the probes around one rank."""
-
-    def ratio(at: int) -> float:
-        return exact[at] / rough[at] if rough[at] > 0 else 1.0
-
-    below = max((p for p in probes if p <= i), default=probes[0])
-    above = min((p for p in probes if p >= i), default=probes[-1])
-    if below == above:
-        return ratio(below)
-    share = (i - below) / (above - below)
-    between: float = max(ratio(below), 1e-9) ** (1 - share) * max(ratio(above), 1e-9) ** share
-    return between
