@@ -20,13 +20,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.shape_prop import TensorMetadata
 
-from ..apply import carry_out
+from ..apply import Probe, carry_out
 from ..capture import Inputs, capture
-from ..errors import UsageError
+from ..capture.records import Capture
+from ..errors import RefusedError, UsageError
 from ..plan import Op, Plan, Skip
 from ..survival import survives
 from .base import Pass
@@ -44,10 +45,16 @@ def as_graph_pass(pass_: Pass, example_inputs: Inputs | None = None) -> Callable
             says.
 
     Returns:
-        A callable that returns the changed copy, or the graph module itself where nothing was done.
+        A callable that returns the changed copy, or the graph module itself where nothing was done. It raises
+        `RefusedError` where the pass is exact in evaluation only and the graph module is in training mode.
     """
 
     def run(graph_module: fx.GraphModule) -> PassResult:
+        if pass_.exact == "eval" and graph_module.training:
+            raise RefusedError(
+                f"{pass_.name} is exact in evaluation only, and the graph module is in training mode",
+                hint="call eval() on it first",
+            )
         inputs = inputs_of(graph_module) if example_inputs is None else example_inputs
         captured = capture(graph_module, inputs)
         proposals = pass_.propose(captured)
@@ -57,7 +64,7 @@ def as_graph_pass(pass_: Pass, example_inputs: Inputs | None = None) -> Callable
         )
         if not plan.ops:
             return PassResult(graph_module, False)
-        applied = carry_out(graph_module, plan, probe=survives(captured, inputs))
+        applied = carry_out(graph_module, plan, probe=_probe(plan, captured, inputs))
         if not applied.edits:
             return PassResult(graph_module, False)
         changed = applied.model
@@ -73,6 +80,17 @@ def as_graph_pass(pass_: Pass, example_inputs: Inputs | None = None) -> Callable
 
     run.__name__ = run.__qualname__ = pass_.name
     return run
+
+
+def _probe(plan: Plan, captured: Capture, inputs: Inputs) -> Probe:
+    """How a changed model is tried: fusing takes operations away on purpose, so there it has to run, no more."""
+    if all(op.action in ("factorize", "project") for op in plan.ops):
+        return survives(captured, inputs)
+
+    def runs(changed: nn.Module) -> None:
+        capture(changed, inputs, values=captured.coverage.values)
+
+    return runs
 
 
 def inputs_of(graph_module: fx.GraphModule) -> tuple[Tensor, ...]:
