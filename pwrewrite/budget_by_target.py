@@ -15,7 +15,8 @@ from .loading.calibration import open_calibration, open_labels, open_metric
 from .opening import Opened
 from .plan import Plan
 from .planning.budget import Budget
-from .planning.planner import Choice, Planner, Settings
+from .planning.planner import Choice, Planner
+from .planning.settings import Settings
 from .report.frontier import Frontier, Point
 from .report.records import BudgetReport
 from .rewriting import Planned, Progress, Rewritten, make_plan, rewrite_asked
@@ -39,6 +40,7 @@ class BudgetRequest:
         metric: ``file.py:NAME``.
         labels: File with the class of each calibration input.
         max_drop: How much the metric may fall.
+        gate: ``latency`` to use only what is measured to be faster.
     """
 
     budgets: tuple[Budget, ...] = ()
@@ -52,6 +54,7 @@ class BudgetRequest:
     metric: str | None = None
     labels: Path | None = None
     max_drop: float | None = None
+    gate: str | None = None
 
     def ask(self, opened: Opened, choices: Choices, seed: int) -> Ask:
         """The same with everything opened.
@@ -82,6 +85,7 @@ class BudgetRequest:
             self.largest_error,
             choices.replan,
             seed,
+            self.gate,
         )
         return Ask(self.budgets or None, data, self.size, settings, metrics)
 

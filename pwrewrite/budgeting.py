@@ -13,13 +13,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from .apply import carry_out
-from .capture import Inputs
+from .capture import Inputs, split_inputs
 from .errors import RefusedError, UsageError
 from .loading import describe_inputs
 from .plan import Plan
 from .planning.budget import Budget, budgets_of
+from .planning.latency import time_models
 from .planning.measure import FAR, accuracy, compare
-from .planning.planner import Choice, Planner, Settings
+from .planning.planner import Choice, Planner
+from .planning.settings import Settings
 from .planning.statistics import samples_of
 from .report.records import BudgetReport, Report
 from .steps import Progress, Run, model_facts, silent
@@ -112,6 +114,8 @@ class Budgeted:
         """A report with what the budget asked, what was predicted and what was measured."""
         found, notes = self._measured()
         reached = {kind: report.after[kind] / report.before[kind] for kind in found.limits if report.before.get(kind)}
+        if found.latency is not None and "latency" in found.limits:
+            reached["latency"] = found.latency[1] / found.latency[0]
         return replace(
             report,
             budget=replace(found, reached=reached),
@@ -142,6 +146,13 @@ class Budgeted:
                 kind=measured.kind,
             )
             notes += _astray(found)
+        if "latency" in found.limits or settings.gate == "latency":
+            self.run.say("timing both models", None)
+            args, kwargs = split_inputs(self.run.inputs)
+            before, after = time_models([planner.model, self.run.model], args, kwargs)
+            found = replace(found, latency=(before, after))
+            if after > before:
+                notes.append("the rewritten model is slower than the original: keep the original, or give it more room")
         return replace(found, metrics=self._metrics()), [*notes, *(planner.batches.notes if planner.batches else ())]
 
     def _metrics(self) -> dict[str, tuple[float, float]]:
@@ -185,6 +196,7 @@ def plan(
     exclude: Sequence[str] = (),
     multiple: int | None = None,
     max_layer_error: float | None = None,
+    gate: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Plan:
@@ -204,6 +216,7 @@ def plan(
         exclude: Patterns on paths that stay as they are.
         multiple: What widths are rounded to; 8 where the channels are 64 or more by default.
         max_layer_error: Largest relative error of a layer in the norm of its prediction.
+        gate: ``latency`` to use only what is measured to be faster than the layer on this device.
         seed: Of everything that is drawn.
         progress: Called at each step.
 
@@ -215,7 +228,7 @@ def plan(
         UsageError: If a setting or the calibration makes no sense.
     """
     settings = Settings(
-        tuple(forms), sensitivity, refit, tuple(include), tuple(exclude), multiple, max_layer_error, seed=seed
+        tuple(forms), sensitivity, refit, tuple(include), tuple(exclude), multiple, max_layer_error, False, seed, gate
     )
     ask = Ask(budget, calibration, calibration_size, settings)
     if not ask.budgets:

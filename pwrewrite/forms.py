@@ -17,6 +17,7 @@ commutes with the channel mixing before it and the chain is exactly linear in th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -309,21 +310,30 @@ def chain_macs(chain: Sequence[tuple[str, ConvSpec]], input_shape: Sequence[int]
     """
     total, shape = 0, tuple(input_shape)
     for _, spec in chain:
-        if not spec.dims:
-            rows = 1
-            for n in shape[:-1]:
-                rows *= n
-            total += rows * spec.in_channels * spec.out_channels
-            shape = (*shape[:-1], spec.out_channels)
-            continue
-        wanted = None
-        if spec.transposed:
-            here, there = shape[-spec.dims :], output_shape[-spec.dims :]
-            wanted = tuple(m if k_owned(spec, i) else n for i, (n, m) in enumerate(zip(here, there)))
-        out = spec.output_shape(shape, wanted)
-        total += spec.macs(shape, out)
+        out = stage_output(spec, shape, output_shape)
+        if spec.dims:
+            total += spec.macs(shape, out)
+        else:
+            total += prod(shape) * spec.out_channels
         shape = out
     return total
+
+
+def stage_output(spec: ConvSpec, shape: Sequence[int], output_shape: Sequence[int]) -> tuple[int, ...]:
+    """The output shape of one stage.
+
+    Args:
+        spec: The stage.
+        shape: Shape of its input.
+        output_shape: Shape of the whole layer's output; decides the size that a transposed stage makes.
+    """
+    if not spec.dims:
+        return (*shape[:-1], spec.out_channels)
+    wanted = None
+    if spec.transposed:
+        here, there = shape[-spec.dims :], output_shape[-spec.dims :]
+        wanted = tuple(m if k_owned(spec, i) else n for i, (n, m) in enumerate(zip(here, there)))
+    return spec.output_shape(shape, wanted)
 
 
 def k_owned(spec: ConvSpec, axis: int) -> bool:

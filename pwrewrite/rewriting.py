@@ -22,7 +22,7 @@ from .capture import Inputs
 from .errors import UsageError, VerificationError
 from .passes import Pass
 from .plan import Edit, Plan
-from .planning.planner import Settings
+from .planning.settings import Settings
 from .report.records import Report
 from .steps import Progress, Run, join_names, propose, silent
 from .verification import Verification
@@ -133,6 +133,7 @@ def rewrite(
     exclude: Sequence[str] = (),
     multiple: int | None = None,
     max_layer_error: float | None = None,
+    gate: str | None = None,
     metric: Metric | None = None,
     seed: int = 0,
     verify: bool = True,
@@ -153,7 +154,7 @@ def rewrite(
             given.
         plan: Instead of passes: a plan to carry out.
         allow_output_change: Whether an output may change its shape, which the report then tells.
-        budget: Instead of passes or a plan: kind to limit, as for `pwrewrite.plan`; so are the next nine.
+        budget: Instead of passes or a plan: kind to limit, as for `pwrewrite.plan`; so are the next ten.
         calibration: A few hundred unlabelled inputs: any iterable of batches.
         calibration_size: Use at most so many inputs.
         forms: Forms to choose from.
@@ -164,6 +165,7 @@ def rewrite(
         exclude: Patterns on paths that stay as they are.
         multiple: What widths are rounded to.
         max_layer_error: Largest relative error of a layer.
+        gate: ``latency`` to use only what is measured to be faster than the layer on this device.
         metric: Called with the original and with the result; the report tells both values.
         seed: Of everything that is drawn.
         verify: Whether to verify the result.
@@ -184,7 +186,16 @@ def rewrite(
     ask = None
     if budget is not None or calibration is not None:
         settings = Settings(
-            tuple(forms), sensitivity, refit, tuple(include), tuple(exclude), multiple, max_layer_error, seed=seed
+            tuple(forms),
+            sensitivity,
+            refit,
+            tuple(include),
+            tuple(exclude),
+            multiple,
+            max_layer_error,
+            False,
+            seed,
+            gate,
         )
         metrics = None if metric is None else {getattr(metric, "__name__", "metric"): metric}
         ask = Ask(budget, calibration, calibration_size, settings, metrics)

@@ -30,6 +30,12 @@ class Refit(StrEnum):
     NONE = "none"
 
 
+class Gate(StrEnum):
+    """The values of ``--gate``."""
+
+    LATENCY = "latency"
+
+
 BudgetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -99,6 +105,14 @@ MaxLayerError = Annotated[
         rich_help_panel=BUDGET,
     ),
 ]
+GateOption = Annotated[
+    Gate | None,
+    typer.Option(
+        "--gate",
+        help="Use only candidates that are measured to be faster than the layer on this device.",
+        rich_help_panel=BUDGET,
+    ),
+]
 Metric = Annotated[
     str | None,
     typer.Option(
@@ -145,6 +159,7 @@ def budget_request_of(
     sensitivity: Sensitivity | None,
     refit: Refit,
     max_layer_error: str | None,
+    gate: Gate | None,
     metric: str | None,
     labels: Path | None,
     max_drop: str | None = None,
@@ -161,6 +176,7 @@ def budget_request_of(
         "--forms": forms,
         "--sensitivity": sensitivity,
         "--max-layer-error": max_layer_error,
+        "--gate": gate,
         "--metric": metric,
         "--labels": labels,
         "--max-drop": max_drop,
@@ -191,4 +207,5 @@ def budget_request_of(
         metric,
         labels,
         parse_drop(max_drop) if max_drop is not None else None,
+        gate.value if gate is not None else None,
     )

@@ -46,6 +46,7 @@ def plan(
     sensitivity: b.SensitivityOption = None,
     refit: b.RefitOption = b.Refit.FULL,
     max_layer_error: b.MaxLayerError = None,
+    gate: b.GateOption = None,
     metric: b.Metric = None,
     labels: b.Labels = None,
     max_drop: b.MaxDrop = None,
@@ -87,8 +88,8 @@ def plan(
             )  # fmt: skip
             request = o.request_of(target, arg, weights, weights_lenient, inputs, model, trust_target, seed)
             asked = b.budget_request_of(
-                budget, calibration, preprocess, calibration_size, forms, sensitivity, refit, max_layer_error, metric,
-                labels, max_drop, pareto,
+                budget, calibration, preprocess, calibration_size, forms, sensitivity, refit, max_layer_error, gate,
+                metric, labels, max_drop, pareto,
             )  # fmt: skip
             for place in (out, output):
                 if place is not None:

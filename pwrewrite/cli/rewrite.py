@@ -48,6 +48,7 @@ def rewrite(
     sensitivity: b.SensitivityOption = None,
     refit: b.RefitOption = b.Refit.FULL,
     max_layer_error: b.MaxLayerError = None,
+    gate: b.GateOption = None,
     metric: b.Metric = None,
     labels: b.Labels = None,
     arg: o.Arg = None,
@@ -118,8 +119,8 @@ def rewrite(
             )  # fmt: skip
             request = o.request_of(target, arg, weights, weights_lenient, inputs, model, trust_target, seed)
             asked = b.budget_request_of(
-                budget, calibration, preprocess, calibration_size, forms, sensitivity, refit, max_layer_error, metric,
-                labels,
+                budget, calibration, preprocess, calibration_size, forms, sensitivity, refit, max_layer_error, gate,
+                metric, labels,
             )  # fmt: skip
             if out is not None:
                 check_place(out, force=force)

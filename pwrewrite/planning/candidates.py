@@ -7,7 +7,8 @@ every layer is to keep it, at no loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ..capture.records import Capture, Layer
 from ..convolution import ConvSpec
 from ..eligibility import Owners
 from ..errors import UsageError
-from ..forms import FORMS
+from ..forms import FORMS, stage_output, stages
 from ..passes import (
     FactorizeLinear,
     FactorizePointwise,
@@ -29,6 +30,7 @@ from ..passes import (
 )
 from ..passes.base import chosen, estimate_chain, spec_of, weight_of
 from ..plan import Op, Skip, SkipReason
+from .latency import Contestant, LatencyTable
 from .statistics import LayerStatistics, Statistics
 from .weighted import Rung, WeightedLayer
 
@@ -37,6 +39,12 @@ FORM_SETS: dict[str, tuple[str, ...]] = {
     "1x1": ("reduce", "expand", "bottleneck", "pair"),
 }
 """Names for several forms at once."""
+
+_TIMED = 7
+"""How many candidates of a form are measured."""
+
+_FASTER = 0.97
+"""A candidate is faster than the layer below this share of its time."""
 
 _CONVOLUTION_PASSES: dict[str, type[LayerPass]] = {
     "bottleneck": InsertBottleneck,
@@ -184,7 +192,7 @@ def make_candidates(
         spec = spec_of(layer)
         weighted = weighted_layer(weight, spec, layer.path, statistics, centred=centred, multiple=multiple)
         one = LayerCandidates(layer, spec)
-        costs = {"params": float(layer.params), "macs": float(layer.macs)}
+        costs = {"params": float(layer.params), "macs": float(layer.macs), "bytes": _bytes(layer, [("", spec)])}
         one.candidates.append(Candidate(None, 0.0, 0.0, costs))
         for form, by in passes.items():
             for rung in weighted.rungs(form, _saves(layer, spec)):
@@ -192,7 +200,11 @@ def make_candidates(
                     continue
                 op = by.op(layer, spec, rung.widths, axes=rung.axes)
                 if isinstance(op, Op) and op.estimate is not None:
-                    after = {"params": float(op.estimate.params_after), "macs": float(op.estimate.macs_after)}
+                    after = {
+                        "params": float(op.estimate.params_after),
+                        "macs": float(op.estimate.macs_after),
+                        "bytes": _bytes(layer, stages(spec, form, rung.widths, rung.axes)),
+                    }
                     one.candidates.append(Candidate(op, rung.loss, rung.error, after))
         found.append(one)
     return found
@@ -227,6 +239,65 @@ def shrunk(moment: Tensor, one: LayerStatistics) -> Tensor:
     level = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
     eye = torch.eye(size, dtype=moment.dtype, device=moment.device)
     return moment * (1 - share) + share * level[:, None, None] * eye
+
+
+def timed(one: LayerCandidates, table: LatencyTable) -> list[Candidate]:
+    """A layer's candidates with their measured latency, over all its calls; without those that are not faster.
+
+    Of each form a few are measured: the best ones at falling MACs.
+
+    Args:
+        one: The layer.
+        table: Measures.
+    """
+    some = _few(one.candidates[1:])
+    contestants = [Contestant(one.spec), *(_contestant(one.spec, c.op) for c in some if c.op is not None)]
+    total = [0.0] * len(contestants)
+    for call in one.layer.calls:
+        total = [a + b for a, b in zip(total, table.times(call.input_shape, contestants))]
+    keep = replace(one.candidates[0], costs={**one.candidates[0].costs, "latency": total[0]})
+    faster = [
+        replace(c, costs={**c.costs, "latency": seconds})
+        for c, seconds in zip(some, total[1:])
+        if seconds < _FASTER * total[0]
+    ]
+    return [keep, *faster]
+
+
+def _few(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Of each form the candidates that no other one of it beats in MACs and loss, thinned evenly."""
+    by_form: dict[tuple[str, str], list[Candidate]] = {}
+    for one in candidates:
+        assert one.op is not None
+        by_form.setdefault((one.op.settings["form"], str(one.op.settings.get("axes"))), []).append(one)
+    found: list[Candidate] = []
+    for group in by_form.values():
+        front: list[Candidate] = []
+        for one in sorted(group, key=lambda c: (c.costs["macs"], c.loss)):
+            if not front or one.loss < front[-1].loss:
+                front.append(one)
+        last = len(front) - 1
+        found += [front[i] for i in sorted({round(last * n / (_TIMED - 1)) for n in range(_TIMED)})]
+    return found
+
+
+def _contestant(spec: ConvSpec, op: Op) -> Contestant:
+    axes = op.settings.get("axes")
+    widths = tuple(sorted(op.settings["widths"].items()))
+    return Contestant(spec, op.settings["form"], widths, None if axes is None else tuple(axes))
+
+
+def _bytes(layer: Layer, chain: Sequence[tuple[str, ConvSpec]]) -> float:
+    """Bytes that a chain reads and writes in all calls: activations and weights of every stage."""
+    size = layer.weight_bytes / max(layer.params, 1)
+    total = 0
+    for call in layer.calls:
+        shape = call.input_shape
+        for _, spec in chain:
+            after = stage_output(spec, shape, call.output_shape)
+            total += prod(shape) + prod(after) + spec.params
+            shape = after
+    return total * size
 
 
 def _saves(layer: Layer, spec: ConvSpec) -> Callable[[str, Mapping[str, int], tuple[int, ...] | None], bool]:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .statistics import Chunk, evaluating, is_classifier, samples_of, tensors_in
+from .running import evaluating, is_classifier, tensors_in
+from .statistics import Chunk, samples_of
 
 FAR = 4.0
 """A measured loss is far from the predicted one from this factor on."""

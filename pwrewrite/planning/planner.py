@@ -15,90 +15,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..capture import Inputs, capture
+from ..capture import Inputs, capture, split_inputs
 from ..capture.records import Capture
 from ..decompose import Factors
-from ..errors import RefusedError, UsageError
-from ..modules import Factorized
+from ..errors import RefusedError
 from ..plan import Op, Plan, Skip, SkipReason
 from .allocate import Allocation, Infeasible, Option, allocate, frontier
 from .batches import Batches
 from .budget import Budget
 from .cache import cache_folder, content_key, read_statistics, write_statistics
-from .candidates import Candidate, LayerCandidates, Meant, forms_named, make_candidates, weighted_layer
-from .refit import Target, refit
-from .residuals import residuals
+from .candidates import Candidate, LayerCandidates, Meant, forms_named, make_candidates, timed, weighted_layer
+from .fitting import fit_order, fit_targets
+from .latency import LatencyTable, Place, time_models, time_plan
+from .refit import refit
+from .room import samples_in_lockstep, samples_in_run
+from .settings import Settings
 from .statistics import Statistics, gather
 from .weighted import WeightedLayer
 
 Say = Callable[[str, float | None], None]
 
-SENSITIVITIES = ("loss", "activations", "weights")
-REFITS = ("full", "bias", "none")
-
-_CHUNK = 32
-_RUN_BYTES = 1024**3
-"""About how many bytes of activations one calibration run may hold."""
-_FRONTIER_BYTES = 5 * 1024**3 // 2
-"""About how many bytes of live activations refitting may hold."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a planner is asked.
-
-    Attributes:
-        forms: Names of forms or of sets of them.
-        sensitivity: In what norm a layer's error counts: ``loss``, ``activations`` or ``weights``; the best that the
-            calibration allows where None.
-        refit: ``full``, ``bias`` or ``none``.
-        include: Patterns on paths; all layers where empty.
-        exclude: Patterns on paths that stay as they are.
-        multiple: What widths are rounded to; None for 8 where the channels are 64 or more.
-        largest_error: Largest relative error of a single layer, in the norm of its prediction.
-        replan: Whether parts of earlier rewrites are looked at.
-        seed: Of everything that is drawn.
-    """
-
-    forms: tuple[str, ...] = ("all",)
-    sensitivity: str | None = None
-    refit: str = "full"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    multiple: int | None = None
-    largest_error: float | None = None
-    replan: bool = False
-    seed: int = 0
-
-    def check(self, calibrated: bool) -> Settings:
-        """The same, with what was left open filled in.
-
-        Args:
-            calibrated: Whether there are calibration inputs.
-
-        Raises:
-            UsageError: If a setting makes no sense.
-        """
-        chosen = self.sensitivity or ("loss" if calibrated else "weights")
-        if chosen not in SENSITIVITIES:
-            raise UsageError(f"unknown sensitivity {chosen!r}", expected=", ".join(SENSITIVITIES))
-        if chosen != "weights" and not calibrated:
-            raise UsageError(
-                f"the sensitivity {chosen} needs calibration inputs",
-                hint="give some, or choose the sensitivity weights",
-            )
-        if self.refit not in REFITS:
-            raise UsageError(f"unknown refit {self.refit!r}", expected=", ".join(REFITS))
-        if self.largest_error is not None and not 0 < self.largest_error <= 1:
-            raise UsageError(
-                "the largest error of a layer is out of range", expected="above 0, up to 1", got=str(self.largest_error)
-            )
-        if self.multiple is not None and self.multiple < 1:
-            raise UsageError("widths are multiples of 1 or more", got=str(self.multiple))
-        forms_named(self.forms)
-        return replace(self, sensitivity=chosen, refit=self.refit if calibrated else "none")
+_ATTEMPTS = 4
+"""How often a latency budget is tightened at most."""
+_NEAR, _FAR = 1.01, 1.05
 
 
 @dataclass(frozen=True)
@@ -153,7 +93,7 @@ class Planner:
     ) -> None:
         self.say = say or (lambda what, share: None)
         self.settings = settings.check(calibration is not None)
-        self.model = model
+        self.model, self.inputs = model, inputs
         self.captured = captured or capture(model, inputs)
         self.notes: list[str] = []
         forms = forms_named(self.settings.forms)
@@ -166,34 +106,19 @@ class Planner:
         )
         self.batches: Batches | None = None
         if calibration is not None:
-            self.batches = _batches(calibration, inputs, size, self._run_size())
+            self.batches = _batches(calibration, inputs, size, samples_in_run(self.captured))
         self.statistics = self._calibrate()
         self.layers: list[LayerCandidates] = self._candidates()
         self.original = {
             "params": float(self.captured.params),
             "macs": float(sum(node.meta["info"].cost.macs for node in self.captured.graph.nodes)),
+            "bytes": float(sum(node.meta["info"].cost.bytes for node in self.captured.graph.nodes)),
         }
+        self._timed = False
+        if self.settings.gate == "latency":
+            self._time()
 
     # ----------------------------------------------------------------------------------------- calibrating
-
-    def _run_size(self) -> int:
-        """Samples that one calibration run may hold."""
-        return int(min(_CHUNK, max(1, _RUN_BYTES // max(1, self._bytes_per_sample()))))
-
-    def _bytes_per_sample(self) -> int:
-        made = sum(
-            tensor.nbytes
-            for node in self.captured.graph.nodes
-            if node.meta["info"].alias_of is None and node.op not in ("placeholder", "get_attr", "output")
-            for tensor in node.meta["info"].outputs
-        )
-        return int(made) // self._example_samples()
-
-    def _example_samples(self) -> int:
-        for node in self.captured.graph.nodes:
-            if node.op == "placeholder" and node.meta["info"].outputs and node.meta["info"].outputs[0].shape:
-                return max(1, int(node.meta["info"].outputs[0].shape[0]))
-        return 1
 
     def _calibrate(self) -> Statistics | None:
         if self.batches is None or self.settings.sensitivity == "weights":
@@ -267,6 +192,23 @@ class Planner:
             progress=lambda path, share: self.say(f"looking at {path}", share),
         )
 
+    def _time(self) -> None:
+        """Measures the model, its layers and their candidates; those that are not faster are given up."""
+        if self._timed:
+            return
+        place = Place.of(self.model)
+        table = LatencyTable(place)
+        args, kwargs = split_inputs(self.inputs)
+        self.say("timing the model", None)
+        (self.original["latency"],) = time_models([self.model], args, kwargs)
+        try:
+            for i, one in enumerate(self.layers):
+                self.say(f"timing {one.layer.path}", i / len(self.layers))
+                one.candidates = timed(one, table)
+        finally:
+            table.save()
+        self._timed = True
+
     # ------------------------------------------------------------------------------------------ allocating
 
     def choose(self, budgets: Sequence[Budget]) -> Choice:
@@ -275,7 +217,14 @@ class Planner:
         Raises:
             RefusedError: If a budget cannot be met; says what the smallest one is.
         """
+        if any(b.kind == "latency" for b in budgets):
+            self._time()
         limits: dict[str, float] = {b.kind: b.absolute(self.original[b.kind]) for b in budgets}
+        if "latency" not in limits:
+            return self._allocated(limits, budgets)
+        return self._within_latency(limits, budgets)
+
+    def _allocated(self, limits: Mapping[str, float], budgets: Sequence[Budget]) -> Choice:
         fixed = self._fixed(limits)
         groups = self._options(tuple(limits))
         try:
@@ -284,8 +233,40 @@ class Planner:
             raise self._unmet(error, budgets, fixed) from None
         return self._choice(found, budgets)
 
+    def _within_latency(self, limits: dict[str, float], budgets: Sequence[Budget]) -> Choice:
+        """Allocates by the layers' own times, and tightens the limit until the whole model meets it.
+
+        Layers do not add up to the model, and the best of many measured candidates is partly lucky.
+        """
+        wanted = limits["latency"] / self.original["latency"]
+        aim, best = wanted, None
+        for attempt in range(_ATTEMPTS):
+            try:
+                choice = self._allocated({**limits, "latency": aim * self.original["latency"]}, budgets)
+            except RefusedError:
+                if best is None:
+                    raise
+                break
+            self.say("timing the plan", attempt / _ATTEMPTS)
+            reached = time_plan(self.model, self.inputs, choice.plan)
+            if best is None or reached < best[0]:
+                best = (reached, choice)
+            if reached <= wanted * _NEAR:
+                break
+            aim *= wanted / reached
+        assert best is not None
+        reached, choice = best
+        if reached > wanted * _FAR:
+            self.notes.append(
+                f"the whole model is expected to take {reached:.2f} of its time, above the budget of {wanted:.2f}: "
+                "what is not a convolution or linear map takes the rest"
+            )
+        return replace(choice, costs={**choice.costs, "latency": reached * self.original["latency"]})
+
     def frontier(self, kind: str, budgets: Sequence[Budget] = (), points: int = 25) -> list[Choice]:
         """The least losses for budgets of one kind, from the original down to the smallest."""
+        if kind == "latency" or any(b.kind == "latency" for b in budgets):
+            self._time()
         limits: dict[str, float] = {b.kind: b.absolute(self.original[b.kind]) for b in budgets}
         fixed = self._fixed({**limits, kind: 0.0})
         groups = self._options((*limits, kind))
@@ -339,7 +320,7 @@ class Planner:
         share = least / self.original[kind] if self.original[kind] else 1.0
         return RefusedError(
             f"the budget {budget} cannot be met",
-            expected=f"at least {kind}={share:.4f}, {least:,.0f} of {self.original[kind]:,.0f}",
+            expected=f"at least {kind}={share:.4f}, {_amount(kind, least)} of {_amount(kind, self.original[kind])}",
             got=str(budget),
             hint="allow more --forms or layers, or ask for less",
         )
@@ -371,70 +352,27 @@ class Planner:
         """
         if self.batches is None or self.settings.refit == "none":
             return {}
-        targets = self._targets(rewritten, plan)
+        specs = self.meant.specs()
+        targets = fit_targets(self.captured, rewritten, plan, specs, self.statistics)
         if not targets:
             return {}
-        order, norms = self._order({target.path for target in targets})
-        chunks = islice(self.batches.calibration(), self._frontier_chunks())
+        order, norms = fit_order(self.captured, {target.path for target in targets})
         return refit(
             self.model,
             rewritten,
             targets,
             norms,
             order,
-            chunks,
+            islice(self.batches.calibration(), self._frontier_chunks()),
             factors=self.settings.refit == "full",
             seed=self.settings.seed,
             progress=lambda path, share: self.say(f"fitting {path}", share),
         )
 
-    def _targets(self, rewritten: nn.Module, plan: Plan) -> list[Target]:
-        calls = {layer.path: len(layer.calls) for layer in self.captured.layers}
-        specs = self.meant.specs()
-        paths = []
-        for op in plan.ops:
-            once = calls.get(op.path) == 1 and op.path in specs and op.action == "factorize"
-            if once and isinstance(_module(rewritten, op.path), Factorized):
-                paths.append(op.path)
-        where = residuals(self.captured, paths)
-        found = []
-        for path in paths:
-            one = self.statistics.layers.get(path) if self.statistics is not None else None
-            weight: Any = self.model.get_submodule(path).weight
-            gradients = one.gradient_moment() if one is not None else None
-            found.append(Target(path, specs[path], weight.detach(), gradients, where.get(path)))
-        return found
-
-    def _order(self, paths: set[str]) -> tuple[list[str], list[str]]:
-        """Layers to fit and batch norms behind the first of them, as they run; and the norms alone."""
-        called: dict[str, int] = {}
-        order: list[str] = []
-        for node in self.captured.graph.nodes:
-            info = node.meta["info"]
-            path = str(node.target) if node.op == "call_module" else info.path
-            if (node.op == "call_module" and path in paths) or info.op == "batch_norm":
-                called[path] = called.get(path, 0) + 1
-                order.append(path)
-        first = next((i for i, path in enumerate(order) if path in paths), len(order))
-        found, norms = [], []
-        for path in order[first:]:
-            if path not in paths:
-                module = _module(self.model, path)
-                if called[path] > 1 or not isinstance(module, _BatchNorm) or module.running_mean is None:
-                    continue
-                norms.append(path)
-            found.append(path)
-        return found, norms
-
     def _frontier_chunks(self) -> int:
         """How many chunks may move through both models together."""
         assert self.batches is not None
-        live = peak = 0
-        for event in self.captured.memory:
-            live += event.nbytes
-            peak = max(peak, live)
-        per_chunk = 2 * max(1, peak // self._example_samples()) * self.batches.chunk
-        chunks = int(max(1, _FRONTIER_BYTES // per_chunk))
+        chunks = max(1, samples_in_lockstep(self.captured) // self.batches.chunk)
         expected = self.batches.expected or self.batches.samples
         if expected and chunks * self.batches.chunk < 0.8 * expected:
             self.notes.append(
@@ -450,8 +388,5 @@ def _batches(calibration: Iterable[Any], inputs: Inputs, size: int | None, chunk
     return Batches(calibration, inputs, size=size, chunk=chunk)
 
 
-def _module(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
+def _amount(kind: str, value: float) -> str:
+    return f"{1000 * value:.3g} ms" if kind == "latency" else f"{value:,.0f}"

@@ -35,7 +35,8 @@ from ..modules import Factorized
 from .lockstep import Forward, Lockstep
 from .patches import batched, input_rows, output_rows, position_count, row_size
 from .residuals import Residual
-from .statistics import Chunk, evaluating, wide_dtype
+from .running import evaluating
+from .statistics import Chunk, wide_dtype
 from .weighted import WeightedLayer
 
 RIDGE = 1e-3

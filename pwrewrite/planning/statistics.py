@@ -22,8 +22,8 @@ that misses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from ..convolution import ConvSpec
 from ..errors import RefusedError
 from .patches import batched, input_rows, output_rows, position_count, row_size
+from .running import evaluating, frozen, is_classifier, tensors_in
 
 Chunk = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Positional and keyword inputs of one run of the model."""
@@ -346,51 +347,6 @@ class _Watch:
         per_sample = values.numel() / max(self.samples, 1)
         power = values.detach().square().mean().clamp(min=1e-30)
         return (values * noise).sum() / (per_sample * power).sqrt()
-
-
-def is_classifier(outputs: Any) -> bool:
-    """Whether a model's outputs are one tensor of class scores ``(N, classes)``."""
-    return isinstance(outputs, Tensor) and outputs.dim() == 2 and outputs.shape[1] > 1 and outputs.is_floating_point()
-
-
-def tensors_in(outputs: Any) -> Iterator[Tensor]:
-    """The tensors in a nest of tuples, lists, dicts and dataclasses, in order."""
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, Mapping):
-        for value in outputs.values():
-            yield from tensors_in(value)
-    elif isinstance(outputs, (list, tuple)):
-        for value in outputs:
-            yield from tensors_in(value)
-    elif hasattr(outputs, "__dataclass_fields__"):
-        for name in outputs.__dataclass_fields__:
-            yield from tensors_in(getattr(outputs, name))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; every module is put back into the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """The model with parameters that need no gradient, and as they were afterwards."""
-    needing = [p for p in model.parameters() if p.requires_grad]
-    for parameter in needing:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in needing:
-            parameter.requires_grad_(True)
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from pwrewrite.convolution import ConvSpec
 from pwrewrite.errors import RefusedError
-from pwrewrite.planning.statistics import Statistics, gather, is_classifier, samples_of
+from pwrewrite.planning.running import is_classifier
+from pwrewrite.planning.statistics import Statistics, gather, samples_of
 
 
 class Net(nn.Module):

@@ -1,0 +1,79 @@
+"""What is fitted in a rewritten model, and in which order: from a capture and a plan to the terms of `refit`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..capture.records import Capture
+from ..convolution import ConvSpec
+from ..modules import Factorized
+from ..plan import Plan
+from .refit import Target
+from .residuals import residuals
+from .statistics import Statistics
+
+
+def fit_targets(
+    captured: Capture, rewritten: nn.Module, plan: Plan, specs: Mapping[str, ConvSpec], statistics: Statistics | None
+) -> list[Target]:
+    """The layers to fit: those that a plan replaced and that are called once.
+
+    Args:
+        captured: The original.
+        rewritten: The model with the plan carried out.
+        plan: The plan.
+        specs: Shape facts of the layers that may be fitted.
+        statistics: Where the gradients are; None for none.
+    """
+    calls = {layer.path: len(layer.calls) for layer in captured.layers}
+    paths = []
+    for op in plan.ops:
+        once = calls.get(op.path) == 1 and op.path in specs and op.action == "factorize"
+        if once and isinstance(_module(rewritten, op.path), Factorized):
+            paths.append(op.path)
+    where = residuals(captured, paths)
+    found = []
+    for path in paths:
+        one = statistics.layers.get(path) if statistics is not None else None
+        weight: Any = captured.model.get_submodule(path).weight
+        gradients = one.gradient_moment() if one is not None else None
+        found.append(Target(path, specs[path], weight.detach(), gradients, where.get(path)))
+    return found
+
+
+def fit_order(captured: Capture, paths: set[str]) -> tuple[list[str], list[str]]:
+    """Layers to fit and the batch norms behind the first of them, as they run; and the norms alone.
+
+    Args:
+        captured: The original.
+        paths: Paths of the layers.
+    """
+    called: dict[str, int] = {}
+    order: list[str] = []
+    for node in captured.graph.nodes:
+        info = node.meta["info"]
+        path = str(node.target) if node.op == "call_module" else info.path
+        if (node.op == "call_module" and path in paths) or info.op == "batch_norm":
+            called[path] = called.get(path, 0) + 1
+            order.append(path)
+    first = next((i for i, path in enumerate(order) if path in paths), len(order))
+    found, norms = [], []
+    for path in order[first:]:
+        if path not in paths:
+            module = _module(captured.model, path)
+            if called[path] > 1 or not isinstance(module, _BatchNorm) or module.running_mean is None:
+                continue
+            norms.append(path)
+        found.append(path)
+    return found, norms
+
+
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None

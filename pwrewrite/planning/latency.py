@@ -1,0 +1,278 @@
+"""What layers and their candidates really take on this device.
+
+Fewer MACs are not always faster: three small convolutions can take longer than one large one. Each distinct layer (its
+shape facts, its input's shape) and its candidates run alone, in eval mode, on the model's device, in its dtype and
+memory format and with its number of threads. The contestants of a layer take turns, so that what else the machine does
+hits all of them alike; what counts is the median of the ratio to the layer in the same turn. Results are kept on disk
+by device and shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..apply import carry_out
+from ..capture import Inputs, split_inputs
+from ..convolution import ConvSpec
+from ..forms import spec_to_dict
+from ..modules import Factorized, build, make_layer
+from ..plan import Plan
+from .cache import cache_folder
+from .running import evaluating
+
+_ROUNDS = (5, 40)
+"""How often a contestant runs, at least and at most."""
+_SECONDS = 1.0
+"""About how long the contestants of one layer run."""
+_SLOWER = 1.15
+"""A contestant that takes this many times as long as the layer in the first rounds runs no more."""
+_LEAST = 2e-3
+"""A timing lasts at least so many seconds; short runs are repeated within it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """A layer, or what could replace it.
+
+    Attributes:
+        spec: The layer.
+        form: The form of the replacement; ``""`` for the layer itself.
+        widths: Its widths, as sorted pairs.
+        axes: For ``spatial``: the axes of the first stage.
+    """
+
+    spec: ConvSpec
+    form: str = ""
+    widths: tuple[tuple[str, int], ...] = ()
+    axes: tuple[int, ...] | None = None
+
+    def make(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The module, with weights of no matter."""
+        if not self.form:
+            return make_layer(self.spec, device=device, dtype=dtype).eval()
+        return build(self.spec, self.form, dict(self.widths), axes=self.axes, device=device, dtype=dtype).eval()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where and how things are timed.
+
+    Attributes:
+        device: The device.
+        dtype: Of weights and activations.
+        channels_last: Whether tensors are in that memory format.
+        threads: Threads that torch uses.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    channels_last: bool
+    threads: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Place:
+        """That of a model, by its weights."""
+        weights = [p for p in model.parameters() if p.is_floating_point()]
+        first = weights[0] if weights else torch.zeros(())
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        last = any(
+            p.dim() in formats and not p.is_contiguous() and p.is_contiguous(memory_format=formats[p.dim()])
+            for p in weights
+        )
+        return cls(first.device, first.dtype, last, torch.get_num_threads())
+
+    def name(self) -> str:
+        """Names the device for a person and for the cache."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return _processor()
+
+    def arrange(self, value: Any) -> Any:
+        """A module or tensor in the memory format."""
+        if not self.channels_last:
+            return value
+        if isinstance(value, Tensor):
+            formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+            return value.contiguous(memory_format=formats[value.dim()]) if value.dim() in formats else value
+        for parameter in value.parameters():
+            parameter.data = self.arrange(parameter.data)
+        return value
+
+
+class LatencyTable:
+    """Times of contestants, measured once and kept.
+
+    Args:
+        place: Where they run.
+
+    Attributes:
+        measured: How many were measured and not found in the cache.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place, self.measured = place, 0
+        folder = cache_folder("latency")
+        about = f"{place.name()}|{place.dtype}|{place.channels_last}|{place.threads}|{torch.__version__}"
+        name = hashlib.sha256(about.encode()).hexdigest()[:24]
+        self._file = None if folder is None else folder / f"{name}.json"
+        self._known = _read(self._file)
+
+    def times(self, shape: Sequence[int], contestants: Sequence[Contestant]) -> list[float]:
+        """Seconds that each of a layer's contestants takes on inputs of one shape.
+
+        Args:
+            shape: The layer's input shape, batch included.
+            contestants: The layer itself first.
+        """
+        keys = [_key(shape, one) for one in contestants]
+        if any(key not in self._known for key in keys):
+            with torch.no_grad():
+                found = self._measure(shape, contestants)
+            self._known.update(zip(keys, found))
+            self.measured += len(keys)
+        return [self._known[key] for key in keys]
+
+    def save(self) -> None:
+        """Keeps what was measured, beside what others kept meanwhile; if it cannot, that is no error."""
+        if self._file is None or not self.measured:
+            return
+        beside = self._file.with_suffix(f".{os.getpid()}.tmp")
+        with suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(json.dumps({**_read(self._file), **self._known}))
+            os.replace(beside, self._file)
+
+    def _measure(self, shape: Sequence[int], contestants: Sequence[Contestant]) -> list[float]:
+        place = self.place
+        x = place.arrange(torch.randn(tuple(shape), device=place.device).to(place.dtype))
+        runs = []
+        for one in contestants:
+            module = place.arrange(one.make(place.device, place.dtype))
+            runs.append(_call(module, x))
+        return interleaved(runs, place.device)
+
+
+def _call(module: nn.Module, x: Tensor) -> Callable[[], object]:
+    return lambda: module(x)
+
+
+def interleaved(
+    runs: Sequence[Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: tuple[int, int] = _ROUNDS,
+    seconds: float = _SECONDS,
+    drop: bool = True,
+) -> list[float]:
+    """Median seconds of several runs that take turns: of the first, and of the ratios to it in the same turn.
+
+    Args:
+        runs: What to time.
+        device: Where they run; waited for.
+        rounds: How many turns, at least and at most.
+        seconds: Stop between the two after about so long.
+        drop: Whether those much slower than the first are given up early.
+    """
+    repeats = []
+    for run in runs:
+        run()  # lazy initialisation, code caches
+        took = _once(run, 1, device)
+        repeats.append(max(1, min(50, int(_LEAST / max(took, 1e-7)))))
+    times: list[list[float]] = [[] for _ in runs]
+    dropped: set[int] = set()
+    start = time.perf_counter()
+    for turn in range(rounds[1]):
+        if turn >= rounds[0] and time.perf_counter() - start > seconds:
+            break
+        for i, run in enumerate(runs):
+            if i not in dropped:
+                times[i].append(_once(run, repeats[i], device))
+        if drop and turn == 1:
+            dropped = {i for i, found in enumerate(times) if min(found) > _SLOWER * max(times[0])}
+    base = statistics.median(times[0])
+    return [base * statistics.median(t / first for t, first in zip(found, times[0])) for found in times]
+
+
+def time_models(
+    models: Sequence[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, seconds: float = 4.0
+) -> list[float]:
+    """Median seconds of a forward of each of several models, in eval mode, in turns."""
+    device = next((p.device for p in models[0].parameters()), torch.device("cpu"))
+
+    def forward(model: nn.Module) -> Callable[[], object]:
+        return lambda: model(*args, **kwargs)
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for model in models:
+            stack.enter_context(evaluating(model))
+        return interleaved([forward(m) for m in models], device, rounds=(7, 60), seconds=seconds, drop=False)
+
+
+def time_plan(model: nn.Module, inputs: Inputs, plan: Plan) -> float:
+    """The time of a model with a plan carried out, as a share of its time before.
+
+    Args:
+        model: The model; stays as it is.
+        inputs: What it runs on.
+        plan: The plan; its weights do not matter here.
+    """
+    if not plan.ops:
+        return 1.0
+    made = carry_out(model, plan, fill=False).model
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in made.modules():
+            if isinstance(module, Factorized):
+                for parameter in module.parameters():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    args, kwargs = split_inputs(inputs)
+    before, after = time_models([model, made], args, kwargs)
+    return after / before
+
+
+def _once(run: Callable[[], object], repeats: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def _key(shape: Sequence[int], one: Contestant) -> str:
+    facts = {"shape": list(shape), "layer": spec_to_dict(one.spec), "form": one.form, "widths": one.widths}
+    return hashlib.sha256(json.dumps({**facts, "axes": one.axes}, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _read(file: Path | None) -> dict[str, float]:
+    if file is None:
+        return {}
+    try:
+        found = json.loads(file.read_text())
+        return {str(key): float(value) for key, value in found.items() if float(value) > 0}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,177 @@
+"""Timing takes turns, is kept by shape and device, and gives up what is not faster."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pwrewrite.convolution import ConvSpec
+from pwrewrite.errors import RefusedError
+from pwrewrite.forms import linear_spec
+from pwrewrite.plan import Plan
+from pwrewrite.planning import latency
+from pwrewrite.planning.budget import budgets_of
+from pwrewrite.planning.latency import Contestant, LatencyTable, Place, interleaved, time_models, time_plan
+from pwrewrite.planning.planner import Planner
+from pwrewrite.planning.settings import Settings
+
+SPEC = ConvSpec.of_module(nn.Conv2d(8, 8, 3, padding=1))
+CPU = Place(torch.device("cpu"), torch.float32, False, 1)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PWREWRITE_CACHE", str(tmp_path))
+    monkeypatch.setattr(latency, "_SECONDS", 0.01)
+    return tmp_path
+
+
+def contestants() -> list[Contestant]:
+    return [
+        Contestant(SPEC),
+        Contestant(SPEC, "reduce", (("rank_in", 2),)),
+        Contestant(SPEC, "spatial", (("rank", 3),), (0,)),
+    ]
+
+
+def test_what_was_measured_is_kept(cache: Path) -> None:
+    table = LatencyTable(CPU)
+    found = table.times((2, 8, 12, 12), contestants())
+    assert all(0 < seconds < 10 for seconds in found)
+    assert table.measured == 3
+    assert table.times((2, 8, 12, 12), contestants()[:2]) == found[:2]
+    table.save()
+    again = LatencyTable(CPU)
+    assert again.times((2, 8, 12, 12), contestants()) == found
+    assert again.measured == 0
+    again.times((4, 8, 12, 12), contestants()[:1])
+    assert again.measured == 1
+    other = LatencyTable(Place(torch.device("cpu"), torch.float32, False, 2))
+    other.times((2, 8, 12, 12), contestants()[:1])
+    assert other.measured == 1
+    assert len(list(cache.rglob("*.json"))) == 1
+
+
+def test_a_damaged_cache_is_measured_anew(cache: Path) -> None:
+    table = LatencyTable(CPU)
+    table.times((1, 8, 6, 6), contestants()[:1])
+    table.save()
+    (file,) = cache.rglob("*.json")
+    for text in ("{", "[1]", '{"a": "b"}', ""):
+        file.write_text(text)
+        again = LatencyTable(CPU)
+        again.times((1, 8, 6, 6), contestants()[:1])
+        assert again.measured == 1
+
+
+def test_no_cache(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.setenv("PWREWRITE_CACHE", "off")
+    table = LatencyTable(CPU)
+    table.times((1, 8, 6, 6), contestants()[:1])
+    table.save()
+    assert not list(cache.rglob("*.json"))
+
+
+def test_contestants_take_turns() -> None:
+    order: list[str] = []
+
+    def run(name: str) -> Callable[[], object]:
+        return lambda: (order.append(name), time.sleep(0.003))
+
+    found = interleaved([run("a"), run("b"), run("c")], torch.device("cpu"), rounds=(3, 3))
+    assert order[6:] == ["a", "b", "c"] * 3
+    assert all(math.isfinite(seconds) for seconds in found)
+
+
+def test_much_slower_ones_are_given_up() -> None:
+    counts = {"fast": 0, "slow": 0}
+
+    def run(name: str, seconds: float) -> Callable[[], object]:
+        def once() -> None:
+            counts[name] += 1
+            time.sleep(seconds)
+
+        return once
+
+    fast, slow = interleaved([run("fast", 0.003), run("slow", 0.02)], torch.device("cpu"), rounds=(6, 6))
+    assert counts["slow"] < counts["fast"]
+    assert slow > 2 * fast
+
+
+def test_places_are_those_of_the_model() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)).double()
+    assert not Place.of(model).channels_last
+    place = Place.of(model.to(memory_format=torch.channels_last))
+    assert place.channels_last
+    assert place.dtype is torch.float64
+    assert place.name()
+    x = place.arrange(torch.zeros(2, 3, 4, 4, dtype=torch.float64))
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert Contestant(linear_spec(4, 3, True)).make(place.device, place.dtype)(torch.zeros(2, 4).double()).shape == (
+        2,
+        3,
+    )
+
+
+def test_models_are_timed_in_eval_mode_and_left_as_they_were() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout()).train()
+    first, second = time_models([model, model], (torch.zeros(2, 4),), {}, seconds=0.01)
+    assert first > 0 < second
+    assert all(module.training for module in model.modules())
+    assert time_plan(model, torch.zeros(2, 4), Plan()) == 1.0
+
+
+class Fake(LatencyTable):
+    """Times that are known: the original takes its MACs, what is narrow half of that, other forms more."""
+
+    def times(self, shape: tuple[int, ...], contestants: list[Contestant]) -> list[float]:  # type: ignore[override]
+        return [1.0 if not one.form else 0.5 if one.form == "expand" else 1.5 for one in contestants]
+
+
+def planner(monkeypatch: pytest.MonkeyPatch, **settings: object) -> Planner:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(4))).eval()
+    monkeypatch.setattr("pwrewrite.planning.planner.LatencyTable", Fake)
+    monkeypatch.setattr("pwrewrite.planning.planner.time_models", lambda *given: [5.0])
+    monkeypatch.setattr("pwrewrite.planning.planner.time_plan", lambda model, inputs, plan: (5 - 0.5 * len(plan)) / 5)
+    return Planner(model, torch.zeros(1, 3 + 13, 8, 8), None, Settings(**settings))  # type: ignore[arg-type]
+
+
+def test_a_latency_budget_uses_only_what_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = planner(monkeypatch)
+    choice = made.choose(budgets_of({"latency": 0.8}))
+    assert [op.settings["form"] for op in choice.plan.ops] == ["expand"] * 2
+    assert choice.costs["latency"] == pytest.approx(4.0)
+    assert {c.op.settings["form"] for one in made.layers for c in one.candidates if c.op} == {"expand"}
+    with pytest.raises(RefusedError, match="cannot be met") as caught:
+        made.choose(budgets_of({"latency": 0.5}))
+    assert "3e+03 ms of 5e+03 ms" in str(caught.value)
+
+
+def test_a_limit_is_tightened_until_the_whole_model_meets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = planner(monkeypatch)
+    monkeypatch.setattr("pwrewrite.planning.planner.time_plan", lambda model, inputs, plan: 1 - 0.07 * len(plan))
+    choice = made.choose(budgets_of({"latency": 0.8}))
+    assert len(choice.plan.ops) == 3
+    far = made.choose(budgets_of({"latency": 0.65}))
+    assert len(far.plan.ops) == 4
+    assert any("above the budget" in note for note in made.notes)
+
+
+def test_a_gate_keeps_slower_forms_out_of_other_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = planner(monkeypatch).choose(budgets_of({"macs": 0.5}))
+    gated = planner(monkeypatch, gate="latency").choose(budgets_of({"macs": 0.5}))
+    assert {op.settings["form"] for op in gated.plan.ops} == {"expand"}
+    assert {op.settings["form"] for op in free.plan.ops} != {"expand"}
+
+
+def test_bytes_are_those_that_the_report_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = planner(monkeypatch)
+    choice = made.choose(budgets_of({"bytes": 0.99}))
+    assert choice.costs["bytes"] <= 0.99 * made.original["bytes"]
