@@ -5,16 +5,15 @@ and ``F.dropout(x, p, self.training)`` are such code; an edit that is exact in e
 here they are written down as they are in evaluation. All else that differs is refused as ever.
 
 A trace makes ``x = x + y`` of ``x += y``, and that is something else where another name, a view or the caller holds
-what was written into. Code of classes with such assignments is refused where that may be so.
+what was written into. Code with such assignments is refused where that may be so.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
 import operator
-import textwrap
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import fx, nn
@@ -54,44 +53,50 @@ def code_graph(module: nn.Module, functions: frozenset[Any] = frozenset()) -> Re
     Raises:
         NotTraceable: As there, and where an assignment such as ``+=`` may write into what something else holds.
     """
-    with _Evaluating(functions):
+    with _Evaluating(functions), _assignments() as written:
         made = to_graph(module)
-    if not isinstance(module, fx.GraphModule):
-        written = _assigned(type(module))
-        for node in made.graph.nodes:
-            if node.op == "call_function" and node.target in written and _seen_elsewhere(node):
-                raise NotTraceable(f"{type(module).__name__}.forward may write with += into what another name holds")
+    for node in made.graph.nodes:
+        if node.name in written and _seen_elsewhere(node):
+            raise NotTraceable(f"{type(module).__name__}.forward writes with += into what another name may hold")
     return made
 
 
-_OPERATORS: dict[type[ast.operator], Any] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
+_OPERATORS: dict[str, Any] = {
+    f"__i{name}__": getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
 }
+_tracing = threading.RLock()
+"""Held by the one trace that may run at a time, since it adds methods to ``fx.Proxy``."""
+
+
+@contextmanager
+def _assignments() -> Iterator[set[str]]:
+    """Names of the nodes that come from assignments such as ``+=`` in a trace."""
+    names: set[str] = set()
+
+    def method(function: Any) -> Any:
+        def assign(self: fx.Proxy, other: Any) -> Any:
+            made = function(self, other)
+            names.add(made.node.name)
+            return made
+
+        return assign
+
+    with _tracing:
+        ours = [name for name in _OPERATORS if not hasattr(fx.Proxy, name)]
+        try:
+            for name in ours:
+                setattr(fx.Proxy, name, method(_OPERATORS[name]))
+            yield names
+        finally:
+            for name in ours:
+                delattr(fx.Proxy, name)
+
+
 _VIEWS = words(
     """getitem view reshape permute transpose flatten unflatten unsqueeze squeeze narrow select chunk split expand
     expand_as view_as detach contiguous movedim swapaxes unbind diagonal t to float"""
 )
 """Functions and methods whose result may share storage with what they are given."""
-
-
-def _assigned(kind: type[nn.Module]) -> set[Any]:
-    """Operators that the code of a class, its bases up to ``nn.Module`` included, uses as in ``+=``."""
-    found: set[Any] = set()
-    for one in kind.__mro__:
-        if one.__module__.split(".")[0] == "torch" or one is object:
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(one)))
-        except (OSError, TypeError, SyntaxError):
-            return set(_OPERATORS.values())
-        found |= {_OPERATORS.get(type(node.op)) for node in ast.walk(tree) if isinstance(node, ast.AugAssign)}
-    return found
 
 
 def _seen_elsewhere(node: fx.Node) -> bool:
