@@ -225,8 +225,11 @@ def weighted_layer(
         weighted.normalise(1.0)  # the relative squared error of each layer
         return weighted
     one = statistics.layers[path]
-    inputs = shrunk(one.input_moment(centred=centred), one)
-    weighted = WeightedLayer(weight, spec, inputs, one.gradient_moment(), statistics.positions(path), multiple)
+    inputs, positions = one.input_moment(centred=centred), statistics.positions(path)
+    if inputs is None:  # too large to be kept: its mean square stands for it
+        weighted = WeightedLayer(weight, spec, None, one.gradient_moment(), positions * one.level(centred), multiple)
+    else:
+        weighted = WeightedLayer(weight, spec, shrunk(inputs, one), one.gradient_moment(), positions, multiple)
     if statistics.kind != "loss":
         weighted.normalise(1.0)
     return weighted

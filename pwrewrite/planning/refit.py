@@ -36,7 +36,7 @@ from .lockstep import Forward, Lockstep
 from .patches import batched, input_rows, output_rows, position_count, row_size
 from .residuals import Residual
 from .running import evaluating
-from .statistics import Chunk, wide_dtype
+from .statistics import LARGEST_ROW, Chunk, wide_dtype
 from .weighted import WeightedLayer
 
 RIDGE = 1e-3
@@ -138,7 +138,7 @@ def refit(
             pairs = list(zip(before.forwards, after.forwards))
             if path not in by_path:
                 _fit_norm(module, pairs)
-            elif by_path[path].spec.transposed or not factors:
+            elif by_path[path].spec.transposed or not factors or row_size(by_path[path].spec) > LARGEST_ROW:
                 _fit_bias(by_path[path], module, pairs)
             else:
                 errors[path] = _fit_layer(by_path[path], module, pairs, original, generator)

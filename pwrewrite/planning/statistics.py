@@ -104,19 +104,23 @@ class LayerStatistics:
             self.gradients = other.gradients.to(self.inputs) + (0 if self.gradients is None else self.gradients)
             self.gradient_weight += other.gradient_weight
 
-    def input_moment(self, *, centred: bool = False) -> Tensor:
-        """``C (groups, d, d)``, the mean of ``x xᵀ``.
+    def input_moment(self, *, centred: bool = False) -> Tensor | None:
+        """``C (groups, d, d)``, the mean of ``x xᵀ``; None where ``d`` is larger than `LARGEST_ROW`.
 
         Args:
             centred: Whether the mean of ``x`` is taken off, as it may be where a bias makes up for it.
         """
+        if self.inputs.dim() == 2:
+            return None
         weight = max(self.weight, 1e-300)
-        mean = self.means / weight
-        if self.inputs.dim() == 2:  # only the mean square is known: spread evenly
-            level = self.inputs / weight - (mean.square() if centred else 0)
-            return torch.diag_embed(level.mean(1, keepdim=True).expand_as(level))
-        moment = self.inputs / weight
+        moment, mean = self.inputs / weight, self.means / weight
         return moment - mean[:, :, None] * mean[:, None, :] if centred else moment
+
+    def level(self, centred: bool = False) -> float:
+        """The mean square of an element of ``x``; its variance where centred."""
+        weight = max(self.weight, 1e-300)
+        squares = self.inputs if self.inputs.dim() == 2 else self.inputs.diagonal(dim1=-2, dim2=-1)
+        return float((squares / weight - ((self.means / weight).square() if centred else 0)).mean())
 
     def gradient_moment(self) -> Tensor | None:
         """``G (groups, o, o)``, the mean of ``g gᵀ``; None where no gradient reached the layer."""

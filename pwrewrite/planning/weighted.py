@@ -62,7 +62,8 @@ class WeightedLayer:
     Args:
         weight: The layer's weight, in the module's own layout.
         spec: The layer.
-        inputs: ``C (groups, d, d)`` over patches (over channels where transposed); the identity where None.
+        inputs: ``C (groups, d, d)`` over patches (over channels where transposed); the identity where None, in which
+            norm every form is factorised exactly, up to HOOI.
         gradients: ``G (groups, o, o)``; the identity where None.
         positions: Positions per sample.
         multiple: What ranks are rounded to; None for 8 where the channels are 64 or more.
@@ -88,18 +89,19 @@ class WeightedLayer:
         self.rows = self.kernel.reshape(groups, self.kernel.shape[0] // groups, -1)
         size = self.rows.shape[2]
         device = self.kernel.device
-        if inputs is None:
-            inputs = torch.eye(size, dtype=wide, device=device).expand(groups, size, size)
-        elif inputs.shape[-1] * taps == size and taps > 1:  # transposed: the same moment under every tap
+        if (
+            inputs is not None and inputs.shape[-1] * taps == size and taps > 1
+        ):  # transposed: the same moment under every tap
             eye = torch.eye(taps, dtype=wide, device=device)
             inputs = torch.stack([torch.kron(one.to(wide), eye) for one in inputs])
-        self.inputs = inputs.to(device=device, dtype=wide)
+        self.inputs = None if inputs is None else inputs.to(device=device, dtype=wide)
         self.gradients = None if gradients is None else gradients.to(device=device, dtype=wide)
         self.factor = positions / 2
-        self.cross = self.rows @ self.inputs  # W C
-        self.scale = self._trace(self.cross @ self.rows.mT) * self.factor
+        self.scale = 0.0
+        self.scale = self.loss_of(self.kernel)
         self._spectra: dict[tuple[str, tuple[int, ...] | None], decompose.Spectrum[Factors]] = {}
         self._reduced_ranks: Nested | None = None
+        self._tucker_made: decompose.Tucker2Spectrum | None = None
         self._reductions: dict[int, tuple[Reduction, decompose.Spectrum[decompose.Expansion], float]] = {}
 
     def normalise(self, scale: float) -> None:
@@ -134,7 +136,7 @@ class WeightedLayer:
             made: Factors = self._bottleneck(widths["rank_in"], widths["rank_out"])
         else:
             made = self._truncate(form, None if axes is None else tuple(axes), widths)
-            if form not in ("expand", "pair") and self.scale > 0:
+            if form not in ("expand", "pair") and self.scale > 0 and self.inputs is not None:
                 half, normal = Inner(made, self.spatial).normal(self.inputs)
                 made = with_last(made, solve_last(normal, self.rows @ half.mT, towards=last_matrix(made)))
         delta = self.kernel - made.reconstruct().reshape(self.kernel.shape)
@@ -149,7 +151,8 @@ class WeightedLayer:
     def loss_of(self, delta: Tensor) -> float:
         """The loss of a change of the kernel, in forward layout."""
         rows = delta.reshape(self.rows.shape).to(self.rows)
-        return max(self._trace(rows @ self.inputs @ rows.mT) * self.factor, 0.0)
+        moved = rows if self.inputs is None else rows @ self.inputs
+        return max(self._trace(moved @ rows.mT) * self.factor, 0.0)
 
     def _rung(self, form: str, widths: Mapping[str, int], axes: tuple[int, ...] | None, loss: float) -> Rung:
         loss = max(loss, 0.0)
@@ -196,11 +199,7 @@ class WeightedLayer:
         elif form == "depthwise":
             made = decompose.depthwise_spectrum(kernel, groups, self.inputs, gradients)  # type: ignore[assignment]
         else:
-            near, far = decompose.split_moment(self.inputs, channels, self.spatial, axes or ())
-            outputs = far if gradients is None else torch.stack([torch.kron(g, f) for g, f in zip(gradients, far)])
-            if gradients is None:
-                eye = torch.eye(self.rows.shape[1], dtype=far.dtype, device=far.device)
-                outputs = torch.stack([torch.kron(eye, f) for f in far])
+            near, outputs = self._sides(channels, axes)
             if form == "reduce":
                 made = decompose.reduction_spectrum(kernel, groups, near, outputs)  # type: ignore[assignment]
             else:
@@ -208,10 +207,20 @@ class WeightedLayer:
                 made = decompose.spatial_spectrum(kernel, groups, axes, near, outputs)  # type: ignore[assignment]
         return made
 
+    def _sides(self, channels: int, axes: tuple[int, ...] | None) -> tuple[Tensor | None, Tensor | None]:
+        """The weights of what stays near the input and of the rest, a Kronecker approximation of the norm."""
+        if self.inputs is None:
+            return None, self.gradients
+        near, far = decompose.split_moment(self.inputs, channels, self.spatial, axes or ())
+        if self.gradients is not None:
+            return near, torch.stack([torch.kron(g, f) for g, f in zip(self.gradients, far)])
+        eye = torch.eye(self.rows.shape[1], dtype=far.dtype, device=far.device)
+        return near, torch.stack([torch.kron(eye, f) for f in far])
+
     def _losses(self, form: str, axes: tuple[int, ...] | None, ranks: Sequence[int]) -> list[float]:
         """Losses in the full norm."""
         spectrum = self._spectrum(form, axes)
-        if form in ("expand", "pair"):
+        if form in ("expand", "pair") or self.inputs is None:
             return [float(spectrum.losses[rank]) * self.factor for rank in ranks]
         below = [rank for rank in ranks if rank < spectrum.max_rank]
         kept = self._nest(form, axes, max(below)).explained(self.gradients) if below else None
@@ -224,6 +233,7 @@ class WeightedLayer:
         """A form at every rank up to one; that of reductions serves the bottlenecks too."""
         if form == "reduce" and self._reduced_ranks is not None and self._reduced_ranks.rank >= rank:
             return self._reduced_ranks
+        assert self.inputs is not None
         first = self._spectrum(form, axes).right_basis(rank)
         made = Nested(first, form, self.rows, self.inputs, self.spatial, axes)
         if form == "reduce":
@@ -247,13 +257,26 @@ class WeightedLayer:
                 pairs[inner] = outers
         if not pairs:
             return []
-        nested, root, found = self._nest("reduce", None, max(pairs)), self._gradient_root(), []
+        found = []
+        if self.inputs is None:
+            losses = self._tucker().losses * self.factor
+            for inner, outers in pairs.items():
+                for outer in outers:
+                    widths = {"rank_in": inner, "rank_out": outer}
+                    found.append(self._rung("bottleneck", widths, None, float(losses[outer, inner])))
+            return found
+        nested, root = self._nest("reduce", None, max(pairs)), self._gradient_root()
         for inner, outers in pairs.items():
             kept = nested.explained_cut(min(inner, nested.rank), root)
             for outer in outers:
                 loss = self.scale - float(kept[outer]) * self.factor
                 found.append(self._rung("bottleneck", {"rank_in": inner, "rank_out": outer}, None, loss))
         return found
+
+    def _tucker(self) -> decompose.Tucker2Spectrum:
+        if self._tucker_made is None:
+            self._tucker_made = decompose.tucker2_spectrum(self.kernel, self.spec.groups, None, self.gradients)
+        return self._tucker_made
 
     def _gradient_root(self) -> Tensor | None:
         if self.gradients is None:
@@ -264,6 +287,7 @@ class WeightedLayer:
 
     def _reduced(self, inner: int) -> tuple[Reduction, decompose.Spectrum[decompose.Expansion], float]:
         """The reduction of one width, the cuts of its core at every rank, and what the reduction alone loses."""
+        assert self.inputs is not None
         if inner not in self._reductions:
             made = self._truncate("reduce", None, {"rank_in": inner})
             half, normal = Inner(made, self.spatial).normal(self.inputs)
@@ -277,6 +301,8 @@ class WeightedLayer:
         return self._reductions[inner]
 
     def _bottleneck(self, inner: int, outer: int) -> Tucker2:
+        if self.inputs is None:
+            return self._tucker().truncate(inner, outer, sweeps=5)
         limit = self._spectrum("reduce", None).max_rank
         reduction, spectrum, _ = self._reduced(min(inner, limit))
         if inner > limit or outer > spectrum.max_rank:  # wider than the kernel's own rank: the plain form

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pwrewrite.convolution import ConvSpec
 from pwrewrite.errors import RefusedError
 from pwrewrite.planning.running import is_classifier
-from pwrewrite.planning.statistics import Statistics, gather, samples_of
+from pwrewrite.planning.statistics import LayerStatistics, Statistics, gather, samples_of
 
 
 class Net(nn.Module):
@@ -47,6 +47,12 @@ def model() -> Net:
     return Net()
 
 
+def moment(one: LayerStatistics, centred: bool = False) -> Tensor:
+    found = one.input_moment(centred=centred)
+    assert found is not None
+    return found
+
+
 def chunks(count: int = 3) -> list[tuple[tuple[Tensor], dict[str, Tensor]]]:
     generator = torch.Generator().manual_seed(1)
     return [((torch.randn(4, 3, 6, 6, generator=generator),), {}) for _ in range(count)]
@@ -56,9 +62,9 @@ def test_inputs_are_second_moments_of_all_patches(model: Net) -> None:
     found = gather(model, specs(model), chunks(), gradients=False)
     rows = torch.cat([F.unfold(x, 3, padding=1).transpose(1, 2).reshape(-1, 27) for (x,), _ in chunks()]).double()
     one = found.layers["first"]
-    torch.testing.assert_close(one.input_moment()[0], rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(moment(one)[0], rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
     centred = (rows - rows.mean(0)).T @ (rows - rows.mean(0)) / len(rows)
-    torch.testing.assert_close(one.input_moment(centred=True)[0], centred, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(moment(one, True)[0], centred, rtol=1e-5, atol=1e-6)
     assert found.positions("first") == 36
     assert found.positions("twice") == 72
     assert found.positions("head") == 1
@@ -80,9 +86,9 @@ def test_gradients_are_those_of_autograd(model: Net) -> None:
         assert output.grad is not None
         rows = output.grad.flatten(2).transpose(1, 2).reshape(-1, 4).double()
         total += rows.T @ rows
-    moment = found.layers["first"].gradient_moment()
-    assert moment is not None
-    torch.testing.assert_close(moment[0], total / (12 * 36), rtol=1e-4, atol=1e-12)
+    gradient = found.layers["first"].gradient_moment()
+    assert gradient is not None
+    torch.testing.assert_close(gradient[0], total / (12 * 36), rtol=1e-4, atol=1e-12)
     assert found.outcome == "classes"
 
 
@@ -94,12 +100,12 @@ def test_the_loss_predicts_what_noise_in_a_layer_does() -> None:
     spec = ConvSpec.of_module(model[0])  # type: ignore[arg-type]
     found = gather(model, {"0": spec}, data)
     one = found.layers["0"]
-    moment, gradient = one.input_moment()[0], one.gradient_moment()
+    inputs, gradient = moment(one)[0], one.gradient_moment()
     assert gradient is not None
     ratios = []
     for seed in range(12):
         delta = 1e-3 * torch.randn(8, 27, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        predicted = 0.5 * found.positions("0") * float((gradient[0] @ delta @ moment @ delta.T).trace())
+        predicted = 0.5 * found.positions("0") * float((gradient[0] @ delta @ inputs @ delta.T).trace())
         changed = copy.deepcopy(model)
         with torch.no_grad():
             changed[0].weight += delta.reshape(8, 3, 3, 3)  # type: ignore[operator]
@@ -121,7 +127,7 @@ def test_the_surrogate_predicts_relative_output_error() -> None:
     gradient = one.gradient_moment()
     assert gradient is not None
     assert found.outcome == "values"
-    predicted = 0.5 * found.positions("2") * float((gradient[0] @ delta @ one.input_moment()[0] @ delta.T).trace())
+    predicted = 0.5 * found.positions("2") * float((gradient[0] @ delta @ moment(one)[0] @ delta.T).trace())
     changed = copy.deepcopy(model)
     with torch.no_grad():
         changed[2].weight += delta.reshape(4, 8, 3, 3)  # type: ignore[operator]
@@ -180,7 +186,7 @@ def test_large_maps_are_sampled_and_still_counted_whole() -> None:
     assert one.rows < 8 * 1600
     assert found.positions("") == pytest.approx(1600)
     rows = F.unfold(x, 3, padding=1).transpose(1, 2).reshape(-1, 18).double()
-    torch.testing.assert_close(one.input_moment()[0].diagonal(), rows.square().mean(0), rtol=0.15, atol=0)
+    torch.testing.assert_close(moment(one)[0].diagonal(), rows.square().mean(0), rtol=0.15, atol=0)
 
 
 def test_values_that_are_not_finite_are_refused(model: Net) -> None:
@@ -197,3 +203,17 @@ def test_what_counts_as_a_classifier_and_a_sample() -> None:
     assert not is_classifier({"logits": torch.zeros(4, 10)})
     assert samples_of(([torch.zeros(3, 8, 8)] * 2,), {}) == 2
     assert samples_of((), {"x": torch.zeros(5, 3)}) == 5
+
+
+def test_very_long_rows_keep_their_mean_square_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pwrewrite.planning import statistics
+
+    monkeypatch.setattr(statistics, "LARGEST_ROW", 20)
+    layer = nn.Conv2d(3, 4, 3)
+    x = torch.randn(16, 3, 6, 6)
+    one = gather(layer, {"": ConvSpec.of_module(layer)}, [((x,), {})]).layers[""]
+    assert one.inputs.shape == (1, 27)
+    assert one.input_moment() is None
+    rows = F.unfold(x, 3)
+    assert one.level() == pytest.approx(float(rows.square().mean()), rel=1e-5)
+    assert one.level(centred=True) == pytest.approx(float(rows.var((0, 2), correction=0).mean()), rel=1e-4)

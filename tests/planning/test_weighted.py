@@ -113,6 +113,24 @@ def test_without_statistics_losses_are_relative_squared_errors() -> None:
         assert rung.loss == pytest.approx(float(values[rung.widths["rank"] :].sum() / values.sum()), abs=1e-9)
 
 
+@pytest.mark.parametrize("form", SPATIAL)
+def test_the_identity_needs_no_moment(form: str) -> None:
+    layer = LAYERS["dense"]
+    spec = ConvSpec.of_module(layer)
+    _, gradients = moments(spec)
+    weight = torch.randn(16, 12, 3, 3, generator=torch.Generator().manual_seed(0))
+    plain = WeightedLayer(weight, spec, None, gradients, 3.0)
+    eye = torch.eye(row_size(spec), dtype=torch.float64)[None]
+    full = WeightedLayer(weight, spec, eye, gradients, 3.0)
+    assert plain.scale == pytest.approx(full.scale)
+    for one, other in zip(plain.rungs(form, lambda *given: True), full.rungs(form, lambda *given: True)):
+        assert (one.widths, one.axes) == (other.widths, other.axes)
+        assert one.loss == pytest.approx(other.loss, rel=0.05 if form == "bottleneck" else 1e-4, abs=1e-4 * full.scale)
+        made = plain.factors(form, one.widths, one.axes)
+        loss = plain.loss_of(plain.kernel - made.reconstruct().reshape(plain.kernel.shape))
+        assert loss <= one.loss * (1 + 1e-6) + 1e-6 * plain.scale
+
+
 def test_singular_moments_are_solved() -> None:
     normal = torch.zeros(1, 4, 4, dtype=torch.float64)
     normal[0, :2, :2] = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
