@@ -1,0 +1,95 @@
+"""What a latency budget really gives: planned, uniform and original models timed in turns, in one run.
+
+    python tests/benchmarks/bench_latency.py [--models vgg16 resnet18 resnet50] [--batches 1 8] [--ratio 0.6]
+
+Each model has random weights (times do not depend on them), channels_last, and as many threads as ``--threads`` says.
+It is planned for ``latency=0.6`` by the weights' norm, with every form; beside it stands a bottleneck of half the width
+in place of every k×k convolution. All three take turns; printed are medians and their ratios to the original.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections import Counter
+
+import torch
+from torch import nn
+
+TARGET = {("vgg16", 8): 0.7}
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """A model whose new layers hold some numbers: an unfilled one could hold what is slow to compute with."""
+    from pwrewrite.modules import Factorized
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, Factorized):
+                for parameter in module.parameters():
+                    parameter.normal_(0, 0.02)
+    return model
+
+
+def row(name: str, batch: int, ratio: float, seconds: float) -> str:
+    """Plans, builds and times one model."""
+    import torchvision
+
+    from pwrewrite.apply import carry_out
+    from pwrewrite.capture import capture
+    from pwrewrite.errors import RefusedError
+    from pwrewrite.passes import InsertBottleneck
+    from pwrewrite.planning.budget import budgets_of
+    from pwrewrite.planning.latency import time_models
+    from pwrewrite.planning.planner import Planner
+    from pwrewrite.planning.settings import Settings
+    from pwrewrite.steps import propose
+
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)().eval().to(memory_format=torch.channels_last)
+    x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    start = time.perf_counter()
+    planner = Planner(model, x, None, Settings())
+    before = time.perf_counter()
+    try:
+        choice = planner.choose(budgets_of({"latency": ratio}))
+    except RefusedError as refused:
+        return f"{name:10} {batch:3}  refused: {refused.message}; {refused.expected}"
+    planned = filled(carry_out(model, choice.plan, fill=False).model)
+    captured = capture(model, x)
+    uniform = filled(carry_out(model, propose(captured, [InsertBottleneck(0.5)]), fill=False).model)
+    end = time.perf_counter()
+    first, second, third = time_models([model, planned, uniform], (x,), {}, seconds=seconds)
+    macs = [sum(n.meta["info"].cost.macs for n in capture(one, x).graph.nodes) for one in (model, planned, uniform)]
+    forms = Counter(op.settings["form"] for op in choice.plan.ops)
+    limit = TARGET.get((name, batch), 1.0)
+    verdict = "met" if second / first <= limit else "MISSED"
+    return (
+        f"{name:10} {batch:3}  {1000 * first:8.1f} {1000 * second:8.1f} {1000 * third:8.1f}   "
+        f"{second / first:5.2f} {macs[1] / macs[0]:6.2f}   {third / first:5.2f} {macs[2] / macs[0]:6.2f}   "
+        f"{verdict} (≤ {limit})  {dict(forms)}  planned in {before - start:.0f} s + {end - before:.0f} s of timing"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["vgg16", "resnet18", "resnet50"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--ratio", type=float, default=0.6)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=20.0, help="about how long the models are timed")
+    parser.add_argument("--keep-cache", action="store_true", help="use and keep earlier timings of layers")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if not args.keep_cache:
+        os.environ["PWREWRITE_CACHE"] = "off"
+    print(f"latency={args.ratio}, {args.threads} threads, channels_last, torch {torch.__version__}; ms, medians")
+    print(f"{'model':10} {'n':>3}  {'original':>8} {'planned':>8} {'uniform':>8}   ratio   MACs   ratio   MACs")
+    for name in args.models:
+        for batch in args.batches:
+            print(row(name, batch, args.ratio, args.seconds), flush=True)
+
+
+if __name__ == "__main__":
+    main()
