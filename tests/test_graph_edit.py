@@ -172,3 +172,35 @@ def test_code_with_optional_inputs_is_refused() -> None:
 
     with pytest.raises(NotTraceable, match="shortcut optionally"):
         to_graph(Optional())
+
+
+class WritesIntoItsInput(nn.Module):
+    """``+=`` on what the caller holds: a trace would not write there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x += 1
+        return F.conv2d(x, self.weight, padding=1)
+
+
+class AroundIt(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = WritesIntoItsInput()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        return self.inner(y) + y
+
+
+def test_a_functional_call_behind_an_assignment_in_place_is_left() -> None:
+    from pwrewrite.passes import InsertReduction
+    from pwrewrite.plan import SkipReason
+    from pwrewrite.rewriting import rewrite
+
+    made = rewrite(AroundIt(), torch.randn(1, 8, 6, 6), [InsertReduction(8, allow_growth=True)])
+    assert not made.edits
+    assert [skip.reason for skip in made.report.skips] == [SkipReason.NOT_TRACED]

@@ -17,10 +17,11 @@ from ..convolution import ConvSpec
 from ..decompose import Factors
 from ..errors import PlanError, RefusedError
 from ..forms import check_form, check_widths, factorize, rank_limits, spec_from_dict
-from ..graph_edit import FunctionalCall, NotTraceable, to_graph
+from ..graph_edit import FunctionalCall, NotTraceable
 from ..modules import ACTIVATIONS, NORMS, Factorized, build
 from ..plan import Edit, Op, Skip, SkipReason
 from .bench import Bench, Refused, brief, make_like
+from .evaluation import code_graph
 
 INITS = ("weights", "fresh")
 
@@ -82,7 +83,7 @@ def _function(bench: Bench, op: Op, request: _Request) -> Edit:
         )
     bench.check_held(op.path, module)
     try:
-        made = to_graph(module)
+        made = code_graph(module)
         call = FunctionalCall(made, weight_name.removeprefix(prefix))
     except NotTraceable as failure:
         raise Refused(Skip(op.path, SkipReason.NOT_TRACED, str(failure))) from failure

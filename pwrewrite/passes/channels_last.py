@@ -11,6 +11,8 @@ the vectors of the format stay empty.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..capture.records import Capture, Layer
@@ -36,22 +38,25 @@ class ChannelsLast(Pass):
         """See `Pass.propose`."""
         owners = Owners(capture)
         layers: list[Layer] = []
+        specs: dict[str, Any] = {}
         for layer in capture.layers:
             spec = layer.spec
             if spec is None or spec.dims != 2 or spec.transposed or not layer.called:
                 continue
             module = owners.modules.get(layer.path)
             if isinstance(module, PointwiseActivation):
-                if not module.channels_last:
-                    layers.append(layer)
-            elif not layer.functional and eligible(capture, layer, owners) is None:
-                layers.append(layer)
+                if module.channels_last:
+                    continue
+                spec = module.spec  # one that pads by itself calls its convolution without padding
+            elif layer.functional or eligible(capture, layer, owners) is not None:
+                continue
+            layers.append(layer)
+            specs[layer.path] = spec_to_dict(spec)
         if not layers:
             return []
         refusal = _does_not_pay(layers, owners)
         if refusal:
             return [Skip("", SkipReason.NO_GAIN, refusal)]
-        specs = {layer.path: spec_to_dict(layer.spec) for layer in layers if layer.spec is not None}
         return [Op("channels-last", "", self.name, {"layers": specs}, Estimate(0, 0, 0, 0))]
 
 

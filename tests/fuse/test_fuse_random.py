@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pwrewrite.capture import capture
 from pwrewrite.fused import PointwiseActivation
 from pwrewrite.fusing import DEFAULT, fuse
-from pwrewrite.passes import ChannelsLast, Pass
+from pwrewrite.passes import Pass
 from pwrewrite.plan import Plan
 
 TOLERANCE = 1e-9
@@ -42,13 +42,8 @@ def distance(found: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def every(network: Network) -> list[Pass]:
-    """All passes; the memory format only where no layer pads by itself."""
-    convs = [m for m in network.model.modules() if isinstance(getattr(m, "padding_mode", None), str)]
-    pads = any(
-        m.padding_mode != "zeros" or (m.padding == "same" and any(k % 2 == 0 for k in m.kernel_size))  # type: ignore[union-attr]
-        for m in convs
-    )
-    return [kind() for kind in DEFAULT if not (pads and kind is ChannelsLast)]
+    """All passes."""
+    return [kind() for kind in DEFAULT]
 
 
 def check(network: Network, passes: list[Pass]) -> None:
