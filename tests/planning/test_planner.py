@@ -1,0 +1,491 @@
+"""From calibration inputs and a budget to a plan: what it costs, what it may touch, and what it leaves as it was."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+from small_networks import KINDS, Net, batches, made
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import pwrewrite
+from pwrewrite.errors import RefusedError, UsageError
+from pwrewrite.plan import Plan, SkipReason
+from pwrewrite.planning.budget import budgets_of
+from pwrewrite.planning.planner import Planner
+from pwrewrite.planning.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PWREWRITE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def plan(name: str = "plain", budget: dict[str, object] | None = None, **settings: Any) -> Plan:
+    model, inputs = made(name)
+    given = settings.pop("calibration", batches(name))
+    return pwrewrite.plan(model, inputs, budget or {"macs": 0.5}, given, **settings)
+
+
+def planner(name: str = "plain", **settings: Any) -> Planner:
+    model, inputs = made(name)
+    return Planner(model, inputs, batches(name), Settings(**settings))
+
+
+def counted(name: str, found: Plan) -> dict[str, float]:
+    """What the model costs with a plan carried out, as shares of the original."""
+    model, inputs = made(name)
+    before, after = (pwrewrite.analyze(one, inputs) for one in (model, pwrewrite.apply(model, found)))
+    return {"params": after.params / before.params, "macs": after.macs / before.macs}
+
+
+# -------------------------------------------------------------------------------------------------- budgets
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_budget_is_met_by_every_kind_of_network(name: str) -> None:
+    found = plan(name, {"macs": 0.6})
+    assert found.ops
+    assert counted(name, found)["macs"] <= 0.6
+    assert counted(name, found)["macs"] > 0.3  # and what there is to spend is spent
+    assert found.budget["limits"] == {"macs": "0.6"}
+    assert found.budget["predicted_loss"] > 0
+
+
+@pytest.mark.parametrize("share", [0.9, 0.7, 0.4])
+def test_budgets_of_parameters_and_macs_are_met(share: float) -> None:
+    assert counted("plain", plan(budget={"params": share}))["params"] <= share
+    both = counted("plain", plan(budget={"macs": share, "params": share}))
+    assert both["macs"] <= share
+    assert both["params"] <= share
+
+
+def test_an_absolute_budget_is_met() -> None:
+    model, inputs = made("plain")
+    macs = pwrewrite.analyze(model, inputs).macs
+    found = plan(budget={"macs": macs // 2})
+    assert pwrewrite.analyze(pwrewrite.apply(model, found), inputs).macs <= macs // 2
+    assert [op.to_dict() for op in found.ops] == [op.to_dict() for op in plan(budget={"macs": 0.5}).ops]
+
+
+@pytest.mark.parametrize("budget", [{"macs": 1.0}, {"macs": "100%", "params": 1}, {"params": "12M"}])
+def test_a_full_budget_changes_nothing(budget: dict[str, object]) -> None:
+    found = plan(budget=budget)
+    assert not found.ops
+    assert found.budget["predicted_loss"] == 0
+    model, inputs = made("plain")
+    result = pwrewrite.rewrite(model, inputs, budget=budget, calibration=batches())
+    assert not result.edits
+    x = torch.randn(2, 3, 10, 10)
+    assert torch.equal(result.model(x), model(x))
+
+
+def test_a_budget_that_cannot_be_met_names_the_smallest() -> None:
+    with pytest.raises(RefusedError, match=r"macs=0.001 cannot be met") as told:
+        plan(budget={"macs": 0.001})
+    found = str(told.value)
+    smallest = float(found.partition("at least macs=")[2].partition(",")[0])
+    assert 0.001 < smallest < 0.5
+    assert counted("plain", plan(budget={"macs": smallest + 1e-4}))["macs"] <= smallest + 1e-4
+    with pytest.raises(RefusedError, match="at least"):
+        plan(budget={"macs": smallest - 1e-3})
+    with pytest.raises(RefusedError, match=r"params=0.0001 cannot be met"):
+        plan(budget={"macs": 0.5, "params": 1e-4})
+
+
+def test_the_frontier_is_monotone() -> None:
+    ready = planner()
+    points = ready.frontier("macs")
+    costs, losses = [p.costs["macs"] for p in points], [p.loss for p in points]
+    assert len(points) > 10
+    assert costs[0] == ready.original["macs"]
+    assert losses[0] == 0
+    assert costs == sorted(costs, reverse=True)
+    assert losses == sorted(losses)
+    for point in points[:: len(points) // 4]:  # each is what a budget of that size would give
+        (budget,) = budgets_of({"macs": int(point.costs["macs"])})
+        assert ready.choose([budget]).loss == pytest.approx(point.loss, rel=1e-3)
+    within = ready.frontier("macs", budgets_of({"params": 0.6}))
+    assert within
+    assert all(p.costs["params"] <= 0.6 * ready.original["params"] for p in within)
+    assert all(a.loss <= b.loss for a, b in zip(within, within[1:], strict=False))
+
+
+def test_a_planner_predicts_the_costs_that_are_recounted() -> None:
+    ready = planner(forms=("all",))
+    model, inputs = made("plain")
+    for share in (0.8, 0.5, 0.3):
+        choice = ready.choose(budgets_of({"macs": share}))
+        after = pwrewrite.analyze(pwrewrite.apply(model, choice.plan), inputs)
+        assert (after.params, after.macs) == (choice.costs["params"], choice.costs["macs"])
+
+
+@pytest.mark.parametrize("sensitivity", ["loss", "activations", "weights"])
+@pytest.mark.parametrize("name", ["plain", "two inputs", "grouped"])
+def test_one_seed_gives_one_plan(name: str, sensitivity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PWREWRITE_CACHE", "off")
+    torch.manual_seed(3)
+    first = plan(name, sensitivity=sensitivity, seed=7)
+    torch.manual_seed(4)
+    assert plan(name, sensitivity=sensitivity, seed=7).to_json() == first.to_json()
+
+
+# ----------------------------------------------------------------------------------------- what is asked of it
+
+
+def test_include_and_exclude_are_respected() -> None:
+    assert {op.path for op in plan(budget={"macs": 0.8}, include=["body"]).ops} == {"body"}
+    found = plan(budget={"macs": 0.8}, exclude=["body"])
+    assert "body" not in {op.path for op in found.ops}
+    assert next(skip for skip in found.skips if skip.path == "body").reason is SkipReason.EXCLUDED
+    with pytest.raises(UsageError, match="matches no layer"):
+        plan(include=["trunk.*"])
+
+
+def test_no_layer_exceeds_the_largest_error() -> None:
+    free, bounded = planner(), planner(largest_error=0.3)
+    assert max(c.error for one in free.layers for c in one.candidates) > 0.3
+    assert max(c.error for one in bounded.layers for c in one.candidates) <= 0.3
+    assert bounded.choose(budgets_of({"macs": 0.9})).plan.ops
+    free.choose(budgets_of({"macs": 0.2}))
+    with pytest.raises(RefusedError, match="cannot be met"):
+        bounded.choose(budgets_of({"macs": 0.2}))
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 4])
+def test_widths_are_multiples(multiple: int) -> None:
+    found = plan(multiple=multiple)
+    widths = [(op.path, width) for op in found.ops for width in op.settings["widths"].values()]
+    assert widths
+    full = {"stem": (3, 12), "body": (12, 16), "tail": (16, 16), "head": (16, 5)}
+    assert all(width % multiple == 0 or width in full[path] for path, width in widths)
+
+
+@pytest.mark.parametrize(
+    ("forms", "allowed"),
+    [
+        (["1x1"], {"reduce", "expand", "bottleneck", "pair"}),
+        (["reduce"], {"reduce"}),
+        (["spatial", "depthwise"], {"spatial", "depthwise"}),
+        (["all"], {"reduce", "expand", "bottleneck", "pair", "spatial", "depthwise"}),
+    ],
+)
+def test_forms_are_those_that_are_named(forms: Sequence[str], allowed: set[str]) -> None:
+    points = planner(forms=tuple(forms)).frontier("macs", points=9)
+    used = {op.settings["form"] for point in points for op in point.plan.ops}
+    assert used
+    assert used <= allowed
+
+
+def test_more_forms_lose_no_more() -> None:
+    every, some = planner(), planner(forms=("1x1",))
+    for share in (0.7, 0.5, 0.3):
+        budget = budgets_of({"macs": share})
+        assert every.choose(budget).loss <= some.choose(budget).loss * (1 + 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"forms": ["bottlenek"]}, "no form 'bottlenek'"),
+        ({"sensitivity": "hessian"}, "unknown sensitivity"),
+        ({"refit": "all"}, "unknown refit"),
+        ({"max_layer_error": 0.0}, "out of range"),
+        ({"multiple": 0}, "multiples of 1 or more"),
+        ({"gate": "memory"}, "unknown gate"),
+        ({"calibration": None, "sensitivity": "loss"}, "needs calibration inputs"),
+        ({"calibration_size": 0}, "1 or more"),
+        ({"budget": {}}, "there is no budget"),
+        ({"budget": {"macs": 1.5}}, "a ratio above 1"),
+        ({"budget": {"joules": 0.5}}, "no budget of the kind"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(settings: dict[str, Any], said: str) -> None:
+    model, inputs = made("plain")
+    given = {"budget": {"macs": 0.5}, "calibration": batches(), **settings}
+    with pytest.raises(UsageError, match=said):
+        pwrewrite.plan(model, inputs, **given)
+
+
+# ------------------------------------------------------------------------------------------------ calibration
+
+
+def test_calibration_comes_in_many_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PWREWRITE_CACHE", "off")
+    images = batches(size=32)
+    labels = [torch.zeros(32, dtype=torch.int64)] * 4
+    expected = plan(calibration=images).to_json()
+    data = TensorDataset(torch.cat(images), torch.cat(labels))
+    for given in (
+        torch.cat(images),
+        torch.cat(images).numpy(),
+        (batch for batch in images),
+        [(batch,) for batch in images],
+        list(zip(images, labels, strict=True)),
+        data,
+        DataLoader(data, batch_size=32),
+        DataLoader(data, batch_size=16),
+    ):
+        found = plan(calibration=given).to_json()
+        if isinstance(given, DataLoader) and given.batch_size == 16:  # other chunks, other draws
+            assert json.loads(found)["budget"]["samples"] == pytest.approx(96, abs=16)
+        else:
+            assert found == expected
+
+
+def test_inputs_by_name_and_by_place_are_the_same() -> None:
+    model, (image, mask) = made("two inputs")
+    given = batches("two inputs")
+    by_place = pwrewrite.plan(model, (image, mask), {"macs": 0.5}, given)
+    named = [{"image": a, "mask": b} for a, b in given]
+    by_name = pwrewrite.plan(model, {"image": image, "mask": mask}, {"macs": 0.5}, named)
+    assert [op.to_dict() for op in by_place.ops] == [op.to_dict() for op in by_name.ops]
+    assert by_name.budget == by_place.budget
+
+
+def test_only_so_many_inputs_are_used() -> None:
+    asked: list[int] = []
+
+    def source() -> Iterator[Tensor]:
+        for number, batch in enumerate(batches(count=8)):
+            asked.append(number)
+            yield batch
+
+    assert plan(calibration=source(), calibration_size=40).budget["samples"] == 32  # one in five is held out
+    assert max(asked) < 4
+
+
+def test_a_map_is_planned_for_without_labels() -> None:
+    ready = planner("transposed")
+    assert ready.statistics is not None
+    assert ready.statistics.outcome == "values"
+    one = planner()
+    assert one.statistics is not None
+    assert one.statistics.outcome == "classes"
+
+
+def test_too_few_inputs_are_noted() -> None:
+    model, inputs = made("plain")
+    few = pwrewrite.rewrite(model, inputs, budget={"macs": 0.5}, calibration=batches(count=1, size=3), verify=False)
+    assert any("too few calibration inputs" in note for note in few.report.notes)
+    many = pwrewrite.rewrite(model, inputs, budget={"macs": 0.5}, calibration=batches(size=32), verify=False)
+    assert not any("too few" in note for note in many.report.notes)
+
+
+def test_a_single_input_does() -> None:
+    model, inputs = made("plain")
+    given = batches(count=1, size=1)
+    result = pwrewrite.rewrite(model, inputs, budget={"macs": 0.5}, calibration=given, refit="bias")
+    assert result.report.passed
+    assert any("only one calibration sample" in note for note in result.report.notes)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_are_refused(value: float) -> None:
+    given = batches()
+    given[2][5, 1, 0, 0] = value
+    with pytest.raises(UsageError, match=r"hold (NaN|Inf) in image 5 of batch 2"):
+        plan(calibration=given)
+
+
+def test_activations_that_are_not_finite_are_refused() -> None:
+    model, inputs = made("plain")
+    assert isinstance(model, Net)
+    with torch.no_grad():
+        model.norm.running_var.fill_(0).sub_(1)  # the root of a negative number
+    with pytest.raises(RefusedError, match="not finite"):
+        pwrewrite.plan(model, inputs, {"macs": 0.5}, batches())
+
+
+def test_no_batches_and_wrong_ones_are_refused() -> None:
+    with pytest.raises(UsageError, match="are empty"):
+        plan(calibration=[])
+    with pytest.raises(UsageError, match="another shape"):
+        plan(calibration=[torch.zeros(4, 1, 10, 10)])
+    with pytest.raises(UsageError, match="another dtype"):
+        plan(calibration=[torch.zeros(4, 3, 10, 10, dtype=torch.uint8)])
+    with pytest.raises(UsageError, match="not what the model takes"):
+        plan("two inputs", calibration=batches())
+
+
+# ----------------------------------------------------------------------------------------- layers and models
+
+
+def test_layers_called_as_functions_are_left_with_a_reason() -> None:
+    found = plan("shared", {"macs": 0.6})
+    skip = next(skip for skip in found.skips if skip.path == "kernel")
+    assert skip.reason is SkipReason.FUNCTIONAL
+    assert "make it a module" in skip.detail
+    assert {op.path for op in found.ops} <= {"stem", "again"}
+
+
+def test_the_calls_of_a_layer_count_together() -> None:
+    ready = planner("shared")
+    again = next(one for one in ready.layers if one.layer.path == "again")
+    assert again.candidates[0].costs["macs"] == 3 * 12 * 12 * 9 * 100
+    assert ready.statistics is not None
+    assert ready.statistics.positions("again") == pytest.approx(300)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(training: bool) -> None:
+    model, inputs = made("plain")
+    model.train(training)
+    next(model.modules()).get_submodule("norm").eval()
+    model.get_parameter("stem.weight").requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    modes = {name: module.training for name, module in model.named_modules()}
+    state = torch.random.get_rng_state()
+    pwrewrite.plan(model, inputs, {"macs": 0.5}, batches())
+    pwrewrite.rewrite(model, inputs, budget={"macs": 0.5}, calibration=batches())
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["stem.weight"]
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# ------------------------------------------------------------------------------------------------------ cache
+
+
+def runs(model: nn.Module, given: Any = None, **settings: Any) -> int:
+    """How often a plan runs a model on calibration inputs."""
+    assert isinstance(model, Net)
+    before = model.runs
+    pwrewrite.plan(model, made("plain")[1], {"macs": 0.5}, batches() if given is None else given, **settings)
+    return model.runs - before
+
+
+def alike(one: Plan, other: Plan) -> bool:
+    """Whether two plans do the same at the same predicted loss."""
+    same = one.budget["predicted_loss"] == pytest.approx(other.budget["predicted_loss"], rel=1e-5)
+    return same and [op.to_dict() for op in one.ops] == [op.to_dict() for op in other.ops]
+
+
+def test_a_second_plan_does_not_run_the_model(cache: Path) -> None:
+    model, _ = made("plain")
+    first = plan()
+    assert len(list(cache.glob("statistics/*.safetensors"))) == 1
+    assert runs(model) == 0
+    assert alike(plan(), first)
+    assert runs(model, batches(seed=2)) > 0
+    assert runs(model, seed=1) > 0
+    assert runs(model, sensitivity="activations") > 0
+    with torch.no_grad():
+        model.get_parameter("head.bias").add_(1)
+    assert runs(model) > 0
+
+
+def test_other_budgets_and_forms_need_no_new_run() -> None:
+    model, inputs = made("plain")
+    plan()
+    pwrewrite.plan(model, inputs, {"params": 0.5}, batches(), refit="none", multiple=2)
+    assert isinstance(model, Net)
+    assert model.runs == 0
+
+
+def test_the_cache_can_be_off(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PWREWRITE_CACHE", "off")
+    model, _ = made("plain")
+    assert runs(model) == runs(model) > 0
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"not what it was", None])
+def test_a_damaged_cache_is_gathered_anew(cache: Path, damage: bytes | None) -> None:
+    model, _ = made("plain")
+    first = plan()
+    (file,) = cache.glob("statistics/*.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    assert alike(plan(), first)
+    assert runs(model) == 0  # it was written again
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(cache: Path) -> None:
+    cache.write_text("a file, where a folder should be")
+    assert plan().ops
+
+
+class Interrupted:
+    """Batches that are interrupted once, when they are gone through the second time."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.passes = at, 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.passes += 1
+        for number, batch in enumerate(batches(count=10, size=32)):
+            if self.passes == 2 and number == self.at:
+                raise KeyboardInterrupt
+            yield batch
+
+
+def test_what_was_gathered_before_an_interruption_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = made("plain")
+    assert isinstance(model, Net)
+    given = Interrupted(7)
+    with pytest.raises(KeyboardInterrupt):
+        pwrewrite.plan(model, inputs, {"macs": 0.5}, given)
+    begun = model.runs
+    found = pwrewrite.plan(model, inputs, {"macs": 0.5}, given)
+    whole, _ = made("plain")
+    assert isinstance(whole, Net)
+    monkeypatch.setenv("PWREWRITE_CACHE", "off")
+    expected = pwrewrite.plan(whole, inputs, {"macs": 0.5}, batches(count=10, size=32))
+    assert 0 < begun < whole.runs
+    assert model.runs == whole.runs  # none twice
+    assert alike(found, expected)
+    assert found.budget["samples"] == expected.budget["samples"]
+
+
+# -------------------------------------------------------------------------------------------------- processes
+
+
+def _small(images: list[Tensor], **settings: Any) -> Plan:
+    """A plan on images so small that none of their positions are left out."""
+    model, _ = made("plain")
+    return pwrewrite.plan(model, torch.zeros(1, 3, 8, 8), {"macs": 0.5}, images, **settings)
+
+
+def _images() -> list[Tensor]:
+    return [batch[..., :8, :8] for batch in batches(count=10, size=32)]
+
+
+def _part(rank: int, folder: str) -> None:
+    """One of two processes, each with half of the calibration inputs."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        half = _images()[5 * rank : 5 * rank + 5]
+        found = {kind: _small(half, sensitivity=kind).to_dict() for kind in ("activations", "loss")}
+        Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="torch without gloo"
+)
+def test_two_processes_plan_as_one_with_all(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_part, (str(tmp_path),), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    whole = {kind: _small(_images(), sensitivity=kind).to_dict() for kind in ("activations", "loss")}
+    assert first["activations"]["ops"] == whole["activations"]["ops"]
+    # The labels that are drawn differ with the number of the chunk in its process.
+    for kind, tolerance in (("activations", 1e-6), ("loss", 0.3)):
+        one, all_of_it = first[kind]["budget"], whole[kind]["budget"]
+        assert one["samples"] == all_of_it["samples"] == 256
+        assert one["predicted_loss"] == pytest.approx(all_of_it["predicted_loss"], rel=tolerance)
