@@ -174,10 +174,10 @@ def _astray(found: BudgetReport) -> list[str]:
     if found.predicted is None or found.measured is None or found.sensitivity != "loss":
         return []
     if found.measured > FAR * found.predicted and found.measured > 1e-3:
-        times = found.measured / max(found.predicted, 1e-12)
         return [
-            f"the measured loss is {times:.1f} times the predicted one: errors of different layers add up here, or "
-            "are too large for the prediction; trust what was measured"
+            f"the measured loss, {found.measured:.3g}, is far above the predicted one, {found.predicted:.3g}: "
+            "errors of different layers add up here, are too large for the prediction, or the calibration inputs are "
+            "too few; trust what was measured"
         ]
     return []
 

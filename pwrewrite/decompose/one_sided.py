@@ -31,7 +31,7 @@ from pwrewrite.decompose.layout import (
     spatial_size,
 )
 from pwrewrite.decompose.spectrum import MatrixSpectrum, Spectrum, Truncation
-from pwrewrite.decompose.weighting import side_weight
+from pwrewrite.decompose.weighting import Weight, side_weight
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -105,7 +105,7 @@ def reduction_spectrum(
     kernel: Tensor,
     groups: int = 1,
     input_weight: Tensor | None = None,
-    output_weight: Tensor | None = None,
+    output_weight: Weight | None = None,
 ) -> Spectrum[Reduction]:
     """Factorises a kernel once for reductions of every rank.
 
@@ -113,7 +113,7 @@ def reduction_spectrum(
         kernel: ``(out, in/groups, *k)``, forward layout.
         groups: Number of groups.
         input_weight: ``C``, over ``in``.
-        output_weight: ``G``, over ``out`` or ``out·k``.
+        output_weight: ``G``, over ``out`` or ``out·k``, or a pair over ``out`` and ``k`` for their product.
 
     Returns:
         The spectrum; ``max_rank`` is ``min(in/groups, out/groups·k)``.
@@ -188,7 +188,7 @@ def reduction(
     rank: int,
     groups: int = 1,
     input_weight: Tensor | None = None,
-    output_weight: Tensor | None = None,
+    output_weight: Weight | None = None,
 ) -> Reduction:
     """The best 1×1 → k×k of one rank (per group); arguments as for `reduction_spectrum`."""
     return reduction_spectrum(kernel, groups, input_weight, output_weight).truncate(rank)

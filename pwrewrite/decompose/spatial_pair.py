@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pwrewrite.decompose.layout import Factors, Stage, from_forward_layout, prepare_kernel
 from pwrewrite.decompose.spectrum import MatrixSpectrum, Spectrum, Truncation
-from pwrewrite.decompose.weighting import side_weight
+from pwrewrite.decompose.weighting import Weight, side_weight
 from pwrewrite.errors import UsageError
 
 
@@ -99,7 +99,7 @@ def spatial_spectrum(
     groups: int = 1,
     first_axes: Sequence[int] = (0,),
     input_weight: Tensor | None = None,
-    output_weight: Tensor | None = None,
+    output_weight: Weight | None = None,
 ) -> Spectrum[Spatial]:
     """Factorises a kernel once for spatial pairs of every rank.
 
@@ -108,7 +108,7 @@ def spatial_spectrum(
         groups: Number of groups.
         first_axes: The spatial axes of the first convolution.
         input_weight: ``C``, over ``in`` or ``in·a``.
-        output_weight: ``G``, over ``out`` or ``out·b``.
+        output_weight: ``G``, over ``out`` or ``out·b``, or a pair over ``out`` and ``b`` for their product.
 
     Returns:
         The spectrum; ``max_rank`` is ``min(out/groups·b, in/groups·a)``.
@@ -149,7 +149,7 @@ def spatial(
     groups: int = 1,
     first_axes: Sequence[int] = (0,),
     input_weight: Tensor | None = None,
-    output_weight: Tensor | None = None,
+    output_weight: Weight | None = None,
 ) -> Spatial:
     """The best spatial pair of one middle width (per group); arguments as for `spatial_spectrum`."""
     return spatial_spectrum(kernel, groups, first_axes, input_weight, output_weight).truncate(rank)

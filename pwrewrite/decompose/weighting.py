@@ -73,6 +73,29 @@ class SideWeight:
         return (vectors * root.unsqueeze(-2)) @ vectors.mT, (vectors / root.unsqueeze(-2)) @ vectors.mT
 
 
+@dataclass(frozen=True, eq=False)
+class ProductWeight(SideWeight):
+    """A weight ``matrix ⊗ inner``, kept as its two parts.
+
+    Attributes:
+        inner: ``(groups, repeat, repeat)``.
+    """
+
+    inner: Tensor
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """The weight times ``rows (groups, d·repeat, columns)``."""
+        groups, size, columns = rows.shape
+        inside = self.inner[:, None] @ rows.reshape(groups, -1, self.repeat, columns)
+        return _kronecker_multiply(self.matrix, inside.reshape(groups, size, columns))
+
+    def roots(self) -> tuple[Tensor, Tensor]:
+        """As `SideWeight.roots`, over both parts together."""
+        outer, inner = SideWeight(self.matrix, 1).roots(), SideWeight(self.inner, 1).roots()
+        first, second = (torch.stack([torch.kron(a, b) for a, b in zip(*pair)]) for pair in zip(outer, inner))
+        return first, second
+
+
 def _kronecker_multiply(matrix: Tensor, rows: Tensor) -> Tensor:
     """``(matrix ⊗ identity) @ rows`` without forming it."""
     *batch, size, columns = rows.shape
@@ -85,13 +108,18 @@ def multiply_root(root: Tensor, rows: Tensor) -> Tensor:
     return _kronecker_multiply(root, rows)
 
 
+Weight = Tensor | tuple[Tensor, Tensor]
+"""A weight of a side, or ``(A, B)`` for ``A ⊗ B`` over its channels and the rest."""
+
+
 def side_weight(
-    weight: Tensor | None, groups: int, channels: int, rest: int, like: Tensor, name: str
+    weight: Weight | None, groups: int, channels: int, rest: int, like: Tensor, name: str
 ) -> SideWeight | None:
     """Checks a weight and brings it to a stack in the widest dtype.
 
     Args:
-        weight: ``(d, d)`` over the channels of all groups, or ``(groups, d, d)``; None for the identity.
+        weight: ``(d, d)`` over the channels of all groups, or ``(groups, d, d)``; a pair of stacks over the channels
+            and the rest for their product; None for the identity.
         groups: Number of groups.
         channels: Channels per group on this side.
         rest: Product of the other axes on this side.
@@ -107,6 +135,12 @@ def side_weight(
     """
     if weight is None:
         return None
+    if isinstance(weight, tuple):
+        outer = side_weight(weight[0], groups, channels, 1, like, name)
+        inner = side_weight(weight[1], groups, rest, 1, like, name)
+        assert outer is not None
+        assert inner is not None
+        return ProductWeight(outer.matrix, rest, inner.matrix)
     weight = weight.detach().to(device=like.device, dtype=wide_dtype(like))
     sizes = (channels, channels * rest)
     stacked = weight

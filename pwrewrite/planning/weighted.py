@@ -26,6 +26,7 @@ from torch import Tensor
 from .. import decompose
 from ..convolution import ConvSpec
 from ..decompose import Factors, Reduction, Tucker2, default_multiple
+from ..decompose.weighting import Weight
 from ..forms import default_axes, rank_limits
 from .last_factor import Inner, last_matrix, solve_last, with_last
 from .nested import Nested
@@ -207,15 +208,15 @@ class WeightedLayer:
                 made = decompose.spatial_spectrum(kernel, groups, axes, near, outputs)  # type: ignore[assignment]
         return made
 
-    def _sides(self, channels: int, axes: tuple[int, ...] | None) -> tuple[Tensor | None, Tensor | None]:
+    def _sides(self, channels: int, axes: tuple[int, ...] | None) -> tuple[Tensor | None, Weight | None]:
         """The weights of what stays near the input and of the rest, a Kronecker approximation of the norm."""
         if self.inputs is None:
             return None, self.gradients
         near, far = decompose.split_moment(self.inputs, channels, self.spatial, axes or ())
         if self.gradients is not None:
-            return near, torch.stack([torch.kron(g, f) for g, f in zip(self.gradients, far)])
+            return near, (self.gradients, far)
         eye = torch.eye(self.rows.shape[1], dtype=far.dtype, device=far.device)
-        return near, torch.stack([torch.kron(eye, f) for f in far])
+        return near, (eye.expand(len(far), -1, -1), far)
 
     def _losses(self, form: str, axes: tuple[int, ...] | None, ranks: Sequence[int]) -> list[float]:
         """Losses in the full norm."""

@@ -150,3 +150,27 @@ def test_ladders_reach_the_full_rank_and_stay_short() -> None:
         assert len(ranks) <= 24
         assert ranks[0] >= 1
     assert all(rank % 16 == 0 for rank in ladder(128, 16) if rank >= 16)
+
+
+def test_a_product_of_weights_is_never_formed_and_the_same() -> None:
+    from pwrewrite.decompose import reduction_spectrum, spatial_spectrum
+
+    generator = torch.Generator().manual_seed(0)
+
+    def moment(size: int) -> Tensor:
+        rows = torch.randn(2, 3 * size, size, generator=generator, dtype=torch.float64)
+        return rows.mT @ rows
+
+    kernel = torch.randn(8, 6, 3, 3, generator=generator, dtype=torch.float64)
+    outer, inner, near = moment(4), moment(9), moment(6)
+    dense = torch.stack([torch.kron(a, b) for a, b in zip(outer, inner)])
+    for wide in (kernel, kernel[:, :2]):  # either side of the matrix may be the shorter one
+        side = near[:, : wide.shape[1], : wide.shape[1]]
+        one = reduction_spectrum(wide, 2, side, (outer, inner))
+        other = reduction_spectrum(wide, 2, side, dense)
+        torch.testing.assert_close(one.losses, other.losses)
+        torch.testing.assert_close(one.truncate(2).reconstruct(), other.truncate(2).reconstruct())
+    few = moment(3)
+    dense = torch.stack([torch.kron(a, b) for a, b in zip(outer, few)])
+    one_, other_ = (spatial_spectrum(kernel, 2, (0,), None, weight) for weight in ((outer, few), dense))
+    torch.testing.assert_close(one_.losses, other_.losses)
