@@ -207,7 +207,7 @@ def _scale_of(target: Target, original: nn.Module) -> Tensor | None:
     gain = 1 / (norm.running_var + norm.eps).sqrt()
     if norm.weight is not None:
         gain = gain * norm.weight.detach()
-    dead = gain.abs() < _DEAD * gain.abs().max()  # a channel that is switched off can make up for nothing
+    dead = gain.abs() <= _DEAD * gain.abs().max()  # a channel that is switched off can make up for nothing
     return torch.where(dead, torch.zeros_like(gain), 1 / torch.where(dead, torch.ones_like(gain), gain)).reshape(shape)
 
 

@@ -191,3 +191,13 @@ def test_an_error_inside_a_forward_comes_out(model: Net) -> None:
     with pytest.raises(RuntimeError, match="channels"), Lockstep(model, bad, before=["head"]) as steps:
         steps.advance_to("head")
     assert threading.active_count() == threads
+
+
+def test_a_norm_that_is_switched_off_makes_up_for_nothing(model: Net) -> None:
+    """As residual branches are often initialised: their last norm's weight is zero."""
+    with torch.no_grad():
+        model.blocks[0].bn2.weight.zero_()  # type: ignore[union-attr, operator]
+    changed, targets = reduced(model)
+    refit(model, changed, targets, NORMS, ORDER, inputs())
+    assert all(bool(torch.isfinite(p).all()) for p in changed.parameters())
+    assert distance(model, changed) < float("inf")
