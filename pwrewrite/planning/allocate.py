@@ -2,23 +2,29 @@
 
 One option of every group is chosen, with the least total loss among those whose total costs stay within limits
 (Kellerer, Pferschy & Pisinger 2004, *Knapsack Problems*, chapter 11). Options that another one beats in loss and every
-limited cost are left out first; what remains goes to HiGHS through `scipy.optimize.milp`, and the answer is checked in
-exact arithmetic.
+limited cost are left out first, then those that bounds rule out (`pwrewrite.planning.knapsack`); what remains goes to
+HiGHS through `scipy.optimize.milp`, and the answer is checked in exact arithmetic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any
+from math import fsum, isfinite
 
 import numpy as np
 
 from ..errors import RefusedError
+from .knapsack import Answer, Knapsack, Search
 
-_SHRINK = 1e-9
-"""By how much a limit is tightened when an answer exceeds it by a rounding."""
+_ROUNDING = 1e-12
+"""Rounding of a cost that is allowed for, as a share, before an option is left out as too dear."""
+_CHEAPEST = 5.0
+"""Seconds that the search for a smallest total takes at most."""
+_SURE = 1e-7
+"""A gap below is none: no more than the solver's tolerances."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +63,17 @@ class Infeasible(RefusedError):
     Attributes:
         kind: Which limit cannot be met even alone; None where only all of them together cannot.
         smallest: The smallest total of that kind.
+        together: Where they cannot be met together: the smallest total of each kind while the others stay within
+            their limits; without kinds where the others cannot be met either.
     """
 
-    def __init__(self, kind: str | None, smallest: float, limit: float) -> None:
+    def __init__(
+        self, kind: str | None, smallest: float, limit: float, together: Mapping[str, float] | None = None
+    ) -> None:
         what = f"a total {kind} of {limit:g} cannot be met" if kind else "the limits cannot be met together"
-        super().__init__(what, expected=f"at least {smallest:g}" if kind else None)
-        self.kind, self.smallest = kind, smallest
+        self.kind, self.smallest, self.together = kind, smallest, dict(together or {})
+        expected = [f"{other} of at least {least:g}" for other, least in self.together.items()]
+        super().__init__(what, expected=f"at least {smallest:g}" if kind else ", or ".join(expected) or None)
 
 
 def allocate(
@@ -78,28 +89,41 @@ def allocate(
 
     Raises:
         Infeasible: If no choice meets the limits.
+        RefusedError: If none that does was found in time, which only several limits can cause.
     """
+    return _allocate(groups, limits, gap, time_limit)
+
+
+def _allocate(
+    groups: Sequence[Sequence[Option]],
+    limits: Mapping[str, float],
+    gap: float,
+    time_limit: float,
+    start: Sequence[int] | None = None,
+) -> Allocation:
+    """`allocate`, from a choice to begin with: a last resort where no other is found."""
     kinds = tuple(limits)
     best = [min(range(len(group)), key=lambda i, group=group: (group[i].loss, i)) for group in groups]  # type: ignore[misc]
-    if _within(groups, best, limits):
+    if _excess(groups, best, limits) is None:
         return _allocation(groups, best, kinds, 0.0)
     for kind, limit in limits.items():
-        smallest = sum((min(Fraction(o.costs[kind]) for o in group) for group in groups), Fraction(0))
-        if smallest > Fraction(limit):
+        smallest = _smallest(groups, kind)
+        if smallest > limit:
             raise Infeasible(kind, float(smallest), limit)
-    kept = [_undominated(group, kinds) for group in groups]
-    tightened = dict(limits)
-    for _ in range(4):
-        chosen, found = _solve(groups, kept, tightened, gap, time_limit)
-        if chosen is None:
-            break
-        if _within(groups, chosen, limits):
-            return _allocation(groups, chosen, kinds, found)
-        tightened = {kind: limit - _SHRINK * max(abs(limits[kind]), 1.0) for kind, limit in tightened.items()}
-    if len(kinds) == 1:  # the cheapest of all always does
-        cheapest = [min(range(len(g)), key=lambda i, g=g: (g[i].costs[kinds[0]], g[i].loss)) for g in groups]  # type: ignore[misc]
-        return _allocation(groups, cheapest, kinds, float("inf"))
-    raise Infeasible(None, float("nan"), float("nan"))
+    binding = {kind: limit for kind, limit in limits.items() if limit != float("inf")}
+    answer, least = _search(groups, binding, gap, time_limit, start)
+    if answer.chosen is None and start is not None and _excess(groups, start, limits) is None:
+        return _allocation(groups, start, kinds, float("inf"))
+    if answer.chosen is None and not answer.impossible:
+        raise RefusedError(
+            f"no choice within the limits was found in {time_limit:g} s",
+            hint="loosen one of the limits, or allow more time",
+        )
+    if answer.chosen is None:
+        raise Infeasible(None, float("nan"), float("nan"), _together(groups, binding))
+    total = fsum(group[i].loss for group, i in zip(groups, answer.chosen))
+    found = (total - least - answer.bound) / total if total > 0 else 0.0
+    return _allocation(groups, answer.chosen, kinds, found if found > _SURE else 0.0)
 
 
 def frontier(
@@ -126,17 +150,13 @@ def frontier(
         Infeasible: If the other limits cannot be met.
     """
     fixed = {k: v for k, v in (limits or {}).items() if k != kind}
-    most = allocate(groups, {**fixed, kind: float("inf")}, gap=gap).costs[kind]
-    least = float(sum((min(Fraction(o.costs[kind]) for o in group) for group in groups), Fraction(0)))
-    found: list[Allocation] = []
-    for i in range(points):
-        limit = most + (least - most) * i / max(points - 1, 1)
-        if i == points - 1:
-            limit = least * (1 + 1e-12)
-        try:
-            found.append(allocate(groups, {**fixed, kind: limit}, gap=gap))
-        except Infeasible:
-            break
+    found = [allocate(groups, {**fixed, kind: float("inf")}, gap=gap)]
+    most = found[0].costs[kind]
+    cheapest = _cheapest(groups, kind, fixed)
+    least = cheapest.costs[kind]
+    for i in range(1, points):
+        limit = least if i == points - 1 else max(least, most + (least - most) * i / (points - 1))
+        found.append(_allocate(groups, {**fixed, kind: limit}, gap, 30.0, cheapest.chosen))
     return _monotone(found, kind)
 
 
@@ -153,63 +173,83 @@ def _monotone(found: Sequence[Allocation], kind: str) -> list[Allocation]:
 def _undominated(group: Sequence[Option], kinds: Sequence[str]) -> list[int]:
     """Indices of the options that no other beats, or equals with a lower index."""
     order = sorted(range(len(group)), key=lambda i: (group[i].loss, *(group[i].costs[k] for k in kinds), i))
-    kept: list[int] = []
-    for i in order:
-        costs = group[i].costs
-        if not any(all(group[j].costs[k] <= costs[k] for k in kinds) for j in kept):
-            kept.append(i)
-    return kept
+    costs = np.array([[group[i].costs[k] for k in kinds] for i in order], dtype=float)
+    beaten = np.triu(np.all(costs[:, None] <= costs[None], axis=-1), 1).sum(0)
+    return [i for i, other in zip(order, beaten) if other == 0 and isfinite(group[i].loss)]
 
 
-def _solve(
+def _search(
     groups: Sequence[Sequence[Option]],
-    kept: Sequence[Sequence[int]],
     limits: Mapping[str, float],
     gap: float,
     time_limit: float,
-) -> tuple[list[int] | None, float]:
-    """Asks the solver; the indices chosen and the gap it proved."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
+    start: Sequence[int] | None,
+) -> tuple[Answer, float]:
+    """Looks for the best choice within finite limits, each of which can be met alone.
 
-    sizes = np.array([len(options) for options in kept])
-    count, owner = int(sizes.sum()), np.repeat(np.arange(len(kept)), sizes)
-    losses = np.array([groups[g][i].loss for g, options in enumerate(kept) for i in options], dtype=float)
-    one_each = csr_array((np.ones(count), (owner, np.arange(count))), shape=(len(kept), count))
-    constraints: list[Any] = [LinearConstraint(one_each, 1, 1)]
-    for kind, limit in limits.items():
-        if not np.isfinite(limit):
-            continue
-        costs = np.array([groups[g][i].costs[kind] for g, options in enumerate(kept) for i in options], dtype=float)
+    Returns:
+        What was found, its bound above the second: the sum of the least losses of the groups.
+    """
+    kinds = tuple(limits)
+    kept = [_undominated(group, kinds) for group in groups]
+    while True:
+        if not all(kept):
+            return Answer(None, 0.0, impossible=True), 0.0
         # Only what an option costs above the least of its group matters, in units of what there is to spend.
-        least = np.minimum.reduceat(costs, np.concatenate([[0], np.cumsum(sizes)[:-1]]))
-        extra, room = costs - least[owner], limit - least.sum()
-        unit = max(abs(room), float(extra.max()) * 1e-6, 1e-300)
-        constraints.append(LinearConstraint(csr_array(extra[None] / unit), -np.inf, room / unit))
-    scale = float(losses[losses > 0].mean()) if (losses > 0).any() else 1.0
-    solved = milp(
-        losses / scale,
-        integrality=np.ones(count),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": gap, "time_limit": time_limit},
+        least = [[min(group[i].costs[kind] for i in options) for kind in kinds] for group, options in zip(groups, kept)]
+        spent = [sum((Fraction(row[k]) for row in least), Fraction(0)) for k in range(len(kinds))]
+        room = np.array([float(Fraction(limits[kind]) - total) for kind, total in zip(kinds, spent)])
+        if (room < 0).any():
+            return Answer(None, 0.0, impossible=True), 0.0
+        costs = [
+            np.array([[group[i].costs[kind] for kind in kinds] for i in options], dtype=float) - row
+            for group, options, row in zip(groups, kept, least)
+        ]
+        affordable = [np.all(part <= room * (1 + _ROUNDING), axis=1) for part in costs]
+        if all(np.all(mask) for mask in affordable):
+            break
+        kept = [[i for i, fits in zip(options, mask) if fits] for options, mask in zip(kept, affordable)]
+    losses = [np.array([group[i].loss for i in options]) for group, options in zip(groups, kept)]
+    problem = Knapsack(
+        np.concatenate([part - part.min() for part in losses]),
+        np.concatenate(costs) / np.where(room > 0, room, 1.0),
+        np.repeat(np.arange(len(kept)), [len(options) for options in kept]),
+        np.concatenate([np.array(options) for options in kept]),
     )
-    if solved.x is None:
-        return None, float("inf")
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    chosen = [kept[g][int(np.argmax(solved.x[starts[g] : starts[g + 1]]))] for g in range(len(kept))]
-    total = sum(groups[g][i].loss for g, i in enumerate(chosen)) / scale
-    bound = float(solved.mip_dual_bound if solved.mip_dual_bound is not None else 0.0)
-    return chosen, max(0.0, (total - bound) / total) if total > 0 else 0.0
+    answer = Search(problem, lambda chosen: _excess(groups, chosen, limits), gap, time_limit, start).run()
+    return answer, fsum(float(part.min()) for part in losses)
 
 
-def _within(groups: Sequence[Sequence[Option]], chosen: Sequence[int], limits: Mapping[str, float]) -> bool:
-    """Whether the exact totals stay within the limits."""
-    return all(
-        limit == float("inf")
-        or sum((Fraction(g[i].costs[kind]) for g, i in zip(groups, chosen)), Fraction(0)) <= Fraction(limit)
-        for kind, limit in limits.items()
-    )
+def _together(groups: Sequence[Sequence[Option]], limits: Mapping[str, float]) -> dict[str, float]:
+    """The smallest total of each kind while the others stay within their limits, where they can."""
+    found = {}
+    for kind in limits:
+        with suppress(RefusedError):
+            found[kind] = _cheapest(groups, kind, {k: v for k, v in limits.items() if k != kind}).costs[kind]
+    return found
+
+
+def _cheapest(groups: Sequence[Sequence[Option]], kind: str, limits: Mapping[str, float]) -> Allocation:
+    """The choice with the smallest total of a kind that is found within limits on others; its total is rounded up."""
+    priced = [[Option(option.costs[kind], option.costs) for option in group] for group in groups]
+    chosen = allocate(priced, limits, gap=1e-6, time_limit=_CHEAPEST).chosen
+    exact = sum((Fraction(group[i].costs[kind]) for group, i in zip(groups, chosen)), Fraction(0))
+    total = float(exact) if float(exact) >= exact else float(np.nextafter(float(exact), np.inf))
+    found = _allocation(groups, chosen, (*limits, kind), 0.0)
+    return replace(found, costs={**found.costs, kind: total})
+
+
+def _smallest(groups: Sequence[Sequence[Option]], kind: str) -> Fraction:
+    return sum((min(Fraction(o.costs[kind]) for o in group) for group in groups), Fraction(0))
+
+
+def _excess(groups: Sequence[Sequence[Option]], chosen: Sequence[int], limits: Mapping[str, float]) -> int | None:
+    """The number of the first limit that the exact totals exceed; None where they exceed none."""
+    for number, (kind, limit) in enumerate(limits.items()):
+        total = sum((Fraction(group[i].costs[kind]) for group, i in zip(groups, chosen)), Fraction(0))
+        if total > limit:
+            return number
+    return None
 
 
 def _allocation(
@@ -217,4 +257,4 @@ def _allocation(
 ) -> Allocation:
     picked = [group[i] for group, i in zip(groups, chosen)]
     costs = {kind: float(sum((Fraction(o.costs[kind]) for o in picked), Fraction(0))) for kind in kinds}
-    return Allocation(tuple(chosen), sum(option.loss for option in picked), gap, costs)
+    return Allocation(tuple(chosen), fsum(option.loss for option in picked), gap, costs)

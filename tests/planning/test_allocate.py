@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pwrewrite.errors import RefusedError
+from pwrewrite.planning import knapsack
 from pwrewrite.planning.allocate import Infeasible, Option, allocate, frontier
 
 KINDS = ("macs", "params")
@@ -111,3 +115,114 @@ def test_a_thousand_layers() -> None:
     found = allocate(groups, {"macs": limit})
     assert found.costs["macs"] <= limit
     assert found.gap <= 1e-3
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_losses_of_any_size_beside_each_other(seed: int) -> None:
+    """What matters may be 18 orders of magnitude below what else there is to choose from."""
+    draw = random.Random(seed)
+    groups = [
+        [
+            Option(0.0, {"macs": 1000.0}),
+            *(Option(10 ** draw.uniform(-12, 6), {"macs": float(draw.randint(0, 1000))}) for _ in range(4)),
+        ]
+        for _ in range(5)
+    ]
+    limits = {"macs": draw.uniform(0.3, 0.9) * 5000}
+    best = brute_force(groups, limits)
+    if best is None:
+        with pytest.raises(Infeasible):
+            allocate(groups, limits)
+        return
+    found = allocate(groups, limits)
+    assert best * (1 - 1e-9) <= found.loss <= best * (1 + 2e-4)
+    assert found.loss * (1 - found.gap) <= best * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_limits_within_the_tolerance_of_the_solver(seed: int) -> None:
+    """A limit one below a total of 13 digits is a limit."""
+    draw = random.Random(seed)
+    groups = [
+        [Option(10 ** draw.uniform(-3, 3), {kind: float(draw.randint(1, 10**13)) for kind in KINDS}) for _ in range(5)]
+        for _ in range(5)
+    ]
+    aimed = [draw.choice(group) for group in groups]
+    limits = {kind: sum(option.costs[kind] for option in aimed) - 1.0 for kind in KINDS}
+    best = brute_force(groups, limits)
+    if best is None:
+        with pytest.raises(Infeasible):
+            allocate(groups, limits)
+        return
+    found = allocate(groups, limits)
+    assert found.loss <= best * (1 + 2e-4)
+    assert all(found.costs[kind] <= limits[kind] for kind in KINDS)
+
+
+def test_several_limits_on_many_layers() -> None:
+    draw = random.Random(0)
+    groups = []
+    for _ in range(200):
+        scale, macs, params = 10 ** draw.uniform(-12, 6), 10 ** draw.uniform(5, 10), 10 ** draw.uniform(2, 7)
+        shares = [(draw.uniform(0.05, 1), draw.uniform(0.8, 1.2)) for _ in range(30)]
+        groups.append(
+            [
+                Option(0.0, {"macs": macs, "params": params}),
+                *(Option(scale * (1 / s - 0.99), {"macs": macs * s * t, "params": params * s / t}) for s, t in shares),
+            ]
+        )
+    limits = {kind: 0.5 * sum(group[0].costs[kind] for group in groups) for kind in KINDS}
+    found = allocate(groups, limits, gap=1e-3)
+    assert found == allocate(groups, limits, gap=1e-3)
+    assert found.gap <= 1e-3
+    assert all(found.costs[kind] <= limits[kind] for kind in KINDS)
+    looser = allocate(groups, {kind: 1.1 * limit for kind, limit in limits.items()}, gap=1e-3)
+    assert looser.loss * (1 - looser.gap) <= found.loss
+
+
+def test_limits_that_cannot_be_met_together_say_how_far_each_would_go() -> None:
+    groups = [[Option(0.0, {"macs": 10.0, "params": 1.0}), Option(1.0, {"macs": 4.0, "params": 9.0})]] * 2
+    with pytest.raises(Infeasible, match="together") as caught:
+        allocate(groups, {"macs": 10.0, "params": 4.0})
+    assert caught.value.together == {"macs": 20.0, "params": 18.0}
+    assert "macs of at least 20, or params of at least 18" in str(caught.value)
+    assert caught.value.exit_code == 1
+
+
+def test_the_frontier_stays_within_other_limits_down_to_its_end() -> None:
+    groups = [[Option(0.0, {"macs": 10.0, "params": 1.0}), Option(1.0, {"macs": 4.0, "params": 9.0})]] * 4
+    found = frontier(groups, "macs", limits={"params": 20.0})
+    assert [(one.loss, one.costs["macs"]) for one in found] == [(0.0, 40.0), (1.0, 34.0), (2.0, 28.0)]
+    assert all(one.costs["params"] <= 20 for one in found)
+    tight = [[Option(0.0, {"macs": 9.0, "params": 9.0}), Option(1.0, {"macs": 4.0, "params": 4.0})]] * 2
+    assert [one.loss for one in frontier(tight, "macs", limits={"params": 14.0})] == [1.0, 2.0]
+    with pytest.raises(Infeasible):
+        frontier(tight, "macs", limits={"params": 7.0})
+
+
+def test_no_limit_and_nothing_to_choose() -> None:
+    groups = [[Option(0.0, {"macs": 5.0, "params": 3.0}), Option(2.0, {"macs": 1.0, "params": 3.0})]]
+    assert allocate(groups, {"macs": math.inf, "params": 3.0}).chosen == (0,)
+    assert allocate(groups, {"macs": 1.0, "params": math.inf}).chosen == (1,)
+    assert allocate(groups, {}).chosen == (0,)
+    same = [[Option(0.0, {"macs": 2.0}), Option(0.0, {"macs": 2.0})]] * 3
+    assert allocate(same, {"macs": 6.0}).chosen == (0, 0, 0)
+    assert frontier([], "macs")[0].chosen == ()
+    assert [one.chosen for one in frontier(same, "macs")] == [(0, 0, 0)]
+    never = [[Option(math.inf, {"macs": 1.0}), Option(3.0, {"macs": 2.0}), Option(0.0, {"macs": 9.0})]]
+    assert allocate(never, {"macs": 2.0}).chosen == (1,)
+
+
+def test_a_solver_that_finds_nothing_in_time_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = SimpleNamespace(x=None, status=1, mip_dual_bound=None)
+    monkeypatch.setattr(knapsack, "_solved", lambda *given: nothing)
+    monkeypatch.setattr(knapsack.Search, "_relaxed", lambda self: None)
+    crossed = [[Option(0.0, {"macs": 9.0, "params": 1.0}), Option(0.0, {"macs": 1.0, "params": 9.0})]] * 2
+    with pytest.raises(RefusedError, match="no choice within the limits was found") as caught:
+        allocate(crossed, {"macs": 11.0, "params": 11.0})
+    assert not isinstance(caught.value, Infeasible)
+    # With one limit there is always an answer, and what is not proven is said.
+    one = [[Option(0.0, {"macs": 9.0}), Option(1.0, {"macs": 5.0}), Option(5.0, {"macs": 4.0})]] * 3
+    found = allocate(one, {"macs": 18.0})
+    assert found.costs["macs"] <= 18
+    assert found.loss >= 3 >= found.loss * (1 - found.gap)
