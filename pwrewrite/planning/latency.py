@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +130,7 @@ class LatencyTable:
         about = f"{place.name()}|{place.dtype}|{place.channels_last}|{place.threads}|{torch.__version__}"
         name = hashlib.sha256(about.encode()).hexdigest()[:24]
         self._file = None if folder is None else folder / f"{name}.json"
-        self._known = _read(self._file)
+        self._known = _read(self._file, say=True)
 
     def times(self, shape: Sequence[int], contestants: Sequence[Contestant]) -> list[float]:
         """Seconds that each of a layer's contestants takes on inputs of one shape.
@@ -136,10 +138,16 @@ class LatencyTable:
         Args:
             shape: The layer's input shape, batch included.
             contestants: The layer itself first.
+
+        Returns:
+            Seconds, infinite for a contestant that does not run here.
+
+        Raises:
+            RuntimeError: If the layer itself does not run.
         """
         keys = [_key(shape, one) for one in contestants]
         if any(key not in self._known for key in keys):
-            with torch.no_grad():
+            with torch.no_grad(), _undisturbed(self.place):
                 found = self._measure(shape, contestants)
             self._known.update(zip(keys, found))
             self.measured += len(keys)
@@ -150,19 +158,42 @@ class LatencyTable:
         if self._file is None or not self.measured:
             return
         beside = self._file.with_suffix(f".{os.getpid()}.tmp")
-        with suppress(OSError):
+        runs = {key: seconds for key, seconds in self._known.items() if math.isfinite(seconds)}
+        try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps({**_read(self._file), **self._known}))
+            beside.write_text(json.dumps({**_read(self._file), **runs}), encoding="utf-8")
             os.replace(beside, self._file)
+        except OSError:
+            with suppress(OSError):
+                beside.unlink()
 
     def _measure(self, shape: Sequence[int], contestants: Sequence[Contestant]) -> list[float]:
         place = self.place
         x = place.arrange(torch.randn(tuple(shape), device=place.device).to(place.dtype))
-        runs = []
-        for one in contestants:
-            module = place.arrange(one.make(place.device, place.dtype))
-            runs.append(_call(module, x))
-        return interleaved(runs, place.device)
+        runs: dict[int, Callable[[], object]] = {}
+        for i, one in enumerate(contestants):
+            try:
+                run = _call(place.arrange(one.make(place.device, place.dtype)), x)
+                run()
+            except RuntimeError:  # no kernel for this dtype, or too little memory
+                if i == 0:
+                    raise
+                continue
+            runs[i] = run
+        found = dict(zip(runs, interleaved(list(runs.values()), place.device)))
+        return [found.get(i, math.inf) for i in range(len(contestants))]
+
+
+@contextmanager
+def _undisturbed(place: Place) -> Iterator[None]:
+    """With the number of threads of a place; random numbers that are drawn meanwhile count for nothing outside."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng([place.device] if place.device.type == "cuda" else []):
+        try:
+            torch.set_num_threads(place.threads)
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _call(module: nn.Module, x: Tensor) -> Callable[[], object]:
@@ -260,13 +291,18 @@ def _key(shape: Sequence[int], one: Contestant) -> str:
     return hashlib.sha256(json.dumps({**facts, "axes": one.axes}, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _read(file: Path | None) -> dict[str, float]:
+def _read(file: Path | None, *, say: bool = False) -> dict[str, float]:
+    """What is kept in a file: nothing where there is none or it is damaged, which is then said if asked."""
     if file is None:
         return {}
     try:
-        found = json.loads(file.read_text())
-        return {str(key): float(value) for key, value in found.items() if float(value) > 0}
-    except (OSError, ValueError, TypeError, AttributeError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {str(key): float(value) for key, value in found.items() if 0 < float(value) < math.inf}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        if say:
+            warnings.warn(f"measured latencies in {file} cannot be read and are measured anew: {error}", stacklevel=3)
         return {}
 
 

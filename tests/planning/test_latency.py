@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,9 +66,83 @@ def test_a_damaged_cache_is_measured_anew(cache: Path) -> None:
     (file,) = cache.rglob("*.json")
     for text in ("{", "[1]", '{"a": "b"}', ""):
         file.write_text(text)
-        again = LatencyTable(CPU)
+        with pytest.warns(UserWarning, match="cannot be read and are measured anew"):
+            again = LatencyTable(CPU)
         again.times((1, 8, 6, 6), contestants()[:1])
         assert again.measured == 1
+
+
+def test_what_others_kept_meanwhile_stays(cache: Path) -> None:
+    first, second = LatencyTable(CPU), LatencyTable(CPU)
+    one = first.times((1, 8, 6, 6), contestants()[:1])
+    two = second.times((1, 8, 7, 7), contestants()[:1])
+    first.save()
+    second.save()
+    again = LatencyTable(CPU)
+    assert again.times((1, 8, 6, 6), contestants()[:1]) == one
+    assert again.times((1, 8, 7, 7), contestants()[:1]) == two
+    assert again.measured == 0
+    assert [file.suffix for file in cache.rglob("*") if file.is_file()] == [".json"]
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(cache: Path) -> None:
+    (cache / "latency").write_text("not a folder")
+    with pytest.warns(UserWarning, match="cannot be read"):
+        table = LatencyTable(CPU)
+    table.times((1, 8, 6, 6), contestants()[:1])
+    table.save()
+    assert [file.name for file in cache.iterdir()] == ["latency"]
+
+
+def test_each_place_has_times_of_its_own(cache: Path) -> None:
+    places = [CPU, replace(CPU, dtype=torch.float64), replace(CPU, channels_last=True), replace(CPU, threads=2)]
+    for place in places:
+        table = LatencyTable(place)
+        table.times((1, 8, 6, 6), contestants()[:1])
+        assert table.measured == 1
+        table.save()
+    assert len(list(cache.rglob("*.json"))) == len(places)
+
+
+def test_measuring_leaves_random_numbers_and_threads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    timing = latency.interleaved
+
+    def watched(runs: list[Callable[[], object]], device: torch.device) -> list[float]:
+        used.append(torch.get_num_threads())
+        return timing(runs, device)
+
+    monkeypatch.setattr(latency, "interleaved", watched)
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    place = replace(CPU, threads=threads + 1)
+    LatencyTable(place).times((1, 8, 6, 6), contestants())
+    assert used == [threads + 1]
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_does_not_run_here_takes_for_ever_and_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Contestant.make
+
+    def refusing(self: Contestant, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        if self.form == "reduce":
+            raise RuntimeError("not implemented for this dtype")
+        return make(self, device, dtype)
+
+    monkeypatch.setattr(Contestant, "make", refusing)
+    table = LatencyTable(CPU)
+    layer, reduced, spatial = table.times((1, 8, 6, 6), contestants())
+    assert math.isfinite(layer)
+    assert reduced == math.inf
+    assert math.isfinite(spatial)
+    table.save()
+    monkeypatch.setattr(Contestant, "make", make)
+    again = LatencyTable(CPU)
+    assert all(map(math.isfinite, again.times((1, 8, 6, 6), contestants())))
+    assert again.measured == 3
+    monkeypatch.setattr(Contestant, "make", refusing)
+    with pytest.raises(RuntimeError):
+        LatencyTable(CPU).times((2, 8, 6, 6), contestants()[1:])
 
 
 def test_no_cache(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
