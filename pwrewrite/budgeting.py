@@ -41,7 +41,6 @@ class Ask:
         size: Use at most so many of them.
         settings: How to plan and to fit.
         metrics: Name to a callable on a model, larger is better; measured before and after.
-        labels: Class of each calibration input, in order, for the accuracy on those held out.
     """
 
     budget: BudgetLike | None = None
@@ -49,7 +48,6 @@ class Ask:
     size: int | None = None
     settings: Settings = field(default_factory=Settings)
     metrics: Mapping[str, Metric] | None = None
-    labels: Tensor | None = None
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -76,11 +74,15 @@ class Budgeted:
 
     def __init__(self, run: Run, ask: Ask) -> None:
         self.run, self.ask, self.budgets = run, ask, ask.budgets
+        self._before = {name: self._score(name, metric, run.first.model) for name, metric in self._asked()}
+        settings = ask.settings
+        if not self.budgets:  # a plan has chosen already, and its layers need their statistics
+            settings = replace(settings, forms=("all",), include=(), exclude=(), largest_error=None)
         self.planner = Planner(
             run.first.model,
             run.inputs,
             ask.calibration,
-            ask.settings,
+            settings,
             size=ask.size,
             say=run.say,
             captured=run.first,
@@ -105,10 +107,15 @@ class Budgeted:
             return self.run.inputs
         wanted = next((spec.shape[0] for _, spec in self.run.first.inputs if spec.shape), 1)
         args, kwargs = next(iter(batches.held_out()))
-        if samples_of(args, kwargs) > wanted:
-            args = tuple(a[:wanted] if isinstance(a, (Tensor, list, tuple)) and len(a) > wanted else a for a in args)
-            kwargs = {k: v[:wanted] if isinstance(v, Tensor) and len(v) > wanted else v for k, v in kwargs.items()}
-        return kwargs if kwargs and not args else args
+        there = samples_of(args, kwargs)
+
+        def cut(value: Any) -> Any:
+            batched = len(value) == there if isinstance(value, (list, tuple)) else False
+            if isinstance(value, Tensor):
+                batched = value.dim() > 0 and value.shape[0] == there
+            return value[:wanted] if batched else value
+
+        return {name: cut(value) for name, value in kwargs.items()} if kwargs and not args else tuple(map(cut, args))
 
     def complete(self, report: Report) -> Report:
         """A report with what the budget asked, what was predicted and what was measured."""
@@ -156,17 +163,23 @@ class Budgeted:
         return replace(found, metrics=self._metrics()), [*notes, *(planner.batches.notes if planner.batches else ())]
 
     def _metrics(self) -> dict[str, tuple[float, float]]:
-        found = {}
-        models = (self.planner.model, self.run.model)
-        for name, metric in (self.ask.metrics or {}).items():
-            self.run.say(f"measuring {name}", None)
-            found[name] = (float(metric(models[0])), float(metric(models[1])))
+        found = {
+            name: (self._before[name], self._score(name, metric, self.run.model)) for name, metric in self._asked()
+        }
         batches = self.planner.batches
         labels = None if batches is None else batches.labels("held_out")
         if batches is not None and labels is not None:
+            models = (self.planner.model, self.run.model)
             before, after = (accuracy(model, batches.held_out(), labels) for model in models)
             found["accuracy on held-out inputs"] = (before, after)
         return found
+
+    def _asked(self) -> Iterable[tuple[str, Metric]]:
+        return (self.ask.metrics or {}).items()
+
+    def _score(self, name: str, metric: Metric, model: nn.Module) -> float:
+        self.run.say(f"measuring {name}", None)
+        return float(metric(model))
 
 
 def _astray(found: BudgetReport) -> list[str]:
@@ -178,6 +191,11 @@ def _astray(found: BudgetReport) -> list[str]:
             f"the measured loss, {found.measured:.3g}, is far above the predicted one, {found.predicted:.3g}: "
             "errors of different layers add up here, are too large for the prediction, or the calibration inputs are "
             "too few; trust what was measured"
+        ]
+    if found.predicted > FAR * found.measured and found.predicted > 1e-3:
+        return [
+            f"the measured loss, {found.measured:.3g}, is far below the predicted one, {found.predicted:.3g}: "
+            "the prediction is too dark here, and a smaller budget may do"
         ]
     return []
 
@@ -278,9 +296,9 @@ def search(
         RefusedError: If no smaller model keeps the metric.
     """
     before = float(metric(planner.model))
-    choices = planner.frontier(kind, budgets, points=4 * 2**steps // 4 + 1)
+    choices = planner.frontier(kind, budgets, points=2**steps + 1)
     tried: list[tuple[float, float]] = []
-    low, high, best = 0, len(choices) - 1, None
+    low, high, best = 0 if choices[0].plan.ops else 1, len(choices) - 1, None
     while low <= high and len(tried) < steps:
         middle = (low + high + 1) // 2
         choice = choices[middle]
@@ -293,10 +311,10 @@ def search(
             best, low = Found(choice, before, after, tuple(tried)), middle + 1
         else:
             high = middle - 1
-    if best is None or not best.choice.plan.ops:
+    if best is None:
         raise RefusedError(
             "no smaller model keeps the metric",
             expected=f"at least {before - max_drop:.4g}",
-            got=", ".join(f"{value:.4g} at {share:.0%}" for share, value in tried),
+            got=", ".join(f"{value:.4g} at {share:.1%} of the {kind}" for share, value in tried) or None,
         )
     return replace(best, tried=tuple(tried))

@@ -310,3 +310,51 @@ def test_no_model_that_keeps_a_metric() -> None:
 
     with pytest.raises(RefusedError, match="no smaller model keeps the metric"):
         search(_planner(), strict, 0.0, steps=3)
+
+
+class Scaled(nn.Module):
+    """Takes images, a number and a table that is no batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1)
+
+    def forward(self, image: torch.Tensor, scale: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(image).relu() * scale) + table.mean()
+
+
+def test_inputs_that_are_no_batch_are_not_cut() -> None:
+    torch.manual_seed(0)
+    images, scale, table = torch.randn(4, 16, 3, 8, 8), torch.tensor(2.0), torch.randn(5, 3)
+    example = (torch.zeros(1, 3, 8, 8), scale, table)
+    result = pwrewrite.rewrite(
+        Scaled(), example, budget={"macs": 0.6}, calibration=[(batch, scale, table) for batch in images]
+    )
+    assert result.report.after["macs"] <= 0.6 * result.report.before["macs"]
+    assert next(check for check in result.report.verification.checks if "numerics" in check.name).passed
+
+
+def test_a_metric_that_fails_does_so_before_anything_else() -> None:
+    asked: list[int] = []
+
+    def source() -> Any:
+        asked.append(1)
+        yield from batches()
+
+    def broken(model: nn.Module) -> float:
+        raise ZeroDivisionError("no images")
+
+    model, inputs = made("plain")
+    with pytest.raises(ZeroDivisionError):
+        pwrewrite.rewrite(model, inputs, budget={"macs": 0.5}, calibration=source(), metric=broken)
+    assert not asked
+
+
+def test_a_plan_brings_its_own_forms_and_layers() -> None:
+    found = pwrewrite.plan(trained(), ONE, {"macs": 0.5}, calibration_digits())
+    given: dict[str, Any] = {"plan": found, "calibration": calibration_digits(), "verify": False}
+    free = pwrewrite.rewrite(trained(), ONE, **given)
+    bound = pwrewrite.rewrite(trained(), ONE, **given, forms=["pair"], exclude=["conv2"])
+    x = digits()[0][1300:]
+    with torch.no_grad():
+        assert torch.allclose(free.model(x), bound.model(x), atol=1e-4)
