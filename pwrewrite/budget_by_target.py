@@ -169,14 +169,18 @@ def plan_budget(
 def frontier_of(
     request: Request, choices: Choices, asked: BudgetRequest, *, points: int = 25, progress: Progress | None = None
 ) -> Frontier:
-    """The least predicted loss at every budget of MACs (or of the one kind that is named), within the others.
+    """The least predicted loss at every budget of MACs, within budgets of other kinds.
 
     Raises:
         PwrewriteError: As for `rewrite_budget`.
     """
+    if any(b.kind == "macs" for b in asked.budgets):
+        raise UsageError(
+            "--pareto goes through every budget of MACs", hint="leave that --budget out; those of other kinds hold"
+        )
     _check(choices, replace(asked, max_drop=None), None, pareto=True)
     _, planner, _ = _planner(request, choices, asked, progress)
-    found = planner.frontier("macs", [b for b in asked.budgets if b.kind != "macs"], points)
+    found = planner.frontier("macs", asked.budgets, points)
     rows = tuple(Point(dict(one.costs), one.loss, len(one.plan.ops)) for one in found)
     return Frontier(request.target, "macs", dict(planner.original), str(planner.settings.sensitivity), rows)
 
@@ -207,6 +211,15 @@ def _check(choices: Choices, asked: BudgetRequest, plan: Plan | None, *, pareto:
         )
     if plan is not None and asked.budgets:
         raise UsageError("--plan and --budget exclude each other", hint="a plan already says what to do")
+    if plan is not None:
+        chooses = {
+            "--forms": asked.forms != ("all",),
+            "--max-layer-error": asked.largest_error is not None,
+            "--gate": asked.gate is not None,
+            **{f"--{name.replace('_', '-')}": True for name in choices.given if name != "allow_output_change"},
+        }
+        for name in (name for name, given in chooses.items() if given):
+            raise UsageError(f"--plan and {name} exclude each other", hint="a plan already says what to do")
     if asked.max_drop is not None and asked.metric is None:
         raise UsageError("--max-drop needs a --metric", hint="--metric eval.py:accuracy")
     if plan is None and not asked.budgets and asked.max_drop is None and not pareto:
@@ -238,5 +251,13 @@ def _predicted(planner: Planner, choice: Choice, metrics: dict[str, tuple[float,
     samples = planner.statistics.samples if planner.statistics is not None else 0
     settings = planner.settings
     return BudgetReport(
-        limits, reached, str(settings.sensitivity), settings.refit, samples, choice.loss, choice.gap, metrics=metrics
+        limits,
+        reached,
+        str(settings.sensitivity),
+        settings.refit,
+        samples,
+        choice.loss,
+        choice.gap,
+        kind="classes" if planner.statistics is None else planner.statistics.outcome or "values",
+        metrics=metrics,
     )

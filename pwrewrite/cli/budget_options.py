@@ -89,10 +89,12 @@ SensitivityOption = Annotated[
     ),
 ]
 RefitOption = Annotated[
-    Refit,
+    Refit | None,
     typer.Option(
         "--refit",
-        help="What is fitted to the original on the calibration inputs: everything, biases and norms, or nothing.",
+        help="What is fitted to the original on the calibration inputs: everything, biases and norms, or nothing. "
+        r"[dim]\[default: full][/]",
+        show_choices=True,
         rich_help_panel=BUDGET,
     ),
 ]
@@ -144,7 +146,8 @@ Pareto = Annotated[
     bool,
     typer.Option(
         "--pareto",
-        help="Show the least loss at every budget instead; --output takes .csv, .svg, .json, .md.",
+        help="Show the least loss at every budget of MACs instead, within the --budget of other kinds; "
+        "--output takes .csv, .svg, .json, .md.",
         rich_help_panel=BUDGET,
     ),
 ]
@@ -157,7 +160,7 @@ def budget_request_of(
     calibration_size: int | None,
     forms: str | None,
     sensitivity: Sensitivity | None,
-    refit: Refit,
+    refit: Refit | None,
     max_layer_error: str | None,
     gate: Gate | None,
     metric: str | None,
@@ -175,6 +178,7 @@ def budget_request_of(
         "--calibration-size": calibration_size,
         "--forms": forms,
         "--sensitivity": sensitivity,
+        "--refit": refit,
         "--max-layer-error": max_layer_error,
         "--gate": gate,
         "--metric": metric,
@@ -183,10 +187,17 @@ def budget_request_of(
     }
     from ..errors import UsageError
 
-    for name in ("--preprocess", "--calibration-size", "--labels"):
+    fits = ("--refit",) if refit is not Refit.NONE else ()
+    for name in ("--preprocess", "--calibration-size", "--labels", *fits):
         if given[name] is not None and calibration is None:
             raise UsageError(f"{name} goes with --calibration")
-    if not (budget or calibration or pareto or max_drop):
+    if pareto:
+        for name in ("--max-drop", "--metric", "--labels"):
+            if given[name] is not None:
+                raise UsageError(
+                    f"--pareto and {name} exclude each other", hint="--pareto shows predictions, and makes no model"
+                )
+    if not (budget or calibration or pareto or max_drop is not None):
         first = next((name for name, value in given.items() if value is not None), None)
         if first is not None:
             raise UsageError(f"{first} goes with --budget or --calibration")
@@ -200,9 +211,9 @@ def budget_request_of(
         calibration,
         preprocess,
         calibration_size,
-        tuple(part.strip() for part in (forms or "all").split(",")),
+        tuple(part.strip() for part in ("all" if forms is None else forms).split(",")),
         sensitivity.value if sensitivity is not None else None,
-        refit.value,
+        (refit or Refit.FULL).value,
         parse_share(max_layer_error, "--max-layer-error") if max_layer_error is not None else None,
         metric,
         labels,

@@ -44,7 +44,7 @@ def plan(
     calibration_size: b.CalibrationSize = None,
     forms: b.Forms = None,
     sensitivity: b.SensitivityOption = None,
-    refit: b.RefitOption = b.Refit.FULL,
+    refit: b.RefitOption = None,
     max_layer_error: b.MaxLayerError = None,
     gate: b.GateOption = None,
     metric: b.Metric = None,
@@ -91,6 +91,7 @@ def plan(
                 budget, calibration, preprocess, calibration_size, forms, sensitivity, refit, max_layer_error, gate,
                 metric, labels, max_drop, pareto,
             )  # fmt: skip
+            _check_measures(metric, labels, max_drop)
             for place in (out, output):
                 if place is not None:
                     files.check_writable(place)
@@ -117,6 +118,18 @@ def plan(
             return
         files.write_text(out, planned.plan.to_json())
         tell(f"written to {out}")
+
+
+def _check_measures(metric: str | None, labels: Path | None, max_drop: str | None) -> None:
+    """Refuses what only a rewrite can measure."""
+    from ..errors import UsageError
+
+    for name, value in (("--metric", None if max_drop is not None else metric), ("--labels", labels)):
+        if value is not None:
+            raise UsageError(
+                f"a plan makes no model that {name} could measure",
+                hint="give it to rewrite" + (", or add --max-drop" if name == "--metric" else ""),
+            )
 
 
 def _check_pareto(out: Path | None) -> None:

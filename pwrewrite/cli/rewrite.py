@@ -46,7 +46,7 @@ def rewrite(
     calibration_size: b.CalibrationSize = None,
     forms: b.Forms = None,
     sensitivity: b.SensitivityOption = None,
-    refit: b.RefitOption = b.Refit.FULL,
+    refit: b.RefitOption = None,
     max_layer_error: b.MaxLayerError = None,
     gate: b.GateOption = None,
     metric: b.Metric = None,

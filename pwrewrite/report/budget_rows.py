@@ -13,7 +13,7 @@ _NORMS = {
     "activations": "by the change of each layer's outputs (input moments)",
     "weights": "by the change of each layer's weights; no calibration inputs",
 }
-_REFITS = {"full": "factors, biases and norms fitted", "bias": "biases and norms fitted", "none": "nothing fitted"}
+_REFITS = {"full": "factors, biases and norms", "bias": "biases and norms", "none": "nothing"}
 
 
 def lines(budget: BudgetReport) -> list[Line]:
@@ -21,7 +21,8 @@ def lines(budget: BudgetReport) -> list[Line]:
     found = [(kind, _limit(kind, text, budget)) for kind, text in budget.limits.items()]
     found.append(("chosen", _NORMS[budget.sensitivity] + (f", gap {percent(budget.gap)}" if budget.gap > 0 else "")))
     if budget.samples:
-        found.append(("calibration", f"{plural(budget.samples, 'input')}; {_REFITS[budget.refit]}"))
+        fitted = f"{_REFITS[budget.refit]} {'fitted' if budget.measured is not None else 'to be fitted'}"
+        found.append(("calibration", f"{plural(budget.samples, 'input')}; {fitted}"))
     found += _losses(budget)
     found += [
         (plain(name), f"{before:.4g} → {after:.4g} ({after - before:+.3g})")

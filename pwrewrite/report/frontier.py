@@ -15,7 +15,7 @@ from rich.text import Text
 
 from .layout import Column, fit, shorten
 from .markdown import code, pipe_table
-from .numbers import count, exact, percent
+from .numbers import count, duration, exact, percent, size
 from .rows import plain
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 400, 70, 50
@@ -78,18 +78,19 @@ def page(found: Frontier, *, width: int) -> RenderableType:
     cells = _cells(found)
     header = Text(shorten(plain(found.target), width), style="bold").append("\n")
     header.append(f"least predicted loss at every budget, by {found.sensitivity}", style="not bold")
-    kinds = list(found.original)
-    columns = [Column(f"{kind} of the original", [row[i] for row in cells]) for i, kind in enumerate(kinds)]
-    columns += [Column(kind, [row[len(kinds) + i] for row in cells], right=True) for i, kind in enumerate(kinds)]
-    columns += [Column("loss", [row[-2] for row in cells]), Column("layers", [row[-1] for row in cells])]
+    names = _names(found)
+    # The narrower the page, the fewer kinds beside the one that the budgets limit.
+    keep = [None, None, *(i // 2 + 1 for i in reversed(range(len(names) - 4))), None, None]
+    columns = [Column(name, [row[i] for row in cells], keep=keep[i]) for i, name in enumerate(names)]
     return Group(header, Text(), fit(columns, width))
 
 
 def markdown(found: Frontier) -> str:
     """The frontier as Markdown."""
-    kinds = list(found.original)
-    names = (*(f"{kind} of the original" for kind in kinds), *kinds, "loss", "layers")
-    return f"# {code(found.target)}\n\n" + pipe_table(names, _cells(found), "r" * len(names)) + "\n"
+    names = _names(found)
+    told = f"Least predicted loss at every budget, by {found.sensitivity}."
+    table = pipe_table(names, _cells(found), "r" * len(names))
+    return f"# {code(found.target)}\n\n{told}\n\n{table}\n"
 
 
 def comma_separated(found: Frontier) -> str:
@@ -137,14 +138,28 @@ def picture(found: Frontier) -> str:
     return "\n".join(parts) + "\n"
 
 
+def _kinds(found: Frontier) -> list[str]:
+    """What is limited first, then the rest."""
+    return [found.kind, *(kind for kind in found.original if kind != found.kind)]
+
+
+def _names(found: Frontier) -> list[str]:
+    return [*(name for kind in _kinds(found) for name in (kind, "of all")), "loss", "layers"]
+
+
 def _cells(found: Frontier) -> list[tuple[str, ...]]:
-    kinds = list(found.original)
+    kinds = _kinds(found)
     return [
         (
-            *(percent(found.share(one, kind)) for kind in kinds),
-            *(count(int(one.costs[kind])) for kind in kinds),
+            *(text for kind in kinds for text in (_amount(kind, one.costs[kind]), percent(found.share(one, kind)))),
             f"{one.loss:.3g}",
             exact(one.layers),
         )
         for one in found.points
     ]
+
+
+def _amount(kind: str, cost: float) -> str:
+    if kind == "latency":
+        return duration(cost)
+    return size(int(cost)) if kind == "bytes" else count(int(cost))
