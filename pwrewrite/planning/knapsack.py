@@ -37,6 +37,12 @@ _UNSURE = 1e-5
 """How far the solver's bound may be off, in its numbers."""
 _NONE = 2
 """The solver's status where there is no answer."""
+_PLANES = 150
+"""How often prices are looked for."""
+_NEAR = 1e-6
+"""How near to the highest bound is near enough, as a share of it."""
+_FAR = 1e3
+"""How many times the first prices any price may be."""
 _CORES = (100, 400)
 """How many options the solver chooses among at first."""
 _NODES = 2000
@@ -177,10 +183,10 @@ class Search:
         direction = np.ones(self.view.costs.shape[1])
         for _ in range(_ROUNDS):
             before = len(self.view.losses)
-            self._leave_out(self._along(direction))
-            relaxed = self._relaxed() if len(direction) > 1 and not self._done else None
-            if relaxed is not None and relaxed.any():
-                direction = relaxed
+            best = self._along(direction)
+            self._leave_out(best)
+            if len(direction) > 1 and best.prices.any() and not self._done:
+                direction = self._relaxed(best.prices)
                 self._leave_out(self._along(direction))
             if self._done or len(self.view.losses) > 0.8 * before:
                 break
@@ -265,26 +271,40 @@ class Search:
         self._ask(view.keep(mask), _SCALE / self.loss, whole=False)
         self._leave_out(best)
 
-    def _relaxed(self) -> Floats | None:
-        """The prices of the highest bound, from the linear relaxation; None where there is none."""
+    def _relaxed(self, prices: Floats) -> Floats:
+        """The prices of the highest bound, by cutting planes.
+
+        A choice says of all prices that the bound there is at most its loss and what it spends too much at them; the
+        next prices to look at are those where what has been said so far leaves most (Kelley 1960, *The cutting-plane
+        method for solving convex programs*).
+
+        Args:
+            prices: Where to begin; not all 0.
+        """
         from scipy.optimize import linprog
 
-        view = self.view
-        scale = _SCALE / (self.loss if 0 < self.loss < float("inf") else max(_typical(view.losses), 1e-300))
-        solved = linprog(
-            view.losses * scale,
-            A_ub=view.costs.T,
-            b_ub=np.ones(view.costs.shape[1]),
-            A_eq=_one_each(view),
-            b_eq=np.ones(len(view.starts)),
-            bounds=(0, None),
-            method="highs",
-            options={"time_limit": max(0.1, self.end - perf_counter())},
-        )
-        if solved.status != 0:
-            return None
-        prices: Floats = np.maximum(-np.asarray(solved.ineqlin.marginals, dtype=float), 0.0) / scale
-        return prices
+        view, unit = self.view, float(prices.sum())
+        best = one = view.at(prices)
+        spent: list[Floats] = []
+        losses: list[float] = []
+        for _ in range(_PLANES):
+            spent.append(view.costs[one.chosen].sum(0) - 1)
+            losses.append(view.loss(one.chosen) / unit)
+            solved = linprog(
+                np.eye(1, len(prices) + 1)[0] * -1,
+                A_ub=np.column_stack([np.ones(len(spent)), -np.array(spent)]),
+                b_ub=losses,
+                bounds=[(None, None), *[(0, _FAR)] * len(prices)],
+                method="highs",
+            )
+            if solved.status != 0:
+                break
+            one = view.at(solved.x[1:] * unit)
+            best = max(best, one, key=lambda priced: priced.bound)
+            if solved.x[0] * unit - best.bound <= _NEAR * abs(best.bound) or perf_counter() > self.end:
+                break
+        self._look(best)
+        return best.prices if best.prices.any() else prices
 
     # ------------------------------------------------------------------------------------------------ the solver
 

@@ -216,7 +216,6 @@ def test_no_limit_and_nothing_to_choose() -> None:
 def test_a_solver_that_finds_nothing_in_time_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = SimpleNamespace(x=None, status=1, mip_dual_bound=None)
     monkeypatch.setattr(knapsack, "_solved", lambda *given: nothing)
-    monkeypatch.setattr(knapsack.Search, "_relaxed", lambda self: None)
     crossed = [[Option(0.0, {"macs": 9.0, "params": 1.0}), Option(0.0, {"macs": 1.0, "params": 9.0})]] * 2
     with pytest.raises(RefusedError, match="no choice within the limits was found") as caught:
         allocate(crossed, {"macs": 11.0, "params": 11.0})
