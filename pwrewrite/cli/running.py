@@ -72,15 +72,35 @@ def handled(debug: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet(debug: bool) -> Iterator[None]:
-    """While models are built and run: warnings stay unsaid, and what their code prints goes to stderr.
+    """While models are built and run: warnings stay unsaid, and what their code and libraries print goes to stderr.
 
     Args:
         debug: Whether to let warnings through.
     """
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), _descriptor_to_stderr():
         if not debug:
             warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def _descriptor_to_stderr() -> Iterator[None]:
+    """While this holds, file descriptor 1 is stderr: C code (a solver, a profiler) prints past Python's stdout."""
+    try:
+        if sys.__stdout__ is not None:
+            sys.__stdout__.flush()
+        kept = os.dup(1)
+    except (OSError, ValueError):  # closed
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            os.dup2(2, 1)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 @contextlib.contextmanager

@@ -311,8 +311,10 @@ class Planner:
         kind = error.kind
         if kind is None:
             asked = " and ".join(map(str, budgets))
+            each = [f"{k}={_amount(k, least + fixed[k])}" for k, least in error.together.items()]
             return RefusedError(
                 f"the budgets {asked} cannot be met together",
+                expected=f"within the others, at least {' or '.join(each)}" if each else None,
                 hint="loosen one of them, or allow more --forms or layers",
             )
         least = error.smallest + fixed[kind]

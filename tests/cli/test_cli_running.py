@@ -126,3 +126,16 @@ def test_no_sign_of_life_when_it_is_quick_or_nobody_looks() -> None:
     with waiting("x", after=0.0, stream=(file := io.StringIO())):
         time.sleep(0.05)
     assert file.getvalue() == ""
+
+
+def test_what_c_code_prints_goes_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    import os
+
+    from pwrewrite.cli.running import quiet
+
+    with quiet(debug=False):
+        os.write(1, b"from a solver\n")
+    os.write(1, b"a report\n")
+    found = capfd.readouterr()
+    assert found.out == "a report\n"
+    assert "from a solver" in found.err
