@@ -7,6 +7,8 @@ and torch's FLOP counter takes them for nothing. So they run only where nobody i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ _transforms: Any = _C._functorch.peek_interpreter_stack
 _PLAIN = (Tensor, nn.Parameter)
 _SHAPES = 4
 """Input shapes for which a layer keeps packed weights; from then on the last packing serves all."""
+
+Key = tuple[torch.Size, bool]
+"""An input's shape, and whether there is no residual."""
 
 
 def unwatched() -> bool:
@@ -69,24 +74,31 @@ CPU_DTYPES = _supported()
 
 
 class Packed:
-    """Prepacked forms of one weight: valid as long as the weight is the same tensor with the same values.
+    """Prepacked forms of one weight: valid as long as weight and bias are the same tensors with the same values.
 
     A write through ``weight.data`` moves no version counter and is not seen until the layer changes its mode, its dtype
     or its device.
 
     Args:
         weight: The weight.
+        bias: The bias.
+
+    Attributes:
+        weight: The weight.
+        partitions: Compiled partitions by input shape and whether a residual is added; see `graphs`.
     """
 
-    __slots__ = ("_forms", "_pointer", "_version", "_weight")
+    __slots__ = ("_bias", "_calls", "_facts", "_forms", "partitions", "weight")
 
-    def __init__(self, weight: Tensor) -> None:
-        self._weight, self._version, self._pointer = weight, weight._version, weight.data_ptr()
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self._bias, self._facts = weight, bias, _facts(weight, bias)
         self._forms: dict[Any, Tensor] = {}
+        self._calls: dict[Key, int] = {}
+        self.partitions: dict[Key, Partition] = {}
 
-    def of(self, weight: Tensor) -> bool:
-        """Whether this is the weight, unchanged."""
-        return weight is self._weight and weight._version == self._version and weight.data_ptr() == self._pointer
+    def of(self, weight: Any, bias: Any) -> bool:
+        """Whether these are the weight and the bias, unchanged."""
+        return weight is self.weight and bias is self._bias and _facts(weight, bias) == self._facts
 
     def get(self, shape: Any) -> Tensor | None:
         """The packed weight for an input shape; None where it has to be made."""
@@ -99,3 +111,34 @@ class Packed:
         """Keeps a packed weight for an input shape."""
         self._forms[shape] = packed
         return packed
+
+    def due(self, key: Key, calls: int) -> bool:
+        """Counts a call; whether it is the one after which a partition is to be made."""
+        if len(self._calls) >= 16 * _SHAPES:
+            self._calls.clear()
+        self._calls[key] = count = self._calls.get(key, 0) + 1
+        return count == calls and len(self.partitions) < _SHAPES
+
+    def add(self, key: Key, partition: Partition) -> None:
+        """Keeps a partition, which has a packed weight of its own."""
+        self.partitions[key] = partition
+        self._forms.pop(key[0], None)
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """A compiled partition.
+
+    Attributes:
+        run: What computes it.
+        threads: The number of threads for which it was made.
+    """
+
+    run: Callable[..., Tensor]
+    threads: int
+
+
+def _facts(weight: Tensor, bias: Tensor | None) -> tuple[int, ...]:
+    if bias is None:
+        return weight._version, weight.data_ptr()
+    return weight._version, weight.data_ptr(), bias._version, bias.data_ptr()

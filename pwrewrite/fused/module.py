@@ -5,9 +5,11 @@
 kernel runs on plain tensors that need no gradient (`kernels`); everywhere else, and for whoever traces, compiles,
 exports or counts, this is the plain convolution followed by the plain activation.
 
-On the CPU in channels_last the weight is packed once per input shape into the layout that oneDNN computes in. That
-cache is never saved, copied or pickled, and ends when the weight changes. A layer with the flag ``channels_last``
-brings its input into that format itself, so that the first one of a model converts for all.
+On the CPU in channels_last the weight is packed once per input shape into the layout that oneDNN computes in, and a
+layer that is called again and again with one shape becomes a partition (`graphs`), which costs less to call. That cache
+is never saved, copied or pickled, and ends when the weight changes. A layer with the flag ``channels_last`` brings its
+input into that format itself, so that the first one of a model converts for all. A 1×1 on a 1×1 map, as in
+squeeze-excite blocks, is a matrix product.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from torch.nn import functional as F
 
 from ..convolution import ConvSpec, StandsForLayer
 from ..errors import UsageError
-from . import cuda
+from . import cuda, graphs
 from .activations import ACTIVATIONS, checked
-from .kernels import CPU_DTYPES, Packed, plain_tensors, unwatched
+from .kernels import CPU_DTYPES, Packed, Partition, plain_tensors, unwatched
 
 _mkldnn: Any = torch.ops.mkldnn
 _unary: Any = _mkldnn._convolution_pointwise.default if CPU_DTYPES else None
@@ -32,6 +34,8 @@ _enabled: Any = torch._C._get_mkldnn_enabled
 _CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _FORMATS: dict[int, Any] = {4: torch.channels_last, 5: torch.channels_last_3d}
 _compiling: Any = torch.compiler.is_compiling
+_grad: Any = torch.is_grad_enabled
+_threads: Any = torch.get_num_threads
 
 
 class PointwiseActivation(StandsForLayer, nn.Module):
@@ -125,6 +129,11 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         if _compiling() or not unwatched():
             return self._plain(x, residual)
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        packed = self._packed
+        if packed is not None and packed.partitions and not _grad() and packed.of(weight, bias):
+            done = self._by_partition(packed, x, residual)
+            if done is not None:
+                return done
         if not plain_tensors(x, weight, bias):
             return self._plain(x, residual)
         out: Tensor | None = None
@@ -174,6 +183,9 @@ class PointwiseActivation(StandsForLayer, nn.Module):
             return None
         if self.same or self._pad is not None:
             x = self._padded(x)
+        if self._step and rank == 4 and residual is None and x.shape[2] == x.shape[3] == 1 and self.spec.groups == 1:
+            point: Tensor = self._act(F.linear(x.flatten(1), weight.flatten(1), bias), *self.scalars)
+            return point[:, :, None, None]
         last = _FORMATS[rank]
         packs = x.is_contiguous(memory_format=last)
         if not packs and self.channels_last:
@@ -185,12 +197,15 @@ class PointwiseActivation(StandsForLayer, nn.Module):
                 return None  # falls back to an addition that knows no half precision
             if packs:
                 residual = residual.contiguous(memory_format=last)
-        if packs:
-            weight = self._pack(weight, x)
+        form = self._pack(weight, bias, x) if packs else weight
         if residual is not None:
             unary = None if self.activation == "none" else "relu"
-            return _as_tensor(_binary(x, residual, weight, bias, *self._settings, "add", 1.0, unary, [], ""))
-        return _as_tensor(_unary(x, weight, bias, *self._settings, *self._attr))
+            out = _as_tensor(_binary(x, residual, form, bias, *self._settings, "add", 1.0, unary, [], ""))
+        else:
+            out = _as_tensor(_unary(x, form, bias, *self._settings, *self._attr))
+        if form is not weight and not _grad():
+            self._compile(x, weight, bias, residual, out)
+        return out
 
     def _adds(self, x: Tensor, weight: Tensor, residual: Any) -> bool:
         """Whether the kernel can add this residual: the same shape, no gradient, and ReLU or nothing behind it."""
@@ -208,13 +223,41 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         facts = zip(x.shape[2:], self.spec.kernel_size, padding, stride, dilation)
         return tuple(residual.shape[2:]) == tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, p, s, d in facts)
 
-    def _pack(self, weight: Any, x: Tensor) -> Tensor:
+    def _by_partition(self, packed: Packed, x: Any, residual: Any) -> Tensor | None:
+        """Runs a partition; None where there is none for this call, or its inputs are not plain tensors."""
+        if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu or x.layout is not torch.strided:
+            return None
+        if self.same or self._pad is not None:
+            x = self._padded(x)
+        found = packed.partitions.get((x.shape, residual is None))
+        if found is None or found.threads != _threads() or x.requires_grad or not _enabled():
+            return None
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            if not self.channels_last:
+                return None
+            x = x.contiguous(memory_format=torch.channels_last)
+        if residual is None:
+            return found.run(x)
+        if not self._adds(x, packed.weight, residual) or residual.requires_grad:
+            return None
+        return found.run(x, residual.contiguous(memory_format=torch.channels_last))
+
+    def _compile(self, x: Tensor, weight: Any, bias: Any, residual: Tensor | None, out: Tensor) -> None:
+        """Counts a call and makes a partition where it was the last before one pays."""
+        packed, key = self._packed, (x.shape, residual is None)
+        if packed is None or not graphs.worthwhile(x, out, weight) or not packed.due(key, graphs.CALLS):
+            return
+        run = graphs.compiled(x, weight, bias, self._settings, self._act, self.scalars, adds=residual)
+        if run is not None:
+            packed.add(key, Partition(run, _threads()))
+
+    def _pack(self, weight: Any, bias: Any, x: Tensor) -> Tensor:
         """The weight in the layout that oneDNN wants for this input; the weight itself where it cannot be kept."""
         if self.spec.dims != 2 or weight.is_inference():
             return weight  # type: ignore[no-any-return]
         packed = self._packed
-        if packed is None or not packed.of(weight):
-            packed = self._packed = Packed(weight)
+        if packed is None or not packed.of(weight, bias):
+            packed = self._packed = Packed(weight, bias)
         found = packed.get(x.shape)
         if found is not None:
             return found

@@ -1,0 +1,110 @@
+"""A layer as a compiled partition of oneDNN's graph interface, which costs less to call than its convolution.
+
+A call of ``torch.ops.mkldnn`` describes the convolution to oneDNN anew each time, some 30 µs on top of the kernel (60
+between other layers, when the caches are cold): on small maps as much as the kernel itself. A partition is described
+once, for one shape, and its call costs a fourth of that; the kernel is the same one. torch reaches partitions through
+the graph fuser of its TorchScript interpreter, which is used here for a single layer: traced, run twice, and taken only
+where the fuser took all of it and the values on random input are those of the plain layer.
+
+A partition holds its own packed copy of the weight. It is made after a few calls with the same shape, for calls short
+enough to notice, and costs about 10 ms once. Where torch has no such fuser, there are none.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_C: Any = torch._C
+_LOCK = threading.Lock()
+_FUSER = all(
+    hasattr(_C, name)
+    for name in (
+        "_jit_set_llga_enabled",
+        "_jit_llga_enabled",
+        "_create_graph_by_tracing",
+        "_create_function_from_graph",
+        "_last_executed_optimized_graph",
+    )
+)
+_MACS = 400_000_000
+"""Above this many MACs the call's own cost is below a hundredth of the kernel's time."""
+
+_TOLERANCE = 1e-5
+"""Relative distance to the plain layer, on random input, above which a partition computes something else (the fuser
+takes the tanh approximation of GELU for GELU itself, at 1e-4)."""
+
+CALLS = 3
+"""Calls with one shape after which a partition is made for it."""
+
+Run = Callable[..., Tensor]
+
+
+def worthwhile(x: Tensor, out: Tensor, weight: Tensor) -> bool:
+    """Whether a call is one that a partition makes faster: on float32, and short."""
+    return _FUSER and x.dtype is torch.float32 and out.numel() * weight[0].numel() <= _MACS
+
+
+def compiled(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    settings: Sequence[Any],
+    act: Callable[..., Tensor],
+    scalars: Sequence[float],
+    *,
+    adds: Tensor | None,
+) -> Run | None:
+    """The layer as one partition for inputs of this shape; None where the fuser does not take all of it.
+
+    Args:
+        x: An input, in channels_last.
+        weight: The weight, as the layer has it.
+        bias: The bias.
+        settings: Padding, stride, dilation and groups.
+        act: The activation.
+        scalars: Its numbers.
+        adds: A residual in channels_last, where the layer adds one.
+    """
+    padding, stride, dilation, groups = settings
+    w, b = weight.detach(), None if bias is None else bias.detach()
+
+    def plain(t: Tensor) -> Tensor:
+        return act(torch.conv2d(t, w, b, stride, padding, dilation, groups), *scalars)
+
+    def adding(t: Tensor, residual: Tensor) -> Tensor:
+        return act(torch.conv2d(t, w, b, stride, padding, dilation, groups) + residual, *scalars)
+
+    last = torch.channels_last
+    with _LOCK, torch.inference_mode(False), torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        shapes = [t.shape for t in (x, adds) if t is not None]
+        given = tuple(torch.randn(shape, generator=generator).contiguous(memory_format=last) for shape in shapes)
+        before = _C._jit_llga_enabled()
+        _C._jit_set_llga_enabled(True)
+        try:
+            run = plain if adds is None else adding
+            names = ["t", "residual"][: len(given)]
+            graph, _ = _C._create_graph_by_tracing(run, given, _unnamed, True, False, None, names)
+            made: Run = _C._create_function_from_graph("forward", graph)
+            made(*given)
+            out = made(*given)
+            done = _C._last_executed_optimized_graph()
+            right = run(*given)
+        except Exception:
+            return None
+        finally:
+            _C._jit_set_llga_enabled(before)
+    kinds = {node.kind() for node in done.nodes()}
+    outside = {kind for kind in kinds if kind.startswith("aten::")}
+    if "prim::oneDNNFusionGuard" not in kinds or outside or not out.is_contiguous(memory_format=last):
+        return None
+    return made if bool((out - right).norm() <= _TOLERANCE * right.norm()) else None
+
+
+def _unnamed(_: Any) -> str:
+    return ""
