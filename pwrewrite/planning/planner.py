@@ -136,6 +136,7 @@ class Planner:
         start, complete = read_statistics(folder, key, device)
         if start is None or not complete:
             start = self._gather(start, folder, key, specs)
+            start.round()
         start.all_reduce()
         self.notes += batches.notes
         self._tell_sparse(start)
@@ -270,7 +271,11 @@ class Planner:
         limits: dict[str, float] = {b.kind: b.absolute(self.original[b.kind]) for b in budgets}
         fixed = self._fixed({**limits, kind: 0.0})
         groups = self._options((*limits, kind))
-        found = frontier(groups, kind, limits={k: limit - fixed[k] for k, limit in limits.items()}, points=points)
+        left = {k: limit - fixed[k] for k, limit in limits.items()}
+        try:
+            found = frontier(groups, kind, limits=left, points=points)
+        except Infeasible as error:
+            raise self._unmet(error, budgets, fixed) from None
         return [self._choice(one, budgets) for one in found]
 
     def _fixed(self, kinds: Mapping[str, float]) -> dict[str, float]:

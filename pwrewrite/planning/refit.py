@@ -42,6 +42,7 @@ from .weighted import WeightedLayer
 RIDGE = 1e-3
 """How far the fit is drawn to the original weights, as a share of the mean square of what the layer reads."""
 
+_RAISED = (1e-6, 1e-5, 1e-4, 1e-3)
 _DEAD = 1e-2
 _LEAST_POSITIONS = 64
 _ROWS_PER_SIZE = 16
@@ -67,15 +68,22 @@ class Target:
 
 
 class _Moments:
-    """Sums of what a rewritten layer reads and the original's writes."""
+    """Sums of what a rewritten layer reads and the original's writes, off the means of the first rows.
+
+    A layer may read much the same whatever the inputs are; off its mean little is lost to rounding.
+    """
 
     def __init__(self, groups: int, size: int, outputs: int, device: torch.device) -> None:
         empty = torch.zeros(0, dtype=wide_dtype(device), device=device)
         self.xx, self.yx = empty.new_zeros(groups, size, size), empty.new_zeros(groups, outputs, size)
         self.x, self.y = empty.new_zeros(groups, size), empty.new_zeros(groups, outputs)
         self.count = 0
+        self._from_x, self._from_y = empty, empty
 
     def add(self, x: Tensor, y: Tensor) -> None:
+        if not self.count:
+            self._from_x, self._from_y = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
+        x, y = x - self._from_x, y - self._from_y
         self.xx += (x.mT @ x).to(self.xx)
         self.yx += (y.mT @ x).to(self.xx)
         self.x += x.sum(1).to(self.xx)
@@ -86,7 +94,19 @@ class _Moments:
         """``E[x xᵀ]``, ``E[y xᵀ]`` without the means, and the means."""
         x, y = self.x / self.count, self.y / self.count
         xx = self.xx / self.count - x[:, :, None] * x[:, None, :]
-        return (xx + xx.mT) / 2, self.yx / self.count - y[:, :, None] * x[:, None, :], x, y
+        yx = self.yx / self.count - y[:, :, None] * x[:, None, :]
+        return _positive((xx + xx.mT) / 2), yx, x + self._from_x[:, 0], y + self._from_y[:, 0]
+
+
+def _positive(moment: Tensor) -> Tensor:
+    """A covariance whose diagonal is raised as far as rounding has left it indefinite."""
+    level = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[:, None, None]
+    eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    for share in _RAISED:
+        raised = moment + share * level * eye
+        if not bool(torch.linalg.cholesky_ex(raised).info.any()):
+            return raised
+    return level * eye
 
 
 def refit(
@@ -177,15 +197,15 @@ def _fit_layer(
         moments.add(_float(input_rows(x, spec, taken)), rows)
     xx, yx, mean_x, mean_y = moments.centred()
     size = xx.shape[-1]
-    level = xx.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-300)[:, None, None]
+    level = xx.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     share = RIDGE + 0.02 * size / max(moments.count, 1)
     eye = torch.eye(size, dtype=xx.dtype, device=xx.device)
     weighted = WeightedLayer(target.weight, spec, xx, target.gradients)
     factor = torch.linalg.cholesky(xx + share * level * eye)
     kernel = weighted.rows + torch.cholesky_solve((yx - weighted.rows @ xx).mT, factor).mT
-    fitted = WeightedLayer(
-        kernel.reshape(target.weight.shape).to(xx), spec, xx + 1e-6 * level * eye, target.gradients
-    ).factors(module.form, module.widths, module.axes)
+    fitted = WeightedLayer(kernel.reshape(target.weight.shape).to(xx), spec, xx, target.gradients).factors(
+        module.form, module.widths, module.axes
+    )
     made = fitted.reconstruct().reshape(kernel.shape)
     module.load_factors(fitted, None)
     if module.bias is not None:
