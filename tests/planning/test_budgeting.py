@@ -129,6 +129,19 @@ def test_the_result_is_verified_and_within_the_budget(name: str) -> None:
     assert (recounted.params, recounted.macs) == (result.report.after["params"], result.report.after["macs"])
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_the_smallest_model_of_all_is_fitted_too(name: str) -> None:
+    model, inputs = made(name)
+    least = Planner(model, inputs, batches(name), Settings()).frontier("macs", points=3)[-1]
+    result = pwrewrite.rewrite(model, inputs, plan=least.plan, calibration=batches(name), verify=False)
+    assert result.report.after["macs"] == least.costs["macs"]
+    found = result.report.budget
+    assert found is not None
+    assert found.measured is not None
+    assert found.measured < 2  # all of it, and not much more
+    assert all(bool(torch.isfinite(p).all()) for p in result.model.parameters())
+
+
 def test_one_seed_gives_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PWREWRITE_CACHE", "off")
     model, inputs = made("plain")
@@ -149,6 +162,14 @@ def test_modes_and_gradients_are_those_of_the_original(training: bool) -> None:
     assert all(module.training is training for module in result.model.modules())
     assert all(p.requires_grad for p in result.model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in result.model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_stay(dtype: torch.dtype) -> None:
+    model, (x,) = made("plain")
+    result = pwrewrite.rewrite(model.to(dtype), x.to(dtype), budget={"macs": 0.5}, calibration=batches())
+    assert result.report.passed
+    assert all(p.dtype is dtype for p in result.model.parameters())
 
 
 def test_without_calibration_the_weights_decide() -> None:
