@@ -7,7 +7,7 @@
   (``resnet20.safetensors``, ``calibration.npz``, ``test.npz``) in ``shared/cifar10`` beside the checkout, or in
   ``$PWREWRITE_SHARED/cifar10``, and are skipped where there is none.
 * ``digits``: a small network trained here on scikit-learn's digits.
-* ``unet``: the U-Net of ``examples``, a quarter as wide, trained here to segment shapes that are drawn here; by its
+* ``unet``: the U-Net of ``examples``, an eighth as wide, trained here to segment shapes that are drawn here; by its
   mean intersection over union.
 
 Everything is chosen and fitted on unlabelled calibration inputs; four fifths of them are used, the rest is held out for
@@ -134,7 +134,7 @@ class Row:
         forms = ", ".join(f"{form} {count}" for form, count in self.forms.most_common())
         return (
             f"{self.label:{width}} {100 * self.share:6.1f}%  {points:+7.2f}  [{low:+7.2f}, {high:+7.2f}]  {agreement}"
-            f"  {self.loss:8.4f}  {self.predicted:9.4f}  {self.seconds:5.0f}  {forms}"
+            f"  {self.loss:8.3g}  {self.predicted:9.3g}  {self.seconds:5.0f}  {forms}"
         )
 
 
@@ -343,8 +343,7 @@ def run_ablation(subject: Subject, quick: bool) -> None:
     show(subject.planner(("expand",), "activations", "none"), "none", "activations")
     show(subject.planner(("expand",), "loss", "none"), "none", "loss")
     planner = subject.planner(("expand",), "loss", "full")
-    show(planner, "none", "means left to a bias")
-    show(planner, "bias", "biases and norms refitted")
+    show(planner, "bias", "biases and norms refitted, means left to them")
     show(planner, "own", "factors refitted")
     show(planner, "full", "what is wrong with the other side of sums too")
     for forms, label in (
@@ -432,7 +431,7 @@ def unet(quick: bool) -> Subject:
     spec.loader.exec_module(module)
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    model = module.UNet(in_channels=1, num_classes=4, width=16)
+    model = module.UNet(in_channels=1, num_classes=4, width=8)
     train(model, lambda step: shapes(16, generator), 40 if quick else 400)
     calibration, _ = shapes(256, generator)
     images, masks = shapes(100 if quick else 400, generator)
