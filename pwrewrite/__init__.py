@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .convolution import ConvSpec
     from .cost import Cost, register_formula
     from .errors import PwrewriteError
+    from .freezing import freeze
     from .fusing import fuse
     from .graph import graph
     from .loading import LoadedModel, load_target
@@ -71,6 +72,7 @@ __all__ = [
     "apply",
     "capture",
     "decompose",
+    "freeze",
     "fuse",
     "graph",
     "load",
@@ -103,6 +105,7 @@ _HOMES = {
     "apply": "apply",
     "capture": "capture",
     "decompose": "decompose",
+    "freeze": "freezing",
     "fuse": "fusing",
     "graph": "graph",
     "load": "storage",

@@ -1,4 +1,4 @@
-"""Fusing what a person types: `fuse_target`, and the latency before and after."""
+"""Fusing what a person types: `fuse_target`, and the latency before, after and frozen."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import nn
 
 from .by_target import Request, told, whole_plan
 from .capture import Inputs, split_inputs
-from .errors import RefusedError, UsageError
+from .errors import InputError, RefusedError, UsageError
+from .freezing import Frozen, freeze
+from .fused import graphs
 from .fusing import DEFAULT, Fused, drawn_inputs, fuse
 from .passes import Pass
 from .rewriting import join_names
@@ -29,10 +31,12 @@ class Measured(Fused):
     Attributes:
         seconds_before: Median seconds of one run before; None where not measured.
         seconds_after: The same after.
+        seconds_frozen: The same of the fused model under `pwrewrite.freeze`; None where it cannot be frozen.
     """
 
     seconds_before: float | None = None
     seconds_after: float | None = None
+    seconds_frozen: float | None = None
 
 
 def passes_named(names: Sequence[str]) -> list[Pass]:
@@ -79,11 +83,13 @@ def fuse_target(
     result = fuse(model, inputs, passes, verify=verify, target=request.target, progress=progress)
     if not result.edits:
         raise RefusedError("there is nothing to fuse", where=request.target)
-    before = after = None
+    seconds: list[float | None] = [None, None, None]
     if benchmark:
         if progress is not None:
             progress("measuring", None)
-        before, after = latencies(model, result.model, inputs)
+        frozen = _frozen(result.model, inputs)
+        models = [model, result.model] if frozen is None else [model, result.model, frozen]
+        seconds[: len(models)] = latencies(models, inputs)
     return Measured(
         result.model,
         whole_plan(opened, result.plan),
@@ -92,32 +98,38 @@ def fuse_target(
         join_names(opened.names, result.names),
         result.before,
         result.after,
-        before,
-        after,
+        *seconds,
     )
 
 
-def latencies(first: nn.Module, second: nn.Module, inputs: Inputs) -> tuple[float, float]:
-    """Median seconds of two models, run in turns, without gradients.
+def _frozen(model: nn.Module, inputs: Inputs) -> Frozen | None:
+    """A fused model as a frozen one; None where it cannot be one for these inputs."""
+    try:
+        return freeze(model, drawn_inputs(inputs))
+    except (RefusedError, InputError):
+        return None
+
+
+def latencies(models: Sequence[nn.Module], inputs: Inputs) -> list[float]:
+    """Median seconds of models, run in turns, without gradients.
 
     Args:
-        first: One model.
-        second: The other.
+        models: The models.
         inputs: Example inputs.
 
     Raises:
         RefusedError: If the models have no values.
     """
-    models = [copy.deepcopy(first), copy.deepcopy(second)]
+    models = [model if isinstance(model, Frozen) else copy.deepcopy(model) for model in models]
     if any(t.is_meta for m in models for t in (*m.parameters(), *m.buffers())):
         raise RefusedError("a model without weights cannot be measured", hint="give weights, or leave --benchmark out")
     args, kwargs = split_inputs(drawn_inputs(inputs))
-    times: list[list[float]] = [[], []]
+    times: list[list[float]] = [[] for _ in models]
     cuda = any(p.is_cuda for p in models[0].parameters())
     with torch.no_grad():
         for model in models:
-            model(*args, **kwargs)
-            model(*args, **kwargs)
+            for _ in range(graphs.CALLS + 1):
+                model(*args, **kwargs)
         end = time.perf_counter() + _SECONDS
         while time.perf_counter() < end or len(times[0]) < 3:
             for model, found in zip(models, times):
@@ -126,4 +138,4 @@ def latencies(first: nn.Module, second: nn.Module, inputs: Inputs) -> tuple[floa
                 if cuda:
                     torch.cuda.synchronize()
                 found.append(time.perf_counter() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
+    return [statistics.median(found) for found in times]

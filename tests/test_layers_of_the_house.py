@@ -27,6 +27,7 @@ LEVELS = {
     "loading": 5,
     "graph_edit": 5,
     "swap": 5,
+    "freezing": 6,
     "graph": 6,
     "eligibility": 6,
     "conventions": 6,

@@ -39,7 +39,11 @@ def fuse(
     ] = False,
     benchmark: Annotated[
         bool,
-        typer.Option("--benchmark", help="Measure the latency before and after.", rich_help_panel=PROOF),
+        typer.Option(
+            "--benchmark",
+            help="Measure the latency before, after, and frozen (pwrewrite.freeze).",
+            rich_help_panel=PROOF,
+        ),
     ] = False,
     out: Annotated[
         Path | None,

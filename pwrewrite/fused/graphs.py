@@ -13,6 +13,7 @@ enough to notice, and costs about 10 ms once. Where torch has no such fuser, the
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 _C: Any = torch._C
 _LOCK = threading.Lock()
-_FUSER = all(
+FUSER = all(
     hasattr(_C, name)
     for name in (
         "_jit_set_llga_enabled",
@@ -46,7 +47,7 @@ Run = Callable[..., Tensor]
 
 def worthwhile(x: Tensor, out: Tensor, weight: Tensor) -> bool:
     """Whether a call is one that a partition makes faster: on float32, and short."""
-    return _FUSER and x.dtype is torch.float32 and out.numel() * weight[0].numel() <= _MACS
+    return FUSER and x.dtype is torch.float32 and out.numel() * weight[0].numel() <= _MACS
 
 
 def compiled(
@@ -79,31 +80,67 @@ def compiled(
     def adding(t: Tensor, residual: Tensor) -> Tensor:
         return act(torch.conv2d(t, w, b, stride, padding, dilation, groups) + residual, *scalars)
 
-    last = torch.channels_last
-    with _LOCK, torch.inference_mode(False), torch.no_grad():
+    run = plain if adds is None else adding
+    with torch.inference_mode(False):
         generator = torch.Generator().manual_seed(0)
-        shapes = [t.shape for t in (x, adds) if t is not None]
-        given = tuple(torch.randn(shape, generator=generator).contiguous(memory_format=last) for shape in shapes)
+        drawn = [torch.randn(t.shape, generator=generator) for t in (x, adds) if t is not None]
+        found = traced(run, [t.contiguous(memory_format=torch.channels_last) for t in drawn], _TOLERANCE)
+    if found is None:
+        return None
+    made, (out,), graph = found
+    kinds = {node.kind() for node in graph.nodes()}
+    if "prim::oneDNNFusionGuard" not in kinds or any(kind.startswith("aten::") for kind in kinds):
+        return None
+    return made if out.is_contiguous(memory_format=torch.channels_last) else None
+
+
+def traced(
+    run: Callable[..., Tensor | tuple[Tensor, ...]], given: Sequence[Tensor], tolerance: float
+) -> tuple[Callable[..., Any], tuple[Tensor, ...], Any] | None:
+    """A function of float32 tensors with what the fuser can take of it as partitions.
+
+    Args:
+        run: The function; its parameters need no gradient.
+        given: Inputs of the shapes and in the memory formats that it is made for; they are not kept.
+        tolerance: Greatest relative distance to the function's own values.
+
+    Returns:
+        What computes it for these shapes, its outputs and the optimised graph; None where torch cannot make it, or
+        where its values are not those of the function.
+    """
+    if not FUSER:
+        return None
+    with _LOCK, torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer: sizes are what they are
         before = _C._jit_llga_enabled()
         _C._jit_set_llga_enabled(True)
         try:
-            run = plain if adds is None else adding
-            names = ["t", "residual"][: len(given)]
-            graph, _ = _C._create_graph_by_tracing(run, given, _unnamed, True, False, None, names)
-            made: Run = _C._create_function_from_graph("forward", graph)
+            right = _outputs(run(*given))
+            names = [f"t{i}" for i in range(len(given))]
+            graph, _ = _C._create_graph_by_tracing(run, tuple(given), _unnamed, True, False, None, names)
+            made: Callable[..., Any] = _C._create_function_from_graph("forward", graph)
             made(*given)
-            out = made(*given)
+            found = _outputs(made(*given))
             done = _C._last_executed_optimized_graph()
-            right = run(*given)
         except Exception:
             return None
         finally:
             _C._jit_set_llga_enabled(before)
-    kinds = {node.kind() for node in done.nodes()}
-    outside = {kind for kind in kinds if kind.startswith("aten::")}
-    if "prim::oneDNNFusionGuard" not in kinds or outside or not out.is_contiguous(memory_format=last):
+    if [t.shape for t in found] != [t.shape for t in right] or [t.dtype for t in found] != [t.dtype for t in right]:
         return None
-    return made if bool((out - right).norm() <= _TOLERANCE * right.norm()) else None
+    near = all(_near(a, b, tolerance) for a, b in zip(found, right))
+    return (made, found, done) if near else None
+
+
+def _outputs(out: Any) -> tuple[Tensor, ...]:
+    return (out,) if isinstance(out, Tensor) else tuple(out)
+
+
+def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether ``a`` is ``b`` up to rounding; values that are not finite have to be the same ones."""
+    if not a.is_floating_point() or not bool(b.isfinite().all()):
+        return bool(torch.equal(a.nan_to_num(), b.nan_to_num()))
+    return bool((a - b).norm() <= tolerance * b.norm())
 
 
 def _unnamed(_: Any) -> str:

@@ -51,6 +51,10 @@ class Measured(Protocol):
     def seconds_after(self) -> float | None:
         """The same after."""
 
+    @property
+    def seconds_frozen(self) -> float | None:
+        """The same frozen."""
+
 
 def page(result: Measured, *, width: int = WIDTH, everything: bool = False) -> RenderableType:
     """The report for a terminal.
@@ -115,6 +119,7 @@ def to_json(result: Measured) -> str:
         "left": dict(Counter(str(skip.reason) for skip in result.report.skips)),
         "seconds_before": result.seconds_before,
         "seconds_after": result.seconds_after,
+        "seconds_frozen": result.seconds_frozen,
     }
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
@@ -136,10 +141,10 @@ def _headline(result: Measured) -> str:
 def _saving(result: Measured) -> list[tuple[str, str, str, str]]:
     report = result.report
     found: list[tuple[str, str, str, str]] = []
-    if result.seconds_before is not None and result.seconds_after is not None:
-        before, after = result.seconds_before, result.seconds_after
-        speed = f"{before / after:.2f}× as fast"
-        found.append(("latency", f"{before * 1e3:.1f} ms", f"{after * 1e3:.1f} ms", speed))
+    for name, seconds in (("latency", result.seconds_after), ("latency, frozen", result.seconds_frozen)):
+        if result.seconds_before is not None and seconds is not None:
+            before, after = f"{result.seconds_before * 1e3:.1f} ms", f"{seconds * 1e3:.1f} ms"
+            found.append((name, before, after, f"{result.seconds_before / seconds:.2f}× as fast"))
     for key, name in (("kernels", "kernels"), ("nodes", "nodes"), ("bytes_moved", "bytes moved")):
         first, then = result.before[key], result.after[key]
         shown = size if key == "bytes_moved" else exact

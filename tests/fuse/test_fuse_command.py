@@ -46,6 +46,7 @@ def test_shows_and_saves(folder: Path) -> None:
     for said in (
         "1 norm folded, 2 layers fused, channels_last",
         "latency",
+        "latency, frozen",
         "kernels",
         "float64 reference",
         "no-kernel",

@@ -16,7 +16,7 @@ from pwrewrite.fused import ACTIVATIONS, PointwiseActivation, graphs
 from pwrewrite.fused.kernels import CPU_DTYPES
 
 pytestmark = pytest.mark.skipif(
-    torch.float32 not in CPU_DTYPES or not graphs._FUSER, reason="no oneDNN graphs on this machine"
+    torch.float32 not in CPU_DTYPES or not graphs.FUSER, reason="no oneDNN graphs on this machine"
 )
 NUMBERS = {"hardtanh": (-0.5, 0.75), "leaky_relu": (0.2,)}
 last = torch.channels_last
@@ -228,7 +228,7 @@ def test_settings_of_torch_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         warm(made, x)
     assert torch._C._jit_llga_enabled() is before
-    monkeypatch.setattr(graphs, "_FUSER", False)
+    monkeypatch.setattr(graphs, "FUSER", False)
     other = layer()
     with torch.no_grad():
         close(warm(other, x), wanted(other, x))
