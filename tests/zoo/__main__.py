@@ -1,16 +1,19 @@
-"""Runs a sweep outside pytest and prints its table: ``python -m zoo [capture|replay] [jobs]`` in ``tests``."""
+"""Runs a sweep outside pytest and prints its table: ``python -m zoo [capture|replay|fuse] [jobs]`` in ``tests``."""
 
 import sys
 from collections import Counter
 
+from . import fusing
 from .checks import check_capture, check_replay, summary
 from .harness import RESULTS, sweep
 
 if __name__ == "__main__":
     what = sys.argv[1] if len(sys.argv) > 1 else "capture"
-    jobs = int(sys.argv[2]) if len(sys.argv) > 2 else 2
+    jobs = int(sys.argv[2]) if len(sys.argv) > 2 else None
     if what == "capture":
         print(summary(sweep(check_capture, RESULTS / "capture.jsonl", jobs=jobs)))
+    elif what == "fuse":
+        print(fusing.summary(sweep(fusing.check_fuse, RESULTS / "fuse.jsonl", jobs=jobs)))
     else:
         rows = sweep(check_replay, RESULTS / "replay.jsonl", jobs=jobs)
         print(Counter(row.get("replay", "error") for row in rows.values()))

@@ -16,14 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pwrewrite.capture.nested import tensors_of
+from pwrewrite.errors import PwrewriteError
+from pwrewrite.freezing import freeze
 from pwrewrite.fused import PointwiseActivation
-from pwrewrite.fusing import fuse, reference_check
+from pwrewrite.fusing import Fused, _distance, fuse
+from pwrewrite.verification import Check, Verification
 
 from .harness import Built, _construct, build
+from .rewrites import shrink_transform
 
 LIMIT = 100_000_000
 CHAOTIC = 1e-4
 """Error of a float32 model above which rounding is amplified a thousandfold, as with untrained weights it may be."""
+FROZEN = 1e-4
+"""Relative distance that a frozen model's outputs may have from those of the model, or twice the model's own error."""
 
 ACTIVATIONS = frozenset(
     {"relu", "relu_", "relu6", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "leaky_relu", "hardtanh"}
@@ -129,37 +136,73 @@ def unfused(model: nn.Module, inputs: tuple[Any, ...]) -> Counter[str]:
 
 
 def check_fuse(built: Built) -> dict[str, Any]:
-    """Fuses a model and compares it with the original, without gradients and in float64."""
+    """Fuses a model, verifies it, and freezes the result."""
     params = sum(p.numel() for p in built.model.parameters())
     if params > LIMIT:
         return {"skipped": f"{params:,} parameters"}
     if built.meta:
         built = build(built.candidate, real=True)
-    model, inputs = built.model, _smaller(built)
-    _liven(model)
+    _prepare(built.model)
+    inputs = _smaller(built)
     start = time.perf_counter()
-    done = fuse(model, inputs, verify=False)
+    done = fuse(built.model, inputs, thorough=False)
     seconds = time.perf_counter() - start
-    check = reference_check(model, done.model, inputs)
-    if check is not None and not check.passed and _own(check.detail) > CHAOTIC:
+    proof, reference = _proof(done)
+    if not proof.passed and reference is not None and _own(reference.detail) > CHAOTIC:
         # Rounding alone moves this model's output by so much that twice as much is chance: once more, other weights.
         torch.manual_seed(1)
         other = _construct(built.candidate).eval()
-        _liven(other)
-        check = reference_check(other, fuse(other, inputs, verify=False).model, inputs)
+        _prepare(other)
+        done = fuse(other, inputs, thorough=False)
+        proof, reference = _proof(done)
     row: dict[str, Any] = {
+        "input": [list(t.shape) for t in inputs if isinstance(t, Tensor)],
         "fuse_s": round(seconds, 2),
         "done": dict(Counter(edit.op.action for edit in done.edits)),
         "left": dict(Counter(f"{skip.reason}: {_kind(skip.detail)}" for skip in done.plan.skips)),
         "kernels": [done.before["kernels"], done.after["kernels"]],
-        "detail": "not compared" if check is None else check.detail,
-        "passed": check is None or check.passed,
+        "detail": "not compared" if reference is None else reference.detail,
+        "failures": [f"{check.name}: {check.detail}"[:300] for check in proof.failures],
+        **_freeze(done.model, inputs),
     }
+    allowed = max(FROZEN, 0.0 if reference is None else 2 * _own(reference.detail))
+    row["passed"] = proof.passed and row.get("frozen_error", 0.0) <= allowed
     try:
         row["fusible"] = dict(unfused(done.model, inputs))
     except Exception as error:
         row["fusible_error"] = f"{type(error).__name__}: {error}"[:200]
     return row
+
+
+def _prepare(model: nn.Module) -> None:
+    """Makes a model one that mistakes show in, on small inputs."""
+    _liven(model)
+    shrink_transform(model)
+
+
+def _proof(done: Fused) -> tuple[Verification, Check | None]:
+    """What verification said, and of that the comparison with float64, where there is one."""
+    proof = done.report.verification
+    assert proof is not None
+    return proof, next((check for check in proof.checks if check.name.startswith("float64 reference")), None)
+
+
+def _freeze(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Whether `freeze` takes a fused model, and how far its outputs are from the model's on other values."""
+    start = time.perf_counter()
+    try:
+        frozen = freeze(model, inputs)
+    except PwrewriteError as refusal:
+        return {"frozen": False, "not_frozen": refusal.got or refusal.message}
+    seconds = round(time.perf_counter() - start, 2)
+    generator = torch.Generator().manual_seed(3)
+    others = [torch.rand(t.shape, generator=generator) for t in inputs]
+    with torch.no_grad():
+        wanted, found = (tensors_of(one(*(t.clone() for t in others))) for one in (model, frozen))
+    if not frozen.shapes or [t.shape for t in wanted] != [t.shape for t in found]:
+        raise AssertionError("the frozen model forgot its function, or returns something else")
+    error = _distance(found, wanted)
+    return {"frozen": True, "frozen_error": error, "freeze_s": seconds}
 
 
 def _own(detail: str) -> float:
@@ -208,13 +251,17 @@ def summary(rows: dict[str, dict[str, Any]]) -> str:
         f"{len(rows)} models, {len(good)} fused, {sum('skipped' in r for r in rows.values())} too large, "
         f"{sum('error' in r for r in rows.values())} errors, {sum(not r['passed'] for r in good.values())} different, "
         f"{sum(r['detail'] == 'not compared' for r in good.values())} not compared, "
-        f"{sum(bool(r.get('fusible')) for r in good.values())} with something fusible left",
+        f"{sum(bool(r.get('fusible')) for r in good.values())} with something fusible left, "
+        f"{sum(r['frozen'] for r in good.values())} frozen",
         f"done: {dict(done)}",
     ]
+    not_frozen = Counter(_kind(r["not_frozen"]) for r in good.values() if not r["frozen"])
+    lines += [f"not frozen {n:6} {reason}" for reason, n in not_frozen.most_common()]
     lines += [f"left {n:6} {reason}" for reason, n in left.most_common()]
     for key, r in sorted(rows.items()):
         if "error" in r:
             lines.append(f"{key}: {r['error'].splitlines()[0][:200]}")
         elif "skipped" not in r and (not r["passed"] or r.get("fusible")):
-            lines.append(f"{key}: {'' if r['passed'] else r['detail']} fusible {r.get('fusible')}")
+            wrong = "" if r["passed"] else f"{r['failures']} frozen {r.get('frozen_error')}"
+            lines.append(f"{key}: {wrong} fusible {r.get('fusible')}"[:400])
     return "\n".join(lines)

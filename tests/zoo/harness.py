@@ -5,7 +5,8 @@ worker processes, appends each result to a JSONL file as it comes, and skips wha
 sweep which was stopped goes on where it was. A check that raises, hangs or takes its process down is a result too:
 ``{"error": …}``.
 
-Sweeps to come (rewriting, fusing) are one check function each; see `test_zoo.py` for the first.
+Two sweeps may share the work and the file: ``PWREWRITE_ZOO_SHARD=0/2`` takes every second candidate, and
+``1/2`` the others.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def sweep(
     path: Path,
     *,
     only: Iterable[Candidate] | None = None,
-    jobs: int = 2,
+    jobs: int | None = None,
     timeout: float = 600.0,
     retry_errors: bool = False,
 ) -> dict[str, dict[str, Any]]:
@@ -172,7 +173,7 @@ def sweep(
         check: A module-level function; it runs in other processes.
         path: JSONL file that results are appended to.
         only: Candidates; all by default.
-        jobs: Worker processes.
+        jobs: Worker processes; two by default, one in a shard.
         timeout: Seconds for one model, building included.
         retry_errors: Whether candidates whose result is an error are checked again.
 
@@ -180,21 +181,25 @@ def sweep(
         All results by candidate key.
     """
     done = results(path)
-    todo = [
-        c
-        for c in (candidates() if only is None else only)
-        if c.key not in done or (retry_errors and "error" in done[c.key])
-    ]
+    part, of = shard()
+    wanted = list(candidates() if only is None else only)[part::of]
+    todo = [c for c in wanted if c.key not in done or (retry_errors and "error" in done[c.key])]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.open("ab", buffering=0) as file:  # a line is one write, which another shard's cannot fall into
 
         def keep(row: dict[str, Any]) -> None:
-            done[row["key"]] = row
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+            file.write((json.dumps(row) + "\n").encode())
 
-        _Pool(check, jobs, timeout).run(todo, keep)
-    return done
+        _Pool(check, jobs or (2 if of == 1 else 1), timeout).run(todo, keep)
+    return results(path)
+
+
+def shard() -> tuple[int, int]:
+    """Which part of the candidates is this process's, and how many parts there are: ``PWREWRITE_ZOO_SHARD``."""
+    part, _, of = os.environ.get("PWREWRITE_ZOO_SHARD", "0/1").partition("/")
+    if not 0 <= int(part) < int(of):
+        raise ValueError(f"PWREWRITE_ZOO_SHARD is {part}/{of}, expected such as 0/2 or 1/2")
+    return int(part), int(of)
 
 
 class _Pool:

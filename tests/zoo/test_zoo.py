@@ -119,6 +119,18 @@ def test_a_sweep_does_not_wait_for_ever(tmp_path: Path) -> None:
     assert "timeout" in rows[FEW[0].key]["error"]
 
 
+def test_shards_share_the_work_and_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "few.jsonl"
+    monkeypatch.setenv("PWREWRITE_ZOO_SHARD", "1/2")
+    assert set(sweep(check_name, path, only=FEW)) == {"torchvision:squeezenet1_1"}
+    monkeypatch.setenv("PWREWRITE_ZOO_SHARD", "0/2")
+    assert set(sweep(check_name, path, only=FEW)) == {c.key for c in FEW}
+    assert len(path.read_text().splitlines()) == 2
+    monkeypatch.setenv("PWREWRITE_ZOO_SHARD", "2/2")
+    with pytest.raises(ValueError, match="expected such as 0/2"):
+        sweep(check_name, path, only=FEW)
+
+
 def test_candidates_are_both_zoos_without_the_quantized() -> None:
     found = candidates()
     assert len(found) > 1400
