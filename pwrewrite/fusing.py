@@ -118,14 +118,6 @@ def _check(model: nn.Module, passes: Sequence[Pass]) -> None:
     Raises:
         RefusedError: If the model is one.
     """
-    inexact = [one.name for one in passes if one.exact == "eval"]
-    training = next((name or "the model" for name, module in model.named_modules() if module.training), None)
-    if inexact and training is not None and any(module.training for module in _stateful(model)):
-        raise RefusedError(
-            "the model is in training mode, in which batch norms cannot be folded",
-            where=training,
-            hint=f"call model.eval() first, or leave out {', '.join(inexact)}",
-        )
     devices: dict[str, str] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.dtype.is_complex:
@@ -139,6 +131,14 @@ def _check(model: nn.Module, passes: Sequence[Pass]) -> None:
         if kind.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")):
             hint = "fuse the model before it is quantized"
             raise RefusedError("quantized layers cannot be fused", where=name, got=type(module).__name__, hint=hint)
+    inexact = [one.name for one in passes if one.exact == "eval"]
+    training = next((name or "the model" for name, module in model.named_modules() if module.training), None)
+    if inexact and training is not None and any(module.training for module in _stateful(model)):
+        raise RefusedError(
+            "the model is in training mode, in which batch norms cannot be folded",
+            where=training,
+            hint=f"call model.eval() first, or leave out {', '.join(inexact)}",
+        )
     if len(devices) > 1:
         shown = ", ".join(f"{name} on {device}" for device, name in devices.items())
         raise RefusedError("the weights are on several devices", got=shown, hint="move the model to one")

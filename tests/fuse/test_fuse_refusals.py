@@ -44,6 +44,7 @@ def test_quantized_layers() -> None:
     quantization: Any = torch.ao.quantization
     dynamic = quantization.quantize_dynamic(net(), {nn.Linear})
     refused(dynamic, "quantized layers", "where: 4", "fuse the model before it is quantized")
+    refused(dynamic.train(), "quantized layers", "fuse the model before it is quantized")  # eval() would not help
     static = nn.Sequential(quantization.QuantStub(), *net(), quantization.DeQuantStub()).eval()
     static.qconfig = quantization.get_default_qconfig()
     prepared = quantization.prepare(static)
@@ -56,6 +57,7 @@ def test_quantized_weights() -> None:
     packed = torch.quantize_per_tensor(torch.randn(4), 0.1, 0, torch.qint8)
     model[0].register_buffer("packed", packed)
     refused(model, "quantized weights", "0.packed", "before it is quantized")
+    refused(model.train(), "quantized weights", "0.packed")
     model = net()
     model[0].weight = nn.Parameter(torch.zeros(4, 4, 3, 3, dtype=torch.int8), requires_grad=False)
     refused(model, "int8", kind=PwrewriteError, code=2)
@@ -64,6 +66,8 @@ def test_quantized_weights() -> None:
 def test_complex_weights() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1, dtype=torch.complex64), nn.Tanh()).eval()
     refused(model, "complex", "0.weight", x=X.to(torch.complex64))
+    model = nn.Sequential(nn.Conv2d(4, 4, 1, dtype=torch.complex64), nn.BatchNorm2d(4)).train()
+    refused(model, "complex weights", "0.weight", x=X.to(torch.complex64))
     refused(net(), "complex64", x=X.to(torch.complex64), kind=PwrewriteError, code=2)
 
 
