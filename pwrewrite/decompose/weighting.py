@@ -62,7 +62,7 @@ class SideWeight:
         """
         values, vectors = symmetric_eigen(self.matrix)
         top = values[..., -1:]
-        if bool((values[..., :1] < -1e-4 * top.abs()).any()):
+        if bool((values[..., :1] < -1e-4 * top.abs() - torch.finfo(torch.float32).tiny).any()):
             raise UsageError(
                 "a weight is not positive semi-definite",
                 got=f"smallest eigenvalue {float(values.min()):.3g}, largest {float(values.max()):.3g}",

@@ -114,7 +114,13 @@ class LayerStatistics:
             return None
         weight = max(self.weight, 1e-300)
         moment, mean = self.inputs / weight, self.means / weight
-        return moment - mean[:, :, None] * mean[:, None, :] if centred else moment
+        if not centred:
+            return moment
+        # Where the mean is nearly all there is, what products and rounding in float32 left could be negative.
+        noise = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(moment)
+        found = moment - mean[:, :, None] * mean[:, None, :]
+        found.diagonal(dim1=-2, dim2=-1).add_(noise[:, None])
+        return found
 
     def level(self, centred: bool = False) -> float:
         """The mean square of an element of ``x``; its variance where centred."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pwrewrite.convolution import ConvSpec
+from pwrewrite.decompose.weighting import SideWeight
 from pwrewrite.errors import RefusedError
 from pwrewrite.planning.running import is_classifier
 from pwrewrite.planning.statistics import LayerStatistics, Statistics, gather, samples_of
@@ -203,6 +204,17 @@ def test_what_counts_as_a_classifier_and_a_sample() -> None:
     assert not is_classifier({"logits": torch.zeros(4, 10)})
     assert samples_of(([torch.zeros(3, 8, 8)] * 2,), {}) == 2
     assert samples_of((), {"x": torch.zeros(5, 3)}) == 5
+
+
+def test_inputs_that_hardly_vary_have_a_moment_off_their_mean() -> None:
+    one = LayerStatistics.empty(ConvSpec.of_module(nn.Conv2d(16, 4, 1)), torch.device("cpu"))
+    rows = 3 + 1e-4 * torch.randn(1, 500, 16, generator=torch.Generator().manual_seed(0))
+    one.add_inputs(rows, 1.0)
+    found = Statistics({"conv": one}, samples=500)
+    found.round()
+    centred = moment(one, centred=True)
+    SideWeight(centred, 1).roots()  # refuses what has a negative eigenvalue
+    assert float(torch.linalg.eigvalsh(centred).min()) >= 0
 
 
 def test_very_long_rows_keep_their_mean_square_only(monkeypatch: pytest.MonkeyPatch) -> None:
