@@ -15,7 +15,7 @@ from torch import nn
 from .actions import Decomposer
 from .analysis import analyze_capture
 from .analysis.records import Analysis
-from .apply import Probe, carry_out
+from .apply import carry_out
 from .capture import Inputs, capture
 from .capture.records import Capture, info
 from .cost import Cost
@@ -26,7 +26,7 @@ from .passes import InsertBottleneck, Pass
 from .passes.base import estimate_chain, spec_of
 from .plan import Edit, Estimate, Op, Plan, Skip, SkipReason
 from .report.records import EditRow, Report
-from .survival import survives
+from .survival import probe_for
 from .verification import Verification
 
 Progress = Callable[[str, float | None], None]
@@ -117,7 +117,7 @@ class Run:
             plan,
             fill=self.fill if fill is None else fill,
             decomposer=self.decomposer,
-            probe=_probe(plan, self.captured, self.inputs),
+            probe=probe_for(plan, self.captured, self.inputs),
             progress=lambda path: self.say(f"rewriting {path}", names.index(path) / len(names)),
         )
         after = capture(applied.model, self.inputs) if applied.edits else self.captured
@@ -189,20 +189,6 @@ class Run:
             _output_changes(self.first, self.captured),
             tuple(dict.fromkeys((*self.first.notes, *self.captured.notes, *_narrowed(self.rows)))),
         )
-
-
-def _probe(plan: Plan, captured: Capture, inputs: Inputs) -> Probe:
-    """How a changed model is tried: by what it runs where that must stay the same, else by whether it runs.
-
-    Fusing takes operations away on purpose, and how many a model runs that needs values depends on the values.
-    """
-    if captured.coverage.values == "meta" and all(op.action in ("factorize", "project") for op in plan.ops):
-        return survives(captured, inputs)
-
-    def runs(changed: nn.Module) -> None:
-        capture(changed, inputs, values=captured.coverage.values)
-
-    return runs
 
 
 def _reads_weights(one: Pass) -> bool:

@@ -20,16 +20,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.shape_prop import TensorMetadata
 
-from ..apply import Probe, carry_out
+from ..apply import carry_out
 from ..capture import Inputs, capture
-from ..capture.records import Capture
 from ..errors import RefusedError, UsageError
 from ..plan import Op, Plan, Skip
-from ..survival import survives
+from ..survival import probe_for
 from .base import Pass
 
 META = "pwrewrite"
@@ -64,7 +63,7 @@ def as_graph_pass(pass_: Pass, example_inputs: Inputs | None = None) -> Callable
         )
         if not plan.ops:
             return PassResult(graph_module, False)
-        applied = carry_out(graph_module, plan, probe=_probe(plan, captured, inputs))
+        applied = carry_out(graph_module, plan, probe=probe_for(plan, captured, inputs))
         if not applied.edits:
             return PassResult(graph_module, False)
         changed = applied.model
@@ -80,17 +79,6 @@ def as_graph_pass(pass_: Pass, example_inputs: Inputs | None = None) -> Callable
 
     run.__name__ = run.__qualname__ = pass_.name
     return run
-
-
-def _probe(plan: Plan, captured: Capture, inputs: Inputs) -> Probe:
-    """How a changed model is tried: fusing takes operations away on purpose, so there it has to run, no more."""
-    if all(op.action in ("factorize", "project") for op in plan.ops):
-        return survives(captured, inputs)
-
-    def runs(changed: nn.Module) -> None:
-        capture(changed, inputs, values=captured.coverage.values)
-
-    return runs
 
 
 def inputs_of(graph_module: fx.GraphModule) -> tuple[Tensor, ...]:
