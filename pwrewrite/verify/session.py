@@ -46,8 +46,10 @@ class Settings:
 
     @property
     def edited(self) -> tuple[str, ...]:
-        """Paths of what was edited."""
-        return tuple(path for edit in self.edits for path in (edit.path, *edit.aliases))
+        """Paths of what was edited, and of layers whose own output is another one after an exact edit beside them."""
+        return tuple(
+            path for e in self.edits for path in (e.path, *e.aliases, *(e.adapted if e.exact is not None else ()))
+        )
 
 
 class Session:

@@ -25,6 +25,7 @@ from pwrewrite.passes.merge_pointwise import MergePointwise
 from pwrewrite.plan import Plan
 from pwrewrite.rewriting import Rewritten
 from pwrewrite.storage import load
+from pwrewrite.verify.session import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -514,21 +515,152 @@ def test_writes_that_a_trace_does_not_show(way: int) -> None:
 
 
 class Optional(nn.Module):
-    """timm's DLA: a trace of this code knows only the call with a shortcut."""
+    """timm's DLA: a plain trace of this code knows only the call with a shortcut."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()
+        self.conv, self.norm, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.last = nn.Conv2d(4, 4, 1)
 
-    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, shortcut: Tensor | None = None, children: list[Tensor] | None = None) -> Tensor:
         if shortcut is None:
             shortcut = x
-        return self.relu(self.conv(x) + shortcut)
+        out = self.last(self.relu(self.norm(self.conv(x))))
+        out += shortcut
+        return self.relu(out)
+
+
+class Tree(nn.Module):
+    """Calls its blocks in both ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.project = Optional(), Optional(), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x, self.project(x))
+        return self.second(y, None, [x]) + self.second.last(x)  # type: ignore[no-any-return]
 
 
 def test_optional_inputs_are_not_baked_in() -> None:
-    done = checked(nn.Sequential(Optional(), nn.Conv2d(4, 4, 1)).eval())
-    assert reasons(done)["0.conv"] == "not-traced"
+    done = checked(lively(nn.Sequential(Optional(), nn.Conv2d(4, 4, 1))), thorough=True)
+    assert [e.method for e in done.edits] == ["fold", "relu", "add+relu"]
+    model: Any = done.model
+    x, y = torch.randn(2, 2, 4, 6, 6)
+    block: Any = lively(Optional())
+    fused: Any = fuse(block, {"x": x}).model
+    with torch.no_grad():
+        for given in ((x,), (x, y), (x, y, [x]), (x, None, [y])):
+            torch.testing.assert_close(fused(*given), block(*given), rtol=1e-4, atol=1e-5)
+    assert isinstance(model[0], fx.GraphModule)
+    done = checked(lively(Tree()))
+    methods = {e.path: e.method for e in done.edits}
+    assert methods["first.last"] == "add+relu"
+    assert "second.last" not in methods  # called twice, by different code
+    assert reasons(done)["second.relu"] == "not-behind-layer"
+
+
+class Writes(Optional):
+    """``+=`` into what the caller may hold."""
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None, children: list[Tensor] | None = None) -> Tensor:
+        if shortcut is None:
+            shortcut = x
+        shortcut += self.last(x)
+        return self.relu(shortcut)
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, z = x * 2, x * 3
+        return self.inner(y) + y + self.inner(y, z) * z  # type: ignore[no-any-return]
+
+
+def test_an_optional_input_that_the_code_writes_into() -> None:
+    checked(Around(Writes()).eval())
+    assert not checked(nn.Sequential(Writes()).eval()).edits
+
+
+class Items(nn.Module):
+    """timm's HRNet: maps are items of the caller's list, which the code assigns."""
+
+    def __init__(self, way: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) for _ in range(3))
+        self.down, self.act, self.way = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), way
+
+    def forward(self, x: list[Tensor]) -> list[Tensor]:
+        if self.way == 0:
+            x[0] = self.branches[0](x[0])
+            x[1] = self.branches[1](x[1])
+        y = self.down(x[0])
+        if self.way == 1:  # what the layer has read is written over before the sum
+            x[0][:, :2] = x[1][:, :2]
+        elif self.way == 2:  # what is added is
+            x[1][:, :2] = 0.5
+        elif self.way == 3:  # the caller sees the layer's output, and that 1 is added to it
+            x[0] = y
+            y += 1
+        elif self.way == 4:
+            x[0] = x[1]
+        out = self.act(y + x[1])
+        return [out, self.act(self.branches[2](x[0]) + out)]
+
+
+class Lists(nn.Module):
+    def __init__(self, way: int) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(4, 4, 1), Items(way)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [torch.sin(self.first(x)), torch.cos(x)]
+        a, b = self.inner(maps)
+        return torch.cat([a, b, *maps], 1)
+
+
+@pytest.mark.parametrize(
+    ("way", "methods"),
+    [
+        (0, {"inner.down": "add+relu", "inner.branches.2.0": "add+relu"}),
+        (1, {"inner.branches.2.0": "add+relu"}),
+        (2, {"inner.branches.2.0": "add+relu"}),
+        (3, {}),
+        (4, {"inner.down": "add+relu", "inner.branches.2.0": "add+relu"}),
+    ],
+)
+def test_code_that_assigns_items(way: int, methods: dict[str, str]) -> None:
+    done = checked(lively(Lists(way)), thorough=True)
+    assert {e.path: e.method for e in done.edits if e.op.action == "fuse"} == methods
+    if not methods:
+        assert "+=" in {s.path: s.detail for s in done.plan.skips}["inner.branches.2.0"]
+
+
+class Chooses(nn.Module):
+    """A detector in small: values decide what comes out, and of equal scores rounding decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x))
+        scores = self.head(x).mean(1).flatten() * 1e-8 + 1
+        order = torch.stack([scores, 1 + (scores - 1).sin()]).max(0).values.argsort()
+        chosen: Tensor = x.mean(1).flatten()[order[: max(1, int((scores > 0.5).sum()))]]
+        return chosen
+
+
+def test_layers_before_a_choice_are_compared_but_for_those_that_were_folded() -> None:
+    model = lively(Chooses())
+    done = fuse(model, torch.randn(1, 4, 12, 12), [FoldBatchNorm()], thorough=False)
+    proof = done.report.verification
+    assert proof is not None
+    assert proof.passed, proof.failures
+    assert Settings(edits=done.edits).edited == ("norm", "conv")
 
 
 class Branches(nn.Module):
