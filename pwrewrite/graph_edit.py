@@ -4,8 +4,7 @@ Only the submodule whose code makes the call is turned into a `torch.fx.GraphMod
 (all are leaves). Its unused parameters, buffers and children, its plain attributes, its hooks and its training flag are
 carried over. It keeps its class's name but not its methods: an edit says so.
 
-A trace holds what the code did once. Where that would differ from what the code does, `to_graph` refuses: code that
-branches on ``self.training``, that sets attributes, or that a graph cannot hold at all.
+What its code does is for `code_trace` to say, and whether a graph can hold it.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from .code_trace import NotTraceable, trace
 from .convolution import ConvSpec
 from .forms import linear_spec
 
@@ -23,20 +23,6 @@ _CONVOLUTIONS = frozenset(f"conv{kind}{dims}d" for kind in ("", "_transpose") fo
 _ORDER = ("stride", "padding", "dilation", "groups")
 _TRANSPOSED_ORDER = ("stride", "padding", "output_padding", "groups", "dilation")
 _REGISTRIES = frozenset(("_modules", "_parameters", "_buffers"))
-
-
-class NotTraceable(RuntimeError):
-    """The module's own code cannot be turned into a graph."""
-
-
-class ShallowTracer(fx.Tracer):
-    """Traces one module's own code; its children are leaves whatever they are."""
-
-    proxy_buffer_attributes = True
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Every child is a leaf."""
-        return True
 
 
 class Regraphed(fx.GraphModule):
@@ -61,10 +47,9 @@ def to_graph(module: nn.Module) -> Regraphed:
         module: The module; its children are shared with the result.
 
     Raises:
-        NotTraceable: If the code depends on values, shapes or the training mode, has inputs that may be None, or sets
-            attributes.
+        NotTraceable: See `code_trace.trace`.
     """
-    graph = copy.deepcopy(module.graph) if isinstance(module, fx.GraphModule) else _trace(module)
+    graph = copy.deepcopy(module.graph) if isinstance(module, fx.GraphModule) else trace(module)
     made = Regraphed(module, graph, class_name=type(module).__name__)
     for name, value in vars(module).items():
         if name in _REGISTRIES:
@@ -76,44 +61,6 @@ def to_graph(module: nn.Module) -> Regraphed:
         elif name not in ("_graph", "_code", "graph"):
             vars(made)[name] = value
     return made
-
-
-def _trace(module: nn.Module) -> fx.Graph:
-    """The graph of a module's own code, which must be the same in both training modes."""
-    kind = type(module).__name__
-    before = dict(vars(module))
-    flags = {child: child.training for child in module.modules()}
-    graphs = []
-    try:
-        for training in (not module.training, module.training):
-            for child in flags:
-                child.training = training
-            graphs.append(ShallowTracer().trace(module))
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise NotTraceable(f"{kind}.forward does not trace: {lines[0][:160]}") from error
-    finally:
-        for child, training in flags.items():
-            child.training = training
-        changed = [name for name, value in vars(module).items() if name not in before or before[name] is not value]
-        for name in changed:
-            if name in before:
-                vars(module)[name] = before[name]
-            else:
-                del vars(module)[name]
-    if changed:
-        raise NotTraceable(f"{kind}.forward sets {', '.join(changed[:3])}, which a graph would not")
-    inputs = [node for node in graphs[1].nodes if node.op == "placeholder" and node.args]
-    optional = [str(node.target) for node in inputs if node.args[0] is None or isinstance(node.args[0], bool)]
-    if optional:  # ``if shortcut is None: shortcut = x`` leaves no trace: a graph holds the code for a given one
-        raise NotTraceable(f"{kind}.forward takes {', '.join(optional)} optionally")
-    if _text(graphs[0]) != _text(graphs[1]):
-        raise NotTraceable(f"{kind}.forward does something else in training, which a graph cannot hold")
-    return graphs[1]
-
-
-def _text(graph: fx.Graph) -> list[str]:
-    return [f"{node.op} {node.target} {node.args} {node.kwargs}" for node in graph.nodes]
 
 
 class FunctionalCall:

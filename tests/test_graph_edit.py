@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
+from pwrewrite.code_trace import NotTraceable
 from pwrewrite.convolution import ConvSpec
 from pwrewrite.forms import linear_spec
-from pwrewrite.graph_edit import FunctionalCall, NotTraceable, Regraphed, to_graph
+from pwrewrite.graph_edit import FunctionalCall, Regraphed, to_graph
 
 
 class Code(nn.Module):
@@ -157,21 +159,86 @@ def test_settings_that_the_code_computes() -> None:
         FunctionalCall(to_graph(Computed()), "weight")
 
 
-def test_code_with_optional_inputs_is_refused() -> None:
-    """A trace holds what it does with one that is given, and here the model gives none."""
+class Shortcut(nn.Module):
+    """timm's DLA: where a trace holds only what the code does with a shortcut."""
 
-    class Optional(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.randn(4, 4, 3, 3))
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
 
-        def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> torch.Tensor:
-            if shortcut is None:
-                shortcut = x
-            return torch.nn.functional.conv2d(x, self.weight, padding=1) + shortcut
+    def forward(self, x: Tensor, shortcut: Tensor | None = None, children: list[Tensor] | None = None) -> Any:
+        y = F.conv2d(x, self.weight, padding=1)
+        if shortcut is None:
+            shortcut = x
+        return y + shortcut, [shortcut.sum(), shortcut]
 
-    with pytest.raises(NotTraceable, match="shortcut optionally"):
-        to_graph(Optional())
+
+class Passed(Shortcut):
+    """Only hands it on."""
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None, children: list[Tensor] | None = None) -> Any:
+        return shortcut, [x if children is None else children, F.conv2d(x, self.weight)]
+
+
+@pytest.mark.parametrize("kind", [Shortcut, Passed])
+def test_inputs_that_may_be_left_out(kind: type[nn.Module]) -> None:
+    module, y = kind(), torch.randn(2, 4, 7, 6)
+    for made in (to_graph(module), to_graph(to_graph(module)), copy.deepcopy(to_graph(module))):
+        for given in ((X,), (X, y), (X, None), (X, None, [y]), (X, y, [X])):
+            for a, b in zip(tree_leaves(made(*given)), tree_leaves(module(*given)), strict=True):
+                assert a is b is None or torch.equal(a, b)
+        assert torch.equal(made(X, children=[y])[1][1], module(X, children=[y])[1][1])
+
+
+def coded(forward: Any) -> Any:
+    return type("Coded", (nn.Module,), {"forward": forward})()
+
+
+@pytest.mark.parametrize(
+    ("forward", "said"),
+    [
+        (lambda self, x, y=None: x if y is None else x + y, "does something else without"),
+        (lambda self, x, y=None: x * 2 if y is None else x * 3, "does something else without"),
+        (lambda self, x, y=None: x.sin() if y is None else x.cos(), "does something else without"),
+        (lambda self, x, y=None: x + (x.sin() if y is None else y.sin()).cos(), None),
+        (lambda self, x, y=None: x.cos() + (x.sin() if y is None else y), "does something else without"),
+        # Alone each of them has one thing in its place; together they have another.
+        (lambda self, x, y=None, z=None: x.sin() + (y if y is not None else x if z is None else z), "y, z optionally"),
+        (lambda self, x, y=None, z=None: x.sin() + (x if y is None and z is None else 1), "y, z optionally"),
+        (lambda self, x, flag=False: x * 2 if flag is True else x * 3, "takes flag optionally"),
+        (lambda self, x, a=None, b=None, c=None, d=None: x, "4 inputs"),
+    ],
+)
+def test_code_that_does_something_else_without_is_refused(forward: Any, said: str | None) -> None:
+    module = coded(forward)
+    if said is None:
+        made = to_graph(module)
+        assert torch.equal(made(X), module(X))
+        assert torch.equal(made(X, X + 1), module(X, X + 1))
+        return
+    with pytest.raises(NotTraceable, match=said):
+        to_graph(module)
+
+
+def test_items_are_assigned_where_the_code_does() -> None:
+    def forward(self: nn.Module, x: Any) -> Any:
+        first = x[0]
+        x[0] = x[0].sin()
+        x[1][:, 1:] = x[0][:, 1:]
+        y = x[0] + first
+        x[0] = y
+        return y, x[0]
+
+    module = coded(forward)
+    made = to_graph(module)
+    ours, theirs = [X.clone(), X.clone()], [X.clone(), X.clone()]
+    for a, b in zip((*made(ours), *ours), (*module(theirs), *theirs), strict=True):
+        assert torch.equal(a, b)
+    made.graph.eliminate_dead_code()
+    made.recompile()
+    again = [X.clone(), X.clone()]
+    made(again)
+    assert torch.equal(again[1], ours[1])
 
 
 class WritesIntoItsInput(nn.Module):

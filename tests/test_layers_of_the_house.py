@@ -25,6 +25,7 @@ LEVELS = {
     "fused": 4,
     "capture": 5,
     "loading": 5,
+    "code_trace": 4,
     "graph_edit": 5,
     "swap": 5,
     "freezing": 6,

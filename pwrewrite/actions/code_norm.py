@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ..code_trace import NotTraceable
 from ..errors import PlanError
-from ..graph_edit import NotTraceable, Regraphed
+from ..graph_edit import Regraphed
 from ..plan import Op, Skip, SkipReason
 from .bench import Bench, Refused
 from .evaluation import code_graph

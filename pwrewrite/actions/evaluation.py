@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..capture.functions import words
-from ..graph_edit import NotTraceable, Regraphed, to_graph
+from ..code_trace import NotTraceable, given
+from ..graph_edit import Regraphed, to_graph
 
 DROPS: frozenset[Any] = frozenset(
     {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
@@ -99,8 +100,12 @@ _VIEWS = words(
 """Functions and methods whose result may share storage with what they are given."""
 
 
+_KEEPS = words("append insert extend update setdefault")
+"""Methods of containers that keep what they are given."""
+
+
 def _seen_elsewhere(node: fx.Node) -> bool:
-    """Whether the first operand, or what may share its storage, came from outside or is read after this node."""
+    """Whether the first operand, or what may share its storage, came from outside, is kept there, or is read later."""
     first = node.args[0] if node.args else None
     if not isinstance(first, fx.Node):
         return False
@@ -112,19 +117,29 @@ def _seen_elsewhere(node: fx.Node) -> bool:
             related.add(one)
             todo += _sharing(one)
     return any(one.op in ("placeholder", "get_attr") for one in related) or any(
-        order[user] > order[node] for one in related for user in one.users
+        order[user] > order[node] or _keeps(user, one) for one in related for user in one.users
     )
+
+
+def _keeps(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a call puts a value into a container that came from outside."""
+    keeps = user.target is operator.setitem or (user.op == "call_method" and user.target in _KEEPS)
+    return keeps and user.args[0] is not node
 
 
 def _sharing(node: fx.Node) -> Iterator[fx.Node]:
     """Nodes that may share a node's storage: what it is a view of, and views of it."""
-    if _is_view(node) and node.args and isinstance(node.args[0], fx.Node):
-        yield node.args[0]
+    yield from _viewed(node)
     for user in node.users:
-        if _is_view(user) and user.args and user.args[0] is node:
+        if node in _viewed(user):
             yield user
 
 
-def _is_view(node: fx.Node) -> bool:
+def _viewed(node: fx.Node) -> list[fx.Node]:
+    """What a node may be a view of."""
+    if node.target is given:
+        return node.all_input_nodes
     name = node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
-    return node.op in ("call_function", "call_method") and name in _VIEWS
+    if node.op not in ("call_function", "call_method") or name not in _VIEWS:
+        return []
+    return [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]

@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..code_trace import NotTraceable
 from ..convolution import ConvSpec
 from ..decompose import Factors
 from ..errors import PlanError, RefusedError
 from ..forms import check_form, check_widths, factorize, rank_limits, spec_from_dict
-from ..graph_edit import FunctionalCall, NotTraceable
+from ..graph_edit import FunctionalCall
 from ..modules import ACTIVATIONS, NORMS, Factorized, build
 from ..plan import Edit, Op, Skip, SkipReason
 from .bench import Bench, Refused, brief, make_like

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..code_trace import NotTraceable
 from ..convolution import ConvSpec
 from ..errors import PlanError, UsageError
 from ..forms import spec_from_dict
 from ..fused import PointwiseActivation
 from ..fused.activations import checked
 from ..fused.known import call_activation, hooked, is_identity, module_activation
-from ..graph_edit import NotTraceable, Regraphed, to_graph
+from ..graph_edit import Regraphed, to_graph
 from ..plan import Edit, Op, Skip, SkipReason
 from .bench import Bench, Refused, spec_of_module
 from .evaluation import code_graph

@@ -10,6 +10,7 @@ are equal, each as what is called and how often the code called it before.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from typing import Any
 
@@ -17,9 +18,10 @@ import torch
 from torch import fx
 
 from ..capture.functions import VALUE_READS, writes
+from ..code_trace import NotTraceable
 from ..errors import PlanError
 from ..fused.known import is_identity
-from ..graph_edit import NotTraceable, Regraphed
+from ..graph_edit import Regraphed
 from ..plan import Edit, Op, Skip, SkipReason
 from .bench import Bench, Refused
 from .evaluation import DROPS, code_graph
@@ -50,6 +52,9 @@ def simplify_code(bench: Bench, op: Op) -> Edit:
         made = code_graph(module, DROPS)
     except NotTraceable as error:
         raise Refused(Skip(op.path, SkipReason.NOT_TRACED, str(error))) from error
+    if same and any(node.target is operator.setitem for node in made.graph.nodes):
+        detail = "the code assigns items, behind which an equal call may give something else"
+        raise Refused(Skip(op.path, SkipReason.NOT_TRACED, detail))
     inner = f"{op.path}." if op.path else ""
     silent = {path.removeprefix(inner) for path in unread}
     if not _Simplifier(made, silent, same).run():
@@ -143,7 +148,7 @@ class _Simplifier:
         """Whether the code, or a child, writes into a tensor, so that it matters what is a copy."""
         calls = [n for n in self.graph.nodes if n.op in ("call_function", "call_method")]
         inplace = any(getattr(module, "inplace", False) for module in self.made.modules())
-        return inplace or any(writes(name_of(n), n.args, n.kwargs) for n in calls)
+        return inplace or any(n.target is operator.setitem or writes(name_of(n), n.args, n.kwargs) for n in calls)
 
     def _dead(self) -> None:
         for node in reversed(list(self.graph.nodes)):
@@ -175,7 +180,12 @@ def pure(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = name_of(node)
-    if writes(name, node.args, node.kwargs) or name in VALUE_READS or node.kwargs.get("out") is not None:
+    if (
+        node.target is operator.setitem
+        or writes(name, node.args, node.kwargs)
+        or name in VALUE_READS
+        or node.kwargs.get("out") is not None
+    ):
         return False
     if node.op == "call_function" and node.target is not getattr and not _of_torch(node.target):
         return False

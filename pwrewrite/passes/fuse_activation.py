@@ -155,7 +155,10 @@ class FusePointwiseActivation(Pass):
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or graph.written(other, other, add) or graph.written(source, node, add):
             return None
-        settings = {"residual": True, "activation": "none", "scalars": [], "scope": _scope(graph, add), "nodes": {add}}
+        scope = _scope(graph, add)
+        if scope and not f"{layer.path}.".startswith(f"{scope}."):
+            return None  # other code makes the addition, perhaps with a layer of its own
+        settings = {"residual": True, "activation": "none", "scalars": [], "scope": scope, "nodes": {add}}
         end = graph.onward(add, dropouts=False)
         reader = graph.sole_reader(end)
         act = graph.activation(reader) if reader is not None else None

@@ -46,6 +46,23 @@ class Unread(Code):
         return x
 
 
+class Assigns(nn.Module):
+    """Assigns items of a list and of a tensor, which its own code does not read."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.conv, self.twice = nn.Conv2d(4, 4, 1), twice
+
+    def forward(self, x: list[Tensor]) -> Tensor:
+        y = F.relu(F.dropout(self.conv(x[0]), 0.3, self.training))
+        x[0] = y
+        x[1][:, :2] = 0.5
+        if self.twice:
+            y = torch.tanh(y) + torch.tanh(y)
+            x[0] = y
+        return y
+
+
 class Doubled(Code):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x).contiguous().contiguous()
@@ -202,3 +219,25 @@ def test_errors_of_edited_plans() -> None:
         assert old in text
         with pytest.raises(PwrewriteError, match=said):
             apply(model, Plan.from_json(text.replace(old, new)))
+
+
+class Assigned(nn.Module):
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.inner = Assigns(twice)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [x, x.sin()]
+        return torch.cat([self.inner(maps), *maps], 1)
+
+
+def test_items_that_code_assigns_stay() -> None:
+    model = Assigned(False).eval()
+    done = fuse(model, X)
+    assert [e.method for e in done.edits] == ["simplify", "relu"]
+    assert done.report.passed
+    assert torch.equal(done.model(X)[:, 8:], model(X)[:, 8:])
+    done = fuse(Assigned(True).eval(), X)
+    assert done.report.passed
+    (skip,) = [skip for skip in done.plan.skips if skip.path == "inner"]
+    assert "assigns items" in skip.detail

@@ -1,0 +1,206 @@
+"""A module's own code as an `fx.Graph`: `trace`.
+
+A trace holds what the code did once. Where that would differ from what the code does, `trace` refuses: code that
+branches on ``self.training``, that sets attributes, or that a graph cannot hold at all.
+
+Inputs that may be left out. ``if shortcut is None: shortcut = x`` leaves no trace where the input is given. So such
+code is traced with and without it; where the two graphs differ only in what stands in the input's place, the graph has
+a call of `given` there, else it is refused.
+
+Items. ``x[i] = y`` is a call of ``operator.setitem`` in the graph, at its place among the others; whoever changes such
+a graph has to leave that order as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+from typing import Any
+
+from torch import fx, nn
+
+
+class NotTraceable(RuntimeError):
+    """The module's own code cannot be turned into a graph."""
+
+
+def given(value: Any, default: Any) -> Any:
+    """An input, or what the code takes in its place where it was left out."""
+    return default if value is None else value
+
+
+class _Item(fx.Proxy):
+    """A value in a trace that takes items."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+class ShallowTracer(fx.Tracer):
+    """Traces one module's own code; its children are leaves whatever they are.
+
+    Args:
+        absent: Names of inputs that are None.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, absent: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.absent = absent
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Every child is a leaf."""
+        return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A value that takes items."""
+        return _Item(node, self)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """As ever, with None for what is absent."""
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        left_out = [isinstance(arg, fx.Proxy) and str(arg.node.target) in self.absent for arg in args]
+        return function, [None if out else arg for arg, out in zip(args, left_out)]
+
+
+_OPTIONAL = 3
+"""Inputs that may be left out, above which code is refused: each one doubles the ways in which it may be called."""
+
+
+def trace(module: nn.Module) -> fx.Graph:
+    """A module's own code as a graph, in which its children are calls.
+
+    Args:
+        module: The module.
+
+    Raises:
+        NotTraceable: If the code depends on values, shapes or the training mode, does something else where an input
+            is left out, or sets attributes.
+    """
+    kind = type(module).__name__
+    graph = _same_in_both_modes(module)
+    inputs = {str(node.target): node.args[0] for node in graph.nodes if node.op == "placeholder" and node.args}
+    flags = [name for name, default in inputs.items() if isinstance(default, bool)]
+    if flags:  # ``if flag is True`` leaves no trace, either
+        raise NotTraceable(f"{kind}.forward takes {', '.join(flags)} optionally, and may do something else with it")
+    optional = [name for name, default in inputs.items() if default is None]
+    if len(optional) > _OPTIONAL:
+        raise NotTraceable(f"{kind}.forward takes {len(optional)} inputs optionally, at most {_OPTIONAL} are tried out")
+    try:
+        without = {
+            absent: _same_in_both_modes(module, absent)
+            for n in range(1, len(optional) + 1)
+            for absent in combinations(optional, n)
+        }
+        for absent, other in without.items():
+            if len(absent) == 1:
+                _merge(graph, other, absent[0])
+        if all(_text(graph, absent) == _text(other, absent) for absent, other in without.items()):
+            return graph
+    except NotTraceable:
+        pass
+    raise NotTraceable(f"{kind}.forward takes {', '.join(optional)} optionally, and does something else without")
+
+
+def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Graph:
+    """The graph of a module's own code.
+
+    Args:
+        module: The module.
+        absent: Names of inputs that are None.
+
+    Raises:
+        NotTraceable: If it does not trace, sets attributes, or is another one in training.
+    """
+    kind = type(module).__name__
+    before = dict(vars(module))
+    flags = {child: child.training for child in module.modules()}
+    graphs = []
+    try:
+        for training in (not module.training, module.training):
+            for child in flags:
+                child.training = training
+            graphs.append(ShallowTracer(absent).trace(module))
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "cannot be iterated" in said:
+            said = "it loops over an input, of which a graph would hold the length"
+        raise NotTraceable(f"{kind}.forward does not trace: {said[:160]}") from error
+    finally:
+        for child, training in flags.items():
+            child.training = training
+        changed = [name for name, value in vars(module).items() if name not in before or before[name] is not value]
+        for name in changed:
+            if name in before:
+                vars(module)[name] = before[name]
+            else:
+                del vars(module)[name]
+    if changed:
+        raise NotTraceable(f"{kind}.forward sets {', '.join(changed[:3])}, which a graph would not")
+    if _text(graphs[0]) != _text(graphs[1]):
+        raise NotTraceable(f"{kind}.forward does something else in training, which a graph cannot hold")
+    return graphs[1]
+
+
+def _merge(graph: fx.Graph, without: fx.Graph, name: str) -> None:
+    """Puts a call of `given` wherever a graph reads an input that another one reads something else for.
+
+    Whether the two do the same otherwise is for `_text` to say.
+
+    Args:
+        graph: The graph with the input; changed.
+        without: The graph where the input is None.
+        name: The input.
+    """
+    mine = [node for node in graph.nodes if node.target is not given]
+    same = dict(zip(without.nodes, mine))
+    made: dict[fx.Node, fx.Node] = {}
+    for other, node in same.items():
+        theirs = _leaves(other)
+        if len(theirs) != len(_leaves(node)):
+            return
+        leaves = iter(theirs)
+
+        def choose(leaf: Any, node: fx.Node = node, leaves: Iterator[Any] = leaves) -> Any:
+            read = next(leaves)
+            instead = same.get(read) if isinstance(read, fx.Node) else None
+            if not isinstance(leaf, fx.Node) or leaf.op != "placeholder" or leaf.target != name or instead is None:
+                return leaf
+            if instead not in made:
+                with graph.inserting_before(node):
+                    made[instead] = graph.call_function(given, (leaf, instead))
+            return made[instead]
+
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), choose)
+        node.args, node.kwargs = args, kwargs
+
+
+def _leaves(node: fx.Node) -> list[Any]:
+    """What a call is given, out of its containers."""
+    found: list[Any] = []
+    fx.node.map_aggregate((node.args, node.kwargs), found.append)
+    return found
+
+
+def _text(graph: fx.Graph, absent: Sequence[str] = ()) -> list[str]:
+    """A graph's calls in order, whatever its nodes are called.
+
+    Args:
+        graph: The graph.
+        absent: Names of inputs that are None.
+    """
+    nodes = [node for node in graph.nodes if node.target is not given]
+    names = {node: f"%{i}" for i, node in enumerate(nodes)}
+
+    def value(node: Any) -> str | None:
+        if node.target is given:
+            first, second = node.args
+            return value(second if first.target in absent else first)
+        left_out = node.op == "placeholder" and node.target in absent
+        return None if left_out else names[node]
+
+    return [f"{node.op} {node.target} {fx.node.map_arg((node.args, node.kwargs), value)}" for node in nodes]
