@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..capture.inventory import Inventory
+from ..capture.state import untouched
+
 
 def is_classifier(outputs: Any) -> bool:
     """Whether a model's outputs are one tensor of class scores ``(N, classes)``."""
@@ -31,14 +34,10 @@ def tensors_in(outputs: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; every module is put back into the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    """The model in eval mode; afterwards it and the random states are as they were, what its code cached included."""
+    with untouched(Inventory(model), values=True):
+        model.eval()
         yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

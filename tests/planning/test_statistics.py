@@ -151,6 +151,31 @@ def test_the_model_stays_as_it_was(model: Net) -> None:
         assert torch.equal(a, b), name
 
 
+class Caches(Net):
+    """Keeps what it worked out, as LeViT's attention does its biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, Tensor] = {}
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.head.bias[[4, 3, 2, 1, 0]]
+        return super().forward(x) + self.kept["bias"]
+
+
+def test_what_the_model_keeps_goes() -> None:
+    torch.manual_seed(0)
+    model = Caches()
+    state = torch.get_rng_state()
+    gather(model, specs(model), chunks())
+    assert model.kept == {}
+    assert model.calls == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_statistics_of_parts_add_up(model: Net) -> None:
     whole = gather(model, specs(model), chunks(4), gradients=False)
     first = gather(model, specs(model), chunks(4)[:2], gradients=False)
