@@ -4,19 +4,22 @@ Fitting layers in order wants, for each, what the layers before it, already fitt
 inputs. Running the model anew for each layer would cost a forward per layer. Here every chunk of inputs has a forward
 of its own, in a thread that serves as a coroutine: it runs until a layer that is waited for, stops there with its live
 activations on its own stack, and goes on when it is told to. One pass of the data through the model serves all layers,
-whatever Python code the model is made of. Only one thread runs at a time.
+whatever Python code the model is made of. Only one thread runs at a time. Activations that are too many for memory wait
+on disk (`pwrewrite.planning.spill`).
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .spill import Spill
 from .statistics import Chunk
 
 
@@ -48,21 +51,22 @@ class Forward:
         model: The model, in the mode in which it is to run.
         chunk: Its inputs.
         owner: Knows where to stop.
+        watching: A context in which it runs.
 
     Attributes:
         at: Where it stands; None when it is finished or has not begun.
-        outputs: What the model returned, when it is finished.
         finished: Whether it is.
         kept: Tensors kept in passing, by path and side.
     """
 
-    def __init__(self, model: nn.Module, chunk: Chunk, owner: Lockstep) -> None:
-        self._model, self._chunk, self._owner = model, chunk, owner
+    def __init__(
+        self, model: nn.Module, chunk: Chunk, owner: Lockstep, watching: AbstractContextManager[object]
+    ) -> None:
+        self._model, self._chunk, self._owner, self._watching = model, chunk, owner, watching
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
         self._ended = False
         self.at: Stop | None = None
-        self.outputs: Any = None
         self.finished = False
         self.kept: dict[tuple[str, str], Tensor] = {}
         self._threads = torch.get_num_threads()
@@ -84,13 +88,25 @@ class Forward:
         if self._error is not None:
             raise self._error
 
+    def advance_to(self, path: str) -> bool:
+        """Runs to a layer, past other stops.
+
+        Returns:
+            Whether it reached it.
+        """
+        while not self.finished and (self.at is None or self.at.path != path):
+            self.advance()
+        return self.at is not None
+
     def end(self) -> None:
-        """Gives the forward up."""
+        """Gives the forward up, and all that it holds."""
         if not self.finished:
             self._ended = True
             self._go.release()
             self._back.acquire()
         self._thread.join()
+        self.kept.clear()
+        self._chunk = (), {}
 
     def stop(self, path: str, value: Tensor) -> None:
         """Called from within, by a hook: stands still until told to go on."""
@@ -110,8 +126,8 @@ class Forward:
                 torch.cuda.set_device(self._device)
             self._owner.running.forward = self
             args, kwargs = self._chunk
-            with torch.no_grad():
-                self.outputs = self._model(*args, **kwargs)
+            with torch.no_grad(), self._watching:
+                self._model(*args, **kwargs)
         except _Ended:
             pass
         except BaseException as error:
@@ -132,6 +148,7 @@ class Lockstep:
         behind: Paths of modules behind which to stop, with the output.
         keep: Path and ``input`` or ``output`` of modules at which a tensor is kept in passing, without a stop; found
             in `Forward.kept`.
+        spill: Keeps their activations; forward by forward under its place among the chunks. In memory where None.
     """
 
     def __init__(
@@ -142,6 +159,7 @@ class Lockstep:
         before: Sequence[str] = (),
         behind: Sequence[str] = (),
         keep: Collection[tuple[str, str]] = (),
+        spill: Spill | None = None,
     ) -> None:
         self.running = threading.local()
         self._handles = []
@@ -156,7 +174,10 @@ class Lockstep:
             self._handles.append(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
         for path in behind:
             self._handles.append(model.get_submodule(path).register_forward_hook(self._behind(path)))
-        self.forwards = [Forward(model, chunk, self) for chunk in chunks]
+        self.forwards = [
+            Forward(model, chunk, self, nullcontext() if spill is None else spill.watch(number))
+            for number, chunk in enumerate(chunks)
+        ]
 
     def _before(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -189,17 +210,6 @@ class Lockstep:
                 forward.kept[path, "output"] = output
 
         return hook
-
-    def advance_to(self, path: str) -> bool:
-        """Runs every forward to a layer, past other stops.
-
-        Returns:
-            Whether all of them reached it.
-        """
-        for forward in self.forwards:
-            while not forward.finished and (forward.at is None or forward.at.path != path):
-                forward.advance()
-        return all(forward.at is not None for forward in self.forwards)
 
     def close(self) -> None:
         """Ends all forwards and takes the hooks off."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -29,8 +28,9 @@ from .candidates import Candidate, LayerCandidates, Meant, forms_named, make_can
 from .fitting import fit_order, fit_targets
 from .latency import LatencyTable, Place, time_models, time_plan
 from .refit import refit
-from .room import samples_in_lockstep, samples_in_run
+from .room import Limited, Room, room_in_lockstep, samples_in_run
 from .settings import Settings
+from .spill import Spill
 from .statistics import Statistics, gather
 from .weighted import WeightedLayer
 
@@ -364,35 +364,41 @@ class Planner:
         if not targets:
             return {}
         order, norms = fit_order(self.captured, {target.path for target in targets})
-        return refit(
+        room = room_in_lockstep(self.captured, self.batches.expected)
+        chunks = Limited(self.batches.calibration(), room.samples)
+        errors = refit(
             self.model,
             rewritten,
             targets,
             norms,
             order,
-            islice(self.batches.calibration(), self._frontier_chunks()),
+            chunks,
             factors=self.settings.refit == "full",
             seed=self.settings.seed,
             progress=lambda path, share: self.say(f"fitting {path}", share),
+            spill=Spill(room.memory) if room.spilled else None,
         )
-
-    def _frontier_chunks(self) -> int:
-        """How many chunks may move through both models together."""
-        assert self.batches is not None
-        chunks = max(1, samples_in_lockstep(self.captured) // self.batches.chunk)
-        expected = self.batches.expected or self.batches.samples
-        if expected and chunks * self.batches.chunk < 0.8 * expected:
-            self.notes.append(
-                f"fitted on {chunks * self.batches.chunk} of {expected} calibration inputs: more of their activations "
-                "would not fit into memory at once"
-            )
-        return chunks
+        if chunks.cut:
+            self.notes.append(_left_out(chunks, self.batches.samples, room))
+        return errors
 
 
 def _batches(calibration: Iterable[Any], inputs: Inputs, size: int | None, chunk: int) -> Batches:
     if isinstance(calibration, Batches):
         return calibration
     return Batches(calibration, inputs, size=size, chunk=chunk)
+
+
+def _left_out(chunks: Limited, samples: int, room: Room) -> str:
+    """That not all inputs were fitted to, and why."""
+    told = f"fitted on the first {chunks.samples} of {samples} calibration inputs (held-out ones included)"
+    if chunks.many:
+        return f"{told}: they come in more batches than run together"
+    memory, disk, all_of_them = (n / 1024**3 for n in (room.memory, room.disk, samples * room.each))
+    return (
+        f"{told}: the activations of all may take {all_of_them:.3g} GiB, and there are {memory:.3g} GiB of memory "
+        f"for them and {disk:.3g} GiB of disk ({room.folder}; TMPDIR names another folder)"
+    )
 
 
 def _amount(kind: str, value: float) -> str:

@@ -16,12 +16,14 @@ sum by then (`pwrewrite.planning.residuals`), in the units of its own output: th
 A batch norm behind rewritten layers is re-estimated: its running mean moves by as much as the mean of what it reads.
 
 All inputs move through both models together (`pwrewrite.planning.lockstep`), so the price is one forward of each model
-and the solving, and the memory that of the live activations of the inputs used.
+and the solving. The live activations of all of them wait at every layer, in memory or on disk
+(`pwrewrite.planning.spill`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -36,7 +38,8 @@ from .lockstep import Forward, Lockstep
 from .patches import batched, input_rows, output_rows, position_count, row_size
 from .residuals import Residual
 from .running import evaluating
-from .statistics import LARGEST_ROW, Chunk, wide_dtype
+from .spill import Spill, give_back_memory
+from .statistics import LARGEST_ROW, Chunk, samples_of, wide_dtype
 from .weighted import WeightedLayer
 
 RIDGE = 1e-3
@@ -120,6 +123,7 @@ def refit(
     factors: bool = True,
     seed: int = 0,
     progress: Callable[[str, float], None] | None = None,
+    spill: Spill | None = None,
 ) -> dict[str, float]:
     """Fits layers, biases and batch norms of a rewritten model, in place.
 
@@ -129,43 +133,72 @@ def refit(
         targets: The layers to fit.
         norms: Paths of batch norms to re-estimate.
         order: Paths of both in the order in which they run.
-        chunks: Calibration inputs; all of them are held at once.
+        chunks: Calibration inputs.
         factors: Whether the factors are fitted, or biases and norms only.
         seed: Of the positions that are sampled.
         progress: Called with each path and how much is done.
+        spill: Keeps inputs and activations, and is at its end with this; all of them are in memory where None.
 
     Returns:
         Path to the relative error of the weights of each layer whose factors were fitted.
     """
-    inputs = list(chunks)
     by_path = {target.path: target for target in targets}
     keep = {(t.residual.module, t.residual.side) for t in targets if t.residual is not None}
     generator = torch.Generator().manual_seed(seed)
     errors: dict[str, float] = {}
-    with (
-        torch.no_grad(),
-        evaluating(original),
-        evaluating(rewritten),
-        Lockstep(original, inputs, behind=list(by_path), before=list(norms), keep=keep) as before,
-        Lockstep(rewritten, inputs, before=[*by_path, *norms], keep=keep) as after,
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluating(original))
+        stack.enter_context(evaluating(rewritten))
+        if spill is not None:
+            stack.enter_context(spill)
+        inputs = [chunk if spill is None else spill.keep(number, chunk) for number, chunk in enumerate(chunks)]
+        stack.callback(inputs.clear)
+        samples = [samples_of(*chunk) for chunk in inputs]
+        chunks_of_first = sum(samples) / max(samples[0], 1)
+        before = stack.enter_context(
+            Lockstep(original, inputs, behind=list(by_path), before=list(norms), keep=keep, spill=spill)
+        )
+        after = stack.enter_context(Lockstep(rewritten, inputs, before=[*by_path, *norms], keep=keep, spill=spill))
         for i, path in enumerate(order):
             if progress is not None:
                 progress(path, i / len(order))
-            if not (before.advance_to(path) and after.advance_to(path)):
-                break
             module = rewritten.get_submodule(path)
-            pairs = list(zip(before.forwards, after.forwards))
-            if path not in by_path:
-                _fit_norm(module, pairs)
-            elif by_path[path].spec.transposed or not factors or row_size(by_path[path].spec) > LARGEST_ROW:
-                _fit_bias(by_path[path], module, pairs)
-            else:
-                errors[path] = _fit_layer(by_path[path], module, pairs, original, generator)
+            pairs = _pairs_at(path, before, after, spill)
+            try:
+                if path not in by_path:
+                    _fit_norm(module, pairs)
+                elif by_path[path].spec.transposed or not factors or row_size(by_path[path].spec) > LARGEST_ROW:
+                    _fit_bias(by_path[path], module, pairs)
+                else:
+                    errors[path] = _fit_layer(by_path[path], module, pairs, original, generator, chunks_of_first)
+            except _NotReached:
+                break
             for key in keep - {_kept_for(by_path.get(later)) for later in order[i + 1 :]}:
                 for forward in (*before.forwards, *after.forwards):
                     forward.kept.pop(key, None)
+            give_back_memory()
     return errors
+
+
+class _NotReached(Exception):
+    """A forward came to its end and not to a layer."""
+
+
+def _pairs_at(path: str, before: Lockstep, after: Lockstep, spill: Spill | None) -> Iterator[tuple[Forward, Forward]]:
+    """Runs the forwards of both models to a layer, chunk by chunk; what a pair holds is in memory while it is given.
+
+    Raises:
+        _NotReached: If one does not come there.
+    """
+    for number, pair in enumerate(zip(before.forwards, after.forwards)):
+        if spill is not None:
+            spill.wake(number)
+        if not all(forward.advance_to(path) for forward in pair):
+            raise _NotReached
+        yield pair
+        if spill is not None:
+            spill.settle(number)
 
 
 def _kept_for(target: Target | None) -> tuple[str, str] | None:
@@ -176,18 +209,32 @@ def _kept_for(target: Target | None) -> tuple[str, str] | None:
 def _fit_layer(
     target: Target,
     module: Any,
-    pairs: Sequence[tuple[Forward, Forward]],
+    pairs: Iterable[tuple[Forward, Forward]],
     original: nn.Module,
     generator: torch.Generator,
+    chunks_of_first: float,
 ) -> float:
-    """Fits one layer to the outputs of the original, from the inputs in the rewritten model."""
+    """Fits one layer to the outputs of the original, from the inputs in the rewritten model.
+
+    Args:
+        target: The layer.
+        module: What is there now.
+        pairs: The forwards that stand at it.
+        original: The original.
+        generator: Of the positions that are sampled.
+        chunks_of_first: How many chunks like the first one there are.
+
+    Returns:
+        How far the weights have moved, as a share.
+    """
     spec = target.spec
     assert isinstance(module, Factorized)
     moments = _Moments(spec.groups, row_size(spec), spec.out_channels // spec.groups, target.weight.device)
     scale = _scale_of(target, original)
-    samples = sum(len(batched(_value(after), spec)) for _, after in pairs)
+    samples = 0
     for before, after in pairs:
         y, x = batched(_value(before), spec), batched(_value(after), spec)
+        samples = samples or round(len(x) * chunks_of_first)
         taken = _sampled(position_count(x, spec, tuple(y.shape[2:])), spec, samples, len(x), generator)
         rows = _float(output_rows(y, spec, taken))
         if target.residual is not None and scale is not None:
@@ -236,7 +283,7 @@ def _value(forward: Forward) -> Tensor:
     return forward.at.value
 
 
-def _fit_bias(target: Target, module: Any, pairs: Sequence[tuple[Forward, Forward]]) -> None:
+def _fit_bias(target: Target, module: Any, pairs: Iterable[tuple[Forward, Forward]]) -> None:
     """Moves the bias by the difference of the mean outputs."""
     assert isinstance(module, Factorized)
     spec, bias = target.spec, module.bias
@@ -253,19 +300,33 @@ def _fit_bias(target: Target, module: Any, pairs: Sequence[tuple[Forward, Forwar
     bias.copy_(bias + (total / max(count, 1)).to(bias))
 
 
-def _fit_norm(module: nn.Module, pairs: Sequence[tuple[Forward, Forward]]) -> None:
+def _fit_norm(module: nn.Module, pairs: Iterable[tuple[Forward, Forward]]) -> None:
     """Moves a batch norm's running mean by as much as the mean of what it reads."""
+    means = [_ChannelMean(), _ChannelMean()]
+    for pair in pairs:
+        for mean, forward in zip(means, pair):
+            mean.add(_value(forward))
     assert isinstance(module, _BatchNorm)
     assert module.running_mean is not None
-    old, new = (_channel_mean([_value(pair[side]) for pair in pairs]) for side in (0, 1))
+    old, new = (mean.value() for mean in means)
     module.running_mean += (new - old).to(module.running_mean)
 
 
-def _channel_mean(values: Sequence[Tensor]) -> Tensor:
-    wide = wide_dtype(values[0].device)
-    sums = sum(v.to(wide).sum([i for i in range(v.dim()) if i != 1]) for v in values)
-    assert isinstance(sums, Tensor)
-    return sums / sum(v.numel() // v.shape[1] for v in values)
+class _ChannelMean:
+    """The mean of every channel over several tensors ``(N, channels, …)``."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, x: Tensor) -> None:
+        here = x.to(wide_dtype(x.device)).sum([i for i in range(x.dim()) if i != 1])
+        self._sum = here if self._sum is None else self._sum + here
+        self._count += x.numel() // x.shape[1]
+
+    def value(self) -> Tensor:
+        assert self._sum is not None
+        return self._sum / self._count
 
 
 def _sampled(count: int, spec: ConvSpec, samples: int, here: int, generator: torch.Generator) -> Tensor | None:

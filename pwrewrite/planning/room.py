@@ -1,14 +1,47 @@
-"""How many calibration inputs fit into memory at once, from a capture's shapes."""
+"""How many calibration inputs there is room for at once, in memory and on disk, from a capture's shapes."""
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
 from ..capture.records import Capture
+from .statistics import Chunk, samples_of
 
 _MOST = 32
 _RUN_BYTES = 1024**3
 """About how many bytes of activations one calibration run, forward and backward, may hold."""
-_LOCKSTEP_BYTES = 5 * 1024**3 // 2
-"""About how many bytes of live activations two models that run in lock-step may hold."""
+MEMORY = 5 * 1024**3 // 2
+"""Bytes of live activations that two models that run in lock-step may hold in memory; the rest goes to disk."""
+_MOST_CHUNKS = 512
+_MOST_THREADS = 8192
+_DISK_SHARE = 0.9
+"""How much of what is free on the disk may be taken."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is for the live activations of two models in lock-step.
+
+    Attributes:
+        samples: For how many samples there is room, 1 or more.
+        spilled: Whether some of it is on disk.
+        each: About how many bytes a sample takes.
+        memory: Bytes that may be taken in memory.
+        disk: Bytes that may be taken on the disk.
+        folder: Where.
+    """
+
+    samples: int
+    spilled: bool
+    each: int
+    memory: int
+    disk: int
+    folder: str
 
 
 def samples_in_run(captured: Capture) -> int:
@@ -22,13 +55,59 @@ def samples_in_run(captured: Capture) -> int:
     return int(min(_MOST, max(1, _RUN_BYTES * samples_of_example(captured) // max(1, made))))
 
 
-def samples_in_lockstep(captured: Capture) -> int:
-    """Samples whose live activations may be held in two models at once."""
+def room_in_lockstep(captured: Capture, samples: int | None) -> Room:
+    """What there is for the live activations of two models that run in lock-step.
+
+    Args:
+        captured: The model.
+        samples: Of how many samples they are; None where that is not known.
+    """
     live = peak = 0
     for event in captured.memory:
         live += event.nbytes
         peak = max(peak, live)
-    return int(max(1, _LOCKSTEP_BYTES * samples_of_example(captured) // max(1, 2 * peak)))
+    inputs = sum(spec.nbytes for _, spec in captured.inputs)
+    each = max(1, 2 * (peak + inputs) // samples_of_example(captured))
+    try:
+        folder = tempfile.gettempdir()
+        disk = int(shutil.disk_usage(folder).free * _DISK_SHARE)
+    except OSError:
+        folder, disk = "no temporary folder", 0
+    spilled = samples is None or samples * each > MEMORY
+    return Room(max(1, (MEMORY + (disk if spilled else 0)) // each), spilled and disk > 0, each, MEMORY, disk, folder)
+
+
+def most_chunks() -> int:
+    """Chunks in lock-step, at most: each has two threads, and each of these its own workers in torch."""
+    return min(_MOST_CHUNKS, max(32, _MOST_THREADS // (2 * torch.get_num_threads())))
+
+
+class Limited:
+    """The first of some chunks, as many as there is room for.
+
+    Args:
+        chunks: The chunks.
+        samples: Of how many samples, about.
+        most: How many at most; `most_chunks` where None.
+
+    Attributes:
+        samples: Samples taken.
+        cut: Whether there were more chunks.
+        many: Whether that is for their number, and not for the samples in them.
+    """
+
+    def __init__(self, chunks: Iterable[Chunk], samples: int, most: int | None = None) -> None:
+        self._chunks, self._room, self._most = chunks, samples, most or most_chunks()
+        self.samples, self.cut, self.many = 0, False, False
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for number, chunk in enumerate(self._chunks):
+            size = samples_of(*chunk)
+            if number and (number >= self._most or self.samples + size > self._room):
+                self.cut, self.many = True, number >= self._most
+                return
+            self.samples += size
+            yield chunk
 
 
 def samples_of_example(captured: Capture) -> int:

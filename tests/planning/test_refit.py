@@ -175,13 +175,13 @@ def test_models_and_threads_are_left_as_they_were(model: Net) -> None:
 
 def test_lockstep_stops_every_forward_in_turn(model: Net) -> None:
     with Lockstep(model, inputs(3), before=["blocks.0.conv2"], behind=["head"]) as steps:
-        assert steps.advance_to("blocks.0.conv2")
+        assert all(forward.advance_to("blocks.0.conv2") for forward in steps.forwards)
         assert [forward.at.path for forward in steps.forwards if forward.at] == ["blocks.0.conv2"] * 3
-        assert steps.advance_to("head")
+        assert all(forward.advance_to("head") for forward in steps.forwards)
         values = [forward.at.value for forward in steps.forwards if forward.at]
         for (args, _), value in zip(inputs(3), values):
             torch.testing.assert_close(value, model(*args))
-        assert not steps.advance_to("blocks.0.conv2")
+        assert not any(forward.advance_to("blocks.0.conv2") for forward in steps.forwards)
         assert all(forward.finished for forward in steps.forwards)
 
 
@@ -189,7 +189,7 @@ def test_an_error_inside_a_forward_comes_out(model: Net) -> None:
     bad: list[tuple[tuple[Tensor], dict[str, Tensor]]] = [((torch.randn(2, 4, 10, 10),), {})]
     threads = threading.active_count()
     with pytest.raises(RuntimeError, match="channels"), Lockstep(model, bad, before=["head"]) as steps:
-        steps.advance_to("head")
+        steps.forwards[0].advance_to("head")
     assert threading.active_count() == threads
 
 

@@ -1,0 +1,317 @@
+"""Live activations of forwards that stand still: in memory up to an allowance, the rest in a temporary file.
+
+The activations of a forward that was stopped are held by local variables of whatever code the model is made of. They
+stay where they are: only the bytes behind them come and go. The storage of a tensor is resized to nothing when its
+bytes are on disk and to its old size before they are read, and all views of it see the same. `Spill.watch` is a mode
+of torch under which a forward runs. Under it every storage that an operation makes is noted, and what an operation
+reads is brought back first, so that a tensor that one forward keeps in the model for the others is safe too.
+
+Who runs forwards together wakes and settles them one by one (`Spill.wake`, `Spill.settle`): settling spills what that
+one holds as far as all of them exceed the allowance. The first ones then stay in memory and the last ones go to disk
+at every stop. Forwards go round and round, and to spill the one that waited longest would be to spill what comes next.
+
+The file has no name on systems that allow it: nothing is left of it when the process ends, however that happens. It
+lies where `tempfile` puts files, in the folder that ``TMPDIR`` names.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+import threading
+import weakref
+from bisect import insort
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, UntypedStorage, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..capture.nested import map_tensors, tensors_of
+from ..errors import OutputError
+from .statistics import Chunk
+
+SMALLEST = 4096
+"""Storages of fewer bytes stay in memory and are not counted."""
+
+_PIECE = 4 * 1024**2
+_TRIMMED = 128 * 1024**2
+"""After how many bytes spilled memory is given back to the system."""
+
+
+def give_back_memory() -> None:
+    """Gives memory that is free back to the system, where the C library keeps it.
+
+    glibc keeps what is freed in pools of a few threads each, where it serves no others: many forwards would take
+    several times the memory of what they hold.
+    """
+    with suppress(OSError, AttributeError, TypeError):  # there is no such function elsewhere, nor a library to name so
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@dataclass(eq=False, slots=True)
+class _Held:
+    """A storage that a forward made.
+
+    Attributes:
+        storage: The storage, while anything holds it.
+        nbytes: Its bytes.
+        place: Where they are in the file; None while they are in memory.
+    """
+
+    storage: weakref.ref[UntypedStorage]
+    nbytes: int
+    place: int | None = None
+
+
+class Spill:
+    """Keeps the activations of many forwards, as many as are allowed in memory.
+
+    A context manager: at its end, what is still alive is in memory again, and the file is gone.
+
+    Args:
+        allowance: Bytes in memory, while no forward runs; one that runs is in memory as a whole.
+
+    Attributes:
+        held: Bytes in memory now.
+        written: Bytes that were written to disk so far.
+    """
+
+    def __init__(self, allowance: int) -> None:
+        self.allowance, self.held, self.written = allowance, 0, 0
+        self._file, self._trimmed_at = _File(), 0
+        self._known: weakref.WeakKeyDictionary[UntypedStorage, _Held] = weakref.WeakKeyDictionary()
+        self._of: dict[int, list[_Held]] = {}
+        self._lock = threading.RLock()  # forwards take turns, but for a moment after an interruption
+        # Modes set flags of the process and put back what was there. This one is the first to begin and the last to
+        # end, so that those of the threads in between, which end in any order, leave nothing behind.
+        self._outermost = _Watch(self, None)
+
+    def __enter__(self) -> Spill:
+        self._outermost.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            for number in self._of:
+                self.wake(number)
+        finally:
+            self._file.close()
+            self._outermost.__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def watch(self, number: int) -> TorchDispatchMode:
+        """The mode under which a forward runs.
+
+        Args:
+            number: Of the forward; several may share one, and are then woken and settled together.
+        """
+        return _Watch(self, number)
+
+    def keep(self, number: int, chunk: Chunk) -> Chunk:
+        """A copy of a forward's inputs, which may be spilled like its activations."""
+        with self.watch(number):
+            args, kwargs = map_tensors(chunk, lambda tensor: tensor.clone())
+        self.settle(number)
+        return args, kwargs
+
+    def wake(self, number: int) -> None:
+        """Brings back all that a forward holds."""
+        with self._lock:
+            for one in self._of.get(number, ()):
+                storage = one.storage()
+                if storage is not None:
+                    self._restore(one, storage)
+
+    def settle(self, number: int) -> None:
+        """Spills what a forward holds, the oldest first, as far as memory holds more than is allowed.
+
+        Raises:
+            OutputError: If the disk is full.
+        """
+        with self._lock:
+            alive = []
+            for one in self._of.get(number, ()):
+                storage = one.storage()
+                if storage is None:
+                    self._forget(one)
+                else:
+                    alive.append((one, storage))
+            self._of[number] = [one for one, _ in alive]
+            for one, storage in alive:
+                if self.held <= self.allowance:
+                    break
+                self._spill(one, storage)
+        if self.written - self._trimmed_at > _TRIMMED:
+            self._trimmed_at = self.written
+            give_back_memory()
+
+    def made(self, number: int, storages: list[UntypedStorage]) -> None:
+        """Notes new storages of a forward."""
+        with self._lock:
+            for storage in storages:
+                if storage.nbytes() >= SMALLEST and storage not in self._known:
+                    one = self._known[storage] = _Held(weakref.ref(storage), storage.nbytes())
+                    self._of.setdefault(number, []).append(one)
+                    self.held += one.nbytes
+
+    def bring(self, storages: list[UntypedStorage]) -> None:
+        """Brings back what is about to be read, whosever it is."""
+        with self._lock:
+            for storage in storages:
+                one = self._known.get(storage)
+                if one is not None:
+                    self._restore(one, storage)
+
+    def _spill(self, one: _Held, storage: UntypedStorage) -> None:
+        if one.place is not None or not storage.resizable():  # numpy may look at it
+            return
+        self.held += storage.nbytes() - one.nbytes  # the code may have resized it
+        one.nbytes = storage.nbytes()
+        one.place = self._file.write(storage)
+        self.written += one.nbytes
+        storage.resize_(0)
+        self.held -= one.nbytes
+
+    def _restore(self, one: _Held, storage: UntypedStorage) -> None:
+        if one.place is None:
+            return
+        place, one.place = one.place, None  # first, since reading it back is an operation on it too
+        storage.resize_(one.nbytes)
+        self.held += one.nbytes
+        self._file.read(place, storage)
+        self._file.free(place, one.nbytes)
+
+    def _forget(self, one: _Held) -> None:
+        if one.place is None:
+            self.held -= one.nbytes
+        else:
+            self._file.free(one.place, one.nbytes)
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tells a `Spill` what operations read and make in the thread that enters it."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, spill: Spill, number: int | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._spill, self._number = spill, number
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled parts of a model run as compiled."""
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs an operation on what is in memory."""
+        kwargs = kwargs or {}
+        read = list(_storages((args, kwargs)))
+        self._spill.bring(read)
+        out = func(*args, **kwargs)
+        if self._number is not None:
+            before = set(map(id, read))  # parameters, buffers and views of them are nobody's to spill
+            self._spill.made(self._number, [storage for storage in _storages(out) if id(storage) not in before])
+        return out
+
+
+class _File:
+    """A temporary file whose parts are used again."""
+
+    def __init__(self) -> None:
+        self._file: Any = None
+        self._end = 0
+        self._gaps: list[tuple[int, int]] = []
+        self._buffer = np.empty(_PIECE, np.uint8)
+
+    def write(self, storage: UntypedStorage) -> int:
+        """Writes a storage's bytes.
+
+        Returns:
+            Where they are.
+
+        Raises:
+            OutputError: If they cannot be written.
+        """
+        flat, place = _bytes(storage), self._place(storage.nbytes())
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="pwrewrite-", buffering=0)  # noqa: SIM115
+            self._file.seek(place)
+            for start in range(0, len(flat), _PIECE):
+                part = flat[start : start + _PIECE]
+                piece = self._buffer[: len(part)]
+                torch.from_numpy(piece).copy_(part)
+                left = piece.data
+                while left:
+                    left = left[self._file.write(left) :]
+        except OSError as error:
+            raise OutputError(
+                f"the activations of the calibration inputs cannot be written to disk: {error.strerror or error}",
+                where=str(tempfile.tempdir or ""),
+                got=f"{self._end / 1024**3:.2f} GiB of them so far",
+                hint="make room there, name another folder with TMPDIR, or use fewer inputs (--calibration-size)",
+            ) from error
+        return place
+
+    def read(self, place: int, storage: UntypedStorage) -> None:
+        """Reads a storage's bytes back."""
+        flat = _bytes(storage)
+        self._file.seek(place)
+        for start in range(0, len(flat), _PIECE):
+            part = flat[start : start + _PIECE]
+            piece = self._buffer[: len(part)]
+            left = piece.data
+            while left:
+                count = self._file.readinto(left)
+                if not count:
+                    raise OSError("the temporary file of the activations has become shorter")
+                left = left[count:]
+            part.copy_(torch.from_numpy(piece))
+
+    def free(self, place: int, nbytes: int) -> None:
+        """Gives a part back; the end of the file goes back to the disk."""
+        insort(self._gaps, (place, nbytes))
+        merged: list[tuple[int, int]] = []
+        for start, size in self._gaps:
+            if merged and sum(merged[-1]) == start:
+                merged[-1] = (merged[-1][0], merged[-1][1] + size)
+            else:
+                merged.append((start, size))
+        if merged and sum(merged[-1]) == self._end:
+            self._end = merged.pop()[0]
+            self._file.truncate(self._end)
+        self._gaps = merged
+
+    def close(self) -> None:
+        """Removes the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _place(self, nbytes: int) -> int:
+        """Where there is room: in the first gap that is large enough, or at the end."""
+        for i, (start, size) in enumerate(self._gaps):
+            if size >= nbytes:
+                self._gaps[i : i + 1] = [(start + nbytes, size - nbytes)] if size > nbytes else []
+                return start
+        self._end += nbytes
+        return self._end - nbytes
+
+
+def _storages(value: Any) -> Iterator[UntypedStorage]:
+    """The storages behind the tensors in a nest, of those that have one."""
+    for tensor in tensors_of(value):
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.device.type != "meta":
+            try:
+                yield tensor.untyped_storage()
+            except (NotImplementedError, RuntimeError):  # functorch's tensors have none
+                continue
+
+
+def _bytes(storage: UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
