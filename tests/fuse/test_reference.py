@@ -1,0 +1,70 @@
+"""The comparison with float64: what it lets pass, what it does not, and what it cannot judge."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pwrewrite.fusing import reference_check
+
+
+class Chooses(nn.Module):
+    """Returns the maps of the channels with the largest sums, as a detector returns its best boxes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        scores = y.mean((0, 2, 3))
+        chosen = (scores + torch.arange(16)).topk(4).indices.tolist()
+        return y[:, chosen]
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+
+
+@pytest.mark.parametrize("by_value", [False, True])
+def test_a_model_that_computes_something_else_fails(by_value: bool) -> None:
+    model, x = network(), torch.randn(2, 3, 12, 12)
+    check = reference_check(model, copy.deepcopy(model), x, by_value=by_value)
+    assert check is not None
+    assert check.passed
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong[2].weight.mul_(1 + 1e-5)
+    check = reference_check(model, wrong, x, by_value=by_value)
+    assert check is not None
+    assert not check.passed
+
+
+def test_what_decides_by_values_is_judged_where_rounding_does_not_decide() -> None:
+    torch.manual_seed(0)
+    model, x = Chooses().eval(), torch.randn(2, 3, 12, 12)
+    check = reference_check(model, copy.deepcopy(model), x, by_value=True)
+    assert check is not None
+    assert check.passed
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.conv.weight.mul_(1 + 1e-4)
+    check = reference_check(model, wrong, x, by_value=True)
+    assert check is not None
+    assert not check.passed
+
+
+def test_where_rounding_decides_there_is_no_check() -> None:
+    class Close(Chooses):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.conv(x)
+            digits = (y.flatten(1).sum(1) * 1e7).floor().to(torch.int64)  # below what float32 carries
+            return y.roll(int(digits[0]) % 5, 1)
+
+    torch.manual_seed(0)
+    model, x = Close().eval(), torch.randn(2, 3, 12, 12)
+    assert reference_check(model, copy.deepcopy(model), x, by_value=True) is None
