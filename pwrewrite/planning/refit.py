@@ -149,7 +149,7 @@ def refit(
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(original))
-        stack.enter_context(evaluating(rewritten))
+        stack.enter_context(evaluating(rewritten, buffers=False))
         if spill is not None:
             stack.enter_context(spill)
         inputs = [chunk if spill is None else spill.keep(number, chunk) for number, chunk in enumerate(chunks)]

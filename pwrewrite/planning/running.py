@@ -33,9 +33,14 @@ def tensors_in(outputs: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; afterwards it and the random states are as they were, what its code cached included."""
-    with untouched(Inventory(model), values=True):
+def evaluating(model: nn.Module, *, buffers: bool = True) -> Iterator[None]:
+    """The model in eval mode; afterwards it and the random states are as they were, what its code cached included.
+
+    Args:
+        model: The model.
+        buffers: Whether its buffers are as they were, too; not where they are being fitted.
+    """
+    with untouched(Inventory(model), values=buffers):
         model.eval()
         yield
 
