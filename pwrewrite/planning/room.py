@@ -15,7 +15,7 @@ from .statistics import Chunk, samples_of
 _MOST = 32
 _RUN_BYTES = 1024**3
 """About how many bytes of activations one calibration run, forward and backward, may hold."""
-MEMORY = 5 * 1024**3 // 2
+MEMORY = 2 * 1024**3
 """Bytes of live activations that two models that run in lock-step may hold in memory; the rest goes to disk."""
 _MOST_CHUNKS = 512
 _MOST_THREADS = 8192
