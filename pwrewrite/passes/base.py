@@ -179,7 +179,7 @@ class LayerPass(Pass):
         widths = self._widths(layer, spec, owners, axes)
         if isinstance(widths, Skip):
             return widths
-        return self.op(layer, spec, widths, axes=axes, scope=_scope(capture, layer))
+        return self.op(layer, spec, widths, axes=axes, scope=scope_of(capture, layer))
 
     def refusal(self, capture: Capture, layer: Layer, owners: Owners) -> Skip | None:
         """Why a layer may not be replaced by this form; None where it may."""
@@ -364,8 +364,8 @@ def _matches(layer: Layer, pattern: str) -> bool:
     return any(fnmatchcase(path, pattern) for path in (layer.path, *layer.aliases))
 
 
-def _scope(capture: Capture, layer: Layer) -> str:
-    """The module whose code makes the one call of a functional layer."""
+def scope_of(capture: Capture, layer: Layer) -> str:
+    """The module whose code makes the one call of a functional layer; ``""`` for a module."""
     if not layer.functional:
         return ""
     name = layer.calls[0].node

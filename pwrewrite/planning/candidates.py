@@ -13,11 +13,14 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..actions.evaluation import code_graph
 from ..capture.records import Capture, Layer
+from ..code_trace import NotTraceable
 from ..convolution import ConvSpec
 from ..eligibility import Owners
 from ..errors import UsageError
 from ..forms import FORMS, stage_output, stages
+from ..graph_edit import FunctionalCall
 from ..passes import (
     FactorizeLinear,
     FactorizePointwise,
@@ -28,7 +31,7 @@ from ..passes import (
     LayerPass,
     SeparateDepthwise,
 )
-from ..passes.base import chosen, estimate_chain, spec_of, weight_of
+from ..passes.base import chosen, estimate_chain, scope_of, spec_of, weight_of
 from ..plan import Op, Skip, SkipReason
 from .latency import Contestant, LatencyTable
 from .statistics import LayerStatistics, Statistics
@@ -117,6 +120,7 @@ class Meant:
         replan: Whether parts of earlier rewrites are looked at.
 
     Attributes:
+        capture: The model.
         layers: What may be replaced, with the passes that apply to it.
         skips: What may not, and why.
     """
@@ -130,6 +134,7 @@ class Meant:
         exclude: Sequence[str] = (),
         replan: bool = False,
     ) -> None:
+        self.capture = capture
         self.owners = Owners(capture)
         self.layers: list[tuple[Layer, dict[str, LayerPass]]] = []
         self.skips: list[Skip] = []
@@ -148,9 +153,9 @@ class Meant:
                     applying[form] = one
                 else:
                     refusals.append(refused)
-            if layer.functional and applying:
-                detail = "called as a function, where calibration cannot look; make it a module"
-                refusals, applying = [Skip(layer.path, SkipReason.FUNCTIONAL, detail)], {}
+            refused = _refused_in_code(capture, layer) if layer.functional and applying else None
+            if refused is not None:
+                refusals, applying = [refused], {}
             if applying:
                 self.layers.append((layer, applying))
             elif refusals:
@@ -162,6 +167,24 @@ class Meant:
     def specs(self) -> dict[str, ConvSpec]:
         """Path to shape facts."""
         return {layer.path: spec_of(layer) for layer, _ in self.layers}
+
+    def functions(self) -> dict[str, str]:
+        """Path to the name of the weight, of layers that are called as functions."""
+        return {layer.path: layer.weight for layer, _ in self.layers if layer.functional}
+
+
+def _refused_in_code(capture: Capture, layer: Layer) -> Skip | None:
+    """Why a layer that is called as a function must stay; None where its call can be replaced in the code."""
+    scope = scope_of(capture, layer)
+    prefix = f"{scope}." if scope else ""
+    if not layer.weight.startswith(prefix):
+        detail = f"{layer.weight} lies outside {scope}, whose code reads it"
+        return Skip(layer.path, SkipReason.NOT_TRACED, detail)
+    try:
+        FunctionalCall(code_graph(capture.model.get_submodule(scope)), layer.weight.removeprefix(prefix))
+    except NotTraceable as failure:
+        return Skip(layer.path, SkipReason.NOT_TRACED, str(failure))
+    return None
 
 
 def make_candidates(
@@ -189,8 +212,9 @@ def make_candidates(
             progress(layer.path, i / len(meant.layers))
         weight = weight_of(layer, meant.owners)
         assert weight is not None
-        spec = spec_of(layer)
-        weighted = weighted_layer(weight, spec, layer.path, statistics, centred=centred, multiple=multiple)
+        spec, scope = spec_of(layer), scope_of(meant.capture, layer)
+        off_mean = centred and not layer.functional  # whose biases are not fitted
+        weighted = weighted_layer(weight, spec, layer.path, statistics, centred=off_mean, multiple=multiple)
         one = LayerCandidates(layer, spec)
         costs = {"params": float(layer.params), "macs": float(layer.macs), "bytes": _bytes(layer, [("", spec)])}
         one.candidates.append(Candidate(None, 0.0, 0.0, costs))
@@ -198,7 +222,7 @@ def make_candidates(
             for rung in weighted.rungs(form, _saves(layer, spec)):
                 if largest_error is not None and rung.error > largest_error:
                     continue
-                op = by.op(layer, spec, rung.widths, axes=rung.axes)
+                op = by.op(layer, spec, rung.widths, axes=rung.axes, scope=scope)
                 if isinstance(op, Op) and op.estimate is not None:
                     after = {
                         "params": float(op.estimate.params_after),

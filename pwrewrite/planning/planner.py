@@ -160,6 +160,7 @@ class Planner:
                 seed=self.settings.seed,
                 expected=expected,
                 start=found,
+                functions=self.meant.functions(),
                 each=each,
             )
         except BaseException:
@@ -173,9 +174,8 @@ class Planner:
         """Says where the inputs were too few."""
         sparse = [path for path, one in found.layers.items() if one.rows < 2 * one.means.shape[1]]
         if sparse:
-            shown = ", ".join(sparse[:3]) + (f" and {len(sparse) - 3} more" if len(sparse) > 3 else "")
             self.notes.append(
-                f"too few calibration inputs for {shown}: fewer than two patches per patch element; their "
+                f"too few calibration inputs for {_few(sparse)}: fewer than two patches per patch element; their "
                 "statistics are drawn to the identity, and more inputs would serve better"
             )
         blind = [path for path, one in found.layers.items() if found.kind == "loss" and one.gradients is None]
@@ -345,7 +345,8 @@ class Planner:
         spec = self.meant.specs().get(path)
         if spec is None:
             return None
-        return weighted_layer(weight, spec, path, self.statistics, centred=self.settings.refit != "none")
+        centred = self.settings.refit != "none" and path not in self.meant.functions()
+        return weighted_layer(weight, spec, path, self.statistics, centred=centred)
 
     def refit(self, rewritten: nn.Module, plan: Plan) -> dict[str, float]:
         """Fits a rewritten model to the original on the calibration inputs, in place.
@@ -359,6 +360,9 @@ class Planner:
         """
         if self.batches is None or self.settings.refit == "none":
             return {}
+        functions = sorted(self.meant.functions().keys() & {op.path for op in plan.ops})
+        if functions:
+            self.notes.append(f"called as functions, and therefore not fitted: {_few(functions)}")
         specs = self.meant.specs()
         targets = fit_targets(self.captured, rewritten, plan, specs, self.statistics)
         if not targets:
@@ -399,6 +403,10 @@ def _left_out(chunks: Limited, samples: int, room: Room) -> str:
         f"{told}: the activations of all may take {all_of_them:.3g} GiB, and there are {memory:.3g} GiB of memory "
         f"for them and {disk:.3g} GiB of disk ({room.folder}; TMPDIR names another folder)"
     )
+
+
+def _few(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def _amount(kind: str, value: float) -> str:

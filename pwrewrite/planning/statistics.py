@@ -26,10 +26,13 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import ceil
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from ..convolution import ConvSpec
 from ..errors import RefusedError
@@ -42,6 +45,9 @@ Chunk = tuple[tuple[Any, ...], Mapping[str, Any]]
 LARGEST_ROW = 8192
 """Longer input rows than this get no second moment of their own, only that of their mean square."""
 
+_LAYERS = frozenset(
+    (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+)
 _LEAST_POSITIONS = 64
 _ROWS_PER_SIZE = 8
 
@@ -207,18 +213,20 @@ def gather(
     seed: int = 0,
     expected: int | None = None,
     start: Statistics | None = None,
+    functions: Mapping[str, str] | None = None,
     each: Callable[[Statistics], None] | None = None,
 ) -> Statistics:
     """Runs a model over calibration inputs once and sums up what its layers see.
 
     Args:
         model: The model; runs in eval mode and stays as it is.
-        layers: Path and shape facts of the layers, which are modules.
+        layers: Path and shape facts of the layers.
         chunks: Inputs, run by run.
         gradients: Whether to go backward too.
         seed: Of the positions sampled, the labels and the noise drawn; a chunk's draw depends on it and on its number.
         expected: About how many samples there will be; decides how many positions of each are sampled.
         start: Statistics of the first chunks, which are then passed over.
+        functions: Path and name of the weight of those layers that are called as functions and are no modules.
         each: Called after every chunk with what there is by then.
 
     Returns:
@@ -238,9 +246,15 @@ def gather(
         stack.enter_context(evaluating(model))
         if gradients:
             stack.enter_context(frozen(model))
+        hooks: list[tuple[Tensor, Callable[..., Any]]] = []
         for path, spec in layers.items():
+            if functions and path in functions:
+                hooks.append((attrgetter(functions[path])(model), watch.hook(path, spec)))
+                continue
             handle = model.get_submodule(path).register_forward_hook(watch.hook(path, spec), with_kwargs=True)
             stack.callback(handle.remove)
+        if hooks:
+            stack.enter_context(_Functions(hooks))
         for number, (args, kwargs) in enumerate(chunks):
             if number < skip:
                 continue
@@ -265,6 +279,30 @@ def samples_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         if isinstance(value, (list, tuple)):
             return len(value)
     return 1
+
+
+class _Functions(TorchFunctionMode):
+    """Shows hooks the calls of functions with certain weights, as if modules had made them.
+
+    Args:
+        hooks: Weights and forward hooks.
+    """
+
+    def __init__(self, hooks: Iterable[tuple[Tensor, Callable[..., Any]]]) -> None:
+        super().__init__()
+        self._hooks = list(hooks)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs a function, and the hook that waits for its weight."""
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func in _LAYERS:
+            used = args[1] if len(args) > 1 else kwargs.get("weight")
+            for weight, hook in self._hooks:
+                if weight is used:
+                    replaced = hook(None, args, kwargs, output)
+                    return output if replaced is None else replaced
+        return output
 
 
 class _Watch:
@@ -347,7 +385,7 @@ class _Watch:
         if is_classifier(outputs):
             logits = tensors[0].float()
             drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=self.generator)
-            loss = torch.nn.functional.cross_entropy(logits, drawn[:, 0].to(logits.device), reduction="sum")
+            loss = F.cross_entropy(logits, drawn[:, 0].to(logits.device), reduction="sum")
             outcome = "classes"
         else:
             loss = torch.stack([self._noisy(t) for t in tensors]).sum()

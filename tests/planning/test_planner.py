@@ -14,6 +14,7 @@ import torch.distributed
 import torch.multiprocessing
 from small_networks import KINDS, Net, batches, made
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import pwrewrite
@@ -322,12 +323,64 @@ def test_no_batches_and_wrong_ones_are_refused() -> None:
 # ----------------------------------------------------------------------------------------- layers and models
 
 
-def test_layers_called_as_functions_are_left_with_a_reason() -> None:
-    found = plan("shared", {"macs": 0.6})
-    skip = next(skip for skip in found.skips if skip.path == "kernel")
-    assert skip.reason is SkipReason.FUNCTIONAL
-    assert "make it a module" in skip.detail
-    assert {op.path for op in found.ops} <= {"stem", "again"}
+class InCode(nn.Module):
+    """A convolution and a linear map with weights of their own; what the code does may depend on training."""
+
+    def __init__(self, checks: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.kernel, self.matrix = nn.Parameter(torch.randn(16, 16, 3, 3) / 10), nn.Parameter(torch.randn(24, 16) / 4)
+        self.checks = checks
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(F.conv2d(x, self.kernel, padding=1))
+        if self.checks and self.training:
+            x = x * 2
+        return F.linear(x.mean((2, 3)), self.matrix)
+
+
+def test_layers_called_as_functions_are_planned_like_modules() -> None:
+    """As with modules in their place, when nothing is fitted and no mean is taken off."""
+    torch.manual_seed(0)
+    code = InCode(checks=False).eval()
+    conv, linear = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.Linear(16, 24, bias=False)
+    conv.weight, linear.weight = code.kernel, code.matrix
+    parts = (code.stem, nn.ReLU(), conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+    modules = nn.Sequential(*parts).eval()
+    inputs, given = torch.zeros(1, 3, 10, 10), batches(count=8)
+    found, expected = (
+        pwrewrite.plan(model, inputs, {"params": 0.3}, given, refit="none", multiple=1) for model in (code, modules)
+    )
+    names = {"0": "stem", "2": "kernel", "6": "matrix"}
+    assert [op.path for op in found.ops] == [names[op.path] for op in expected.ops]
+    assert {"kernel", "matrix"} <= {op.path for op in found.ops}
+    assert [op.settings["widths"] for op in found.ops] == [op.settings["widths"] for op in expected.ops]
+    assert found.budget["predicted_loss"] == pytest.approx(expected.budget["predicted_loss"], rel=1e-3)
+
+
+def test_layers_called_as_functions_keep_the_budget_and_are_not_fitted() -> None:
+    torch.manual_seed(0)
+    code, inputs = InCode(checks=False).eval(), torch.zeros(1, 3, 10, 10)
+    result = pwrewrite.rewrite(code, inputs, budget={"params": 0.3}, calibration=batches(count=8), multiple=1)
+    assert result.report.passed
+    assert "called as functions, and therefore not fitted: kernel, matrix" in result.report.notes
+    found = result.report.budget
+    assert found is not None
+    assert found.reached["params"] <= 0.3
+    assert found.predicted is not None
+    assert found.measured is not None
+    assert found.predicted / 10 < found.measured < 10 * found.predicted
+
+
+def test_functions_in_code_that_is_no_graph_are_left_with_a_reason() -> None:
+    code = InCode(checks=True).eval()
+    found = pwrewrite.plan(code, torch.zeros(1, 3, 10, 10), {"params": 0.95}, batches(count=8), multiple=1)
+    skips = {skip.path: skip for skip in found.skips}
+    assert {op.path for op in found.ops} == {"stem"}
+    for path in ("kernel", "matrix"):
+        assert skips[path].reason is SkipReason.NOT_TRACED
+        assert "in training" in skips[path].detail
 
 
 def test_the_calls_of_a_layer_count_together() -> None:

@@ -73,6 +73,36 @@ def test_inputs_are_second_moments_of_all_patches(model: Net) -> None:
     assert one.gradient_moment() is None
 
 
+class InCode(nn.Module):
+    """The same network, with weights of its own in functions."""
+
+    def __init__(self, like: Net) -> None:
+        super().__init__()
+        self.first, self.twice = like.first.weight, like.twice.weight
+        self.bias, self.head = like.first.bias, like.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, self.first, self.bias, padding=1).relu_()
+        y = F.conv2d(F.relu(F.conv2d(y, weight=self.twice, padding=1)), self.twice, padding=1)
+        return F.linear(input=y.mean((2, 3)), weight=self.head.weight, bias=self.head.bias)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_functions_are_seen_as_modules_are(model: Net, gradients: bool) -> None:
+    expected = gather(model, specs(model), chunks(), gradients=gradients, seed=5)
+    functions = {"first": "first", "twice": "twice", "head": "head.weight"}
+    found = gather(InCode(model), specs(model), chunks(), gradients=gradients, seed=5, functions=functions)
+    for path, one in expected.layers.items():
+        other = found.layers[path]
+        assert torch.equal(one.inputs, other.inputs)
+        assert torch.equal(one.means, other.means)
+        assert (one.weight, one.rows) == (other.weight, other.rows)
+        if gradients:
+            assert one.gradients is not None
+            assert other.gradients is not None
+            assert torch.equal(one.gradients, other.gradients)
+
+
 def test_gradients_are_those_of_autograd(model: Net) -> None:
     found = gather(model, {"first": specs(model)["first"]}, chunks(), seed=5)
     total = torch.zeros(4, 4, dtype=torch.float64)
