@@ -119,6 +119,56 @@ class Block(nn.Module):
         return self.act(out)  # type: ignore[no-any-return]
 
 
+class Given(nn.Module):
+    """A block whose shortcut may be left out, or that assigns items of a list that it is given."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, act: nn.Module, way: int) -> None:
+        super().__init__()
+        self.first, self.second, self.act, self.way = first, second, act, way
+
+    def forward(self, x: Any, short: Tensor | None = None) -> Tensor:
+        if self.way > 4:
+            x[0] = self.act(self.first(x[0]))
+            out = self.second(x[0])
+            if self.way == 6:
+                x[1][:, :1] = 0.5
+            elif self.way == 7:
+                x[0] = out
+                out += 1.0
+            return self.act(out + x[1]) + x[0].mean()  # type: ignore[no-any-return]
+        if short is None:
+            short = x if self.way < 4 else x.sin()
+        out = self.second(self.act(self.first(x)))
+        if self.way == 3:
+            short += out
+            return self.act(short)  # type: ignore[no-any-return]
+        out += short
+        return self.act(out)  # type: ignore[no-any-return]
+
+
+class Giving(nn.Module):
+    """Calls such a block, in one way or in two."""
+
+    def __init__(self, block: Given, down: nn.Module, way: int) -> None:
+        super().__init__()
+        self.block, self.down, self.way = block, down, way
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        if self.block.way > 4:
+            maps = [x.sin(), x.cos()]
+            out: Tensor = self.block(maps)
+            return out + maps[1] + maps[0].mean()
+        short = self.down(x)
+        if self.way == 0:
+            out = self.block(x) + x
+        elif self.way == 1:
+            out = self.block(x, short) + short
+        else:
+            out = self.block(x, short) + self.block(x) + short
+        return out + x.cos()  # what a ReLU leaves may be as small as rounding
+
+
 class Reread(nn.Module):
     """What a layer makes is read in several places."""
 
@@ -179,7 +229,8 @@ class Noise(nn.Module):
 class _Fusing(_Architect):
     def step(self, x: Tensor) -> nn.Module:
         kinds: list[Any] = [self._block, self._block, self._called, self._code_norm, self._residual_block]
-        kinds += [self._residual_block, self._reread, self._again, self._before, self._pair, self._noise, self._scaled]
+        kinds += [self._given, self._residual_block, self._reread, self._again, self._before, self._pair]
+        kinds += [self._noise, self._scaled]
         if self.number(0, 3) == 0:
             return super().step(x)
         return self.pick(*kinds)(x.shape[1])  # type: ignore[no-any-return]
@@ -215,6 +266,13 @@ class _Fusing(_Architect):
         second = self.conv_norm(first[0].out_channels, keeps=True, out=c)  # type: ignore[arg-type]
         act = nn.ReLU(inplace=self.flag()) if self.flag() else self.act()
         return Block(first, second, down, act, self.number(0, 6))
+
+    def _given(self, c: int) -> nn.Module:
+        first = self.conv_norm(c, keeps=True)
+        second = self.conv_norm(first[0].out_channels, keeps=True, out=c)  # type: ignore[arg-type]
+        act = nn.ReLU(inplace=self.flag()) if self.flag() else self.act()
+        block = Given(first, second, act, self.number(0, 7))
+        return Giving(block, self.conv_norm(c, keeps=True, out=c), self.number(0, 2))
 
     def _reread(self, c: int) -> nn.Module:
         act = self.pick(*MODULES)()
