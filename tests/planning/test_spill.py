@@ -309,16 +309,18 @@ def test_views_changes_and_what_the_model_keeps_are_safe() -> None:
 
 
 def test_weights_and_inputs_of_the_user_are_never_spilled() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Flatten(), nn.Identity())
+    """Nor by way of views that operations make of them: of the input at first, of the linear map's weight inside."""
+    views = (nn.Unflatten(1, (3, 1)), nn.Flatten(1, 2))
+    model = nn.Sequential(*views, nn.Conv2d(3, 64, 3), nn.Flatten(), nn.Linear(64 * 14 * 14, 2048), nn.Identity())
     x = torch.randn(4, 3, 16, 16)
     chunk: Any = ((x,), {})
-    with Spill(0) as spill, Lockstep(model, [chunk], before=["2"], spill=spill) as steps:
-        steps.forwards[0].advance_to("2")
+    with Spill(0) as spill, Lockstep(model, [chunk], before=["5"], spill=spill) as steps:
+        steps.forwards[0].advance_to("5")
         spill.settle(0)
         assert spill.held == 0
-        assert spill.written == 4 * 64 * 14 * 14 * 4
-        assert x.untyped_storage().nbytes() == x.nbytes
-        assert model.get_parameter("0.weight").untyped_storage().nbytes() == 64 * 27 * 4
+        assert spill.written == 4 * 2048 * 4
+        for kept in (x, *model.parameters()):
+            assert kept.untyped_storage().nbytes() == kept.nbytes
 
 
 def test_inputs_are_kept_as_copies() -> None:
