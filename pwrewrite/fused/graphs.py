@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 _C: Any = torch._C
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
+"""Held while a function is made, by settings of the whole process. What is traced may hold fused layers itself."""
+_AT_WORK = threading.local()
 FUSER = all(
     hasattr(_C, name)
     for name in (
@@ -46,8 +48,10 @@ Run = Callable[..., Tensor]
 
 
 def worthwhile(x: Tensor, out: Tensor, weight: Tensor) -> bool:
-    """Whether a call is one that a partition makes faster: on float32, and short."""
-    return FUSER and x.dtype is torch.float32 and out.numel() * weight[0].numel() <= _MACS
+    """Whether a call is one that a partition makes faster: on float32, short, and not itself a part of tracing."""
+    if not FUSER or x.dtype is not torch.float32 or getattr(_AT_WORK, "tracing", False):
+        return False
+    return out.numel() * weight[0].numel() <= _MACS
 
 
 def compiled(
@@ -114,6 +118,7 @@ def traced(
         warnings.simplefilter("ignore")  # of the tracer: sizes are what they are
         before = _C._jit_llga_enabled()
         _C._jit_set_llga_enabled(True)
+        _AT_WORK.tracing = True
         try:
             right = _outputs(run(*given))
             names = [f"t{i}" for i in range(len(given))]
@@ -125,6 +130,7 @@ def traced(
         except Exception:
             return None
         finally:
+            _AT_WORK.tracing = False
             _C._jit_set_llga_enabled(before)
     if [t.shape for t in found] != [t.shape for t in right] or [t.dtype for t in found] != [t.dtype for t in right]:
         return None

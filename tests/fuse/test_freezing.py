@@ -183,6 +183,25 @@ def test_several_outputs(model: nn.Module) -> None:
     close(found["more"][1][0], want["more"][1][0])
 
 
+def test_a_layer_that_is_called_again_and_again_in_one_run() -> None:
+    class Repeats(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.act = nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(graphs.CALLS - 1):  # in the middle of tracing it would be due for a partition of its own
+                x = self.act(self.conv(x))
+            return x
+
+    x = torch.randn(1, 8, 9, 9)
+    model = fuse(Repeats().eval(), x, verify=False).model
+    for _ in range(3):
+        made = freeze(copy.deepcopy(model), x)
+        with torch.no_grad():
+            close(made(x), model(x))
+
+
 def test_hooks_stay_with_the_model(model: nn.Module) -> None:
     x, seen = torch.randn(2, 3, 20, 20), list[int]()
     next(iter(model.children())).register_forward_hook(lambda *_: seen.append(1))
