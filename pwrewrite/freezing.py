@@ -211,8 +211,8 @@ class Frozen(nn.Module):
         written = any(t._version != version or id(t) not in now for t, version in before)
         if written or any(x._version for x in given):
             return "it writes to its own buffers or its inputs"
-        if found is None:
-            return "torch cannot trace it, or a traced run gives other values"
+        if isinstance(found, str):
+            return found
         self._facts = facts
         empty = torch.empty(0)
         template = None if isinstance(structure, Tensor) else map_tensors(structure, lambda _: empty)
