@@ -32,11 +32,13 @@ class Measured(Fused):
         seconds_before: Median seconds of one run before; None where not measured.
         seconds_after: The same after.
         seconds_frozen: The same of the fused model under `pwrewrite.freeze`; None where it cannot be frozen.
+        not_frozen: Why it cannot be frozen, where that was tried.
     """
 
     seconds_before: float | None = None
     seconds_after: float | None = None
     seconds_frozen: float | None = None
+    not_frozen: str = ""
 
 
 def passes_named(names: Sequence[str]) -> list[Pass]:
@@ -83,13 +85,18 @@ def fuse_target(
     result = fuse(model, inputs, passes, verify=verify, target=request.target, progress=progress)
     if not result.edits:
         raise RefusedError("there is nothing to fuse", where=request.target)
-    seconds: list[float | None] = [None, None, None]
+    seconds: list[float] = []
+    reason = ""
     if benchmark:
         if progress is not None:
             progress("measuring", None)
-        frozen = _frozen(result.model, inputs)
-        models = [model, result.model] if frozen is None else [model, result.model, frozen]
-        seconds[: len(models)] = latencies(models, inputs)
+        models = [model, result.model]
+        try:
+            models.append(freeze(result.model, drawn_inputs(inputs)))
+        except (RefusedError, InputError) as error:
+            reason = error.got or error.message
+        seconds = latencies(models, inputs)
+    before, after, frozen = (*seconds, None, None, None)[:3]
     return Measured(
         result.model,
         whole_plan(opened, result.plan),
@@ -98,16 +105,11 @@ def fuse_target(
         join_names(opened.names, result.names),
         result.before,
         result.after,
-        *seconds,
+        before,
+        after,
+        frozen,
+        reason,
     )
-
-
-def _frozen(model: nn.Module, inputs: Inputs) -> Frozen | None:
-    """A fused model as a frozen one; None where it cannot be one for these inputs."""
-    try:
-        return freeze(model, drawn_inputs(inputs))
-    except (RefusedError, InputError):
-        return None
 
 
 def latencies(models: Sequence[nn.Module], inputs: Inputs) -> list[float]:

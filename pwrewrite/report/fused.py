@@ -55,6 +55,10 @@ class Measured(Protocol):
     def seconds_frozen(self) -> float | None:
         """The same frozen."""
 
+    @property
+    def not_frozen(self) -> str:
+        """Why it was not frozen, where that was tried."""
+
 
 def page(result: Measured, *, width: int = WIDTH, everything: bool = False) -> RenderableType:
     """The report for a terminal.
@@ -85,7 +89,7 @@ def page(result: Measured, *, width: int = WIDTH, everything: bool = False) -> R
     if report.skips:
         parts.append(_section("Left as they are", plural(len(report.skips), "place")))
         parts.append(_lines(_left(result, everything), width))
-    for note in rows.notes(report):
+    for note in _notes(result):
         parts.append(Text(f"note: {note}"))
     return Group(*parts)
 
@@ -106,7 +110,16 @@ def markdown(result: Measured, *, everything: bool = False) -> str:
         if found:
             cells = [(number, escape(what), escape(where)) for number, what, where in found]
             blocks += [f"## {title}", pipe_table(("", "what", "where"), cells, "rll")]
+    if _notes(result):
+        blocks.append("\n".join(f"- {escape(note)}" for note in _notes(result)))
     return "\n\n".join(blocks) + "\n"
+
+
+def _notes(result: Measured) -> list[str]:
+    found = list(rows.notes(result.report))
+    if result.not_frozen:
+        found.append(f"not measured frozen (pwrewrite.freeze): {result.not_frozen}")
+    return found
 
 
 def to_json(result: Measured) -> str:
@@ -120,6 +133,7 @@ def to_json(result: Measured) -> str:
         "seconds_before": result.seconds_before,
         "seconds_after": result.seconds_after,
         "seconds_frozen": result.seconds_frozen,
+        "not_frozen": result.not_frozen,
     }
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 

@@ -59,6 +59,20 @@ def test_shows_and_saves(folder: Path) -> None:
     assert shown.exit_code == 0, shown.output
 
 
+def test_what_cannot_be_frozen_is_said(folder: Path) -> None:
+    code = MODEL.replace("return self.act", "x = x if x.sum() > 0 else -x\n        return self.act")
+    (folder / "net.py").write_text(code)
+    done = run("net.py", "--input", "1x3x12x12", "--benchmark")
+    assert done.exit_code == 0, done.output
+    assert "latency, frozen" not in done.output
+    assert "not measured frozen" in done.output
+    assert "needs values" in " ".join(done.output.split())
+    done = run("net.py", "--input", "1x3x12x12", "--benchmark", "--format", "json")
+    assert "needs values" in json.loads(done.stdout)["fusing"]["not_frozen"]
+    done = run("net.py", "--input", "1x3x12x12", "--benchmark", "--format", "markdown")
+    assert "not measured frozen" in done.stdout
+
+
 def test_forms_and_passes(folder: Path) -> None:
     done = run("net.py", "--input", "1x3x12x12", "--passes", "fold-batch-norm", "--format", "json", "--no-verify")
     assert done.exit_code == 0, done.output
