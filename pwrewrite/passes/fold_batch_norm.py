@@ -9,8 +9,9 @@ replicate, circular), since a zero behind the norm is not a zero before it.
 A norm is known by what it is: torch's modules, subclasses that run ``F.batch_norm`` and then their own children (timm's
 ``BatchNormAct2d``), and frozen ones that hold statistics as buffers (torchvision's ``FrozenBatchNorm2d``), which are
 tried out before they are trusted. ``F.batch_norm`` in the code of any other module folds too, where nothing else reads
-its statistics; that module then becomes a graph without the call. A norm of a convolution's own weight, worked out anew
-in each call, goes into that weight.
+its statistics; that module then becomes a graph without the call. A norm that is called several times, as in the
+encoder of a Siamese network, folds where each of its calls is behind a call of the same layer. A norm of a
+convolution's own weight, worked out anew in each call, goes into that weight.
 """
 
 from __future__ import annotations
@@ -51,8 +52,15 @@ class FoldBatchNorm(Pass):
         graph = Graph(capture)
         taken: set[str] = set()
         proposals: list[Proposal] = []
-        for norm in _norms(graph):
-            found = norm if isinstance(norm, Skip) else _fold(graph, norm, taken)
+        norms = _norms(graph)
+        for norm in norms:
+            if not isinstance(norm, Skip) and graph.calls[norm.path] > 1:
+                calls = [other for other in norms if isinstance(other, _Norm) and other.path == norm.path]
+                if norm is not calls[0]:
+                    continue
+                found = _fold_repeated(graph, calls)
+            else:
+                found = norm if isinstance(norm, Skip) else _fold(graph, norm, taken)
             if isinstance(found, Op):
                 taken.add(found.settings["layer"])
             proposals.append(found)
@@ -172,15 +180,10 @@ def _frozen(path: str, nodes: list[fx.Node]) -> _Norm | Skip:
 
 def _fold(graph: Graph, norm: _Norm, taken: set[str]) -> Proposal:
     """The op for one norm, or why there is none."""
-    path, module = norm.path, norm.tensors(graph)
-    if graph.calls[path] > 1:
-        return Skip(path, SkipReason.CALLED_TWICE, f"called {graph.calls[path]} times; folding would need copies of it")
-    if hooked(module):
-        return Skip(path, SkipReason.HOOKS, "has a hook, which would no longer see the norm's output; remove it")
-    mean = getattr(module, "running_mean", None)
-    if not isinstance(mean, Tensor) or not isinstance(getattr(module, "running_var", None), Tensor):
-        detail = "no running statistics, so it normalises each batch by itself"
-        return Skip(path, SkipReason.NO_STATISTICS, detail)
+    mean = _mean(graph, norm)
+    if isinstance(mean, Skip):
+        return mean
+    path = norm.path
     before = _before(graph, norm, mean.numel())
     if isinstance(before, Layer) and before.path not in taken:
         return _op(graph, norm, before, "behind")
@@ -192,12 +195,45 @@ def _fold(graph: Graph, norm: _Norm, taken: set[str]) -> Proposal:
     return before if isinstance(before, Skip) else _far(path, "a layer that another norm was folded into")
 
 
+def _fold_repeated(graph: Graph, calls: list[_Norm]) -> Proposal:
+    """The op for a norm that is called several times: always behind the same layer, which is called as often."""
+    path = calls[0].path
+    mean = _mean(graph, calls[0])
+    if isinstance(mean, Skip):
+        return mean
+    copies = f"called {graph.calls[path]} times, not each time behind the same layer; folding would need copies of it"
+    if len(calls) != graph.calls[path]:
+        return Skip(path, SkipReason.CALLED_TWICE, copies)
+    found: list[Layer] = []
+    for norm in calls:
+        before = _before(graph, norm, mean.numel(), calls=len(calls))
+        if isinstance(before, Skip):
+            elsewhere = before.reason is SkipReason.NOT_BEHIND_LAYER
+            return Skip(path, SkipReason.CALLED_TWICE, copies) if elsewhere else before
+        found.append(before)
+    if any(layer is not found[0] for layer in found):
+        return Skip(path, SkipReason.CALLED_TWICE, copies)
+    return _op(graph, calls[0], found[0], "behind")
+
+
+def _mean(graph: Graph, norm: _Norm) -> Tensor | Skip:
+    """A norm's running mean, or why it cannot be folded into anything."""
+    path, module = norm.path, norm.tensors(graph)
+    if hooked(module):
+        return Skip(path, SkipReason.HOOKS, "has a hook, which would no longer see the norm's output; remove it")
+    mean = getattr(module, "running_mean", None)
+    if not isinstance(mean, Tensor) or not isinstance(getattr(module, "running_var", None), Tensor):
+        detail = "no running statistics, so it normalises each batch by itself"
+        return Skip(path, SkipReason.NO_STATISTICS, detail)
+    return mean
+
+
 def _far(path: str, what: str) -> Skip:
     return Skip(path, SkipReason.NOT_BEHIND_LAYER, f"reads {what}, into which nothing can be folded")
 
 
-def _before(graph: Graph, norm: _Norm, channels: int) -> Layer | Skip:
-    """The layer whose only reader is the norm."""
+def _before(graph: Graph, norm: _Norm, channels: int, calls: int = 1) -> Layer | Skip:
+    """The layer whose only reader is the norm, in the one of its ``calls`` that the norm reads."""
     source = graph.back(norm.source)
     if not isinstance(source, fx.Node):
         return _far(norm.path, "no single tensor")
@@ -211,7 +247,7 @@ def _before(graph: Graph, norm: _Norm, channels: int) -> Layer | Skip:
         return _far(norm.path, "a linear map over an axis that it does not normalise")
     if layer.out_channels != channels or (layer.spec is not None and len(facts.outputs[0].shape) < layer.spec.dims + 2):
         return _far(norm.path, "an unbatched convolution")
-    return _usable(graph, norm, layer) or layer
+    return _usable(graph, norm, layer, calls) or layer
 
 
 def _behind(graph: Graph, norm: _Norm, channels: int) -> Layer | Skip:
@@ -236,22 +272,24 @@ def _behind(graph: Graph, norm: _Norm, channels: int) -> Layer | Skip:
     return _usable(graph, norm, layer) or layer
 
 
-def _usable(graph: Graph, norm: _Norm, layer: Layer) -> Skip | None:
+def _usable(graph: Graph, norm: _Norm, layer: Layer, calls: int = 1) -> Skip | None:
     """Why a layer's weights may not be changed; None where they may."""
     module: Any = graph.modules.get(layer.path)
     path = norm.path
-    if len(layer.calls) != 1:
-        detail = f"{layer.path} is called {len(layer.calls)} times, and only one of them is normalised by this"
+    if len(layer.calls) != calls:
+        several = "only one of them is" if calls == 1 else f"{calls} of them are"
+        detail = f"{layer.path} is called {len(layer.calls)} times, and {several} normalised by this"
         return Skip(path, SkipReason.CALLED_TWICE, detail)
     if not _is_layer(module):
         return Skip(path, SkipReason.FUNCTIONAL, f"{layer.path} is a functional call; make it a module")
     refusal = module_refusal(layer.path, module, graph.owners.holders)
     if refusal is not None and refusal.reason is not SkipReason.OVERRIDDEN_FORWARD:
         return Skip(path, refusal.reason, f"{layer.path} {refusal.detail}")
-    own = not layer.functional or any(n.name == layer.calls[0].node and info(n).path == layer.path for n in graph.nodes)
+    called = {call.node for call in layer.calls}
+    own = not layer.functional or any(n.name in called and info(n).path == layer.path for n in graph.nodes)
     prefix = f"{layer.path}." if layer.path else ""
     reads = [u for name in ("weight", "bias") for n in graph.owners.reads.get(prefix + name, []) for u in n.users]
-    if not own or any(u.name != layer.calls[0].node for u in reads):
+    if not own or any(u.name not in called for u in reads):
         return Skip(path, SkipReason.WEIGHT_READ, f"the weight of {layer.path} is read by other code")
     holders = graph.owners.holders
     if not plain_weight(module._parameters.get("weight")) or any(

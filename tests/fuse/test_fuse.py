@@ -217,6 +217,32 @@ class NormTwice(Twice):
         return self.norm(self.relu(self.norm(self.conv(x))))
 
 
+class NormOfTwo(Twice):
+    """One norm behind two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) + self.norm(self.other(x))
+
+
+class Thrice(Twice):
+    """Two of three calls of a convolution are normalised."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) + self.norm(self.conv(-x)) + self.conv(x * 2)
+
+
+class ReadOnce(Twice):
+    """One of two calls of a convolution is read elsewhere, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.norm(y) + self.norm(self.conv(-x)) + y
+
+
 class Tied(Twice):
     def __init__(self) -> None:
         super().__init__()
@@ -238,6 +264,9 @@ class WeightRead(Twice):
         (Twice, "called-twice"),
         (Read, "several-readers"),
         (NormTwice, "called-twice"),
+        (NormOfTwo, "called-twice"),
+        (Thrice, "called-twice"),
+        (ReadOnce, "several-readers"),
         (Tied, "shared-weight"),
         (WeightRead, "weight-read"),
     ],
@@ -246,6 +275,23 @@ def test_what_must_not_fold(kind: type[nn.Module], reason: str) -> None:
     done = checked(lively(kind()))
     assert reasons(done)["norm"] == reason
     assert not any(e.op.action == "fold" for e in done.edits)
+
+
+class Siamese(Twice):
+    """One encoder for two inputs, of which the second is smaller."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = (self.relu(self.norm(self.conv(t))) for t in (x, x[..., 2:]))
+        return torch.cat((a, b), -1)
+
+
+def test_a_pair_that_is_called_twice_folds() -> None:
+    model = lively(Siamese())
+    done = checked(model, thorough=True)
+    assert {(e.op.action, e.op.path) for e in done.edits} >= {("fold", "norm"), ("fuse", "conv")}
+    assert done.report.after["params"] == sum(p.numel() for p in model.conv.parameters())  # type: ignore[union-attr]
+    assert not left(done.model)["batch_norm"]
+    assert not left(done.model)["relu"]
 
 
 def test_other_reasons_not_to_fold() -> None:
