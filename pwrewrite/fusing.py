@@ -235,7 +235,7 @@ def reference_check(model: nn.Module, fused: nn.Module, inputs: Inputs, *, by_va
         inputs: Example inputs; random ones of the same shapes where they are constant or on meta.
         by_value: Whether the model's code decides by values, as detectors do when they choose boxes. What one rounding
             does to its outputs is then a matter of luck, so the original is also tried with its weights moved by one
-            rounding, and the worst of its errors counts.
+            rounding, in its memory format and in channels_last, and the worst of its errors counts.
 
     Returns:
         The check; None where no values can be compared: weights on meta, a model that cannot run in float64, outputs
@@ -256,7 +256,8 @@ def reference_check(model: nn.Module, fused: nn.Module, inputs: Inputs, *, by_va
     own, ours = _distance(first, exact), _distance(second, exact)
     for seed in range(_TRIES if by_value else 0):
         noise = max(torch.finfo(t.dtype).eps for t in first) / 2
-        moved = _outputs(noisy_copy(model, noise, seed), drawn)
+        copied = noisy_copy(model, noise, seed)
+        moved = _outputs(copied.to(memory_format=torch.channels_last) if seed % 2 else copied, drawn)
         same = [t.shape for t in moved] == [t.shape for t in exact]
         own = max(own, _distance(moved, exact) if same else math.inf)
     if not own < 0.05:
