@@ -172,6 +172,14 @@ class Meant:
         """Path to the name of the weight, of layers that are called as functions."""
         return {layer.path: layer.weight for layer, _ in self.layers if layer.functional}
 
+    def repeated(self) -> set[str]:
+        """Paths of modules that are called several times."""
+        return {layer.path for layer, _ in self.layers if len(layer.calls) > 1 and not layer.functional}
+
+    def off_mean(self, path: str) -> bool:
+        """Whether the refit makes up for what a change does to the mean of a layer's output, by a bias or a norm."""
+        return path not in self.functions() and (path not in self.repeated() or self.specs()[path].bias)
+
 
 def _refused_in_code(capture: Capture, layer: Layer) -> Skip | None:
     """Why a layer that is called as a function must stay; None where its call can be replaced in the code."""
@@ -207,13 +215,14 @@ def make_candidates(
         progress: Called with a layer's path and how much is done.
     """
     found = []
+    made_up = {layer.path for layer, _ in meant.layers if meant.off_mean(layer.path)}
     for i, (layer, passes) in enumerate(meant.layers):
         if progress is not None:
             progress(layer.path, i / len(meant.layers))
         weight = weight_of(layer, meant.owners)
         assert weight is not None
         spec, scope = spec_of(layer), scope_of(meant.capture, layer)
-        off_mean = centred and not layer.functional  # whose biases are not fitted
+        off_mean = centred and layer.path in made_up
         weighted = weighted_layer(weight, spec, layer.path, statistics, centred=off_mean, multiple=multiple)
         one = LayerCandidates(layer, spec)
         costs = {"params": float(layer.params), "macs": float(layer.macs), "bytes": _bytes(layer, [("", spec)])}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..capture.records import Capture
@@ -42,6 +43,51 @@ def fit_targets(
         weight: Any = captured.model.get_submodule(path).weight
         gradients = one.gradient_moment() if one is not None else None
         found.append(Target(path, specs[path], weight.detach(), gradients, where.get(path)))
+    return found
+
+
+def shift_biases(
+    original: nn.Module,
+    rewritten: nn.Module,
+    paths: Iterable[str],
+    specs: Mapping[str, ConvSpec],
+    statistics: Statistics | None,
+) -> None:
+    """Makes up for what a change of the weights does to the mean of the outputs: ``b += (W − Ŵ) E[x]``, in place.
+
+    For layers that are called several times. A forward that stands still at one call cannot be fitted to all of them,
+    but the mean over all of them is known.
+
+    Args:
+        original: The original.
+        rewritten: The rewritten model.
+        paths: The layers; those without a bias, and transposed ones, stay.
+        specs: Shape facts of the layers.
+        statistics: Of the original; nothing is done where None.
+    """
+    for path in paths:
+        one = statistics.layers.get(path) if statistics is not None else None
+        spec, module = specs[path], _module(rewritten, path)
+        if one is None or not one.weight or spec.transposed or not isinstance(module, Factorized):
+            continue
+        if module.bias is None:
+            continue
+        mean = _mean_input(one.means / one.weight, spec).to(module.bias)
+        at = (0, slice(None), *(-(-left // step) for (left, _), step in zip(spec.padding, spec.stride)))
+        with torch.no_grad():
+            module.bias.add_((original.get_submodule(path)(mean) - module(mean))[at])
+
+
+def _mean_input(mean: Tensor, spec: ConvSpec) -> Tensor:
+    """The smallest input in which one position of the output sees a mean patch ``(groups, d)``, and no padding."""
+    patch = mean.reshape(1, spec.in_channels, *spec.kernel_size)
+    sizes, places = [], list[slice]()
+    for k, step, dilation, (left, _) in zip(spec.kernel_size, spec.stride, spec.dilation, spec.padding):
+        start = -(-left // step) * step - left
+        sizes.append(start + dilation * (k - 1) + 1)
+        places.append(slice(start, None, dilation))
+    found = patch.new_zeros(1, spec.in_channels, *sizes)
+    found[(slice(None), slice(None), *places)] = patch
     return found
 
 

@@ -25,7 +25,7 @@ from .batches import Batches
 from .budget import Budget
 from .cache import cache_folder, content_key, read_statistics, write_statistics
 from .candidates import Candidate, LayerCandidates, Meant, forms_named, make_candidates, timed, weighted_layer
-from .fitting import fit_order, fit_targets
+from .fitting import fit_order, fit_targets, shift_biases
 from .latency import LatencyTable, Place, time_models, time_plan
 from .refit import refit
 from .room import Limited, Room, room_in_lockstep, samples_in_run
@@ -345,7 +345,7 @@ class Planner:
         spec = self.meant.specs().get(path)
         if spec is None:
             return None
-        centred = self.settings.refit != "none" and path not in self.meant.functions()
+        centred = self.settings.refit != "none" and self.meant.off_mean(path)
         return weighted_layer(weight, spec, path, self.statistics, centred=centred)
 
     def refit(self, rewritten: nn.Module, plan: Plan) -> dict[str, float]:
@@ -364,6 +364,10 @@ class Planner:
         if functions:
             self.notes.append(f"called as functions, and therefore not fitted: {_few(functions)}")
         specs = self.meant.specs()
+        repeated = sorted(self.meant.repeated() & {op.path for op in plan.ops if op.path in specs})
+        if repeated:
+            shift_biases(self.captured.model, rewritten, repeated, specs, self.statistics)
+            self.notes.append(f"called several times, and therefore fitted in their biases only: {_few(repeated)}")
         targets = fit_targets(self.captured, rewritten, plan, specs, self.statistics)
         if not targets:
             return {}

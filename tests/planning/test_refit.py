@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ from pwrewrite.capture import capture
 from pwrewrite.convolution import ConvSpec
 from pwrewrite.forms import linear_spec
 from pwrewrite.modules import build
+from pwrewrite.planning.fitting import shift_biases
 from pwrewrite.planning.lockstep import Lockstep
 from pwrewrite.planning.refit import Target, refit
 from pwrewrite.planning.residuals import Residual, residuals
+from pwrewrite.planning.statistics import gather
 from pwrewrite.planning.weighted import WeightedLayer
+from pwrewrite.rewriting import rewrite
 
 
 class Block(nn.Module):
@@ -201,3 +205,62 @@ def test_a_norm_that_is_switched_off_makes_up_for_nothing(model: Net) -> None:
     refit(model, changed, targets, NORMS, ORDER, inputs())
     assert all(bool(torch.isfinite(p).all()) for p in changed.parameters())
     assert distance(model, changed) < float("inf")
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.Conv2d(8, 12, (3, 5), stride=(2, 3), padding=(1, 4), dilation=(2, 1), groups=2),
+        nn.Conv1d(8, 8, 5, padding=2, padding_mode="circular"),
+        nn.Linear(8, 8),
+    ],
+    ids=str,
+)
+def test_what_is_called_several_times_keeps_the_mean_of_its_outputs(layer: Any) -> None:
+    class Repeats(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = copy.deepcopy(layer)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.layer(x), 2 * self.layer(2 - x)])
+
+    torch.manual_seed(0)
+    model = Repeats().eval()
+    spec = ConvSpec.of_module(layer) if hasattr(layer, "kernel_size") else linear_spec(8, 8, True)
+    x = torch.randn(16, 8, *(7,) * spec.dims) + 1  # few positions, of which none is left out
+    statistics = gather(model, {"layer": spec}, [((x,), {})], gradients=False)
+    form, widths = ("reduce", {"rank_in": 2}) if spec.dims else ("pair", {"rank": 3})
+    rewritten, made = copy.deepcopy(model), build(spec, form, widths)
+    factors = WeightedLayer(model.layer.weight, spec, None, None).factors(form, widths)
+    made.load_factors(factors, model.layer.bias)
+    rewritten.layer = made
+    with torch.no_grad():
+        want, before = ([m.layer(t) for t in (x, 2 - x)] for m in (model, rewritten))
+        shift_biases(model, rewritten, ["layer"], {"layer": spec}, statistics)
+        after = [rewritten.layer(t) for t in (x, 2 - x)]
+    rest = [i for i in range(spec.dims + 2) if i != 1] if spec.dims else [0]
+    gap, closed = (torch.cat(found).mean(rest) - torch.cat(want).mean(rest) for found in (before, after))
+    assert gap.abs().max() > 0.05
+    assert closed.abs().max() < 1e-5
+
+
+def test_the_planner_says_what_was_fitted_in_its_bias_only() -> None:
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Conv2d(4, 16, 3, padding=1)
+            self.deeper = nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            first, second = (self.deeper(F.relu(self.encoder(t))) for t in (a, b))
+            return (first - second).mean((2, 3))
+
+    torch.manual_seed(0)
+    model = Siamese().eval()
+    pairs = [(torch.randn(8, 4, 8, 8), torch.randn(8, 4, 8, 8)) for _ in range(6)]
+    made = rewrite(model, pairs[0], budget={"macs": 0.6}, calibration=pairs, thorough=False)
+    assert "deeper" in {e.op.path for e in made.edits}
+    assert any("called several times" in note and "deeper" in note for note in made.report.notes)
+    assert made.report.passed
