@@ -20,8 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import first_line
-
 _C: Any = torch._C
 _LOCK = threading.RLock()
 """Held while a function is made, by settings of the whole process. What is traced may hold fused layers itself."""
@@ -131,7 +129,8 @@ def traced(
             done = _C._last_executed_optimized_graph()
             same = _same(made, run, given, tolerance)
         except Exception as error:
-            return f"torch cannot trace it: {first_line(error)}"
+            said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            return f"torch's tracer or fuser fails: {said[-1][:160]}"  # the interpreter says last what happened
         finally:
             _AT_WORK.tracing = False
             _C._jit_set_llga_enabled(before)
