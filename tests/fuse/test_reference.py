@@ -68,3 +68,39 @@ def test_where_rounding_decides_there_is_no_check() -> None:
     torch.manual_seed(0)
     model, x = Close().eval(), torch.randn(2, 3, 12, 12)
     assert reference_check(model, copy.deepcopy(model), x, by_value=True) is None
+
+
+def test_a_bad_input_alone_does_not_fail_and_a_wrong_model_does_on_all() -> None:
+    """The error on one input varies; that on several tells."""
+    torch.manual_seed(0)
+    model, x = network(), torch.randn(1, 3, 12, 12)
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong[0].weight.mul_(1 + 3e-6)
+    check = reference_check(model, wrong, x)
+    assert check is not None
+    assert not check.passed
+    assert "over 4 inputs" in check.detail
+
+
+def test_a_model_that_takes_only_what_it_was_given_is_still_judged() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.first = nn.Conv2d(3, 4, 3), 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            if abs(float(x[0, 0, 0, 0]) - self.first) > 1e-3:
+                raise ValueError("another input")
+            out: Tensor = self.conv(x)
+            return out
+
+    torch.manual_seed(0)
+    model, x = Picky().eval(), torch.randn(1, 3, 12, 12)
+    model.first = float(x[0, 0, 0, 0])
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.conv.weight.mul_(1 + 1e-5)
+    check = reference_check(model, wrong, x)
+    assert check is not None
+    assert not check.passed
