@@ -70,7 +70,7 @@ def test_where_rounding_decides_there_is_no_check() -> None:
     assert reference_check(model, copy.deepcopy(model), x, by_value=True) is None
 
 
-def test_a_bad_input_alone_does_not_fail_and_a_wrong_model_does_on_all() -> None:
+def test_a_model_that_is_wrong_is_wrong_on_several_inputs() -> None:
     """The error on one input varies; that on several tells."""
     torch.manual_seed(0)
     model, x = network(), torch.randn(1, 3, 12, 12)
