@@ -93,8 +93,8 @@ def layer_differences(
         reference_inputs: What the reference runs on.
 
     Returns:
-        Differences of the rewritten model (∞ where shapes differ or only it has NaN or Inf), those of the
-        reference, and the module in which the rewritten model raised.
+        Differences of the rewritten model (∞ where shapes differ or only it has NaN or Inf) in layers that both call
+        equally often, those of the reference, and the module in which the rewritten model raised.
     """
     paths = common_paths(original, rewritten).difference(skip)
     kept: dict[Key, list[Tensor]] = {}
@@ -104,8 +104,13 @@ def layer_differences(
 
     _watch(original, paths, inputs, seed, training, keep)
 
+    calls: Counter[str] = Counter()
+
     def differ(found: dict[Key, float]) -> Callable[[Key, Any], None]:
+        calls.clear()
+
         def see(key: Key, output: Any) -> None:
+            calls[key[0]] += 1
             old, new = kept.get(key), list(flatten(output).floating.values())
             if old is None:
                 return
@@ -119,7 +124,10 @@ def layer_differences(
         _watch(reference, paths, reference_inputs, seed, training, differ(rounding))
     found: dict[Key, float] = {}
     raised = _watch(rewritten, paths, inputs, seed, training, differ(found))
-    return {key: found[key] for key in kept if key in found}, rounding, raised
+    # Where a layer is called less often than before, its calls are no longer the same ones.
+    before = Counter(path for path, _ in kept)
+    other = {path for path, count in before.items() if calls[path] != count} if raised is None else set()
+    return {key: found[key] for key in kept if key in found and key[0] not in other}, rounding, raised
 
 
 def first_divergence(

@@ -17,6 +17,8 @@ from pwrewrite.capture import capture
 from pwrewrite.cost import Cost
 from pwrewrite.errors import InputError, UsageError
 from pwrewrite.verify import verify
+from pwrewrite.verify.divergence import layer_differences
+from pwrewrite.verify.inputs import Draws
 from pwrewrite.verify.numerics import exact_limits, roundoff
 from pwrewrite.verify.training import gradient_limit
 
@@ -402,3 +404,26 @@ def test_progress_is_told() -> None:
     verify(net(), net(), X, progress=told.append)
     assert told[0] == "shapes, statically"
     assert "training" in told
+
+
+def test_calls_of_a_layer_are_paired_only_where_there_are_as_many() -> None:
+    class Block(nn.Module):
+        """One activation module for two places, of which a rewrite may take one away."""
+
+        def __init__(self, both: bool) -> None:
+            super().__init__()
+            self.first, self.second, self.relu, self.both = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.ReLU(), both
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.relu(self.first(x)) if self.both else self.first(x).clamp(min=0)
+            return self.relu(self.second(y))
+
+    before, after = Block(True).eval(), Block(False).eval()
+    after.load_state_dict(before.state_dict())
+    given = Draws(torch.randn(2, 3, 8, 8), None, 0).draw()
+    found, _, raised = layer_differences(before, after, given, seed=0)
+    assert raised is None
+    assert {path for path, _ in found} == {"first", "second"}
+    assert max(found.values()) < 1e-6
+    found, _, _ = layer_differences(before, before, given, seed=0)
+    assert ("relu", 1) in found
