@@ -8,7 +8,12 @@ weights have changed until the next function is made.
 
 A function is made from one run, so it is right only where the model's code does the same for the same shapes. That is
 not assumed: a capture of shapes alone shows whether the code asks for values, and a model that does stays as it is; so
-does one that writes to its own buffers. Then the function's outputs are compared with the model's.
+does one that writes to its own buffers or attributes, or draws random numbers. Then the function's outputs are compared
+with the model's.
+
+What is not the same: 4-D outputs are in channels_last where the fuser leaves them so. As in oneDNN's kernels, ReLU,
+ReLU6, clamps and max-pools may give a number for NaN, and a max-pool a finite one for a map that is all ``-inf``. What
+the model's code reads besides tensors (numbers, flags, the time) is as it was when the function was made.
 """
 
 from __future__ import annotations
@@ -28,9 +33,12 @@ from .fused.kernels import CPU_DTYPES, unwatched
 from .fused.known import hooked
 
 _compiling: Any = torch.compiler.is_compiling
+_global_hooks: Any = torch.nn.modules.module._has_any_global_hook
 _Key = tuple[torch.Size, ...]
 _SHAPES = 2
 """Shapes for which functions are kept; each has its own packed copy of the weights."""
+_FAILURES = 8
+"""Shapes for which no function could be made, after which no call tries another."""
 _TOLERANCE = 1e-4
 """Relative distance between model and function: a deep network's own rounding is up to 2e-5."""
 
@@ -81,8 +89,11 @@ def freeze(model: nn.Module, example_inputs: Inputs | None = None) -> Frozen:
 class Frozen(nn.Module):
     """A model that runs as one function where that is right; see `freeze`.
 
-    Modules that are replaced or given hooks later are seen only after ``train()``, ``eval()`` or ``reset()``; weights
-    that are changed or replaced are seen at once.
+    Weights that are changed or replaced are seen at once, and so are other tensors that the model holds. Seen only
+    after ``train()``, ``eval()`` or ``reset()`` are modules and hooks that are replaced or added, other attributes that
+    are set, and writes that move no version counter: through ``weight.data``, through NumPy, or by optimizers with
+    ``fused=True``. Several threads may call it; while one makes a function, oneDNN's graph fusion is on for what other
+    threads give to TorchScript.
 
     Args:
         model: The model, in evaluation mode.
@@ -102,7 +113,6 @@ class Frozen(nn.Module):
         """Forgets the functions made so far."""
         self._made: dict[_Key, _Function] = {}
         self._calls: dict[_Key, int] = {}
-        self._facts: list[_Fact] = []
         self.refused: dict[_Key, str] = {}
 
     @property
@@ -112,21 +122,25 @@ class Frozen(nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Runs the model."""
-        if named or self.training or torch.is_grad_enabled() or _compiling() or not unwatched():
-            return self.model(*inputs, **named)
+        model = self.model
+        if named or self.training or torch.is_grad_enabled() or _compiling() or not unwatched() or _global_hooks():
+            return model(*inputs, **named)
+        if model.training:  # by its own train(): weights may then change in ways that are not seen
+            self.reset()
+            return model(*inputs)
         for x in inputs:
             if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu or x.layout is not torch.strided:
-                return self.model(*inputs)
+                return model(*inputs)
         key = tuple(x.shape for x in inputs)
         found = self._made.get(key)
         if found is None:
             return self._counted(key, inputs)
-        if found.threads != torch.get_num_threads() or not torch._C._get_mkldnn_enabled():
-            return self.model(*inputs)
-        if not self._unchanged():
+        if found.settings != _settings() or not torch._C._get_mkldnn_enabled():
+            return model(*inputs)
+        if not _unchanged(found.facts):
             self.reset()
-            return self.model(*inputs)
-        return found(*(_formatted(x) for x in inputs))
+            return model(*inputs)
+        return found(*(_formatted(x, strides) for x, strides in zip(inputs, found.strides)))
 
     def _counted(self, key: _Key, inputs: tuple[Any, ...]) -> Any:
         """Runs the model; where that was the last call before a function pays, makes one."""
@@ -134,7 +148,8 @@ class Frozen(nn.Module):
         if len(self._calls) >= 64:
             self._calls.clear()
         self._calls[key] = count = self._calls.get(key, 0) + 1
-        if count == graphs.CALLS and len(self._made) < _SHAPES:
+        tried = key in self.refused or len(self.refused) >= _FAILURES
+        if count == graphs.CALLS and len(self._made) < _SHAPES and not tried:
             self.make(*inputs)
         return out
 
@@ -148,50 +163,47 @@ class Frozen(nn.Module):
             Why there is none; None where there is.
         """
         key = tuple(x.shape for x in inputs)
-        if self._made and not self._unchanged():
-            self.reset()
+        kept, refused = self._made, self.refused  # those of now: another thread may reset() meanwhile
         made = self._function(inputs)
         if isinstance(made, str):
-            self.refused[key] = made
+            refused[key] = made
             return made
-        self._made[key] = made
-        while len(self._made) > _SHAPES:
-            del self._made[next(iter(self._made))]
+        refused.pop(key, None)
+        kept[key] = made
+        for old in list(kept)[:-_SHAPES]:
+            kept.pop(old, None)
         return None
 
     def _function(self, inputs: tuple[Tensor, ...]) -> _Function | str:
         """The model as a function for inputs of these shapes, or why it cannot be one."""
         if any(x.dtype is not torch.float32 or not x.is_cpu or not x.numel() for x in inputs) or not inputs:
             return "inputs are float32 tensors on the CPU"
-        facts: list[_Fact] = []
-        for path, module in self.model.named_modules():
-            activation = module.activation if isinstance(module, PointwiseActivation) else None
-            if hooked(module):
-                return f"{path or 'the model'} has hooks"
-            if activation == "gelu_tanh" or (isinstance(module, nn.GELU) and module.approximate != "none"):
-                return f"{path}: the fuser takes the tanh approximation of GELU for GELU itself"
-            if isinstance(module, (nn.RNNBase, torch.jit.ScriptModule)):
-                return f"{path or 'the model'} is a {type(module).__name__}"
-            for held in (module._parameters, module._buffers):
-                for name, tensor in held.items():
-                    if tensor is None:
-                        continue
-                    if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_cpu or tensor.is_inference():
-                        return f"{path}.{name} is no plain tensor on the CPU"
-                    facts.append((held, name, tensor, tensor._version, tensor.data_ptr()))
+        reason = _obstacle(self.model)
+        facts = [] if reason else _facts(self.model)
+        if reason or isinstance(facts, str):
+            return reason or str(facts)
         with torch.inference_mode(False), torch.no_grad():
-            given = tuple(_formatted(x.detach().clone()) for x in inputs)
+            given = tuple(torch.empty(x.shape, memory_format=_format(x)).copy_(x) for x in inputs)
             try:
                 capture(self.model, given, values="meta")
             except CaptureError as error:
                 return f"the model's code needs values: {first_line(error)}"
             # Buffers are copies, so that what a model writes to its own reaches none of them.
-            memo: dict[int, Tensor] = {
+            memo: dict[int, Any] = {
                 id(t): nn.Parameter(t.detach(), requires_grad=False) for t in self.model.parameters()
             }
             memo |= {id(t): t.detach().clone() for t in self.model.buffers()}
             before = [(t, t._version) for t in memo.values()]
-            runner: Any = copy.deepcopy(self.model, memo)
+            try:
+                runner: Any = copy.deepcopy(self.model, memo)
+            except Exception as error:  # of attributes such as locks
+                return f"it cannot be copied: {first_line(error)}"
+            for t in memo.get(id(memo), ()):  # what was copied, wherever it was found
+                if isinstance(t, Tensor):
+                    if t.is_inference():
+                        return "it holds tensors made in inference mode"
+                    facts.append(_fact({"": t}, "", t))
+            attributes = _attributes(runner)
             structure: Any = None  # of what the last run returned
 
             def run(*tensors: Tensor) -> tuple[Tensor, ...] | Tensor:
@@ -201,6 +213,7 @@ class Frozen(nn.Module):
 
             try:
                 right = tensors_of(run(*given))
+                other = tensors_of(run(*(x.contiguous() for x in given)))
             except Exception as error:
                 return f"it does not run: {first_line(error)}"
             held = {t.untyped_storage().data_ptr() for t in (*given, *(t for t, _ in before))}
@@ -208,22 +221,28 @@ class Frozen(nn.Module):
                 return "it returns no plain tensors, or a view of an input or a weight"
             found = graphs.traced(run, given, _TOLERANCE)
             now = {id(t) for t in (*runner.parameters(), *runner.buffers())}
-        written = any(t._version != version or id(t) not in now for t, version in before)
-        if written or any(x._version for x in given):
-            return "it writes to its own buffers or its inputs"
-        if isinstance(found, str):
-            return found
-        self._facts = facts
+            written = any(t._version != version or id(t) not in now for t, version in before)
+            if written or any(x._version > 1 for x in given):
+                return "it writes to its own buffers or its inputs"
+            if isinstance(found, str):
+                return found
+            if not graphs.alike(other, right, _TOLERANCE):
+                return "its values depend on the memory format of its inputs"
+            if not _as_before(attributes, _attributes(runner)) or not _unchanged(facts):
+                return "it sets attributes of its own"
+            made, first, _ = found
+            second = made(*given)
+            second = (second,) if isinstance(second, Tensor) else second
+        memory = [(a.untyped_storage().data_ptr(), b.untyped_storage().data_ptr()) for a, b in zip(first, second)]
         empty = torch.empty(0)
         template = None if isinstance(structure, Tensor) else map_tensors(structure, lambda _: empty)
-        return _Function(found[0], template, torch.get_num_threads())
-
-    def _unchanged(self) -> bool:
-        """Whether every parameter and buffer is the tensor that it was, with the same values."""
-        for held, name, tensor, version, pointer in self._facts:
-            if held.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
-                return False
-        return True
+        return _Function(
+            made,
+            template,
+            frozenset(i for i, (a, b) in enumerate(memory) if a == b),
+            facts,
+            [x.stride() for x in given],
+        )
 
     def train(self, mode: bool = True) -> Frozen:
         """As ever; also forgets the functions."""
@@ -243,8 +262,9 @@ class Frozen(nn.Module):
         self.reset()
 
 
-_TRANSIENT = ("_made", "_calls", "_facts", "refused")
+_TRANSIENT = ("_made", "_calls", "refused")
 _Fact = tuple[dict[str, Any], str, Tensor, int, int]
+"""Where a tensor is held, its name there, the tensor, its version, and the address of its values."""
 
 
 class _Function:
@@ -253,22 +273,127 @@ class _Function:
     Args:
         run: What computes the output tensors.
         template: What the model returns, with anything in place of each tensor; None for one tensor.
-        threads: The number of threads for which it was made.
+        constant: Positions of outputs that are the same tensor in each call; who calls gets copies.
+        facts: What the model held.
+        strides: Those of the inputs for which it was made.
+
+    Attributes:
+        settings: Settings of torch for which it was made.
     """
 
-    __slots__ = ("_run", "_template", "threads")
+    __slots__ = ("_constant", "_run", "_template", "facts", "settings", "strides")
 
-    def __init__(self, run: Callable[..., Any], template: Any, threads: int) -> None:
-        self._run, self._template, self.threads = run, template, threads
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        template: Any,
+        constant: frozenset[int],
+        facts: list[_Fact],
+        strides: list[tuple[int, ...]],
+    ) -> None:
+        self._run, self._template, self._constant = run, template, constant
+        self.facts, self.strides, self.settings = facts, strides, _settings()
 
     def __call__(self, *inputs: Tensor) -> Any:
         out = self._run(*inputs)
+        if self._constant:
+            if isinstance(out, Tensor):
+                return self._rebuilt(out.clone())
+            out = [t.clone() if i in self._constant else t for i, t in enumerate(out)]
+        return self._rebuilt(out)
+
+    def _rebuilt(self, out: Any) -> Any:
         if self._template is None:
             return out
-        tensors = iter(out)
+        tensors = iter((out,) if isinstance(out, Tensor) else out)
         return map_tensors(self._template, lambda _: next(tensors))
 
 
-def _formatted(x: Tensor) -> Tensor:
-    """A tensor in the memory format that functions are made for."""
-    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
+def _settings() -> tuple[int, torch.dtype]:
+    return torch.get_num_threads(), torch.get_default_dtype()
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    """The memory format that functions are made for."""
+    return torch.channels_last if x.dim() == 4 else torch.contiguous_format
+
+
+def _formatted(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A tensor in the memory format, and with the strides, that a function was made for.
+
+    The strides of dimensions of size 1 mean nothing, and a kernel that was made for others reads wrong values. Those of
+    a negative view (the imaginary part of a conjugate) are the negated ones.
+    """
+    y = x.resolve_neg().contiguous(memory_format=_format(x))
+    return y if y.stride() == strides else y.as_strided(y.shape, strides)
+
+
+def _obstacle(model: nn.Module) -> str | None:
+    """What a model's modules have that no function could; None where there is nothing."""
+    if _global_hooks():
+        return "there are hooks for all modules"
+    for path, module in model.named_modules():
+        activation = module.activation if isinstance(module, PointwiseActivation) else None
+        if module.training:
+            return f"{path or 'the model'} is in training mode"
+        if hooked(module):
+            return f"{path or 'the model'} has hooks"
+        if activation == "gelu_tanh" or (isinstance(module, nn.GELU) and module.approximate != "none"):
+            return f"{path}: the fuser takes the tanh approximation of GELU for GELU itself"
+        if isinstance(module, (nn.RNNBase, torch.jit.ScriptModule)):
+            return f"{path or 'the model'} is a {type(module).__name__}"
+    return None
+
+
+def _facts(model: nn.Module) -> list[_Fact] | str:
+    """The tensors that a model's modules hold, as they are now; or which of them is no plain one on the CPU."""
+    facts: list[_Fact] = []
+    for path, module in model.named_modules():
+        for held in (module._parameters, module._buffers, vars(module)):
+            for name, tensor in held.items():
+                if not isinstance(tensor, Tensor):
+                    continue
+                if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_cpu or tensor.is_inference():
+                    return f"{path}.{name} is no plain tensor on the CPU"
+                facts.append(_fact(held, name, tensor))
+    return facts
+
+
+def _fact(held: dict[str, Any], name: str, tensor: Tensor) -> _Fact:
+    return held, name, tensor, tensor._version, tensor.data_ptr()
+
+
+def _unchanged(facts: list[_Fact]) -> bool:
+    """Whether every tensor is the one that it was, with the same values."""
+    for held, name, tensor, version, pointer in facts:
+        if held.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
+            return False
+    return True
+
+
+def _attributes(model: nn.Module) -> list[Any]:
+    """What a model's modules hold, directly or in a container; but not the caches of layers of this package."""
+    found: list[Any] = []
+    for module in model.modules():
+        if isinstance(module, (PointwiseActivation, Frozen)):
+            continue
+        for value in vars(module).values():
+            found.append(value)
+            if isinstance(value, dict):
+                found += value.values()
+            elif isinstance(value, (list, tuple, set)):
+                found += value
+    return found
+
+
+def _as_before(before: list[Any], now: list[Any]) -> bool:
+    """Whether two lists hold the same objects, or equal ones of the plainest types."""
+    if len(before) != len(now):
+        return False
+    for a, b in zip(before, now):
+        if a is not b and (type(a) is not type(b) or type(a) not in _PLAINEST or a != b):
+            return False
+    return True
+
+
+_PLAINEST = (int, float, bool, str, torch.Size)

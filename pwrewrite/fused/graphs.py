@@ -123,6 +123,8 @@ def traced(
             right = _outputs(run(*given))
             names = [f"t{i}" for i in range(len(given))]
             graph, _ = _C._create_graph_by_tracing(run, tuple(given), _unnamed, True, False, None, names)
+            if any(node.isNondeterministic() for node in graph.nodes()):
+                return "it draws random numbers"
             made: Callable[..., Any] = _C._create_function_from_graph("forward", graph)
             made(*given)
             found = _outputs(made(*given))
@@ -134,8 +136,8 @@ def traced(
         finally:
             _AT_WORK.tracing = False
             _C._jit_set_llga_enabled(before)
-    if not same or not _alike(found, right, tolerance):
-        return "a traced run gives other values"
+    if not same or not alike(found, right, tolerance):
+        return "a traced run gives other values, or other outputs share memory"
     return made, found, done
 
 
@@ -143,16 +145,27 @@ def _same(made: Callable[..., Any], run: Callable[..., Any], given: Sequence[Ten
     """Whether two functions give the same on random inputs, and leave them as they are.
 
     The fuser adds a residual into memory that it believes nobody reads again, and is wrong about that in some graphs.
+    The interpreter makes one tensor of two that are equal, and returns ``x`` for ``x + 0``: who writes to one output
+    would change the other, or the input.
     """
     generator = torch.Generator().manual_seed(1)
     drawn = [torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator)) for t in given]
     kept = [t.clone() for t in drawn]
     right = _outputs(run(*drawn))
     found = _outputs(made(*drawn))
-    return _alike(found, right, tolerance) and all(map(torch.equal, drawn, kept))
+    if not alike(found, right, tolerance) or not all(map(torch.equal, drawn, kept)):
+        return False
+    return _sharing(drawn, found) == _sharing(drawn, right)
 
 
-def _alike(found: Sequence[Tensor], right: Sequence[Tensor], tolerance: float) -> bool:
+def _sharing(given: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[int]:
+    """For each tensor, the first one in the same memory."""
+    memory = [t.untyped_storage().data_ptr() for t in (*given, *outputs)]
+    return [memory.index(pointer) for pointer in memory]
+
+
+def alike(found: Sequence[Tensor], right: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether two runs gave the same up to rounding: as many tensors of the same shapes, dtypes and values."""
     if [(t.shape, t.dtype) for t in found] != [(t.shape, t.dtype) for t in right]:
         return False
     return all(_near(a, b, tolerance) for a, b in zip(found, right))

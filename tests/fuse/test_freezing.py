@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pwrewrite.errors import InputError, RefusedError
 from pwrewrite.freezing import Frozen, freeze
@@ -270,7 +272,7 @@ class Random(ByValue):
         (Counts, "writes to its own buffers"),
         (Replaces, "writes to its own buffers"),
         (Writes, "its inputs"),
-        (Random, "other values"),
+        (Random, "random numbers"),
         (nn.Identity, "a view of an input"),
     ],
 )
@@ -314,3 +316,197 @@ def test_without_the_fuser(model: nn.Module, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(graphs, "FUSER", False)
     with pytest.raises(RefusedError, match="no oneDNN graphs"):
         freeze(model)
+
+
+class Calls(nn.Module):
+    """A convolution and a function."""
+
+    def __init__(self, function: Any, **held: Any) -> None:
+        super().__init__()
+        self.conv, self.function = nn.Conv2d(3, 4, 3, padding=1), function
+        self.register_buffer("row", torch.arange(1.0, 5.0))
+        for name, value in held.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def small(function: Any, **held: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return Calls(function, **held).eval()
+
+
+@pytest.mark.parametrize(
+    "constant",
+    [
+        lambda m: torch.tensor([1.0, 2.0]),
+        lambda m: torch.arange(4.0),
+        lambda m: torch.ones(2, 2).triu(),
+        lambda m: m.row * 2,
+        lambda m: torch.cat([m.row, m.row]),
+    ],
+)
+def test_outputs_that_are_constants_are_new_each_time(constant: Any) -> None:
+    x = torch.randn(1, 3, 8, 8)
+    for model in (small(lambda m, t: (m.conv(t), constant(m))), small(lambda m, t: [constant(m)])):
+        made = freeze(model, x)
+        with torch.no_grad():
+            want = model(x)[-1]
+            made(x)[-1].add_(1)
+            assert torch.equal(made(x)[-1], want)
+    model = small(lambda m, t: constant(m))
+    made = freeze(model, x)
+    with torch.no_grad():
+        made(x).add_(1)
+        assert torch.equal(made(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda m, x: x + 0, "share memory"),
+        (lambda m, x: (lambda y: (y, y * 1))(m.conv(x)), "share memory"),
+        (lambda m, x: F.dropout(m.conv(x), 1e-6, training=True), "random numbers"),
+        (lambda m, x: m.conv(x) * (1 if x.is_contiguous() else 2), "memory format"),
+        (lambda m, x: m.conv(x) * x.stride(1), "memory format"),
+        (lambda m, x: (setattr(m, "seen", m.conv(x)), m.seen * 2)[1], "attributes of its own"),
+        (lambda m, x: (setattr(m, "calls", m.calls + 1), m.conv(x))[1], "attributes of its own"),
+        (lambda m, x: (m.log.append(1), m.conv(x))[1], "attributes of its own"),
+    ],
+)
+def test_more_code_that_is_no_function(function: Any, reason: str) -> None:
+    model, x = small(function, calls=0, log=[]), torch.randn(2, 3, 8, 8)
+    assert reason in str(Frozen(model).make(x))
+
+
+@pytest.mark.parametrize("held", [threading.Lock(), torch.ones(1, requires_grad=True) * 2])
+def test_a_model_that_cannot_be_copied_runs(held: Any) -> None:
+    model, x = small(lambda m, t: m.conv(t), held=held), torch.randn(2, 3, 8, 8)
+    made = Frozen(model)
+    with torch.no_grad():
+        close(warm(made, x), model(x))
+    assert "cannot be copied" in made.refused[(x.shape,)]
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_strides_that_mean_nothing(width: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(width, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Sigmoid()).eval()
+    given = [
+        torch.randn(width, 2, 10, 10).transpose(0, 1),
+        torch.randn(2, 10, 10, width).permute(0, 3, 1, 2),
+        torch.empty_strided((2, width, 10, 10), (1000, 77, 13, 1)).normal_(),
+        torch.randn(1).expand(2, width, 10, 10),
+        torch._neg_view(torch.randn(2, width, 10, 10)),
+        torch._neg_view(torch.randn(2, width, 10, 10).to(memory_format=torch.channels_last)),
+    ]
+    with torch.no_grad():
+        for first in given:
+            made = freeze(model, first)
+            for x in given:
+                close(made(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.table.add_(1),
+        lambda m: setattr(m, "table", torch.full((4, 1, 1), 3.0)),
+        lambda m: m.tables[0].add_(1),
+        lambda m: torch.utils.swap_tensors(m.conv.weight, nn.Parameter(torch.randn(4, 3, 3, 3))),
+        lambda m: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}, assign=True),
+    ],
+)
+def test_other_tensors_that_change(change: Any) -> None:
+    held = {"table": torch.ones(4, 1, 1), "tables": [torch.ones(4, 1, 1)]}
+    model = small(lambda m, t: m.conv(t) * m.table + m.tables[0], **held)
+    x = torch.randn(2, 3, 8, 8)
+    made = freeze(model, x)
+    with torch.no_grad():
+        change(model)
+        close(made(x), model(x))
+    assert not made.shapes
+
+
+def test_the_model_trains_by_itself() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout(0.5)).eval(), torch.randn(2, 3, 8, 8)
+    made = freeze(model, x)
+    model.train()
+    with torch.no_grad():
+        assert bool((made(x) == 0).any())
+        assert not made.shapes
+        model.eval()
+        model[1].train()
+        assert "training mode" in str(made.make(x))
+
+
+def test_settings_of_the_whole_process() -> None:
+    model, x, seen = small(lambda m, t: m.conv(t) * torch.ones(1)), torch.randn(2, 3, 8, 8), list[int]()
+    made = freeze(model, x)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
+    try:
+        with torch.no_grad():
+            made(x)
+        assert len(seen) == 3
+        assert "hooks" in str(made.make(x))
+    finally:
+        handle.remove()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad():
+            assert made(x).dtype is torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_shapes_that_fail_are_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, tried = Frozen(ByValue().eval()), list[int]()
+    make = made.make
+    monkeypatch.setattr(made, "make", lambda *inputs: (tried.append(1), make(*inputs))[1])
+    with torch.no_grad():
+        for _ in range(3):
+            for n in range(1, 80):
+                warm(made, torch.randn(1, 3, 1, n))
+    assert len(tried) == len(made.refused) == 8
+
+
+def test_a_reset_while_a_function_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small(lambda m, t: m.conv(t)), torch.randn(2, 3, 8, 8)
+    made, traced = Frozen(model), graphs.traced
+
+    def slow(*args: Any) -> Any:
+        found = traced(*args)
+        model.conv = nn.Conv2d(3, 4, 3, padding=1)  # another thread does
+        made.eval()
+        return found
+
+    monkeypatch.setattr(graphs, "traced", slow)
+    made.make(x)
+    with torch.no_grad():
+        close(made(x), model(x))
+
+
+def test_threads(model: nn.Module) -> None:
+    made, wrong = Frozen(model), list[Any]()
+
+    def work(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        try:
+            with torch.no_grad():
+                for i in range(40):
+                    x = torch.randn((1 + seed % 3, 3, 20, 20), generator=generator)
+                    close(made(x), model(x))
+                    if i == 20 and seed == 0:
+                        made.reset()
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+    assert not wrong
+    assert not torch._C._jit_llga_enabled()
