@@ -380,6 +380,20 @@ def test_more_code_that_is_no_function(function: Any, reason: str) -> None:
     assert reason in str(Frozen(model).make(x))
 
 
+@pytest.mark.parametrize("rate", [0.0, 1e-9])
+def test_attention_draws_where_it_drops(rate: float) -> None:
+    def attend(model: Any, x: Tensor) -> Tensor:
+        tokens = model.conv(x).flatten(2).transpose(1, 2)
+        return F.scaled_dot_product_attention(tokens, tokens, tokens, dropout_p=rate)
+
+    model, x = small(attend), torch.randn(2, 3, 8, 8)
+    made = Frozen(model)
+    reason = made.make(x)
+    assert reason is None if rate == 0 else "random numbers" in str(reason)
+    with torch.no_grad():
+        close(made(x), model(x))
+
+
 @pytest.mark.parametrize("held", [threading.Lock(), torch.ones(1, requires_grad=True) * 2])
 def test_a_model_that_cannot_be_copied_runs(held: Any) -> None:
     model, x = small(lambda m, t: m.conv(t), held=held), torch.randn(2, 3, 8, 8)
