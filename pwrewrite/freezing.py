@@ -338,6 +338,9 @@ def _obstacle(model: nn.Module) -> str | None:
             return f"{path or 'the model'} is in training mode"
         if hooked(module):
             return f"{path or 'the model'} has hooks"
+        own = vars(module).get("forward")
+        if own is not None and getattr(own, "__self__", None) is not module:  # a copy of it may run this very module
+            return f"{path or 'the model'} has a forward() of its own"
         if activation == "gelu_tanh" or (isinstance(module, nn.GELU) and module.approximate != "none"):
             return f"{path}: the fuser takes the tanh approximation of GELU for GELU itself"
         if isinstance(module, (nn.RNNBase, torch.jit.ScriptModule)):

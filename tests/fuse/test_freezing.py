@@ -524,3 +524,14 @@ def test_threads(model: nn.Module) -> None:
         assert not thread.is_alive()
     assert not wrong
     assert not torch._C._jit_llga_enabled()
+
+
+def test_a_forward_that_holds_the_model_runs_no_more_than_it_is_called() -> None:
+    model, x = Counts().eval().requires_grad_(False), torch.randn(2, 3, 8, 8)
+    model.forward = lambda x: (model.calls.add_(1), model.conv(x))[1]  # type: ignore[method-assign]
+    made = Frozen(model)
+    with torch.no_grad():
+        for _ in range(5):
+            made(x)
+    assert model.calls.item() == 5
+    assert "forward()" in made.refused[(x.shape,)]
