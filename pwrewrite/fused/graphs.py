@@ -125,6 +125,7 @@ def traced(
             graph, _ = _C._create_graph_by_tracing(run, tuple(given), _unnamed, True, False, None, names)
             if any(map(_draws, graph.nodes())):
                 return "it draws random numbers"
+            _separate(graph)
             made: Callable[..., Any] = _C._create_function_from_graph("forward", graph)
             made(*given)
             found = _outputs(made(*given))
@@ -139,6 +140,48 @@ def traced(
     if not same or not alike(found, right, tolerance):
         return "a traced run gives other values, or other outputs share memory"
     return made, found, done
+
+
+_BINARY = frozenset({"aten::add", "aten::sub", "aten::mul", "aten::div", "aten::maximum", "aten::minimum"})
+
+
+def _separate(graph: Any) -> None:
+    """Puts a view between operations of two tensors that follow each other, which no partition reaches across.
+
+    Two of them in a partition behind a convolution crash the process (in torch 2.15: ``conv(x) + a + x``,
+    where ``x`` is read elsewhere too), or give wrong values; operations of one tensor may lie between.
+    """
+    for node in list(graph.nodes()):
+        if not _joins(node):
+            continue
+        for i, value in enumerate(list(node.inputs())[:2]):
+            if _behind_another(value):
+                view = graph.create("aten::alias", [value], 1)
+                view.insertBefore(node)
+                view.output().setType(value.type())
+                node.replaceInput(i, view.output())
+
+
+def _joins(node: Any) -> bool:
+    """Whether a traced operation is one of two tensors, element by element."""
+    if node.kind().removesuffix("_") not in _BINARY:
+        return False
+    return all(value.type().kind() == "TensorType" for value in list(node.inputs())[:2])
+
+
+def _behind_another(value: Any) -> bool:
+    """Whether a tensor comes from an operation of two tensors, by way of any of one, and is read nowhere else."""
+    while len(value.uses()) == 1:
+        node = value.node()
+        if _joins(node):
+            return True
+        if not node.kind().startswith("aten::") or node.kind() in ("aten::_convolution", "aten::conv2d", "aten::alias"):
+            return False
+        tensors = [v for v in node.inputs() if v.type().kind() == "TensorType"]
+        if len(tensors) != 1:
+            return False
+        value = tensors[0]
+    return False
 
 
 def _draws(node: Any) -> bool:

@@ -535,3 +535,33 @@ def test_a_forward_that_holds_the_model_runs_no_more_than_it_is_called() -> None
             made(x)
     assert model.calls.item() == 5
     assert "forward()" in made.refused[(x.shape,)]
+
+
+class Sums(nn.Module):
+    """Several operations of two tensors behind a convolution, whose other sides are read elsewhere too."""
+
+    def __init__(self, way: int) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == 0:
+            return self.a(x) + self.b(x) + x  # type: ignore[no-any-return]
+        if self.way == 1:
+            return (self.a(x) + self.b(x)) * x  # type: ignore[no-any-return]
+        y = torch.relu(self.c(x))
+        if self.way == 2:
+            return self.a(y) + torch.sigmoid(y) + y  # type: ignore[no-any-return]
+        return torch.relu(self.a(y) + self.b(y)) + y
+
+
+@pytest.mark.parametrize("way", range(4))
+def test_sums_behind_a_convolution(way: int) -> None:
+    """Some of these crash the process where torch's fuser makes one partition of them (RepViT's blocks)."""
+    torch.manual_seed(0)
+    model, x = Sums(way).eval(), torch.randn(1, 16, 14, 14)
+    made = freeze(model, x)
+    with torch.no_grad():
+        for given in (x, torch.randn(1, 16, 14, 14)):
+            close(made(given), model(given))
