@@ -45,7 +45,7 @@ def plain_tensors(x: Any, weight: Any, bias: Any) -> bool:
     """Whether these are ordinary tensors of one dtype and device that need no gradient."""
     if type(x) is not Tensor or type(weight) not in _PLAIN or x.dtype is not weight.dtype or x.device != weight.device:
         return False
-    if x.layout is not torch.strided or weight.layout is not torch.strided:
+    if x.layout is not torch.strided or weight.layout is not torch.strided or x.is_neg():
         return False
     if bias is not None and (type(bias) not in _PLAIN or bias.dtype is not x.dtype):
         return False

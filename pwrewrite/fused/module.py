@@ -211,7 +211,7 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         """Whether the kernel can add this residual: the same shape, no gradient, and ReLU or nothing behind it."""
         if self.activation not in ("relu", "none") or type(residual) is not Tensor or residual.dtype is not x.dtype:
             return False
-        if residual.device != x.device or residual.layout is not torch.strided:
+        if residual.device != x.device or residual.layout is not torch.strided or residual.is_neg():
             return False
         if residual.requires_grad and torch.is_grad_enabled():
             return False
@@ -226,6 +226,8 @@ class PointwiseActivation(StandsForLayer, nn.Module):
     def _by_partition(self, packed: Packed, x: Any, residual: Any) -> Tensor | None:
         """Runs a partition; None where there is none for this call, or its inputs are not plain tensors."""
         if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu or x.layout is not torch.strided:
+            return None
+        if x.is_neg():
             return None
         if self.same or self._pad is not None:
             x = self._padded(x)

@@ -282,3 +282,13 @@ def test_a_map_of_one_position_is_a_product() -> None:
             close(out, wanted(made, x))
             assert out.shape == (3, 12, 1, 1)
             close(made(x, out), wanted(made, x, out))
+
+
+def test_negative_views_are_negative() -> None:
+    """``torch._neg_view`` marks a tensor whose memory holds the opposite, which a kernel does not see."""
+    made, x = layer(), torch.randn(1, 8, 9, 9).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        want = made(-x)
+        torch.testing.assert_close(made(torch._neg_view(x)), want)
+        warm(made, x)
+        torch.testing.assert_close(made(torch._neg_view(x)), want)
