@@ -16,42 +16,36 @@
     capture = pwrewrite.capture(model, example_inputs)
     pwrewrite.graph(capture)              # a networkx.DiGraph for questions of one's own
 
-Importing this package imports nothing heavy: each name is imported when it is first used.
-
-Some functions are named as a submodule (``apply``, ``capture``, ``graph``, ``plan``, ``verify``). Once Python has
-imported a submodule it binds it to the package under its name, so ``pwrewrite.graph`` is the submodule, and is made
-callable as that function. Thus ``pwrewrite.graph(capture)``, ``from pwrewrite import graph``, ``from pwrewrite.graph
-import graph`` and ``import pwrewrite.capture.records as records`` all work, in any order.
+Importing this package imports nothing heavy: each name is imported when it is first used. No room of the package has
+the name of a public function (``capture`` lives in ``capturing``, ``plan`` in ``planning``, ``verify`` in
+``verifying``), because Python binds an imported submodule to its package and would hide the function.
 """
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from inspect import Signature, signature
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import decompose, passes
     from .analysis.records import Analysis
-    from .api import analyze, analyze_target
-    from .apply import apply
-    from .budgeting import plan
-    from .capture import Capture, capture
-    from .convolution import ConvSpec
-    from .cost import Cost, register_formula
-    from .errors import PwrewriteError
-    from .freezing import freeze
-    from .fusing import fuse
-    from .graph import graph
-    from .loading import LoadedModel, load_target
-    from .plan import Plan
+    from .capturing import Capture, capture
+    from .capturing.network import graph
+    from .core.convolution import ConvSpec
+    from .core.cost import Cost, register_formula
+    from .core.errors import PwrewriteError
+    from .core.plan import Plan
+    from .core.verification import Verification
+    from .edit.apply import apply
+    from .engines.frozen import freeze
     from .report.records import Report
-    from .rewriting import Rewritten, make_plan, rewrite
-    from .storage import load, save
-    from .verification import Verification
-    from .verify import verify
+    from .targets import LoadedModel, load_target
+    from .targets.storage import load, save
+    from .verifying import verify
+    from .workflows.analyze import analyze, analyze_target
+    from .workflows.budget import plan
+    from .workflows.fuse import fuse
+    from .workflows.rewrite import Rewritten, make_plan, rewrite
 
     __version__: str
 
@@ -86,39 +80,34 @@ __all__ = [
     "verify",
 ]
 
-_ELSEWHERE = {"plan": "budgeting"}
-"""Submodules that are called as a function of their name that lives in another one."""
-
 _HOMES = {
     "Analysis": "analysis.records",
-    "Capture": "capture",
-    "ConvSpec": "convolution",
-    "Cost": "cost",
-    "LoadedModel": "loading",
-    "Plan": "plan",
-    "PwrewriteError": "errors",
+    "Capture": "capturing",
+    "ConvSpec": "core.convolution",
+    "Cost": "core.cost",
+    "LoadedModel": "targets",
+    "Plan": "core.plan",
+    "PwrewriteError": "core.errors",
     "Report": "report.records",
-    "Rewritten": "rewriting",
-    "Verification": "verification",
-    "analyze": "api",
-    "analyze_target": "api",
-    "apply": "apply",
-    "capture": "capture",
-    "decompose": "decompose",
-    "freeze": "freezing",
-    "fuse": "fusing",
-    "graph": "graph",
-    "load": "storage",
-    "load_target": "loading",
-    "make_plan": "rewriting",
-    "passes": "passes",
-    "plan": "plan",
-    "register_formula": "cost",
-    "rewrite": "rewriting",
-    "save": "storage",
-    "verify": "verify",
+    "Rewritten": "workflows.rewrite",
+    "Verification": "core.verification",
+    "analyze": "workflows.analyze",
+    "analyze_target": "workflows.analyze",
+    "apply": "edit.apply",
+    "capture": "capturing",
+    "freeze": "engines.frozen",
+    "fuse": "workflows.fuse",
+    "graph": "capturing.network",
+    "load": "targets.storage",
+    "load_target": "targets",
+    "make_plan": "workflows.rewrite",
+    "plan": "workflows.budget",
+    "register_formula": "core.cost",
+    "rewrite": "workflows.rewrite",
+    "save": "targets.storage",
+    "verify": "verifying",
 }
-"""Where each public name lives; a name that is its own home is a submodule."""
+"""The module in which each public name lives."""
 
 
 def __getattr__(name: str) -> Any:
@@ -129,45 +118,13 @@ def __getattr__(name: str) -> Any:
             return version(__name__)
         except PackageNotFoundError:  # run from a checkout that is not installed
             return "0+unknown"
-    home = _HOMES.get(name)
-    if home is None:
+    if name in ("decompose", "passes"):
+        return import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(f"{__name__}.{home}")
-    if home == name:
-        return module  # callable where it holds a function of its name, see _Package
-    value = globals()[name] = getattr(module, name)
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     return value
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _CallableModule(ModuleType):
-    """A submodule that can be called as the function of the same name in it."""
-
-    @property
-    def _function(self) -> Any:
-        name = self.__name__.rpartition(".")[2]
-        if name in _ELSEWHERE:
-            return getattr(import_module(f"{__name__}.{_ELSEWHERE[name]}"), name)
-        return self.__dict__[name]
-
-    @property
-    def __signature__(self) -> Signature:
-        return signature(self._function)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._function(*args, **kwargs)
-
-
-class _Package(ModuleType):
-    """This package: makes a submodule callable at the moment when Python binds it here, whoever imported it."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if _HOMES.get(name) == name and type(value) is ModuleType and (name in vars(value) or name in _ELSEWHERE):
-            value.__class__ = _CallableModule
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

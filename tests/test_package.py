@@ -11,8 +11,8 @@ import pwrewrite
 
 STATEMENTS = (
     "import pwrewrite; pwrewrite.graph; pwrewrite.capture",
-    "import pwrewrite.graph, pwrewrite.capture.records",
-    "import pwrewrite.capture.records as records, pwrewrite.graph as module; records.Layer, module.graph",
+    "import pwrewrite.graph, pwrewrite.capturing.records",
+    "import pwrewrite.capturing.records as records, pwrewrite.graph as module; records.Layer, module.graph",
     "from pwrewrite import analyze, Analysis, Capture, graph, capture",
     "from pwrewrite.graph import graph; from pwrewrite.capture import capture",
     "from pwrewrite import *",
@@ -24,7 +24,7 @@ import pwrewrite
 from pwrewrite import capture, graph
 from pwrewrite.capture import capture as capture_function
 from pwrewrite.graph import graph as graph_function
-import pwrewrite.capture.records as records
+import pwrewrite.capturing.records as records
 
 assert inspect.isfunction(capture_function) and inspect.isfunction(graph_function)
 for found in (graph, pwrewrite.graph, graph_function):
@@ -33,7 +33,7 @@ for found in (graph, pwrewrite.graph, graph_function):
         made = take(torch.nn.Conv2d(3, 4, 1, device="meta"), torch.zeros(1, 3, 2, 2))
         assert isinstance(made, records.Capture) and isinstance(made, pwrewrite.Capture)
         assert isinstance(found(made), networkx.DiGraph)
-assert pwrewrite.capture.records is records and pwrewrite.graph.graph is graph_function
+assert pwrewrite.capturing.records is records and pwrewrite.capturing.network.graph is graph_function
 """
 
 # torch is imported once; each order then runs in a fork, in which pwrewrite is not imported yet.

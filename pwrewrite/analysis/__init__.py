@@ -10,9 +10,9 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..capture.records import Capture, info
-from ..errors import UsageError
-from ..graph import dtype_name, graph
+from ..capturing.network import dtype_name, graph
+from ..capturing.records import Capture, info
+from ..core.errors import UsageError
 from .by_op import by_op
 from .critical_path import critical_path
 from .hotspots import HOTSPOT_SHARE, hotspots

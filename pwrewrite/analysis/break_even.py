@@ -26,7 +26,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod, sqrt
 
-from ..convolution import ConvSpec
+from ..core.convolution import ConvSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..capture.records import NodeInfo
+from ..capturing.records import NodeInfo
 from .records import OpTotal
 
 NO_OPERATION = frozenset({"input", "output", "get_attr", "unknown"})

@@ -3,7 +3,7 @@
 A *hotspot* is a dense k×k convolution (k > 1 in some dimension, not depthwise) with at least a given share of the
 model's MACs. For each layer the table says either where a bottleneck breaks even (`pwrewrite.analysis.break_even`) or
 why none may be inserted: it has nothing to squeeze (pointwise, depthwise, linear), it may not be touched
-(`pwrewrite.eligibility`), or it is too small to gain.
+(`pwrewrite.capturing.eligibility`), or it is too small to gain.
 
 Break-even is necessary, not sufficient: three small convolutions can be slower than one large one, and how low a rank
 the weights allow is for their spectrum to say.
@@ -20,9 +20,9 @@ from itertools import accumulate
 
 import torch
 
-from ..capture.records import Capture, Layer, NodeInfo
-from ..eligibility import Owners, eligible
-from ..plan import Skip, SkipReason
+from ..capturing.eligibility import Owners, eligible
+from ..capturing.records import Capture, Layer, NodeInfo
+from ..core.plan import Skip, SkipReason
 from .break_even import BottleneckCost
 from .records import BreakEven, LayerReport
 from .roofline import DeviceProfile, layer_bound

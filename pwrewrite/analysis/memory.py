@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ..capture.records import MemoryEvent, NodeInfo
+from ..capturing.records import MemoryEvent, NodeInfo
 from .records import LiveTensor, Peak
 
 TENSORS = 32

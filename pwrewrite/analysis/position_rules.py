@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..capture.records import NodeInfo, Window
+from ..capturing.records import NodeInfo, Window
 from .alignment import (
     UNKNOWN,
     WHOLE,

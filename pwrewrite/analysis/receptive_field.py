@@ -29,7 +29,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from ..capture.records import Capture, NodeInfo, info
+from ..capturing.records import Capture, NodeInfo, info
 from .alignment import UNKNOWN, WHOLE, Field, Scan, Span, Steps, join_states
 from .mixing_rules import MIXERS
 from .position_rules import ALIGNED, CONSTANT, FIRST_ONLY, RULES, Call, axis_size, windowed

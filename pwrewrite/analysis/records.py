@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ..capture.records import Call, Coverage, Layer
-from ..plan import Skip
+from ..capturing.records import Call, Coverage, Layer
+from ..core.plan import Skip
 
 SCHEMA = "pwrewrite.analysis/1"
 """Name and version of the JSON: keys may be added under one version, never renamed or removed."""

@@ -20,8 +20,8 @@ from types import MappingProxyType
 
 import torch
 
-from ..capture.records import Layer, NodeInfo
-from ..errors import UsageError
+from ..capturing.records import Layer, NodeInfo
+from ..core.errors import UsageError
 from .records import Roofline
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..capture.records import NodeInfo
+from ..capturing.records import NodeInfo
 from .records import TreeNode
 
 

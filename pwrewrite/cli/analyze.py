@@ -184,11 +184,11 @@ def analyze(
         with uncollected(), quiet(debug), waiting(f"analysing {target}"):
             with interruptible():
                 from ..analysis.roofline import device_profile
-                from ..api import analyze_captured, capture_target
-                from ..loading import parse_arg
+                from ..core.numbers import parse_count, parse_share
                 from ..report import View, files, gates, render
-                from ..report.numbers import parse_count, parse_share
                 from ..report.tree import DEPTH
+                from ..targets import parse_arg
+                from ..workflows.analyze import analyze_captured, capture_target
 
             view = View(top, sort.value, everything, DEPTH if tree and depth is None else depth)
             view.check(form.value)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..budget_by_target import BudgetRequest
+    from ..workflows.budget_by_target import BudgetRequest
 
 BUDGET = "Budget and calibration"
 
@@ -185,7 +185,7 @@ def budget_request_of(
         "--labels": labels,
         "--max-drop": max_drop,
     }
-    from ..errors import UsageError
+    from ..core.errors import UsageError
 
     fits = ("--refit",) if refit is not Refit.NONE else ()
     for name in ("--preprocess", "--calibration-size", "--labels", *fits):
@@ -202,9 +202,9 @@ def budget_request_of(
         if first is not None:
             raise UsageError(f"{first} goes with --budget or --calibration")
         return None
-    from ..budget_by_target import BudgetRequest, parse_drop
+    from ..core.numbers import parse_share
     from ..planning.budget import parse_budget
-    from ..report.numbers import parse_share
+    from ..workflows.budget_by_target import BudgetRequest, parse_drop
 
     return BudgetRequest(
         parse_budget(budget or ()),

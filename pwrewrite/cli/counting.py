@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..analysis.records import Analysis
-    from ..capture.records import Capture
+    from ..capturing.records import Capture
     from ..report import View
     from ..report.counts import Counts
 
@@ -22,7 +22,7 @@ def counts_of(captured: Capture, *, tool: str | None, explained: bool) -> Counts
         tool: The tool whose total is wanted in the place of ours.
         explained: Whether every tool's total is to be explained.
     """
-    from ..conventions import count, explain
+    from ..analysis.conventions import count, explain
     from ..report.counts import Counts
 
     return Counts(count(captured, tool) if tool is not None else None, explain(captured) if explained else ())

@@ -68,12 +68,12 @@ def fuse(
     """
     with handled(debug):
         with quiet(debug), interruptible(), progressing() as progress:
-            from ..errors import UsageError
-            from ..fuse_by_target import fuse_target, passes_named
+            from ..core.errors import UsageError
             from ..report import files
             from ..report import fused as table
-            from ..rewriting import unverified_error
-            from ..storage import check_place
+            from ..targets.storage import check_place
+            from ..workflows.fuse_by_target import fuse_target, passes_named
+            from ..workflows.rewrite import unverified_error
 
             if no_verify and out is not None:
                 raise UsageError("--no-verify saves nothing", hint="leave out --no-verify or --out")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..by_target import Request
-    from ..choices import Choices
+    from ..workflows.by_target import Request
+    from ..workflows.choices import Choices
 
 MODEL, PASSES, PROOF, OUT = "Model and inputs", "What is rewritten", "Proof", "Output"
 
@@ -233,8 +233,8 @@ def request_of(
     seed: int,
 ) -> Request:
     """The options about a target as one."""
-    from ..by_target import Request
-    from ..loading import parse_arg
+    from ..targets import parse_arg
+    from ..workflows.by_target import Request
 
     args = dict(parse_arg(text) for text in arg or ())
     return Request(target, args, weights, weights_lenient, tuple(inputs or ()), model, trust_target, seed)
@@ -260,8 +260,8 @@ def choices_of(
     allow_output_change: bool,
 ) -> Choices:
     """The options about passes as one."""
-    from ..choices import Choices, parse_set, parse_width
-    from ..report.numbers import parse_share
+    from ..core.numbers import parse_share
+    from ..workflows.choices import Choices, parse_set, parse_width
 
     def width(text: str | None, what: str) -> int | float | None:
         return parse_width(text, what) if text is not None else None
@@ -289,7 +289,7 @@ def choices_of(
 
 def error_bound(text: str | None) -> float | None:
     """Reads ``--max-error``; unlike a share it may be above 1."""
-    from ..errors import UsageError
+    from ..core.errors import UsageError
 
     if text is None:
         return None

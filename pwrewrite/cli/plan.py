@@ -76,11 +76,11 @@ def plan(
     """
     with handled(debug):
         with quiet(debug), interruptible(), progressing() as progress:
-            from ..budget_by_target import frontier_of, plan_budget
-            from ..by_target import plan_target
             from ..report import files
             from ..report import rewrite as table
             from ..report import rewrite_markdown as markdown
+            from ..workflows.budget_by_target import frontier_of, plan_budget
+            from ..workflows.by_target import plan_target
 
             choices = o.choices_of(
                 passes, rank, rank_in, rank_out, energy, vbmf, include, exclude, sets, min_share, multiple,
@@ -122,7 +122,7 @@ def plan(
 
 def _check_measures(metric: str | None, labels: Path | None, max_drop: str | None) -> None:
     """Refuses what only a rewrite can measure."""
-    from ..errors import UsageError
+    from ..core.errors import UsageError
 
     for name, value in (("--metric", None if max_drop is not None else metric), ("--labels", labels)):
         if value is not None:
@@ -133,7 +133,7 @@ def _check_measures(metric: str | None, labels: Path | None, max_drop: str | Non
 
 
 def _check_pareto(out: Path | None) -> None:
-    from ..errors import UsageError
+    from ..core.errors import UsageError
 
     if out is not None:
         raise UsageError("--pareto makes no plan for --out", hint="--output frontier.csv writes the frontier")

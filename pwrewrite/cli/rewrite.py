@@ -98,15 +98,15 @@ def rewrite(
     """
     with handled(debug):
         with quiet(debug), interruptible(), progressing() as progress:
-            from ..budget_by_target import plan_budget, rewrite_budget
-            from ..by_target import plan_target, rewrite_target
-            from ..errors import UsageError
-            from ..plan import Plan
+            from ..core.errors import UsageError
+            from ..core.plan import Plan
             from ..report import files
             from ..report import rewrite as table
             from ..report import rewrite_markdown as markdown
-            from ..rewriting import unverified_error
-            from ..storage import check_place
+            from ..targets.storage import check_place
+            from ..workflows.budget_by_target import plan_budget, rewrite_budget
+            from ..workflows.by_target import plan_target, rewrite_target
+            from ..workflows.rewrite import unverified_error
 
             if no_verify and max_error is not None:
                 raise UsageError("--no-verify and --max-error exclude each other")

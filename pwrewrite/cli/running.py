@@ -23,7 +23,7 @@ from typing import NoReturn, TextIO
 
 import typer
 
-from ..errors import PwrewriteError
+from ..core.errors import PwrewriteError
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""

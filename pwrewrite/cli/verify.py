@@ -49,11 +49,11 @@ def verify(
     """
     with handled(debug):
         with quiet(debug), interruptible(), progressing() as progress:
-            from ..by_target import verify_targets
-            from ..errors import VerificationError
+            from ..core.errors import VerificationError
             from ..report import files
             from ..report import rewrite as table
             from ..report import rewrite_markdown as markdown
+            from ..workflows.by_target import verify_targets
 
             bound = o.error_bound(max_error)
             request = o.request_of(first, arg, weights, weights_lenient, inputs, model, trust_target, seed)

@@ -16,38 +16,17 @@ Which of the original's attributes goes where is said by `Stage.axes`; the algeb
 full rank every chain is the original convolution, up to rounding.
 """
 
-from pwrewrite.decompose.break_even import (
-    BreakEven,
-    BreakEvenRanks,
-    ConvShape,
-    FactorCost,
-    break_even_ranks,
-    ratio_ranks,
-)
-from pwrewrite.decompose.depthwise_pair import Depthwise, depthwise, depthwise_spectrum
-from pwrewrite.decompose.layout import Factors, Stage, from_forward_layout, to_forward_layout
-from pwrewrite.decompose.low_rank_pair import LowRank, low_rank, low_rank_spectrum
-from pwrewrite.decompose.one_sided import (
-    Expansion,
-    Reduction,
-    expansion,
-    expansion_spectrum,
-    reduction,
-    reduction_spectrum,
-)
-from pwrewrite.decompose.ranks import (
-    RankSpec,
-    default_multiple,
-    energy_rank,
-    evbmf_rank,
-    resolve_rank,
-    round_rank,
-)
-from pwrewrite.decompose.spatial_pair import Spatial, spatial, spatial_spectrum
-from pwrewrite.decompose.spectrum import MatrixSpectrum, Spectrum, Truncation, svd_spectrum
-from pwrewrite.decompose.tucker import Tucker2, tucker2
-from pwrewrite.decompose.tucker_spectrum import Tucker2Spectrum, tucker2_spectrum
-from pwrewrite.decompose.weighting import SideWeight, kernel_loss, side_weight, split_moment
+from .break_even import BreakEven, BreakEvenRanks, ConvShape, FactorCost, break_even_ranks, ratio_ranks
+from .depthwise_pair import Depthwise, depthwise, depthwise_spectrum
+from .layout import Factors, Stage, from_forward_layout, to_forward_layout
+from .low_rank_pair import LowRank, low_rank, low_rank_spectrum
+from .one_sided import Expansion, Reduction, expansion, expansion_spectrum, reduction, reduction_spectrum
+from .ranks import RankSpec, default_multiple, energy_rank, evbmf_rank, resolve_rank, round_rank
+from .spatial_pair import Spatial, spatial, spatial_spectrum
+from .spectrum import MatrixSpectrum, Spectrum, Truncation, svd_spectrum
+from .tucker import Tucker2, tucker2
+from .tucker_spectrum import Tucker2Spectrum, tucker2_spectrum
+from .weighting import SideWeight, kernel_loss, side_weight, split_moment
 
 __all__ = [
     "BreakEven",

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pwrewrite.errors import UsageError
+from ..core.errors import UsageError
 
 
 @dataclass(frozen=True)

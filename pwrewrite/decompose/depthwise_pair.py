@@ -20,16 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pwrewrite.decompose.layout import (
-    Factors,
-    Stage,
-    from_forward_layout,
-    pointwise_weight,
-    prepare_kernel,
-    spatial_size,
-)
-from pwrewrite.decompose.spectrum import MatrixSpectrum, Spectrum, Truncation
-from pwrewrite.decompose.weighting import SideWeight, side_weight
+from .layout import Factors, Stage, from_forward_layout, pointwise_weight, prepare_kernel, spatial_size
+from .spectrum import MatrixSpectrum, Spectrum, Truncation
+from .weighting import SideWeight, side_weight
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pwrewrite.decompose.layout import wide_dtype
+from .layout import wide_dtype
 
 #: What torch raises when LAPACK does not converge.
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]

@@ -27,8 +27,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pwrewrite.decompose.layout import check_finite, compute_dtype
-from pwrewrite.errors import UsageError
+from ..core.errors import UsageError
+from .layout import check_finite, compute_dtype
 
 _Array = npt.NDArray[np.float64]
 

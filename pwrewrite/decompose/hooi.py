@@ -36,8 +36,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pwrewrite.decompose.eigen import LinAlgError, symmetric_eigen
-from pwrewrite.decompose.layout import wide_dtype
+from .eigen import LinAlgError, symmetric_eigen
+from .layout import wide_dtype
 
 #: The energy that is cut off must exceed this times √n·eps times the largest eigenvalue for a Gram matrix to be
 #: trusted.

@@ -29,7 +29,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pwrewrite.errors import RefusedError, UsageError
+from ..core.errors import RefusedError, UsageError
 
 #: How many elements of a float32 tensor are summed in float32.
 _NORM_PIECE = 4096

@@ -15,17 +15,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pwrewrite.decompose.layout import (
-    Factors,
-    Stage,
-    from_forward_layout,
-    pointwise_weight,
-    prepare_kernel,
-    spatial_size,
-)
-from pwrewrite.decompose.spectrum import MatrixSpectrum, Spectrum, Truncation
-from pwrewrite.decompose.weighting import side_weight
-from pwrewrite.errors import UsageError
+from ..core.errors import UsageError
+from .layout import Factors, Stage, from_forward_layout, pointwise_weight, prepare_kernel, spatial_size
+from .spectrum import MatrixSpectrum, Spectrum, Truncation
+from .weighting import side_weight
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -15,8 +15,8 @@ from typing import Protocol, SupportsIndex
 import torch
 from torch import Tensor
 
-from pwrewrite.decompose.evbmf import evbmf_rank
-from pwrewrite.errors import UsageError
+from ..core.errors import UsageError
+from .evbmf import evbmf_rank
 
 __all__ = ["RankSpec", "default_multiple", "energy_rank", "evbmf_rank", "resolve_rank", "round_rank"]
 

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pwrewrite.decompose.layout import Factors, Stage, from_forward_layout, prepare_kernel
-from pwrewrite.decompose.spectrum import MatrixSpectrum, Spectrum, Truncation
-from pwrewrite.decompose.weighting import Weight, side_weight
-from pwrewrite.errors import UsageError
+from ..core.errors import UsageError
+from .layout import Factors, Stage, from_forward_layout, prepare_kernel
+from .spectrum import MatrixSpectrum, Spectrum, Truncation
+from .weighting import Weight, side_weight
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -29,10 +29,10 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from pwrewrite.decompose.eigen import LinAlgError, symmetric_eigen
-from pwrewrite.decompose.layout import Factors, check_finite, check_rank, frobenius, relative, wide_dtype
-from pwrewrite.decompose.weighting import SideWeight, multiply_root
-from pwrewrite.errors import UsageError
+from ..core.errors import UsageError
+from .eigen import LinAlgError, symmetric_eigen
+from .layout import Factors, check_finite, check_rank, frobenius, relative, wide_dtype
+from .weighting import SideWeight, multiply_root
 
 _F = TypeVar("_F", bound=Factors)
 

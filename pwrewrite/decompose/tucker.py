@@ -25,8 +25,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pwrewrite.decompose.hooi import best_subspaces, project
-from pwrewrite.decompose.layout import (
+from ..core.errors import UsageError
+from .hooi import best_subspaces, project
+from .layout import (
     Factors,
     Stage,
     check_finite,
@@ -38,8 +39,7 @@ from pwrewrite.decompose.layout import (
     relative,
     wide_dtype,
 )
-from pwrewrite.decompose.weighting import SideWeight, side_weight
-from pwrewrite.errors import UsageError
+from .weighting import SideWeight, side_weight
 
 #: Below the first of these squared relative errors ‖W‖² − ‖core‖² has to be corrected for factors that are orthonormal
 #: to working precision only; below the second it has lost too many digits, and the residual itself is formed.

@@ -17,12 +17,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pwrewrite.decompose.hooi import project
-from pwrewrite.decompose.layout import check_rank, prepare_kernel, wide_dtype
-from pwrewrite.decompose.ranks import default_multiple, evbmf_rank, round_rank
-from pwrewrite.decompose.spectrum import left_basis
-from pwrewrite.decompose.tucker import Tucker2, TuckerProblem
-from pwrewrite.errors import UsageError
+from ..core.errors import UsageError
+from .hooi import project
+from .layout import check_rank, prepare_kernel, wide_dtype
+from .ranks import default_multiple, evbmf_rank, round_rank
+from .spectrum import left_basis
+from .tucker import Tucker2, TuckerProblem
 
 
 class Tucker2Spectrum:

@@ -29,9 +29,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pwrewrite.decompose.eigen import symmetric_eigen
-from pwrewrite.decompose.layout import check_finite, frobenius, wide_dtype
-from pwrewrite.errors import UsageError
+from ..core.errors import UsageError
+from .eigen import symmetric_eigen
+from .layout import check_finite, frobenius, wide_dtype
 
 #: Eigenvalues of a weight below this share of the largest count as this share: the root then has a condition number
 #: of at most 1e4, which float64 carries to about 1e-12.

@@ -1,8 +1,8 @@
 """What a pass is: something that looks at a capture and proposes, and never touches a model.
 
 `LayerPass` is what the factorising passes share: which layers are meant (patterns on paths, a callable, a least share
-of the MACs), which may be replaced (`pwrewrite.eligibility`), how wide the result is (a width, a ratio, an energy,
-EVBMF), and whether that pays. Every layer that a pass means and leaves is a `Skip` with a reason.
+of the MACs), which may be replaced (`pwrewrite.capturing.eligibility`), how wide the result is (a width, a ratio, an
+energy, EVBMF), and whether that pays. Every layer that a pass means and leaves is a `Skip` with a reason.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from .. import decompose
-from ..capture.records import Capture, Layer
-from ..convolution import ConvSpec
+from ..capturing.eligibility import Owners, eligible
+from ..capturing.records import Capture, Layer
+from ..core.convolution import ConvSpec
+from ..core.errors import UsageError
+from ..core.plan import Estimate, Op, Skip, SkipReason
 from ..decompose import RankSpec
-from ..eligibility import Owners, eligible
-from ..errors import UsageError
 from ..forms import FORMS, chain_macs, chain_params, linear_spec, rank_limits, spec_to_dict, stages
-from ..modules import ACTIVATIONS, NORMS, Factorized
-from ..plan import Estimate, Op, Skip, SkipReason
+from ..layers.factorized import ACTIVATIONS, NORMS, Factorized
 
 Proposal = Op | Skip
 Rank = RankSpec | tuple[RankSpec, RankSpec]

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import decompose
-from ..convolution import ConvSpec
+from ..core.convolution import ConvSpec
 from .base import LayerPass
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import fx
 
-from ..actions.project import CHANNEL_NORMS
-from ..capture.records import Capture, Layer, info
-from ..eligibility import Owners, eligible
+from ..capturing.eligibility import Owners, eligible
+from ..capturing.records import Capture, Layer, info
+from ..edit.actions.project import CHANNEL_NORMS
 
 _LINEAR = frozenset(
     ("identity", "dropout", "contiguous", "clone", "interpolate", "to", "float", "half", "bfloat16", "double")

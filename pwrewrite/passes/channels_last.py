@@ -2,7 +2,7 @@
 
 The format is a property of the layers, not of the input: each 2-D convolution brings its input into channels_last where
 it is not, so the first one converts for all, and the operations between keep what they get. The weights of convolutions
-are packed for it as they are used (see `pwrewrite.fused`).
+are packed for it as they are used (see `pwrewrite.layers`).
 
 The rule: real weights on the CPU that oneDNN computes with, or on CUDA in half precision (where tensor cores want it).
 At least half of the MACs of the 2-D convolutions must be in layers with 16 channels or more on one side, below which
@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from ..capture.records import Capture, Layer
-from ..eligibility import Owners, eligible
+from ..capturing.eligibility import Owners, eligible
+from ..capturing.records import Capture, Layer
+from ..core.plan import Estimate, Op, Skip, SkipReason
 from ..forms import spec_to_dict
-from ..fused import PointwiseActivation
-from ..fused.kernels import CPU_DTYPES
-from ..plan import Estimate, Op, Skip, SkipReason
+from ..layers import PointwiseActivation
+from ..layers.kernels import CPU_DTYPES
 from .base import Pass, Proposal, weight_of
 
 _WIDE = 16

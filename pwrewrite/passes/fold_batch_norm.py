@@ -23,13 +23,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..actions.code_norm import TENSORS
-from ..capture.records import Capture, Layer, info
-from ..convolution import CONV_MODULES
-from ..eligibility import module_refusal
+from ..capturing.eligibility import module_refusal
+from ..capturing.records import Capture, Layer, info
+from ..core.convolution import CONV_MODULES
+from ..core.plan import Estimate, Op, Skip, SkipReason
+from ..edit.actions.code_norm import TENSORS
 from ..forms import spec_to_dict
-from ..fused.known import hooked
-from ..plan import Estimate, Op, Skip, SkipReason
+from ..layers.known import hooked
 from .base import Pass, Proposal, spec_of
 from .patterns import Graph, plain_weight, tensor
 from .weight_norms import weight_norms

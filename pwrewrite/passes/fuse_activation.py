@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..capture.records import Capture, Layer, info
-from ..eligibility import eligible, module_refusal
+from ..capturing.eligibility import eligible, module_refusal
+from ..capturing.records import Capture, Layer, info
+from ..core.plan import Estimate, Op, Skip, SkipReason
 from ..forms import spec_to_dict
-from ..fused.known import hooked
-from ..plan import Estimate, Op, Skip, SkipReason
+from ..layers.known import hooked
 from .base import Pass, Proposal, spec_of
 from .patterns import UNFUSED, Graph, passes_on
 

@@ -24,11 +24,11 @@ from torch import Tensor, fx
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.shape_prop import TensorMetadata
 
-from ..apply import carry_out
-from ..capture import Inputs, capture
-from ..errors import RefusedError, UsageError
-from ..plan import Op, Plan, Skip
-from ..survival import probe_for
+from ..capturing import Inputs, capture
+from ..core.errors import RefusedError, UsageError
+from ..core.plan import Op, Plan, Skip
+from ..edit.apply import carry_out
+from ..edit.survival import probe_for
 from .base import Pass
 
 META = "pwrewrite"
@@ -40,7 +40,7 @@ def as_graph_pass(pass_: Pass, example_inputs: Inputs | None = None) -> Callable
 
     Args:
         pass_: The pass.
-        example_inputs: As for `pwrewrite.capture.capture`; by default of the shapes that the placeholders' ``meta``
+        example_inputs: As for `pwrewrite.capturing.capture`; by default of the shapes that the placeholders' ``meta``
             says.
 
     Returns:

@@ -13,12 +13,12 @@ inserted expand before the pointwise layer behind it, neighbours left when a nor
 
 from __future__ import annotations
 
-from ..actions.merge import merged_layer
-from ..capture.records import Capture, Layer
-from ..eligibility import eligible
+from ..capturing.eligibility import eligible
+from ..capturing.records import Capture, Layer
+from ..core.plan import Estimate, Op, Skip, SkipReason
+from ..edit.actions.merge import merged_layer
 from ..forms import spec_to_dict
-from ..fused import PointwiseActivation
-from ..plan import Estimate, Op, Skip, SkipReason
+from ..layers import PointwiseActivation
 from .base import Pass, Proposal, spec_of
 from .patterns import Graph
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..actions.evaluation import DROPS
-from ..actions.simplify import CODE, called, doubled, pure, undone
-from ..capture.records import info
-from ..fused.known import hooked
-from ..plan import Estimate, Op
+from ..capturing.records import info
+from ..core.plan import Estimate, Op
+from ..edit.actions.evaluation import DROPS
+from ..edit.actions.simplify import CODE, called, doubled, pure, undone
+from ..layers.known import hooked
 from .patterns import Graph
 
 

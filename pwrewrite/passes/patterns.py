@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..capture.records import Capture, Layer, info
-from ..eligibility import Owners
-from ..fused.known import Found, call_activation, module_activation
+from ..capturing.eligibility import Owners
+from ..capturing.records import Capture, Layer, info
+from ..layers.known import Found, call_activation, module_activation
 
 _PASSES_ON = frozenset({"identity", "dropout"})
 UNFUSED = frozenset(

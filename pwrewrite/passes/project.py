@@ -19,13 +19,13 @@ from typing import Any
 
 from torch import fx
 
-from ..capture.records import Capture, Layer, info
-from ..convolution import ConvSpec
-from ..eligibility import Owners
-from ..errors import UsageError
+from ..capturing.eligibility import Owners
+from ..capturing.records import Capture, Layer, info
+from ..core.convolution import ConvSpec
+from ..core.errors import UsageError
+from ..core.plan import Estimate, Op, Skip, SkipReason
 from ..forms import spec_to_dict
-from ..modules import Factorized, Projected
-from ..plan import Estimate, Op, Skip, SkipReason
+from ..layers.factorized import Factorized, Projected
 from .base import Pass, Proposal, spec_of
 from .channel_flow import Flow, Segment, channel_axis, describe, follow, joined
 

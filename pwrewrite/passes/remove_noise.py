@@ -11,9 +11,9 @@ In code: functional dropouts that keep a layer from what is behind it, results t
 
 from __future__ import annotations
 
-from ..capture.records import Capture
-from ..fused.known import drops, hooked
-from ..plan import Estimate, Op, Skip, SkipReason
+from ..capturing.records import Capture
+from ..core.plan import Estimate, Op, Skip, SkipReason
+from ..layers.known import drops, hooked
 from .base import Pass, Proposal
 from .noise_in_code import code_ops
 from .patterns import Graph

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from .. import decompose
-from ..capture.records import Layer
-from ..convolution import ConvSpec
+from ..capturing.records import Layer
+from ..core.convolution import ConvSpec
+from ..core.plan import Skip, SkipReason
 from ..forms import default_axes
-from ..plan import Skip, SkipReason
 from .base import LayerPass
 from .bottleneck import output_unfolding
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..actions.bench import spec_of_module
-from ..actions.fold_weight import WEIGHT
-from ..capture.records import info
-from ..eligibility import module_refusal
+from ..capturing.eligibility import module_refusal
+from ..capturing.records import info
+from ..core.plan import Estimate, Op, SkipReason
+from ..edit.actions.bench import spec_of_module
+from ..edit.actions.fold_weight import WEIGHT
 from ..forms import spec_to_dict
-from ..plan import Estimate, Op, SkipReason
 from .base import Proposal
 from .patterns import Graph
 

@@ -16,7 +16,7 @@ from math import fsum, isfinite
 
 import numpy as np
 
-from ..errors import RefusedError
+from ..core.errors import RefusedError
 from .knapsack import Answer, Knapsack, Search
 
 _ROUNDING = 1e-12

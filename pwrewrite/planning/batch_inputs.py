@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..errors import UsageError
-from ..loading.arrays import LABEL_NAMES
+from ..core.errors import UsageError
+from ..targets.arrays import LABEL_NAMES
 
 
 @dataclass(frozen=True)

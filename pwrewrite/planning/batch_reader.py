@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..core.errors import UsageError
 from .batch_inputs import Batch, described, is_array
 
 _SCALE = "scale and normalise the images as in training, with a function as preprocess (--preprocess file.py:NAME)"

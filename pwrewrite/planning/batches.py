@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..capture import Inputs, split_inputs
-from ..capture.nested import tensors_of
-from ..errors import PwrewriteError, UsageError, first_line
+from ..capturing import Inputs, split_inputs
+from ..core.errors import PwrewriteError, UsageError, first_line
+from ..core.nested import tensors_of
 from .batch_inputs import Batch, described, sort_out
 from .batch_reader import Reader
 from .sources import Kept, stable

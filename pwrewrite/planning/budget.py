@@ -17,7 +17,7 @@ from decimal import Decimal
 from numbers import Integral, Real
 from typing import Literal, cast
 
-from ..errors import UsageError
+from ..core.errors import UsageError
 
 Kind = Literal["macs", "params", "bytes", "latency"]
 

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..capture.records import Capture
-from ..convolution import ConvSpec
+from ..capturing.records import Capture
+from ..core.convolution import ConvSpec
 from .statistics import LayerStatistics, Statistics
 
 LIMIT = 8 * 1024**3

@@ -13,14 +13,15 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..actions.evaluation import code_graph
-from ..capture.records import Capture, Layer
-from ..code_trace import NotTraceable
-from ..convolution import ConvSpec
-from ..eligibility import Owners
-from ..errors import UsageError
+from ..capturing.code_trace import NotTraceable
+from ..capturing.eligibility import Owners
+from ..capturing.records import Capture, Layer
+from ..core.convolution import ConvSpec
+from ..core.errors import UsageError
+from ..core.plan import Op, Skip, SkipReason
+from ..edit.actions.evaluation import code_graph
+from ..edit.graph_edit import FunctionalCall
 from ..forms import FORMS, stage_output, stages
-from ..graph_edit import FunctionalCall
 from ..passes import (
     FactorizeLinear,
     FactorizePointwise,
@@ -32,7 +33,6 @@ from ..passes import (
     SeparateDepthwise,
 )
 from ..passes.base import chosen, estimate_chain, scope_of, spec_of, weight_of
-from ..plan import Op, Skip, SkipReason
 from .latency import Contestant, LatencyTable
 from .statistics import LayerStatistics, Statistics
 from .weighted import Rung, WeightedLayer

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..capture.records import Capture
-from ..convolution import ConvSpec
-from ..modules import Factorized
-from ..plan import Plan
+from ..capturing.records import Capture
+from ..core.convolution import ConvSpec
+from ..core.plan import Plan
+from ..layers.factorized import Factorized
 from .refit import Target
 from .residuals import residuals
 from .statistics import Statistics

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..apply import carry_out
-from ..capture import Inputs, split_inputs
-from ..convolution import ConvSpec
+from ..capturing import Inputs, split_inputs
+from ..core.convolution import ConvSpec
+from ..core.plan import Plan
+from ..edit.apply import carry_out
 from ..forms import spec_to_dict
-from ..modules import Factorized, build, make_layer
-from ..plan import Plan
+from ..layers.factorized import Factorized, build, make_layer
 from .cache import cache_folder
 from .running import evaluating
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..convolution import ConvSpec
+from ..core.convolution import ConvSpec
 
 
 def row_size(spec: ConvSpec) -> int:

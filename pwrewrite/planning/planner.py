@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture import Inputs, capture, split_inputs
-from ..capture.records import Capture
+from ..capturing import Inputs, capture, split_inputs
+from ..capturing.records import Capture
+from ..core.errors import RefusedError
+from ..core.plan import Op, Plan, Skip, SkipReason
 from ..decompose import Factors
-from ..errors import RefusedError
-from ..plan import Op, Plan, Skip, SkipReason
 from .allocate import Allocation, Infeasible, Option, allocate, frontier
 from .batches import Batches
 from .budget import Budget

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..convolution import ConvSpec
-from ..modules import Factorized
+from ..core.convolution import ConvSpec
+from ..layers.factorized import Factorized
 from .lockstep import Forward, Lockstep
 from .patches import batched, input_rows, output_rows, position_count, row_size
 from .residuals import Residual

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..capture.records import Capture
+from ..capturing.records import Capture
 
 _IDENTITIES = frozenset({"identity", "dropout"})
 """What passes its input on in eval mode."""

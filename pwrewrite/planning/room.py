@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..capture.records import Capture
+from ..capturing.records import Capture
 from .statistics import Chunk, samples_of
 
 _MOST = 32

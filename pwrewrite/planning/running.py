@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..capture.inventory import Inventory
-from ..capture.state import untouched
+from ..capturing.inventory import Inventory
+from ..capturing.state import untouched
 
 
 def is_classifier(outputs: Any) -> bool:

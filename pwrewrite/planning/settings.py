@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..errors import UsageError
+from ..core.errors import UsageError
 from .candidates import forms_named
 
 SENSITIVITIES = ("loss", "activations", "weights")

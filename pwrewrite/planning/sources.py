@@ -26,7 +26,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from ..errors import UsageError
+from ..core.errors import UsageError
 
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 

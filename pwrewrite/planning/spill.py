@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..capture.nested import map_tensors, tensors_of
-from ..errors import OutputError
+from ..core.errors import OutputError
+from ..core.nested import map_tensors, tensors_of
 from .statistics import Chunk
 
 SMALLEST = 4096

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..convolution import ConvSpec
-from ..errors import RefusedError
+from ..core.convolution import ConvSpec
+from ..core.errors import RefusedError
 from .patches import batched, input_rows, output_rows, position_count, row_size
 from .running import evaluating, frozen, is_classifier, tensors_in
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import decompose
-from ..convolution import ConvSpec
+from ..core.convolution import ConvSpec
 from ..decompose import Factors, Reduction, Tucker2, default_multiple
 from ..decompose.weighting import Weight
 from ..forms import default_axes, rank_limits

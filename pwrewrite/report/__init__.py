@@ -7,8 +7,10 @@ how numbers are scaled in `numbers`, how columns are fitted in `layout`.
 from __future__ import annotations
 
 from ..analysis.records import Analysis
-from ..errors import UsageError
-from . import csv, json, markdown, table
+from ..core.errors import UsageError
+from . import as_csv as csv
+from . import as_json as json
+from . import markdown, table
 from .rows import SORTS, View
 
 FORMATS = ("table", "json", "markdown", "csv")

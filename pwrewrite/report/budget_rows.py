@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .numbers import exact, percent, plural
+from ..core.numbers import exact, percent, plural
 from .records import BudgetReport
 from .rows import plain
 

@@ -1,4 +1,4 @@
-"""How other tools count the same model (`pwrewrite.conventions`), beside our own: as a table, Markdown, CSV or data.
+"""How other tools count the same model (`pwrewrite.analysis.conventions`), beside our own: table, Markdown, CSV, data.
 
 A tool's figure is compared with our MACs, since one multiply-accumulate is one of whatever each of them counts.
 
@@ -20,13 +20,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..analysis.conventions import Count, Row
 from ..analysis.records import Analysis
-from ..conventions import Count, Row
+from ..core.numbers import count, exact, percent
 from . import markdown as markdown_report
 from . import rows
 from . import table as table_report
 from .layout import plain_text
-from .numbers import count, exact, percent
 from .rows import View
 
 COLUMNS = ("tool", "unit", "kind", "rule", "calls", "counted", "macs", "difference")

@@ -8,7 +8,7 @@ import stat
 import tempfile
 from pathlib import Path
 
-from ..errors import OutputError
+from ..core.errors import OutputError
 
 
 def check_writable(path: Path) -> None:

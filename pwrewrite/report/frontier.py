@@ -13,9 +13,9 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from ..core.numbers import count, duration, exact, percent, size
 from .layout import Column, fit, shorten
 from .markdown import code, pipe_table
-from .numbers import count, duration, exact, percent, size
 from .rows import plain
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 400, 70, 50

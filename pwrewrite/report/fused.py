@@ -10,11 +10,11 @@ from typing import Any, Protocol
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from ..plan import Edit
+from ..core.numbers import exact, plural, size
+from ..core.plan import Edit
 from . import rewrite_rows as rows
 from .layout import Column, fit, shorten
 from .markdown import code, escape, pipe_table, sentence
-from .numbers import exact, plural, size
 from .records import Report
 from .rewrite import checks
 from .rows import plain
@@ -25,7 +25,7 @@ _WORDS = {"fold": "batch norm folded", "remove": "module without effect removed"
 
 
 class Measured(Protocol):
-    """What a report of fusing is made from: the result of `pwrewrite.fuse_by_target.fuse_target`."""
+    """What a report of fusing is made from: the result of `pwrewrite.workflows.fuse_by_target.fuse_target`."""
 
     @property
     def report(self) -> Report:
@@ -64,7 +64,7 @@ def page(result: Measured, *, width: int = WIDTH, everything: bool = False) -> R
     """The report for a terminal.
 
     Args:
-        result: What `pwrewrite.fuse_by_target.fuse_target` returned.
+        result: What `pwrewrite.workflows.fuse_by_target.fuse_target` returned.
         width: Terminal cells there are.
         everything: Whether to name every layer.
     """

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..analysis.records import Analysis
-from ..errors import GateError
-from .numbers import exact
+from ..core.errors import GateError
+from ..core.numbers import exact
 from .rows import unpriced_text
 
 

@@ -9,9 +9,9 @@ import re
 from collections.abc import Sequence
 
 from ..analysis.records import Analysis
+from ..core.numbers import count, exact, percent, size
 from . import rows
 from .layout import plain_text
-from .numbers import count, exact, percent, size
 from .rows import Selection, View
 from .tree import tree
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..analysis.records import versions
-from ..plan import Plan
+from ..core.plan import Plan
 from . import rewrite_markdown
 from . import rewrite_rows as rows
 from .markdown import code, sentence

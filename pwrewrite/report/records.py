@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..plan import Edit, Skip
-from ..verification import Verification
+from ..core.plan import Edit, Skip
+from ..core.verification import Verification
 
 SCHEMA = "pwrewrite.report/1"
 

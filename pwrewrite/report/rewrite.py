@@ -12,12 +12,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..plan import Skip
-from ..verification import Verification
+from ..core.numbers import count, exact, plural
+from ..core.plan import Skip
+from ..core.verification import Verification
 from . import budget_rows
 from . import rewrite_rows as rows
 from .layout import Column, fit, plain_text, shorten
-from .numbers import count, exact, plural
 from .records import EditRow, Report
 from .rows import plain
 from .table import WIDTH

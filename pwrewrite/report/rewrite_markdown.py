@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..plan import Skip
-from ..verification import Verification
+from ..core.numbers import count, exact, plural
+from ..core.plan import Skip
+from ..core.verification import Verification
 from . import budget_rows
 from . import rewrite_rows as rows
 from .markdown import code, escape, pipe_table, sentence
-from .numbers import count, exact, plural
 from .records import EditRow, Report
 
 

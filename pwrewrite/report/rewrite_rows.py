@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..plan import Edit, Skip
-from ..verification import Check, Verification
-from .numbers import count, exact, percent, plural, size
+from ..core.numbers import count, exact, percent, plural, size
+from ..core.plan import Edit, Skip
+from ..core.verification import Check, Verification
 from .records import EditRow, Report
 from .rows import natural, plain
 

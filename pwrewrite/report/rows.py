@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..analysis.records import Analysis, BreakEven, LayerReport, OpTotal, TreeNode
-from ..convolution import ConvSpec
-from ..errors import UsageError
-from .numbers import count, dims, duration, exact, percent, plural, size
+from ..core.convolution import ConvSpec
+from ..core.errors import UsageError
+from ..core.numbers import count, dims, duration, exact, percent, plural, size
 
 SORTS = ("macs", "params", "memory", "name", "order")
 """What layers can be sorted by."""

@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..analysis.records import Analysis, LayerReport
+from ..core.numbers import count, exact, percent, size
 from . import rows
 from .layout import Column, bar, fit, plain_text, shorten
-from .numbers import count, exact, percent, size
 from .rows import Selection, View
 from .tree import tree
 

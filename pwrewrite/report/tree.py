@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.table import Table
 
 from ..analysis.records import Analysis
+from ..core.numbers import count, percent
 from . import rows
 from .layout import Column, bar, fit
-from .numbers import count, percent
 
 #: Levels shown unless the user says otherwise.
 DEPTH = 2

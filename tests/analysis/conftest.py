@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 
-from pwrewrite.capture import Capture, capture
+from pwrewrite.capturing import Capture, capture
 
 
 @cache

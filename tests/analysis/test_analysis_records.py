@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pwrewrite.analysis import Analysis, analyze_capture
 from pwrewrite.analysis.summary import binary, scaled
-from pwrewrite.capture import capture
+from pwrewrite.capturing import capture
 
 KEYS: dict[str, Any] = {
     "schema": "pwrewrite.analysis/1",

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pwrewrite.analysis.break_even import BottleneckCost
-from pwrewrite.convolution import ConvSpec
+from pwrewrite.core.convolution import ConvSpec
 
 
 def spec_of(

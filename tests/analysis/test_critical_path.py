@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pwrewrite.analysis.critical_path import critical_path
-from pwrewrite.capture import capture
-from pwrewrite.graph import graph
+from pwrewrite.capturing import capture
+from pwrewrite.capturing.network import graph
 
 
 def weighted(macs: dict[str, int], *edges: tuple[str, str]) -> nx.DiGraph:

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from pwrewrite.analysis import analyze_capture
 from pwrewrite.analysis.hotspots import squeeze
-from pwrewrite.capture import capture
-from pwrewrite.errors import UsageError
-from pwrewrite.plan import Skip, SkipReason
+from pwrewrite.capturing import capture
+from pwrewrite.core.errors import UsageError
+from pwrewrite.core.plan import Skip, SkipReason
 
 
 class Mixed(nn.Module):

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from pwrewrite.analysis.by_op import by_op
 from pwrewrite.analysis.records import TreeNode
 from pwrewrite.analysis.tree import module_tree
-from pwrewrite.capture import capture, info
-from pwrewrite.capture.records import NodeInfo
-from pwrewrite.cost import Cost
+from pwrewrite.capturing import capture, info
+from pwrewrite.capturing.records import NodeInfo
+from pwrewrite.core.cost import Cost
 
 
 def tree_of(model: nn.Module, x: Tensor):

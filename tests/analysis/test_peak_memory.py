@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pwrewrite.analysis.memory import TENSORS, peak_memory
-from pwrewrite.capture import MemoryEvent, capture, info
+from pwrewrite.capturing import MemoryEvent, capture, info
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pwrewrite.analysis import ReceptiveFields
 from pwrewrite.analysis.alignment import Steps, Taps, adaptive_taps, window_taps
-from pwrewrite.capture import Capture, capture
+from pwrewrite.capturing import Capture, capture
 
 
 class Fn(nn.Module):

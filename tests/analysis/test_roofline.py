@@ -8,9 +8,9 @@ from torch import nn
 
 from pwrewrite.analysis import DEVICES, DeviceProfile, analyze_capture, device_profile
 from pwrewrite.analysis.roofline import bound, roofline
-from pwrewrite.capture import NodeInfo, TensorSpec, capture
-from pwrewrite.cost import Cost
-from pwrewrite.errors import UsageError
+from pwrewrite.capturing import NodeInfo, TensorSpec, capture
+from pwrewrite.core.cost import Cost
+from pwrewrite.core.errors import UsageError
 
 TOY = DeviceProfile(
     "toy", "for tests", MappingProxyType({torch.float32: 100.0, torch.float16: 400.0}), 10.0, "made up: ridge 10"

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pwrewrite.apply import carry_out
+from pwrewrite.edit.apply import carry_out
 from pwrewrite.planning.budget import budgets_of
 from pwrewrite.planning.fitting import fit_order, fit_targets
 from pwrewrite.planning.measure import compare

@@ -79,8 +79,8 @@ def build(name: str) -> nn.Module:
 
 def ways(model: nn.Module, x: Tensor, *, compiled: bool) -> dict[str, Run]:
     """Every way to run a model, ready to be called."""
-    from pwrewrite.freezing import freeze
-    from pwrewrite.fusing import fuse
+    from pwrewrite.engines.frozen import freeze
+    from pwrewrite.workflows.fuse import fuse
 
     last = x.contiguous(memory_format=torch.channels_last)
     formatted = copy.deepcopy(model).to(memory_format=torch.channels_last)

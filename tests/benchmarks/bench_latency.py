@@ -22,7 +22,7 @@ TARGET = {("vgg16", 8): 0.7}
 
 def filled(model: nn.Module) -> nn.Module:
     """A model whose new layers hold some numbers: an unfilled one could hold what is slow to compute with."""
-    from pwrewrite.modules import Factorized
+    from pwrewrite.layers.factorized import Factorized
 
     with torch.no_grad():
         for module in model.modules():
@@ -36,15 +36,15 @@ def row(name: str, batch: int, ratio: float, seconds: float) -> str:
     """Plans, builds and times one model."""
     import torchvision
 
-    from pwrewrite.apply import carry_out
-    from pwrewrite.capture import capture
-    from pwrewrite.errors import RefusedError
+    from pwrewrite.capturing import capture
+    from pwrewrite.core.errors import RefusedError
+    from pwrewrite.edit.apply import carry_out
     from pwrewrite.passes import InsertBottleneck
     from pwrewrite.planning.budget import budgets_of
     from pwrewrite.planning.latency import time_models
     from pwrewrite.planning.planner import Planner
     from pwrewrite.planning.settings import Settings
-    from pwrewrite.steps import propose
+    from pwrewrite.workflows.steps import propose
 
     torch.manual_seed(0)
     model = getattr(torchvision.models, name)().eval().to(memory_format=torch.channels_last)

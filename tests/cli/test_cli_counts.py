@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
+from pwrewrite.analysis.conventions import TOOLS
 from pwrewrite.cli.analyze import Tool
-from pwrewrite.conventions import TOOLS
 
 Run = Callable[..., Result]
 RESNET50 = Path(__file__).parents[2] / "examples" / "resnet50.py"

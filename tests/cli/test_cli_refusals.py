@@ -128,7 +128,7 @@ def test_a_fault_of_ours_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) 
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("first line\nsecond line")
 
-    monkeypatch.setattr("pwrewrite.api.capture_target", broken)
+    monkeypatch.setattr("pwrewrite.workflows.analyze.capture_target", broken)
     result = run("analyze", "net.py")
     assert result.exit_code == 1
     assert result.stderr == "internal error: ZeroDivisionError: first line (run with --debug; please report)\n"

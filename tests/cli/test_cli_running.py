@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from pwrewrite.cli.running import handled, interruptible, quiet, uncollected, waiting
-from pwrewrite.errors import GateError, PwrewriteError, UsageError
+from pwrewrite.core.errors import GateError, PwrewriteError, UsageError
 
 
 class Terminal(io.StringIO):

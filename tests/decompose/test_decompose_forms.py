@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pwrewrite import decompose
-from pwrewrite.errors import RefusedError, UsageError
+from pwrewrite.core.errors import RefusedError, UsageError
 
 FORMS = [form for form in SPECTRA if form != "low_rank"]
 

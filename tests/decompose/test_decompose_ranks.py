@@ -11,6 +11,7 @@ from decompose_cases import SPECTRA, Convolution, convolutions, cut_rank, decayi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pwrewrite.core.errors import RefusedError, UsageError
 from pwrewrite.decompose import (
     ConvShape,
     break_even_ranks,
@@ -23,7 +24,6 @@ from pwrewrite.decompose import (
     round_rank,
     to_forward_layout,
 )
-from pwrewrite.errors import RefusedError, UsageError
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pwrewrite import decompose
+from pwrewrite.core.errors import RefusedError, UsageError
 from pwrewrite.decompose import tucker2, tucker2_spectrum
-from pwrewrite.errors import RefusedError, UsageError
 
 
 def true_error(kernel: Tensor, reconstructed: Tensor) -> float:

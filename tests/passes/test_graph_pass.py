@@ -9,10 +9,10 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.fx.passes.shape_prop import ShapeProp
 
-from pwrewrite.errors import UsageError
-from pwrewrite.modules import Bottleneck, LowRankLinear
+from pwrewrite.core.errors import UsageError
+from pwrewrite.core.plan import SkipReason
+from pwrewrite.layers.factorized import Bottleneck, LowRankLinear
 from pwrewrite.passes import FactorizeLinear, InsertBottleneck, as_graph_pass
-from pwrewrite.plan import SkipReason
 
 
 class Model(nn.Module):

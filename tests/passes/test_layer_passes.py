@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from pwrewrite import passes
-from pwrewrite.apply import carry_out
-from pwrewrite.capture import capture
-from pwrewrite.errors import UsageError
-from pwrewrite.plan import Op, Plan, Skip, SkipReason
+from pwrewrite.capturing import capture
+from pwrewrite.core.errors import UsageError
+from pwrewrite.core.plan import Op, Plan, Skip, SkipReason
+from pwrewrite.edit.apply import carry_out
 
 X = torch.zeros(1, 16, 8, 8)
 

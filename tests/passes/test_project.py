@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pwrewrite.apply import Applied, carry_out
-from pwrewrite.capture import capture, info
-from pwrewrite.errors import PlanError, RefusedError, UsageError
-from pwrewrite.modules import Projected
+from pwrewrite.capturing import capture, info
+from pwrewrite.core.errors import PlanError, RefusedError, UsageError
+from pwrewrite.core.plan import Op, Plan, Skip, SkipReason
+from pwrewrite.edit.apply import Applied, carry_out
+from pwrewrite.edit.survival import survives
+from pwrewrite.layers.factorized import Projected
 from pwrewrite.passes import InsertBottleneck, InsertReduction, ProjectBranch
 from pwrewrite.passes.base import Pass
-from pwrewrite.plan import Op, Plan, Skip, SkipReason
-from pwrewrite.survival import survives
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pwrewrite.errors import RefusedError
+from pwrewrite.core.errors import RefusedError
 from pwrewrite.planning import knapsack
 from pwrewrite.planning.allocate import Infeasible, Option, allocate, frontier
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from pwrewrite.errors import UsageError
+from pwrewrite.core.errors import UsageError
 from pwrewrite.planning.batches import Batches, Chunk
 
 IMAGE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pwrewrite.errors import UsageError
+from pwrewrite.core.errors import UsageError
 from pwrewrite.planning.budget import KINDS, Budget, budgets_of, parse_budget
 
 READ = {

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pwrewrite.errors import PwrewriteError, UsageError
-from pwrewrite.loading.calibration import open_calibration, open_labels, open_metric
+from pwrewrite.core.errors import PwrewriteError, UsageError
 from pwrewrite.planning.batches import Batches
+from pwrewrite.targets.calibration import open_calibration, open_labels, open_metric
 
 IMAGE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 N = 70

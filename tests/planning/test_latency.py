@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from pwrewrite.convolution import ConvSpec
-from pwrewrite.errors import RefusedError
+from pwrewrite.core.convolution import ConvSpec
+from pwrewrite.core.errors import RefusedError
+from pwrewrite.core.plan import Plan
 from pwrewrite.forms import linear_spec
-from pwrewrite.plan import Plan
 from pwrewrite.planning import latency
 from pwrewrite.planning.budget import budgets_of
 from pwrewrite.planning.latency import Contestant, LatencyTable, Place, interleaved, time_models, time_plan

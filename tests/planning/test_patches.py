@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pwrewrite.convolution import ConvSpec
+from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.forms import linear_spec
 from pwrewrite.planning.patches import batched, input_rows, output_rows, position_count, row_size
 

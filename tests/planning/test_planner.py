@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import pwrewrite
-from pwrewrite.errors import RefusedError, UsageError
-from pwrewrite.plan import Plan, SkipReason
+from pwrewrite.core.errors import RefusedError, UsageError
+from pwrewrite.core.plan import Plan, SkipReason
 from pwrewrite.planning.budget import budgets_of
 from pwrewrite.planning.planner import Planner
 from pwrewrite.planning.settings import Settings

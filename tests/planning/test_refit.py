@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pwrewrite.capture import capture
-from pwrewrite.convolution import ConvSpec
+from pwrewrite.capturing import capture
+from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.forms import linear_spec
-from pwrewrite.modules import build
+from pwrewrite.layers.factorized import build
 from pwrewrite.planning.fitting import shift_biases
 from pwrewrite.planning.lockstep import Lockstep
 from pwrewrite.planning.refit import Target, refit
 from pwrewrite.planning.residuals import Residual, residuals
 from pwrewrite.planning.statistics import gather
 from pwrewrite.planning.weighted import WeightedLayer
-from pwrewrite.rewriting import rewrite
+from pwrewrite.workflows.rewrite import rewrite
 
 
 class Block(nn.Module):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _python_dispatch
 
 import pwrewrite
-from pwrewrite.errors import OutputError
+from pwrewrite.core.errors import OutputError
 from pwrewrite.planning import planner as planner_module
 from pwrewrite.planning import room
 from pwrewrite.planning.lockstep import Lockstep
@@ -383,8 +383,8 @@ _MEASURED = """
 import resource, sys, copy
 import torch
 from torch import nn
-from pwrewrite.convolution import ConvSpec
-from pwrewrite.modules import build
+from pwrewrite.core.convolution import ConvSpec
+from pwrewrite.layers.factorized import build
 from pwrewrite.planning.refit import Target, refit
 from pwrewrite.planning.spill import Spill
 from pwrewrite.planning.weighted import WeightedLayer

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pwrewrite.convolution import ConvSpec
+from pwrewrite.core.convolution import ConvSpec
+from pwrewrite.core.errors import RefusedError
 from pwrewrite.decompose.weighting import SideWeight
-from pwrewrite.errors import RefusedError
 from pwrewrite.planning.running import is_classifier
 from pwrewrite.planning.statistics import LayerStatistics, Statistics, gather, samples_of
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pwrewrite.convolution import ConvSpec
+from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.decompose import kernel_loss
 from pwrewrite.forms import linear_spec, rank_limits
 from pwrewrite.planning.last_factor import Inner, last_matrix, solve_last, with_last

@@ -19,10 +19,10 @@ from pwrewrite.analysis.records import (
     Roofline,
     TreeNode,
 )
-from pwrewrite.capture.records import Call, Coverage, Layer
-from pwrewrite.convolution import ConvSpec
-from pwrewrite.cost import Cost
-from pwrewrite.plan import Skip, SkipReason
+from pwrewrite.capturing.records import Call, Coverage, Layer
+from pwrewrite.core.convolution import ConvSpec
+from pwrewrite.core.cost import Cost
+from pwrewrite.core.plan import Skip, SkipReason
 
 Make = Callable[..., Analysis]
 

@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from pwrewrite.conventions import Count, Row
+from pwrewrite.analysis.conventions import Count, Row
 from pwrewrite.report import counts
 from pwrewrite.report.layout import plain_text
 

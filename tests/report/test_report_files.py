@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from pwrewrite.analysis.records import Analysis
-from pwrewrite.capture.records import Coverage
-from pwrewrite.errors import GateError, OutputError
+from pwrewrite.capturing.records import Coverage
+from pwrewrite.core.errors import GateError, OutputError
 from pwrewrite.report.files import check_writable, write_text
 from pwrewrite.report.gates import check
 

@@ -11,10 +11,10 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from pwrewrite.analysis.records import Analysis, TreeNode
-from pwrewrite.capture.records import Coverage
-from pwrewrite.errors import UsageError
+from pwrewrite.capturing.records import Coverage
+from pwrewrite.core.errors import UsageError
 from pwrewrite.report import FORMATS, SORTS, View, render, rows, table
-from pwrewrite.report.csv import COLUMNS
+from pwrewrite.report.as_csv import COLUMNS
 
 Make = Callable[..., Analysis]
 Golden = Callable[[str, str], None]

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pwrewrite.errors import UsageError
-from pwrewrite.report.numbers import count, dims, duration, exact, parse_count, parse_share, percent, plural, size
+from pwrewrite.core.errors import UsageError
+from pwrewrite.core.numbers import count, dims, duration, exact, parse_count, parse_share, percent, plural, size
 
 
 @pytest.mark.parametrize(

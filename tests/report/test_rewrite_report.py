@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 from rich.cells import cell_len
 
-from pwrewrite.plan import Edit, Op, Plan, Skip, SkipReason
+from pwrewrite.core.plan import Edit, Op, Plan, Skip, SkipReason
+from pwrewrite.core.verification import Check, Verification
 from pwrewrite.report import rewrite, rewrite_markdown
 from pwrewrite.report import rewrite_rows as rows
 from pwrewrite.report.layout import plain_text
 from pwrewrite.report.readme import readme
 from pwrewrite.report.records import EditRow, Report
-from pwrewrite.verification import Check, Verification
 
 Golden = Callable[[str, str], None]
 NASTY = ("a.[bold red]x[/].y", "p|q`r``s", "new\nline\x1b[31m")

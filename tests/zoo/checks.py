@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pwrewrite.capture import capture
+from pwrewrite.capturing import capture
 
 from .counting import independent_macs, independent_params
 from .harness import REAL_LIMIT, Built, build

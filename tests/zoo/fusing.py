@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pwrewrite.capture.nested import tensors_of
-from pwrewrite.errors import PwrewriteError
-from pwrewrite.freezing import freeze
-from pwrewrite.fused import PointwiseActivation
-from pwrewrite.fusing import Fused, _distance, fuse
-from pwrewrite.verification import Check, Verification
+from pwrewrite.core.errors import PwrewriteError
+from pwrewrite.core.nested import tensors_of
+from pwrewrite.core.verification import Check, Verification
+from pwrewrite.engines.frozen import freeze
+from pwrewrite.layers import PointwiseActivation
+from pwrewrite.workflows.fuse import Fused, _distance, fuse
 
 from .harness import Built, _construct, build
 from .rewrites import shrink_transform

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pwrewrite.capture import Capture, capture
-from pwrewrite.capture.nested import tensors_of
+from pwrewrite.capturing import Capture, capture
+from pwrewrite.core.nested import tensors_of
 
 
 class Replay(fx.Interpreter):

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from pwrewrite.capture import capture
-from pwrewrite.errors import CaptureError
+from pwrewrite.capturing import capture
+from pwrewrite.core.errors import CaptureError
 from pwrewrite.passes import InsertBottleneck
-from pwrewrite.rewriting import rewrite
+from pwrewrite.workflows.rewrite import rewrite
 
 from .harness import Built, Candidate, build, candidates
 

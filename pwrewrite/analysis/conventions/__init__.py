@@ -1,0 +1,159 @@
+"""What other tools would say of the same model, and why: `count`, `explain`.
+
+FLOPs are not one thing. FlopCounterMode counts matrix products and convolutions, fvcore adds norms and adaptive
+pooling and calls a multiply-accumulate a flop, thop and torchinfo look at modules only, ptflops at modules and at
+patched functions, and functions that no tool looks at count as 0. Here each tool's total is reproduced from a
+`Capture` alone: nothing runs, and the tool need not be installed. Every total is a sum of `Row`s, each with what the
+same operations cost by our own count, so that the difference between the two is explained to the last digit.
+
+The conventions are those of torch 2.11 to 2.15 (``FlopCounterMode``, its FLOPs halved), fvcore 0.1.5.post20221221,
+thop 0.1.1.post2209072238, ptflops 0.7.5 (its default, the ``pytorch`` backend) and torchinfo 1.8.0, each called on
+the model in evaluation mode with the example inputs.
+
+Not reproduced, because a graph does not hold it; `Count.caveats` says so where it matters:
+
+- recurrent modules in thop and ptflops, multi-head attention modules in fvcore and ptflops, timm's ``Attention`` in
+  ptflops;
+- ptflops patches ``Tensor.add``, ``mul`` and ``matmul``, but not the operators ``+``, ``*`` and ``@``, which look the
+  same in a graph: a method call is told by its name in the code of the class that makes it, so a class that uses
+  both, or a helper outside the class that uses the method, is counted wrong;
+- a call of a module of one's own, without children, that is followed at once by a second call of the same module on
+  the first one's output passes for one call (matters to torchinfo only).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ...capturing import Capture, info
+from ...core.errors import UsageError
+from .by_module import thop_shares, torchinfo_shares
+from .by_operation import fvcore_shares, torch_shares
+from .patched import ptflops_shares
+from .units import Share, Unit, units
+
+__all__ = ["TOOLS", "Count", "Row", "count", "explain"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Operations of one kind that a tool counts by one rule.
+
+    Attributes:
+        kind: What they are: ``conv2d``, ``batch norm``, ….
+        rule: How the tool counts them where it differs from us: ``2 per element``; ``""`` where it does not.
+        calls: How many there are.
+        counted: What the tool counts for them.
+        ours: Their MACs by our own count.
+    """
+
+    kind: str
+    rule: str
+    calls: int
+    counted: int
+    ours: int
+
+    @property
+    def difference(self) -> int:
+        """How much more than us the tool counts."""
+        return self.counted - self.ours
+
+    def __str__(self) -> str:
+        return f"{self.difference:+,} {self.kind}" + (f", {self.rule}" if self.rule else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """A model's total under a tool's convention.
+
+    Attributes:
+        tool: Name of the tool.
+        total: What it says.
+        unit: What it calls that: ``MACs``, ``flops`` or ``mult-adds``; one multiply-accumulate is one of it in each.
+        ours: Our own MACs.
+        rows: What the total consists of, largest first, then what counts as 0.
+        caveats: Why the total may differ from what the tool says; empty where it is exact.
+    """
+
+    tool: str
+    total: int
+    unit: str
+    ours: int
+    rows: tuple[Row, ...]
+    caveats: tuple[str, ...] = ()
+
+    @property
+    def difference(self) -> int:
+        """How much more than us the tool counts: the sum over `reasons`."""
+        return self.total - self.ours
+
+    @property
+    def reasons(self) -> tuple[Row, ...]:
+        """The rows that make up the difference, largest first."""
+        return tuple(sorted((row for row in self.rows if row.difference), key=lambda row: -abs(row.difference)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Tool:
+    unit: str
+    shares: Callable[[Capture, Sequence[Unit]], tuple[list[Share], list[str]]]
+
+
+_TOOLS = {
+    "torch": _Tool("MACs", torch_shares),
+    "fvcore": _Tool("flops", fvcore_shares),
+    "thop": _Tool("MACs", thop_shares),
+    "ptflops": _Tool("MACs", ptflops_shares),
+    "torchinfo": _Tool("mult-adds", torchinfo_shares),
+}
+
+TOOLS = tuple(_TOOLS)
+"""Names of the tools whose convention is known."""
+
+
+def count(capture: Capture, tool: str) -> Count:
+    """A model's total as a tool would give it.
+
+    Args:
+        capture: The model, captured in evaluation mode.
+        tool: One of `TOOLS`.
+
+    Returns:
+        The total with what it consists of.
+
+    Raises:
+        UsageError: If the tool is not known.
+    """
+    if tool not in _TOOLS:
+        raise UsageError("unknown counting convention", expected=", ".join(TOOLS), got=repr(tool))
+    return _count(capture, tool, units(capture))
+
+
+def explain(capture: Capture) -> tuple[Count, ...]:
+    """Every tool's total, in the order of `TOOLS`; ``reasons`` of each say how it comes about.
+
+    Args:
+        capture: The model, captured in evaluation mode.
+    """
+    found = units(capture)
+    return tuple(_count(capture, tool, found) for tool in TOOLS)
+
+
+def _count(capture: Capture, tool: str, found: Sequence[Unit]) -> Count:
+    shares, caveats = _TOOLS[tool].shares(capture, found)
+    sums: dict[tuple[str, str], list[float]] = {}
+    for share in shares:
+        entry = sums.setdefault((share.kind, share.rule), [0, 0, 0])
+        entry[0] += 1
+        entry[1] += share.counted
+        entry[2] += share.ours
+    total = int(sum(counted for _, counted, _ in sums.values()))
+    rows = [Row(kind, rule, int(n), int(counted), int(ours)) for (kind, rule), (n, counted, ours) in sums.items()]
+    missing = total - sum(row.counted for row in rows)
+    if missing:
+        rows.append(Row("fractions", "", 0, missing, 0))
+    rows = [row for row in rows if row.counted or row.ours]
+    rows.sort(key=lambda row: (-row.counted, -row.ours))
+    ours = sum(info(node).cost.macs for node in capture.graph.nodes)
+    return Count(tool, total, _TOOLS[tool].unit, ours, tuple(rows), tuple(dict.fromkeys(caveats)))

@@ -1,0 +1,175 @@
+"""Tools that hang hooks on modules: thop and torchinfo. What a larger module does with functions counts as 0.
+
+thop hooks modules whose *class* is in its table, not subclasses, and leaves out biases. A module that several parents
+share is hooked once per parent and its sum added once per parent: twice shared counts fourfold.
+
+torchinfo hooks every module and counts those without children by their parameters: weight and bias once per output
+position where the class has "Conv" in its name, once per batch item elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from ...capturing import Capture
+from .units import Share, Unit, childless, visits
+
+_STOCK_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
+
+def uncounted(unit: Unit, tool: str) -> Share:
+    """The share of what no hook sees."""
+    if unit.whole:
+        rule = f"class {type(unit.module).__name__} has no hook: counted as 0"
+    else:
+        rule = "called as a function: counted as 0"
+    return Share(unit.kind, rule, 0, unit.ours)
+
+
+# ------------------------------------------------------------------------------------------------------- thop
+
+_Rule = Callable[[Any, Unit], tuple[int, str]]
+
+
+def thop_shares(capture: Capture, found: Sequence[Unit]) -> tuple[list[Share], list[str]]:
+    """What ``thop.profile(model, inputs)`` counts."""
+    shares: list[Share] = []
+    caveats: list[str] = []
+    hooks = visits(capture.model)
+    added = visits(capture.model, lambda m: type(m) in _THOP and not isinstance(m, nn.Sequential))
+    for unit in found:
+        rule = _THOP.get(type(unit.module)) if unit.whole else None
+        if unit.whole and isinstance(unit.module, RECURRENT):
+            caveats.append("thop has formulas of its own for recurrent modules, here they count as 0")
+        if rule is None:
+            if unit.ours:
+                shares.append(uncounted(unit, "thop"))
+            continue
+        counted, text = rule(unit.module, unit)
+        shares.append(Share(unit.kind, text, counted, unit.ours))
+        times = hooks[unit.module] * added[unit.module]
+        if times > 1 and counted:
+            shares.append(Share(unit.kind, f"shared module, each call counted {times} times", (times - 1) * counted))
+    return shares, caveats
+
+
+def _thop_convolution(m: Any, unit: Unit) -> tuple[int, str]:
+    # its figure for transposed ones: output positions × weight taken as (out, in/groups)
+    counted = unit.output.numel * (unit.input.shape[1] // m.groups) * prod(m.weight.shape[2:])
+    return counted, "" if counted == unit.ours else _transposed_rule(m)
+
+
+def _transposed_rule(m: Any) -> str:
+    return "transposed, counted at output resolution" if getattr(m, "transposed", False) else "counted differently"
+
+
+def _thop_norm(m: Any, unit: Unit) -> tuple[int, str]:
+    each = 4 if getattr(m, "affine", False) or getattr(m, "elementwise_affine", False) else 2
+    return each * unit.input.numel, f"{each} per element"
+
+
+def _thop_linear(m: Any, unit: Unit) -> tuple[int, str]:
+    return m.in_features * unit.output.numel, ""
+
+
+def _thop_pool(m: Any, unit: Unit) -> tuple[int, str]:
+    return unit.output.numel, "1 per output element"
+
+
+def _thop_adaptive_pool(m: Any, unit: Unit) -> tuple[int, str]:
+    window = prod(n / out for n, out in zip(unit.input.shape[2:], unit.output.shape[2:]))
+    return int((window + 1) * unit.output.numel), "its window + 1 per output element"
+
+
+def _thop_softmax(m: Any, unit: Unit) -> tuple[int, str]:
+    features = unit.input.shape[m.dim]
+    return unit.input.numel // features * (3 * features - 1), "3 per element, less 1 per row"
+
+
+def _thop_prelu(m: Any, unit: Unit) -> tuple[int, str]:
+    return unit.input.numel, "1 per element"
+
+
+def _thop_upsample(m: Any, unit: Unit) -> tuple[int, str]:
+    each = {"nearest": 1, "linear": 5, "bilinear": 11, "bicubic": 259}.get(m.mode, 0)
+    return each * unit.output.numel, f"{each} per output element"
+
+
+def _nothing(m: Any, unit: Unit) -> tuple[int, str]:
+    return 0, ""
+
+
+_THOP: dict[type[nn.Module], _Rule] = {
+    **dict.fromkeys(_STOCK_CONVOLUTIONS, _thop_convolution),
+    nn.Linear: _thop_linear,
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm), _thop_norm),
+    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _thop_norm),
+    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), _thop_pool),
+    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), _thop_adaptive_pool),
+    **dict.fromkeys((nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d), _thop_upsample),
+    nn.Softmax: _thop_softmax,
+    nn.PReLU: _thop_prelu,
+    **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Dropout, nn.Sequential, nn.PixelShuffle), _nothing),
+    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.ZeroPad2d), _nothing),
+    **dict.fromkeys((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), _nothing),
+}
+
+
+# -------------------------------------------------------------------------------------------------- torchinfo
+
+
+def torchinfo_shares(capture: Capture, found: Sequence[Unit]) -> tuple[list[Share], list[str]]:
+    """What ``torchinfo.summary(model, input_data=inputs).total_mult_adds`` counts."""
+    shares: list[Share] = []
+    caveats: list[str] = []
+    for unit in found:
+        if not unit.whole or not childless(unit.module):
+            if unit.ours:
+                shares.append(uncounted(unit, "torchinfo"))
+            continue
+        shares += _by_parameters(unit, caveats)
+    return shares, caveats
+
+
+def _by_parameters(unit: Unit, caveats: list[str]) -> list[Share]:
+    """Weight and bias times the positions, or the batch items, of the output."""
+    shape = unit.output.shape
+    name = type(unit.module).__name__
+    convolution = "Conv" in name
+    positions = prod(shape[:1] + shape[2:]) if convolution else shape[0] if shape else 1
+    per = "output position" if convolution else "batch item"
+    weight = bias = 0
+    for key, parameter in unit.module.named_parameters():
+        if key.endswith("_orig"):
+            caveats.append("torchinfo counts the unmasked weights of a pruned module")
+        if key == "bias":
+            bias += parameter.numel() * positions
+        elif key == "weight":
+            weight += parameter.numel() * positions
+        elif "weight" in key or "bias" in key:
+            weight += parameter.numel() * prod(shape[:2])
+    shares = []
+    if weight or unit.ours:
+        rule = ""
+        if weight != unit.ours:
+            rule = f"each weight counted once per {per}"
+            if getattr(unit.module, "transposed", False):
+                rule = "transposed, counted at output resolution"
+            elif not weight:
+                rule = f"class {name} has no weight of its own: counted as 0"
+        shares.append(Share(unit.kind, rule, weight, unit.ours))
+    if bias:
+        shares.append(Share(f"{unit.kind} bias", f"1 per {per} and channel", bias))
+    return shares

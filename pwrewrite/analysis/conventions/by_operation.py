@@ -1,0 +1,189 @@
+"""Tools that see every operation: torch's ``FlopCounterMode`` and fvcore's ``FlopCountAnalysis``.
+
+FlopCounterMode sees what reaches the dispatcher and counts what has a formula: matrix products (not matrix times
+vector), convolutions, attention. fvcore sees the operations of a TorchScript trace and has a handle for a dozen of
+them; what has none, ``baddbmm``, attention and convolutions with ``padding="same"`` among them, counts as 0. Its
+figure for a product broadcast over a batch is that of one batch item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import floor, prod
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ...capturing import Capture, NodeInfo, info
+from .units import Share, Unit, argument, function_name, operand_shapes, shape_of, words
+
+_VECTOR_PRODUCTS = frozenset(["mv", "addmv", "dot", "vdot", "inner"])
+
+
+def torch_shares(capture: Capture, found: Sequence[Unit]) -> tuple[list[Share], list[str]]:
+    """What ``FlopCounterMode`` counts, its FLOPs halved."""
+    from torch.utils.flop_counter import flop_registry
+
+    shares: list[Share] = []
+    caveats: list[str] = []
+    for unit in found:
+        for node in unit.nodes:
+            facts = info(node)
+            macs, rule = facts.cost.macs, ""
+            if not macs:
+                continue
+            if facts.op in _VECTOR_PRODUCTS or (facts.op == "matmul" and len(operand_shapes(node)[-1]) == 1):
+                rule = "matrix-vector products counted as 0"
+            elif facts.op in ("lstm", "deform_conv2d") or _without_formula(node, flop_registry):
+                rule = "no formula: counted as 0"
+            if facts.op == "lstm":
+                caveats.append("an LSTM counts as 0 where oneDNN runs it, as on most CPUs")
+            shares.append(Share(words(facts.op), rule, 0 if rule else macs, macs))
+    return shares, caveats
+
+
+def _without_formula(node: fx.Node, registry: dict[Any, Any]) -> bool:
+    """Whether a node calls a dispatched operation that only our table prices."""
+    target: Any = node.target
+    packet = getattr(target, "overloadpacket", target)
+    return isinstance(packet, torch._ops.OpOverloadPacket) and packet not in registry
+
+
+# ----------------------------------------------------------------------------------------------------- fvcore
+
+_FAILS = "matrix-vector products counted as 0"
+_Handle = Callable[[fx.Node, NodeInfo, Any], tuple[float, str]]
+
+
+def fvcore_shares(capture: Capture, found: Sequence[Unit]) -> tuple[list[Share], list[str]]:
+    """What ``FlopCountAnalysis(model, inputs).total()`` counts."""
+    shares: list[Share] = []
+    caveats: list[str] = []
+    for unit in found:
+        for node in unit.nodes:
+            facts = info(node)
+            module = unit.module if node.op == "call_module" else None
+            handle = _HANDLES.get(facts.op)
+            if handle is None:
+                if facts.cost.macs:
+                    shares.append(Share(words(facts.op), "no handle: counted as 0", 0, facts.cost.macs))
+                if facts.op == "attention" and function_name(node) == "multi_head_attention_forward":
+                    caveats.append("fvcore counts the parts of nn.MultiheadAttention, here it counts as 0")
+                continue
+            counted, rule = handle(node, facts, module)
+            if rule == _FAILS:
+                caveats.append("fvcore fails on a matrix-vector product, here it counts as 0")
+            shares.append(Share(words(facts.op), rule, counted, facts.cost.macs))
+    return shares, caveats
+
+
+def _convolution(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, str]:
+    if module is not None:
+        named = isinstance(module.padding, str) and module.padding_mode == "zeros"
+    else:
+        named = isinstance(argument(node, 4, "padding"), str)
+    if named:
+        return 0, 'padding="same" or "valid": no handle, counted as 0'
+    return facts.cost.macs, ""
+
+
+def _as_ours(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, str]:
+    return facts.cost.macs, ""
+
+
+def _matmul(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, str]:
+    left, right = operand_shapes(node)
+    if len(right) == 1:
+        return 0, _FAILS
+    counted = prod(left) * right[-1]
+    return counted, "" if counted == facts.cost.macs else "broadcast over a batch: one item counted"
+
+
+def _einsum(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, str]:
+    equation = node.args[0]
+    operands = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
+    shapes = [shape for operand in operands if (shape := shape_of(operand)) is not None]
+    if not isinstance(equation, str) or len(shapes) != len(operands):
+        return facts.cost.macs, ""
+    counted = _einsum_macs(equation.replace(" ", ""), shapes)
+    return counted, "" if counted == facts.cost.macs else "half of NumPy's estimate of its FLOPs"
+
+
+def _einsum_macs(equation: str, shapes: list[tuple[int, ...]]) -> int:
+    """fvcore's figure: two known forms, else half of what ``numpy.einsum_path`` prints, in its few digits."""
+    import numpy as np
+
+    letters = dict.fromkeys(c for c in equation if c.isalpha())
+    form = equation.translate({ord(c): 97 + i for i, c in enumerate(letters)})
+    if form == "abc,abd->acd":
+        return prod(shapes[0]) * shapes[-1][-1]
+    if form == "abc,adc->adb":
+        return prod(shapes[0]) * shapes[-1][1]
+    operands = [np.broadcast_to(np.zeros(()), shape) for shape in shapes]
+    for line in str(np.einsum_path(form, *operands, optimize="optimal")[1]).split("\n"):
+        if "optimized flop" in line.lower():
+            return floor(float(line.split(":")[-1]) / 2)
+    return 0
+
+
+def _affine(node: fx.Node, module: Any, position: int) -> bool:
+    if module is not None:
+        return getattr(module, "weight", None) is not None
+    return shape_of(argument(node, position, "weight")) is not None
+
+
+def _batch_norm(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, str]:
+    if _is_torch(node, "batch_norm"):
+        affine, training = _affine(node, module, 1), bool(argument(node, 5, "training"))
+    elif module is not None:
+        affine, training = _affine(node, module, 3), module.running_mean is None
+    else:
+        affine, training = _affine(node, module, 3), bool(argument(node, 5, "training", False))
+    each = (5 if affine else 4) if training else (2 if affine else 1)
+    return each * facts.outputs[0].numel, f"{each} per element" + (" with batch statistics" if training else "")
+
+
+def _norm(position: int) -> _Handle:
+    def handle(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, str]:
+        each = 5 if _affine(node, module, 1 if _is_torch(node, "instance_norm") else position) else 4
+        return each * facts.outputs[0].numel, f"{each} per element"
+
+    return handle
+
+
+def _is_torch(node: fx.Node, name: str) -> bool:
+    """Whether a node calls the function in ``torch``, whose arguments come in another order than ``functional``'s."""
+    return node.target is getattr(torch, name)
+
+
+def _adaptive_pool(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, str]:
+    return facts.inputs[0].numel, "1 per input element"
+
+
+def _interpolate(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, str]:
+    mode = module.mode if isinstance(module, nn.Upsample) else argument(node, 3, "mode", "nearest")
+    each = {"nearest": 1, "bilinear": 4}.get(mode, 0) if len(facts.outputs[0].shape) == 4 else 0
+    if argument(node, 6, "antialias", False):
+        each = 0
+    return each * facts.outputs[0].numel, f"{each} per output element"
+
+
+def _grid_sample(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, str]:
+    return 4 * facts.outputs[0].numel, "4 per output element"
+
+
+_HANDLES: dict[str, _Handle] = {
+    **{f"conv{kind}{dims}d": _convolution for kind in ("", "_transpose") for dims in (1, 2, 3)},
+    **dict.fromkeys(("linear", "mm", "bmm", "addmm"), _as_ours),
+    "matmul": _matmul,
+    "einsum": _einsum,
+    "batch_norm": _batch_norm,
+    "layer_norm": _norm(2),
+    "group_norm": _norm(2),
+    "instance_norm": _norm(3),
+    "adaptive_avg_pool2d": _adaptive_pool,
+    "interpolate": _interpolate,
+    "upsample": _interpolate,
+    "grid_sample": _grid_sample,
+}

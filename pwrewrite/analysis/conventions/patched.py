@@ -1,0 +1,231 @@
+"""ptflops: hooks on modules, and counting wrappers around functions while the model runs.
+
+``get_model_complexity_info`` (its ``pytorch`` backend, the default) hooks modules of the classes in its table, and
+replaces some functions of ``torch.nn.functional``, ``torch`` and ``torch.Tensor``. Modules of torch call the replaced
+functions, so an ``nn.ReLU`` counts twice. What was bound before (``from torch.nn.functional import relu``, operators
+such as ``+``) is not replaced. Modules' figures are divided by the batch size, functions' are not; a module that
+several parents share is added once per parent.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from math import prod
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ...capturing import Capture, NodeInfo, info
+from .by_module import RECURRENT, uncounted
+from .units import Share, Unit, argument, function_name, operand_shapes, visits, words
+
+_ACTIVATIONS = ("relu", "prelu", "elu", "relu6", "gelu", "silu", "softmax")
+_RESIZES = ("interpolate", "upsample")
+_PATCHED = frozenset((*_ACTIVATIONS, *_RESIZES)) | frozenset(
+    f"{kind}_pool{dims}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for dims in (1, 2, 3)
+)
+_PATCHED_TENSOR = frozenset(["matmul", "mm", "bmm", "addmm", "baddbmm", "mul", "add"])
+_OPERATORS = frozenset(["matmul", "mul", "add"])
+"""Methods that an operator calls too, under the same name."""
+
+
+def ptflops_shares(capture: Capture, found: Sequence[Unit]) -> tuple[list[Share], list[str]]:
+    """What ``get_model_complexity_info(model, …, as_strings=False)`` counts."""
+    shares: list[Share] = []
+    caveats: list[str] = []
+    added = visits(capture.model, _supported)
+    batch = next((spec.shape[0] for _, spec in capture.inputs if spec.shape), 1)
+    hooked = 0
+    for unit in found:
+        rule = _HOOKS.get(type(unit.module)) if unit.whole else None
+        own: list[Share] = rule(unit.module, unit) if rule is not None else []
+        functions = [share for node in unit.nodes if (share := _function(node, unit)) is not None]
+        if rule is None and unit.ours and not functions:
+            shares.append(uncounted(unit, "ptflops"))
+        elif rule is None and functions:
+            functions[0] = Share(functions[0].kind, functions[0].rule, functions[0].counted, unit.ours)
+        times = added[unit.module] if own else 1
+        counted = int(sum(share.counted for share in own))
+        hooked += times * counted
+        shares += own + functions
+        if times != 1 and counted:
+            rule_ = (
+                f"shared module, each call counted {times} times" if times else "inside a module with its own formula"
+            )
+            shares.append(Share(unit.kind, rule_, (times - 1) * counted))
+        _warn(unit, caveats)
+    if batch > 1:
+        shares.append(Share("modules", f"divided by the batch size, {batch}", hooked / batch - hooked))
+    return shares, caveats
+
+
+def _warn(unit: Unit, caveats: list[str]) -> None:
+    if unit.whole and isinstance(unit.module, RECURRENT):
+        caveats.append("ptflops has formulas of its own for recurrent modules, here they count as 0")
+    elif isinstance(unit.module, nn.MultiheadAttention):
+        caveats.append("ptflops has a formula of its own for nn.MultiheadAttention, here it counts as 0")
+    elif type(unit.module).__name__ == "Attention" and type(unit.module).__module__.startswith("timm."):
+        caveats.append("ptflops has a formula of its own for timm's Attention, here its parts are counted")
+
+
+def _supported(module: nn.Module) -> bool:
+    return type(module) in _HOOKS or isinstance(module, (*RECURRENT, nn.MultiheadAttention))
+
+
+# ------------------------------------------------------------------------------------------------------ hooks
+
+_Hook = Callable[[Any, Unit], list[Share]]
+
+
+def _convolution(m: Any, unit: Unit) -> list[Share]:
+    size = unit.input.shape if m.transposed else unit.output.shape
+    weight = prod(m.kernel_size) * m.in_channels * (m.out_channels // m.groups) * size[0] * prod(size[2:])
+    shares = [Share(unit.kind, "" if weight == unit.ours else "counted differently", weight, unit.ours)]
+    if m.bias is not None:
+        shares.append(Share(f"{unit.kind} bias", "1 per output element", unit.output.numel))
+    return shares
+
+
+def _linear(m: Any, unit: Unit) -> list[Share]:
+    rows, out = prod(unit.input.shape[:-1]), unit.output.shape[-1]
+    shares = [Share(unit.kind, "", unit.input.shape[-1] * out * rows, unit.ours)]
+    if m.bias is not None:
+        shares.append(Share(f"{unit.kind} bias", "1 per output element", out * rows))
+    return shares
+
+
+def _per_output(m: Any, unit: Unit) -> list[Share]:
+    return [Share(unit.kind, "1 per element", unit.output.numel)]
+
+
+def _per_input(m: Any, unit: Unit) -> list[Share]:
+    return [Share(unit.kind, "1 per input element", unit.input.numel)]
+
+
+def _norm(m: Any, unit: Unit) -> list[Share]:
+    each = 2 if getattr(m, "affine", False) else 1
+    return [Share(unit.kind, f"{each} per element", each * unit.input.numel)]
+
+
+def _upsample(m: Any, unit: Unit) -> list[Share]:
+    return [Share(unit.kind, "1 per output element of the first item", prod(unit.output.shape[1:]))]
+
+
+def _hooks() -> dict[type[nn.Module], _Hook]:
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    activations = (nn.ReLU, nn.PReLU, nn.ELU, nn.LeakyReLU, nn.ReLU6, nn.GELU)
+    table: dict[type[nn.Module], _Hook] = dict.fromkeys(convolutions, _convolution)
+    table |= dict.fromkeys((*norms, nn.GroupNorm, nn.LayerNorm), _norm)
+    table |= dict.fromkeys(activations, _per_output)
+    for dims in (1, 2, 3):
+        for kind in ("Max", "Avg", "AdaptiveMax", "AdaptiveAvg"):
+            table[getattr(nn, f"{kind}Pool{dims}d")] = _per_input
+    return table | {nn.Linear: _linear, nn.Upsample: _upsample}
+
+
+_HOOKS = _hooks()
+
+
+# -------------------------------------------------------------------------------------------------- functions
+
+
+def _function(node: fx.Node, unit: Unit) -> Share | None:
+    """The share of a function that is replaced while ptflops runs; None where the node calls none."""
+    facts = info(node)
+    if node.op == "call_module":
+        return _inside(unit.module, facts)
+    name = function_name(node)
+    if name in _PATCHED and node.target is getattr(F, name) and not _bound_before(unit.module, name):
+        if name in _RESIZES:
+            return Share(unit.kind, "1 per output element, as a function", _interpolated(node))
+        return Share(unit.kind, "1 per input element, as a function", facts.inputs[0].numel)
+    if name not in _PATCHED_TENSOR:
+        return None
+    if node.op == "call_method" and name in _OPERATORS and name not in _names_of(unit.module):
+        return None
+    counted = _tensor_function(name, node)
+    return Share(name, "1 per element, as a function" if name in ("add", "mul") else "as a function", counted)
+
+
+def _inside(module: Any, facts: NodeInfo) -> Share | None:
+    """What the forward of a stock module adds by calling a replaced function."""
+    forward: Any = type(module).forward
+    if forward.__globals__.get("F") is not F:
+        return None
+    kind, again = words(facts.op), "again " if type(module) in _HOOKS else ""
+    for name in forward.__code__.co_names:
+        if name in _RESIZES:
+            return Share(kind, f"{again}in F.{name}, 1 per output element", facts.outputs[0].numel)
+        if name in _PATCHED:
+            return Share(kind, f"{again}in F.{name}, 1 per input element", facts.inputs[0].numel)
+    return None
+
+
+def _interpolated(node: fx.Node) -> float:
+    shape = info(node).inputs[0].shape
+    dims = len(shape) - 2
+    size: Any = argument(node, 1, "size")
+    if size is not None:
+        return prod(size if isinstance(size, (tuple, list)) else (size,) * dims) * prod(shape[:2])
+    scale: Any = argument(node, 2, "scale_factor")
+    if isinstance(scale, tuple) and len(scale) == dims:
+        return prod(shape) * int(prod(scale))
+    return float(prod(shape) * (scale[0] if isinstance(scale, (tuple, list)) else scale) ** dims)
+
+
+def _tensor_function(name: str, node: fx.Node) -> int:
+    tensors = operand_shapes(node)
+    if name in ("addmm", "baddbmm"):
+        bias, left, right = tensors[:3]
+        return prod(left) * right[-1] + (prod(bias) if node.kwargs.get("beta", 1) else 0)
+    if name not in ("add", "mul"):
+        return prod(tensors[0]) * tensors[1][-1]
+    # aligned on the left, unlike broadcasting
+    length = max(len(shape) for shape in tensors)
+    return prod(max(sizes) for sizes in zip(*(shape + (1,) * (length - len(shape)) for shape in tensors)))
+
+
+@cache
+def _names(kind: Any) -> frozenset[str]:
+    """Names of attributes and globals in the code of a class of one's own."""
+    return frozenset(name for code in _codes(kind) for name in code.co_names)
+
+
+def _names_of(module: nn.Module) -> frozenset[str]:
+    kind: Any = type(module)
+    return _names(kind)
+
+
+def _codes(kind: Any) -> Iterator[CodeType]:
+    for base in kind.__mro__:
+        if base in (nn.Module, object):
+            continue
+        for value in vars(base).values():
+            function = getattr(value, "__func__", value)
+            if isinstance(function, FunctionType):
+                yield from _nested(function.__code__)
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)
+
+
+def _bound_before(module: nn.Module, name: str) -> bool:
+    """Whether a module calls a function of ``functional`` by a reference taken before ptflops replaced it."""
+    function = getattr(F, name)
+    if any(value is function for value in vars(module).values() if not isinstance(value, Tensor)):
+        return True
+    namespace: Any = sys.modules.get(type(module).__module__)
+    return (
+        name in _names_of(module)
+        and getattr(namespace, name, None) is function
+        and not any(value is F for value in vars(namespace).values())
+    )

@@ -1,0 +1,196 @@
+"""A graph as tools with module hooks see it: calls of modules, and functions that larger modules call themselves.
+
+A graph holds a call of a common module as one node, and whatever else a module does as the functions that it calls. A
+hook fires once per call, so the functions that one call of a childless module makes are put together again here:
+neighbours in the graph, under the same module, connected by data (the two calls of a norm that is applied to query
+and key are not).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from ...capturing import Capture, NodeInfo, TensorSpec, info
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a tool counts for one operation by one rule.
+
+    Attributes:
+        kind: What the operation is.
+        rule: How it is counted where that differs from ours.
+        counted: The tool's figure; a fraction only where ptflops makes one.
+        ours: Our MACs of the same operation; 0 where another share of it has them.
+    """
+
+    kind: str
+    rule: str
+    counted: float
+    ours: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One call of a childless module, or one function that a larger module calls.
+
+    Attributes:
+        kind: What it does, in words: ``conv2d``, ``batch norm``.
+        module: The module called; for a function, the module whose code calls it.
+        whole: Whether ``module`` is what is called here, so that a hook on it fires.
+        nodes: The nodes of it.
+        ours: Its MACs by our count.
+    """
+
+    kind: str
+    module: nn.Module
+    whole: bool
+    nodes: tuple[fx.Node, ...]
+    ours: int
+
+    @property
+    def facts(self) -> NodeInfo:
+        """Of the last node, which makes the output."""
+        return info(self.nodes[-1])
+
+    @property
+    def input(self) -> TensorSpec:
+        """The first activation that goes in."""
+        first = info(self.nodes[0])
+        return first.inputs[0] if first.inputs else first.outputs[0]
+
+    @property
+    def output(self) -> TensorSpec:
+        """The first tensor that comes out."""
+        facts = self.facts
+        return facts.outputs[0] if facts.outputs else facts.inputs[0]
+
+
+PIECE = "tuple_getitem"
+"""What a graph calls it when one of several outputs is taken: nothing that runs."""
+
+
+def childless(module: nn.Module) -> bool:
+    """Whether a module has no children (an empty ``Sequential`` among them is none, as in torchinfo)."""
+    return not any(module.children())
+
+
+def units(capture: Capture) -> list[Unit]:
+    """Everything a captured model does, in graph order.
+
+    Args:
+        capture: The captured model.
+
+    Returns:
+        Units that together hold each node of the graph that runs something exactly once.
+    """
+    modules = dict(capture.model.named_modules(remove_duplicate=False))
+    found: list[Unit] = []
+    run: list[fx.Node] = []
+    owner = ""
+    for node in capture.graph.nodes:
+        if node.op not in ("call_module", "call_function", "call_method"):
+            continue
+        facts = info(node)
+        if facts.op == PIECE:
+            run += [node] * bool(run and facts.path == owner)
+            continue
+        own = node.op != "call_module" and childless(modules[facts.path])
+        if run and (not own or facts.path != owner):
+            found += _calls(run, modules[owner])
+            run = []
+        if own:
+            run.append(node)
+            owner = facts.path
+        elif node.op == "call_module":
+            found.append(_unit(modules[str(node.target)], True, (node,)))
+        else:
+            found.append(_unit(modules[facts.path], False, (node,)))
+    if run:
+        found += _calls(run, modules[owner])
+    return found
+
+
+def _unit(module: nn.Module, whole: bool, nodes: tuple[fx.Node, ...]) -> Unit:
+    facts = [info(node) for node in nodes]
+    main = max(facts, key=lambda f: f.cost.macs) if len(facts) > 1 else facts[0]
+    return Unit(words(main.op), module, whole, nodes, sum(f.cost.macs for f in facts))
+
+
+def _calls(run: Sequence[fx.Node], module: nn.Module) -> Iterator[Unit]:
+    """The calls of a childless module that consecutive nodes of it make up."""
+    real = [node for node in run if info(node).op != PIECE]
+    if type(module).__module__.startswith("torch.nn.modules") and len({(n.op, n.target) for n in real}) == 1:
+        for node in real:
+            yield _unit(module, True, (node,))
+        return
+    group: dict[fx.Node, list[fx.Node]] = {}
+    for node in run:
+        merged: list[fx.Node] = []
+        for source in node.all_input_nodes:
+            known = group.get(source)
+            if known is not None and known is not merged:
+                known += merged
+                merged = known
+                for other in merged:
+                    group[other] = merged
+        merged.append(node)
+        group[node] = merged
+    done: set[int] = set()
+    for node in real:
+        nodes = group[node]
+        if id(nodes) not in done:
+            done.add(id(nodes))
+            yield _unit(module, True, tuple(other for other in real if group[other] is nodes))
+
+
+def words(op: str) -> str:
+    """An operation's name as a person writes it."""
+    return op.replace("_", " ") if op.endswith(("norm", "pool1d", "pool2d", "pool3d")) else op
+
+
+def visits(root: nn.Module, stop: Callable[[nn.Module], bool] | None = None) -> Counter[nn.Module]:
+    """How often a walk over ``children()`` comes by each module: more than once where modules share it.
+
+    Args:
+        root: Where the walk starts.
+        stop: Modules whose children the walk does not enter; the root's are entered in any case.
+    """
+    counts: Counter[nn.Module] = Counter({root: 1})
+    stack = [root]
+    while stack:
+        for child in stack.pop().children():
+            counts[child] += 1
+            if stop is None or not stop(child):
+                stack.append(child)
+    return counts
+
+
+def function_name(node: fx.Node) -> str:
+    """Name of the function or method that a node calls."""
+    target: Any = node.target
+    return target if isinstance(target, str) else str(getattr(target, "__name__", target))
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call by position or name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def shape_of(value: Any) -> tuple[int, ...] | None:
+    """Shape of a graph argument; None where it is no tensor."""
+    if isinstance(value, fx.Node):
+        outputs = info(value).outputs
+        return outputs[0].shape if outputs else None
+    return None
+
+
+def operand_shapes(node: fx.Node) -> list[tuple[int, ...]]:
+    """Shapes of the tensors that a call takes, positional ones first."""
+    values = (*node.args, *node.kwargs.values())
+    return [shape for value in values if (shape := shape_of(value)) is not None]

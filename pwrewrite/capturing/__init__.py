@@ -1,0 +1,266 @@
+"""Capturing any model as one graph: `capture`.
+
+The model runs once on ``meta`` tensors under a recorder (see `recorder`), so nothing is computed and its own control
+flow decides. Where its code needs values, it is recorded once more with real ones, seeded, and the coverage says so.
+The model is left exactly as it was.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import CaptureError, InputError
+from ..core.nested import map_tensors, tensors_of
+from .inventory import Inventory
+from .layers import find_layers
+from .recorder import Recorder
+from .records import Call, Capture, Coverage, Layer, MemoryEvent, NodeInfo, TensorSpec, Window, info
+from .shapes import ShapeError
+from .state import untouched
+
+__all__ = [
+    "Call",
+    "Capture",
+    "Coverage",
+    "Layer",
+    "MemoryEvent",
+    "NodeInfo",
+    "TensorSpec",
+    "Window",
+    "capture",
+    "info",
+]
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+_REAL_LIMIT = 8 << 30
+"""Bytes of weights above which a model without values is not filled with random ones."""
+
+
+def capture(
+    model: nn.Module, example_inputs: Inputs, *, training: bool = False, values: str = "auto", items: bool = False
+) -> Capture:
+    """Captures a model as a graph with shapes and costs, without computing where shapes suffice.
+
+    Args:
+        model: Any module; its weights may be on any device, ``meta`` included.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs, real or on ``meta``; tensors
+            may be nested.
+        training: Whether the model runs as in training; by default as in evaluation.
+        values: ``meta`` (shapes only), ``real`` (compute) or ``auto`` (compute only if the model needs values).
+        items: Whether each of several tensors that an operation makes (``x.chunk(2)``) gets a ``getitem`` node, so that
+            the graph can be executed; otherwise their users read the operation's node.
+
+    Returns:
+        The capture. ``model`` is as it was before.
+
+    Raises:
+        InputError: If ``example_inputs`` is of the wrong kind.
+        CaptureError: If the model does not run on these inputs; says which layer refused them.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError("not a model", expected="a torch.nn.Module", got=type(model).__name__)
+    args, kwargs = split_inputs(example_inputs)
+    attempts = {"auto": ("meta", "real"), "meta": ("meta",), "real": ("real",)}.get(values)
+    if attempts is None:
+        raise InputError("unknown values", expected="auto, meta or real", got=repr(values))
+    inventory = Inventory(model)
+    _refuse_lazy(inventory)
+    failure: Exception | None = None
+    with _one_at_a_time, _no_collection():
+        for attempt in attempts:
+            real = attempt == "real"
+            if real and failure is not None and _too_large(inventory):
+                break
+            try:
+                recorder = _record(inventory, args, kwargs, real=real, training=training, items=items)
+            except ShapeError as error:
+                raise _refused(error, args, kwargs) from error
+            except Exception as error:
+                failure = error
+                continue
+            return _finish(recorder, attempt, failure)
+    assert failure is not None
+    raise _refused(failure, args, kwargs) from failure
+
+
+_one_at_a_time = threading.RLock()
+"""Held while a model is captured: a capture changes what calling a module does, and sets random states and training
+flags.
+"""
+
+
+def _record(inventory: Inventory, args: Any, kwargs: Any, *, real: bool, training: bool, items: bool) -> Recorder:
+    """Records the model, once more and deeper where some of it ran outside of torch functions."""
+    for deep in (False, True):
+        recorder = Recorder(inventory, real=real, deep=deep, items=items)
+        with untouched(inventory, values=real):
+            for module in inventory.modules:
+                if module.training != training:
+                    module.__dict__["training"] = training
+            torch.manual_seed(0)
+            _run(recorder, args, kwargs)
+        if not recorder.origins.lost:
+            break
+    return recorder
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Holds back the garbage collector: a graph is many small objects, none of them garbage yet."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments.
+
+    Raises:
+        InputError: If they are neither a tensor, a sequence nor a mapping, or hold no tensor.
+    """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example_inputs, Tensor):
+        args = (example_inputs,)
+    elif isinstance(example_inputs, Mapping):
+        kwargs = dict(example_inputs)
+    elif isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
+        args = tuple(example_inputs)
+    else:
+        raise InputError(
+            "example inputs of a kind that no model takes",
+            expected="a tensor, a tuple of positional inputs or a dict of keyword inputs",
+            got=type(example_inputs).__name__,
+        )
+    if not tensors_of((args, kwargs)):
+        raise InputError("no tensor among the example inputs", got=repr(example_inputs)[:80])
+    return args, kwargs
+
+
+def _run(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def prepare(t: Tensor) -> Tensor:
+        if not recorder.real:
+            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+        if not t.is_meta:
+            return t.detach().clone()
+        if t.is_floating_point():
+            return torch.rand(t.shape, generator=generator, dtype=torch.float32).to(recorder.device, t.dtype)
+        return torch.zeros(t.shape, dtype=t.dtype, device=recorder.device)
+
+    recorder.run(map_tensors(args, prepare), map_tensors(kwargs, prepare), input_names(recorder.model, args, kwargs))
+
+
+def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """One name per input tensor: the forward parameter's, numbered where one holds several tensors."""
+    from inspect import Parameter, signature
+
+    try:
+        parameters = [p for p in signature(model.forward).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    except (TypeError, ValueError):
+        parameters = []
+    names: list[str] = []
+    for i, value in enumerate(args):
+        name = f"input_{i}"
+        if parameters:
+            p = parameters[min(i, len(parameters) - 1)]
+            name = f"{p.name}_{i}" if p.kind is Parameter.VAR_POSITIONAL else p.name if i < len(parameters) else name
+        names += _numbered(name, value)
+    for name, value in kwargs.items():
+        names += _numbered(name, value)
+    return names
+
+
+def _numbered(name: str, value: Any) -> list[str]:
+    count = len(tensors_of(value))
+    return [name] if isinstance(value, Tensor) else [f"{name}_{i}" for i in range(count)]
+
+
+def _finish(recorder: Recorder, values: str, failure: Exception | None) -> Capture:
+    inventory, origins = recorder.inventory, recorder.origins
+    graph = origins.graph
+    unpriced: Counter[str] = Counter()
+    inputs = []
+    for node in graph.nodes:
+        facts = node.meta["info"]
+        if facts.unpriced:
+            unpriced.update(facts.unpriced)
+        if node.op == "placeholder":
+            inputs.append((node.name, facts.outputs[0]))
+    layers = find_layers(inventory, graph)
+    convolutions = [layer for layer in layers if layer.op != "linear"]
+    kind = "whole"
+    if origins.lost or recorder.opaque:
+        kind = "islands" if any(layer.calls for layer in layers) else "eager"
+    notes = []
+    if failure is not None:
+        notes.append(f"the model needs values ({_first_line(failure)}): figures are those of one seeded real run")
+    if recorder.opaque:
+        notes.append(f"TorchScript modules are opaque: {', '.join(p or '(root)' for p in recorder.opaque[:5])}")
+    if origins.lost:
+        notes.append(f"{origins.lost} tensors come from code that torch functions do not show")
+    return Capture(
+        model=inventory.model,
+        inputs=tuple(inputs),
+        graph=graph,
+        layers=layers,
+        coverage=Coverage(
+            kind, len(convolutions), sum(layer.called for layer in convolutions), tuple(unpriced.most_common()), values
+        ),
+        memory=tuple(recorder.liveness.events),
+        params=sum(p.numel() for p in inventory.parameters),
+        weight_bytes=sum(t.nbytes for t in inventory.parameters) + sum(t.nbytes for t in inventory.buffers),
+        notes=tuple(notes),
+        constants=origins.constants,
+    )
+
+
+def _too_large(inventory: Inventory) -> bool:
+    return sum(p.nbytes for p in inventory.parameters if p.is_meta) > _REAL_LIMIT
+
+
+def _refuse_lazy(inventory: Inventory) -> None:
+    for module in inventory.modules:
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            raise CaptureError(
+                "a lazy module has no shapes yet",
+                where=inventory.path(module) or type(module).__name__,
+                hint="run the model once on real inputs first: model(*example_inputs)",
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+
+
+def _refused(error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CaptureError:
+    shapes = ", ".join("×".join(map(str, t.shape)) or "scalar" for t in tensors_of((args, kwargs)))
+    where = getattr(error, "_pw_where", None)
+    if isinstance(error, ShapeError):
+        return CaptureError(
+            f"the model does not take this input: {error}",
+            where=where,
+            got=f"inputs of shape {shapes}",
+            hint="give the shape the model was made for, such as --input 1x3x224x224",
+        )
+    return CaptureError(
+        f"the model does not run on this input: {_first_line(error)}",
+        where=where,
+        got=f"inputs of shape {shapes}",
+        hint="check that model(*example_inputs) runs in plain PyTorch on these inputs",
+    )

@@ -1,0 +1,111 @@
+"""Writing down the facts of a node: what it read and made, what it cost, whose storage it shares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from ..core.convolution import ConvSpec
+from ..core.cost import Cost
+from ..core.nested import tensors_of
+from .liveness import Liveness
+from .origins import Origins, spec_of
+from .records import NodeInfo, TensorSpec, Window
+
+
+class Bookkeeper:
+    """Keeps the books of one recording.
+
+    Args:
+        origins: Where tensors come from.
+        liveness: When storages are born and die.
+    """
+
+    def __init__(self, origins: Origins, liveness: Liveness) -> None:
+        self.origins, self.liveness = origins, liveness
+        self._counted: set[int] = set()
+
+    def record(
+        self,
+        node: fx.Node,
+        op: str,
+        path: str,
+        given: Any,
+        out: Any,
+        *,
+        macs: int = 0,
+        writes: bool = False,
+        params: int = 0,
+        weight_bytes: int = 0,
+        window: Window | None = None,
+        spec: ConvSpec | None = None,
+        unpriced: tuple[str, ...] = (),
+        temporary: int = 0,
+        weights: set[int] | frozenset[int] = frozenset(),
+    ) -> None:
+        """Writes down the facts of a node, and that it made ``out``.
+
+        Args:
+            node: The node.
+            op: Canonical name.
+            path: Path of the module.
+            given: Its arguments, tensors in any nesting.
+            out: What it returned.
+            macs: Its MACs.
+            writes: Whether it writes into an argument.
+            params: Parameters that it used first, those in ``given`` apart.
+            weight_bytes: Bytes of the weights that it read, those in ``given`` apart.
+            window: For convolutions and pooling.
+            spec: For convolutions.
+            unpriced: Operations without a formula.
+            temporary: Bytes that it holds beside its result while it runs.
+            weights: Identities of tensors in ``given`` that serve as weights though they are no parameters.
+        """
+        origins, watch = self.origins, self.liveness.watch
+        inputs: dict[int, TensorSpec] = {}
+        for t in tensors_of(given):
+            if id(t) in weights or (type(t) is not Tensor and isinstance(t, nn.Parameter)):
+                params += self.count(t)
+                weight_bytes += t.nbytes
+            elif id(t) not in inputs:
+                inputs[id(t)] = _known_spec(t)
+        outputs, written, alias = [], 0, None
+        name = node.name
+        for t in (out,) if isinstance(out, Tensor) else tensors_of(out):
+            made = spec_of(t)
+            outputs.append(made)
+            shared = watch(t, name, known=origins.known(t))
+            if shared is None or writes:
+                written += made.nbytes
+            alias = alias or shared
+        origins.mark(out, node)
+        self.liveness.pass_by(name, temporary)
+        read = 0
+        if written or macs or unpriced:
+            read = weight_bytes
+            for i in inputs.values():
+                read += i.nbytes
+        cost = Cost(params, macs, read, written)
+        node.meta["info"] = NodeInfo(
+            op, path, tuple(inputs.values()), tuple(outputs), cost, alias, window, spec, unpriced
+        )
+
+    def count(self, t: Tensor) -> int:
+        """Elements of a parameter the first time it is met, then 0."""
+        key = id(t)
+        if key in self._counted or not isinstance(t, nn.Parameter):
+            return 0
+        self._counted.add(key)
+        return t.numel()
+
+
+def _known_spec(t: Tensor) -> TensorSpec:
+    """The spec of a tensor, taken from the node that made it where that made nothing else."""
+    origin = getattr(t, "_pw_node", None)
+    if type(origin) is fx.Node:
+        outputs = origin.meta["info"].outputs
+        if len(outputs) == 1:
+            found: TensorSpec = outputs[0]
+            return found
+    return spec_of(t)

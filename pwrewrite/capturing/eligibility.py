@@ -1,0 +1,267 @@
+"""Which layers may be replaced by several convolutions, and why the others may not.
+
+A replacement puts new modules (or new calls) where the layer was. It is right only if the layer is *nothing but* its
+weight and its shape facts: no forward of its own, no weight made on the fly, no hook that would vanish, no second
+owner of the weight that would keep the old one, no element type that the algebra does not cover. `eligible` checks
+these facts and says, for a refusal, what was found and what would change it. Whether a replacement would *pay* is
+another question (`pwrewrite.analysis.hotspots`).
+
+Limits: references to a module held outside the module tree (in a list, a closure, a bound method) are not seen here;
+the applier looks for them. A hook registered globally for all modules is not taken for a hook on the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import Parameter, is_lazy
+from torch.nn.utils import parametrize
+
+from ..core.convolution import CONV_MODULES, stock_convolution
+from ..core.plan import Skip, SkipReason
+from .records import Capture, Layer
+
+_LAYERS = (*CONV_MODULES, nn.Linear)
+
+_HOOKS = (
+    ("_forward_hooks", "forward hook"),
+    ("_forward_pre_hooks", "forward pre-hook"),
+    ("_backward_hooks", "backward hook"),
+    ("_backward_pre_hooks", "backward pre-hook"),
+    ("_state_dict_hooks", "state_dict hook"),
+    ("_state_dict_pre_hooks", "state_dict pre-hook"),
+    ("_load_state_dict_pre_hooks", "load_state_dict pre-hook"),
+    ("_load_state_dict_post_hooks", "load_state_dict post-hook"),
+)
+"""Attributes of a module that hold its hooks, and what they are called."""
+
+
+class Owners:
+    """Who holds and who reads the parameters of a captured model; made once and asked for every layer.
+
+    Attributes:
+        modules: Path to module, every alias included.
+        holders: Identity of a parameter to the paths of the distinct modules that hold it, in module order.
+        reads: Full name of a parameter or buffer to the graph nodes that read it directly (``get_attr``).
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self.modules: dict[str, nn.Module] = dict(capture.model.named_modules(remove_duplicate=False))
+        self.holders = find_holders(self.modules)
+        self.reads: dict[str, list[fx.Node]] = {}
+        for node in capture.graph.nodes:
+            if node.op == "get_attr":
+                self.reads.setdefault(str(node.target), []).append(node)
+
+
+def eligible(capture: Capture, layer: Layer, owners: Owners | None = None) -> Skip | None:
+    """Whether a layer may be replaced at all.
+
+    Args:
+        capture: The capture that the layer belongs to.
+        layer: One of ``capture.layers``.
+        owners: ``Owners(capture)`` where many layers are asked for; made anew where left out.
+
+    Returns:
+        None where it may be, else why not.
+    """
+    if not layer.called:
+        return _not_called(capture, layer)
+    owners = owners or Owners(capture)
+    module = owners.modules.get(layer.path)
+    if module is not None and (isinstance(module, _LAYERS) or not layer.functional):
+        refused = module_refusal(layer.path, module, owners.holders) or _read_directly(layer, owners)
+        return refused or (_functional(layer, owners) if layer.functional else None)
+    return _functional(layer, owners)
+
+
+def module_refusal(path: str, module: nn.Module, holders: Mapping[int, list[str]]) -> Skip | None:
+    """Whether a module may be replaced, as far as can be seen without a capture.
+
+    Args:
+        path: Its path.
+        module: A convolution or linear module.
+        holders: As in `Owners`.
+
+    Returns:
+        None where it may be, else why not.
+    """
+    if isinstance(module, LazyModuleMixin):
+        return Skip(path, SkipReason.LAZY, "a lazy module; run the model once so that it takes its final shape")
+    if parametrize.is_parametrized(module):
+        names = ", ".join(sorted(getattr(module, "parametrizations", {})))
+        return Skip(
+            path,
+            SkipReason.PARAMETRIZED,
+            f"{names} is parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it an ordinary one",
+        )
+    weight = module._parameters.get("weight")
+    if weight is None and isinstance(getattr(module, "weight", None), Tensor):
+        return Skip(
+            path,
+            SkipReason.PARAMETRIZED,
+            "its weight is computed from other tensors before each call (weight_norm, spectral_norm or pruning of the "
+            "older kind); remove_weight_norm, remove_spectral_norm or prune.remove makes it an ordinary parameter",
+        )
+    hooks = sorted({name for attribute, name in _HOOKS if getattr(module, attribute, None)})
+    if hooks:
+        return Skip(
+            path, SkipReason.HOOKS, f"has a {' and a '.join(hooks)}, which would be lost; remove it and put it back"
+        )
+    if not _stock(module):
+        return Skip(
+            path,
+            SkipReason.OVERRIDDEN_FORWARD,
+            f"{type(module).__qualname__} has a forward of its own, which a replacement would not run",
+        )
+    found = _weight(path, weight, type(module).__qualname__)
+    return found or _shared(path, path, weight, module._parameters.get("bias"), holders)
+
+
+def find_holders(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
+    """Identity of a parameter to the paths of the distinct modules that hold it.
+
+    Args:
+        modules: Path to module, aliases included, in module order.
+    """
+    holders: dict[int, list[str]] = {}
+    seen: set[int] = set()
+    for path, module in modules.items():
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(path)
+    return holders
+
+
+def _not_called(capture: Capture, layer: Layer) -> Skip:
+    if capture.coverage.capture == "whole":
+        return Skip(
+            layer.path,
+            SkipReason.NOT_CALLED,
+            "not called for these inputs in this mode; it may be used only in training",
+        )
+    return Skip(
+        layer.path,
+        SkipReason.NOT_TRACED,
+        "not in the graph: the model does not trace whole; capture the submodule that holds it",
+    )
+
+
+def _stock(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+    return not isinstance(module, CONV_MODULES) or stock_convolution(module)
+
+
+def _weight(path: str, weight: Tensor | None, kind: str) -> Skip | None:
+    """Checks on the weight itself, for modules and functional calls alike."""
+    if weight is None:
+        return Skip(path, SkipReason.QUANTIZED, f"{kind} has no plain weight tensor")
+    if is_lazy(weight):
+        return Skip(path, SkipReason.LAZY, "its weight has no shape yet; run the model once")
+    if weight.dtype.is_complex:
+        return Skip(path, SkipReason.COMPLEX, f"its weight is {weight.dtype}; the decompositions are of real weights")
+    if type(weight) not in (Parameter, Tensor) or weight.is_quantized or not weight.dtype.is_floating_point:
+        return Skip(
+            path,
+            SkipReason.QUANTIZED,
+            f"its weight is a {type(weight).__name__} of {weight.dtype}; rewrite the model before it is quantized",
+        )
+    return None
+
+
+def _shared(
+    path: str, holder: str, weight: Tensor | None, bias: Tensor | None, holders: Mapping[int, list[str]]
+) -> Skip | None:
+    """Whether other modules hold the same weight or bias."""
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        held_by = holders.get(id(tensor), [])
+        others = [other for other in held_by if other not in (path, holder)]
+        if tensor is not None and len(held_by) > 1:
+            return Skip(
+                path,
+                SkipReason.SHARED_WEIGHT,
+                f"its {name} is also that of {_few(others)}, which would keep the old one",
+            )
+    return None
+
+
+def _read_directly(layer: Layer, owners: Owners) -> Skip | None:
+    """Whether the graph reads the weight or bias of a module other than by the layer's own calls."""
+    calls = {call.node for call in layer.calls} if layer.functional else set()
+    prefix = f"{layer.path}." if layer.path else ""
+    for name in ("weight", "bias"):
+        users = (user.name for node in owners.reads.get(f"{prefix}{name}", []) for user in node.users)
+        readers = [user for user in dict.fromkeys(users) if user not in calls]
+        if readers:
+            return Skip(
+                layer.path,
+                SkipReason.WEIGHT_READ,
+                f"its {name} is also read directly, by {_few(readers)}, which would see the old one",
+            )
+    return None
+
+
+def _functional(layer: Layer, owners: Owners) -> Skip | None:
+    if not layer.weight:
+        return Skip(
+            layer.path,
+            SkipReason.PARAMETRIZED,
+            "its weight is computed in the graph, so there is no parameter to decompose; store it as one",
+        )
+    path, _, name = layer.weight.rpartition(".")
+    holder = owners.modules.get(path)
+    weight: Any = None
+    if holder is not None:
+        if parametrize.is_parametrized(holder, name):
+            return Skip(
+                layer.path,
+                SkipReason.PARAMETRIZED,
+                f"{layer.weight} is parametrized; remove_parametrizations makes it an ordinary parameter",
+            )
+        weight = getattr(holder, name, None)
+    if not isinstance(weight, Tensor):
+        return Skip(layer.path, SkipReason.FUNCTIONAL, f"no parameter is found under {layer.weight}")
+    calls = {call.node for call in layer.calls}
+    reads = owners.reads.get(layer.weight, [])
+    bias_name, bias_reads = _bias(reads, calls, owners)
+    users = {user.name for node in (*reads, *bias_reads) for user in node.users}
+    others = sorted(users - calls)
+    if others:
+        return Skip(
+            layer.path,
+            SkipReason.WEIGHT_READ,
+            f"its weight or bias is also read by {_few(others)}, which would see the old one",
+        )
+    if len(calls) > 1:
+        return Skip(
+            layer.path,
+            SkipReason.FUNCTIONAL,
+            f"one weight in {len(calls)} functional calls, which may differ in stride or padding; make it one module",
+        )
+    owner, _, attribute = bias_name.rpartition(".")
+    bias = getattr(owners.modules.get(owner), attribute, None) if attribute else None
+    found = _weight(layer.path, weight, "the function")
+    return found or _shared(layer.path, path, weight, bias, owners.holders)
+
+
+def _bias(reads: list[fx.Node], calls: set[str], owners: Owners) -> tuple[str, list[fx.Node]]:
+    """Name and graph reads of the bias that goes with a functional call's weight; ``""`` where none is stored."""
+    for read in reads:
+        for user in read.users:
+            bias: Any = user.args[2] if len(user.args) > 2 else user.kwargs.get("bias")
+            if user.name in calls and isinstance(bias, fx.Node) and bias.op == "get_attr":
+                name = str(bias.target)
+                return name, owners.reads.get(name, [])
+    return "", []
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

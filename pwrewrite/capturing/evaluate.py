@@ -1,0 +1,94 @@
+"""Results of torch functions: by rule, on ``meta``, or from values that are there; with MACs where they have any."""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.cost import PricingMode
+from ..core.nested import map_tensors
+from . import functions, rules
+from .origins import Origins
+
+
+class NeedsValues(RuntimeError):
+    """The model's code asked a meta tensor for its values."""
+
+
+class Evaluator:
+    """Finds out what torch functions return, and remembers which were found to have no MACs."""
+
+    def __init__(self) -> None:
+        self._free: set[Any] = set()
+
+    def result(
+        self, func: Any, name: str, values: tuple[Any, ...], named: dict[str, Any], on_meta: bool
+    ) -> tuple[Any, int, tuple[str, ...]]:
+        """What a function returns, its MACs (convolutions apart) and what of it has no price.
+
+        Args:
+            func: The function.
+            name: Its name; empty for a custom operation, for which no rule holds.
+            values: Positional arguments, as values stand for them here.
+            named: Keyword arguments.
+            on_meta: Whether the tensors are on ``meta``.
+        """
+        out: Any = NotImplemented
+        if on_meta and name:
+            rule = rules.FUNCTION_RULES.get(name)
+            if rule is not None:
+                out = rule(*values, **named)
+            elif name[-1] == "_" and name[-2] != "_" and name[0] != "_" and name[:-1] in rules.INPLACE and values:
+                out = values[0]
+        macs_of = rules.FUNCTION_MACS.get(name)
+        if out is not NotImplemented or macs_of is not None or name in rules.FREE_FUNCTIONS or func in self._free:
+            if out is NotImplemented:
+                out = func(*values, **named)
+            return out, 0 if macs_of is None else macs_of(values, named, out), ()
+        if name in rules.CONV_FUNCTIONS or func is getattr:
+            return func(*values, **named), 0, ()
+        with PricingMode() as pricing:
+            out = func(*values, **named)
+        free = not pricing.macs and not pricing.unpriced
+        if free and name not in functions.SOMETIMES_PRODUCTS and not isinstance(func, FunctionType):
+            self._free.add(func)
+        return out, pricing.macs, tuple(pricing.unpriced)
+
+
+def read(func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], origins: Origins) -> Any:
+    """Reads values where all of them are the user's own, as a learnt scalar's are.
+
+    Raises:
+        NeedsValues: If some are not there.
+    """
+    if any(t.is_meta or (origins.overwritten(t) and not isinstance(t, nn.Parameter)) for t in given):
+        raise NeedsValues(f"{name} reads the values of a tensor of shape {tuple(given[0].shape)}")
+    return func(*map_tensors(args, Tensor.detach), **map_tensors(kwargs, Tensor.detach))
+
+
+def redirect(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], device: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Sends tensors that the model's code moves to a device to where values live here."""
+    if name in ("cuda", "cpu"):
+        return args[:1], {}
+    rest = tuple(torch.device(device) if functions.is_device(a) else a for a in args[1:])
+    return (*args[:1], *rest), {**kwargs, "device": device} if "device" in kwargs else kwargs
+
+
+def without_masks(given: Any, index: Any, origins: Origins) -> Any:
+    """An index on ``meta`` whose boolean masks, where their values are known, are the positions they select."""
+    parts = given if isinstance(given, tuple) else (given,)
+    if not any(isinstance(p, Tensor) and p.dtype == torch.bool for p in parts):
+        return index
+    found: list[Any] = []
+    for part, value in zip(parts, index if isinstance(index, tuple) else (index,)):
+        mask = origins.value(part) if isinstance(part, Tensor) and part.dtype == torch.bool else None
+        if mask is None or mask.is_meta:
+            found.append(value)
+        else:
+            found += [i.to("meta") for i in mask.nonzero(as_tuple=True)]
+    return tuple(found)

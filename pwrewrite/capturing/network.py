@@ -1,0 +1,115 @@
+"""A capture as one `networkx.DiGraph`: activations flow along its edges, costs sit on its nodes.
+
+Nodes are keyed by the name of the node in ``Capture.graph`` and inserted in the order in which they run, so *the
+insertion order is a topological order*: a pass over ``graph.nodes`` needs no sort. An edge ``u → v`` says that ``v``
+reads what ``u`` makes, and carries its bytes. Weights and constants (``get_attr``) are left out: they are no
+activations, and what they cost is in ``params`` and ``read_bytes`` of the node that uses them.
+
+The attributes are plain Python data, so that ``networkx.node_link_data(graph(capture))`` becomes JSON. Node attributes:
+
+========================  ====================================================================================
+``op``                    kind of operation: ``conv2d``, ``relu``, ``add``, ``input``, ``output``, …
+``path``                  path of the module that ran it
+``layer``                 path of the layer that it calls, or None
+``shape``, ``dtype``      of its first output (``()`` and ``""`` where it makes no tensor)
+``shapes``                of all its outputs
+``params``                parameters used first here
+``macs``                  multiply-accumulates
+``read_bytes``            bytes of activations and weights read
+``write_bytes``           bytes of activations written; 0 for views
+``alias_of``              node whose storage it shares (views, in-place operations), or None
+========================  ====================================================================================
+
+Edge attributes are ``bytes`` (of the tensors that ``v`` reads of what ``u`` makes) and ``shape`` (of the first of
+them). A question of one's own is then a line or two::
+
+    g = pwrewrite.graph(capture)
+    max(g.edges(data="bytes"), key=lambda edge: edge[2])            # the largest tensor between two operations
+    [n for n in g if g.out_degree(n) > 1]                           # where branches start
+    networkx.ancestors(g, "layer4_0_conv1")                         # all that a convolution depends on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+
+from .records import Capture, NodeInfo, TensorSpec, info
+
+
+def graph(capture: Capture) -> nx.DiGraph:
+    """Makes the graph of a capture.
+
+    Args:
+        capture: What `pwrewrite.capturing.capture` returned.
+
+    Returns:
+        A new directed acyclic graph, in the order of execution; see the module docstring for its attributes.
+    """
+    layer_of = {call.node: call.layer for call in capture.calls}
+    nodes: list[tuple[str, dict[str, Any]]] = []
+    edges: list[tuple[str, str, dict[str, Any]]] = []
+    made: dict[fx.Node, dict[str, Any]] = {}
+    for node in capture.graph.nodes:
+        if node.op == "get_attr":
+            continue
+        facts, name = info(node), node.name
+        nodes.append((name, _attributes(facts, layer_of.get(name))))
+        made[node] = _flow(facts.outputs)
+        for source in node.all_input_nodes:
+            flow = made.get(source)
+            if flow is not None:
+                if len(info(source).outputs) > 1:
+                    flow = _part(node, source)
+                edges.append((source.name, name, flow))
+    result = nx.DiGraph(name=type(capture.model).__name__)
+    result.add_nodes_from(nodes)
+    result.add_edges_from(edges)
+    return result
+
+
+def _attributes(facts: NodeInfo, layer: str | None) -> dict[str, Any]:
+    outputs, cost = facts.outputs, facts.cost
+    return {
+        "op": facts.op,
+        "path": facts.path,
+        "layer": layer,
+        "shape": outputs[0].shape if outputs else (),
+        "shapes": tuple([t.shape for t in outputs]),
+        "dtype": dtype_name(outputs[0].dtype) if outputs else "",
+        "params": cost.params,
+        "macs": cost.macs,
+        "read_bytes": cost.read_bytes,
+        "write_bytes": cost.write_bytes,
+        "alias_of": facts.alias_of,
+    }
+
+
+def _flow(tensors: Sequence[TensorSpec]) -> dict[str, Any]:
+    return {"bytes": sum([t.nbytes for t in tensors]), "shape": tensors[0].shape if tensors else ()}
+
+
+def _part(node: fx.Node, source: fx.Node) -> dict[str, Any]:
+    """What ``node`` reads of the tensors that ``source`` makes: its inputs that no other source accounts for."""
+    rest = list(info(node).inputs)
+    for other in node.all_input_nodes:
+        made = info(other).outputs
+        if len(made) == 1 and made[0] in rest:
+            rest.remove(made[0])
+    taken = [t for t in rest if t in info(source).outputs]
+    return _flow(taken or info(source).outputs)
+
+
+_dtype_names: dict[torch.dtype, str] = {}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    name = _dtype_names.get(dtype)
+    if name is None:
+        name = _dtype_names[dtype] = str(dtype).removeprefix("torch.")
+    return name

@@ -1,0 +1,245 @@
+"""The graph under construction, and where every tensor in it comes from.
+
+A tensor's origin is the attribute ``_pw_node`` on the tensor object, so that nothing here keeps an activation alive.
+Tensors that the run did not make (parameters, buffers, constants of the user's code) carry no mark: they are stood
+for by an alias that does.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..core.cost import Cost
+from ..core.nested import map_tensors, tensors_of, to_meta
+from .inventory import Inventory
+from .liveness import Liveness
+from .records import NodeInfo, TensorSpec
+
+_CONSTANT_LIMIT = 1_000_000
+"""Elements above which a tensor of the user's stands on ``meta``, its values unread."""
+
+
+def spec_of(t: Tensor) -> TensorSpec:
+    """Shape and dtype of a tensor."""
+    return TensorSpec(tuple(t.shape), t.dtype)
+
+
+class Piece:
+    """Origin of one of several tensors that a node makes; becomes a node of its own when it is used."""
+
+    __slots__ = ("graph", "maker", "node", "where")
+
+    def __init__(self, maker: fx.Node, where: tuple[Any, ...]) -> None:
+        self.maker, self.where, self.graph = maker, where, maker.graph
+        self.node: fx.Node | None = None
+
+
+class Origins:
+    """Graph, names and origins of one recording.
+
+    Args:
+        inventory: The parts of the model.
+        liveness: Told which storages are no activations.
+        real: Whether values are computed.
+        items: Whether each of several tensors that a node makes gets a node of its own.
+        device: Where real values live.
+
+    Attributes:
+        graph: The graph so far.
+        constants: Tensors that the graph reads and no module owns, by their name in the graph.
+        lost: How many tensors came from code that torch functions do not show.
+    """
+
+    def __init__(
+        self, inventory: Inventory, liveness: Liveness, *, real: bool, items: bool, device: torch.device
+    ) -> None:
+        self.graph = fx.Graph()
+        self.constants: dict[str, Tensor] = {}
+        self.lost = 0
+        self._inventory = inventory
+        self._liveness = liveness
+        self._real = real
+        self._items = items
+        self._device = device
+        self._aliases: dict[int, Tensor] = {}
+        self._held: list[Tensor] = []
+        self._attributes: dict[str, fx.Node] = {}
+        self._names: dict[str, int] = {}
+
+    # --------------------------------------------------------------------------------------------- nodes
+
+    def create(self, op: str, target: Any, args: Any, kwargs: Any, base: str) -> fx.Node:
+        """Appends a node.
+
+        Args:
+            op: As in ``torch.fx``.
+            target: As in ``torch.fx``.
+            args: Positional arguments, tensors in any nesting.
+            kwargs: Keyword arguments.
+            base: What to name it after.
+        """
+        if len(args) == 1 and isinstance(args[0], Tensor):
+            lowered: Any = (self.node(args[0]),)
+        else:
+            lowered = map_tensors(args, self.node, plain=True)
+        named = map_tensors(kwargs, self.node, plain=True) if kwargs else None
+        # Arguments are set afterwards: create_node would search them for symbolic integers, at half its cost.
+        node = self.graph.create_node(op, target, (), None, self._name(base))
+        if lowered:
+            node.args = lowered
+        if named:
+            node.kwargs = named
+        return node
+
+    def placeholder(self, name: str, t: Tensor) -> fx.Node:
+        """Appends an input."""
+        node = self.graph.placeholder(self._name(name))
+        node.meta["info"] = NodeInfo("input", "", (), (spec_of(t),), Cost())
+        return node
+
+    def output(self, value: Any) -> fx.Node:
+        """Appends what the model returned."""
+        node: fx.Node = self.graph.output(map_tensors(value, self.node, plain=True))
+        return node
+
+    def _name(self, base: str) -> str:
+        """A node name that is new: the path or operation, numbered from the second use on."""
+        base = base.replace(".", "_").lstrip("_") or "node"
+        if not base.isidentifier():
+            base = "".join(c if c.isalnum() else "_" for c in base)
+            if base[0].isdigit():
+                base = f"_{base}"
+        count = self._names.get(base, -1) + 1
+        self._names[base] = count
+        if not count:
+            return base
+        name = f"{base}_{count}"
+        return name if name not in self._names else self._name(name)
+
+    # ------------------------------------------------------------------------------------------- origins
+
+    def mark(self, out: Any, node: fx.Node) -> None:
+        """Notes that ``node`` made a tensor, or the tensors in a container."""
+        if isinstance(out, Tensor):
+            out._pw_node = node  # type: ignore[attr-defined]
+        elif self._items:
+            self._mark_pieces(out, node, ())
+        else:
+            for t in tensors_of(out):
+                t._pw_node = node  # type: ignore[attr-defined]
+
+    def _mark_pieces(self, value: Any, node: fx.Node, where: tuple[Any, ...]) -> None:
+        if isinstance(value, Tensor):
+            value._pw_node = Piece(node, where) if where else node  # type: ignore[attr-defined]
+        elif isinstance(value, (tuple, list)):
+            for i, item in enumerate(value):
+                self._mark_pieces(item, node, (*where, i))
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                self._mark_pieces(item, node, (*where, key))
+
+    def known(self, t: Tensor) -> bool:
+        """Whether this recording made the tensor object."""
+        origin = getattr(t, "_pw_node", None)
+        return origin is not None and origin.graph is self.graph
+
+    def node(self, t: Tensor) -> fx.Node:
+        """The node a tensor comes from; a ``get_attr`` for parameters, buffers and constants."""
+        origin: Any = getattr(t, "_pw_node", None)
+        if origin is None or self._aliases or origin.graph is not self.graph:
+            origin = getattr(self.value(t), "_pw_node")  # noqa: B009
+        if type(origin) is Piece:
+            return self._resolve(origin, t)
+        assert isinstance(origin, fx.Node)
+        return origin
+
+    def _resolve(self, piece: Piece, t: Tensor) -> fx.Node:
+        """The node of one tensor among several, made when it is first used."""
+        if piece.node is None:
+            spec, node, maker = spec_of(t), piece.maker, piece.maker.meta["info"]
+            for key in piece.where:
+                base = f"{piece.maker.name}_{key}"
+                item = self.graph.create_node("call_function", getitem, (), None, self._name(base))
+                item.args = (node, key)
+                item.meta["info"] = NodeInfo("tuple_getitem", maker.path, (spec,), (spec,), Cost(), piece.maker.name)
+                node = item
+            piece.node = node
+        return piece.node
+
+    def value(self, t: Tensor) -> Tensor:
+        """What stands for a tensor here: itself, or an alias for one that the run did not make."""
+        if self._aliases:
+            alias = self._aliases.get(id(t))
+            if alias is not None:
+                return alias
+        origin = getattr(t, "_pw_node", None)
+        if origin is not None and origin.graph is self.graph:
+            return t
+        name, known = self._inventory.owned.get(id(t), ("", None))
+        if self._real:
+            values = self._materialized(name, t) if t.is_meta else t.detach()
+            alias = values if isinstance(t, nn.Parameter) else values.clone()
+        elif t.is_meta or isinstance(t, nn.Parameter) or t.numel() > _CONSTANT_LIMIT:
+            alias = to_meta(t.detach()) if not t.is_meta else t.detach()
+        else:
+            alias = t.detach().clone()
+        self._aliases[id(t)] = alias
+        self._held.append(t)
+        self._liveness.ignore(alias)
+        alias._pw_node = self._attribute(name, t, lost=known is None and t.is_meta)  # type: ignore[attr-defined]
+        return alias
+
+    def meta_value(self, t: Tensor) -> Tensor:
+        """The same, on ``meta``."""
+        return to_meta(self.value(t))
+
+    def written(self, t: Tensor, node: fx.Node, *, on_meta: bool) -> None:
+        """Notes that ``node`` wrote into a tensor: it is the tensor's origin from now on.
+
+        Args:
+            t: The tensor object that the model's code holds.
+            node: The writer.
+            on_meta: Whether it wrote values that are not there, so that the tensor's own are void.
+        """
+        value = self.value(t)
+        if on_meta and not value.is_meta:
+            self._aliases[id(t)] = value = to_meta(value)
+            self._held.append(t)
+        value._pw_node = node  # type: ignore[attr-defined]
+
+    def overwritten(self, t: Tensor) -> bool:
+        """Whether a tensor with values of its own stands for one without."""
+        alias = self._aliases.get(id(t))
+        return alias is not None and alias.is_meta
+
+    def _attribute(self, name: str, t: Tensor, *, lost: bool) -> fx.Node:
+        op = "get_attr"
+        if lost:
+            self.lost += 1
+            name, op = f"_lost{self.lost}", "unknown"
+        elif not name:
+            name = f"_constant{len(self.constants)}"
+            self.constants[name] = t
+        node = self._attributes.get(name)
+        if node is None:
+            node = self.graph.create_node("get_attr", name, (), None, self._name(name))
+            node.meta["info"] = NodeInfo(op, name.rpartition(".")[0], (), (spec_of(t),), Cost())
+            self._attributes[name] = node
+        return node
+
+    def _materialized(self, name: str, t: Tensor) -> Tensor:
+        """Seeded values for a weight that has none: small normal weights, unit variances, zeros elsewhere."""
+        if not t.is_floating_point():
+            return torch.zeros(t.shape, dtype=t.dtype, device=self._device)
+        if name.endswith("running_var") or (t.dim() <= 1 and name.endswith("weight")):
+            return torch.ones(t.shape, dtype=t.dtype, device=self._device)
+        if isinstance(t, nn.Parameter) and t.dim() > 1:
+            generator = torch.Generator().manual_seed(0)
+            values = torch.randn(t.shape, dtype=torch.float32, generator=generator).mul_(prod(t.shape[1:]) ** -0.5)
+            return values.to(self._device, t.dtype)
+        return torch.zeros(t.shape, dtype=t.dtype, device=self._device)

@@ -1,0 +1,122 @@
+"""Numbers as people read and type them: the one place where an integer is scaled.
+
+Counts scale by 1000 (``4.09 G``), bytes by 1024 (``97.5 MiB``), both to three significant digits, so that a column
+lines up and no rounding ends in ``1000 M``. JSON and CSV never pass through here: they hold the integers. Reading
+(``4.1G``, ``1%``) is the reverse, for limits on the command line; it is exact, without a detour over floats.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+
+from .errors import UsageError
+
+_COUNT_UNITS = ("", "k", "M", "G", "T", "P", "E")
+_BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12, "p": 10**15}
+
+
+def _scaled(value: int, base: int, units: Sequence[str]) -> str:
+    """Three significant digits and a unit; below ``base`` the integer itself."""
+    sign, size = ("-" if value < 0 else ""), abs(value)
+    if size < base:
+        return f"{sign}{size} {units[0]}".rstrip()
+    power = 0
+    scaled = float(size)
+    # 999.5 and more would round to 1000: it belongs to the next unit, where it reads 1.00 (or, of bytes, 0.98).
+    while scaled >= min(base, 999.5) and power < len(units) - 1:
+        scaled /= base
+        power += 1
+    digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
+    return f"{sign}{scaled:.{digits}f} {units[power]}"
+
+
+def count(value: int) -> str:
+    """A count to three digits: ``0``, ``999``, ``25.6 M``, ``4.09 G``."""
+    return _scaled(value, 1000, _COUNT_UNITS)
+
+
+def size(nbytes: int) -> str:
+    """Bytes to three digits, by 1024: ``512 B``, ``97.5 MiB``."""
+    return _scaled(nbytes, 1024, _BYTE_UNITS)
+
+
+def percent(share: float) -> str:
+    """A share of 1 with one place: ``5.7%``; what is more than nothing never reads ``0.0%``."""
+    if 0 < share < 0.0005:
+        return "<0.1%"
+    if 0.9995 <= share < 1:
+        return "99.9%"
+    return f"{100 * share:.1f}%"
+
+
+def duration(seconds: float) -> str:
+    """A time to three digits: ``14.2 µs``, ``1.60 ms``, ``2.00 s``."""
+    nanoseconds = round(seconds * 1e9)
+    return _scaled(nanoseconds, 1000, ("ns", "µs", "ms", "s", "ks"))
+
+
+def exact(value: int) -> str:
+    """An integer with its digits grouped: ``4,089,184,256``."""
+    return f"{value:,}"
+
+
+def dims(shape: Sequence[int]) -> str:
+    """A shape: ``1×3×224×224``; of no dim, ``scalar``."""
+    return "×".join(str(n) for n in shape) or "scalar"
+
+
+def plural(n: int, noun: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{exact(n)} {noun}" if n == 1 else f"{exact(n)} {noun}s"
+
+
+def parse_count(text: str, what: str = "count") -> int:
+    """Reads ``4.1G``, ``25e6``, ``25_557_032`` or ``25,557,032``.
+
+    Args:
+        text: What was typed. Suffixes k, M, G (or B), T and P, in either case, scale by 1000.
+        what: The name of the setting, for the error.
+
+    Returns:
+        The number, rounded down where it has a fraction.
+
+    Raises:
+        UsageError: If it is not a number, or negative.
+    """
+    match = re.fullmatch(
+        r"([0-9][0-9_,]*(?:\.[0-9]*)?|\.[0-9]+)(?:e\+?([0-9]{1,2}))?\s*([kKmMgGbBtTpP]?)", text.strip()
+    )
+    if match is None:
+        raise UsageError(
+            f"{what} is not a number", expected="a count such as 4.1G, 25M, 500k or 25557032", got=repr(text)
+        )
+    digits, power, suffix = match.groups()
+    return int(Decimal(digits.replace(",", "").replace("_", "")).scaleb(int(power or 0)) * _FACTORS[suffix.lower()])
+
+
+def parse_share(text: str, what: str = "share") -> float:
+    """Reads ``1%`` or ``0.01``.
+
+    Args:
+        text: What was typed.
+        what: The name of the setting, for the error.
+
+    Returns:
+        A share between 0 and 1.
+
+    Raises:
+        UsageError: If it is not a number, or not between 0 and 1 (0% and 100%).
+    """
+    stripped = text.strip()
+    number = stripped.removesuffix("%")
+    expected = "a part of the whole such as 1% or 0.01"
+    if not re.fullmatch(r"[0-9]+\.?[0-9]*|\.[0-9]+", number.strip()):
+        raise UsageError(f"{what} is not a share", expected=expected, got=repr(text))
+    share = float(number) / 100 if stripped.endswith("%") else float(number)
+    if share > 1:
+        hint = f"write {number}%" if float(number) <= 100 and not stripped.endswith("%") else None
+        raise UsageError(f"{what} is more than the whole", expected=expected, got=repr(text), hint=hint)
+    return share

@@ -1,0 +1,184 @@
+"""The model that a plan is being carried out on, and what every action asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+
+from ...capturing.eligibility import find_holders, module_refusal
+from ...core.convolution import CONV_MODULES, ConvSpec
+from ...core.errors import PlanError
+from ...core.plan import Op, Skip, SkipReason
+from ...decompose import Factors
+from ...forms import linear_spec
+from ..swap import held_elsewhere, names_of, replace_module
+
+_T = TypeVar("_T")
+
+Decomposer = Callable[[Op, Tensor], Factors | None]
+"""From an op and the layer's weight to factors of the form and widths that the op names; None for the plain ones."""
+
+
+class Refused(Exception):
+    """An op that is not carried out, with the skip that says why."""
+
+    def __init__(self, skip: Skip) -> None:
+        super().__init__(skip.detail)
+        self.skip = skip
+
+
+class Bench:
+    """A copy of a model on which ops are carried out one after the other.
+
+    Args:
+        copied: A deep copy of the model; changed by the ops.
+        original: The model.
+        fill: Whether new layers get weights; without it their parameters are unset, for saved ones.
+        known: What was worked out before on another copy, by op; filled here.
+        decomposer: What gives a layer's factors; the plain decomposition of its weights where None.
+    """
+
+    def __init__(
+        self,
+        copied: nn.Module,
+        original: nn.Module,
+        fill: bool,
+        known: dict[Any, Any],
+        decomposer: Decomposer | None = None,
+    ) -> None:
+        self.model, self.fill, self.decomposer = copied, fill, decomposer
+        self._holders = find_holders(dict(copied.named_modules(remove_duplicate=False)))
+        self._held = held_elsewhere(copied, original)
+        self._known = known
+
+    def find(self, op: Op, path: str, key: str = "path") -> nn.Module:
+        """The module under a path that an op names.
+
+        Args:
+            op: The op.
+            path: The path.
+            key: Which of the op's settings holds the path, for the error.
+
+        Raises:
+            PlanError: If there is none.
+        """
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError:
+            raise PlanError(
+                f"the model has no module {path!r}",
+                where=op.where(key),
+                expected="a path of this model",
+                got=path,
+                hint="the plan was made for another model, or for this one before another rewrite",
+            ) from None
+
+    def layer(self, op: Op, path: str, spec: ConvSpec, key: str = "path") -> Any:
+        """A convolution or linear module that an op was made for and that may be replaced.
+
+        Args:
+            op: The op.
+            path: The layer's path.
+            spec: The shape facts that the op records of it.
+            key: Which of the op's settings holds the path, for the error.
+
+        Raises:
+            PlanError: If there is no such module.
+            Refused: If it may not be replaced.
+        """
+        module = self.find(op, path, key)
+        found = spec_of_module(module)
+        if found is None:
+            raise PlanError(
+                "the plan replaces a layer that is none here",
+                where=op.where(key),
+                expected="a convolution or linear module",
+                got=f"{path} is a {type(module).__name__}",
+                hint="the plan was made for another model, or was carried out already",
+            )
+        if found != spec:
+            raise PlanError(
+                "the plan was made for another layer",
+                where=op.where("layer"),
+                expected=f"{path} is {brief(found)}",
+                got=brief(spec),
+                hint="make the plan anew for this model",
+            )
+        skip = module_refusal(path, module, self._holders)
+        if skip is not None:
+            raise Refused(skip)
+        self.check_held(path, module)
+        return module
+
+    def check_held(self, path: str, module: nn.Module) -> None:
+        """Checks that nothing but the model's registrations refers to a module.
+
+        Raises:
+            Refused: If something does.
+        """
+        holder = self._held.get(id(module))
+        if holder is not None:
+            detail = f"also held by {holder}, which would keep calling the old one; register it as a submodule only"
+            raise Refused(Skip(path, SkipReason.HELD_ELSEWHERE, detail))
+
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Puts a module in another's place, under every name."""
+        self.model = replace_module(self.model, old, new)
+
+    def names_of(self, module: nn.Module) -> tuple[str, ...]:
+        """Every path of a module, first name first."""
+        return names_of(self.model, module)
+
+    def once(self, op: Op, work: Callable[[], _T]) -> _T:
+        """The result of the one long computation of an op, made on the first copy and kept for the next."""
+        if id(op) not in self._known:
+            self._known[id(op)] = work()
+        result: _T = self._known[id(op)]
+        return result
+
+
+def spec_of_module(module: nn.Module) -> ConvSpec | None:
+    """Shape facts of a convolution or linear module; None for anything else."""
+    if isinstance(module, nn.Linear):
+        return linear_spec(module.in_features, module.out_features, module.bias is not None)
+    return ConvSpec.of_module(module) if isinstance(module, CONV_MODULES) else None
+
+
+def brief(spec: ConvSpec) -> str:
+    """A layer in a few words, for an error."""
+    kernel = "×".join(map(str, spec.kernel_size)) + " convolution" if spec.dims else "linear map"
+    if spec.transposed:
+        kernel = f"transposed {kernel}"
+    settings = f", stride {spec.stride}, groups {spec.groups}" if spec.dims else ""
+    return f"a {kernel} {spec.in_channels}→{spec.out_channels}{settings}, {'a' if spec.bias else 'no'} bias"
+
+
+def make_like(weight: Tensor, path: str, make: Callable[[Any], nn.Module], *, initialised: bool) -> nn.Module:
+    """A new module with the device, dtype and memory format of a weight.
+
+    Args:
+        weight: A weight of what it takes the place of.
+        path: Where it will stand; seeds its initialisation.
+        make: Makes it on the device that it is given.
+        initialised: Whether its parameters are initialised, rather than filled in afterwards.
+
+    Returns:
+        The module; initialised ones are equal on every device, and no random generator has moved.
+    """
+    if weight.is_meta or not initialised:
+        new = make("meta")
+        if not weight.is_meta:
+            new = new.to_empty(device=weight.device)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(crc32(path.encode()))
+            new = make("cpu").to(weight.device)
+    if not weight.is_contiguous():
+        for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+            if weight.dim() == dims and weight.is_contiguous(memory_format=memory_format):
+                new = new.to(memory_format=memory_format)
+    return new

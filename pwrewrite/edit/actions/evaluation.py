@@ -1,0 +1,146 @@
+"""A module's own code as a graph of what it does in evaluation, where the modes differ in what is to be taken out.
+
+`pwrewrite.edit.graph_edit.to_graph` refuses code that does something else in training.
+``F.batch_norm(…, self.training)`` and ``F.dropout(x, p, self.training)`` are such code; an edit that is exact in
+evaluation takes just these calls out, so here they are written down as they are in evaluation. All else that differs
+is refused as ever.
+
+A trace makes ``x = x + y`` of ``x += y``, and that is something else where another name, a view or the caller holds
+what was written into. Code with such assignments is refused where that may be so.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import fx, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ...capturing.code_trace import NotTraceable, given
+from ...capturing.functions import words
+from ..graph_edit import Regraphed, to_graph
+
+DROPS: frozenset[Any] = frozenset(
+    {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+)
+"""Functions that drop something where ``training`` is true, and return what they are given where it is not."""
+
+
+class _Evaluating(TorchFunctionMode):
+    """Makes calls of some functions, that take ``training``, calls in evaluation."""
+
+    def __init__(self, functions: frozenset[Any]) -> None:
+        super().__init__()
+        self.functions = functions
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self.functions:
+            kwargs["training"] = False  # these functions hand their flags on by name
+        return func(*args, **kwargs)
+
+
+def code_graph(module: nn.Module, functions: frozenset[Any] = frozenset()) -> Regraphed:
+    """As `pwrewrite.edit.graph_edit.to_graph`, for edits that are exact in evaluation.
+
+    Args:
+        module: The module.
+        functions: Functions that take ``training``, whose calls are as they are in evaluation.
+
+    Raises:
+        NotTraceable: As there, and where an assignment such as ``+=`` may write into what something else holds.
+    """
+    with _Evaluating(functions), _assignments() as written:
+        made = to_graph(module)
+    for node in made.graph.nodes:
+        if node.name in written and _seen_elsewhere(node):
+            raise NotTraceable(f"{type(module).__name__}.forward writes with += into what another name may hold")
+    return made
+
+
+_OPERATORS: dict[str, Any] = {
+    f"__i{name}__": getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
+}
+_tracing = threading.RLock()
+"""Held by the one trace that may run at a time, since it adds methods to ``fx.Proxy``."""
+
+
+@contextmanager
+def _assignments() -> Iterator[set[str]]:
+    """Names of the nodes that come from assignments such as ``+=`` in a trace."""
+    names: set[str] = set()
+
+    def method(function: Any) -> Any:
+        def assign(self: fx.Proxy, other: Any) -> Any:
+            made = function(self, other)
+            names.add(made.node.name)
+            return made
+
+        return assign
+
+    with _tracing:
+        ours = [name for name in _OPERATORS if not hasattr(fx.Proxy, name)]
+        try:
+            for name in ours:
+                setattr(fx.Proxy, name, method(_OPERATORS[name]))
+            yield names
+        finally:
+            for name in ours:
+                delattr(fx.Proxy, name)
+
+
+_VIEWS = words(
+    """getitem view reshape permute transpose flatten unflatten unsqueeze squeeze narrow select chunk split expand
+    expand_as view_as detach contiguous movedim swapaxes unbind diagonal t to float"""
+)
+"""Functions and methods whose result may share storage with what they are given."""
+
+
+_KEEPS = words("append insert extend update setdefault")
+"""Methods of containers that keep what they are given."""
+
+
+def _seen_elsewhere(node: fx.Node) -> bool:
+    """Whether the first operand, or what may share its storage, came from outside, is kept there, or is read later."""
+    first = node.args[0] if node.args else None
+    if not isinstance(first, fx.Node):
+        return False
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    related, todo = set[fx.Node](), [first]
+    while todo:
+        one = todo.pop()
+        if one not in related:
+            related.add(one)
+            todo += _sharing(one)
+    return any(one.op in ("placeholder", "get_attr") for one in related) or any(
+        order[user] > order[node] or _keeps(user, one) for one in related for user in one.users
+    )
+
+
+def _keeps(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a call puts a value into a container that came from outside."""
+    keeps = user.target is operator.setitem or (user.op == "call_method" and user.target in _KEEPS)
+    return keeps and user.args[0] is not node
+
+
+def _sharing(node: fx.Node) -> Iterator[fx.Node]:
+    """Nodes that may share a node's storage: what it is a view of, and views of it."""
+    yield from _viewed(node)
+    for user in node.users:
+        if node in _viewed(user):
+            yield user
+
+
+def _viewed(node: fx.Node) -> list[fx.Node]:
+    """What a node may be a view of."""
+    if node.target is given:
+        return node.all_input_nodes
+    name = node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
+    if node.op not in ("call_function", "call_method") or name not in _VIEWS:
+        return []
+    return [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]

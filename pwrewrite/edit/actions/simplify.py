@@ -1,0 +1,245 @@
+"""``remove`` on code: what does nothing in evaluation goes out of a module's own code, which becomes a graph.
+
+What goes: functional dropouts; calls whose result nobody reads;
+the first of two ``contiguous`` or reshapes in a row, both of two permutations that undo each other; and the second of
+two equal calls.
+
+Settings: ``kind`` (``code``); ``unread``: paths of modules of which no result is read; ``same``: pairs of calls that
+are equal, each as what is called and how often the code called it before.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...capturing.code_trace import NotTraceable
+from ...capturing.functions import VALUE_READS, writes
+from ...core.errors import PlanError
+from ...core.plan import Edit, Op, Skip, SkipReason
+from ...layers.known import is_identity
+from ..graph_edit import Regraphed
+from .bench import Bench, Refused
+from .evaluation import DROPS, code_graph
+
+CODE = "code"
+"""The kind of such an op."""
+
+RESHAPES = frozenset({"reshape", "view", "flatten"})
+"""Functions and methods that give the same numbers another shape."""
+
+RANDOM = ("rand", "bernoulli", "multinomial", "normal", "poisson", "dropout", "rrelu", "exponential", "uniform", "seed")
+"""Parts of the names of functions that draw numbers, or set what does."""
+
+
+def simplify_code(bench: Bench, op: Op) -> Edit:
+    """Carries out a ``remove`` op on code.
+
+    Raises:
+        PlanError: If the op makes no sense.
+        Refused: If the code cannot become a graph, or has nothing of the kind.
+    """
+    unread, same = op.settings.get("unread", []), op.settings.get("same", [])
+    if not _names(unread) or not (isinstance(same, list) and all(_pair(one) for one in same)):
+        raise PlanError("unread are paths, same are pairs", where=op.where("unread"), got=f"{unread!r}, {same!r}")
+    module = bench.find(op, op.path)
+    bench.check_held(op.path, module)
+    try:
+        made = code_graph(module, DROPS)
+    except NotTraceable as error:
+        raise Refused(Skip(op.path, SkipReason.NOT_TRACED, str(error))) from error
+    if same and any(node.target is operator.setitem for node in made.graph.nodes):
+        detail = "the code assigns items, behind which an equal call may give something else"
+        raise Refused(Skip(op.path, SkipReason.NOT_TRACED, detail))
+    inner = f"{op.path}." if op.path else ""
+    silent = {path.removeprefix(inner) for path in unread}
+    if not _Simplifier(made, silent, same).run():
+        raise Refused(Skip(op.path, SkipReason.NOT_TRACED, "the code as a graph has nothing that could go"))
+    names = bench.names_of(module)
+    bench.replace(module, made)
+    return Edit(
+        op=op,
+        kind="graph",
+        method="simplify",
+        rank_in=None,
+        rank_out=None,
+        params_before=0,
+        params_after=0,
+        relative_error=None,
+        exact="eval",
+        aliases=tuple(name for name in names if name != op.path),
+        graph_module=op.path,
+    )
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _pair(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return all(isinstance(o, list) and len(o) == 2 and isinstance(o[0], str) and isinstance(o[1], int) for o in value)
+
+
+class _Simplifier:
+    """Takes what does nothing out of one graph."""
+
+    def __init__(self, made: Regraphed, unread: set[str], same: list[Any]) -> None:
+        self.made, self.graph, self.unread, self.same = made, made.graph, unread, same
+
+    def run(self) -> bool:
+        """Does it all; whether anything was found, and all that was promised."""
+        before = len(self.graph.nodes)
+        self._duplicates()
+        self._nothings()
+        self._pairs()
+        self._dead()
+        self.graph.lint()
+        self.made.recompile()
+        rest = {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
+        return len(self.graph.nodes) < before and not rest & self.unread
+
+    def _away(self, node: fx.Node, source: Any) -> None:
+        node.replace_all_uses_with(source)
+        self.graph.erase_node(node)
+
+    def _duplicates(self) -> None:
+        found: dict[tuple[str, int], fx.Node] = {}
+        seen: Counter[str] = Counter()
+        for node in self.graph.nodes:
+            what = called(node)
+            found[what, seen[what]] = node
+            seen[what] += 1
+        for first, second in self.same:
+            a, b = found.get(tuple(first)), found.get(tuple(second))
+            if a is not None and b is not None and a is not b and (a.args, a.kwargs) == (b.args, b.kwargs):
+                self._away(b, a)
+
+    def _nothings(self) -> None:
+        for node in list(self.graph.nodes):
+            drops = node.op == "call_function" and node.target in DROPS and node.kwargs.get("training") is False
+            if drops or (node.op == "call_module" and len(node.args) == 1 and self._is_identity(node)):
+                self._away(node, node.args[0] if node.args else node.kwargs["input"])
+
+    def _is_identity(self, node: fx.Node) -> bool:
+        return is_identity(self.made.get_submodule(str(node.target)))
+
+    def _pairs(self) -> None:
+        written = self._writes()
+        for node in list(self.graph.nodes):
+            while isinstance(before := node.args[0] if node.args else None, fx.Node):
+                source = before.args[0] if before.args else None
+                if not isinstance(source, fx.Node):
+                    break
+                if undone(node, before):
+                    self._away(node, source)
+                    break
+                if written or len(before.users) > 1 or not doubled(node, before):
+                    break
+                node.update_arg(0, source)
+                self.graph.erase_node(before)
+
+    def _writes(self) -> bool:
+        """Whether the code, or a child, writes into a tensor, so that it matters what is a copy."""
+        calls = [n for n in self.graph.nodes if n.op in ("call_function", "call_method")]
+        inplace = any(getattr(module, "inplace", False) for module in self.made.modules())
+        return inplace or any(n.target is operator.setitem or writes(name_of(n), n.args, n.kwargs) for n in calls)
+
+    def _dead(self) -> None:
+        for node in reversed(list(self.graph.nodes)):
+            if node.users or node.op in ("placeholder", "output"):
+                continue
+            silent = node.op == "call_module" and str(node.target) in self.unread
+            if silent or pure(node) or node.op == "get_attr":
+                self.graph.erase_node(node)
+
+
+def name_of(node: fx.Node) -> str:
+    """What a node calls: a module's path, or the name of a function or method."""
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
+
+
+def called(node: fx.Node, scope: str = "") -> str:
+    """What a node calls, and in which way.
+
+    Args:
+        node: The node.
+        scope: Path of the module whose code makes the call, where modules have absolute paths.
+    """
+    name = name_of(node)
+    return f"{node.op} {name.removeprefix(f'{scope}.') if scope and node.op == 'call_module' else name}"
+
+
+def pure(node: fx.Node) -> bool:
+    """Whether a call of a function or method does nothing but return something, always the same."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = name_of(node)
+    if (
+        node.target is operator.setitem
+        or writes(name, node.args, node.kwargs)
+        or name in VALUE_READS
+        or node.kwargs.get("out") is not None
+    ):
+        return False
+    if node.op == "call_function" and node.target is not getattr and not _of_torch(node.target):
+        return False
+    return not any(word in name for word in RANDOM)
+
+
+def _of_torch(function: Any) -> bool:
+    """Whether a function is one of torch's, or an operator."""
+    module = str(getattr(function, "__module__", None) or "")
+    name = str(getattr(function, "__name__", ""))
+    return module.split(".")[0] in ("_operator", "torch") or getattr(torch, name, None) is function
+
+
+def doubled(node: fx.Node, before: fx.Node) -> bool:
+    """Whether of two calls in a row the first one does nothing that the second does not do."""
+    if not _calls(node, before):
+        return False
+    kinds = (name_of(before), name_of(node))
+    if kinds == ("contiguous", "contiguous"):
+        return before.args[1:] == node.args[1:] and before.kwargs == node.kwargs
+    if kinds[1] == "reshape":
+        return kinds[0] in RESHAPES and not _casts(before)
+    return kinds == ("view", "view") and not _casts(before) and not _casts(node)
+
+
+def _calls(*nodes: fx.Node) -> bool:
+    return all(node.op in ("call_function", "call_method") for node in nodes)
+
+
+def _casts(node: fx.Node) -> bool:
+    """``view`` with a dtype."""
+    return any(isinstance(arg, torch.dtype) for arg in (*node.args, *node.kwargs.values()))
+
+
+def undone(node: fx.Node, before: fx.Node) -> bool:
+    """Whether two calls in a row give back what went in."""
+    if not _calls(node, before):
+        return False
+    kinds = {name_of(before), name_of(node)}
+    if kinds == {"permute"}:
+        first, second = _order(before), _order(node)
+        if first is None or second is None or len(first) != len(second):
+            return False
+        return [first[i] for i in second] == list(range(len(first)))
+    if kinds == {"transpose"} and len(node.args) == len(before.args) == 3:
+        return set(node.args[1:]) == set(before.args[1:])
+    return False
+
+
+def _order(node: fx.Node) -> list[int] | None:
+    """The axes of a permutation."""
+    axes: Any = node.args[1:]
+    if len(axes) == 1 and isinstance(axes[0], (list, tuple)):
+        axes = axes[0]
+    if not axes or not all(type(axis) is int for axis in axes):
+        return None
+    return [axis % len(axes) for axis in axes]

@@ -1,0 +1,205 @@
+"""The one place that changes a model: `apply` carries out a plan on a copy.
+
+Where a layer is a module, a new module takes its place under every name it has, so the model's class, code and methods
+stay (`swap`). Where it is a function call in a module's code, that one submodule becomes a graph (`graph_edit`).
+Weights come from `decompose` when a plan is carried out for the first time and stay unset when saved ones will be
+loaded.
+
+A rewrite that the model's own code does not survive (it reads ``conv.weight.dtype``) is found by a *probe*, which runs
+the result in some way. The ops that break it are then searched for by halves, each half on a fresh copy, and become
+skips.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..core.errors import PlanError, RefusedError, first_line
+from ..core.plan import Edit, Op, Plan, Skip, SkipReason
+from .actions import ACTIONS, Bench, Decomposer, Refused
+
+Probe = Callable[[nn.Module], None]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A plan carried out.
+
+    Attributes:
+        model: The changed copy.
+        edits: What was done, in order.
+        skips: Ops that were refused while carrying them out.
+    """
+
+    model: nn.Module
+    edits: tuple[Edit, ...]
+    skips: tuple[Skip, ...]
+
+
+def apply(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of a model with a plan carried out and weights filled in.
+
+    Args:
+        model: The model the plan was made for; stays as it is.
+        plan: What to do.
+
+    Returns:
+        The changed copy, in the same training mode.
+
+    Raises:
+        PlanError: If the plan does not fit the model.
+        RefusedError: If an op cannot be carried out.
+    """
+    applied = carry_out(model, plan)
+    if applied.skips:
+        first = applied.skips[0]
+        raise RefusedError(f"an op of the plan was refused: {first.detail}", where=first.path, got=str(first.reason))
+    return applied.model
+
+
+def carry_out(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    fill: bool = True,
+    decomposer: Decomposer | None = None,
+    probe: Probe | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Applied:
+    """Carries out a plan on a copy of a model.
+
+    Args:
+        model: The model; stays as it is.
+        plan: What to do.
+        fill: Whether to fill in weights; without it the new parameters are unset, for saved ones.
+        decomposer: Gives the factors of a layer; the plain decomposition of its weights where None.
+        probe: Runs the changed model in some way and raises if it does not survive; ops that break it become skips.
+        progress: Called with the path of each layer before it is worked on.
+
+    Raises:
+        PlanError: If the plan does not fit the model.
+        RefusedError: If the model cannot be copied, or a weight holds NaN or Inf.
+    """
+    for op in plan.ops:
+        if op.action not in ACTIONS:
+            raise PlanError(
+                "unknown action", where=op.where("action"), expected=f"one of {', '.join(ACTIONS)}", got=op.action
+            )
+    work = _Work(model, fill, decomposer)
+    done = work.attempt(plan.ops, progress=progress)
+    if probe is not None and done.edits:
+        failure = _failure(probe, done.model)
+        if failure is not None:
+            done = _without_culprits(work, done, probe, failure)
+    order = {id(op): i for i, op in enumerate(plan.ops)}
+    skips = sorted(done.skips, key=lambda pair: order[id(pair[0])])
+    return Applied(done.model, tuple(done.edits), tuple(skip for _, skip in skips))
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy.
+
+    Raises:
+        RefusedError: If the model cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise RefusedError(
+            f"the model cannot be copied, and it is never changed in place: {first_line(error)}",
+            where=type(model).__name__,
+            hint="tensors that carry a gradient history are the usual cause; detach them",
+        ) from error
+
+
+@dataclass
+class _Done:
+    """Some ops carried out on one copy."""
+
+    model: nn.Module
+    edits: list[Edit] = field(default_factory=list)
+    skips: list[tuple[Op, Skip]] = field(default_factory=list)
+
+
+class _Work:
+    """Carries out ops on as many copies of a model as it takes; what takes long is computed once."""
+
+    def __init__(self, model: nn.Module, fill: bool, decomposer: Decomposer | None) -> None:
+        self.model, self.fill, self.decomposer = model, fill, decomposer
+        self.known: dict[Any, Any] = {}
+
+    def attempt(
+        self, ops: Sequence[Op], *, progress: Callable[[str], None] | None = None, partial: bool = False
+    ) -> _Done:
+        """Carries out ops on a fresh copy.
+
+        Args:
+            ops: The ops.
+            progress: Called with the path of each.
+            partial: Whether ops are missing that others may build on, which are then skipped as well.
+        """
+        bench = Bench(copy_of(self.model), self.model, self.fill, self.known, self.decomposer)
+        done = _Done(bench.model)
+        for op in ops:
+            if progress is not None:
+                progress(op.path)
+            try:
+                done.edits.append(ACTIONS[op.action](bench, op))
+            except Refused as refused:
+                done.skips.append((op, refused.skip))
+            except PlanError:
+                if not partial:
+                    raise
+                detail = "builds on an edit that was taken back, because the model's own code does not survive it"
+                done.skips.append((op, Skip(op.path, SkipReason.BROKE_MODEL, detail)))
+        done.model = bench.model
+        return done
+
+
+def _failure(probe: Probe, model: nn.Module) -> Exception | None:
+    try:
+        probe(model)
+    except Exception as error:
+        return error
+    return None
+
+
+def _without_culprits(work: _Work, whole: _Done, probe: Probe, failure: Exception) -> _Done:
+    """Finds the ops that the probe does not survive, and carries out the others.
+
+    Args:
+        work: Makes attempts.
+        whole: The attempt with all ops.
+        probe: The probe.
+        failure: How it failed on ``whole``.
+
+    Raises:
+        RefusedError: If the probe fails on the model as it was.
+    """
+    unchanged = _failure(probe, copy_of(work.model))
+    if unchanged is not None:
+        raise RefusedError(f"the model does not run even as it was: {first_line(unchanged)}") from unchanged
+    culprits: list[tuple[Op, Skip]] = []
+
+    def keep(good: list[Op], rest: list[Op], failure: Exception | None) -> list[Op]:
+        """``good`` and those ops of ``rest`` that the probe survives beside them."""
+        if failure is None:
+            failure = _failure(probe, work.attempt([*good, *rest], partial=True).model)
+        if failure is None:
+            return [*good, *rest]
+        if len(rest) == 1:
+            detail = f"the model's own code does not survive it: {first_line(failure)}"
+            culprits.append((rest[0], Skip(rest[0].path, SkipReason.BROKE_MODEL, detail)))
+            return good
+        half = len(rest) // 2
+        return keep(keep(good, rest[:half], None), rest[half:], None)
+
+    kept = keep([], [edit.op for edit in whole.edits], failure)
+    done = work.attempt(kept, partial=True)
+    done.skips += whole.skips + culprits
+    return done

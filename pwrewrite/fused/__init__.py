@@ -1,8 +1,0 @@
-"""A layer and its activation in one kernel: `PointwiseActivation`, and the activations that have one."""
-
-from __future__ import annotations
-
-from .activations import ACTIVATIONS, Activation
-from .module import PointwiseActivation
-
-__all__ = ["ACTIVATIONS", "Activation", "PointwiseActivation"]

@@ -1,0 +1,8 @@
+"""A layer and its activation in one kernel: `PointwiseActivation`, and the activations that have one."""
+
+from __future__ import annotations
+
+from .activations import ACTIVATIONS, Activation
+from .pointwise_activation import PointwiseActivation
+
+__all__ = ["ACTIVATIONS", "Activation", "PointwiseActivation"]

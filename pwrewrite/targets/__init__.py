@@ -1,0 +1,34 @@
+"""From what a person types to a model: targets, weights, example inputs.
+
+``load_target`` is the whole way; ``resolve_model``, ``load_weights`` and ``resolve_inputs`` are its three steps, for
+callers who hold a part of it already. torchvision and timm are imported only when a target asks for them, and nothing
+is downloaded.
+"""
+
+from .defaults import forward_parameters
+from .empty import empty_weights
+from .factories import parse_arg
+from .inputs import ExampleInputs, InputSpec, describe_inputs, parse_input, resolve_inputs
+from .load import LoadedModel, load_target
+from .resolve import TargetInfo, parse_target, resolve_model
+from .weights import Fit, fit_weights, load_weights, strip_prefixes
+
+__all__ = [
+    "ExampleInputs",
+    "Fit",
+    "InputSpec",
+    "LoadedModel",
+    "TargetInfo",
+    "describe_inputs",
+    "empty_weights",
+    "fit_weights",
+    "forward_parameters",
+    "load_target",
+    "load_weights",
+    "parse_arg",
+    "parse_input",
+    "parse_target",
+    "resolve_inputs",
+    "resolve_model",
+    "strip_prefixes",
+]

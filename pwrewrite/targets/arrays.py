@@ -1,0 +1,199 @@
+"""Arrays on disk, read in parts: ``.npy`` (mapped), ``.npz`` (streamed, compressed or not) and ``.safetensors``.
+
+Nothing is unpickled. Memory holds one part at a time, except of an ``.npz`` member in Fortran order, which is read
+whole.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ..core.errors import UsageError
+from .user_code import suggest_files
+
+SUFFIXES = (".npy", ".npz", ".safetensors")
+
+LABEL_NAMES = ("labels", "label", "targets", "target", "y")
+"""Under these names labels may lie beside inputs."""
+
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+_TORCH_NAMES = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One array on disk.
+
+    Attributes:
+        name: Its name in the file; empty where the file holds one without a name.
+        shape: Its sizes.
+        dtype: ``float32``, ``uint8``…
+        parts: Reads it: from a step and a stop, parts of so many rows, up to that row.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    parts: Callable[[int, int], Iterator[Any]]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {'×'.join(map(str, self.shape)) or 'scalar'}"
+
+    def whole(self) -> Any:
+        """All of it; for one that holds samples."""
+        return next(self.parts(self.shape[0], self.shape[0]))
+
+    def samples(self, path: Path) -> int:
+        """How many samples it holds.
+
+        Args:
+            path: The file, for the error.
+
+        Returns:
+            The size of its first dim.
+
+        Raises:
+            UsageError: It holds none.
+        """
+        if not self.shape or not self.shape[0]:
+            name = f"{self.name} in {path}" if self.name else str(path)
+            raise UsageError(f"{name} holds no samples", expected="samples along the first dim", got=str(self))
+        return self.shape[0]
+
+
+def open_arrays(path: Path) -> dict[str, Stored]:
+    """Looks into a file of arrays; reads no values.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its arrays by name.
+
+    Raises:
+        UsageError: There is no such file, it is of another kind, damaged, or holds Python objects.
+    """
+    if not path.is_file():
+        raise UsageError(f"no such file: {path}", hint=suggest_files(path, SUFFIXES))
+    if path.suffix in _PICKLES:
+        raise UsageError(
+            f"{path} is a pickle, which may run code, and is not loaded",
+            expected=f"one of {', '.join(SUFFIXES)}",
+            hint="save the arrays alone: numpy.save, numpy.savez or safetensors.torch.save_file",
+        )
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path} is no file of arrays", expected=f"one of {', '.join(SUFFIXES)}")
+    with _explained(path):
+        found = _safetensors(path) if path.suffix == ".safetensors" else _numpy(path)
+    if not found:
+        raise UsageError(f"{path} holds no arrays")
+    return found
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Says what is wrong with a file that cannot be read."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, SafetensorError) as error:
+        if isinstance(error, UsageError):
+            raise
+        text = str(error)
+        if "pickle" in text or "Python objects" in text or "Object arrays" in text:
+            raise UsageError(
+                f"{path} holds Python objects, which only unpickling reads, and is not loaded",
+                expected="an array of numbers",
+                hint="save it as a plain array: numpy.save(path, array.astype('float32'))",
+            ) from error
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise UsageError(
+            f"cannot read {path}: {reason}" if reason else f"{path} is truncated, damaged or no {path.suffix} file",
+            got=None if reason else text.splitlines()[0][:200] if text else type(error).__name__,
+        ) from error
+
+
+def _numpy(path: Path) -> dict[str, Stored]:
+    """The arrays of a ``.npy`` or ``.npz``, whichever it is by its first bytes."""
+    if not path.stat().st_size:
+        raise UsageError(f"{path} is empty (0 bytes)")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            members = [name for name in archive.namelist() if name.endswith(".npy")]
+            return {m.removesuffix(".npy"): _member(path, archive, m) for m in members}
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+
+    def parts(step: int, stop: int) -> Iterator[Array]:
+        for start in range(0, stop, step):
+            yield array[start : min(start + step, stop)]
+
+    return {"": Stored("", array.shape, str(array.dtype), parts)}
+
+
+def _header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, order and dtype of a ``.npy`` stream, which is left at its data."""
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"{name} has version {version[0]}.{version[1]} of the format")
+    shape, fortran, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError(f"{name}: Object arrays cannot be loaded")
+    return shape, fortran, dtype
+
+
+def _member(path: Path, archive: zipfile.ZipFile, member: str) -> Stored:
+    """One array of a ``.npz``."""
+    with archive.open(member) as file:
+        shape, fortran, dtype = _header(file, member)
+
+    def parts(step: int, stop: int) -> Iterator[Array]:
+        with _explained(path), zipfile.ZipFile(path) as archive, archive.open(member) as file:
+            _header(file, member)
+            if fortran:
+                data = file.read()
+                whole = np.frombuffer(data, dtype).reshape(shape, order="F")
+                yield from (whole[start : min(start + step, stop)] for start in range(0, stop, step))
+                return
+            row = prod(shape[1:]) * dtype.itemsize
+            for start in range(0, stop, step):
+                rows = min(step, stop - start)
+                data = file.read(rows * row)
+                if len(data) < rows * row:
+                    raise EOFError(f"{member} ends after {len(data)} of {rows * row} bytes")
+                yield np.frombuffer(data, dtype).reshape(rows, *shape[1:])
+
+    return Stored(member.removesuffix(".npy"), shape, str(dtype), parts)
+
+
+def _safetensors(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file."""
+    from safetensors import safe_open
+
+    def stored(name: str, shape: Sequence[int], dtype: str) -> Stored:
+        def parts(step: int, stop: int) -> Iterator[Any]:
+            with _explained(path), safe_open(str(path), framework="pt", device="cpu") as file:
+                rows = file.get_slice(name)
+                for start in range(0, stop, step):
+                    yield rows[start : min(start + step, stop)]
+
+        letters = dtype.rstrip("0123456789")
+        known = _TORCH_NAMES.get(letters, letters.lower()) + dtype[len(letters) :]
+        return Stored(name, tuple(shape), known, parts)
+
+    with safe_open(str(path), framework="pt", device="cpu") as file:
+        names = list(file.keys())
+        slices = {name: file.get_slice(name) for name in names}
+        return {name: stored(name, one.get_shape(), one.get_dtype()) for name, one in slices.items()}

@@ -1,0 +1,230 @@
+"""Calibration inputs for the command line: what ``--calibration`` names, as an iterable of batches.
+
+================================ ====================================================================================
+``x.npy``, ``x.npz``             an array of samples; arrays named like the keyword inputs, or ``arr_0``, ``arr_1``…
+``x.safetensors``                in order for several positional ones; ``images``, ``x`` or ``inputs`` beside others
+a folder                         images, in it and below (`pwrewrite.targets.image_folder`)
+``file.py:NAME``                 an iterable of batches, or a function that gives one
+================================ ====================================================================================
+
+``--preprocess`` is called with whole batches of a file's arrays (several inputs by position, or by name where the model
+takes them by name; numpy arrays, or tensors from safetensors), with single images of a folder, and not at all with what
+a user's own code gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from ..core.errors import UsageError
+from .arrays import LABEL_NAMES, SUFFIXES, Stored, open_arrays
+from .image_folder import ImageFolder
+from .labels import open_labels
+from .user_code import suggest_files
+from .user_objects import is_named, open_iterable, open_metric, open_preprocess
+
+__all__ = ["ArrayFile", "open_calibration", "open_labels", "open_metric"]
+
+BATCH = 32
+"""Samples read at a time."""
+
+_USUAL = ("images", "image", "inputs", "input", "x", "data", "pixel_values", "arr_0")
+_EXPECTED = f"a {', '.join(SUFFIXES)} file, a folder of images, or file.py:NAME"
+
+
+def open_calibration(
+    text: str,
+    *,
+    example_inputs: Any,
+    preprocess: str | None = None,
+    size: int | None = None,
+    labels: Tensor | None = None,
+    model: nn.Module | None = None,
+) -> Iterable[Any]:
+    """Opens what ``--calibration`` names.
+
+    Args:
+        text: A file, a folder, or ``file.py:NAME``.
+        example_inputs: What the model takes.
+        preprocess: ``file.py:NAME`` of a function that makes inputs of what is stored.
+        size: At most so many samples: the first ones of arrays, ones drawn at random of a folder.
+        labels: A class for each sample of the file or (in the order of their paths) each image of the folder.
+        model: The model; tells how the images of a folder are normalised.
+
+    Returns:
+        An iterable of batches for `pwrewrite.planning.batches.Batches`, labels beside the inputs where there are any.
+        What is read from files can be gone through again, holds one batch in memory, and has ``notes``.
+
+    Raises:
+        UsageError: There is no such thing, or it does not suit the model.
+        TargetError: The user's code cannot be imported, or raised.
+    """
+    path = Path(text)
+    if not path.exists() and is_named(text):
+        if preprocess is not None or labels is not None:
+            option = "--preprocess" if preprocess is not None else "--labels"
+            raise UsageError(
+                f"{option} is for files, and --calibration is code: {text}",
+                hint="let it give inputs as the model takes them" + ("" if preprocess else ": (inputs, labels)"),
+            )
+        return open_iterable(text)  # type: ignore[no-any-return]
+    if not path.exists():
+        raise UsageError(f"no such file or folder: {text}", expected=_EXPECTED, hint=suggest_files(path, SUFFIXES))
+    function = open_preprocess(preprocess) if preprocess is not None else None
+    if path.is_dir():
+        return ImageFolder(path, example_inputs, preprocess=function, size=size, labels=labels, model=model)
+    if path.suffix == ".py":
+        raise UsageError(f"--calibration {text} names nothing in the file", expected=_EXPECTED, hint=f"{text}:NAME")
+    return ArrayFile(path, example_inputs, preprocess=function, size=size, labels=labels)
+
+
+class ArrayFile:
+    """Batches from a file of arrays; goes through the file anew every time.
+
+    Args:
+        path: The file.
+        example_inputs: What the model takes.
+        preprocess: Makes inputs of a batch.
+        size: At most so many samples, the first ones.
+        labels: A class for each sample; else those in the file are taken.
+
+    Attributes:
+        samples: How many samples it gives.
+        notes: What should be told.
+
+    Raises:
+        UsageError: The file cannot be read, does not say which arrays are the inputs, or holds images as bytes and
+            nothing says how the model takes them.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        example_inputs: Any,
+        *,
+        preprocess: Callable[..., Any] | None = None,
+        size: int | None = None,
+        labels: Tensor | None = None,
+    ) -> None:
+        self.path, self.notes = path, list[str]()
+        self._preprocess, self._labels = preprocess, labels
+        self._names, self._listed = _names(example_inputs)
+        arrays = open_arrays(path)
+        self._inputs, self._stored_labels = self._chosen(arrays, _count(example_inputs))
+        counts = {str(one): one.samples(path) for one in self._all()}
+        if len(set(counts.values())) > 1:
+            raise UsageError(f"the arrays in {path} do not hold as many samples each", got=", ".join(counts))
+        self._total = next(iter(counts.values()))
+        if labels is not None and len(labels) != self._total:
+            raise UsageError(f"{len(labels)} labels were given, and {path} holds {self._total} samples")
+        self.samples = self._total if size is None else min(size, self._total)
+        if preprocess is None:
+            _refuse_bytes(path, self._inputs, example_inputs)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Batches: an input, a tuple or a dict of them, with labels last where there are any."""
+        streams = [one.parts(BATCH, self.samples) for one in self._all()]
+        for number, parts in enumerate(zip(*streams, strict=True)):
+            inputs = list(parts[: len(self._inputs)])
+            first = number * BATCH
+            labels = parts[-1] if self._stored_labels is not None else None
+            if self._labels is not None:
+                labels = self._labels[first : first + len(inputs[0])]
+            yield self._batch(inputs, labels, first)
+
+    def _all(self) -> list[Stored]:
+        """Every array that is read."""
+        return [*self._inputs, *([] if self._stored_labels is None else [self._stored_labels])]
+
+    def _batch(self, inputs: list[Any], labels: Any, first: int) -> Any:
+        """A batch as it is given out."""
+        if self._preprocess is not None:
+            # Copies: what is mapped or streamed is read-only, and torch.from_numpy wants to write.
+            inputs = [np.array(value) if isinstance(value, np.ndarray) else value for value in inputs]
+        named = dict(zip(self._names, inputs, strict=True)) if self._names else {}
+        if self._preprocess is not None:
+            made = self._preprocess(**named) if len(named) > 1 else self._preprocess(*inputs)
+            self._check_made(made, len(inputs[0]), first)
+        else:
+            made = named or (inputs[0] if len(inputs) == 1 else tuple(inputs))
+        if self._listed and not isinstance(made, (list, tuple)):
+            return list(made)
+        if labels is None:
+            return made
+        if isinstance(made, Mapping):
+            return {**made, "labels": labels}
+        return (*made, labels) if isinstance(made, (tuple, list)) else (made, labels)
+
+    def _check_made(self, made: Any, count: int, first: int) -> None:
+        """Refuses what ``--preprocess`` made of a batch, if it has lost or gained samples."""
+        values = made.values() if isinstance(made, Mapping) else made if isinstance(made, (tuple, list)) else [made]
+        if self._listed and isinstance(made, list):
+            values = [np.empty(len(made))]
+        for value in values:
+            if isinstance(value, (Tensor, np.ndarray)) and value.ndim and len(value) != count:
+                raise UsageError(
+                    f"--preprocess made {'×'.join(map(str, value.shape))} of a batch of {count} samples",
+                    where=f"samples {first} to {first + count - 1} of {self.path}",
+                    hint="it is called with a batch at a time, and must keep the number of samples",
+                )
+
+    def _chosen(self, arrays: Mapping[str, Stored], count: int) -> tuple[list[Stored], Stored | None]:
+        """The arrays that are inputs, and the one that holds labels."""
+        labels = next((a for n, a in arrays.items() if n in LABEL_NAMES and n not in self._names), None)
+        rest = {n: a for n, a in arrays.items() if a is not labels}
+        if labels is not None and (len(labels.shape) > 2 or not labels.dtype.startswith(("int", "uint"))):
+            self.notes.append(f"left out {labels.name} of {self.path}: {labels} are no classes")
+            labels = None
+        if self._labels is not None:
+            labels = None
+        wanted = self._names or tuple(f"arr_{n}" for n in range(count))
+        if all(name in rest for name in wanted):
+            chosen = [rest[name] for name in wanted]
+        elif count == 1 and (len(rest) == 1 or any(name in rest for name in _USUAL)):
+            chosen = [next((rest[n] for n in _USUAL if n in rest), next(iter(rest.values())))]
+        else:
+            raise UsageError(
+                f"nothing says which arrays in {self.path} are the model's inputs",
+                expected=", ".join(wanted) if count > 1 or self._names else f"one array, or one called {_USUAL[0]}",
+                got=", ".join(f"{name} ({array})" if name else str(array) for name, array in arrays.items()),
+            )
+        if left := [name for name, array in rest.items() if array not in chosen]:
+            self.notes.append(f"left out {', '.join(left)} of {self.path}")
+        return chosen, labels
+
+
+def _names(example: Any) -> tuple[tuple[str, ...], bool]:
+    """The names of keyword inputs, and whether the one input is a list of images."""
+    if isinstance(example, Mapping):
+        return tuple(example), False
+    listed = isinstance(example, (tuple, list)) and len(example) == 1 and isinstance(example[0], (tuple, list))
+    return (), listed
+
+
+def _count(example: Any) -> int:
+    """How many inputs there are."""
+    return len(example) if isinstance(example, (Mapping, tuple, list)) else 1
+
+
+def _refuse_bytes(path: Path, inputs: list[Stored], example: Any) -> None:
+    """Refuses images stored as bytes for a model that takes floats, when nothing says how they become floats."""
+    values = list(example.values()) if isinstance(example, Mapping) else example
+    values = [values] if isinstance(values, Tensor) else list(values)
+    for stored, value in zip(inputs, values, strict=True):
+        one = value[0] if isinstance(value, (tuple, list)) and value else value
+        if stored.dtype != "uint8" or not isinstance(one, Tensor) or not one.is_floating_point():
+            continue
+        last = len(stored.shape) == 4 and stored.shape[-1] in (1, 3, 4) and stored.shape[1] not in (1, 3, 4)
+        sizes = "×".join(map(str, ("N", *one.shape[1:]) if one is value else ("N", *one.shape)))
+        steps = "makes them floats, scaled and normalised as in training" + (", channels first" if last else "")
+        raise UsageError(
+            f"{stored.name + ' in ' if stored.name else ''}{path} holds bytes, and the model takes floats",
+            expected=f"{str(one.dtype).removeprefix('torch.')} {sizes}",
+            got=f"{stored}" + (", channels last" if last else ""),
+            hint=f"--preprocess file.py:NAME, a function of a batch that {steps}",
+        )

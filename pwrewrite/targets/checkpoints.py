@@ -1,0 +1,305 @@
+"""Reads weights from disk without running anything that the file contains.
+
+``.safetensors`` (one file, an ``*.index.json`` with its shards, or a folder that holds one) and what ``torch.save``
+writes, through ``torch.load(weights_only=True)`` with the file mapped into memory where its format allows. One class is
+allowed beyond torch's own list: ``argparse.Namespace``, a bag of attributes that training scripts like timm's put
+beside the weights.
+
+A pickle that asks for anything else is refused by name. Which names a pickle asks for is read off its opcodes
+with ``pickletools``, which runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import pickle
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..core.errors import WeightsError
+from .factories import kind_of
+from .user_code import suggest_files
+
+SUFFIXES = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+
+#: Where a checkpoint keeps its weights, the averaged ones first, as timm chooses.
+_WRAPPERS = (
+    "state_dict_ema", "model_ema", "model_ema_state_dict", "ema_state_dict", "ema", "params_ema",
+    "state_dict", "model_state_dict", "model", "net", "network", "params", "weights", "module",
+)  # fmt: skip
+_EMA = tuple(name for name in _WRAPPERS if "ema" in name)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Reads a checkpoint into a flat dictionary of tensors, on the CPU.
+
+    Args:
+        path: A file, or a folder with safetensors.
+
+    Returns:
+        The tensors by name, as the checkpoint names them, and notes on what was chosen.
+
+    Raises:
+        WeightsError: There is no such file; it is empty, truncated, holds code, or is no checkpoint.
+    """
+    if re.match(r"\w{2,}:/", str(path)):
+        raise WeightsError(f"{path} is an address, and pwrewrite downloads nothing", hint="fetch it, and give the file")
+    if not path.exists():
+        raise WeightsError(f"no such file: {path}", hint=suggest_files(path, SUFFIXES))
+    try:
+        with torch.device("cpu"):
+            if path.is_dir():
+                path = _in_folder(path)
+            if path.name.endswith(".index.json"):
+                return _read_shards(path), ()
+            _refuse_what_is_no_checkpoint(path)
+            if path.suffix == ".safetensors":
+                return _read_safetensors(path), ()
+            state, notes = find_state(_read_torch(path), str(path))
+            if any(t.is_meta for t in state.values()):
+                raise WeightsError(f"{path} holds shapes without values: it was saved from a model on the meta device")
+            return state, notes
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _in_folder(folder: Path) -> Path:
+    """The one checkpoint in a folder: an index, or the only safetensors file."""
+    found = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.safetensors"))
+    named = [p for p in found if p.name.startswith("model.")]
+    if len(found) > 1 and len(named) == 1:
+        found = named
+    if len(found) == 1:
+        return found[0]
+    raise WeightsError(
+        f"the folder {folder} holds " + ("several checkpoints" if found else "no safetensors"),
+        expected="one *.safetensors file, or one *.safetensors.index.json with its shards",
+        got=", ".join(p.name for p in found[:10])
+        or ", ".join(sorted(p.name for p in folder.iterdir())[:10])
+        or "nothing",
+        hint=f"--weights {found[0]}" if found else None,
+    )
+
+
+def _refuse_what_is_no_checkpoint(path: Path) -> None:
+    """Refuses what its first bytes give away: empty files, pointers to large files, web pages."""
+    with path.open("rb") as file:
+        head = file.read(256)
+    if not head:
+        raise WeightsError(f"{path} is empty (0 bytes)", hint="copy or download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise WeightsError(f"{path} is a Git LFS pointer, not the weights themselves", hint="git lfs pull")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise WeightsError(f"{path} is a web page, not a checkpoint", hint="download the file itself")
+
+
+def _read_safetensors(path: Path, only: set[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, mapped rather than read; those in ``only``, if given."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            names = list(file.keys())
+            if only is not None and (absent := sorted(only - set(names))):
+                raise WeightsError(f"{path} lacks {len(absent)} tensors that the index places in it", got=_some(absent))
+            tensors = {name: file.get_tensor(name) for name in names if only is None or name in only}
+    except SafetensorError as error:
+        raise WeightsError(
+            f"{path} is not a whole safetensors file: it is truncated or damaged",
+            got=str(error),
+            hint="copy or download it again",
+        ) from error
+    if not tensors:
+        raise WeightsError(f"{path} holds no tensors")
+    return tensors
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of a sharded checkpoint, by its index."""
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        places: dict[str, str] = dict(content["weight_map"])
+        if not places or not all(isinstance(v, str) for v in places.values()):
+            raise TypeError("weight_map must map tensor names to file names")
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"{index} is not an index of a sharded checkpoint",
+            expected='{"weight_map": {"tensor name": "file name"}}',
+            got=f"{type(error).__name__}: {error}",
+        ) from error
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(places.values())):
+        path = index.parent / shard
+        if Path(shard).name != shard:
+            raise WeightsError(f"{index} points outside its own folder", got=shard)
+        if not path.is_file():
+            raise WeightsError(
+                f"a shard is missing: {path}", where=str(index), hint=suggest_files(path, (".safetensors",))
+            )
+        tensors |= _read_safetensors(path, {name for name, place in places.items() if place == shard})
+    return tensors
+
+
+def _read_torch(path: Path) -> object:
+    """What ``torch.save`` wrote, unpickled with torch's restricted unpickler."""
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        _explain(path, error, zipped)
+
+
+def _explain(path: Path, error: Exception, zipped: bool) -> NoReturn:
+    """Says why torch could not, or would not, load a file."""
+    text = str(error)
+    if "TorchScript" in text:
+        raise WeightsError(
+            f"{path} is a TorchScript program: it holds code, and is not loaded",
+            hint="save the weights alone: torch.save(model.state_dict(), 'weights.pt')",
+        ) from error
+    asked = _globals_of(path)
+    refused = re.search(r"GLOBAL ([\w.]+) (?:whose module|was not an allowed)", text)
+    unsafe = [refused[1]] if refused else [name for name in asked if not _harmless(name)]
+    if unsafe:
+        whole = any(name.startswith("torch.nn.modules.") for name in asked)
+        what = "a whole pickled model, that is code as well as weights" if whole else "code: it is a pickle"
+        raise WeightsError(
+            f"{path} contains {what}, and is not loaded",
+            got=f"it asks for {unsafe[0]}" + ("" if whole or len(unsafe) == 1 else f", {_some(unsafe[1:])}"),
+            expected="tensors alone (safetensors, or torch.save(model.state_dict(), …))",
+            hint="where you trust it, load it yourself once and save its state_dict()",
+        ) from error
+    cut = "central directory" in text or "unexpected EOF" in text or isinstance(error, (EOFError, IndexError))
+    if cut and (zipped or asked or _starts_like_a_pickle(path)):
+        raise WeightsError(
+            f"{path} is truncated or damaged", got=_first_line(text), hint="copy or download it again"
+        ) from error
+    raise WeightsError(
+        f"{path} is not a checkpoint",
+        expected="safetensors, or a file that torch.save wrote",
+        got=_first_line(text.split("WeightsUnpickler error:")[-1]),
+    ) from error
+
+
+def _starts_like_a_pickle(path: Path) -> bool:
+    """Whether the first byte is that of a binary pickle."""
+    with path.open("rb") as file:
+        return file.read(1) == b"\x80"
+
+
+def _globals_of(path: Path) -> list[str]:
+    """The names that a pickle would import, read off its opcodes; whatever can be read of a damaged one."""
+    names: list[str] = []
+    with contextlib.suppress(Exception), path.open("rb") as file:  # this only helps to word an error
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                for member in archive.namelist():
+                    if member.endswith("data.pkl"):
+                        names += _globals_in(archive.open(member))
+        else:
+            file.seek(0)
+            for _ in range(4):  # the old format is four pickles in a row: magic, version, system, content
+                names += _globals_in(file)
+    return list(dict.fromkeys(names))
+
+
+def _globals_in(stream: IO[bytes]) -> Iterator[str]:
+    """The names that one pickle would import."""
+    strings: list[str] = []
+    memo: dict[int, str] = {}
+    for opcode, value, _ in pickletools.genops(stream):
+        if opcode.name in ("GLOBAL", "INST"):
+            yield str(value).replace(" ", ".")
+        elif opcode.name == "STACK_GLOBAL":
+            yield ".".join(strings[-2:])
+        elif "UNICODE" in opcode.name:
+            strings.append(str(value))
+        elif opcode.name == "MEMOIZE":
+            memo[len(memo)] = strings[-1] if strings else ""
+        elif "PUT" in opcode.name and value is not None:
+            memo[int(value)] = strings[-1] if strings else ""
+        elif "GET" in opcode.name and value is not None:
+            strings.append(memo.get(int(value), ""))
+
+
+def _harmless(name: str) -> bool:
+    """Whether a name that a pickle asks for is one of those in every file that torch saves."""
+    return name.startswith(("torch.", "collections.")) and not name.startswith("torch.nn.modules.")
+
+
+def find_state(content: object, where: str, depth: int = 0) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Finds the weights in what a checkpoint holds.
+
+    Args:
+        content: What was unpickled.
+        where: The file, for messages.
+        depth: How many dictionaries this one lies in.
+
+    Returns:
+        The tensors by name, and notes on what was chosen or left out.
+
+    Raises:
+        WeightsError: There are no weights in it, or in no place that is understood.
+    """
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{where} is not a checkpoint", expected="a dictionary of tensors", got=kind_of(content))
+    if not content:
+        raise WeightsError(f"{where} holds an empty dictionary: there are no weights in it")
+    notes: list[str] = []
+    for key in _WRAPPERS if depth < 4 else ():
+        inner = content.get(key)
+        if isinstance(inner, Mapping) and _has_tensors(inner):
+            if key in _EMA and any(isinstance(content.get(k), Mapping) for k in _WRAPPERS if k not in _EMA):
+                notes.append(f"took the averaged (EMA) weights {key!r} of the checkpoint")
+            state, told = find_state(inner, where, depth + 1)
+            return state, (*notes, *told)
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    if tensors:
+        return tensors, ()
+    nested = [k for k, v in content.items() if isinstance(v, Mapping) and _has_tensors(v) and "optim" not in str(k)]
+    if len(nested) == 1 and depth < 4:
+        state, told = find_state(content[nested[0]], where, depth + 1)
+        return state, (f"took the weights under {nested[0]!r} of the checkpoint", *told)
+    raise WeightsError(
+        f"{where} has no weights in a place that is understood",
+        expected=f"tensors, or a dictionary of tensors under {', '.join(map(repr, _WRAPPERS[6:9]))}",
+        got=f"the keys {_some([repr(k) for k in content])}",
+    )
+
+
+def _has_tensors(mapping: Mapping[object, object]) -> bool:
+    """Whether a dictionary holds tensors, itself or one level below."""
+    values = list(mapping.values())
+    return any(isinstance(v, Tensor) for v in values) or any(
+        isinstance(v, Mapping) and any(isinstance(t, Tensor) for t in v.values()) for v in values
+    )
+
+
+def _some(names: list[str], n: int = 10) -> str:
+    """The first few names."""
+    return ", ".join(names[:n]) + (f", … ({len(names)} in all)" if len(names) > n else "")
+
+
+def _first_line(text: str) -> str | None:
+    """The first line of a long message."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0][:200] if lines else None

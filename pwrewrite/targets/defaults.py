@@ -1,0 +1,260 @@
+"""What a model takes when nobody says: from timm, from torchvision, or from its first layer.
+
+torchvision's sizes are those of its weights' own transforms, and where these leave something open, those that reproduce
+the operation counts that torchvision publishes beside the weights:
+
+=============== =========================================== ====================================================
+family          input                                       from
+=============== =========================================== ====================================================
+classification  1×3×S×S                                     ``crop_size``; a ViT's own ``image_size``
+segmentation    1×3×S×S                                     ``resize_size`` (520)
+video           1×3×T×S×S                                   ``crop_size``; T = 16, or a larger minimum
+detection       a list of one 3×S×S                         the size that the model itself resizes to
+optical flow    two of 1×3×520×960                          the size of torchvision's own example
+=============== =========================================== ====================================================
+
+Limits: a model's first convolution in the order of definition is taken to be the one that sees the input.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import InputError
+from .resolve import TargetInfo
+
+_FRAMES = 16
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+_SPATIAL: dict[int, tuple[int, ...]] = {1: (1024,), 2: (224, 224), 3: (_FRAMES, 112, 112)}
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What a model takes, found without being told.
+
+    Attributes:
+        shapes: The shape of each input.
+        dtype: Of all of them.
+        as_list: Whether the model takes one list of them (detection) instead of one after another.
+        notes: What was assumed, for the user.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype = torch.float32
+    as_list: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """A seeded tensor on the CPU, whatever the default device is.
+
+    Args:
+        shape: The sizes.
+        dtype: The dtype.
+        generator: Where the numbers come from.
+
+    Returns:
+        Standard normal values for floating and complex dtypes, values out of {0, 1} for the rest.
+    """
+    if dtype.is_complex or dtype is torch.float64:
+        return torch.randn(shape, dtype=dtype, generator=generator, device="cpu")
+    if dtype.is_floating_point:
+        return torch.randn(shape, dtype=torch.float32, generator=generator, device="cpu").to(dtype)
+    return torch.randint(0, 2, shape, dtype=torch.uint8, generator=generator, device="cpu").to(dtype)
+
+
+def guess_inputs(model: nn.Module, info: TargetInfo | None) -> Guess:
+    """Finds out what a model takes.
+
+    Args:
+        model: The model.
+        info: Where it came from; None for a model that the caller made.
+
+    Returns:
+        The shapes.
+
+    Raises:
+        InputError: Nothing tells; the message says how to give them.
+    """
+    args = info.args if info else {}
+    guess = _from_timm(model, args)
+    if guess is None and info is not None and info.kind == "torchvision" and info.name:
+        guess = _from_weights(model, info.name, args)
+    return guess or _from_family(model) or _from_layers(model)
+
+
+def _from_timm(model: nn.Module, args: Mapping[str, object]) -> Guess | None:
+    """The input size that timm keeps with a model; ``img_size`` and ``in_chans`` in the arguments overrule it."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    size = config.get("input_size") if isinstance(config, Mapping) else None
+    if not isinstance(size, (tuple, list)) or not size or not all(isinstance(n, int) for n in size):
+        return None
+    channels, *spatial = size
+    given = args.get("img_size")
+    if isinstance(given, int):
+        spatial = [given] * len(spatial)
+    elif isinstance(given, (tuple, list)) and all(isinstance(n, int) for n in given):
+        spatial = list(given)
+    chans = args.get("in_chans")
+    return Guess(((1, chans if isinstance(chans, int) else channels, *spatial),), floating_dtype(model))
+
+
+def _from_weights(model: nn.Module, name: str, args: Mapping[str, object]) -> Guess | None:
+    """What the transforms of a torchvision model's best weights give out."""
+    models = importlib.import_module("torchvision.models")
+    try:
+        weights: Any = models.get_model_weights(name).DEFAULT
+        transforms = weights.transforms()
+    except (AttributeError, ValueError, TypeError):
+        return None
+    kind = type(transforms).__name__
+    sizes = getattr(transforms, "crop_size", None) or getattr(transforms, "resize_size", None)
+    if not sizes or kind in ("ObjectDetection", "OpticalFlow"):
+        return None
+    height, width = (*sizes, *sizes)[:2] if len(sizes) == 1 else sizes[-2:]
+    own = args.get("spatial_size") or args.get("input_size") or getattr(model, "image_size", None)
+    if isinstance(own, (tuple, list)) and len(own) == 2 and all(isinstance(n, int) for n in own):
+        height, width = own
+    elif isinstance(own, int):
+        height = width = own
+    if kind != "VideoClassification":
+        return Guess(((1, 3, height, width),), floating_dtype(model))
+    frames = args.get("temporal_size")
+    if not isinstance(frames, int):
+        frames = max(_FRAMES, weights.meta.get("min_temporal_size") or 0)
+    note = f"no input given: assumed a clip of {frames} frames, 1x3x{frames}x{height}x{width}"
+    return Guess(((1, 3, frames, height, width),), floating_dtype(model), notes=(note,))
+
+
+def is_detection(model: nn.Module) -> bool:
+    """Whether a model is one of torchvision's detection models, which take a list of images.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Whether it is one, or a subclass of one.
+    """
+    return _is_from("torchvision.models.detection", model) and hasattr(model, "transform")
+
+
+def _is_from(package: str, model: nn.Module) -> bool:
+    """Whether a model's class, or one it derives from, is defined in a package."""
+    return any(f"{cls.__module__}.".startswith(f"{package}.") for cls in type(model).__mro__)
+
+
+def _from_family(model: nn.Module) -> Guess | None:
+    """What torchvision's detection and optical flow models take, wherever the model came from."""
+    if is_detection(model):
+        transform: Any = model.transform
+        fixed = getattr(transform, "fixed_size", None)
+        shortest = transform.min_size
+        side = shortest[-1] if isinstance(shortest, (tuple, list)) else shortest
+        # fixed_size is (width, height)
+        image = (3, int(fixed[1]), int(fixed[0])) if fixed else (3, int(side), int(side))
+        note = f"no input given: assumed a list of one image of {_text(image)}, the size that the model resizes to"
+        return Guess((image,), floating_dtype(model), as_list=True, notes=(note,))
+    if _is_from("torchvision.models.optical_flow", model):
+        frame = (1, 3, 520, 960)
+        return Guess(
+            (frame, frame), floating_dtype(model), notes=(f"no input given: assumed two images of {_text(frame)}",)
+        )
+    return None
+
+
+def _from_layers(model: nn.Module) -> Guess:
+    """An image by the channels of the first convolution, or a vector by the features of the first linear layer."""
+    name = type(model).__name__
+    required = required_inputs(model)
+    if len(required) > 1:
+        raise InputError(
+            f"cannot know what {name}.forward takes: it needs {len(required)} inputs, {', '.join(required)}",
+            hint=" ".join(f"--input {n}=SHAPE[:DTYPE]" for n in required) + _OR_IN_FILE,
+        )
+    layers = [m for m in model.modules() if isinstance(m, (*_CONVOLUTIONS, nn.Linear, nn.Embedding))]
+    first = layers[0] if layers else None
+    convolution = next((m for m in layers if isinstance(m, _CONVOLUTIONS)), None)
+    if isinstance(first, nn.Embedding):
+        raise InputError(
+            f"cannot know what {name} takes: its first layer is an embedding, of indices",
+            hint="--input 1x128:int64, with the length that you mean" + _OR_IN_FILE,
+        )
+    if isinstance(first, nn.Linear) and (convolution is None or isinstance(convolution, _TRANSPOSED)):
+        channels, source = first.in_features, "the first linear layer's in_features"
+        shape: tuple[int, ...] = (1, channels)
+    elif convolution is not None:
+        channels = convolution.in_channels
+        spatial = _SPATIAL[len(convolution.kernel_size)]
+        if isinstance(convolution, _TRANSPOSED):  # a decoder or generator: it makes the image out of something small
+            spatial = (1,) * len(spatial)
+        shape, source = (1, channels, *spatial), "the first convolution's channels"
+    else:
+        raise InputError(
+            f"cannot know what {name} takes: it has no convolution and no linear layer to tell",
+            hint="--input 1x3x224x224, with the shape that it takes" + _OR_IN_FILE,
+        )
+    if not channels:
+        raise InputError(
+            f"cannot know what {name} takes: its first layer is lazy, and learns its channels from the first input",
+            hint="--input 1x3x224x224, with the shape that it takes" + _OR_IN_FILE,
+        )
+    note = f"no input given: assumed {_text(shape)} from {source}"
+    return Guess((shape,), floating_dtype(model), notes=(note,))
+
+
+def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
+    """The parameters of a model's ``forward``, without ``self``.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The parameters by name; those of ``*args, **kwargs`` when ``forward`` has no signature to read.
+    """
+    try:
+        return dict(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):
+        return dict(inspect.signature(lambda *args, **kwargs: None).parameters)
+
+
+def required_inputs(model: nn.Module) -> list[str]:
+    """The names of the inputs that ``forward`` cannot do without.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The parameters without a default, in order.
+    """
+    stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [n for n, p in forward_parameters(model).items() if p.default is p.empty and p.kind not in stars]
+
+
+_OR_IN_FILE = "; or define example_inputs in the model's file"
+
+
+def floating_dtype(model: nn.Module) -> torch.dtype:
+    """The floating dtype that a model computes in, going by its first floating parameter or buffer.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The dtype; float32 for a model that has neither.
+    """
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    """A shape as ``--input`` would have it."""
+    return "x".join(map(str, shape))

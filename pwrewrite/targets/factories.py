@@ -1,0 +1,299 @@
+"""Calls whatever makes a model (a class, a function, an instance) and checks that a model came out.
+
+Every failure on the way is told in the words of the command line: which argument is missing and how ``--arg`` gives it,
+which one is unknown and what the factory takes, which line of the user's file raised.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from ..core.errors import TargetError, UsageError
+from .user_code import nearest, running_user_code, user_error
+
+_SHOWN = 16
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def parse_arg(text: str) -> tuple[str, object]:
+    """Parses one ``--arg``.
+
+    The value is a Python literal; a bare word that is none (``--arg act=relu``) is taken as a string.
+
+    Args:
+        text: ``name=value``.
+
+    Returns:
+        The name and the value: ``("num_classes", 10)``.
+
+    Raises:
+        UsageError: There is no ``=``, the name is no identifier, or the value looks like a literal but is malformed.
+    """
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not name.isidentifier():
+        raise UsageError(
+            f"cannot read --arg {text!r}",
+            expected="NAME=VALUE, the value a Python literal",
+            hint="--arg num_classes=10, --arg layers=[3,4,6,3], --arg act=relu",
+        )
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        if re.fullmatch(r"[^\W\d][\w.:/+-]*", value):
+            return name, value
+        raise UsageError(
+            f"cannot read the value of --arg {text!r}",
+            expected="a Python literal (10, 0.5, True, None, 'text', [1, 2], (3, 4), {'a': 1}) or a bare word",
+            got=value or "nothing",
+        ) from error
+
+
+def parameters_of(factory: Callable[..., object]) -> dict[str, inspect.Parameter] | None:
+    """The parameters of a callable by name.
+
+    Args:
+        factory: A class or function.
+
+    Returns:
+        The parameters; None for a callable that has no signature to read.
+    """
+    try:
+        return dict(inspect.signature(factory).parameters)
+    except (TypeError, ValueError):
+        return None
+
+
+def missing_args(factory: Callable[..., object], args: Mapping[str, object]) -> list[str]:
+    """The parameters without a default that the arguments do not give.
+
+    Args:
+        factory: A class or function.
+        args: The arguments, by name.
+
+    Returns:
+        Their names, in order.
+    """
+    kinds = (*_NAMED, inspect.Parameter.POSITIONAL_ONLY)
+    parameters = parameters_of(factory) or {}
+    return [n for n, p in parameters.items() if p.kind in kinds and p.default is p.empty and n not in args]
+
+
+def unknown_args(factory: Callable[..., object], args: Mapping[str, object]) -> list[str]:
+    """The arguments that a factory has no parameter for.
+
+    Args:
+        factory: A class or function.
+        args: The arguments, by name.
+
+    Returns:
+        Their names; empty for a factory that takes any keyword.
+    """
+    parameters = parameters_of(factory)
+    if parameters is None or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return []
+    return [name for name in args if name not in parameters]
+
+
+def takes(factory: Callable[..., object], but: Iterable[str] = ()) -> str:
+    """A factory's parameters as a person would read them.
+
+    Args:
+        factory: A class or function.
+        but: Parameters that are not the user's to give.
+
+    Returns:
+        ``width, depth=2``; ``no arguments``; with ``...`` at the end when it takes any keyword.
+    """
+    shown: list[str] = []
+    for name, p in (parameters_of(factory) or {}).items():
+        if p.kind is inspect.Parameter.VAR_KEYWORD:
+            shown.append("...")
+        elif p.kind is not inspect.Parameter.VAR_POSITIONAL and name not in but:
+            text = repr(p.default)
+            plain = p.default is not p.empty and len(text) <= 30 and not text.startswith("<")
+            shown.append(f"{name}={text}" if plain else name)
+    if len(shown) > _SHOWN:
+        shown[_SHOWN:] = [f"… ({len(shown)} in all)"]
+    return ", ".join(shown) or "no arguments"
+
+
+def needs_error(factory: Callable[..., object], missing: list[str], what: str) -> TargetError:
+    """The error for a factory whose required arguments were not given.
+
+    Args:
+        factory: The class or function.
+        missing: The names of what it needs.
+        what: What the factory is, for the message.
+
+    Returns:
+        The error.
+    """
+    noun = "argument" if len(missing) == 1 else "arguments"
+    return TargetError(
+        f"{what} needs the {noun} {', '.join(missing)}",
+        expected=takes(factory),
+        hint=" ".join(f"--arg {name}=VALUE" for name in missing),
+    )
+
+
+def unknown_error(
+    factory: Callable[..., object], unknown: list[str], what: str, but: Iterable[str] = ()
+) -> TargetError:
+    """The error for arguments that a factory does not take.
+
+    Args:
+        factory: The class or function.
+        unknown: The names it does not take.
+        what: What the factory is, for the message.
+        but: Parameters that are not the user's to give.
+
+    Returns:
+        The error.
+    """
+    names = [n for n, p in (parameters_of(factory) or {}).items() if p.kind in _NAMED and n not in but]
+    near = [n for name in unknown for n in nearest(name, names, n=1)]
+    noun = "argument" if len(unknown) == 1 else "arguments"
+    return TargetError(
+        f"{what} takes no {noun} {', '.join(unknown)}",
+        expected=takes(factory, but),
+        hint=f"did you mean {', '.join(near)}?" if near else None,
+    )
+
+
+def construct(
+    factory: Callable[..., object], args: Mapping[str, object], what: str, origin: Path | None, but: Iterable[str] = ()
+) -> object:
+    """Calls a factory with the arguments by name.
+
+    Args:
+        factory: A class or function.
+        args: The arguments.
+        what: What it is, for messages: ``class Net in model.py``.
+        origin: The user's file, if it is one, so that an error names the line.
+        but: Parameters that are not the user's to give, left out of messages.
+
+    Returns:
+        What it returned.
+
+    Raises:
+        TargetError: An argument is missing or unknown, or the factory raised.
+    """
+    if unknown := unknown_args(factory, args):
+        raise unknown_error(factory, unknown, what, but)
+    if missing := missing_args(factory, args):
+        raise needs_error(factory, missing, what)
+    parameters = parameters_of(factory) or {}
+    leading = [n for n, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY and n in args]
+    by_name = {name: value for name, value in args.items() if name not in leading}
+    try:
+        with running_user_code(str(origin or what)):
+            return factory(*(args[name] for name in leading), **by_name)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, TargetError):
+            raise
+        inner = _deep_unknown(error, args)
+        if inner is not None:
+            name, taker = inner
+            raise unknown_error(taker or factory, [name], what, {"self", *but}) from error
+        given = ", ".join(f"{name}={value!r}" for name, value in args.items() if name not in but)
+        raise user_error(error, what, origin, hint=f"check --arg {given}" if given else None) from error
+
+
+def _deep_unknown(error: BaseException, args: Mapping[str, object]) -> tuple[str, Callable[..., object] | None] | None:
+    """Finds out whether a ``**kwargs`` factory handed one of our arguments to something that does not take it.
+
+    Returns:
+        The argument and the callable that refused it (None when it cannot be found); None when something else happened.
+    """
+    match = re.match(r"([\w.<>]+)\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if not isinstance(error, TypeError) or match is None or match[2] not in args:
+        return None
+    owner = match[1].removesuffix(".__init__")
+    frames: list[TracebackType] = []
+    tb = error.__traceback__
+    while tb is not None:
+        frames.append(tb)
+        tb = tb.tb_next
+    for frame in reversed(frames):
+        for value in (*frame.tb_frame.f_locals.values(), *frame.tb_frame.f_globals.values()):
+            if callable(value) and getattr(value, "__qualname__", None) == owner:
+                return match[2], value
+    return match[2], None
+
+
+def as_model(value: object, what: str) -> tuple[nn.Module, tuple[str, ...]]:
+    """Checks that a model came out, unwraps what only wraps one, and puts it in eval mode.
+
+    ``torch.compile`` and (distributed) data-parallel wrappers are unwrapped.
+
+    Args:
+        value: What the factory returned, or the instance.
+        what: What it is, for messages.
+
+    Returns:
+        The model, in eval mode, and what should be told about it.
+
+    Raises:
+        TargetError: It is no ``nn.Module``, or it is a TorchScript module.
+    """
+    notes: list[str] = []
+    while (inner := _unwrap(value)) is not None:
+        notes.append(f"unwrapped {type(value).__name__} around {type(inner).__name__}")
+        value = inner
+    if isinstance(value, torch.jit.ScriptModule):
+        raise TargetError(
+            f"{what} is a TorchScript module, which holds compiled code and cannot be traced or rewritten",
+            hint="give the Python model it was scripted from",
+        )
+    if not isinstance(value, nn.Module):
+        raise TargetError(
+            f"{what} is not a model", expected="a torch.nn.Module, or something that returns one", got=kind_of(value)
+        )
+    try:
+        value.eval()
+    except NotImplementedError:  # what torch.export's module() gives is fixed in the mode it was exported in
+        notes.append(f"{type(value).__name__} cannot be put in eval mode: used as it is")
+    return value, tuple(notes)
+
+
+def _unwrap(value: object) -> object | None:
+    """What a wrapper that adds nothing to the computation holds; None when the value is no such wrapper."""
+    if isinstance(value, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner: object = value.module
+        return inner
+    if (
+        isinstance(value, nn.Module) and type(value).__name__ == "OptimizedModule"
+    ):  # by name: its module is the compiler
+        return getattr(value, "_orig_mod", None)
+    return None
+
+
+def kind_of(value: object) -> str:
+    """What a value is, in a few words.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        ``None``, ``a tuple of Linear, int``, ``the class dict``, ``a str``…
+    """
+    if value is None:
+        return "None"
+    if inspect.isclass(value):
+        return f"the class {value.__name__}"
+    if inspect.ismodule(value):
+        return f"the Python module {value.__name__}"
+    if isinstance(value, (tuple, list)) and value:
+        return f"a {type(value).__name__} of {', '.join(type(v).__name__ for v in value)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with the keys {', '.join(map(repr, list(value)[:5]))}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"

@@ -1,0 +1,244 @@
+"""A folder of images as calibration inputs. Needs Pillow, the extra ``images``.
+
+Without ``--preprocess`` an image is resized so that it covers the size of the example input, cropped in the centre,
+scaled to 0…1 and, where the model takes three channels, normalised: by the mean and standard deviation that a timm
+model carries, else by ImageNet's, as nearly every classifier of torchvision and timm takes them. A model that takes a
+list of images (a detector of torchvision) gets them at their own size and not normalised, which it does itself. With
+``--preprocess`` its function gets the PIL image in RGB, as torchvision's transforms do.
+
+Images are taken in an order that is drawn once with a fixed seed, since folders are often sorted by class: a part of
+them, by ``--calibration-size`` or held out, is then like the rest. Which number an image has, for ``--labels``, is its
+place among the sorted paths.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import UsageError, first_line
+from .arrays import SUFFIXES as ARRAY_SUFFIXES
+
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+_BATCH = 32
+_SHOWN = 3
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_FUNCTION = "--preprocess file.py:NAME, a function of a PIL image that returns a tensor C×H×W"
+
+
+class ImageFolder:
+    """Batches of images; reads the files anew every time.
+
+    Args:
+        path: The folder; files below it count too.
+        example_inputs: What the model takes.
+        preprocess: Makes a tensor ``C×H×W`` of a PIL image.
+        size: At most so many images.
+        labels: A class for each image, in the order of their paths.
+        model: The model, which may say how its inputs are normalised.
+
+    Attributes:
+        samples: How many images it gives, as far as all can be read.
+
+    Raises:
+        UsageError: There is no image or no Pillow, or the model does not take images and there is no ``preprocess``.
+            Iterating raises it when no image can be read.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        example_inputs: Any,
+        *,
+        preprocess: Callable[..., Any] | None = None,
+        size: int | None = None,
+        labels: Tensor | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
+        self.path, self._preprocess, self._labels = path, preprocess, labels
+        _need_pillow(path)
+        self.files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and _is_shown(p, path))
+        if not self.files:
+            arrays = sorted(p.name for p in path.iterdir() if p.suffix in ARRAY_SUFFIXES)
+            raise UsageError(
+                f"no images in {path}",
+                expected=", ".join(SUFFIXES),
+                got=", ".join(sorted(p.name for p in path.iterdir())[:5]) or "an empty folder",
+                hint=f"--calibration {path / arrays[0]}" if arrays else None,
+            )
+        if labels is not None and len(labels) != len(self.files):
+            raise UsageError(f"{len(labels)} labels were given, and {path} holds {len(self.files)} images")
+        self.samples = len(self.files) if size is None else min(size, len(self.files))
+        self._order = random.Random(0).sample(range(len(self.files)), len(self.files))
+        self._bad: dict[Path, str] = {}
+        example, self._listed, self._by_name = _one_input(example_inputs, path, preprocess is not None)
+        self._shape = tuple(example.shape) if example is not None else ()
+        self._mean, self._std, of = _normalisation(model) if not self._listed else ((), (), "")
+        self._note = "" if preprocess is not None else self._described(of)
+        if preprocess is None and self._shape[-3] not in (1, 3):
+            raise UsageError(
+                f"the model takes {self._shape[-3]} channels, and images have 1 or 3", where=str(path), hint=_FUNCTION
+            )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What should be told: how images become inputs, and which cannot be read, as far as that is known yet."""
+        notes = [self._note] if self._note else []
+        if self.samples < len(self.files):
+            notes.append(
+                f"{self.samples} of the {len(self.files)} images in {self.path}, drawn at random with a fixed seed"
+            )
+        if self._bad:
+            shown = [f"{path.relative_to(self.path)} ({why})" for path, why in list(self._bad.items())[:_SHOWN]]
+            more = f" and {len(self._bad) - _SHOWN} more" if len(self._bad) > _SHOWN else ""
+            notes.append(
+                f"cannot read {len(self._bad)} of {len(self.files)} images: {', '.join(shown)}{more}; left out"
+            )
+        return tuple(notes)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Batches: a tensor ``N×C×H×W``, or a list of images; with labels beside them where there are any."""
+        images: list[Tensor] = []
+        places: list[int] = []
+        given = 0
+        for place in self._order:
+            image = self._read(self.files[place])
+            if image is None:
+                continue
+            images.append(image)
+            places.append(place)
+            given += 1
+            if len(images) == _BATCH or given == self.samples:
+                yield self._batch(images, places)
+                images, places = [], []
+            if given == self.samples:
+                return
+        if images:
+            yield self._batch(images, places)
+        if not given:
+            path, why = next(iter(self._bad.items()))
+            raise UsageError(f"none of the {len(self.files)} images in {self.path} can be read", got=f"{path}: {why}")
+
+    def _read(self, path: Path) -> Tensor | None:
+        """One image as the model takes it; None where the file cannot be read, which is noted."""
+        from PIL import Image, UnidentifiedImageError
+
+        if path in self._bad:
+            return None
+        grey = self._preprocess is None and self._shape[-3] == 1
+        try:
+            with Image.open(path) as opened:
+                image = opened.convert("L" if grey else "RGB")
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            unknown = isinstance(error, UnidentifiedImageError)
+            self._bad[path] = "no image that Pillow knows" if unknown else first_line(error)
+            return None
+        if self._preprocess is None:
+            return self._standard(image)
+        made = self._preprocess(image)
+        if isinstance(made, np.ndarray):
+            made = torch.from_numpy(np.ascontiguousarray(made))
+        if not isinstance(made, Tensor) or made.dim() != 3:
+            raise UsageError(
+                "--preprocess made no image of an image",
+                where=str(path),
+                expected="a tensor C×H×W",
+                got=f"a tensor {'×'.join(map(str, made.shape))}" if isinstance(made, Tensor) else type(made).__name__,
+            )
+        return made
+
+    def _standard(self, image: Any) -> Tensor:
+        """An image resized, cropped, scaled and normalised."""
+        from PIL import Image
+
+        if not self._listed:
+            height, width = self._shape[-2:]
+            scale = max(width / image.width, height / image.height)
+            wide, high = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+            left, top = (wide - width) // 2, (high - height) // 2
+            image = image.resize((wide, high), Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
+        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).div_(255)
+        if pixels.dim() == 2:
+            return pixels[None]
+        pixels = pixels.permute(2, 0, 1).contiguous()
+        if self._listed:
+            return pixels
+        return (pixels - torch.tensor(self._mean)[:, None, None]) / torch.tensor(self._std)[:, None, None]
+
+    def _batch(self, images: list[Tensor], places: list[int]) -> Any:
+        """Images and their labels as they are given out."""
+        if self._listed:
+            return (images,)
+        if len(shapes := {tuple(image.shape) for image in images}) > 1:
+            raise UsageError(
+                "--preprocess made images of different sizes",
+                where=str(self.path),
+                got=", ".join("×".join(map(str, shape)) for shape in sorted(shapes)[:3]),
+                hint="resize or crop them to one size",
+            )
+        batch = torch.stack(images)
+        labels = None if self._labels is None else self._labels[places]
+        if self._by_name:
+            return {self._by_name: batch, **({} if labels is None else {"labels": labels})}
+        return batch if labels is None else (batch, labels)
+
+    def _described(self, of: str) -> str:
+        """How images become inputs."""
+        if self._listed:
+            return f"images of {self.path}: at their own size, scaled to 0…1 (--preprocess does otherwise)"
+        height, width = self._shape[-2:]
+        normal = f"normalised by {of}" if self._shape[-3] == 3 else "not normalised"
+        return (
+            f"images of {self.path}: resized to cover {height}×{width}, cropped in the centre, scaled to 0…1, {normal} "
+            "(--preprocess does otherwise)"
+        )
+
+
+def _need_pillow(path: Path) -> None:
+    """Refuses a folder of images where Pillow is not installed."""
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f"{path} is a folder: reading images needs Pillow, which is not installed",
+            hint='pip install "pwrewrite[images]"',
+        ) from error
+
+
+def _is_shown(path: Path, folder: Path) -> bool:
+    """Whether neither a file nor a folder on the way to it is hidden."""
+    return path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _one_input(example: Any, path: Path, preprocess: bool) -> tuple[Tensor | None, bool, str]:
+    """The one image input of a model, whether it is a list of images, and its name if it is a keyword."""
+    name = next(iter(example)) if isinstance(example, dict) and len(example) == 1 else ""
+    value = example[name] if name else example
+    if isinstance(value, (tuple, list)) and len(value) == 1 and not name:
+        value = value[0]
+    listed = isinstance(value, (tuple, list)) and bool(value) and all(isinstance(v, Tensor) for v in value)
+    one = value[0] if listed else value
+    if isinstance(one, Tensor) and one.dim() == (3 if listed else 4) and one.is_floating_point():
+        return one, listed, name
+    if isinstance(one, Tensor) and preprocess:
+        return one, listed, name
+    raise UsageError(
+        f"{path} is a folder of images, and the model does not take one image",
+        expected="one floating input N×C×H×W, or a list of images",
+        hint="give arrays, or file.py:NAME that gives batches",
+    )
+
+
+def _normalisation(model: nn.Module | None) -> tuple[tuple[float, ...], tuple[float, ...], str]:
+    """Mean and standard deviation of a model's inputs, and whose they are."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if isinstance(config, dict) and len(config.get("mean") or ()) == 3 and len(config.get("std") or ()) == 3:
+        return tuple(config["mean"]), tuple(config["std"]), "the model's mean and standard deviation"
+    return *_IMAGENET, "ImageNet's mean and standard deviation"

@@ -1,0 +1,383 @@
+"""Saving a rewritten model and loading it again, without pickles.
+
+A folder holds ``model.safetensors`` (the weights), ``plan.json`` (what was done, with a map from old parameter names to
+new ones), ``report.json`` and a ``README.md`` for people. Loading takes the *original* model from the caller, carries
+out the plan without decomposing anything and fills in the saved weights. The target recorded in the plan is code: it is
+imported only when the caller says that it is trusted.
+
+The folder is written beside its place and then renamed, so that an interruption leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import OutputError, PlanError, TargetError, WeightsError, first_line
+from ..core.plan import SCHEMA, Edit, Plan, dumps
+from ..edit.apply import carry_out
+
+WEIGHTS, PLAN, REPORT, README = "model.safetensors", "plan.json", "report.json", "README.md"
+_ALIASES = "pwrewrite.aliases"
+
+
+def save(
+    folder: str | Path,
+    model: nn.Module,
+    plan: Plan,
+    *,
+    edits: Sequence[Edit] = (),
+    report: Mapping[str, Any] | None = None,
+    readme: str | None = None,
+    force: bool = False,
+) -> Path:
+    """Writes a rewritten model into a folder.
+
+    Args:
+        folder: Where to; made here, together with missing parents.
+        model: The rewritten model.
+        plan: The plan from the original model to this one.
+        edits: What was done, for the map of names.
+        report: The report's JSON data.
+        readme: Text of the folder's README.
+        force: Whether a folder that was saved before is replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: If the folder exists, cannot be written, or the model keeps what cannot be saved.
+    """
+    check_place(folder, force=force)
+    target = Path(os.path.realpath(folder))
+    names = {old: list(new) for edit in edits for old, new in edit.renamed.items()}
+    scratch = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        _save_weights(model, scratch / WEIGHTS)
+        _write(scratch / PLAN, dumps({**plan.to_dict(), "names": names}))
+        _write(scratch / REPORT, json.dumps(report or {}, indent=2, ensure_ascii=False) + "\n")
+        if readme is not None:
+            _write(scratch / README, readme)
+        scratch.chmod(0o777 & ~_umask())
+        _move_in(scratch, target)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise _unwritable(Path(folder), error) from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return Path(folder)
+
+
+def check_place(folder: str | Path, *, force: bool = False) -> None:
+    """Checks, before any work, that a folder can be written.
+
+    Raises:
+        OutputError: If it is a file, cannot be written, exists and ``force`` is off, or holds what pwrewrite did not
+            write.
+    """
+    target = Path(os.path.realpath(folder))
+    if target.exists() and not target.is_dir():
+        raise OutputError("the output folder is a file", where=str(folder), hint="give another place")
+    try:
+        content = sorted(entry.name for entry in target.iterdir()) if target.exists() else []
+    except OSError as error:
+        raise _unwritable(Path(folder), error) from error
+    if content and not force:
+        raise OutputError("the output folder exists", where=str(folder), hint="--force replaces what was saved there")
+    strange = [name for name in content if name not in (WEIGHTS, PLAN, REPORT, README)]
+    if content and (strange or not _is_plan(target / PLAN)):
+        raise OutputError(
+            "the output folder holds what pwrewrite did not write, so it is not replaced",
+            where=str(folder),
+            got=", ".join(strange[:5]) or f"no {PLAN} of pwrewrite",
+            hint="give another place, or remove it yourself",
+        )
+    parent = target.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = "no write permission in" if parent.is_dir() else "not a folder:"
+        raise OutputError("the output folder cannot be written", where=str(folder), got=f"{why} {parent}")
+
+
+def _is_plan(path: Path) -> bool:
+    """Whether a file is a plan that was saved beside a model."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and data.get("schema") == SCHEMA
+
+
+def is_saved(path: str | Path) -> bool:
+    """Whether a path is a folder that `save` wrote."""
+    return (Path(path) / PLAN).is_file()
+
+
+def read_plan(folder: str | Path) -> Plan:
+    """The plan of a saved folder.
+
+    Raises:
+        TargetError: If it is no such folder.
+        PlanError: If the plan makes no sense.
+    """
+    if not is_saved(folder):
+        raise TargetError(
+            "not a folder that pwrewrite saved",
+            where=str(folder),
+            expected=f"a folder with {PLAN} and {WEIGHTS}",
+        )
+    return Plan.read(Path(folder) / PLAN)
+
+
+def load(folder: str | Path, model: nn.Module | None = None, *, trust_target: bool = False) -> nn.Module:
+    """A rewritten model from its folder.
+
+    Args:
+        folder: What `save` wrote.
+        model: The original model, with any weights; stays as it is.
+        trust_target: Whether, without ``model``, the target recorded in the plan may be imported. That runs its code.
+
+    Returns:
+        The rewritten model with the saved weights, in eval mode.
+
+    Raises:
+        TargetError: If neither a model nor trust was given.
+        PlanError: If the plan does not fit the model.
+        WeightsError: If the saved weights are damaged or do not fit.
+    """
+    plan = read_plan(folder)
+    if model is None:
+        model = _recorded(plan, folder, trust_target)
+    applied = carry_out(model, plan, fill=False)
+    if applied.skips:
+        skip = applied.skips[0]
+        raise PlanError(
+            f"the plan cannot be carried out on this model: {skip.detail}", where=skip.path, got=str(skip.reason)
+        )
+    _load_weights(applied.model, Path(folder) / WEIGHTS)
+    return applied.model.eval()
+
+
+def _recorded(plan: Plan, folder: str | Path, trust_target: bool) -> nn.Module:
+    target = plan.model.get("target")
+    if not trust_target:
+        raise TargetError(
+            "a saved folder holds weights and a plan, not the model's code",
+            where=str(folder),
+            expected="the original model, as load(folder, model) or --model TARGET",
+            hint=f"its target was {target!r}; --trust-target (trust_target=True) imports that, which runs its code",
+        )
+    if not isinstance(target, str):
+        raise TargetError("the plan records no target", where=str(folder), hint="give the model: load(folder, model)")
+    from . import load_target
+
+    return load_target(target, args=dict(plan.model.get("args") or {}), need_inputs=False).model
+
+
+# ------------------------------------------------------------------------------------------------- weights
+
+
+def _save_weights(model: nn.Module, path: Path) -> None:
+    """Writes the state_dict; a tensor with several names is written once.
+
+    Raises:
+        OutputError: If the model keeps what safetensors cannot hold.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    kept: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise OutputError(
+                "the model keeps state that is not a tensor, which safetensors cannot hold",
+                where=name,
+                expected="tensors only",
+                got=type(value).__name__,
+                hint="override get_extra_state to return a tensor, or save the state yourself",
+            )
+        if value.is_meta:
+            raise OutputError("the model has no weights to save: they are on meta", where=name)
+        tensor = value.detach()
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, str(tensor.device))
+        if tensor.numel() and key in seen:
+            aliases[name] = seen[key]
+            continue
+        seen[key] = name
+        # A copy: safetensors refuses tensors that share memory, and writes all of a storage that a view is part of.
+        kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+    try:
+        save_file(kept, str(path), metadata={"format": "pt", _ALIASES: json.dumps(aliases)})
+        _flush(path)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise OutputError(f"cannot write the weights: {first_line(error)}", where=str(path.name)) from error
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Fills a model with saved weights, in the dtypes that they were saved in.
+
+    Raises:
+        WeightsError: If they cannot be read or do not fit.
+    """
+    state = _read_weights(path)
+    wanted = model.state_dict()
+    missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
+    misfits = [n for n in wanted if n in state and _shape(wanted[n]) != _shape(state[n])]
+    if missing or extra or misfits:
+        raise WeightsError(
+            "the saved weights do not fit the model",
+            where=str(path),
+            expected=f"{len(wanted)} tensors" + (f"; missing {', '.join(missing[:5])}" if missing else ""),
+            got=f"{len(state)} tensors"
+            + (f"; unexpected {', '.join(extra[:5])}" if extra else "")
+            + (f"; of another shape {', '.join(misfits[:5])}" if misfits else ""),
+            hint="give the model that the rewrite started from",
+        )
+    tied = _tied(model)
+    fresh = any(isinstance(value, Tensor) and value.is_meta for value in wanted.values())
+    if not fresh:
+        _cast(model, state)
+    model.load_state_dict(state, assign=fresh)
+    for first, *others in tied:
+        owner, _, name = first.rpartition(".")
+        parameter = getattr(model.get_submodule(owner), name)
+        for other in others:
+            owner, _, name = other.rpartition(".")
+            setattr(model.get_submodule(owner), name, parameter)
+    left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    if left:
+        raise WeightsError(
+            "some tensors of the model are neither saved nor made",
+            where=str(path),
+            got=", ".join(left[:5]),
+            hint="build the model on a real device, not on meta",
+        )
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """All saved tensors, under all their names."""
+    from safetensors import SafetensorError, safe_open
+
+    state: dict[str, Tensor] = {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            aliases: dict[str, str] = json.loads((file.metadata() or {}).get(_ALIASES, "{}"))
+            for name in file.keys():  # noqa: SIM118  (not a mapping: it cannot be iterated over)
+                state[name] = file.get_tensor(name)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(
+            f"the saved weights cannot be read: {first_line(error)}",
+            where=str(path),
+            hint="the file is missing or was cut off; save the rewrite again",
+        ) from error
+    for name, original in aliases.items():
+        if original in state:
+            state[name] = state[original]
+    return state
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value)
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """Names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [same for same in names.values() if len(same) > 1]
+
+
+def _cast(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Brings parameters and buffers to the dtypes of saved ones, which a load would otherwise convert."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in state and state[name].dtype != tensor.dtype:
+            tensor.data = tensor.data.to(state[name].dtype)
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Has a file on the disk before it is renamed, so that a crash cannot leave an empty one."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Writes a text file beside its place and renames it.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    target = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.absolute().parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, target)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise _unwritable(target, error) from error
+
+
+def _move_in(scratch: Path, target: Path) -> None:
+    """Renames a finished folder into place; an old one goes only once the new one is there.
+
+    Raises:
+        OSError: If it cannot be; the old folder is in its place then.
+    """
+    if not target.exists():
+        os.rename(scratch, target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    old = aside / target.name
+    try:
+        os.rename(target, old)
+        os.rename(scratch, target)
+    finally:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _unwritable(target: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"cannot write: {error.strerror or error}", where=str(target), hint="give another place, or make room"
+    )
+
+
+def with_model(plan: Plan, **facts: Any) -> Plan:
+    """A plan that records facts about the model it was made for; those that are None are left out."""
+    return replace(plan, model={**plan.model, **{k: v for k, v in facts.items() if v is not None}})

@@ -1,0 +1,332 @@
+"""Runs a user's own Python as ``python model.py`` would, and says clearly where it went wrong.
+
+What is the same as under ``python model.py``: the file's folder is on ``sys.path`` (in front), ``sys.argv`` is the file
+alone, the working directory stays. What differs: ``__name__`` is a unique module name and never ``__main__``, so the
+guarded script part does not run; what the file prints goes to stderr, because stdout belongs to the tool's own output.
+
+The folder stays on ``sys.path`` after the import, since a forward may import a sibling lazily. When a second target
+comes from another folder, siblings of the same name that an earlier target imported are dropped from ``sys.modules``
+first, so that each file gets its own.
+
+A file inside a package (its folder has an ``__init__.py``) is imported by its full dotted name from the package's root.
+If it imports relatively, the root comes first on ``sys.path`` and its own folder last: a package may well
+have a ``types.py``, which must not shadow the standard library. If it does not, its own folder comes first.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, ModuleType
+
+from ..core.errors import TargetError, TargetNotFound
+
+#: Folders that targets have put on ``sys.path``, in the order they came.
+_target_roots: list[Path] = []
+
+#: The folder of this package, whose frames say nothing about the user's code.
+_OURS = Path(__file__).resolve().parent.parent
+
+
+def nearest(name: str, known: list[str], n: int = 5) -> list[str]:
+    """The known names most like a given one, compared without case, best first.
+
+    Args:
+        name: What was asked for.
+        known: What there is.
+        n: At most so many.
+
+    Returns:
+        Up to ``n`` names out of ``known``; empty when none is near.
+    """
+    by_lower = {k.lower(): k for k in known}
+    return [by_lower[k] for k in difflib.get_close_matches(name.lower(), list(by_lower), n=n, cutoff=0.6)]
+
+
+def suggest_files(path: Path, suffixes: tuple[str, ...], only_near: bool = False) -> str | None:
+    """A hint that names the files nearest to a missing one.
+
+    Args:
+        path: The path that does not exist.
+        suffixes: The endings of files worth suggesting.
+        only_near: Say nothing rather than list files of quite other names.
+
+    Returns:
+        The hint, or None when the folder holds nothing to suggest.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        return f"the folder {folder} does not exist either"
+    try:
+        names = sorted(p.name for p in folder.iterdir() if p.name.endswith(suffixes))
+    except OSError:
+        return None
+    if near := nearest(path.name, names):
+        return f"did you mean {', '.join(str(folder / n) for n in near)}?"
+    if only_near or not names:
+        return None
+    return f"{folder} has {', '.join(names[:5])}" + (", …" if len(names) > 5 else "")
+
+
+@contextlib.contextmanager
+def running_user_code(argv0: str) -> Iterator[None]:
+    """While a user's code runs: ``sys.argv`` is the file alone, and prints go to stderr.
+
+    Args:
+        argv0: What ``sys.argv[0]`` should be.
+
+    Yields:
+        Nothing.
+    """
+    argv, sys.argv = sys.argv, [argv0]
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.argv = argv
+
+
+def locate(error: BaseException, origin: Path | None) -> str | None:
+    """Where in the user's code an exception came from.
+
+    Args:
+        error: The exception.
+        origin: The user's file; None when the code is not the user's.
+
+    Returns:
+        ``file, line N: source``, taken from the deepest frame in the user's file, or else in its folder; None without.
+    """
+    if origin is None:
+        return None
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not Path(f.filename).is_relative_to(_OURS)]
+    own = [f for f in frames if f.filename == str(origin)]
+    near = [f for f in frames if Path(f.filename).is_relative_to(origin.parent) and "site-packages" not in f.filename]
+    for frame in [*own[-1:], *near[-1:]]:
+        return f"{frame.filename}, line {frame.lineno}" + (f": {frame.line}" if frame.line else "")
+    return None
+
+
+def user_error(error: BaseException, what: str, origin: Path | None, hint: str | None = None) -> TargetError:
+    """Turns an exception that left the user's code into an error that a person can act on.
+
+    Args:
+        error: The exception.
+        what: What was being done, as a subject: ``model.py`` or ``class Net in model.py``.
+        origin: The user's file, if it is the user's.
+        hint: What to try, where the caller knows better.
+
+    Returns:
+        The error to raise ``from`` the exception.
+    """
+    where = locate(error, origin)
+    if isinstance(error, SyntaxError):
+        return _syntax_error(error)
+    if isinstance(error, SystemExit):
+        return TargetError(
+            f"{what} calls sys.exit({error.code!r}) when it is loaded",
+            where=where,
+            hint='put the part that is a script under if __name__ == "__main__":',
+        )
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        top = error.name.partition(".")[0]
+        return TargetError(
+            f"{what} imports {error.name!r}, which cannot be found",
+            where=where,
+            hint=hint
+            or f"pip install {top}; or, if {top!r} is code of your own, put the folder it lies in on PYTHONPATH",
+        )
+    if isinstance(error, ImportError):
+        if "no known parent package" in str(error):
+            hint = (
+                "the folder has no __init__.py, so it is no package: add one, or import the sibling by its plain name"
+            )
+        return TargetError(f"{what} has an import that fails: {error}", where=where, hint=hint)
+    text = str(error)
+    return TargetError(f"{what} raised {type(error).__name__}" + (f": {text}" if text else ""), where=where, hint=hint)
+
+
+def _syntax_error(error: SyntaxError) -> TargetError:
+    """The error for a file that does not parse, with its line and a caret under the column."""
+    message = f"syntax error in {error.filename}"
+    if error.lineno:
+        message += f", line {error.lineno}"
+    message += f": {error.msg}"
+    if error.text and error.lineno:
+        line = error.text.rstrip("\n")
+        number = str(error.lineno)
+        body = line.lstrip()
+        caret = max((error.offset or 1) - 1 - (len(line) - len(body)), 0)
+        message += f"\n  {number} | {body}\n  {' ' * len(number)} | {' ' * caret}^"
+    return TargetError(message)
+
+
+def import_file(path: Path) -> ModuleType:
+    """Imports a user's file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The module, registered in ``sys.modules``.
+
+    Raises:
+        TargetNotFound: There is no such file.
+        TargetError: The file cannot be read or parsed, or raised while it ran.
+    """
+    if not path.exists():
+        raise TargetNotFound(f"no such file: {path}", hint=suggest_files(path, (".py",)))
+    absolute = path.resolve()
+    try:
+        source = absolute.read_bytes()
+    except OSError as error:
+        raise TargetError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        tree = ast.parse(source, str(absolute))
+        code = compile(source, str(absolute), "exec", dont_inherit=True)
+    except SyntaxError as error:
+        raise user_error(error, str(path), absolute) from error
+    except ValueError as error:  # null bytes, on the older interpreters
+        raise TargetError(f"{path} is not Python source: {error}") from error
+
+    root, dotted = _package_of(absolute)
+    relative = any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
+    first, last = ([root], [absolute.parent]) if dotted and relative else ([absolute.parent, root], [])
+    with _on_path(first, last), running_user_code(str(path)):
+        try:
+            return _import_dotted(dotted, absolute) if dotted else _execute(absolute, code)
+        except (Exception, SystemExit) as error:
+            if isinstance(error, TargetError):
+                raise
+            raise user_error(error, str(path), absolute) from error
+
+
+def import_module(dotted: str) -> ModuleType:
+    """Imports a module by name, with the working directory importable as under ``python``.
+
+    Args:
+        dotted: ``package.module``.
+
+    Returns:
+        The module.
+
+    Raises:
+        TargetNotFound: There is no such module.
+        TargetError: It raised while it ran.
+    """
+    with _on_path([Path.cwd()], []), running_user_code(dotted):
+        try:
+            return importlib.import_module(dotted)
+        except (Exception, SystemExit) as error:
+            if isinstance(error, ModuleNotFoundError) and error.name and f"{dotted}.".startswith(f"{error.name}."):
+                raise TargetNotFound(
+                    f"no module named {error.name!r}",
+                    hint=_module_hint(dotted),
+                ) from error
+            raise user_error(error, f"module {dotted}", _origin_of(dotted, error)) from error
+
+
+def _module_hint(dotted: str) -> str:
+    """What to try when a module is not found: a near name, or what the forms of a target are."""
+    here = [p.stem if p.suffix == ".py" else p.name for p in Path.cwd().iterdir() if p.suffix == ".py" or p.is_dir()]
+    near = nearest(dotted.partition(".")[0], ["torchvision", "timm", *here], n=3)
+    forms = "a target is model.py, model.py:NAME, package.module:NAME, torchvision:NAME or timm:NAME"
+    return f"did you mean {', '.join(near)}? ({forms})" if near else forms
+
+
+def _origin_of(dotted: str, error: BaseException) -> Path | None:
+    """The file of a module whose import raised, as far as it can be known without importing again."""
+    tail = Path(*dotted.split("."))
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if (
+            path.with_suffix("").parts[-len(tail.parts) :] == tail.parts
+            or path.parent.parts[-len(tail.parts) :] == tail.parts
+        ):
+            return path
+    return None
+
+
+def _package_of(path: Path) -> tuple[Path, str | None]:
+    """The folder to import a file from, and its dotted name when it lies inside a package."""
+    parts = [] if path.name == "__init__.py" else [path.stem]
+    folder = path.parent
+    while (folder / "__init__.py").is_file() and folder.name.isidentifier() and folder != folder.parent:
+        parts.insert(0, folder.name)
+        folder = folder.parent
+    inside = folder != path.parent and all(part.isidentifier() for part in parts)
+    return (folder, ".".join(parts)) if inside else (path.parent, None)
+
+
+def _import_dotted(dotted: str, path: Path) -> ModuleType:
+    """Imports a package's file by its dotted name, and makes sure that it is that file."""
+    module = importlib.import_module(dotted)
+    found = getattr(module, "__file__", None)
+    if found is None or Path(found).resolve() != path:
+        raise TargetError(
+            f"{path} is {dotted} by its folders, but Python already has another {dotted}",
+            got=str(found),
+            hint="rename the package, or give the target as package.module:NAME",
+        )
+    return module
+
+
+def _execute(path: Path, code: CodeType) -> ModuleType:
+    """Runs a file as a module of its own under a unique name, without writing a bytecode cache."""
+    base = "pwrewrite_target_" + re.sub(r"\W", "_", path.stem)
+    name, n = base, 1
+    while name in sys.modules:
+        n += 1
+        name = f"{base}_{n}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None:
+        raise TargetError(f"{path} is not a Python file", hint="a target file ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        exec(code, module.__dict__)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@contextlib.contextmanager
+def _on_path(first: list[Path], last: list[Path]) -> Iterator[None]:
+    """Puts folders on ``sys.path``, for good unless the import fails, and makes way for the modules in them."""
+    saved = list(sys.path)
+    roots = [*first, *last]
+    for root in roots:
+        _forget_namesakes(root)
+    front = list(dict.fromkeys(str(p) for p in first))
+    rest = [p for p in sys.path if p not in front]
+    sys.path[:] = [*front, *rest, *(str(p) for p in last if str(p) not in front and str(p) not in rest)]
+    importlib.invalidate_caches()
+    try:
+        yield
+    except BaseException:
+        sys.path[:] = saved
+        raise
+    _target_roots.extend(root for root in roots if root not in _target_roots)
+
+
+def _forget_namesakes(root: Path) -> None:
+    """Drops modules that an earlier target imported from elsewhere and that this folder has under the same name."""
+    if not any(old != root for old in _target_roots):
+        return
+    here = {p.name if p.is_dir() else p.stem for p in root.iterdir() if p.suffix == ".py" or p.is_dir()}
+    here -= {"pwrewrite", "torch", *sys.stdlib_module_names}
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] not in here:
+            continue
+        path = Path(getattr(module, "__file__", None) or "/")
+        foreign = not path.is_relative_to(root) and any(path.is_relative_to(old) for old in _target_roots)
+        if foreign and not {"site-packages", "dist-packages"} & set(path.parts):
+            del sys.modules[name]

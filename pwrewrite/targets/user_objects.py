@@ -1,0 +1,198 @@
+"""What an option names in a user's own Python: ``file.py:NAME`` or ``package.module:NAME``.
+
+Three options do: ``--calibration`` (an iterable of inputs, or a function that gives one), ``--preprocess`` (a function
+that makes inputs of what was stored) and ``--metric`` (a function that scores a model).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..core.errors import PwrewriteError, UsageError
+from .factories import kind_of, missing_args
+from .obvious import name_not_found
+from .user_code import import_file, import_module, running_user_code, user_error
+
+_FORMS = "file.py:NAME or package.module:NAME"
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a text named.
+
+    Attributes:
+        value: The object.
+        name: Its name, for messages: ``accuracy in eval.py``.
+        place: The file or module.
+        origin: The user's file, if it is one.
+    """
+
+    value: Any
+    name: str
+    place: str
+    origin: Path | None
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls it; what it prints goes to stderr.
+
+        Args:
+            *args: Its arguments.
+            **kwargs: Its arguments.
+
+        Returns:
+            What it returns.
+
+        Raises:
+            TargetError: It raised; the message names the line.
+        """
+        try:
+            with running_user_code(self.place):
+                return self.value(*args, **kwargs)
+        except (Exception, SystemExit) as error:
+            if isinstance(error, PwrewriteError):
+                raise
+            raise user_error(error, self.name, self.origin) from error
+
+
+def is_named(text: str) -> bool:
+    """Whether a text has the form ``file.py:NAME`` or ``package.module:NAME``."""
+    head, colon, name = text.rpartition(":")
+    if not colon or not all(part.isidentifier() for part in name.split(".")):
+        return False
+    return head.endswith(".py") or Path(head).is_file() or all(part.isidentifier() for part in head.split("."))
+
+
+def load_named(text: str, option: str) -> Named:
+    """Imports what a text names.
+
+    Args:
+        text: ``file.py:NAME`` or ``package.module:NAME``; ``NAME`` may have dots.
+        option: The option it was given to, for messages.
+
+    Returns:
+        The object.
+
+    Raises:
+        UsageError: It has neither form.
+        TargetError: There is no such name, or the import fails.
+        TargetNotFound: There is no such file or module.
+    """
+    place, _, name = text.rpartition(":")
+    if not is_named(text):
+        raise UsageError(f"cannot read {option} {text!r}", expected=_FORMS)
+    in_file = place.endswith(".py") or Path(place).is_file()
+    module = import_file(Path(place)) if in_file else import_module(place)
+    value: Any = module
+    for part in name.split("."):
+        if not hasattr(value, part):
+            raise name_not_found(module, name, place)
+        value = getattr(value, part)
+    file = getattr(module, "__file__", None)
+    return Named(value, f"{name} in {place}", place, Path(file).resolve() if file else None)
+
+
+def _callable(found: Named, option: str, what: str, takes: int) -> Named:
+    """Refuses what cannot be called with so many arguments."""
+    if not callable(found.value):
+        raise UsageError(f"{found.name} is not a function", expected=f"{option} takes {what}", got=kind_of(found.value))
+    needed = missing_args(found.value, {})
+    if len(needed) > takes:
+        raise UsageError(f"{found.name} needs the arguments {', '.join(needed)}", expected=f"{option} takes {what}")
+    return found
+
+
+def open_iterable(text: str) -> Any:
+    """The calibration inputs that a user's code gives.
+
+    Args:
+        text: ``file.py:NAME``: an iterable of batches (a ``DataLoader``, a list, a dataset, a tensor), or a function or
+            class that gives one when it is called without arguments.
+
+    Returns:
+        The iterable. A generator can be gone through once; a loader, a list or an object with ``__iter__`` again, which
+        spares memory.
+
+    Raises:
+        UsageError: It is neither.
+        TargetError: It cannot be imported, or raised.
+    """
+    what = "an iterable of batches, or a function without arguments that gives one"
+    found = load_named(text, "--calibration")
+    value = found.value
+    if not _iterates(value):
+        value = _callable(found, "--calibration", what, 0).call()
+        if not _iterates(value):
+            raise UsageError(
+                f"{found.name} returned no iterable of batches",
+                expected=f"--calibration takes {what}",
+                got=kind_of(value),
+            )
+    return value
+
+
+def _iterates(value: object) -> bool:
+    """Whether a value is an iterable of batches, or one batch."""
+    if inspect.isclass(value) or isinstance(value, (str, bytes, Path)):
+        return False
+    return isinstance(value, (Iterable, Tensor, np.ndarray, Mapping, Dataset))
+
+
+def open_preprocess(text: str) -> Callable[..., Any]:
+    """The function behind ``--preprocess``.
+
+    Args:
+        text: ``file.py:NAME``. It gets one image (a PIL image in RGB) of a folder, as torchvision's transforms do, and
+            a whole batch (a numpy array; a tensor from safetensors) of a file of arrays.
+
+    Returns:
+        The function; an error in it is told with its line.
+
+    Raises:
+        UsageError: It is no function.
+        TargetError: It cannot be imported.
+    """
+    return _callable(load_named(text, "--preprocess"), "--preprocess", "a function of an image or a batch", 10).call
+
+
+def open_metric(text: str) -> Callable[[nn.Module], float]:
+    """The function behind ``--metric``.
+
+    Args:
+        text: ``file.py:NAME``, a function that is called with the model and returns a number; larger is better.
+
+    Returns:
+        The function. It raises `UsageError` where what comes back is no number, NaN or infinite, and `TargetError`
+        where the user's function raises.
+
+    Raises:
+        UsageError: It is no function of one argument.
+        TargetError: It cannot be imported.
+    """
+    what = "a function of the model that returns a number, larger being better"
+    found = load_named(text, "--metric")
+    if isinstance(found.value, nn.Module):
+        raise UsageError(f"{found.name} is a model", expected=f"--metric takes {what}")
+    _callable(found, "--metric", what, 1)
+
+    def metric(model: nn.Module) -> float:
+        """The user's score of a model."""
+        value = found.call(model)
+        if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) == 1:
+            value = value.item()
+        if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+            raise UsageError(f"{found.name} returned no number", expected=what, got=kind_of(value))
+        if not math.isfinite(value):
+            raise UsageError(f"{found.name} returned {float(value)}", expected="a finite number")
+        return float(value)
+
+    return metric

@@ -1,0 +1,318 @@
+"""Loads a checkpoint into a model: all of it or nothing.
+
+Everything is checked before the first tensor is copied. Names, shapes and ties are compared here; what the model's own
+loading hooks would rename, add or drop (old formats, weight norm, frozen batch norm) is asked of ``load_state_dict``
+itself, in a rehearsal on meta tensors that puts nothing in the model. A model on the meta device gets the checkpoint's
+tensors themselves (``assign=True``), cast to its own dtype, tied parameters staying tied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..core.errors import WeightsError
+from .checkpoints import read_weights
+
+#: What wrappers put before every key: data parallel, ``torch.compile``, and trainers that hold a ``self.model``.
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+_MAJORITY = 0.9
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a checkpoint fits a model.
+
+    Attributes:
+        missing: Keys of the model that the checkpoint lacks.
+        unexpected: Keys of the checkpoint that the model lacks.
+        mismatched: Keys with another shape: ``(key, shape in the checkpoint, shape in the model)``.
+        untied: Pairs of keys that are one tensor in the model and two different ones in the checkpoint.
+        matched: How many keys of the model are filled.
+        total: How many keys the model has.
+    """
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    untied: tuple[tuple[str, str], ...]
+    matched: int
+    total: int
+
+    @property
+    def perfect(self) -> bool:
+        """Whether everything has its place."""
+        return not (self.missing or self.unexpected or self.mismatched or self.untied)
+
+
+def load_weights(model: nn.Module, path: Path, lenient: bool = False) -> tuple[str, ...]:
+    """Loads a checkpoint into a model, in place.
+
+    Args:
+        model: The model; may be on the meta device.
+        path: The checkpoint (see ``checkpoints``).
+        lenient: Accept keys that are missing, unexpected or of another shape; those parts stay as they are.
+
+    Returns:
+        Notes on what was chosen and what does not fit.
+
+    Raises:
+        WeightsError: The checkpoint cannot be read, is not safe to read, or does not fit. The model is then untouched.
+    """
+    state, notes = read_weights(path)
+    state, stripped = strip_prefixes(state, set(model.state_dict(keep_vars=True)))
+    if stripped:
+        notes = (*notes, f"left the prefix {stripped!r} off the checkpoint's keys")
+    usable, fit = fit_weights(model, state, str(path))
+    if not fit.perfect:
+        if not lenient or not fit.matched:
+            raise _misfit(fit, str(path), lenient)
+        notes = (*notes, f"{path} fits in part: " + "; ".join(line for line, _ in _lists(fit)))
+    try:
+        model.load_state_dict(usable, strict=False, assign=_on_meta(model))
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+    ) as error:  # the rehearsal went well, so this is the model's own doing
+        raise WeightsError(f"{type(model).__name__} refused {path} half way: {error}") from error
+    left = [n for n, t in _tensors(model).items() if t.is_meta] if _on_meta(model) and usable else []
+    if left:
+        notes = (
+            *notes,
+            f"{len(left)} tensors have no values, the checkpoint having none for them: {', '.join(left[:3])}",
+        )
+    return notes
+
+
+def strip_prefixes(state: dict[str, Tensor], wanted: set[str]) -> tuple[dict[str, Tensor], str]:
+    """Takes a wrapper's prefix off the keys of a checkpoint.
+
+    A prefix goes only when at least nine tenths of the keys carry it and more keys match the model without it.
+    ``n_averaged``, which ``torch.optim.swa_utils.AveragedModel`` keeps beside its ``module.``, goes with that prefix.
+
+    Args:
+        state: The checkpoint.
+        wanted: The model's keys.
+
+    Returns:
+        The checkpoint with shorter keys, and what was taken off (``""`` for nothing).
+    """
+    best, best_prefix = state, ""
+    current, prefix = state, ""
+    while True:
+        carried = [p for p in _PREFIXES if sum(k.startswith(p) for k in current) >= _MAJORITY * len(current)]
+        if not carried:
+            return best, best_prefix
+        if carried[0] == "module." and "n_averaged" not in wanted:
+            current = {k: v for k, v in current.items() if k != "n_averaged"}
+        shorter = {k.removeprefix(carried[0]): v for k, v in current.items()}
+        if len(shorter) < len(current):  # two keys would become one
+            return best, best_prefix
+        current, prefix = shorter, prefix + carried[0]
+        if len(wanted & current.keys()) > len(wanted & best.keys()):
+            best, best_prefix = current, prefix
+
+
+def fit_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], Fit]:
+    """Compares a checkpoint with a model, and changes neither.
+
+    Args:
+        model: The model.
+        state: The checkpoint's tensors by name.
+        where: The checkpoint, for messages.
+
+    Returns:
+        What can be given to ``load_state_dict(strict=False)``, tied keys filled in, and how well it fits.
+
+    Raises:
+        WeightsError: The model's own loading code cannot make sense of the checkpoint.
+    """
+    keys = model.state_dict(keep_vars=True)
+    own = {k: v for k, v in keys.items() if isinstance(v, Tensor)}
+    usable = dict(state)
+    mismatched = []
+    for key, tensor in state.items():
+        mine = own.get(key)
+        if mine is None or is_lazy(mine) or mine.shape == tensor.shape:
+            continue
+        if mine.dim() == 0 and tensor.numel() == 1 and tensor.dim() == 1:
+            continue  # torch loads these, for the sake of files from before scalars
+        mismatched.append((key, tuple(tensor.shape), tuple(mine.shape)))
+        del usable[key]
+    untied = _fill_ties(own, usable)
+    _cast(own, usable, _on_meta(model))
+    missing, unexpected = _rehearse(model, usable, where)
+    wrong = {key for key, _, _ in mismatched}
+    missing = [k for k in missing if k not in wrong and not _is_counter(k)]
+    odd = [k for k in unexpected if not (_is_counter(k) and _sibling(k) in own)]
+    for key in unexpected:
+        usable.pop(key, None)
+    total = sum(not _is_counter(k) for k in keys)
+    matched = total - len(missing) - len(wrong)
+    return usable, Fit(tuple(missing), tuple(odd), tuple(mismatched), tuple(untied), matched, total)
+
+
+def _is_counter(key: str) -> bool:
+    """Whether a key is a batch norm's step counter, which eval never reads and older files lack."""
+    return key.rpartition(".")[2] == "num_batches_tracked"
+
+
+def _sibling(key: str) -> str:
+    """The running mean beside a batch norm's step counter."""
+    return key.removesuffix("num_batches_tracked") + "running_mean"
+
+
+def _fill_ties(own: dict[str, Tensor], usable: dict[str, Tensor]) -> list[tuple[str, str]]:
+    """Gives every name of one tensor the same value, and returns pairs of names to which the checkpoint gives two."""
+    groups: dict[object, list[str]] = {}
+    for key, tensor in own.items():
+        groups.setdefault(_identity(tensor), []).append(key)
+    untied = []
+    for names in groups.values():
+        present = [n for n in names if n in usable]
+        if len(names) < 2 or not present:
+            continue
+        first = usable[present[0]]
+        untied += [(present[0], n) for n in present[1:] if not _equal(first, usable[n])]
+        usable.update(dict.fromkeys(names, first))
+    return untied
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same values."""
+    return a is b or torch.equal(a, b.to(a.dtype))
+
+
+def _identity(tensor: Tensor) -> object:
+    """What two names of one tensor have in common: the object, or the same stretch of memory seen the same way."""
+    if tensor.is_meta or is_lazy(tensor) or tensor.layout != torch.strided or not tensor.numel():
+        return id(tensor)
+    try:
+        return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    except (RuntimeError, NotImplementedError):
+        return id(tensor)
+
+
+def _cast(own: dict[str, Tensor], usable: dict[str, Tensor], assign: bool) -> None:
+    """For a model on meta: makes the checkpoint's tensors what the model's are, one object for each tied tensor."""
+    if not assign:
+        return
+    made: dict[tuple[int, type], Tensor] = {}
+    for key in own.keys() & usable.keys():
+        mine, source = own[key], usable[key]
+        kind = (id(source), type(mine))
+        if kind not in made:
+            value = source.to(mine.dtype)
+            wanted = isinstance(mine, nn.Parameter)
+            made[kind] = nn.Parameter(value, requires_grad=mine.requires_grad) if wanted else value
+        usable[key] = made[kind]
+
+
+def _rehearse(model: nn.Module, state: dict[str, Tensor], where: str) -> tuple[list[str], list[str]]:
+    """What ``load_state_dict`` would find missing and unexpected, found with empty tensors in the model's place."""
+    with _hollow(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # copying into meta tensors does nothing, which is the point
+        try:
+            keys = model.load_state_dict(dict(state), strict=False)
+        except Exception as error:  # hooks are the model's own code
+            raise WeightsError(f"{type(model).__name__} does not take {where}: {error}") from error
+    return list(keys.missing_keys), list(keys.unexpected_keys)
+
+
+@contextlib.contextmanager
+def _hollow(model: nn.Module) -> Iterator[None]:
+    """Empties a model: every tensor gives way to one on meta, and the very same ones are back afterwards."""
+    saved = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    empty: dict[int, Tensor] = {}
+
+    def hollow(tensor: Tensor) -> Tensor:
+        if id(tensor) not in empty:
+            if is_lazy(tensor):
+                lazy: Any = nn.UninitializedParameter if isinstance(tensor, nn.Parameter) else nn.UninitializedBuffer
+                empty[id(tensor)] = lazy(device="meta")
+            else:
+                bare = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                empty[id(tensor)] = (
+                    nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
+                )
+        return empty[id(tensor)]
+
+    try:
+        for module, parameters, buffers in saved:
+            module._parameters.update({n: hollow(p) for n, p in parameters.items() if p is not None})  # type: ignore[misc]
+            module._buffers.update({n: hollow(b) for n, b in buffers.items() if b is not None})
+        yield
+    finally:
+        for module, parameters, buffers in saved:
+            for mine, old in ((module._parameters, parameters), (module._buffers, buffers)):
+                mine.clear()
+                mine.update(old)  # type: ignore[arg-type]
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _on_meta(model: nn.Module) -> bool:
+    """Whether any part of a model is on the meta device."""
+    return any(t.is_meta for t in _tensors(model).values())
+
+
+def _lists(fit: Fit) -> list[tuple[str, list[str]]]:
+    """What does not fit: a line with a count for each kind, and the first few of it."""
+    lists = [
+        (f"{len(fit.missing)} missing", list(fit.missing)),
+        (f"{len(fit.unexpected)} unexpected", list(fit.unexpected)),
+        (
+            f"{len(fit.mismatched)} of another shape",
+            [f"{k}: {_shape(got)} in the checkpoint, {_shape(want)} in the model" for k, got, want in fit.mismatched],
+        ),
+        (f"{len(fit.untied)} tied in the model but not in the checkpoint", [f"{a} and {b}" for a, b in fit.untied]),
+    ]
+    return [(line, names) for line, names in lists if names]
+
+
+def _misfit(fit: Fit, where: str, lenient: bool) -> WeightsError:
+    """The error for a checkpoint that does not fit, with everything that is wrong and what to try."""
+    lines = [f"{where} does not fit the model: {fit.matched} of its {fit.total} tensors match"]
+    for line, names in _lists(fit):
+        lines.append(f"  {line}:")
+        lines += [f"    {name}" for name in names[:_SHOWN]]
+        if len(names) > _SHOWN:
+            lines.append(f"    … and {len(names) - _SHOWN} more")
+    hint = _hint(fit)
+    if not lenient:
+        hint += "; --weights-lenient loads what fits" if fit.matched else ""
+    return WeightsError("\n".join(lines), hint=hint)
+
+
+def _hint(fit: Fit) -> str:
+    """What may be wrong with a checkpoint that does not fit."""
+    classes = {(got[0], want[0]) for _, got, want in fit.mismatched if got[1:] == want[1:] and got and want}
+    if len(classes) == 1 and len(fit.mismatched) <= 6 and not fit.missing and not fit.unexpected:
+        ((theirs, ours),) = classes
+        if all(got[1:] == want[1:] for _, got, want in fit.mismatched):
+            return f"the checkpoint has {theirs} classes and the model {ours}: --arg num_classes={theirs}"
+    if 2 * fit.matched < fit.total:
+        return "the checkpoint looks like it is of another model"
+    if fit.missing and (near := difflib.get_close_matches(fit.missing[0], fit.unexpected, n=1)):
+        return f"part of the model has other names in the checkpoint ({near[0]} for {fit.missing[0]}?)"
+    return "check that the target and its --arg are those that the checkpoint was saved from"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    """A shape as ``64x3x7x7``."""
+    return "x".join(map(str, shape)) or "a scalar"

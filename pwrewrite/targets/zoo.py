@@ -1,0 +1,144 @@
+"""Builds models of torchvision and timm by name, without downloading anything.
+
+Both packages are imported only when a target asks for one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Mapping
+from types import ModuleType
+
+from ..core.errors import TargetError
+from .factories import construct, parameters_of
+from .user_code import nearest
+
+#: Arguments with which the zoos would fetch or read weights, and what is harmless to say about them.
+_FETCHING = ("weights", "weights_backbone", "pretrained", "pretrained_backbone", "checkpoint_path")
+
+
+def import_zoo(package: str) -> ModuleType:
+    """Imports torchvision or timm.
+
+    Args:
+        package: ``torchvision`` or ``timm``.
+
+    Returns:
+        The package.
+
+    Raises:
+        TargetError: It is not installed, or it does not import beside this torch.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torchvision", "timm"):
+            raise _broken(package, error) from error
+        raise TargetError(
+            f"{package} is not installed, and {package}:NAME needs it", hint="pip install pwrewrite[zoo]"
+        ) from error
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:
+        raise _broken(package, error) from error
+
+
+def _broken(package: str, error: Exception) -> TargetError:
+    """The error for a zoo that is there but does not import, as with a torch that it was not built for."""
+    return TargetError(
+        f"{package} is installed but does not import: {error}",
+        hint="torch, torchvision and timm must be of matching versions: pip install --upgrade torch torchvision timm",
+    )
+
+
+def build_torchvision(name: str, args: Mapping[str, object]) -> object:
+    """Builds a torchvision model of any kind, with random weights.
+
+    Args:
+        name: The model's name, as ``torchvision.models.list_models()`` gives it.
+        args: Arguments for its builder.
+
+    Returns:
+        The model.
+
+    Raises:
+        TargetError: torchvision is missing, the name is unknown, or the arguments do not fit.
+    """
+    import_zoo("torchvision")
+    models = importlib.import_module("torchvision.models")
+    known: list[str] = models.list_models()
+    if name.lower() not in known:
+        raise _unknown("torchvision", name, known)
+    builder = models.get_model_builder(name)
+    kept = _without_weights(args)
+    off: dict[str, object] = {
+        key: None for key in ("weights", "weights_backbone") if key in (parameters_of(builder) or {})
+    }
+    with warnings.catch_warnings():
+        # Inception and GoogLeNet warn that their default initialisation will change.
+        warnings.simplefilter("ignore", FutureWarning)
+        return construct(builder, {**off, **kept}, f"torchvision:{name}", None, but=(*_FETCHING, "progress"))
+
+
+def build_timm(name: str, args: Mapping[str, object]) -> object:
+    """Builds a timm model with random weights.
+
+    Args:
+        name: The model's name, with or without a weight tag (``resnet50.a1_in1k``), which only chooses the input size.
+        args: Arguments for ``timm.create_model``.
+
+    Returns:
+        The model.
+
+    Raises:
+        TargetError: timm is missing, the name or tag is unknown, or the arguments do not fit.
+    """
+    timm = import_zoo("timm")
+    base, _, tag = name.partition(".")
+    if ":" in name or "/" in name:
+        raise TargetError(
+            f"timm:{name} names a model on a hub, and pwrewrite downloads nothing",
+            hint="timm:NAME with a name out of timm.list_models(), and --weights FILE for weights that you have",
+        )
+    if not timm.is_model(base):
+        raise _unknown("timm", name, timm.list_models())
+    kept = {"pretrained": False, **_without_weights(args)}
+
+    def create_model(**kwargs: object) -> object:
+        return timm.create_model(name, **kwargs)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a deprecated name is mapped on to the new one
+        try:
+            return construct(create_model, kept, f"timm:{name}", None, but=_FETCHING)
+        except TargetError as error:
+            if not tag or "Invalid pretrained tag" not in str(error):
+                raise
+            tags = ", ".join(n.partition(".")[2] for n in timm.list_pretrained(f"{base}.*"))
+            raise TargetError(f"timm:{base} has no tag {tag!r}", expected=tags or f"timm:{base}") from error
+
+
+def _without_weights(args: Mapping[str, object]) -> dict[str, object]:
+    """The arguments without those that would fetch weights; those must be off."""
+    for name in _FETCHING:
+        if args.get(name):
+            raise TargetError(
+                f"--arg {name}={args[name]!r} would download or read weights",
+                expected="a model is built with random weights",
+                hint="leave it out, and give a checkpoint that you have with --weights FILE",
+            )
+    return {name: value for name, value in args.items() if name not in _FETCHING}
+
+
+def _unknown(zoo: str, name: str, known: list[str]) -> TargetError:
+    """The error for a name that a zoo does not have."""
+    near = nearest(name.partition(".")[0], known)
+    hint = f"did you mean {', '.join(near)}?" if near else f"see {zoo}'s list_models()"
+    other = "timm" if zoo == "torchvision" else "torchvision"
+    try:
+        if other == "timm":
+            there = bool(import_zoo("timm").is_model(name))
+        else:
+            there = name in importlib.import_module("torchvision.models").list_models()
+    except (TargetError, ImportError):
+        there = False
+    return TargetError(f"{zoo} has no model {name!r}", hint=f"{other}:{name}, or {hint}" if there else hint)

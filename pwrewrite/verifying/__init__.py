@@ -1,0 +1,83 @@
+"""Whether a rewritten model is still the same model: `verify`.
+
+Both models are tried on copies, seeded, and compared in what can be observed: what they return (structure, shapes,
+dtypes, values) in both modes and at several batch and spatial sizes, what they cost, whether they save, reload and
+learn. Static checks come from captures, which compute nothing. The real runs are few: one on the example, one at a
+larger batch, one at another spatial size, one of the reloaded model, and one forward and backward in training, which
+for costly models takes the smaller spatial size. In all that takes as long as some 20 forward passes of VGG-16, 30
+where a float64 copy is the reference, and 40 to 60 of a small classifier, whose eight further samples are most of it.
+
+How much two outputs may differ is argued in `numerics`; how the layer to blame is found, in `divergence`.
+
+Limits. Values are compared where the models run, on random or given inputs: equal there is evidence, not
+proof. A branch that the random weights make negligible (a layer scale of 1e-6) hides its own mistakes. Where
+sizes depend on values (detection), only structure and dtypes are compared for those sizes; where values decide
+*which* results come out (the best thousand boxes), rounding alone reorders them, and if the outputs differ the
+layers before are compared instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from ..capturing import Inputs
+from ..core.cost import Cost
+from ..core.errors import InputError, UsageError
+from ..core.plan import Edit
+from ..core.verification import Check, Verification
+from .runs import device_of, keeping_random_state, plain_precision
+from .session import Session, Settings
+
+__all__ = ["Check", "Verification", "verify"]
+
+
+def verify(
+    original: nn.Module,
+    rewritten: nn.Module,
+    example_inputs: Inputs,
+    *,
+    edits: Sequence[Edit] = (),
+    expected: Cost | None = None,
+    allow_output_change: bool = False,
+    max_error: float | None = None,
+    seed: int = 0,
+    thorough: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Verification:
+    """Compares a rewritten model with the one that it was made from.
+
+    Args:
+        original: The model before.
+        rewritten: The model after.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs. They give the
+            shapes; where their floating values are all constant, or on ``meta``, random ones are drawn.
+        edits: What was done. Where all of them are exact in a mode, outputs must agree up to rounding in it;
+            otherwise the error is reported. Without edits the models are taken for approximately equal.
+        expected: Predicted parameters and MACs of the rewritten model, to be met by a recount; its bytes are
+            not compared.
+        allow_output_change: Whether outputs may differ in structure, shape and dtype; what differs is then told.
+        max_error: Largest relative output error ``‖y − ŷ‖ / ‖y‖`` that an approximate rewrite may have; None for any.
+        seed: Of drawn inputs and of the models' own randomness.
+        thorough: Whether to try other sizes, reloading and training too; otherwise one static and one real comparison.
+        progress: Called with a line at each step.
+
+    Returns:
+        The checks, the measured error, and where the models first part if a check failed. Both models, their
+        modes, the inputs and all random states are as before.
+
+    Raises:
+        InputError: If the original does not run on the example inputs.
+        CaptureError: If the models have no values and the original cannot be captured.
+        UsageError: If ``max_error`` is not a number from 0.
+    """
+    for model, name in ((original, "original"), (rewritten, "rewritten")):
+        if not isinstance(model, nn.Module):
+            raise InputError(f"{name} is not a model", expected="a torch.nn.Module", got=type(model).__name__)
+    if max_error is not None and not max_error >= 0:
+        raise UsageError("max_error makes no sense", expected="a number from 0, such as 0.05", got=repr(max_error))
+    settings = Settings(tuple(edits), expected, allow_output_change, max_error, seed, thorough, progress)
+    with keeping_random_state(), torch.inference_mode(False), plain_precision(device_of(original)):
+        return Session(original, rewritten, example_inputs, settings).verification()

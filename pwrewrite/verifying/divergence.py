@@ -1,0 +1,184 @@
+"""Where two models part: the first layer, in the order in which the original runs, whose outputs differ too much.
+
+Both models run with hooks on the modules that both have under the same path. A hook keeps a *clone*: an
+in-place operation behind the layer (``out += x``) would change the tensor it kept, and blame the wrong layer.
+Only the original's outputs are kept; the rewritten model's are compared as they come.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capturing import Capture, info
+from .inputs import Arguments
+from .numerics import relative_difference
+from .outputs import flatten
+from .runs import run
+
+ROOT = "(root)"
+"""What a place in no submodule is called: the model's own code."""
+
+Key = tuple[str, int]
+"""Path of a module and the number of its call."""
+
+
+def _watch(
+    model: nn.Module,
+    paths: Collection[str],
+    inputs: Arguments,
+    seed: int,
+    training: bool,
+    see: Callable[[Key, Any], None],
+) -> str | None:
+    """Runs a model and shows every output of the modules at ``paths``; returns the innermost module that raised."""
+    calls: Counter[str] = Counter()
+    entered: list[str] = []
+
+    def before(path: str) -> Callable[..., None]:
+        return lambda module, args: entered.append(path)
+
+    def after(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            while entered and entered.pop() != path:
+                pass
+            if path in paths:
+                see((path, calls[path]), output)
+                calls[path] += 1
+
+        return hook
+
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            if path and not isinstance(module, torch.jit.ScriptModule):
+                stack.callback(module.register_forward_pre_hook(before(path)).remove)
+                stack.callback(module.register_forward_hook(after(path)).remove)
+        outcome = run(model, inputs, seed=seed, training=training)
+    return None if outcome.ran else entered[-1] if entered else ROOT
+
+
+def common_paths(original: nn.Module, rewritten: nn.Module) -> set[str]:
+    """Paths that lead to a module in both; plain sequences repeat what their last part says."""
+    names = {path for path, module in original.named_modules() if path and type(module) is not nn.Sequential}
+    return names & {path for path, _ in rewritten.named_modules()}
+
+
+def layer_differences(
+    original: nn.Module,
+    rewritten: nn.Module,
+    inputs: Arguments,
+    *,
+    seed: int,
+    training: bool = False,
+    skip: Collection[str] = (),
+    reference: nn.Module | None = None,
+    reference_inputs: Arguments | None = None,
+) -> tuple[dict[Key, float], dict[Key, float], str | None]:
+    """Relative difference of every common layer's output, in the original's order.
+
+    Args:
+        original: The original.
+        rewritten: The rewritten model.
+        inputs: What both run on.
+        seed: Of both runs.
+        training: The mode.
+        skip: Paths of modules to leave out.
+        reference: The original in another precision; its differences to the original are those of rounding.
+        reference_inputs: What the reference runs on.
+
+    Returns:
+        Differences of the rewritten model (∞ where shapes differ or only it has NaN or Inf) in layers that both call
+        equally often, those of the reference, and the module in which the rewritten model raised.
+    """
+    paths = common_paths(original, rewritten).difference(skip)
+    kept: dict[Key, list[Tensor]] = {}
+
+    def keep(key: Key, output: Any) -> None:
+        kept[key] = [t.detach().clone() for t in flatten(output).floating.values()]
+
+    _watch(original, paths, inputs, seed, training, keep)
+
+    calls: Counter[str] = Counter()
+
+    def differ(found: dict[Key, float]) -> Callable[[Key, Any], None]:
+        calls.clear()
+
+        def see(key: Key, output: Any) -> None:
+            calls[key[0]] += 1
+            old, new = kept.get(key), list(flatten(output).floating.values())
+            if old is None:
+                return
+            same = len(old) == len(new) and all(a.shape == b.shape for a, b in zip(old, new))
+            found[key] = max((relative_difference(b, a) for a, b in zip(old, new)), default=0.0) if same else inf
+
+        return see
+
+    rounding: dict[Key, float] = {}
+    if reference is not None and reference_inputs is not None:
+        _watch(reference, paths, reference_inputs, seed, training, differ(rounding))
+    found: dict[Key, float] = {}
+    raised = _watch(rewritten, paths, inputs, seed, training, differ(found))
+    # Where a layer is called less often than before, its calls are no longer the same ones.
+    before = Counter(path for path, _ in kept)
+    other = {path for path, count in before.items() if calls[path] != count} if raised is None else set()
+    return {key: found[key] for key in kept if key in found and key[0] not in other}, rounding, raised
+
+
+def first_divergence(
+    original: nn.Module,
+    rewritten: nn.Module,
+    inputs: Arguments,
+    *,
+    seed: int,
+    training: bool = False,
+    allowed: float = inf,
+    edited: Collection[str] = (),
+) -> str:
+    """Names the first layer where two models part.
+
+    Args:
+        original: The original.
+        rewritten: The rewritten model.
+        inputs: What both run on.
+        seed: Of both runs.
+        training: The mode.
+        allowed: Relative difference up to which layers agree; ∞ looks at shapes and NaN only.
+        edited: Paths of layers that were edited exactly, whose own output may mean something else now (a norm
+            folded in): they are named only where nothing behind them differs.
+
+    Returns:
+        The path; `ROOT` where all layers agree and the model's own code does not.
+    """
+    found, _, raised = layer_differences(original, rewritten, inputs, seed=seed, training=training)
+    apart = [path for (path, _), error in found.items() if not error <= allowed or error == inf]
+    outside = [path for path in apart if not within(path, edited)]
+    return next(iter(outside + apart), raised or ROOT)
+
+
+def within(path: str, edited: Collection[str]) -> bool:
+    """Whether a path is one of ``edited`` or inside one."""
+    return any(path == place or path.startswith(f"{place}.") for place in edited)
+
+
+def first_shape_divergence(before: Capture, after: Capture) -> str:
+    """The same from two captures, where there are no values: shapes and dtypes of what is called under common paths."""
+    found, now = _made_at(before), _made_at(after)
+    return next((path for path, made in found.items() if path in now and now[path] != made), ROOT)
+
+
+def _made_at(capture: Capture) -> dict[str, tuple[Any, ...]]:
+    """Path to the output of the last node there, or within: leaves in the order of the original."""
+    made: dict[str, tuple[Any, ...]] = {}
+    for node in capture.graph.nodes:
+        path = node.target if node.op == "call_module" else ""
+        while path:
+            made.pop(path, None)  # in the order in which modules return
+            made[path] = info(node).outputs
+            path = path.rpartition(".")[0]
+    return made

@@ -1,0 +1,187 @@
+"""Inputs to try two models on: other values, other batch sizes, other spatial sizes than the example has.
+
+The example inputs give the shapes. Where their floating values say something (not all constant), they are what
+the first run sees, and variations of them (repeated, plus a quarter of their standard deviation in noise) what
+the others see. Where they say nothing (zeros hide every difference) or there are none (``meta``), values are
+drawn from a standard normal. Integers, booleans and single numbers are kept. All is seeded and leaves the
+global random state alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capturing import Inputs, split_inputs
+from .outputs import flatten, shape_text
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+#: Other spatial sizes, by name: from the distance to the last dim and the size to the new size.
+SIZES: dict[str, Callable[[int, int], int]] = {
+    "half": lambda place, size: size // 2,
+    "wider": lambda place, size: size if place else size + 32,
+    "odd": lambda place, size: size + 1,
+}
+
+
+def map_leaves(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    """Rebuilds nested containers, dataclasses included, with every tensor converted."""
+    if isinstance(value, Tensor):
+        return convert(value)
+    if isinstance(value, tuple):
+        items = [map_leaves(item, convert) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [map_leaves(item, convert) for item in value]
+    if isinstance(value, Mapping):
+        items_ = {key: map_leaves(item, convert) for key, item in value.items()}
+        return items_ if type(value) is dict else type(value)(items_)  # type: ignore[call-arg]
+    if is_dataclass(value) and not isinstance(value, type):
+        changes = {f.name: map_leaves(getattr(value, f.name), convert) for f in fields(value) if f.init}
+        return replace(value, **changes)
+    return value
+
+
+def copied(inputs: Arguments) -> Arguments:
+    """The same inputs in tensors of their own, so that a model may write into them."""
+    args, kwargs = inputs
+    return map_leaves(args, torch.clone), map_leaves(kwargs, torch.clone)
+
+
+def _constant(t: Tensor) -> bool:
+    return t.numel() < 2 or bool((t == t.flatten()[0]).all())
+
+
+class Draws:
+    """Makes inputs like the example's.
+
+    Args:
+        example_inputs: As `capture` takes them.
+        device: Where the model is; None where it has no single device.
+        seed: Of the values.
+
+    Attributes:
+        batch: The example's batch size; None where no batch axis is known.
+        random: Whether values may be drawn; unset it where the model refuses them, and only the given ones are used.
+        drawn: Whether the first inputs are drawn rather than given.
+    """
+
+    def __init__(self, example_inputs: Inputs, device: torch.device | None, seed: int) -> None:
+        self.args, self.kwargs = split_inputs(example_inputs)
+        self.device, self.seed, self.random = device, seed, True
+        tensors = list(flatten((self.args, self.kwargs)).tensors.values())
+        floating = [t for t in tensors if t.dtype.is_floating_point or t.dtype.is_complex]
+        self.drawn = not any(not t.is_meta and not _constant(t) for t in floating)
+        self._images = self._find_images()
+        dims = [t for t in floating if t.dim() > 1] or [t for t in tensors if t.dim()]
+        if self._images is not None:
+            self.batch: int | None = len(self._images)
+        else:
+            self.batch = dims[0].shape[0] if dims and dims[0].shape[0] else None
+        flat = max((t.dim() for t in floating), default=0) < 4
+        self._spatial_from = 3 if flat else 4
+
+    def _find_images(self) -> list[Tensor] | None:
+        """The list of images that detection models take in place of a batch."""
+        for value in (*self.args, *self.kwargs.values()):
+            if isinstance(value, (list, tuple)) and value and all(isinstance(t, Tensor) for t in value):
+                if all(t.dim() == 3 and t.dtype.is_floating_point for t in value):
+                    return list(value)
+                return None
+        return None
+
+    def sizes(self) -> list[str]:
+        """Names of the spatial sizes that can be tried."""
+        spatial = [n for t in flatten((self.args, self.kwargs)).tensors.values() for n in self._space(t)]
+        if not spatial:
+            return []
+        return [name for name in SIZES if name != "half" or min(spatial) >= 8]
+
+    def size_text(self, size: str) -> str:
+        """What a spatial size amounts to, such as ``112×112``."""
+        for t in flatten((self.args, self.kwargs)).tensors.values():
+            if space := self._space(t):
+                last = len(space) - 1
+                return shape_text([SIZES[size](last - i, n) for i, n in enumerate(space)])
+        return size
+
+    def _space(self, t: Tensor) -> tuple[int, ...]:
+        """Spatial sizes of an input; empty where it has none."""
+        if not t.dtype.is_floating_point or t.dim() < self._spatial_from:
+            return ()
+        return tuple(t.shape[1:] if self._images is not None and t.dim() == 3 else t.shape[2:])
+
+    def shapes(self, batch: int | None = None, size: str | None = None) -> Arguments:
+        """Inputs without values, on ``meta``."""
+        return self._build(batch, size, lambda t, shape: torch.empty(shape, dtype=t.dtype, device="meta"))
+
+    def draw(self, batch: int | None = None, size: str | None = None, variant: int = 0) -> Arguments:
+        """Inputs with values.
+
+        Args:
+            batch: Batch size; the example's by default.
+            size: Name of a spatial size in `SIZES`; the example's by default.
+            variant: Other values for another number; 0 with no other argument are the given values, where
+                those say something.
+        """
+        number = (variant * 8 + (list(SIZES).index(size) + 1 if size else 0)) * 1009 + (batch or 0)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        plain = variant == 0 and size is None and batch in (None, self.batch)
+        return self._build(batch, size, lambda t, shape: self._values(t, shape, plain, generator))
+
+    def _build(
+        self, batch: int | None, size: str | None, make: Callable[[Tensor, tuple[int, ...]], Tensor]
+    ) -> Arguments:
+        def shape(t: Tensor) -> tuple[int, ...]:
+            result = list(t.shape)
+            if batch and self._images is None and self.batch and result and result[0] == self.batch:
+                result[0] = batch
+            space = self._space(t)
+            if size and space:
+                result[-len(space) :] = [SIZES[size](len(space) - 1 - i, n) for i, n in enumerate(space)]
+            return tuple(result)
+
+        def convert(t: Tensor) -> Tensor:
+            return make(t, shape(t))
+
+        def item(value: Any) -> Any:
+            images = self._images
+            if batch and images and isinstance(value, (list, tuple)) and [*map(id, value)] == [*map(id, images)]:
+                return type(value)(convert(images[i % len(images)]) for i in range(batch))
+            return map_leaves(value, convert)
+
+        return tuple(map(item, self.args)), {key: item(value) for key, value in self.kwargs.items()}
+
+    def _values(self, t: Tensor, shape: tuple[int, ...], plain: bool, generator: torch.Generator) -> Tensor:
+        floating = t.dtype.is_floating_point or t.dtype.is_complex
+        device = self.device or (torch.device("cpu") if t.is_meta else t.device)
+        if floating and self.random and self.drawn and (t.numel() > 1 or t.is_meta):
+            return _normal(t, shape, generator).to(device, t.dtype)
+        if t.is_meta:
+            return torch.zeros(shape, dtype=t.dtype, device=device)
+        values = _stretched(t.detach(), shape)
+        if floating and self.random and not plain and t.numel() > 1:
+            spread = 0.25 * float(t.detach().abs().double().std())
+            if 0 < spread < float("inf"):
+                values = values + spread * _normal(t, shape, generator).to(t.device, t.dtype)
+        return values.to(device)
+
+
+def _normal(t: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    dtype = torch.complex64 if t.dtype.is_complex else torch.float32
+    return torch.randn(shape, generator=generator, dtype=dtype)
+
+
+def _stretched(t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The same values cut or repeated to a shape."""
+    if tuple(t.shape) == shape:
+        return t.clone()
+    for dim, n in enumerate(shape):
+        if n != t.shape[dim]:
+            t = t.index_select(dim, torch.arange(n, device=t.device) % t.shape[dim])
+    return t.contiguous()

@@ -1,0 +1,145 @@
+"""What a model returned, flattened: every tensor under a path such as ``[0]['boxes']``, and the containers around them.
+
+Tuples, named tuples, lists, mappings, dataclasses and objects that hold tensors as attributes are looked into.
+Two outputs are compared by `differences`, which knows nothing of values: kinds of containers, shapes, dtypes.
+It serves live tensors and the shape records of a capture alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..capturing import Capture, TensorSpec, info
+
+_DEPTH = 12
+
+
+@dataclass(slots=True)
+class Flat:
+    """A nested value, flattened.
+
+    Attributes:
+        kinds: Path to the kind of what is there: ``tensor``, ``list of 2``, ``dict of 'a', 'b'``, ``int``, ….
+        tensors: Path to tensor, or to its `TensorSpec`.
+        others: Path to every plain value (numbers, strings, None).
+    """
+
+    kinds: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, Any] = field(default_factory=dict)
+    others: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def floating(self) -> dict[str, Tensor]:
+        """The tensors with floating or complex values."""
+        return {p: t for p, t in self.tensors.items() if t.dtype.is_floating_point or t.dtype.is_complex}
+
+    def describe(self) -> str:
+        """One line: ``1×1000 float32, 1×10 int64``."""
+        shown = [f"{shape_text(t.shape)} {dtype_text(t.dtype)}" for t in list(self.tensors.values())[:4]]
+        more = len(self.tensors) - len(shown)
+        return ", ".join(shown) + (f" and {more} more" if more > 0 else "") if shown else "no tensors"
+
+
+def shape_text(shape: Collection[int]) -> str:
+    """``1×3×224×224``; ``scalar`` for no dims."""
+    return "×".join(map(str, shape)) or "scalar"
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    """``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def flatten(
+    value: Any, leaf: Callable[[Any], Any] = lambda value: value if isinstance(value, Tensor) else None
+) -> Flat:
+    """Flattens a nested value.
+
+    Args:
+        value: What a model returned.
+        leaf: Gives the tensor or spec that a value stands for, None where it stands for none.
+    """
+    flat = Flat()
+    _flatten(value, "", flat, leaf, 0)
+    return flat
+
+
+def _flatten(value: Any, path: str, flat: Flat, leaf: Callable[[Any], Any], depth: int) -> None:
+    tensor = leaf(value)
+    if tensor is not None:
+        flat.kinds[path], flat.tensors[path] = "tensor", tensor
+        return
+    name = type(value).__qualname__
+    items: list[tuple[str, Any]]
+    if isinstance(value, Mapping):
+        items = [(f"[{key!r}]", item) for key, item in value.items()]
+        name += f" of {', '.join(repr(key) for key in value)}"
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        items = [(f".{key}", item) for key, item in zip(value._fields, value)]
+    elif isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        items = [(f"[{i}]", item) for i, item in enumerate(value)]
+        name += f" of {len(items)}"
+    elif is_dataclass(value) and not isinstance(value, type):
+        items = [(f".{f.name}", getattr(value, f.name)) for f in fields(value)]
+    elif hasattr(value, "__dict__") and not callable(value) and depth < _DEPTH:
+        items = [(f".{key}", item) for key, item in vars(value).items()]
+    else:
+        items = []
+        flat.others[path] = value
+    flat.kinds[path] = name
+    for key, item in items:
+        _flatten(item, path + key, flat, leaf, depth + 1)
+
+
+def flatten_captured(capture: Capture) -> Flat:
+    """The output of a captured model, with a `TensorSpec` in place of each tensor."""
+    node = next(n for n in capture.graph.nodes if n.op == "output")
+    specs = iter(info(node).inputs)
+
+    def leaf(value: Any) -> TensorSpec | None:
+        return next(specs) if isinstance(value, fx.Node) else None
+
+    return flatten(node.args[0], leaf)
+
+
+def differences(before: Flat, after: Flat, free: Collection[tuple[str, int]] = ()) -> list[str]:
+    """What differs between two outputs in structure, shape or dtype.
+
+    Args:
+        before: The original's.
+        after: The rewritten model's.
+        free: ``(path, dim)`` of sizes that depend on values and may differ.
+
+    Returns:
+        One sentence per difference; those of structure first.
+    """
+    found = []
+    for path, kind in before.kinds.items():
+        now = after.kinds.get(path, "nothing")
+        if now != kind:
+            found.append(f"output{path} was a {kind}, now {now}")
+    found += [f"output{path} is new: {kind}" for path, kind in after.kinds.items() if path not in before.kinds]
+    for path, old in before.tensors.items():
+        new = after.tensors.get(path)
+        if new is None:
+            continue
+        if not _same_shape(path, tuple(old.shape), tuple(new.shape), free):
+            found.append(f"output{path} had shape {shape_text(old.shape)}, now {shape_text(new.shape)}")
+        if old.dtype != new.dtype:
+            found.append(f"output{path} had dtype {dtype_text(old.dtype)}, now {dtype_text(new.dtype)}")
+    return found
+
+
+def _same_shape(path: str, old: tuple[int, ...], new: tuple[int, ...], free: Collection[tuple[str, int]]) -> bool:
+    return len(old) == len(new) and all(a == b or (path, i) in free for i, (a, b) in enumerate(zip(old, new)))
+
+
+def varying(before: Flat, after: Flat) -> set[tuple[str, int]]:
+    """``(path, dim)`` of every size that differs between two outputs of the same rank."""
+    shared = [(p, t.shape, after.tensors[p].shape) for p, t in before.tensors.items() if p in after.tensors]
+    return {(p, i) for p, a, b in shared if len(a) == len(b) for i in range(len(a)) if a[i] != b[i]}

@@ -1,0 +1,166 @@
+"""The whole way in one call: from a model, or from what a person types, to an `Analysis`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from ..analysis import analyze_capture
+from ..analysis.records import Analysis
+from ..analysis.roofline import DeviceProfile, device_profile
+from ..capturing import Capture, Inputs, capture
+from ..capturing.shapes import ShapeError
+from ..core.errors import CaptureError
+from ..targets import LoadedModel, load_target
+from ..targets.opening import open_target
+from ..targets.storage import is_saved
+
+
+def analyze(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    hotspot_share: float = 0.01,
+    device: str | DeviceProfile = "cpu",
+    target: str = "",
+) -> Analysis:
+    """Says where a model's work goes, without running it where shapes suffice.
+
+    Args:
+        model: Any module; its weights may be on ``meta``. It is not changed.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones, real or on ``meta``.
+        hotspot_share: Part of the MACs from which a k×k convolution is a hotspot.
+        device: The device profile for the roofline classes, or its name.
+        target: What to call the model; its class name by default.
+
+    Returns:
+        The analysis: print it, read its fields, or take ``to_dict()``.
+
+    Raises:
+        PwrewriteError: If the model does not run on these inputs, or a setting makes no sense.
+    """
+    return analyze_capture(capture(model, example_inputs), target=target, hotspot_share=hotspot_share, device=device)
+
+
+def analyze_target(
+    target: str,
+    *,
+    args: Mapping[str, object] | None = None,
+    weights: Path | None = None,
+    weights_lenient: bool = False,
+    inputs: Sequence[str] = (),
+    base: str | None = None,
+    trust_target: bool = False,
+    hotspot_share: float = 0.01,
+    device: str | DeviceProfile = "cpu",
+) -> Analysis:
+    """The same for what can be typed: a file, a Python name, a model of torchvision or timm, or a saved folder.
+
+    Args:
+        target: As for `capture_target`.
+        args: As there.
+        weights: As there.
+        weights_lenient: As there.
+        inputs: As there.
+        base: As there.
+        trust_target: As there.
+        hotspot_share: Part of the MACs from which a k×k convolution is a hotspot.
+        device: The device profile for the roofline classes, or its name.
+
+    Returns:
+        The analysis, with the notes of loading before its own.
+
+    Raises:
+        PwrewriteError: If the target does not lead to a model, or the model does not run.
+    """
+    device_profile(device)  # what is cheap to refuse is refused before a model is built
+    captured = capture_target(
+        target,
+        args=args,
+        weights=weights,
+        weights_lenient=weights_lenient,
+        inputs=inputs,
+        base=base,
+        trust_target=trust_target,
+    )
+    return analyze_captured(captured, hotspot_share=hotspot_share, device=device)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What a person typed, loaded and captured.
+
+    Attributes:
+        loaded: The model with its example inputs and the notes of loading.
+        capture: Its capture.
+    """
+
+    loaded: LoadedModel
+    capture: Capture
+
+
+def capture_target(
+    target: str,
+    *,
+    args: Mapping[str, object] | None = None,
+    weights: Path | None = None,
+    weights_lenient: bool = False,
+    inputs: Sequence[str] = (),
+    base: str | None = None,
+    trust_target: bool = False,
+) -> Captured:
+    """Loads and captures what can be typed.
+
+    The model is built without memory for its weights, since their values matter to few models. Where they do, it is
+    built once more for real; a user's file is then executed twice.
+
+    Args:
+        target: ``model.py``, ``model.py:NAME``, ``package.module:NAME``, ``torchvision:NAME``, ``timm:NAME``, or a
+            folder that a rewrite was saved in.
+        args: Arguments for whatever makes the model, by name.
+        weights: A checkpoint to fill in.
+        weights_lenient: Accept a checkpoint that fits in part.
+        inputs: Example inputs as ``[NAME=]SHAPE[:DTYPE]``; without them they are found or guessed, and a note says so.
+        base: For a folder: the target of the model that was rewritten.
+        trust_target: For a folder: whether the target that its plan names may be imported.
+
+    Raises:
+        PwrewriteError: If the target does not lead to a model, or the model does not run.
+    """
+    if is_saved(target) or base is not None:
+        loaded = open_target(
+            target, args=args, weights=weights, inputs=inputs, base=base, trust_target=trust_target
+        ).loaded
+        return Captured(loaded, capture(loaded.model, loaded.example_inputs))
+    load = partial(load_target, target, args=args, weights=weights, weights_lenient=weights_lenient, inputs=inputs)
+    loaded = load(empty=True)
+    try:
+        return Captured(loaded, capture(loaded.model, loaded.example_inputs, values="meta"))
+    except CaptureError as error:
+        if isinstance(error.__cause__, ShapeError):
+            raise
+    loaded = load()  # the model needs values: those that it is made with
+    return Captured(loaded, capture(loaded.model, loaded.example_inputs))
+
+
+def analyze_captured(
+    captured: Captured, *, hotspot_share: float = 0.01, device: str | DeviceProfile = "cpu"
+) -> Analysis:
+    """The analysis of what `capture_target` made, with the notes of loading before its own."""
+    loaded = captured.loaded
+    analysis = analyze_capture(captured.capture, target=loaded.target, hotspot_share=hotspot_share, device=device)
+    return replace(analysis, model_class=_class_name(loaded.model, analysis), notes=(*loaded.notes, *analysis.notes))
+
+
+def _class_name(model: nn.Module, analysis: Analysis) -> str:
+    """The class under the name of the user's file, where that was imported under a name that is ours."""
+    kind = type(model)
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    if file is None or not kind.__module__.startswith("pwrewrite_target_"):
+        return analysis.model_class
+    return f"{Path(file).stem}.{kind.__qualname__}"

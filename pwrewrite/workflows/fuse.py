@@ -1,0 +1,344 @@
+"""Fusing a model: exact passes that make it faster, proven like a rewrite: `fuse`.
+
+The passes run in order, each on the model as the ones before left it: what does nothing in evaluation goes, norms go
+into the layers before them, neighbours merge, layers take over the activations and additions behind them, and the
+convolutions compute in channels_last. `DEFAULT` lists them.
+
+Proven in three ways: by `pwrewrite.verify` as any rewrite; without gradients, where the fused kernels run, against the
+original in float64, from which the fused model may be at most twice as far as the original itself; and by a real run
+after the change of the memory format. That is taken back where the model's own code does not survive it (``x.view(n,
+-1)`` on a map in channels_last), and where the proof fails with it: torch's group norm, for one, may be ten times less
+exact in that format.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..capturing import Inputs, split_inputs
+from ..capturing.records import Capture, info
+from ..core.errors import RefusedError, first_line
+from ..core.nested import map_tensors, tensors_of
+from ..core.plan import Plan, Skip, SkipReason
+from ..core.verification import Check, Verification
+from ..edit.apply import copy_of
+from ..layers import PointwiseActivation
+from ..passes import FUSING, Pass
+from ..passes.channels_last import ChannelsLast
+from ..passes.fold_batch_norm import FoldBatchNorm
+from ..passes.merge_pointwise import MergePointwise
+from ..verifying.judge import noisy_copy
+from .rewrite import Rewritten
+from .steps import Progress, Run, propose, silent
+
+DEFAULT = FUSING
+"""The passes of `fuse`, in order."""
+
+
+@dataclass(frozen=True)
+class Fused(Rewritten):
+    """The result of fusing: that of a rewrite, and what it saves.
+
+    Attributes:
+        before: Nodes, kernels and bytes moved, before.
+        after: The same, after.
+    """
+
+    before: Mapping[str, int] = field(default_factory=dict)
+    after: Mapping[str, int] = field(default_factory=dict)
+
+
+_REPEATED = (FoldBatchNorm, MergePointwise)
+"""Passes that go on until nothing is left: three in a row are two pairs, and a layer may lie between two norms."""
+
+_TRIES = 4
+"""At most this many inputs, or copies of a model that decides by values, that errors are taken from."""
+
+_REFERENCE_LIMIT = 300_000_000
+"""Parameters above which no copy in float64 is made."""
+
+
+def fuse(
+    model: nn.Module,
+    example_inputs: Inputs,
+    passes: Sequence[Pass] | None = None,
+    *,
+    verify: bool = True,
+    thorough: bool = True,
+    target: str | None = None,
+    progress: Progress | None = None,
+) -> Fused:
+    """Makes a model faster without changing what it computes in evaluation.
+
+    Args:
+        model: A module in evaluation mode, of real floating-point weights on one device; stays as it is.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones.
+        passes: What is done, in order; those of `DEFAULT` where left out.
+        verify: Whether to verify the result.
+        thorough: Whether to verify at several batch and spatial sizes, in train mode, gradients and reloading.
+        target: Name for the report.
+        progress: Called at each step with what is being done and how much of it is done.
+
+    Returns:
+        The fused copy with its plan and report. Whether verification passed is ``report.passed``.
+
+    Raises:
+        RefusedError: If the model is in training mode and a pass is exact in evaluation only, or its weights are
+            complex, quantized or on several devices.
+        CaptureError: If the model does not run on the inputs.
+    """
+    chosen = [one() for one in DEFAULT] if passes is None else list(passes)
+    _check(model, chosen)
+    run = Run(model, example_inputs, progress or silent)
+    undo: _Undo | None = None
+    for one in chosen:
+        run.say(f"{one.name}: proposing", None)
+        plan = propose(run.captured, [one])
+        undo = None
+        if isinstance(one, ChannelsLast):
+            undo = _surviving(run, plan)
+        else:
+            done = len(run.rows)
+            run.step(plan)
+            while isinstance(one, _REPEATED) and len(run.rows) > done:
+                done = len(run.rows)
+                run.step(propose(run.captured, [one]))
+    before, after = run.analyses(target)
+    proof = None
+    if verify:
+        run.say("verifying", None)
+        proof = _verified(model, run, run.expected(before), thorough)
+        if undo is not None and not proof.passed:
+            detail = f"some kernels of torch are less exact in it ({proof.failures[0].detail})"
+            undo(detail)
+            before, after = run.analyses(target)
+            proof = _verified(model, run, run.expected(before), thorough)
+    report = run.report(before, after, target, proof)
+    edits = tuple(row.edit for row in run.rows)
+    return Fused(run.model, run.finished(target), report, edits, run.names, traffic(run.first), traffic(run.captured))
+
+
+def _check(model: nn.Module, passes: Sequence[Pass]) -> None:
+    """Refuses models that cannot be fused rightly.
+
+    Raises:
+        RefusedError: If the model is one.
+    """
+    devices: dict[str, str] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.dtype.is_complex:
+            raise RefusedError("complex weights cannot be fused", where=name, got=str(tensor.dtype))
+        if tensor.is_quantized:
+            hint = "fuse the model before it is quantized"
+            raise RefusedError("quantized weights cannot be fused", where=name, got=str(tensor.dtype), hint=hint)
+        devices.setdefault(str(tensor.device), name)
+    for name, module in model.named_modules():
+        kind = type(module).__module__
+        if kind.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")):
+            hint = "fuse the model before it is quantized"
+            raise RefusedError("quantized layers cannot be fused", where=name, got=type(module).__name__, hint=hint)
+    inexact = [one.name for one in passes if one.exact == "eval"]
+    training = next((name or "the model" for name, module in model.named_modules() if module.training), None)
+    if inexact and training is not None and any(module.training for module in _stateful(model)):
+        raise RefusedError(
+            "the model is in training mode, in which batch norms cannot be folded",
+            where=training,
+            hint=f"call model.eval() first, or leave out {', '.join(inexact)}",
+        )
+    if len(devices) > 1:
+        shown = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise RefusedError("the weights are on several devices", got=shown, hint="move the model to one")
+
+
+def _stateful(model: nn.Module) -> list[nn.Module]:
+    """Modules for which the mode matters: all but plain containers and layers would do, so all are asked."""
+    return [model, *(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))]
+
+
+_Undo = Callable[[str], None]
+
+
+def _surviving(run: Run, plan: Plan) -> _Undo | None:
+    """Carries out a plan and takes it back where the model does not run with real values any more.
+
+    Returns:
+        What takes it back, saying why, where it was carried out.
+    """
+    if not plan.ops:
+        run.step(plan)
+        return None
+    kept = (run.model, run.captured, run.plan, list(run.rows), list(run.estimates), dict(run.names))
+
+    def undo(detail: str) -> None:
+        run.model, run.captured, run.plan, run.rows, run.estimates, run.names = kept
+        run.plan = run.plan + Plan(skips=tuple(Skip(op.path, SkipReason.BROKE_MODEL, detail) for op in plan.ops))
+
+    run.step(plan)
+    if any(t.is_meta for t in (*run.model.parameters(), *run.model.buffers())):
+        return undo
+    try:
+        _outputs(run.model, run.inputs)
+    except Exception as error:
+        undo(f"the model's own code does not survive it: {first_line(error)}")
+        return None
+    return undo
+
+
+def traffic(captured: Capture) -> dict[str, int]:
+    """What a model has to do beside its MACs, from shapes alone.
+
+    Args:
+        captured: The model.
+
+    Returns:
+        ``nodes`` of the graph that compute, ``kernels`` (a fused layer is one) and ``bytes_moved`` by them. A view
+        moves nothing; a fused layer reads its inputs and weights and writes its output once.
+    """
+    modules = dict(captured.model.named_modules(remove_duplicate=False))
+    nodes = kernels = moved = 0
+    open_layer: tuple[str, set[fx.Node]] = ("", set())
+    for node in captured.graph.nodes:
+        facts = info(node)
+        size = facts.cost.read_bytes + facts.cost.write_bytes
+        if node.op not in ("call_module", "call_function", "call_method") or not size:
+            continue
+        if facts.op in ("identity", "dropout"):
+            continue
+        nodes += 1
+        fused = isinstance(modules.get(facts.path), PointwiseActivation)
+        if fused and open_layer[0] == facts.path and any(n in open_layer[1] for n in node.all_input_nodes):
+            open_layer[1].add(node)
+            others = [n for n in node.all_input_nodes if n not in open_layer[1]]
+            moved += sum(spec.nbytes for n in others for spec in info(n).outputs)
+            continue
+        open_layer = (facts.path if fused else "", {node})
+        kernels += 1
+        moved += size
+    return {"nodes": nodes, "kernels": kernels, "bytes_moved": moved}
+
+
+# ------------------------------------------------------------------------------------------------------- proof
+
+
+def _verified(model: nn.Module, run: Run, expected: Any, thorough: bool) -> Verification:
+    from ..verifying import verify
+
+    edits = [row.edit for row in run.rows]
+    proof = verify(
+        model,
+        run.model,
+        run.inputs,
+        edits=edits,
+        expected=expected,
+        thorough=thorough,
+        progress=lambda step: run.say(f"verifying: {step}", None),
+    )
+    run.say("verifying: against float64", None)
+    by_value = run.first.coverage.values == "real"
+    check = reference_check(model, run.model, run.inputs, by_value=by_value)
+    return proof if check is None else replace(proof, checks=(*proof.checks, check))
+
+
+def reference_check(model: nn.Module, fused: nn.Module, inputs: Inputs, *, by_value: bool = False) -> Check | None:
+    """Compares a fused model, without gradients, with the original in float64.
+
+    Args:
+        model: The original.
+        fused: The fused model.
+        inputs: Example inputs; random ones of the same shapes where they are constant or on meta.
+            Where the fused model is further off than allowed, they are also moved along the last axis, and the root
+            mean square over all counts: the error on one input is that on a few outputs, which vary.
+        by_value: Whether the model's code decides by values, as detectors do when they choose boxes. What one rounding
+            does to its outputs is then a matter of luck, so the original is also tried with its weights moved by one
+            rounding, in its memory format and in channels_last, and the worst of its errors counts.
+
+    Returns:
+        The check; None where no values can be compared: weights on meta, a model that cannot run in float64, outputs
+        of which rounding alone changes the order or number.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(t.is_meta for t in tensors) or sum(t.numel() for t in tensors) > _REFERENCE_LIMIT:
+        return None
+    drawn = drawn_inputs(inputs)
+    errors: list[tuple[float, float]] = []
+    for turn in range(1 if by_value else _TRIES):
+        given = map_tensors(drawn, partial(_rolled, turn=turn))
+        try:
+            exact = _outputs(copy_of(model).double(), map_tensors(given, _doubled))
+            first = _outputs(model, given)
+        except Exception:
+            break
+        second = _outputs(fused, given)
+        if not [t.shape for t in first] == [t.shape for t in exact] == [t.shape for t in second]:
+            break
+        errors.append((_distance(first, exact), _distance(second, exact)))
+        largest = max((t.dtype for t in first), key=lambda d: torch.finfo(d).eps, default=torch.float32)
+        floor = 4 * torch.finfo(largest).eps
+        own, ours = (math.hypot(*found) / len(errors) ** 0.5 for found in zip(*errors))
+        if ours <= 2 * own + floor:
+            break
+    if not errors:
+        return None
+    for seed in range(_TRIES if by_value else 0):
+        copied = noisy_copy(model, torch.finfo(largest).eps / 2, seed)
+        moved = _outputs(copied.to(memory_format=torch.channels_last) if seed % 2 else copied, drawn)
+        same = [t.shape for t in moved] == [t.shape for t in exact]
+        own = max(own, _distance(moved, exact) if same else math.inf)
+    if not own < 0.05:
+        return None  # another order of results, or no finite ones
+    over = f" over {len(errors)} inputs" if len(errors) > 1 else ""
+    detail = f"relative error {ours:.2g} to float64{over}, {own:.2g} before"
+    return Check("float64 reference (fused kernels)", ours <= 2 * own + floor, detail)
+
+
+def _rolled(t: Tensor, turn: int) -> Tensor:
+    """The same values, moved along the last axis: other inputs of the same kind."""
+    return t.roll(turn * t.shape[-1] // _TRIES, -1) if turn and t.dim() and t.is_floating_point() else t
+
+
+def drawn_inputs(inputs: Inputs) -> Any:
+    """Example inputs with values: random ones where they are constant or on meta."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t
+        if not t.is_meta and t.numel() and not bool((t == t.flatten()[0]).all()):
+            return t
+        device = "cpu" if t.is_meta else t.device
+        return torch.rand(t.shape, generator=generator).to(device, t.dtype)
+
+    return map_tensors(inputs, draw)
+
+
+def _doubled(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
+
+
+def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """The output tensors of a copy of a model in evaluation mode, on copies of inputs, without gradients."""
+    args, kwargs = split_inputs(map_tensors(inputs, lambda t: t.clone()))
+    runner = copy.deepcopy(model).eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        out = runner(*args, **kwargs)
+    if not tensors_of(out) and hasattr(out, "__dict__"):
+        out = vars(out)
+    return [t for t in tensors_of(out) if t.is_floating_point()]
+
+
+def _distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """``‖y − ŷ‖ / ‖y‖`` of the worst tensor."""
+    worst = 0.0
+    for a, b in zip(found, exact):
+        norm = float(b.double().norm())
+        worst = max(worst, float((a.double() - b.double()).norm()) / norm if norm else float(a.double().norm()))
+    return worst

@@ -1,0 +1,143 @@
+"""Fusing what a person types: `fuse_target`, and the latency before, after and frozen."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..capturing import Inputs, split_inputs
+from ..core.errors import InputError, RefusedError, UsageError
+from ..engines.frozen import Frozen, freeze
+from ..layers import partitions as graphs
+from ..passes import Pass
+from .by_target import Request, told, whole_plan
+from .fuse import DEFAULT, Fused, drawn_inputs, fuse
+from .rewrite import join_names
+from .steps import Progress
+
+_SECONDS = 4.0
+
+
+@dataclass(frozen=True)
+class Measured(Fused):
+    """A fused model with its latency.
+
+    Attributes:
+        seconds_before: Median seconds of one run before; None where not measured.
+        seconds_after: The same after.
+        seconds_frozen: The same of the fused model under `pwrewrite.freeze`; None where it cannot be frozen.
+        not_frozen: Why it cannot be frozen, where that was tried.
+    """
+
+    seconds_before: float | None = None
+    seconds_after: float | None = None
+    seconds_frozen: float | None = None
+    not_frozen: str = ""
+
+
+def passes_named(names: Sequence[str]) -> list[Pass]:
+    """The fusing passes of these names, in order.
+
+    Raises:
+        UsageError: If there is no such pass.
+    """
+    known = {kind.name: kind for kind in DEFAULT}
+    for name in names:
+        if name.strip() not in known:
+            raise UsageError(f"unknown pass {name.strip()!r}", where="--passes", expected=f"one of {', '.join(known)}")
+    return [known[name.strip()]() for name in names]
+
+
+def fuse_target(
+    request: Request,
+    passes: Sequence[Pass] | None = None,
+    *,
+    verify: bool = True,
+    benchmark: bool = False,
+    progress: Progress | None = None,
+) -> Measured:
+    """Fuses what a target leads to, in evaluation mode.
+
+    Args:
+        request: The target.
+        passes: What is done; by default all of `pwrewrite.workflows.fuse.DEFAULT`.
+        verify: Whether to verify the result.
+        benchmark: Whether to measure the latency before and after.
+        progress: Called at each step.
+
+    Returns:
+        The result; its plan leads from the original model, over an earlier rewrite where the target is a folder.
+
+    Raises:
+        RefusedError: If there is nothing to fuse.
+        PwrewriteError: If the target does not lead to a model.
+    """
+    if progress is not None:
+        progress("loading", None)
+    opened = request.open()
+    model, inputs = opened.model.eval(), opened.loaded.example_inputs
+    result = fuse(model, inputs, passes, verify=verify, target=request.target, progress=progress)
+    if not result.edits:
+        raise RefusedError("there is nothing to fuse", where=request.target)
+    seconds: list[float] = []
+    reason = ""
+    if benchmark:
+        if progress is not None:
+            progress("measuring", None)
+        models = [model, result.model]
+        try:
+            models.append(freeze(result.model, drawn_inputs(inputs)))
+        except (RefusedError, InputError) as error:
+            reason = error.got or error.message
+        seconds = latencies(models, inputs)
+    before, after, frozen = (*seconds, None, None, None)[:3]
+    return Measured(
+        result.model,
+        whole_plan(opened, result.plan),
+        told(result.report, opened.loaded),
+        result.edits,
+        join_names(opened.names, result.names),
+        result.before,
+        result.after,
+        before,
+        after,
+        frozen,
+        reason,
+    )
+
+
+def latencies(models: Sequence[nn.Module], inputs: Inputs) -> list[float]:
+    """Median seconds of models, run in turns, without gradients.
+
+    Args:
+        models: The models.
+        inputs: Example inputs.
+
+    Raises:
+        RefusedError: If the models have no values.
+    """
+    models = [model if isinstance(model, Frozen) else copy.deepcopy(model) for model in models]
+    if any(t.is_meta for m in models for t in (*m.parameters(), *m.buffers())):
+        raise RefusedError("a model without weights cannot be measured", hint="give weights, or leave --benchmark out")
+    args, kwargs = split_inputs(drawn_inputs(inputs))
+    times: list[list[float]] = [[] for _ in models]
+    cuda = any(p.is_cuda for p in models[0].parameters())
+    with torch.no_grad():
+        for model in models:
+            for _ in range(graphs.CALLS + 1):
+                model(*args, **kwargs)
+        end = time.perf_counter() + _SECONDS
+        while time.perf_counter() < end or len(times[0]) < 3:
+            for model, found in zip(models, times):
+                start = time.perf_counter()
+                model(*args, **kwargs)
+                if cuda:
+                    torch.cuda.synchronize()
+                found.append(time.perf_counter() - start)
+    return [statistics.median(found) for found in times]

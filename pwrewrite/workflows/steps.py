@@ -1,0 +1,293 @@
+"""A model on its way through passes and plans, step by step: `Run`.
+
+Each step carries out ops on the model as the steps before left it, captures the result, and keeps the books: what was
+done, what it cost before and after, what was predicted, which parameters went where, which layers were left and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ..analysis import analyze_capture
+from ..analysis.records import Analysis
+from ..capturing import Inputs, capture
+from ..capturing.records import Capture, info
+from ..core.cost import Cost
+from ..core.errors import UsageError
+from ..core.plan import Edit, Estimate, Op, Plan, Skip, SkipReason
+from ..core.verification import Verification
+from ..edit.actions import Decomposer
+from ..edit.apply import carry_out
+from ..edit.survival import probe_for
+from ..layers.factorized import build
+from ..passes import InsertBottleneck, Pass
+from ..passes.base import estimate_chain, spec_of
+from ..report.records import EditRow, Report
+from ..targets import describe_inputs
+
+Progress = Callable[[str, float | None], None]
+"""Called with what is being done, and with the part of it that is done (0 to 1) where that is known."""
+
+_MILD = frozenset(
+    {SkipReason.POINTWISE, SkipReason.DEPTHWISE, SkipReason.WRONG_FORM, SkipReason.EXCLUDED, SkipReason.BELOW_SHARE}
+)
+"""Reasons that say that a layer is none of a pass's business; another pass's reason tells more."""
+
+
+def silent(what: str, share: float | None) -> None:
+    """Says nothing."""
+
+
+def propose(captured: Capture, passes: Sequence[Pass]) -> Plan:
+    """A plan from what several passes propose on one capture; the first to propose for a layer has it.
+
+    Args:
+        captured: The model.
+        passes: The passes, in order.
+    """
+    plan = Plan(model=model_facts(captured))
+    taken: set[str] = set()
+    for one in passes:
+        proposals = one.propose(captured)
+        ops = tuple(p for p in proposals if isinstance(p, Op) and p.path not in taken)
+        taken |= {op.path for op in ops}
+        plan = plan + Plan(ops, tuple(p for p in proposals if isinstance(p, Skip)))
+    return plan
+
+
+class Run:
+    """A model on its way: as it is now, its capture, and what was done so far.
+
+    Args:
+        model: The model; stays as it is.
+        inputs: Example inputs.
+        say: Called at each step.
+        fill: Whether new layers get their weights from the old ones; without it only shapes are right.
+
+    Attributes:
+        decomposer: Gives the factors of a layer; the plain decomposition where None.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs, say: Progress, *, fill: bool = True) -> None:
+        self.model, self.inputs, self.say, self.fill = model, inputs, say, fill
+        say("capturing", None)
+        self.first = self.captured = capture(model, inputs)
+        self.plan = Plan()
+        self.rows: list[EditRow] = []
+        self.estimates: list[Estimate | None] = []
+        self.names: dict[str, tuple[str, ...]] = {}
+        self.decomposer: Decomposer | None = None
+
+    def all(self, passes: Sequence[Pass] | None, plan: Plan | None) -> None:
+        """Carries out passes or a plan."""
+        if passes is not None and plan is not None:
+            raise UsageError("passes and a plan exclude each other", hint="a plan already says what to do")
+        if plan is not None:
+            self.plan = replace(self.plan, skips=plan.skips, budget=plan.budget)
+            for part in self._parts(plan):
+                self.step(part)
+            return
+        passes = (InsertBottleneck(min_share=0.01),) if passes is None else passes
+        for i, one in enumerate(passes):
+            self.say(f"{one.name}: proposing", None)
+            read_later = any(_reads_weights(later) for later in passes[i + 1 :])
+            self.step(propose(self.captured, [one]), fill=self.fill or read_later)
+
+    def _parts(self, plan: Plan) -> list[Plan]:
+        """A plan in steps: an op on what an earlier one puts in waits for it, so that each step has a capture."""
+        parts: list[list[Op]] = [[]]
+        for op in plan.ops:
+            if any(op.path == done.path or op.path.startswith(f"{done.path}.") for done in parts[-1] if done.path):
+                parts.append([])
+            parts[-1].append(op)
+        return [Plan(tuple(ops)) for ops in parts]
+
+    def step(self, plan: Plan, *, fill: bool | None = None) -> None:
+        """Carries out one plan on the model as it is now."""
+        if not plan.ops:
+            self.plan = self.plan + plan
+            return
+        names = [op.path for op in plan.ops]
+        applied = carry_out(
+            self.model,
+            plan,
+            fill=self.fill if fill is None else fill,
+            decomposer=self.decomposer,
+            probe=probe_for(plan, self.captured, self.inputs),
+            progress=lambda path: self.say(f"rewriting {path}", names.index(path) / len(names)),
+        )
+        after = capture(applied.model, self.inputs) if applied.edits else self.captured
+        macs_before, macs_after = _macs_by_path(self.captured), _macs_by_path(after)
+        for edit in applied.edits:
+            old = _under(macs_before, (edit.path, *edit.aliases, *edit.adapted))
+            self.rows.append(EditRow(edit, old, _under(macs_after, _places(edit))))
+            self.estimates.append(_estimate(edit.op, self.captured) or edit.op.estimate)
+            self._rename(edit)
+        done = {edit.path for edit in applied.edits}
+        self.plan = self.plan + Plan(tuple(op for op in plan.ops if op.path in done), (*plan.skips, *applied.skips))
+        if applied.edits:
+            self.model, self.captured = applied.model, after
+
+    def fitted(self, errors: Mapping[str, float]) -> None:
+        """Takes note of the relative errors of weights that were fitted after they were put in, by path."""
+        self.rows = [
+            replace(row, edit=replace(row.edit, relative_error=errors[row.edit.path], exact=None))
+            if row.edit.path in errors
+            else row
+            for row in self.rows
+        ]
+
+    def _rename(self, edit: Edit) -> None:
+        self.names = join_names(self.names, edit.renamed)
+
+    def analyses(self, target: str | None) -> tuple[Analysis, Analysis]:
+        """The model before and after."""
+        before = analyze_capture(self.first, target=target or "")
+        return before, analyze_capture(self.captured, target=target or "") if self.rows else before
+
+    def expected(self, before: Analysis) -> Cost | None:
+        """What was predicted; None where an op has no estimate."""
+        estimates = [e for e in self.estimates if e is not None]
+        if len(estimates) < len(self.estimates):
+            return None
+        return Cost(
+            params=before.params + sum(e.params_after - e.params_before for e in estimates),
+            macs=before.macs + sum(e.macs_after - e.macs_before for e in estimates),
+        )
+
+    def finished(self, target: str | None) -> Plan:
+        """The whole plan, with facts about the model."""
+        facts = model_facts(self.first, inputs=describe_inputs(self.inputs))
+        return replace(self.plan, skips=self.skips(), model=facts | ({"target": target} if target else {}))
+
+    def skips(self) -> tuple[Skip, ...]:
+        """One skip a layer, the one that tells most; none for what this run itself put in."""
+        inside = tuple(f"{row.edit.path}." if row.edit.path else "" for row in self.rows)
+        found: dict[str, Skip] = {}
+        for skip in self.plan.skips:
+            ours = bool(inside) and skip.path.startswith(inside)
+            if ours and (skip.reason in _MILD or skip.reason is SkipReason.ALREADY_BOTTLENECK):
+                continue
+            old = found.get(skip.path)
+            if old is None or skip.reason is old.reason or (old.reason in _MILD and skip.reason not in _MILD):
+                found[skip.path] = skip
+        return tuple(found.values())
+
+    def report(self, before: Analysis, after: Analysis, target: str | None, proof: Verification | None) -> Report:
+        """The report."""
+        return Report(
+            target or type(self.first.model).__name__,
+            totals(before),
+            totals(after),
+            tuple(self.rows),
+            self.skips(),
+            proof,
+            _output_changes(self.first, self.captured),
+            tuple(dict.fromkeys((*self.first.notes, *self.captured.notes, *_narrowed(self.rows)))),
+        )
+
+
+def _reads_weights(one: Pass) -> bool:
+    return getattr(one, "energy", None) is not None or bool(getattr(one, "vbmf", False))
+
+
+def _estimate(op: Op, captured: Capture) -> Estimate | None:
+    """An op's effect from the capture that it is carried out on; None where it is not about a single layer."""
+    if op.action != "factorize":
+        return None
+    layer = next((one for one in captured.layers if op.path in (one.path, *one.aliases)), None)
+    if layer is None or not layer.called:
+        return None
+    spec, settings = spec_of(layer), op.settings
+    axes, norm, activation = (settings.get(name) for name in ("axes", "norm", "activation"))
+    found = estimate_chain(layer, spec, settings["form"], settings["widths"], axes)
+    if norm or activation:  # which may have parameters of their own
+        made = build(
+            spec, settings["form"], settings["widths"], axes=axes, norm=norm, activation=activation, device="meta"
+        )
+        found = replace(found, params_after=sum(p.numel() for p in made.parameters()))
+    return found
+
+
+def _macs_by_path(captured: Capture) -> dict[str, int]:
+    sums: dict[str, int] = {}
+    for node in captured.graph.nodes:
+        facts = info(node)
+        if facts.cost.macs:
+            sums[facts.path] = sums.get(facts.path, 0) + facts.cost.macs
+    for layer in captured.layers:
+        if layer.functional:
+            sums[layer.path] = layer.macs
+    return sums
+
+
+def _under(sums: dict[str, int], places: Sequence[str]) -> int:
+    return sum(
+        macs for path, macs in sums.items() if any(path == p or path.startswith(f"{p}." if p else "") for p in places)
+    )
+
+
+def _places(edit: Edit) -> tuple[str, ...]:
+    """Where the MACs of what an edit put in are found: its module, under its names."""
+    if edit.kind == "graph" and edit.op.action == "factorize":
+        return tuple({name.rsplit(".", 2)[0] for names in edit.renamed.values() for name in names})
+    return (edit.path, *edit.aliases, *edit.adapted)
+
+
+def _output_changes(before: Capture, after: Capture) -> tuple[str, ...]:
+    """Outputs whose static shape changed, as sentences."""
+    old, new = (info(next(reversed(c.graph.nodes))).inputs for c in (before, after))
+    return tuple(
+        f"output {i}: {'×'.join(map(str, a.shape))} → {'×'.join(map(str, b.shape))}"
+        for i, (a, b) in enumerate(zip(old, new))
+        if a.shape != b.shape and before.coverage.values == "meta"
+    )
+
+
+def _narrowed(rows: Sequence[EditRow]) -> list[str]:
+    """What else became narrower with projections, as sentences."""
+    told = []
+    for edit in (row.edit for row in rows if row.edit.op.action == "project"):
+        settings = edit.op.settings
+        told += [
+            f"the concatenation behind {edit.path} is narrower: {out['before']} → {out['after']} channels"
+            for out in settings.get("outputs", ())
+        ]
+        gone = settings["branch_channels"] - settings["channels"]
+        for reader in settings.get("consumers", ()):
+            before = reader["layer"]["in_channels"]
+            after = before - gone * reader["repeat"]
+            told.append(f"{reader['path']}, behind {edit.path}, takes fewer channels: {before} → {after}")
+    return told
+
+
+def join_names(first: Mapping[str, tuple[str, ...]], then: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Two maps from old parameter names to new ones, one after the other.
+
+    Args:
+        first: The earlier one.
+        then: The later one, which may rename what the earlier one made.
+    """
+    made = {name for names in first.values() for name in names}
+    joined = {old: tuple(n for name in names for n in then.get(name, (name,))) for old, names in first.items()}
+    return joined | {old: tuple(names) for old, names in then.items() if old not in made}
+
+
+def totals(analysis: Analysis) -> dict[str, int]:
+    """The totals that a report compares."""
+    found: dict[str, int] = analysis.to_dict()["totals"]
+    return found
+
+
+def model_facts(captured: Capture, **more: Any) -> dict[str, Any]:
+    """What a plan records about the model it was made for."""
+    kind = type(captured.model)
+    inputs = [
+        {"name": name, "shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
+        for name, spec in captured.inputs
+    ]
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "params": captured.params, "inputs": inputs, **more}

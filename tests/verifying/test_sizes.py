@@ -1,0 +1,227 @@
+"""Other batch and spatial sizes, integer inputs, lists of images, and sizes that depend on values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from verify_models import APPROXIMATE, EXACT, check, edit, edited, failed, full_rank, net, rough
+
+from pwrewrite.verifying import verify
+
+X = torch.zeros(1, 3, 16, 16)
+
+
+class Around(nn.Module):
+    """Something done to what a layer returns."""
+
+    def __init__(self, layer: nn.Module, change: Any) -> None:
+        super().__init__()
+        self.layer, self.change = layer, change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self.layer(x))
+
+
+def test_a_rewrite_that_fits_one_batch_size_fails() -> None:
+    wrong = edited(net(), make=lambda conv: Around(full_rank(conv), lambda y: y.view(1, 8, *y.shape[2:])))
+    result = verify(net(), wrong, X, edits=EXACT)
+    assert "batch sizes" in failed(result)
+    assert "shapes (eval)" not in failed(result)
+    assert result.diverges_at is not None
+    assert result.diverges_at.startswith("conv")
+
+
+def test_values_that_are_right_for_one_batch_size_only_fail() -> None:
+    def change(y: Tensor) -> Tensor:
+        return y - (y.mean(0, keepdim=True) if len(y) > 1 else 0)
+
+    wrong = edited(net(), make=lambda conv: Around(full_rank(conv), change))
+    result = verify(net(), wrong, X, edits=EXACT)
+    assert "batch sizes" in failed(result)
+    assert "numerics (eval)" not in failed(result)
+
+
+def test_a_rewrite_that_fits_one_spatial_size_fails() -> None:
+    wrong = edited(net(), make=lambda conv: Around(full_rank(conv), lambda y: y.view(-1, 8, 16, 16)))
+    result = verify(net(), wrong, X, edits=APPROXIMATE)
+    assert "spatial sizes" in failed(result)
+    assert "batch sizes" not in failed(result)
+
+
+def test_what_the_original_does_not_take_is_no_check() -> None:
+    class AtMostTwo(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > 2:
+                raise ValueError("no more than two")
+            return self.net(x)
+
+    model = AtMostTwo()
+    result = verify(model, edited(model, "net.conv"), X, edits=(edit("net.conv"),))
+    assert result.passed, result.failures
+    assert "batch sizes that the original does not take: 3" in result.notes
+    assert check(result, "batch sizes").detail == "2 statically; 2 in a real run"
+
+
+def test_one_batch_only_still_gives_several_predictions() -> None:
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.view(1, 3, 16, 16))
+
+    model = One()
+    result = verify(model, rough(model, "net.conv"), X)
+    assert result.passed, result.failures
+    assert "of 8 samples" in check(result, "numerics (eval)").detail
+    assert not any(c.name == "spatial sizes" for c in result.checks)
+
+
+def test_integer_inputs_are_kept() -> None:
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(5, 8)
+            self.conv = nn.Conv1d(8, 8, 3, padding=1)
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, ids: Tensor, *, mask: Tensor) -> Tensor:
+            return self.fc((self.conv(self.embed(ids).transpose(1, 2)) * mask[:, None]).mean(2))
+
+    def halves(conv: nn.Conv1d) -> nn.Module:
+        return Around(conv, lambda y: 0.5 * y + 0.5 * y)
+
+    torch.manual_seed(0)
+    model = Text()
+    inputs = {"ids": torch.tensor([[0, 4, 2, 1, 3, 3, 3, 0]]), "mask": torch.ones(1, 8, dtype=torch.bool)}
+    result = verify(model, edited(model, make=halves), inputs, edits=EXACT)
+    assert result.passed, result.failures
+    assert result.relative_error is not None
+
+
+def test_given_values_are_used_where_they_say_something() -> None:
+    class Picky(nn.Module):
+        """Refuses what is not a probability, and has a branch that only large values take."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not x.is_meta and (x.min() < 0 or x.max() > 1):
+                raise ValueError("not probabilities")
+            return self.net(x)
+
+    model = Picky()
+    result = verify(model, edited(model, "net.conv"), torch.full((1, 3, 16, 16), 0.5), edits=(edit("net.conv"),))
+    assert result.passed, result.failures
+    assert any("does not take random values" in note for note in result.notes)
+    assert verify(model, edited(model, "net.conv"), torch.rand(1, 3, 16, 16), edits=(edit("net.conv"),)).passed
+
+
+class Detector(nn.Module):
+    """A list of images in, a list of dicts out; how many boxes depends on values, and training needs targets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, images: list[Tensor], targets: Any = None) -> Any:
+        if self.training and targets is None:
+            raise ValueError("targets should not be none when in training mode")
+        found = []
+        for image in images:
+            y = self.head(self.conv(image[None]).relu())[0].flatten(1).T
+            boxes = y[(y[:, 0] > 0).nonzero().flatten()]
+            found.append({"boxes": boxes[:, 1:], "scores": boxes[:, 0]})
+        return found
+
+
+def test_sizes_that_depend_on_values_are_not_held_against_an_approximate_rewrite() -> None:
+    images = ([torch.rand(3, 16, 16), torch.rand(3, 12, 16)],)
+    model = Detector()
+    result = verify(model, rough(model, noise=0.3), images, edits=APPROXIMATE)
+    assert result.passed, result.failures
+    assert any("depend on values were not compared" in note for note in result.notes)
+    assert any("does not run in training mode" in note for note in result.notes)
+    assert verify(model, edited(model), images, edits=EXACT).passed
+
+
+def test_a_detector_that_always_finds_as_many_as_it_may() -> None:
+    """Other inputs and noise never change the ten boxes; smaller weights, as a factorisation leaves them, do."""
+
+    class Capped(Detector):
+        def forward(self, images: list[Tensor], targets: Any = None) -> Any:
+            if self.training:
+                raise ValueError("targets should not be none when in training mode")
+            found = []
+            for image in images:
+                y = self.head(self.conv(image[None]).relu())[0].flatten(1).T
+                found.append({"boxes": y[y.norm(dim=1) > 0.95 * self.usual][:10]})
+            return found
+
+    model = Capped()
+    images = ([torch.rand(3, 16, 16)],)
+    y = model.head(model.conv(images[0][0][None]).relu())[0].flatten(1).T
+    model.usual = float(y.detach().norm(dim=1).max())
+    smaller = Capped()
+    smaller.usual = model.usual
+    with torch.no_grad():
+        for parameter in smaller.head.parameters():
+            parameter *= 0.4
+    result = verify(model, smaller, images, edits=APPROXIMATE)
+    assert result.passed, result.failures
+    assert any("depend on values were not compared" in note for note in result.notes)
+
+
+def test_a_wrong_structure_is_held_against_it_all_the_same() -> None:
+    class Wrong(Detector):
+        def forward(self, images: list[Tensor], targets: Any = None) -> Any:
+            return [
+                {"boxes": d["boxes"][:, :3], "scores": d["scores"].double()} for d in super().forward(images, targets)
+            ]
+
+    result = verify(Detector(), Wrong(), ([torch.rand(3, 16, 16)],))
+    detail = check(result, "shapes (eval)").detail
+    assert not result.passed
+    assert "dtype float32, now float64" in detail
+    assert "×4, now " in detail
+
+
+class Ranked(nn.Module):
+    """Returns results in the order of scores that rounding alone decides, as proposals of an untrained detector are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.head = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(self.conv(x)).flatten(2)[0]
+        ties = (y[0] - y[0].mean()) * 1e-7 + 1.0
+        if not bool(ties.isfinite().all()):
+            raise ValueError("not finite")
+        return y[:, ties.argsort()]
+
+
+def test_where_rounding_reorders_results_the_layers_before_are_compared() -> None:
+    model, x = Ranked(), torch.randn(1, 3, 24, 24)
+    result = verify(model, edited(model), x, edits=EXACT)
+    assert check(result, "numerics (eval)").passed, result.failures
+    assert "layers before values decide" in check(result, "numerics (eval)").detail
+    wrong = edited(model)
+    with torch.no_grad():
+        wrong.head.weight.mul_(1.01)
+    worse = verify(model, wrong, x, edits=EXACT)
+    assert "numerics (eval)" in failed(worse)
+    assert worse.diverges_at == "head"

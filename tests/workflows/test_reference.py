@@ -1,0 +1,123 @@
+"""The comparison with float64: what it lets pass, what it does not, and what it cannot judge."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pwrewrite.workflows.fuse import fuse, reference_check
+
+
+class Chooses(nn.Module):
+    """Returns the maps of the channels with the largest sums, as a detector returns its best boxes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        scores = y.mean((0, 2, 3))
+        chosen = (scores + torch.arange(16)).topk(4).indices.tolist()
+        return y[:, chosen]
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+
+
+@pytest.mark.parametrize("by_value", [False, True])
+def test_a_model_that_computes_something_else_fails(by_value: bool) -> None:
+    model, x = network(), torch.randn(2, 3, 12, 12)
+    check = reference_check(model, copy.deepcopy(model), x, by_value=by_value)
+    assert check is not None
+    assert check.passed
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong[2].weight.mul_(1 + 1e-5)
+    check = reference_check(model, wrong, x, by_value=by_value)
+    assert check is not None
+    assert not check.passed
+
+
+def test_what_decides_by_values_is_judged_where_rounding_does_not_decide() -> None:
+    torch.manual_seed(0)
+    model, x = Chooses().eval(), torch.randn(2, 3, 12, 12)
+    check = reference_check(model, copy.deepcopy(model), x, by_value=True)
+    assert check is not None
+    assert check.passed
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.conv.weight.mul_(1 + 1e-4)
+    check = reference_check(model, wrong, x, by_value=True)
+    assert check is not None
+    assert not check.passed
+
+
+def test_where_rounding_decides_there_is_no_check() -> None:
+    class Close(Chooses):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.conv(x)
+            digits = (y.flatten(1).sum(1) * 1e7).floor().to(torch.int64)  # below what float32 carries
+            return y.roll(int(digits[0]) % 5, 1)
+
+    torch.manual_seed(0)
+    model, x = Close().eval(), torch.randn(2, 3, 12, 12)
+    assert reference_check(model, copy.deepcopy(model), x, by_value=True) is None
+
+
+def test_a_model_that_is_wrong_is_wrong_on_several_inputs() -> None:
+    """The error on one input varies; that on several tells."""
+    torch.manual_seed(0)
+    model, x = network(), torch.randn(1, 3, 12, 12)
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong[0].weight.mul_(1 + 3e-6)
+    check = reference_check(model, wrong, x)
+    assert check is not None
+    assert not check.passed
+    assert "over 4 inputs" in check.detail
+
+
+def test_a_model_that_takes_only_what_it_was_given_is_still_judged() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.first = nn.Conv2d(3, 4, 3), 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            if abs(float(x[0, 0, 0, 0]) - self.first) > 1e-3:
+                raise ValueError("another input")
+            out: Tensor = self.conv(x)
+            return out
+
+    torch.manual_seed(0)
+    model, x = Picky().eval(), torch.randn(1, 3, 12, 12)
+    model.first = float(x[0, 0, 0, 0])
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.conv.weight.mul_(1 + 1e-5)
+    check = reference_check(model, wrong, x)
+    assert check is not None
+    assert not check.passed
+
+
+def test_a_memory_format_in_which_torch_is_less_exact_is_taken_back() -> None:
+    """Group norm in channels_last adds up squares, and loses the variance beside a large mean."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU()]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        model[0].bias.fill_(30.0)
+    done = fuse(model, x, thorough=False)
+    assert done.report.passed
+    taken_back = [skip for skip in done.plan.skips if "less exact" in skip.detail]
+    exact = copy.deepcopy(model).double()(x.double())
+    plain, last = model(x), model(x.contiguous(memory_format=torch.channels_last))
+    worse = float((last - exact).norm()) > 2 * float((plain - exact).norm())
+    assert bool(taken_back) is worse
+    assert {e.op.action for e in done.edits} == ({"fuse"} if worse else {"fuse", "channels-last"})
