@@ -112,12 +112,9 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
+        from .core.version import version
 
-        try:
-            return version(__name__)
-        except PackageNotFoundError:  # run from a checkout that is not installed
-            return "0+unknown"
+        return version()
     if name in ("decompose", "passes"):
         return import_module(f"{__name__}.{name}")
     if name not in _HOMES:

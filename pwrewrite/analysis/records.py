@@ -16,6 +16,7 @@ import torch
 
 from ..capturing.records import Call, Coverage, Layer
 from ..core.plan import Skip
+from ..core.version import version
 
 SCHEMA = "pwrewrite.analysis/1"
 """Name and version of the JSON: keys may be added under one version, never renamed or removed."""
@@ -388,6 +389,4 @@ class Analysis:
 
 def versions() -> dict[str, str]:
     """Versions of what made an analysis."""
-    from .. import __version__
-
-    return {"pwrewrite": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    return {"pwrewrite": version(), "torch": str(torch.__version__), "python": platform.python_version()}

@@ -31,9 +31,9 @@ app.command("passes")(passes)
 
 def _version(wanted: bool) -> None:
     if wanted:
-        import pwrewrite
+        from ..core.version import version
 
-        typer.echo(f"pwrewrite {pwrewrite.__version__}")
+        typer.echo(f"pwrewrite {version()}")
         raise typer.Exit
 
 

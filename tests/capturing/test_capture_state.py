@@ -177,7 +177,7 @@ BIG = """
 import resource, sys
 import torch
 from torch import nn
-import pwrewrite.capture  # what it imports is torch's own
+import pwrewrite.capturing  # what it imports is torch's own
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 before = peak()
