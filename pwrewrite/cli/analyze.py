@@ -184,8 +184,9 @@ def analyze(
         with uncollected(), quiet(debug), waiting(f"analysing {target}"):
             with interruptible():
                 from ..analysis.roofline import device_profile
+                from ..core import files
                 from ..core.numbers import parse_count, parse_share
-                from ..report import View, files, gates, render
+                from ..report import View, gates, render
                 from ..report.tree import DEPTH
                 from ..targets import parse_arg
                 from ..workflows.analyze import analyze_captured, capture_target
@@ -222,11 +223,11 @@ def analyze(
                         explained=explain_count,
                     )
         if counts is not None and output is not None:
-            files.write_text(output, text_of(analysis, form.value, view, counts))
+            files.write_file(output, text_of(analysis, form.value, view, counts))
         elif counts is not None:
             show_counts(analysis, form.value, view, counts)
         elif output is not None:
-            files.write_text(output, render(analysis, form.value, view))
+            files.write_file(output, render(analysis, form.value, view))
         else:
             show(analysis, form.value, view)
         gates.check(analysis, strict=strict, **limits)

@@ -68,8 +68,8 @@ def fuse(
     """
     with handled(debug):
         with quiet(debug), interruptible(), progressing() as progress:
+            from ..core import files
             from ..core.errors import UsageError
-            from ..report import files
             from ..report import fused as table
             from ..targets.storage import check_place
             from ..workflows.fuse_by_target import fuse_target, passes_named

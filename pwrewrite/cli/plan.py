@@ -76,7 +76,7 @@ def plan(
     """
     with handled(debug):
         with quiet(debug), interruptible(), progressing() as progress:
-            from ..report import files
+            from ..core import files
             from ..report import rewrite as table
             from ..report import rewrite_markdown as markdown
             from ..workflows.budget_by_target import frontier_of, plan_budget
@@ -116,7 +116,7 @@ def plan(
         if out is None:
             tell("the plan was not written: give --out plan.json")
             return
-        files.write_text(out, planned.plan.to_json())
+        files.write_file(out, planned.plan.to_json())
         tell(f"written to {out}")
 
 
@@ -141,7 +141,8 @@ def _check_pareto(out: Path | None) -> None:
 
 def _show_frontier(found: Frontier, form: Format, output: Path | None) -> None:
     """Shows a frontier, or writes it in the form that the file's name asks for."""
-    from ..report import files, frontier
+    from ..core import files
+    from ..report import frontier
 
     written: dict[str, Callable[[Frontier], str]] = {
         ".csv": frontier.comma_separated,
@@ -150,7 +151,7 @@ def _show_frontier(found: Frontier, form: Format, output: Path | None) -> None:
         ".json": type(found).to_json,
     }
     if output is not None and output.suffix.lower() in written:
-        files.write_text(output, written[output.suffix.lower()](found))
+        files.write_file(output, written[output.suffix.lower()](found))
         tell(f"written to {output}")
         return
     show(

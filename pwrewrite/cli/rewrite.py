@@ -98,9 +98,9 @@ def rewrite(
     """
     with handled(debug):
         with quiet(debug), interruptible(), progressing() as progress:
+            from ..core import files
             from ..core.errors import UsageError
             from ..core.plan import Plan
-            from ..report import files
             from ..report import rewrite as table
             from ..report import rewrite_markdown as markdown
             from ..targets.storage import check_place

@@ -33,7 +33,7 @@ def show(
     """
     from rich.console import Console
 
-    from ..report import files
+    from ..core import files
     from ..report.layout import plain_text
     from ..report.table import WIDTH
 
@@ -49,7 +49,7 @@ def show(
     else:
         text = markdown() if form == "markdown" else data()
     if output is not None:
-        files.write_text(output, text)
+        files.write_file(output, text)
         return
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", newline="")

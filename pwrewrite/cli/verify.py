@@ -49,8 +49,8 @@ def verify(
     """
     with handled(debug):
         with quiet(debug), interruptible(), progressing() as progress:
+            from ..core import files
             from ..core.errors import VerificationError
-            from ..report import files
             from ..report import rewrite as table
             from ..report import rewrite_markdown as markdown
             from ..workflows.by_target import verify_targets

@@ -1,9 +1,8 @@
 """Statistics on disk, by content: a second plan for the same model and inputs need not calibrate again.
 
 A file is named by a hash of the model's weights and operations, the inputs and the settings. What was gathered when a
-calibration was interrupted is kept too, and the next one goes on from there. Files are safetensors, written beside
-their place and then renamed; the oldest go when the folder outgrows `LIMIT`. ``PWREWRITE_CACHE`` names another folder;
-``off`` switches the cache off.
+calibration was interrupted is kept too, and the next one goes on from there. Files are safetensors; the oldest go when
+the folder outgrows `LIMIT`.
 """
 
 from __future__ import annotations
@@ -22,21 +21,13 @@ from torch import Tensor, nn
 
 from ..capturing.records import Capture
 from ..core.convolution import ConvSpec
+from ..core.files import new_file
 from .statistics import LayerStatistics, Statistics
 
 LIMIT = 8 * 1024**3
 """Bytes that the statistics in the cache may take."""
 
 _VERSION = "1"
-
-
-def cache_folder(kind: str) -> Path | None:
-    """Where cached results of a kind go; None where caching is off."""
-    named = os.environ.get("PWREWRITE_CACHE", "")
-    if named.lower() in ("off", "0", "none"):
-        return None
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return (Path(named) if named else Path(base) / "pwrewrite") / kind
 
 
 def content_key(capture: Capture, layers: Mapping[str, ConvSpec], inputs: str, settings: Mapping[str, object]) -> str:
@@ -114,15 +105,11 @@ def write_statistics(folder: Path | None, key: str, found: Statistics, *, comple
         "layers": layers,
     }
     file = folder / f"{key}.safetensors"
-    beside = file.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with suppress(OSError, SafetensorError):
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, beside, metadata={"pwrewrite": json.dumps(about)})
-        os.replace(beside, file)
+        with new_file(file) as scratch:
+            save_file(tensors, scratch, metadata={"pwrewrite": json.dumps(about)})
         _prune(folder, file)
-    except (OSError, SafetensorError):
-        with suppress(OSError):
-            beside.unlink()
 
 
 def _prune(folder: Path, newest: Path) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 import statistics
 import time
@@ -28,11 +27,11 @@ from torch import Tensor, nn
 
 from ..capturing import Inputs, split_inputs
 from ..core.convolution import ConvSpec
+from ..core.files import cache_folder, write_file
 from ..core.plan import Plan
 from ..edit.apply import carry_out
 from ..forms import spec_to_dict
 from ..layers.factorized import Factorized, build, make_layer
-from .cache import cache_folder
 from .running import evaluating
 
 _ROUNDS = (5, 40)
@@ -157,15 +156,10 @@ class LatencyTable:
         """Keeps what was measured, beside what others kept meanwhile; if it cannot, that is no error."""
         if self._file is None or not self.measured:
             return
-        beside = self._file.with_suffix(f".{os.getpid()}.tmp")
         runs = {key: seconds for key, seconds in self._known.items() if math.isfinite(seconds)}
-        try:
+        with suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps({**_read(self._file), **runs}), encoding="utf-8")
-            os.replace(beside, self._file)
-        except OSError:
-            with suppress(OSError):
-                beside.unlink()
+            write_file(self._file, json.dumps({**_read(self._file), **runs}))
 
     def _measure(self, shape: Sequence[int], contestants: Sequence[Contestant]) -> list[float]:
         place = self.place

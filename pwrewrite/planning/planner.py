@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from ..capturing import Inputs, capture, split_inputs
 from ..capturing.records import Capture
 from ..core.errors import RefusedError
+from ..core.files import cache_folder
 from ..core.plan import Op, Plan, Skip, SkipReason
 from ..decompose import Factors
 from .allocate import Allocation, Infeasible, Option, allocate, frontier
 from .batches import Batches
 from .budget import Budget
-from .cache import cache_folder, content_key, read_statistics, write_statistics
+from .cache import content_key, read_statistics, write_statistics
 from .candidates import Candidate, LayerCandidates, Meant, forms_named, make_candidates, timed, weighted_layer
 from .fitting import fit_order, fit_targets, shift_biases
 from .latency import LatencyTable, Place, time_models, time_plan

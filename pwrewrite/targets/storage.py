@@ -4,16 +4,12 @@ A folder holds ``model.safetensors`` (the weights), ``plan.json`` (what was done
 new ones), ``report.json`` and a ``README.md`` for people. Loading takes the *original* model from the caller, carries
 out the plan without decomposing anything and fills in the saved weights. The target recorded in the plan is code: it is
 imported only when the caller says that it is trusted.
-
-The folder is written beside its place and then renamed, so that an interruption leaves what was there before.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import OutputError, PlanError, TargetError, WeightsError, first_line
+from ..core.files import new_folder, recover, unwritable
 from ..core.plan import SCHEMA, Edit, Plan, dumps
 from ..edit.apply import carry_out
 
 WEIGHTS, PLAN, REPORT, README = "model.safetensors", "plan.json", "report.json", "README.md"
+_FILES = (WEIGHTS, PLAN, REPORT, README)
 _ALIASES = "pwrewrite.aliases"
 
 
@@ -58,26 +56,18 @@ def save(
         OutputError: If the folder exists, cannot be written, or the model keeps what cannot be saved.
     """
     check_place(folder, force=force)
-    target = Path(os.path.realpath(folder))
     names = {old: list(new) for edit in edits for old, new in edit.renamed.items()}
-    scratch = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    texts = {
+        PLAN: dumps({**plan.to_dict(), "names": names}),
+        REPORT: json.dumps(report or {}, indent=2, ensure_ascii=False) + "\n",
+        README: readme,
+    }
+    with new_folder(folder, _FILES) as scratch:
         _save_weights(model, scratch / WEIGHTS)
-        _write(scratch / PLAN, dumps({**plan.to_dict(), "names": names}))
-        _write(scratch / REPORT, json.dumps(report or {}, indent=2, ensure_ascii=False) + "\n")
-        if readme is not None:
-            _write(scratch / README, readme)
-        scratch.chmod(0o777 & ~_umask())
-        _move_in(scratch, target)
-    except OutputError:
-        raise
-    except OSError as error:
-        raise _unwritable(Path(folder), error) from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+        for name, text in texts.items():
+            if text is not None:
+                (scratch / name).write_text(text, encoding="utf-8")
+        check_place(folder, force=force)  # what came there meanwhile is not ours to replace
     return Path(folder)
 
 
@@ -89,16 +79,19 @@ def check_place(folder: str | Path, *, force: bool = False) -> None:
             write.
     """
     target = Path(os.path.realpath(folder))
-    if target.exists() and not target.is_dir():
-        raise OutputError("the output folder is a file", where=str(folder), hint="give another place")
+    recover(target)
     try:
-        content = sorted(entry.name for entry in target.iterdir()) if target.exists() else []
-    except OSError as error:
-        raise _unwritable(Path(folder), error) from error
-    if content and not force:
+        if target.exists() and not target.is_dir():
+            raise OutputError("the output folder is a file", where=str(folder), hint="give another place")
+        entries = list(os.scandir(target)) if target.exists() else []
+    except OutputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise unwritable(folder, error) from error
+    if entries and not force:
         raise OutputError("the output folder exists", where=str(folder), hint="--force replaces what was saved there")
-    strange = [name for name in content if name not in (WEIGHTS, PLAN, REPORT, README)]
-    if content and (strange or not _is_plan(target / PLAN)):
+    strange = sorted(e.name for e in entries if e.name not in _FILES or not e.is_file(follow_symlinks=False))
+    if entries and (strange or not _is_plan(target / PLAN)):
         raise OutputError(
             "the output folder holds what pwrewrite did not write, so it is not replaced",
             where=str(folder),
@@ -224,7 +217,6 @@ def _save_weights(model: nn.Module, path: Path) -> None:
         kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
     try:
         save_file(kept, str(path), metadata={"format": "pt", _ALIASES: json.dumps(aliases)})
-        _flush(path)
     except (SafetensorError, ValueError, KeyError) as error:
         raise OutputError(f"cannot write the weights: {first_line(error)}", where=str(path.name)) from error
 
@@ -309,73 +301,6 @@ def _cast(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in state and state[name].dtype != tensor.dtype:
             tensor.data = tensor.data.to(state[name].dtype)
-
-
-# --------------------------------------------------------------------------------------------------- files
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """Has a file on the disk before it is renamed, so that a crash cannot leave an empty one."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def write_atomically(path: str | Path, text: str) -> None:
-    """Writes a text file beside its place and renames it.
-
-    Raises:
-        OutputError: If it cannot be written.
-    """
-    target = Path(path)
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.absolute().parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise _unwritable(target, error) from error
-
-
-def _move_in(scratch: Path, target: Path) -> None:
-    """Renames a finished folder into place; an old one goes only once the new one is there.
-
-    Raises:
-        OSError: If it cannot be; the old folder is in its place then.
-    """
-    if not target.exists():
-        os.rename(scratch, target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    old = aside / target.name
-    try:
-        os.rename(target, old)
-        os.rename(scratch, target)
-    finally:
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _unwritable(target: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"cannot write: {error.strerror or error}", where=str(target), hint="give another place, or make room"
-    )
 
 
 def with_model(plan: Plan, **facts: Any) -> Plan:

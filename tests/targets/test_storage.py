@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from pwrewrite.capturing import capture
+from pwrewrite.core import files
 from pwrewrite.core.errors import OutputError, PlanError, TargetError, WeightsError
 from pwrewrite.core.plan import Edit, Op, Plan
 from pwrewrite.edit.apply import carry_out
 from pwrewrite.passes import InsertBottleneck
 from pwrewrite.targets import storage
-from pwrewrite.targets.storage import check_place, is_saved, load, read_plan, save, with_model, write_atomically
+from pwrewrite.targets.storage import check_place, is_saved, load, read_plan, save, with_model
 
 X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -288,17 +290,16 @@ def failing(times: int, real: Callable[..., Any], error: BaseException) -> Calla
 
 
 STEPS = [
-    ("tempfile.mkdtemp", 1),
-    ("tempfile.mkdtemp", 2),
+    ("files.tempfile.mkdtemp", 1),
     ("_save_weights", 1),
-    ("_write", 1),
-    ("_write", 2),
-    ("_write", 3),
-    ("_flush", 1),
-    ("_flush", 4),
-    ("os.rename", 1),
-    ("os.rename", 2),
-    ("_move_in", 1),
+    ("Path.write_text", 1),
+    ("Path.write_text", 3),
+    ("files._flush", 1),
+    ("files._flush", 4),
+    ("files._exchange", 1),
+    ("files.os.rename", 1),
+    ("files.os.rename", 2),
+    ("files._move_in", 1),
 ]
 
 
@@ -308,7 +309,10 @@ def test_a_failure_at_any_step_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, times: int, error: BaseException
 ) -> None:
     first = saved(tmp_path / "out", net(), readme="first")
-    owner: Any = storage
+    if "rename" in step:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    owner: Any = SimpleNamespace(files=files, Path=Path, _save_weights=storage._save_weights)
+    owner = storage if step == "_save_weights" else owner
     *path, name = step.split(".")
     for part in path:
         owner = getattr(owner, part)
@@ -317,7 +321,7 @@ def test_a_failure_at_any_step_loses_nothing(
     with pytest.raises(expected) as caught:
         saved(tmp_path / "out", nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), readme="second", force=True)
     if isinstance(error, OSError):
-        assert "No space left" in str(caught.value)
+        assert "no space left" in str(caught.value)
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "README.md").read_text() == "first"
     assert torch.equal(load(tmp_path / "out", net())(X), first(X))
@@ -335,7 +339,8 @@ def test_a_full_disk_under_safetensors(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_an_old_folder_that_cannot_come_back_is_kept_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved(tmp_path / "out", net(), readme="first")
+    first = saved(tmp_path / "out", net(), readme="first")
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
     real, calls = os.rename, []
 
     def rename(source: Any, to: Any) -> None:
@@ -348,19 +353,12 @@ def test_an_old_folder_that_cannot_come_back_is_kept_aside(tmp_path: Path, monke
     with pytest.raises(OutputError):
         saved(tmp_path / "out", net(), force=True)
     assert [f.read_text() for f in tmp_path.rglob("README.md")] == ["first"]
-
-
-def test_write_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "report.json"
-    write_atomically(file, "one")
-    write_atomically(file, "two")
-    monkeypatch.setattr(os, "replace", failing(1, os.replace, OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(OutputError, match="No space left"):
-        write_atomically(file, "three")
-    assert file.read_text() == "two"
-    assert [f.name for f in tmp_path.iterdir()] == ["report.json"]
-    with pytest.raises(OutputError):
-        write_atomically(tmp_path / "none" / "report.json", "x")
+    monkeypatch.setattr(os, "rename", real)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(OutputError, match="exists"):  # the next save moves it back first
+        saved(tmp_path / "out", net())
+    assert torch.equal(load(tmp_path / "out", net())(X), first(X))
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
 
 
 # ---------------------------------------------------------------------------------------------------------- loading

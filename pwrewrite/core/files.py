@@ -1,0 +1,318 @@
+"""Writing files: whole or not at all. Everything that pwrewrite writes goes through here.
+
+A file is written beside its place, flushed to the disk and renamed, so that what was there before stays until the new
+one is complete. A folder is written likewise; one that replaces another is exchanged with it in a single step
+(``renameat2`` with ``RENAME_EXCHANGE`` on Linux, ``renamex_np`` on macOS). Where the system or the file system has no
+such step, the old folder waits as ``.NAME.….old`` beside the place for as long as two renames take; a crash between
+them leaves it there, complete, and `recover`, with which every save begins, moves it back.
+
+A writer holds a lock on what it has not finished. What a killed one left is recognised by its name
+(``.NAME.pwrewrite-….part``) and by the missing lock, and removed by the next writer in the same folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import re
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import platformdirs
+
+from .errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there, and nothing removed
+    fcntl = None  # type: ignore[assignment]
+
+_UNFINISHED = re.compile(r"\..*\.pwrewrite-\w{8}\.part|[0-9a-f]{24,64}\.\d+\.tmp", re.DOTALL)
+"""Names of unfinished files; the second kind is that of the cache of version 0.1."""
+
+
+def cache_folder(kind: str) -> Path | None:
+    """Where cached results of a kind go: in ``PWREWRITE_CACHE``, else where the system keeps caches.
+
+    Args:
+        kind: Such as ``statistics``; a folder of its own.
+
+    Returns:
+        The folder, which may not exist yet; None where ``PWREWRITE_CACHE`` is ``off``, ``0`` or ``none``.
+    """
+    named = os.environ.get("PWREWRITE_CACHE", "")
+    if named.lower() in ("off", "0", "none"):
+        return None
+    return (Path(named) if named else platformdirs.user_cache_path("pwrewrite", appauthor=False)) / kind
+
+
+def check_writable(path: Path) -> None:
+    """Refuses a place that cannot be written, before the work is done whose result would go there.
+
+    Args:
+        path: The file to write later.
+
+    Raises:
+        OutputError: If its folder does not exist, it is a folder, or writing there is not permitted.
+    """
+    where = str(path)
+    try:
+        if path.is_dir():
+            raise OutputError("cannot write the output: it is a folder", where=where, hint="name a file in it")
+        folder = path.resolve().parent
+        if not folder.is_dir():
+            what = "does not exist" if not folder.exists() else "is not a folder"
+            raise OutputError(f"cannot write the output: {folder} {what}", where=where, hint="create it first")
+        exists = path.exists()
+    except OutputError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        raise unwritable(path, error) from error
+    if not os.access(path if exists else folder, os.W_OK) or (
+        exists and _is_regular(path) and not os.access(folder, os.W_OK)
+    ):
+        raise OutputError(
+            "cannot write the output: permission denied", where=where, hint="choose a place that you may write"
+        )
+
+
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Writes a file: beside its place, flushed to the disk, then renamed.
+
+    Text is written as UTF-8, its line ends as they are. A place that is no regular file, such as a pipe or
+    ``/dev/stdout``, is written directly.
+
+    Args:
+        path: The file; a link stays a link.
+        content: All of it.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    path = Path(path)
+    data = content.encode("utf-8", errors="surrogateescape") if isinstance(content, str) else content
+    try:
+        if path.exists() and not _is_regular(path):
+            path.write_bytes(data)
+            return
+    except (OSError, RuntimeError, ValueError) as error:
+        raise unwritable(path, error) from error
+    with new_file(path) as scratch:
+        scratch.write_bytes(data)
+
+
+@contextlib.contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """For a library that writes to a path: yields one beside the place, and renames it once the block has ended.
+
+    Args:
+        path: The file; a link stays a link.
+
+    Yields:
+        An empty file, to be written under its name.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    try:
+        target = Path(path).resolve()
+        remove_unfinished(target.parent)
+        handle, name = tempfile.mkstemp(prefix=_prefix(target), suffix=".part", dir=target.parent)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise unwritable(path, error) from error
+    try:
+        _lock(handle)
+        yield Path(name)
+        os.chmod(name, _mode(target))
+        _flush(name)
+        os.replace(name, target)
+        _flush(target.parent)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path, names: Collection[str]) -> Iterator[Path]:
+    """Yields a folder beside a place, and puts it there, for another that may be there, once the block has ended.
+
+    Args:
+        path: The folder; missing parents are made. Whether an old one may be replaced is for the caller to check.
+        names: The files that may be in it. Of an old folder these, and nothing else, are deleted.
+
+    Yields:
+        An empty folder to write files in.
+
+    Raises:
+        OutputError: If it cannot be written; the old folder is in its place then.
+    """
+    try:
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(target.parent)
+        scratch = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=".part", dir=target.parent))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise unwritable(path, error) from error
+    handle = -1
+    try:
+        if fcntl is not None:
+            handle = os.open(scratch, os.O_RDONLY)
+            _lock(handle)
+        yield scratch
+        for file in scratch.iterdir():
+            _flush(file)
+        scratch.chmod(0o777 & ~_umask())
+        _flush(scratch)
+        _move_in(scratch, target)
+        _flush(target.parent)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        if handle >= 0:
+            os.close(handle)
+        _remove(scratch, names)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what killed writers left in a folder; what is in use, or is not ours, stays."""
+    if fcntl is None:
+        return
+    with contextlib.suppress(OSError):
+        for entry in [entry for entry in os.scandir(folder) if _UNFINISHED.fullmatch(entry.name)]:
+            with contextlib.suppress(OSError):
+                if time.time() - entry.stat(follow_symlinks=False).st_mtime > 1 and _abandoned(entry.path):
+                    if entry.is_dir(follow_symlinks=False):
+                        _remove(Path(entry.path), os.listdir(entry.path))
+                    else:
+                        os.unlink(entry.path)
+
+
+def recover(path: str | Path) -> None:
+    """Moves a folder back that a crash left beside its place, where no exchange in one step was possible."""
+    with contextlib.suppress(OSError):
+        target = Path(os.path.realpath(path))
+        if not target.exists():
+            for aside in target.parent.glob(".*.pwrewrite-*.old"):
+                if aside.name.startswith(_prefix(target)):
+                    os.rename(aside, target)
+                    return
+
+
+def unwritable(path: str | Path, error: Exception) -> OutputError:
+    """The error for a place that the system does not let us write."""
+    reason = getattr(error, "strerror", None) or str(error)
+    hint = "make room or give another place" if getattr(error, "errno", None) == errno.ENOSPC else "give another place"
+    return OutputError(f"cannot write: {reason[:1].lower()}{reason[1:]}", where=str(path), hint=hint)
+
+
+def _move_in(scratch: Path, target: Path) -> None:
+    """Renames a finished folder into place; an old one then has the finished one's name."""
+    if not target.exists():
+        os.rename(scratch, target)
+    elif not _exchange(scratch, target):
+        aside = scratch.with_suffix(".old")
+        os.rename(target, aside)
+        try:
+            os.rename(scratch, target)
+        except BaseException:
+            os.rename(aside, target)
+            raise
+        os.rename(aside, scratch)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Gives two folders each other's name in one step; False where the system has no such step."""
+    names = os.fsencode(first), os.fsencode(second)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "darwin":
+            failed = libc.renamex_np(*names, 2)  # RENAME_SWAP
+        else:
+            failed = libc.renameat2(-100, names[0], -100, names[1], 2)  # AT_FDCWD twice, RENAME_EXCHANGE
+    except (AttributeError, TypeError, OSError):
+        return False
+    if not failed:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def _remove(folder: Path, names: Collection[str]) -> None:
+    """Removes files of these names, and the folder if nothing else is in it."""
+    for name in names:
+        with contextlib.suppress(OSError):
+            os.unlink(folder / name)
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
+
+
+def _prefix(target: Path) -> str:
+    """What the names of unfinished files for a place begin with; short enough for every file system."""
+    return f".{target.name[:40]}.pwrewrite-"
+
+
+def _abandoned(path: str) -> bool:
+    """Whether nobody holds the lock of an unfinished file or folder."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        return _lock(handle)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Locks an open file until it is closed; False where another process holds the lock."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # it is held, or the file system has no locks
+        return False
+    return True
+
+
+def _flush(path: str | Path) -> None:
+    """Has a file or folder on the disk, so that a crash cannot leave an empty one; some systems refuse folders."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        if os.path.isdir(path):
+            return
+        raise
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not os.path.isdir(path):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _is_regular(path: Path) -> bool:
+    return stat.S_ISREG(path.stat().st_mode)
+
+
+def _mode(path: Path) -> int:
+    """The mode of what is replaced, else what the user's umask makes of a new file."""
+    return stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
