@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from ..capturing import Inputs, split_inputs
 from ..capturing.records import Capture, info
 from ..core.errors import RefusedError, first_line
 from ..core.nested import map_tensors, tensors_of
-from ..core.plan import Plan, Skip, SkipReason
+from ..core.plan import Plan, SkipReason
 from ..core.verification import Check, Verification
 from ..edit.apply import copy_of
 from ..layers import PointwiseActivation
@@ -37,7 +37,7 @@ from ..passes.fold_batch_norm import FoldBatchNorm
 from ..passes.merge_pointwise import MergePointwise
 from ..verifying.judge import noisy_copy
 from .rewrite import Rewritten
-from .steps import Progress, Run, propose, silent
+from .steps import Progress, Run, State, propose, silent
 
 DEFAULT = FUSING
 """The passes of `fuse`, in order."""
@@ -98,30 +98,28 @@ def fuse(
     chosen = [one() for one in DEFAULT] if passes is None else list(passes)
     _check(model, chosen)
     run = Run(model, example_inputs, progress or silent)
-    undo: _Undo | None = None
-    for one in chosen:
-        run.say(f"{one.name}: proposing", None)
-        plan = propose(run.captured, [one])
-        undo = None
-        if isinstance(one, ChannelsLast):
-            undo = _surviving(run, plan)
-        else:
+    last: tuple[State, Plan] | None = None  # before a change of the memory format, where the last pass made one
+    for each in chosen:
+        run.say(f"{each.name}: proposing", None)
+        plan = propose(run.captured, [each])
+        last = None
+        if isinstance(each, ChannelsLast):
+            before = run.state
+            run.take(_surviving(run, plan))
+            last = (before, plan) if len(run.rows) > len(before.rows) else None
+            continue
+        done = len(run.rows)
+        run.step(plan)
+        while isinstance(each, _REPEATED) and len(run.rows) > done:
             done = len(run.rows)
-            run.step(plan)
-            while isinstance(one, _REPEATED) and len(run.rows) > done:
-                done = len(run.rows)
-                run.step(propose(run.captured, [one]))
-    before, after = run.analyses(target)
-    proof = None
-    if verify:
-        run.say("verifying", None)
-        proof = _verified(model, run, run.expected(before), thorough)
-        if undo is not None and not proof.passed:
-            detail = f"some kernels of torch are less exact in it ({proof.failures[0].detail})"
-            undo(detail)
-            before, after = run.analyses(target)
-            proof = _verified(model, run, run.expected(before), thorough)
-    report = run.report(before, after, target, proof)
+            run.step(propose(run.captured, [each]))
+    proof = _verified(model, run, thorough) if verify else None
+    if last is not None and proof is not None and not proof.passed:
+        state, plan = last
+        detail = f"some kernels of torch are less exact in it ({proof.failures[0].detail})"
+        run.take(state.skipping(plan, SkipReason.BROKE_MODEL, detail))
+        proof = _verified(model, run, thorough)
+    report = run.report(*run.analyses(target), target, proof)
     edits = tuple(row.edit for row in run.rows)
     return Fused(run.model, run.finished(target), report, edits, run.names, traffic(run.first), traffic(run.captured))
 
@@ -163,33 +161,17 @@ def _stateful(model: nn.Module) -> list[nn.Module]:
     return [model, *(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))]
 
 
-_Undo = Callable[[str], None]
-
-
-def _surviving(run: Run, plan: Plan) -> _Undo | None:
-    """Carries out a plan and takes it back where the model does not run with real values any more.
-
-    Returns:
-        What takes it back, saying why, where it was carried out.
-    """
-    if not plan.ops:
-        run.step(plan)
-        return None
-    kept = (run.model, run.captured, run.plan, list(run.rows), list(run.estimates), dict(run.names))
-
-    def undo(detail: str) -> None:
-        run.model, run.captured, run.plan, run.rows, run.estimates, run.names = kept
-        run.plan = run.plan + Plan(skips=tuple(Skip(op.path, SkipReason.BROKE_MODEL, detail) for op in plan.ops))
-
-    run.step(plan)
-    if any(t.is_meta for t in (*run.model.parameters(), *run.model.buffers())):
-        return undo
+def _surviving(run: Run, plan: Plan) -> State:
+    """What carrying out a plan comes to: only skips where the model does not run with real values any more."""
+    tried = run.tried(plan)
+    if not plan.ops or any(t.is_meta for t in (*tried.model.parameters(), *tried.model.buffers())):
+        return tried
     try:
-        _outputs(run.model, run.inputs)
+        _outputs(tried.model, run.inputs)
     except Exception as error:
-        undo(f"the model's own code does not survive it: {first_line(error)}")
-        return None
-    return undo
+        detail = f"the model's own code does not survive it: {first_line(error)}"
+        return run.state.skipping(plan, SkipReason.BROKE_MODEL, detail)
+    return tried
 
 
 def traffic(captured: Capture) -> dict[str, int]:
@@ -228,16 +210,18 @@ def traffic(captured: Capture) -> dict[str, int]:
 # ------------------------------------------------------------------------------------------------------- proof
 
 
-def _verified(model: nn.Module, run: Run, expected: Any, thorough: bool) -> Verification:
+def _verified(model: nn.Module, run: Run, thorough: bool) -> Verification:
     from ..verifying import verify
 
+    run.say("verifying", None)
+    before, _ = run.analyses(None)
     edits = [row.edit for row in run.rows]
     proof = verify(
         model,
         run.model,
         run.inputs,
         edits=edits,
-        expected=expected,
+        expected=run.expected(before),
         thorough=thorough,
         progress=lambda step: run.say(f"verifying: {step}", None),
     )

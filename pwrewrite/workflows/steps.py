@@ -1,13 +1,14 @@
-"""A model on its way through passes and plans, step by step: `Run`.
+"""A model on its way through passes and plans, step by step: `Run`, and what it has come to, a `State`.
 
 Each step carries out ops on the model as the steps before left it, captures the result, and keeps the books: what was
 done, what it cost before and after, what was predicted, which parameters went where, which layers were left and why.
+A state never changes: a step makes the next one, which a run takes or drops.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -59,8 +60,34 @@ def propose(captured: Capture, passes: Sequence[Pass]) -> Plan:
     return plan
 
 
+@dataclass(frozen=True)
+class State:
+    """A model after some steps, and what they did.
+
+    Attributes:
+        model: The model as it is now.
+        captured: Its capture.
+        plan: What was carried out, and what was skipped.
+        rows: The edits, with what each layer cost before and after.
+        estimates: What each op was predicted to cost; None where that cannot be known.
+        names: Old parameter names to new ones.
+    """
+
+    model: nn.Module
+    captured: Capture
+    plan: Plan = field(default_factory=Plan)
+    rows: tuple[EditRow, ...] = ()
+    estimates: tuple[Estimate | None, ...] = ()
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def skipping(self, plan: Plan, reason: SkipReason, detail: str) -> State:
+        """The same, with a plan's ops as skips for one reason."""
+        skips = tuple(Skip(op.path, reason, detail) for op in plan.ops)
+        return replace(self, plan=self.plan + Plan(skips=skips))
+
+
 class Run:
-    """A model on its way: as it is now, its capture, and what was done so far.
+    """A model on its way: what it was, and what it has come to.
 
     Args:
         model: The model; stays as it is.
@@ -69,25 +96,53 @@ class Run:
         fill: Whether new layers get their weights from the old ones; without it only shapes are right.
 
     Attributes:
+        first: The capture of the model as it was.
+        state: What the steps so far made of it.
         decomposer: Gives the factors of a layer; the plain decomposition where None.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, say: Progress, *, fill: bool = True) -> None:
-        self.model, self.inputs, self.say, self.fill = model, inputs, say, fill
+        self.inputs, self.say, self.fill = inputs, say, fill
         say("capturing", None)
-        self.first = self.captured = capture(model, inputs)
-        self.plan = Plan()
-        self.rows: list[EditRow] = []
-        self.estimates: list[Estimate | None] = []
-        self.names: dict[str, tuple[str, ...]] = {}
+        self.first = capture(model, inputs)
+        self.state = State(model, self.first)
         self.decomposer: Decomposer | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as it is now."""
+        return self.state.model
+
+    @property
+    def captured(self) -> Capture:
+        """Its capture."""
+        return self.state.captured
+
+    @property
+    def plan(self) -> Plan:
+        """What was carried out, and what was skipped."""
+        return self.state.plan
+
+    @property
+    def rows(self) -> tuple[EditRow, ...]:
+        """The edits so far."""
+        return self.state.rows
+
+    @property
+    def names(self) -> Mapping[str, tuple[str, ...]]:
+        """Old parameter names to new ones."""
+        return self.state.names
+
+    def take(self, state: State) -> None:
+        """Goes on from another state, such as an earlier one or one that was tried."""
+        self.state = state
 
     def all(self, passes: Sequence[Pass] | None, plan: Plan | None) -> None:
         """Carries out passes or a plan."""
         if passes is not None and plan is not None:
             raise UsageError("passes and a plan exclude each other", hint="a plan already says what to do")
         if plan is not None:
-            self.plan = replace(self.plan, skips=plan.skips, budget=plan.budget)
+            self.state = replace(self.state, plan=replace(self.plan, skips=plan.skips, budget=plan.budget))
             for part in self._parts(plan):
                 self.step(part)
             return
@@ -108,41 +163,45 @@ class Run:
 
     def step(self, plan: Plan, *, fill: bool | None = None) -> None:
         """Carries out one plan on the model as it is now."""
+        self.state = self.tried(plan, fill=fill)
+
+    def tried(self, plan: Plan, *, fill: bool | None = None) -> State:
+        """What carrying out one plan on the model as it is now would come to; the run stays where it is."""
+        state = self.state
         if not plan.ops:
-            self.plan = self.plan + plan
-            return
+            return replace(state, plan=state.plan + plan)
         names = [op.path for op in plan.ops]
         applied = carry_out(
-            self.model,
+            state.model,
             plan,
             fill=self.fill if fill is None else fill,
             decomposer=self.decomposer,
-            probe=probe_for(plan, self.captured, self.inputs),
+            probe=probe_for(plan, state.captured, self.inputs),
             progress=lambda path: self.say(f"rewriting {path}", names.index(path) / len(names)),
         )
-        after = capture(applied.model, self.inputs) if applied.edits else self.captured
-        macs_before, macs_after = _macs_by_path(self.captured), _macs_by_path(after)
+        done = {edit.path for edit in applied.edits}
+        whole = state.plan + Plan(tuple(op for op in plan.ops if op.path in done), (*plan.skips, *applied.skips))
+        if not applied.edits:
+            return replace(state, plan=whole)
+        after = capture(applied.model, self.inputs)
+        macs_before, macs_after = _macs_by_path(state.captured), _macs_by_path(after)
+        rows, estimates, renamed = list(state.rows), list(state.estimates), state.names
         for edit in applied.edits:
             old = _under(macs_before, (edit.path, *edit.aliases, *edit.adapted))
-            self.rows.append(EditRow(edit, old, _under(macs_after, _places(edit))))
-            self.estimates.append(_estimate(edit.op, self.captured) or edit.op.estimate)
-            self._rename(edit)
-        done = {edit.path for edit in applied.edits}
-        self.plan = self.plan + Plan(tuple(op for op in plan.ops if op.path in done), (*plan.skips, *applied.skips))
-        if applied.edits:
-            self.model, self.captured = applied.model, after
+            rows.append(EditRow(edit, old, _under(macs_after, _places(edit))))
+            estimates.append(_estimate(edit.op, state.captured) or edit.op.estimate)
+            renamed = join_names(renamed, edit.renamed)
+        return State(applied.model, after, whole, tuple(rows), tuple(estimates), renamed)
 
     def fitted(self, errors: Mapping[str, float]) -> None:
         """Takes note of the relative errors of weights that were fitted after they were put in, by path."""
-        self.rows = [
+        rows = tuple(
             replace(row, edit=replace(row.edit, relative_error=errors[row.edit.path], exact=None))
             if row.edit.path in errors
             else row
             for row in self.rows
-        ]
-
-    def _rename(self, edit: Edit) -> None:
-        self.names = join_names(self.names, edit.renamed)
+        )
+        self.state = replace(self.state, rows=rows)
 
     def analyses(self, target: str | None) -> tuple[Analysis, Analysis]:
         """The model before and after."""
@@ -151,8 +210,8 @@ class Run:
 
     def expected(self, before: Analysis) -> Cost | None:
         """What was predicted; None where an op has no estimate."""
-        estimates = [e for e in self.estimates if e is not None]
-        if len(estimates) < len(self.estimates):
+        estimates = [e for e in self.state.estimates if e is not None]
+        if len(estimates) < len(self.state.estimates):
             return None
         return Cost(
             params=before.params + sum(e.params_after - e.params_before for e in estimates),
@@ -183,7 +242,7 @@ class Run:
             target or type(self.first.model).__name__,
             totals(before),
             totals(after),
-            tuple(self.rows),
+            self.rows,
             self.skips(),
             proof,
             _output_changes(self.first, self.captured),
