@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..workflows.by_target import Request
+    from ..targets import TargetOptions
     from ..workflows.choices import Choices
 
 MODEL, PASSES, PROOF, OUT = "Model and inputs", "What is rewritten", "Proof", "Output"
@@ -231,13 +231,12 @@ def request_of(
     model: str | None,
     trust_target: bool,
     seed: int,
-) -> Request:
+) -> TargetOptions:
     """The options about a target as one."""
-    from ..targets import parse_arg
-    from ..workflows.by_target import Request
+    from ..targets import TargetOptions, parse_arg
 
     args = dict(parse_arg(text) for text in arg or ())
-    return Request(target, args, weights, weights_lenient, tuple(inputs or ()), model, trust_target, seed)
+    return TargetOptions(target, args, weights, weights_lenient, tuple(inputs or ()), model, trust_target, seed)
 
 
 def choices_of(

@@ -1,8 +1,8 @@
-"""Opening any target, saved folders included: `open_target`.
+"""From what a person types to a model that can be captured: `open_target`, the one place where a target is opened.
 
-A folder that `pwrewrite.targets.storage.save` wrote is a target too, so rewrites compose: it is opened as the rewritten
-model, together with the plan that leads to it from the original. The original comes from ``--model``, or from the
-target that the plan records when the user says that it is trusted.
+A folder that `pwrewrite.save` wrote is a target like any other, so rewrites compose: it opens as the rewritten model,
+together with the plan that leads to it from the original. The original comes from ``--model``, or from the target that
+the plan records when the user says that it is trusted.
 
 What a plan records. A file is recorded with its absolute path, so that the folder can be opened from any working
 directory (of this machine; elsewhere the caller gives the model, as one who does not trust the folder would anyway).
@@ -14,11 +14,9 @@ in every run. The caller's own random state stays as it is.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import random
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +24,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.errors import InputError, PlanError, UsageError
+from ..core.errors import InputError, PlanError, TargetError, UsageError, WeightsError
 from ..core.plan import Plan
-from . import LoadedModel, TargetInfo, describe_inputs, load_target, parse_target, resolve_inputs, resolve_model
-from .inputs import ExampleInputs
-from .storage import PLAN, is_saved, load, read_plan
+from . import storage
+from .checkpoints import SUFFIXES
+from .inputs import ExampleInputs, describe_inputs, parse_input, resolve_inputs
+from .resolve import TargetInfo, parse_target, resolve_model
+from .user_code import suggest_files
+from .weights import load_weights
 
 RANDOM_WEIGHTS = (
     "no --weights: the weights are those that the model's code makes (seed {seed}). Errors of random weights are "
@@ -39,158 +40,250 @@ RANDOM_WEIGHTS = (
 
 
 @dataclass(frozen=True)
-class Opened:
+class TargetOptions:
+    """A target and how it is opened.
+
+    Attributes:
+        target: ``model.py``, ``model.py:NAME``, ``package.module:NAME``, ``torchvision:NAME``, ``timm:NAME`` or a
+            saved folder.
+        args: Arguments of whatever makes the (original) model, by name.
+        weights: A checkpoint; without one the model keeps the weights it is made with. Not for a folder, which holds
+            its own.
+        weights_lenient: Accept a checkpoint that fits in part.
+        inputs: Example inputs, ``[NAME=]SHAPE[:DTYPE]`` each; without them they are found or guessed, and a note says
+            so.
+        base: For a folder: the target of the original model.
+        trust_target: For a folder: whether the target that its plan records may be imported, which runs its code.
+        seed: What the random state is set to while the model is made.
+    """
+
+    target: str
+    args: Mapping[str, object] = field(default_factory=dict)
+    weights: Path | None = None
+    weights_lenient: bool = False
+    inputs: Sequence[str] = ()
+    base: str | None = None
+    trust_target: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LoadedModel:
     """A model that is ready to be captured, and where it came from.
 
     Attributes:
-        loaded: The model with its example inputs and notes.
+        model: In eval mode.
+        example_inputs: A tuple of positional inputs or a dict of keyword ones; empty when none were asked for.
+        target: As the user gave it.
+        notes: What the user should be told: what was assumed, chosen or left out.
         plan: From the original model to this one; None where this is the original.
         origin: The target of the original model, as a plan should record it.
         args: What the original's constructor was given.
         names: Name of a parameter of the original to those that came in its place; empty where this is the original.
     """
 
-    loaded: LoadedModel
-    plan: Plan | None
-    origin: str
-    args: Mapping[str, Any]
+    model: nn.Module
+    example_inputs: ExampleInputs
+    target: str
+    notes: tuple[str, ...] = ()
+    plan: Plan | None = None
+    origin: str = ""
+    args: Mapping[str, object] = field(default_factory=dict)
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model."""
-        return self.loaded.model
 
 
 def open_target(
+    options: TargetOptions, *, empty: bool = False, need_inputs: bool = True, seeded: bool = True
+) -> LoadedModel:
+    """Builds the model that a target leads to, fills in weights and finds inputs for it.
+
+    Args:
+        options: The target, and how it is opened.
+        empty: Build without memory for the weights: parameters are on the meta device, buffers and inputs are real, and
+            a checkpoint's tensors take the place of the empty ones. A model that does not bear this, and that of a
+            folder, is built for real.
+        need_inputs: Whether inputs are wanted at all.
+        seeded: Whether the random state is set; else the caller's own is drawn from.
+
+    Returns:
+        The model, its inputs, and where it came from.
+
+    Raises:
+        UsageError: Options do not go together.
+        TargetError: The target does not lead to one model (``TargetNotFound`` where there is no such file).
+        PlanError: The plan of a folder makes no sense or does not fit the original model.
+        WeightsError: The checkpoint cannot be read, is not safe to read, or does not fit.
+        InputError: An input is malformed, or none was given and none can be known.
+    """
+    for text in options.inputs:  # what is cheap to refuse is refused before a model is built
+        parse_input(text)
+    if storage.is_saved(options.target):
+        return _open_folder(options, need_inputs, seeded)
+    if options.base is not None:
+        raise UsageError(
+            "--model is for a saved folder: the model that it was rewritten from",
+            got=f"{options.target}, which is none",
+            hint="leave --model out",
+        )
+    weights = options.weights
+    if weights is not None and "://" not in str(weights) and not weights.exists():
+        raise WeightsError(f"no such file: {weights}", hint=suggest_files(weights, SUFFIXES))
+    with _seeded(options.seed if seeded else None):
+        model, info = resolve_model(options.target, options.args, empty=empty)
+        notes = info.notes
+        if weights is not None:
+            notes += load_weights(model, weights, options.weights_lenient)
+        inputs, assumed = resolve_inputs(model, info, options.inputs) if need_inputs else ((), ())
+    notes += assumed
+    if weights is None and seeded:
+        notes += (RANDOM_WEIGHTS.format(seed=options.seed),)
+    return LoadedModel(model, inputs, options.target, notes, None, recordable(options.target), dict(options.args))
+
+
+def load_target(
     target: str,
     *,
-    args: Mapping[str, Any] | None = None,
+    args: Mapping[str, object] | None = None,
     weights: Path | None = None,
     weights_lenient: bool = False,
     inputs: Sequence[str] = (),
     base: str | None = None,
     trust_target: bool = False,
-    seed: int = 0,
-) -> Opened:
-    """Opens a target, a saved folder included.
+    need_inputs: bool = True,
+    empty: bool = False,
+) -> LoadedModel:
+    """What a target leads to, with random weights drawn from the caller's own random state.
 
     Args:
-        target: As for `pwrewrite.targets.load_target`, or a saved folder.
-        args: Arguments of what makes the (original) model.
-        weights: A checkpoint; not for a folder, which holds its own.
+        target: As in `TargetOptions`; so are the next six.
+        args: Arguments for whatever makes the model.
+        weights: A checkpoint.
         weights_lenient: Accept a checkpoint that fits in part.
-        inputs: Example inputs as text.
-        base: For a folder: the target of the original model.
-        trust_target: For a folder: whether the recorded target may be imported.
-        seed: What the random state is set to before the model is made.
+        inputs: The texts of ``--input``.
+        base: For a saved folder: the target of the original model.
+        trust_target: For a saved folder: whether the recorded target may be imported.
+        need_inputs: Whether inputs are wanted at all.
+        empty: Build without memory for the weights, as in `open_target`.
+
+    Returns:
+        The model, its inputs, and notes.
 
     Raises:
-        PwrewriteError: If the target does not lead to a model.
+        PwrewriteError: As for `open_target`.
     """
-    if is_saved(target):
-        if weights is not None:
-            raise UsageError(
-                "a saved folder holds its own weights", got=f"--weights {weights}", hint="leave --weights out"
-            )
-        return _open_folder(target, args, inputs, base, trust_target, seed)
-    if base is not None:
-        raise UsageError(
-            "--model is for a saved folder: the model that it was rewritten from",
-            got=f"{target}, which is none",
-            hint="leave --model out",
-        )
-    with _seeded(seed):
-        loaded = load_target(target, args=args, weights=weights, weights_lenient=weights_lenient, inputs=inputs)
-    notes = loaded.notes if weights is not None else (*loaded.notes, RANDOM_WEIGHTS.format(seed=seed))
-    loaded = LoadedModel(loaded.model, loaded.example_inputs, target, notes)
-    return Opened(loaded, None, recordable(target), dict(args or {}))
+    options = TargetOptions(target, args or {}, weights, weights_lenient, inputs, base, trust_target)
+    return open_target(options, empty=empty, need_inputs=need_inputs, seeded=False)
+
+
+def load(folder: str | Path, model: nn.Module | None = None, *, trust_target: bool = False) -> nn.Module:
+    """A rewritten model from its folder.
+
+    Args:
+        folder: What `pwrewrite.save` wrote.
+        model: The original model, with any weights; stays as it is.
+        trust_target: Whether, without ``model``, the target recorded in the plan may be imported. That runs its code.
+
+    Returns:
+        The rewritten model with the saved weights, in eval mode.
+
+    Raises:
+        TargetError: If it is no such folder, or neither a model nor trust was given.
+        PlanError: If the plan does not fit the model.
+        WeightsError: If the saved weights are damaged or do not fit.
+    """
+    if model is not None:
+        return storage.restore(folder, model)
+    storage.read_plan(folder)
+    return load_target(str(folder), trust_target=trust_target, need_inputs=False).model
 
 
 def recordable(target: str) -> str:
     """A target as a plan records it: a file with its absolute path, anything else as it is."""
-    found = parse_target(target)
-    if found.kind != "file":
+    info = parse_target(target)
+    if info.kind != "file":
         return target
-    path = str(Path(found.place).resolve())
-    return path if found.name is None else f"{path}:{found.name}"
+    path = str(Path(info.place).resolve())
+    return path if info.name is None else f"{path}:{info.name}"
 
 
-def class_name(model: nn.Module) -> str:
-    """A model's class; under the name of the user's file, where that was imported under a name that is ours."""
-    kind = type(model)
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    ours = file is not None and kind.__module__.startswith("pwrewrite_target_")
-    return f"{Path(str(file)).stem if ours else kind.__module__}.{kind.__qualname__}"
-
-
-def _open_folder(
-    folder: str, args: Mapping[str, Any] | None, inputs: Sequence[str], base: str | None, trust: bool, seed: int
-) -> Opened:
-    plan = read_plan(folder)
-    recorded = plan.model.get("target")
-    origin = base
-    if origin is None and trust and isinstance(recorded, str):
-        origin = recorded
-    if origin is None:
-        load(folder, None, trust_target=trust)  # which says what is missing
-        raise AssertionError("a folder was opened without a model")
-    if is_saved(origin):
+def _open_folder(options: TargetOptions, need_inputs: bool, seeded: bool) -> LoadedModel:
+    folder = options.target
+    if options.weights is not None:
+        raise UsageError(
+            "a saved folder holds its own weights", got=f"--weights {options.weights}", hint="leave --weights out"
+        )
+    plan = storage.read_plan(folder)
+    origin = options.base if options.base is not None else _recorded_target(folder, plan, options.trust_target)
+    if storage.is_saved(origin):
         raise UsageError(
             "--model is itself a saved folder",
             got=origin,
             expected="the target of the original model",
             hint="a folder's plan leads from the original to it, over every rewrite in between",
         )
-    made_with = dict(args if args else plan.model.get("args") or {})
-    with _seeded(seed):
-        original, info = resolve_model(origin, made_with)
-    model = load(folder, original)
-    example, notes = resolve_inputs(model, None, inputs) if inputs else _inputs(original, info, plan)
-    loaded = LoadedModel(model, example, folder, (*info.notes, *notes))
-    return Opened(loaded, plan, recordable(origin), made_with, _names(folder))
+    args = dict(options.args or plan.model.get("args") or {})
+    with _seeded(options.seed if seeded else None):
+        original, info = resolve_model(origin, args)
+    model = storage.restore(folder, original)
+    inputs: ExampleInputs = ()
+    notes: tuple[str, ...] = ()
+    if options.inputs:
+        inputs, notes = resolve_inputs(model, None, options.inputs)
+    elif need_inputs:
+        inputs, notes = _inputs(original, info, plan)
+    names = storage.read_names(folder)
+    return LoadedModel(model, inputs, folder, (*info.notes, *notes), plan, recordable(origin), args, names)
+
+
+def _recorded_target(folder: str, plan: Plan, trusted: bool) -> str:
+    """The target of the original model that a folder's plan names, if that may be imported."""
+    target = plan.model.get("target")
+    if not trusted:
+        raise TargetError(
+            "a saved folder holds weights and a plan, not the model's code",
+            where=folder,
+            expected="the original model, as load(folder, model) or --model TARGET",
+            hint=f"its target was {target!r}; --trust-target (trust_target=True) imports that, which runs its code",
+        )
+    if not isinstance(target, str):
+        raise TargetError("the plan records no target", where=folder, hint="give the model: load(folder, model)")
+    return target
 
 
 def _inputs(original: nn.Module, info: TargetInfo, plan: Plan) -> tuple[ExampleInputs, tuple[str, ...]]:
     """The original's own inputs where they are of the recorded shapes; else inputs of these shapes."""
-    recorded = plan.model.get("inputs") or []
+    recorded: list[dict[str, Any]] = plan.model.get("inputs") or []
     try:
         own, notes = resolve_inputs(original, info)
-        if not recorded or _facts(describe_inputs(own)) == _facts(recorded):
+        if not recorded or _shapes(describe_inputs(own)) == _shapes(recorded):
             return own, notes
     except InputError:
         if not recorded:
             raise
     try:
-        texts = [_spec(item) for item in recorded]
-    except (KeyError, TypeError) as error:
+        texts = [_spec(**item) for item in recorded]
+    except TypeError as error:
         raise PlanError(
-            "the plan's inputs are not shapes", where="model.inputs", expected="shape and dtype", got=repr(error)
+            "the plan's inputs are not shapes", where="model.inputs", expected="shape and dtype", got=str(error)
         ) from None
     return resolve_inputs(original, None, texts)
 
 
-def _facts(described: Sequence[Mapping[str, Any]]) -> list[tuple[Any, Any]]:
+def _spec(shape: Sequence[int], dtype: str, name: str | None = None) -> str:
+    """A recorded input as ``--input`` has it."""
+    return (f"{name}=" if name else "") + f"{'x'.join(map(str, shape))}:{dtype}"
+
+
+def _shapes(described: Sequence[Mapping[str, Any]]) -> list[tuple[Any, Any]]:
     return [(item.get("shape"), item.get("dtype")) for item in described]
 
 
-def _spec(item: Mapping[str, Any]) -> str:
-    name = f"{item['name']}=" if "name" in item else ""
-    return f"{name}{'x'.join(map(str, item['shape']))}:{item['dtype']}"
-
-
-def _names(folder: str) -> dict[str, tuple[str, ...]]:
-    """The folder's map from the original's parameter names to its own."""
-    try:
-        data = json.loads((Path(folder) / PLAN).read_text(encoding="utf-8"))
-        return {str(old): tuple(map(str, new)) for old, new in (data.get("names") or {}).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise PlanError("the map of names cannot be read", where=f"{folder}/{PLAN}", got=repr(error)) from None
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+@contextlib.contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
     """With torch's (CPU) and Python's random states at a seed; puts them back."""
+    if seed is None:
+        yield
+        return
     state = random.getstate()
     try:
         with torch.random.fork_rng(devices=[]):

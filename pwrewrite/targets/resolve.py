@@ -22,9 +22,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, NoReturn
 
+import torch
 from torch import nn
 
 from ..core.errors import TargetError, TargetNotFound
+from .empty import empty_weights
 from .factories import as_model, construct, kind_of
 from .obvious import find_model, instance_takes_no_args, name_not_found
 from .user_code import import_file, import_module, suggest_files
@@ -126,12 +128,15 @@ def _bare_word(target: str) -> TargetNotFound:
     )
 
 
-def resolve_model(target: str, args: Mapping[str, object] | None = None) -> tuple[nn.Module, TargetInfo]:
+def resolve_model(
+    target: str, args: Mapping[str, object] | None = None, *, empty: bool = False
+) -> tuple[nn.Module, TargetInfo]:
     """Builds the model that a target means, and puts it in eval mode.
 
     Args:
         target: One of the forms above.
         args: Arguments for whatever makes the model, as ``parse_arg`` gives them.
+        empty: Build with empty weights (see `empty_weights`); where that fails, all on meta, and then for real.
 
     Returns:
         The model, and where it came from.
@@ -140,7 +145,17 @@ def resolve_model(target: str, args: Mapping[str, object] | None = None) -> tupl
         TargetError: The target does not lead to one model; the message says why and what to try.
         TargetNotFound: The file or module does not exist.
     """
-    args = dict(args or {})
+    for building in (empty_weights(), torch.device("meta")) if empty else ():
+        try:
+            with building:
+                return _resolve(target, args or {})
+        except TargetError as error:
+            if not isinstance(error.__cause__, RuntimeError):  # torch's complaints about meta are of this kind
+                raise
+    return _resolve(target, args or {})
+
+
+def _resolve(target: str, args: Mapping[str, object]) -> tuple[nn.Module, TargetInfo]:
     info = parse_target(target)
     module: ModuleType | None = None
     notes: tuple[str, ...] = ()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,26 +135,35 @@ def read_plan(folder: str | Path) -> Plan:
     return Plan.read(Path(folder) / PLAN)
 
 
-def load(folder: str | Path, model: nn.Module | None = None, *, trust_target: bool = False) -> nn.Module:
-    """A rewritten model from its folder.
+def read_names(folder: str | Path) -> dict[str, tuple[str, ...]]:
+    """The map of a saved folder from the original's parameter names to those that came in their place.
+
+    Raises:
+        PlanError: If it makes no sense.
+    """
+    try:
+        data = json.loads((Path(folder) / PLAN).read_text(encoding="utf-8"))
+        return {str(old): tuple(map(str, new)) for old, new in (data.get("names") or {}).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise PlanError("the map of names cannot be read", where=f"{folder}/{PLAN}", got=repr(error)) from None
+
+
+def restore(folder: str | Path, model: nn.Module) -> nn.Module:
+    """A rewritten model from its folder and the original.
 
     Args:
         folder: What `save` wrote.
         model: The original model, with any weights; stays as it is.
-        trust_target: Whether, without ``model``, the target recorded in the plan may be imported. That runs its code.
 
     Returns:
         The rewritten model with the saved weights, in eval mode.
 
     Raises:
-        TargetError: If neither a model nor trust was given.
+        TargetError: If it is no such folder.
         PlanError: If the plan does not fit the model.
         WeightsError: If the saved weights are damaged or do not fit.
     """
-    plan = read_plan(folder)
-    if model is None:
-        model = _recorded(plan, folder, trust_target)
-    applied = carry_out(model, plan, fill=False)
+    applied = carry_out(model, read_plan(folder), fill=False)
     if applied.skips:
         skip = applied.skips[0]
         raise PlanError(
@@ -163,22 +171,6 @@ def load(folder: str | Path, model: nn.Module | None = None, *, trust_target: bo
         )
     _load_weights(applied.model, Path(folder) / WEIGHTS)
     return applied.model.eval()
-
-
-def _recorded(plan: Plan, folder: str | Path, trust_target: bool) -> nn.Module:
-    target = plan.model.get("target")
-    if not trust_target:
-        raise TargetError(
-            "a saved folder holds weights and a plan, not the model's code",
-            where=str(folder),
-            expected="the original model, as load(folder, model) or --model TARGET",
-            hint=f"its target was {target!r}; --trust-target (trust_target=True) imports that, which runs its code",
-        )
-    if not isinstance(target, str):
-        raise TargetError("the plan records no target", where=str(folder), hint="give the model: load(folder, model)")
-    from . import load_target
-
-    return load_target(target, args=dict(plan.model.get("args") or {}), need_inputs=False).model
 
 
 # ------------------------------------------------------------------------------------------------- weights
@@ -301,8 +293,3 @@ def _cast(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in state and state[name].dtype != tensor.dtype:
             tensor.data = tensor.data.to(state[name].dtype)
-
-
-def with_model(plan: Plan, **facts: Any) -> Plan:
-    """A plan that records facts about the model it was made for; those that are None are left out."""
-    return replace(plan, model={**plan.model, **{k: v for k, v in facts.items() if v is not None}})

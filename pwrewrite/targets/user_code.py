@@ -29,6 +29,9 @@ from types import CodeType, ModuleType
 
 from ..core.errors import TargetError, TargetNotFound
 
+#: What the names of modules begin with that files are imported as.
+_MODULE = "pwrewrite_target_"
+
 #: Folders that targets have put on ``sys.path``, in the order they came.
 _target_roots: list[Path] = []
 
@@ -168,6 +171,14 @@ def _syntax_error(error: SyntaxError) -> TargetError:
     return TargetError(message)
 
 
+def class_name(value: object) -> str:
+    """The qualified class of a value; under the name of the user's file, where that was imported under one of ours."""
+    kind = type(value)
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    ours = file is not None and kind.__module__.startswith(_MODULE)
+    return f"{Path(str(file)).stem if ours else kind.__module__}.{kind.__qualname__}"
+
+
 def import_file(path: Path) -> ModuleType:
     """Imports a user's file.
 
@@ -280,7 +291,7 @@ def _import_dotted(dotted: str, path: Path) -> ModuleType:
 
 def _execute(path: Path, code: CodeType) -> ModuleType:
     """Runs a file as a module of its own under a unique name, without writing a bytecode cache."""
-    base = "pwrewrite_target_" + re.sub(r"\W", "_", path.stem)
+    base = _MODULE + re.sub(r"\W", "_", path.stem)
     name, n = base, 1
     while name in sys.modules:
         n += 1

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -16,9 +14,7 @@ from ..analysis.roofline import DeviceProfile, device_profile
 from ..capturing import Capture, Inputs, capture
 from ..capturing.shapes import ShapeError
 from ..core.errors import CaptureError
-from ..targets import LoadedModel, load_target
-from ..targets.opening import open_target
-from ..targets.storage import is_saved
+from ..targets import LoadedModel, TargetOptions, class_name, open_target
 
 
 def analyze(
@@ -132,19 +128,16 @@ def capture_target(
     Raises:
         PwrewriteError: If the target does not lead to a model, or the model does not run.
     """
-    if is_saved(target) or base is not None:
-        loaded = open_target(
-            target, args=args, weights=weights, inputs=inputs, base=base, trust_target=trust_target
-        ).loaded
+    options = TargetOptions(target, args or {}, weights, weights_lenient, inputs, base, trust_target)
+    loaded = open_target(options, empty=True, seeded=False)
+    if loaded.plan is not None:
         return Captured(loaded, capture(loaded.model, loaded.example_inputs))
-    load = partial(load_target, target, args=args, weights=weights, weights_lenient=weights_lenient, inputs=inputs)
-    loaded = load(empty=True)
     try:
         return Captured(loaded, capture(loaded.model, loaded.example_inputs, values="meta"))
     except CaptureError as error:
         if isinstance(error.__cause__, ShapeError):
             raise
-    loaded = load()  # the model needs values: those that it is made with
+    loaded = open_target(options, seeded=False)  # the model needs values: those that it is made with
     return Captured(loaded, capture(loaded.model, loaded.example_inputs))
 
 
@@ -154,13 +147,4 @@ def analyze_captured(
     """The analysis of what `capture_target` made, with the notes of loading before its own."""
     loaded = captured.loaded
     analysis = analyze_capture(captured.capture, target=loaded.target, hotspot_share=hotspot_share, device=device)
-    return replace(analysis, model_class=_class_name(loaded.model, analysis), notes=(*loaded.notes, *analysis.notes))
-
-
-def _class_name(model: nn.Module, analysis: Analysis) -> str:
-    """The class under the name of the user's file, where that was imported under a name that is ours."""
-    kind = type(model)
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    if file is None or not kind.__module__.startswith("pwrewrite_target_"):
-        return analysis.model_class
-    return f"{Path(file).stem}.{kind.__qualname__}"
+    return replace(analysis, model_class=class_name(loaded.model), notes=(*loaded.notes, *analysis.notes))

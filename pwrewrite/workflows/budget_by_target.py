@@ -15,9 +15,9 @@ from ..planning.settings import Settings
 from ..report.frontier import Frontier, Point
 from ..report.records import BudgetReport
 from ..targets.calibration import open_calibration, open_labels, open_metric
-from ..targets.opening import Opened
+from ..targets.opening import LoadedModel, TargetOptions, open_target
 from .budget import Ask, Metric, search
-from .by_target import Request, origin_of, told, whole_plan
+from .by_target import origin_of, told, whole_plan
 from .choices import Choices
 from .rewrite import Planned, Progress, Rewritten, make_plan, rewrite_asked
 
@@ -56,7 +56,7 @@ class BudgetRequest:
     max_drop: float | None = None
     gate: str | None = None
 
-    def ask(self, opened: Opened, choices: Choices, seed: int) -> Ask:
+    def ask(self, opened: LoadedModel, choices: Choices, seed: int) -> Ask:
         """The same with everything opened.
 
         Raises:
@@ -66,7 +66,7 @@ class BudgetRequest:
         if self.calibration is not None:
             data = open_calibration(
                 self.calibration,
-                example_inputs=opened.loaded.example_inputs,
+                example_inputs=opened.example_inputs,
                 preprocess=self.preprocess,
                 size=self.size,
                 labels=open_labels(self.labels) if self.labels is not None else None,
@@ -91,7 +91,7 @@ class BudgetRequest:
 
 
 def rewrite_budget(
-    request: Request,
+    request: TargetOptions,
     choices: Choices,
     asked: BudgetRequest,
     plan: Plan | None = None,
@@ -118,7 +118,7 @@ def rewrite_budget(
     opened = _opened(request, progress)
     result = rewrite_asked(
         opened.model,
-        opened.loaded.example_inputs,
+        opened.example_inputs,
         asked.ask(opened, choices, request.seed),
         plan,
         choices.allow_output_change,
@@ -133,11 +133,11 @@ def rewrite_budget(
             where=request.target,
             got=", ".join(map(str, asked.budgets)) or "a plan without ops that can be carried out",
         )
-    return replace(result, plan=whole_plan(opened, result.plan), report=told(result.report, opened.loaded))
+    return replace(result, plan=whole_plan(opened, result.plan), report=told(result.report, opened))
 
 
 def plan_budget(
-    request: Request, choices: Choices, asked: BudgetRequest, *, progress: Progress | None = None
+    request: TargetOptions, choices: Choices, asked: BudgetRequest, *, progress: Progress | None = None
 ) -> Planned:
     """The plan that `rewrite_budget` would carry out; with ``max_drop``, of the smallest model that keeps the metric.
 
@@ -159,15 +159,20 @@ def plan_budget(
     else:
         choice = planner.choose(asked.budgets)
     planned = make_plan(
-        opened.model, opened.loaded.example_inputs, None, choice.plan, target=request.target, progress=progress
+        opened.model, opened.example_inputs, None, choice.plan, target=request.target, progress=progress
     )
-    report = replace(told(planned.report, opened.loaded), budget=_predicted(planner, choice, metrics))
+    report = replace(told(planned.report, opened), budget=_predicted(planner, choice, metrics))
     report = replace(report, notes=tuple(dict.fromkeys((*report.notes, *notes))))
     return Planned(replace(planned.plan, model={**planned.plan.model, **origin_of(opened)}), report)
 
 
 def frontier_of(
-    request: Request, choices: Choices, asked: BudgetRequest, *, points: int = 25, progress: Progress | None = None
+    request: TargetOptions,
+    choices: Choices,
+    asked: BudgetRequest,
+    *,
+    points: int = 25,
+    progress: Progress | None = None,
 ) -> Frontier:
     """The least predicted loss at every budget of MACs, within budgets of other kinds.
 
@@ -227,18 +232,18 @@ def _check(choices: Choices, asked: BudgetRequest, plan: Plan | None, *, pareto:
 
 
 def _planner(
-    request: Request, choices: Choices, asked: BudgetRequest, progress: Progress | None
-) -> tuple[Opened, Planner, Ask]:
+    request: TargetOptions, choices: Choices, asked: BudgetRequest, progress: Progress | None
+) -> tuple[LoadedModel, Planner, Ask]:
     opened = _opened(request, progress)
     ask = asked.ask(opened, choices, request.seed)
-    inputs = opened.loaded.example_inputs
+    inputs = opened.example_inputs
     return opened, Planner(opened.model, inputs, ask.calibration, ask.settings, size=ask.size, say=progress), ask
 
 
-def _opened(request: Request, progress: Progress | None) -> Opened:
+def _opened(request: TargetOptions, progress: Progress | None) -> LoadedModel:
     if progress is not None:
         progress("loading", None)
-    return request.open()
+    return open_target(request)
 
 
 def _predicted(planner: Planner, choice: Choice, metrics: dict[str, tuple[float, float]]) -> BudgetReport:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -16,43 +15,15 @@ from ..core.verification import Verification
 from ..passes import Pass
 from ..report.records import Report
 from ..report.rewrite_rows import counts_text
-from ..targets import LoadedModel
-from ..targets.opening import Opened, class_name, open_target
-from ..targets.storage import is_saved, load, read_plan
+from ..targets import LoadedModel, TargetOptions, class_name, load, open_target
+from ..targets.storage import is_saved, read_plan
 from ..verifying import verify
 from .choices import Choices, check_settings
 from .rewrite import Planned, Progress, Rewritten, join_names, make_plan, rewrite
 
 
-@dataclass(frozen=True)
-class Request:
-    """A target and how it is opened; see `pwrewrite.targets.opening.open_target`."""
-
-    target: str
-    args: Mapping[str, Any] | None = None
-    weights: Path | None = None
-    weights_lenient: bool = False
-    inputs: Sequence[str] = ()
-    base: str | None = None
-    trust_target: bool = False
-    seed: int = 0
-
-    def open(self) -> Opened:
-        """Opens it."""
-        return open_target(
-            self.target,
-            args=self.args,
-            weights=self.weights,
-            weights_lenient=self.weights_lenient,
-            inputs=self.inputs,
-            base=self.base,
-            trust_target=self.trust_target,
-            seed=self.seed,
-        )
-
-
 def rewrite_target(
-    request: Request,
+    request: TargetOptions,
     choices: Choices,
     plan: Plan | None = None,
     *,
@@ -82,7 +53,7 @@ def rewrite_target(
     opened = _opened(request, progress)
     result = rewrite(
         opened.model,
-        opened.loaded.example_inputs,
+        opened.example_inputs,
         passes,
         plan,
         choices.allow_output_change,
@@ -101,11 +72,11 @@ def rewrite_target(
         )
     whole = whole_plan(opened, result.plan)
     names = join_names(opened.names, result.names)
-    return replace(result, plan=whole, names=names, report=told(result.report, opened.loaded))
+    return replace(result, plan=whole, names=names, report=told(result.report, opened))
 
 
 def plan_target(
-    request: Request, choices: Choices, plan: Plan | None = None, *, progress: Progress | None = None
+    request: TargetOptions, choices: Choices, plan: Plan | None = None, *, progress: Progress | None = None
 ) -> Planned:
     """The plan that `rewrite_target` would carry out on what a target leads to.
 
@@ -123,15 +94,13 @@ def plan_target(
     """
     passes = _passes(choices, plan)
     opened = _opened(request, progress)
-    planned = make_plan(
-        opened.model, opened.loaded.example_inputs, passes, plan, target=request.target, progress=progress
-    )
+    planned = make_plan(opened.model, opened.example_inputs, passes, plan, target=request.target, progress=progress)
     facts = {**planned.plan.model, **origin_of(opened)}
-    return Planned(replace(planned.plan, model=facts), told(planned.report, opened.loaded))
+    return Planned(replace(planned.plan, model=facts), told(planned.report, opened))
 
 
 def verify_targets(
-    request: Request,
+    request: TargetOptions,
     other: str,
     *,
     max_error: float | None = None,
@@ -158,24 +127,24 @@ def verify_targets(
     if request.base is not None and not any(folders):
         raise UsageError("--model is for saved folders", got=f"{request.target} and {other}, which are none")
     if folders == (False, True) and not request.args:
-        request = replace(request, args=read_plan(other).model.get("args"))
-    first = replace(request, base=request.base if folders[0] else None).open()
+        request = replace(request, args=read_plan(other).model.get("args") or {})
+    first = open_target(replace(request, base=request.base if folders[0] else None))
     second: nn.Module
     if folders == (False, True) and request.base is None:
         second = load(other, first.model)
     else:
         base = request.base if folders[1] else None
         weights = None if folders[1] else request.weights
-        second = replace(request, target=other, base=base, weights=weights).open().model
+        second = open_target(replace(request, target=other, base=base, weights=weights)).model
     found = verify(
         first.model,
         second,
-        first.loaded.example_inputs,
+        first.example_inputs,
         max_error=max_error,
         allow_output_change=allow_output_change,
         progress=lambda step: say(f"verifying: {step}", None),
     )
-    return replace(found, notes=(*first.loaded.notes, *found.notes))
+    return replace(found, notes=(*first.notes, *found.notes))
 
 
 def _passes(choices: Choices, plan: Plan | None) -> list[Pass] | None:
@@ -191,13 +160,13 @@ def _passes(choices: Choices, plan: Plan | None) -> list[Pass] | None:
     return None
 
 
-def _opened(request: Request, progress: Progress | None) -> Opened:
+def _opened(request: TargetOptions, progress: Progress | None) -> LoadedModel:
     if progress is not None:
         progress("loading", None)
-    return request.open()
+    return open_target(request)
 
 
-def origin_of(opened: Opened) -> dict[str, Any]:
+def origin_of(opened: LoadedModel) -> dict[str, Any]:
     """What a plan records about where the original comes from."""
     facts: dict[str, Any] = {"target": opened.origin}
     if opened.plan is None:
@@ -207,7 +176,7 @@ def origin_of(opened: Opened) -> dict[str, Any]:
     return facts
 
 
-def whole_plan(opened: Opened, plan: Plan) -> Plan:
+def whole_plan(opened: LoadedModel, plan: Plan) -> Plan:
     """The plan from the original model."""
     if opened.plan is None:
         return replace(plan, model={**plan.model, **origin_of(opened)})

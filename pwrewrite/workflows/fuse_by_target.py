@@ -16,7 +16,8 @@ from ..core.errors import InputError, RefusedError, UsageError
 from ..engines.frozen import Frozen, freeze
 from ..layers import partitions as graphs
 from ..passes import Pass
-from .by_target import Request, told, whole_plan
+from ..targets import TargetOptions, open_target
+from .by_target import told, whole_plan
 from .fuse import DEFAULT, Fused, drawn_inputs, fuse
 from .rewrite import join_names
 from .steps import Progress
@@ -55,7 +56,7 @@ def passes_named(names: Sequence[str]) -> list[Pass]:
 
 
 def fuse_target(
-    request: Request,
+    request: TargetOptions,
     passes: Sequence[Pass] | None = None,
     *,
     verify: bool = True,
@@ -80,8 +81,8 @@ def fuse_target(
     """
     if progress is not None:
         progress("loading", None)
-    opened = request.open()
-    model, inputs = opened.model.eval(), opened.loaded.example_inputs
+    opened = open_target(request)
+    model, inputs = opened.model.eval(), opened.example_inputs
     result = fuse(model, inputs, passes, verify=verify, target=request.target, progress=progress)
     if not result.edits:
         raise RefusedError("there is nothing to fuse", where=request.target)
@@ -100,7 +101,7 @@ def fuse_target(
     return Measured(
         result.model,
         whole_plan(opened, result.plan),
-        told(result.report, opened.loaded),
+        told(result.report, opened),
         result.edits,
         join_names(opened.names, result.names),
         result.before,

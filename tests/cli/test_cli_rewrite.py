@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from typer.testing import Result
 
 import pwrewrite
-from pwrewrite.workflows.by_target import Request, rewrite_target
+from pwrewrite.targets import TargetOptions
+from pwrewrite.workflows.by_target import rewrite_target
 from pwrewrite.workflows.choices import Choices
 
 Run = Callable[..., Result]
@@ -51,7 +52,7 @@ def test_saved_and_loaded_in_another_process_from_elsewhere(run: Run, folder: Pa
     }  # fmt: skip
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     torch.save([x], folder / "x.pt")
-    here = rewrite_target(Request("net.py"), Choices(passes=("insert-bottleneck",), rank=0.5), verify=False).model
+    here = rewrite_target(TargetOptions("net.py"), Choices(passes=("insert-bottleneck",), rank=0.5), verify=False).model
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     done = subprocess.run(

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from pwrewrite.workflows.by_target import Request, rewrite_target
+from pwrewrite.targets import TargetOptions, open_target
+from pwrewrite.workflows.by_target import rewrite_target
 from pwrewrite.workflows.choices import Choices
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -45,9 +46,9 @@ def digest(model, inputs):
 
 LOAD = """
 import sys, pwrewrite
-from pwrewrite.targets.opening import open_target
-opened = open_target(sys.argv[1], trust_target=True)
-print(digest(opened.model, opened.loaded.example_inputs))
+from pwrewrite.targets import TargetOptions, open_target
+opened = open_target(TargetOptions(sys.argv[1], trust_target=True))
+print(digest(opened.model, opened.example_inputs))
 """
 
 SMALL_DETECTOR = """
@@ -79,7 +80,7 @@ def digest_of(model: nn.Module, inputs: object) -> str:
 
 
 def same_in_a_new_process(target: Path, folder: Path, params: int | None) -> None:
-    result = rewrite_target(Request(str(target)), HALF)
+    result = rewrite_target(TargetOptions(str(target)), HALF)
     report = result.report
     assert report.passed, report.verification
     assert report.delta["params"] < 0
@@ -87,9 +88,7 @@ def same_in_a_new_process(target: Path, folder: Path, params: int | None) -> Non
     if params is not None:
         assert report.after["params"] == params
     result.save(folder / "out")
-    from pwrewrite.targets.opening import open_target
-
-    inputs = open_target(str(target)).loaded.example_inputs
+    inputs = open_target(TargetOptions(str(target))).example_inputs
     done = subprocess.run(
         [sys.executable, "-c", DIGEST + LOAD, str(folder / "out")],
         capture_output=True,

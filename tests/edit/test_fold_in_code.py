@@ -16,7 +16,7 @@ from pwrewrite.core.plan import Plan
 from pwrewrite.edit.apply import apply
 from pwrewrite.layers import PointwiseActivation
 from pwrewrite.passes import FoldBatchNorm, Pass
-from pwrewrite.targets.storage import load
+from pwrewrite.targets import load
 from pwrewrite.workflows.fuse import fuse
 from pwrewrite.workflows.rewrite import Rewritten
 

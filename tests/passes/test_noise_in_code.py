@@ -17,7 +17,7 @@ from pwrewrite.core.errors import PwrewriteError
 from pwrewrite.core.plan import Plan
 from pwrewrite.edit.apply import apply
 from pwrewrite.passes import RemoveInferenceNoise
-from pwrewrite.targets.storage import load
+from pwrewrite.targets import load
 from pwrewrite.workflows.fuse import fuse
 from pwrewrite.workflows.rewrite import Rewritten
 

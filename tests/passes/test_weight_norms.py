@@ -17,7 +17,7 @@ from pwrewrite.core.plan import Plan
 from pwrewrite.edit.apply import apply
 from pwrewrite.layers import PointwiseActivation
 from pwrewrite.passes import FoldBatchNorm, FusePointwiseActivation, Pass
-from pwrewrite.targets.storage import load
+from pwrewrite.targets import load
 from pwrewrite.workflows.fuse import fuse
 from pwrewrite.workflows.rewrite import Rewritten
 

@@ -4,13 +4,16 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pwrewrite.core.errors import TargetError, UsageError
-from pwrewrite.targets.opening import class_name, open_target, recordable
-from pwrewrite.workflows.by_target import Request, rewrite_target
+from pwrewrite.targets import LoadedModel, TargetOptions, class_name, load, load_target
+from pwrewrite.targets import open_target as open_options
+from pwrewrite.targets.opening import recordable
+from pwrewrite.workflows.by_target import rewrite_target
 from pwrewrite.workflows.choices import Choices, parse_set
 
 NET = """
@@ -41,9 +44,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     return tmp_path
 
 
+def open_target(target: str, **options: Any) -> LoadedModel:
+    return open_options(TargetOptions(target, **options))
+
+
 def save(target: str = "net.py", **request: object) -> None:
     choices = Choices(settings=(parse_set("b=reduce:4"),))
-    rewrite_target(Request(target, **request), choices, verify=False).save("out", unverified=True)  # type: ignore[arg-type]
+    rewrite_target(TargetOptions(target, **request), choices, verify=False).save("out", unverified=True)  # type: ignore[arg-type]
 
 
 def test_what_a_constructor_draws_is_seeded_and_the_caller_keeps_his_state() -> None:
@@ -54,7 +61,7 @@ def test_what_a_constructor_draws_is_seeded_and_the_caller_keeps_his_state() -> 
     assert torch.equal(one.model.a.weight, two.model.a.weight)
     assert one.model.drawn == two.model.drawn
     assert not torch.equal(one.model.a.weight, other.model.a.weight)
-    assert any("seed 7" in note for note in other.loaded.notes)
+    assert any("seed 7" in note for note in other.notes)
 
 
 def test_files_are_recorded_so_that_they_are_found_from_elsewhere(folder: Path) -> None:
@@ -72,22 +79,22 @@ def test_a_folder_opens_from_elsewhere_with_its_arguments(folder: Path, monkeypa
     assert opened.args == {"width": 12}
     assert opened.model.a.out_channels == 12
     assert opened.names == {"b.weight": ("b.reduce.weight", "b.core.weight"), "b.bias": ("b.core.bias",)}
-    (x,) = opened.loaded.example_inputs
+    (x,) = opened.example_inputs
     assert x.eq(2).all()  # the file's own inputs: they have the recorded shapes
-    assert not opened.loaded.notes
+    assert not opened.notes
 
 
 def test_inputs_of_other_shapes_are_made_as_recorded() -> None:
     save(inputs=("2x3x6x6",))
-    (x,) = open_target("out", trust_target=True).loaded.example_inputs
+    (x,) = open_target("out", trust_target=True).example_inputs
     assert x.shape == (2, 3, 6, 6)
-    (y,) = open_target("out", trust_target=True, inputs=["1x3x5x5"]).loaded.example_inputs
+    (y,) = open_target("out", trust_target=True, inputs=["1x3x5x5"]).example_inputs
     assert y.shape == (1, 3, 5, 5)
 
 
 def test_inputs_by_name_stay_by_name() -> None:
     save(inputs=("x=1x3x6x6", "scale=1"))
-    inputs = open_target("out", trust_target=True).loaded.example_inputs
+    inputs = open_target("out", trust_target=True).example_inputs
     assert {name: tuple(t.shape) for name, t in inputs.items()} == {"x": (1, 3, 6, 6), "scale": (1,)}
 
 
@@ -110,3 +117,17 @@ def test_what_does_not_go_together(target: str, more: dict[str, object], said: s
     save()
     with pytest.raises(UsageError, match=said):
         open_target(target, **more)  # type: ignore[arg-type]
+
+
+def test_a_saved_folder_is_a_target_of_load_target() -> None:
+    save()
+    with pytest.raises(TargetError, match="not the model's code"):
+        load_target("out")
+    loaded, again = load_target("out", trust_target=True), load_target("out", base="net.py")
+    assert loaded.plan is not None
+    assert len(loaded.plan) == 1
+    x = loaded.example_inputs
+    assert torch.equal(loaded.model(*x), again.model(*x))
+    assert torch.equal(loaded.model(*x), load("out", trust_target=True)(*x))
+    assert torch.equal(loaded.model(*x), load("out", load_target("net.py").model)(*x))
+    assert load_target("out", base="net.py", need_inputs=False).example_inputs == ()

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +23,8 @@ from pwrewrite.core.errors import OutputError, PlanError, TargetError, WeightsEr
 from pwrewrite.core.plan import Edit, Op, Plan
 from pwrewrite.edit.apply import carry_out
 from pwrewrite.passes import InsertBottleneck
-from pwrewrite.targets import storage
-from pwrewrite.targets.storage import check_place, is_saved, load, read_plan, save, with_model
+from pwrewrite.targets import load, storage
+from pwrewrite.targets.storage import check_place, is_saved, read_plan, save
 
 X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -74,7 +75,7 @@ def build(target: Path) -> Any:
 
 def rewritten(model: nn.Module) -> tuple[nn.Module, Plan, tuple[Edit, ...]]:
     found = InsertBottleneck(4).propose(capture(model, X.to(next(model.parameters()).dtype)))
-    plan = with_model(Plan(tuple(p for p in found if isinstance(p, Op))), target=None, params=1)
+    plan = Plan(tuple(p for p in found if isinstance(p, Op)), model={"params": 1})
     applied = carry_out(model, plan)
     return applied.model.eval(), plan, applied.edits
 
@@ -101,7 +102,7 @@ def test_a_new_process_computes_the_same_bits(tmp_path: Path, target: Path) -> N
 import sys, torch
 sys.path.insert(0, {str(tmp_path)!r})
 from net import build_model
-from pwrewrite.targets.storage import load
+from pwrewrite.targets import load
 x = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
 expected = torch.load({str(tmp_path / "expected.pt")!r}, weights_only=True)
 assert torch.equal(load({str(tmp_path / "out")!r}, build_model())(x), expected)
@@ -366,7 +367,7 @@ def test_an_old_folder_that_cannot_come_back_is_kept_aside(tmp_path: Path, monke
 
 def test_a_target_is_code_and_needs_trust(tmp_path: Path, target: Path) -> None:
     changed, plan, edits = rewritten(build(target))
-    save(tmp_path / "out", changed, with_model(plan, target=str(target)), edits=edits)
+    save(tmp_path / "out", changed, replace(plan, model={**plan.model, "target": str(target)}), edits=edits)
     with pytest.raises(TargetError, match="not the model's code") as caught:
         load(tmp_path / "out")
     assert "net.py" in str(caught.value.hint)

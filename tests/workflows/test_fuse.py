@@ -22,7 +22,7 @@ from pwrewrite.passes import Pass
 from pwrewrite.passes.fold_batch_norm import FoldBatchNorm
 from pwrewrite.passes.fuse_activation import FusePointwiseActivation
 from pwrewrite.passes.merge_pointwise import MergePointwise
-from pwrewrite.targets.storage import load
+from pwrewrite.targets import load
 from pwrewrite.verifying.session import Settings
 from pwrewrite.workflows.fuse import fuse
 from pwrewrite.workflows.rewrite import Rewritten
