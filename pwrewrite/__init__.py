@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from .edit.apply import apply
     from .engines.frozen import freeze
     from .report.records import Report
-    from .targets import LoadedModel, load, load_target
+    from .targets import LoadedModel, load_target
+    from .targets.opening import load
     from .targets.storage import save
     from .verifying import verify
     from .workflows.analyze import analyze, analyze_target
@@ -98,7 +99,7 @@ _HOMES = {
     "freeze": "engines.frozen",
     "fuse": "workflows.fuse",
     "graph": "capturing.network",
-    "load": "targets",
+    "load": "targets.opening",
     "load_target": "targets",
     "make_plan": "workflows.rewrite",
     "plan": "workflows.budget",
