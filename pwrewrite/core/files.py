@@ -171,6 +171,7 @@ def new_folder(path: str | Path, names: Collection[str]) -> Iterator[Path]:
             _lock(handle)
         yield scratch
         for file in scratch.iterdir():
+            file.chmod(0o666 & ~_umask())  # some libraries write files that only their owner can read
             _flush(file)
         scratch.chmod(0o777 & ~_umask())
         _flush(scratch)
