@@ -16,6 +16,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..capturing.records import NodeInfo, Window
+from ..core.operations import OPERATIONS
 from .alignment import (
     UNKNOWN,
     WHOLE,
@@ -374,16 +375,9 @@ CONSTANT = frozenset(
 """Operations whose result does not depend on the values of their inputs."""
 
 ALIGNED = frozenset(
-    _names(
-        """relu relu6 silu gelu hardswish hardsigmoid hardtanh sigmoid logsigmoid log_sigmoid tanh elu selu celu
-    leaky_relu mish softplus softsign prelu rrelu exp sqrt rsqrt neg abs log log1p expm1 sin cos erf square sign
-    reciprocal floor ceil round clamp clamp_min clamp_max threshold normalize nan_to_num add sub mul div true_divide
-    divide multiply subtract pow maximum minimum rsub radd rmul rdiv rtruediv truediv floordiv iadd isub imul idiv
-    itruediv rpow addcmul addcdiv lerp floor_divide remainder fmod where masked_fill eq ne lt le gt ge logical_and
-    logical_or logical_not and or xor invert batch_norm layer_norm group_norm instance_norm local_response_norm
-    rms_norm dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout identity clone
-    contiguous to float half bfloat16 double type type_as detach copy lift_fresh requires_grad channel_shuffle
-    native_channel_shuffle"""
+    (
+        *(name for row in OPERATIONS if row.pointwise for name in row.names),
+        *("channel_shuffle", "native_channel_shuffle"),
     )
 )
 """Operations that keep positions, with broadcasting."""

@@ -10,12 +10,18 @@ from torch import Tensor, nn
 
 from ..core.cost import PricingMode
 from ..core.nested import map_tensors
-from . import functions, rules
+from ..core.operations import BY_FUNCTION, FREE_FUNCTIONS
+from . import functions
 from .origins import Origins
+from .shapes import FUNCTION_RULES
 
 
 class NeedsValues(RuntimeError):
     """The model's code asked a meta tensor for its values."""
+
+
+_IN_PLACE = frozenset(FUNCTION_RULES) | {"fill", "zero", "copy", "masked_fill"}
+"""Functions whose in-place form (``add_``) returns its first argument and nothing new."""
 
 
 class Evaluator:
@@ -27,7 +33,7 @@ class Evaluator:
     def result(
         self, func: Any, name: str, values: tuple[Any, ...], named: dict[str, Any], on_meta: bool
     ) -> tuple[Any, int, tuple[str, ...]]:
-        """What a function returns, its MACs (convolutions apart) and what of it has no price.
+        """What a function returns, its MACs and what of it has no price.
 
         Args:
             func: The function.
@@ -38,17 +44,18 @@ class Evaluator:
         """
         out: Any = NotImplemented
         if on_meta and name:
-            rule = rules.FUNCTION_RULES.get(name)
+            rule = FUNCTION_RULES.get(name)
             if rule is not None:
                 out = rule(*values, **named)
-            elif name[-1] == "_" and name[-2] != "_" and name[0] != "_" and name[:-1] in rules.INPLACE and values:
+            elif name[-1] == "_" and name[-2] != "_" and name[0] != "_" and name[:-1] in _IN_PLACE and values:
                 out = values[0]
-        macs_of = rules.FUNCTION_MACS.get(name)
-        if out is not NotImplemented or macs_of is not None or name in rules.FREE_FUNCTIONS or func in self._free:
+        row = BY_FUNCTION.get(name)
+        macs_of = None if row is None else row.macs
+        if out is not NotImplemented or macs_of is not None or name in FREE_FUNCTIONS or func in self._free:
             if out is NotImplemented:
                 out = func(*values, **named)
             return out, 0 if macs_of is None else macs_of(values, named, out), ()
-        if name in rules.CONV_FUNCTIONS or func is getattr:
+        if func is getattr:
             return func(*values, **named), 0, ()
         with PricingMode() as pricing:
             out = func(*values, **named)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from ..core.operations import BY_FUNCTION, OPERATIONS
 
 
 def words(text: str) -> frozenset[str]:
@@ -43,7 +47,9 @@ SOMETIMES_PRODUCTS = words(
 )
 """Built-in functions that are a matrix product or not, depending on the arguments: free once is not free always."""
 
-_INPLACE_FLAG = words("relu relu6 silu hardswish hardsigmoid hardtanh elu selu celu leaky_relu mish")
+CONVOLUTIONS = frozenset(name for row in OPERATIONS if row.shape == "convolution" for name in row.functions)
+WINDOWED = frozenset(f"{kind}_pool{d}d" for kind in ("max", "avg") for d in (1, 2, 3))
+"""Pooling with a window."""
 
 
 def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -51,7 +57,7 @@ def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if name == "__setitem__" or (name[-1] == "_" and name[-2:] != "__") or (name[:3] == "__i" and name[3:4] != "n"):
         return name not in ("__index__", "__int__", "__invert__", "__iter__", "__instancecheck__")
     return (bool(kwargs) and bool(kwargs.get("inplace"))) or (
-        name in _INPLACE_FLAG and any(a is True for a in args[1:])
+        name in BY_FUNCTION and BY_FUNCTION[name].kind == "activation" and any(a is True for a in args[1:])
     )
 
 
@@ -67,3 +73,25 @@ def is_device(value: Any) -> bool:
     if isinstance(value, torch.device):
         return True
     return isinstance(value, str) and value.split(":")[0] in ("cpu", "cuda", "meta", "mps", "xpu")
+
+
+_INDEXED = frozenset(f"{kind}max_pool{d}d" for kind in ("", "adaptive_") for d in (2, 3))
+
+
+def temporary_bytes(name: str, values: tuple[Any, ...], out: Any) -> int:
+    """Bytes that a function holds beside its result while it runs.
+
+    Max pooling makes an index tensor, asked for or not; a batched matrix product copies operands whose leading dims are
+    not one dim in memory.
+    """
+    if name in _INDEXED:
+        return int(out.numel() * torch.int64.itemsize) if isinstance(out, Tensor) else 0
+    if name.strip("_") != "matmul":
+        return 0
+    return sum(t.nbytes for t in values[:2] if t.dim() > 3 and not _one_batch(t))
+
+
+def _one_batch(t: Tensor) -> bool:
+    """Whether the leading dims of a tensor are one dim as they lie in memory."""
+    lead = [(n, s) for n, s in zip(t.shape[:-2], t.stride()[:-2]) if n != 1]
+    return all(outer == inner * n for (_, outer), (n, inner) in pairwise(lead))

@@ -36,7 +36,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..core.convolution import ConvSpec
 from ..core.cost import Cost, PricingMode
 from ..core.nested import map_tensors, tensors_of
-from . import functions, rules
+from ..core.operations import convolution_call
+from . import functions
 from .bookkeeping import Bookkeeper
 from .evaluate import Evaluator, read, redirect, without_masks
 from .inventory import Inventory
@@ -44,7 +45,7 @@ from .liveness import Liveness
 from .module_rules import Leaf, leaf_rule, module_window
 from .origins import Origins, spec_of
 from .records import NodeInfo, Window
-from .shapes import convolve
+from .shapes import convolve, pool_call_window
 
 _original_call: Any = nn.Module.__call__
 
@@ -131,7 +132,7 @@ class Recorder(TorchFunctionMode):
         if rule is not None and "forward" not in attributes:
             if not _has_hooks(attributes):
                 return self._leaf(module, path or "", rule, args, kwargs)
-            if not (rule.op in (None, "linear") and module._parameters.get("weight") is None):
+            if not ((rule.convolution or rule.op == "linear") and module._parameters.get("weight") is None):
                 return self._hooked_leaf(module, path or "", rule, args, kwargs)
         if isinstance(module, torch.jit.ScriptModule):
             return self._script(module, path or "", args, kwargs)
@@ -163,32 +164,18 @@ class Recorder(TorchFunctionMode):
         with DisableTorchFunction():
             origins, op = self.origins, rule.op
             spec = window = None
-            unpriced: tuple[str, ...] = ()
             macs = 0
             self.busy += 1
             try:
-                if op is None:
+                if rule.convolution:
                     spec = self._specs.get(id(module))
                     if spec is None:
                         spec = self._specs[id(module)] = ConvSpec.of_module(module)
-                if self.real:
+                out = NotImplemented
+                if not self.real:
+                    out = self._by_rule(module, rule, spec, args, kwargs)
+                if out is NotImplemented:
                     out = self._run_leaf(module, args, kwargs)
-                else:
-                    if len(args) == 1 and not kwargs:
-                        x = origins.value(args[0]) if isinstance(args[0], Tensor) else args[0]
-                        if not x.is_meta:
-                            x = origins.meta_value(x)
-                        out = (
-                            rule.output(module, x)
-                            if spec is None
-                            else convolve(spec, x, module._parameters.get("weight"))
-                        )
-                    else:
-                        out = self._by_rule(module, rule, args, kwargs)
-                    if out is NotImplemented:
-                        with PricingMode() as pricing:
-                            out = self._run_leaf(module, args, kwargs)
-                        macs, unpriced = pricing.macs, tuple(pricing.unpriced)
             except Exception as error:
                 _blame(error, path)
                 raise
@@ -201,9 +188,9 @@ class Recorder(TorchFunctionMode):
                 macs = spec.macs(x.shape, out.shape)
             elif op == "linear":
                 macs = out.numel() * module.in_features
-            elif op in _WINDOWED:
+            elif op in functions.WINDOWED:
                 window = module_window(module)
-            node = origins.create("call_module", path, args, kwargs, path or op or "")
+            node = origins.create("call_module", path, args, kwargs, path or op)
             params = size = 0
             for t in module._parameters.values():
                 if t is not None:
@@ -212,18 +199,20 @@ class Recorder(TorchFunctionMode):
             for t in module._buffers.values():
                 if t is not None:
                     size += t.nbytes
-            temporary = rules.indices(out) if op in rules.INDEXED else 0
             writes = bool(module.__dict__.get("inplace", False))
             given = args if not kwargs else (args, kwargs)
             self._books.record(
-                node, op or "", path, given, out,
-                macs=macs, writes=writes, params=params, weight_bytes=size, window=window, spec=spec, unpriced=unpriced,
-                temporary=temporary,
+                node, op, path, given, out,
+                macs=macs, writes=writes, params=params, weight_bytes=size, window=window, spec=spec,
+                temporary=functions.temporary_bytes(op, args, out),
             )  # fmt: skip
             return out
 
-    def _by_rule(self, module: Any, rule: Leaf, args: Any, kwargs: Any) -> Any:
+    def _by_rule(self, module: Any, rule: Leaf, spec: ConvSpec | None, args: Any, kwargs: Any) -> Any:
         convert = self.origins.meta_value
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            x = convert(args[0])
+            return rule.output(module, x) if spec is None else convolve(spec, x, module._parameters.get("weight"))
         values, named = map_tensors(args, convert), map_tensors(kwargs, convert)
         if values or len(named) != 1:
             return rule.output(module, *values, **named)
@@ -232,14 +221,15 @@ class Recorder(TorchFunctionMode):
     def _run_leaf(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Runs a leaf's own forward, its weights replaced by what they stand for here."""
         value = self.origins.value if self.real else self.origins.meta_value
-        swaps = {n: value(t) for n, t in (*module.named_parameters(), *module.named_buffers())}
         values, named = map_tensors(args, value), map_tensors(kwargs, value)
-        hooks = {k: v for k, v in module.__dict__.items() if k.endswith("_hooks") and v}
-        module.__dict__.update({k: {} for k in hooks})
+        attributes = module.__dict__
+        own = {store: attributes[store] for store in ("_parameters", "_buffers")}
+        for store, tensors in own.items():
+            attributes[store] = {name: None if t is None else value(t) for name, t in tensors.items()}
         try:
-            return torch.func.functional_call(module, swaps, values, named, tie_weights=False)
+            return type(module).forward(module, *values, **named)
         finally:
-            module.__dict__.update(hooks)
+            attributes.update(own)
 
     def _script(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a TorchScript module as one node, priced from inside."""
@@ -328,17 +318,15 @@ class Recorder(TorchFunctionMode):
         spec = window = None
         op = name.strip("_")
         weights: set[int] = set()
-        if not ours and name in rules.CONV_FUNCTIONS:
-            spec, weight, bias = rules.conv_call(name, *args, **kwargs)
+        if not ours and name in functions.CONVOLUTIONS:
+            spec, weight, bias = convolution_call(name, args, kwargs)
             window = Window(spec.kernel_size, spec.stride, spec.padding, spec.dilation, spec.transposed)
-            macs = spec.macs(given[0].shape, out.shape)
             op = spec.op
             weights = {id(weight), id(bias)}
-        elif name in rules.POOL_FUNCTIONS:
-            window = rules.pool_call_window(name, *args, **kwargs)
+        elif name in functions.WINDOWED:
+            window = pool_call_window(name, *args, **kwargs)
         op = _OPS.get(op, op).partition(".")[0]
-        held = rules.TEMPORARIES.get(name)
-        temporary = held(values, out) if held is not None and not ours else 0
+        temporary = 0 if ours else functions.temporary_bytes(name, values, out)
         method = functions.is_method(func)
         node = origins.create("call_method" if method else "call_function", name if method else func, args, kwargs, op)
         inputs = args if not kwargs else (args, kwargs)
@@ -362,7 +350,6 @@ class _Deep(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 _OPS = {"multi_head_attention_forward": "attention", "scaled_dot_product_attention": "attention"}
-_WINDOWED = frozenset(f"{kind}_pool{d}d" for kind in ("max", "avg") for d in (1, 2, 3))
 
 
 def _blame(error: Exception, path: str | None) -> None:

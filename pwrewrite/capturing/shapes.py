@@ -1,20 +1,28 @@
 """Shapes by rule: what operations return, as empty tensors of the right shape, dtype and memory format.
 
-Everything here takes tensors on ``meta`` (or any device) and makes new ones without computing. An input that the real
-operation would refuse raises `ShapeError`.
+A rule takes a function's arguments, tensors on ``meta`` (or any device), and makes a new tensor without computing. It
+returns `NotImplemented` where the call is unusual; the function then runs on ``meta`` itself. Only what is slow there
+has a rule: arithmetic, norms and activations take ten to a hundred times longer on ``meta``, pooling does not. An input
+that the real operation would refuse raises `ShapeError`.
+
+Which operation follows which rule stands in `pwrewrite.core.operations`; names there are keys of `RULES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import ceil
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.convolution import ConvSpec
+from ..core.nested import tensors_of
+from ..core.operations import OPERATIONS, convolution_call
 from .records import Window
+
+Rule = Callable[..., Any]
 
 
 class ShapeError(ValueError):
@@ -33,22 +41,27 @@ def new(shape: Sequence[int], like: Tensor, other: Tensor | None = None) -> Tens
         other: A second tensor that may bring ``channels_last``, such as a convolution's weight.
     """
     if like.is_contiguous() and (other is None or other.is_contiguous()):
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
+        return like.new_empty(shape)
     last = _LAST.get(len(shape))
     if last is not None and (_is_last(like, last) or (other is not None and _is_last(other, last))):
         return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=last)
-    return torch.empty(shape, dtype=like.dtype, device=like.device)
+    return like.new_empty(shape)
 
 
 def _is_last(t: Tensor, last: torch.memory_format) -> bool:
     return _LAST.get(t.dim()) is last and not t.is_contiguous() and t.is_contiguous(memory_format=last)
 
 
-def same(x: Tensor, *_: Any, **__: Any) -> Tensor:
+def same(x: Tensor) -> Tensor:
     """A new tensor as ``x``, strides kept where ``x`` is dense."""
     if x.is_contiguous():
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return x.new_empty(x.shape)
     return torch.empty_like(x)
+
+
+def default(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """A new tensor as ``x`` in the default memory format."""
+    return x.new_empty(x.shape)
 
 
 def convolve(
@@ -64,82 +77,54 @@ def convolve(
     except ValueError as error:
         raise ShapeError(str(error)) from None
     if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled("cpu"):
-        raise ShapeError(f"{spec.op} with a weight of {_plain(weight)} takes {_plain(weight)}, got {_plain(x)}")
+        raise ShapeError(f"{spec.op} with a weight of {_dtype(weight)} takes {_dtype(weight)}, got {_dtype(x)}")
     if spec.padding_mode == "circular":  # the padding is a copy of its own, in the default format
-        return torch.empty(shape, dtype=x.dtype, device=x.device)
+        return x.new_empty(shape)
     return new(shape, x, weight)
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
 
 
 def project(x: Tensor, in_features: int, out_features: int) -> Tensor:
     """What a linear map over the last axis returns for ``x``."""
     if not x.shape or x.shape[-1] != in_features:
         raise ShapeError(f"linear takes {in_features} features in the last dim, got shape {tuple(x.shape)}")
-    return torch.empty((*x.shape[:-1], out_features), dtype=x.dtype, device=x.device)
+    return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _plain(t: Tensor) -> str:
-    return str(t.dtype).removeprefix("torch.")
-
-
-def spread(value: Any, dims: int) -> tuple[Any, ...]:
-    """One value for every dim, from one value or a sequence."""
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * dims
-
-
-def adaptive(x: Tensor, output_size: Any, dims: int) -> Any:
+def adaptive(dims: int, x: Tensor, output_size: Any, return_indices: bool = False) -> Any:
     """What adaptive pooling over the last ``dims`` axes returns for ``x``."""
     keep = x.dim() - dims
-    if keep not in (1, 2):
-        raise ShapeError(f"adaptive pooling over {dims} dims takes {dims + 1} or {dims + 2} dims, got {tuple(x.shape)}")
-    size = tuple(n if wanted is None else int(wanted) for wanted, n in zip(spread(output_size, dims), x.shape[keep:]))
-    if dims == 1 and not x.is_contiguous():
+    if keep not in (1, 2) or return_indices or (dims == 1 and not x.is_contiguous()):
         return NotImplemented
-    if dims == 3:
-        return torch.empty((*x.shape[:keep], *size), dtype=x.dtype, device=x.device)
-    return new((*x.shape[:keep], *size), x)
-
-
-def pooled(x: Tensor, window: Window, ceil_mode: bool, *, average: bool) -> Any:
-    """What local pooling over the last dims returns for ``x``."""
-    dims = len(window.kernel)
-    shape = pooled_shape(x.shape, window, ceil_mode)
-    if dims == 1 and not x.is_contiguous():
-        return NotImplemented
-    if dims == 3 and average:  # this kernel knows no channels_last
-        return torch.empty(shape, dtype=x.dtype, device=x.device)
-    return new(shape, x)
-
-
-def pooled_shape(shape: Sequence[int], window: Window, ceil_mode: bool) -> tuple[int, ...]:
-    """Output shape of local pooling over the last dims (torch's rule: a window may not start in the right padding)."""
-    dims = len(window.kernel)
-    if len(shape) - dims not in (1, 2):
-        raise ShapeError(f"pooling over {dims} dims takes {dims + 1} or {dims + 2} dims, got shape {tuple(shape)}")
-    size = []
-    for n, k, s, (p, _), d in zip(shape[-dims:], window.kernel, window.stride, window.padding, window.dilation):
-        span = n + 2 * p - d * (k - 1) - 1
-        out = (ceil(span / s) if ceil_mode else span // s) + 1
-        if ceil_mode and (out - 1) * s >= n + p:
-            out -= 1
-        if out < 1:
-            raise ShapeError(f"pooling with kernel {window.kernel} does not fit an input of shape {tuple(shape)}")
-        size.append(out)
-    return (*shape[:-dims], *size)
+    size = [n if wanted is None else int(wanted) for wanted, n in zip(_spread(output_size, dims), x.shape[keep:])]
+    return x.new_empty((*x.shape[:keep], *size)) if dims == 3 else new((*x.shape[:keep], *size), x)
 
 
 def pool_window(dims: int, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1) -> Window:
     """The window of a pooling call, from its arguments."""
-    kernel = tuple(int(k) for k in _each(kernel, dims))
-    stride = kernel if stride is None or stride == [] or stride == () else _each(stride, dims)
-    return Window(kernel, tuple(stride), tuple((p, p) for p in _each(padding, dims)), _each(dilation, dims))
+    size = _spread(kernel, dims)
+    steps = size if stride is None or stride == [] or stride == () else _spread(stride, dims)
+    return Window(size, steps, tuple((p, p) for p in _spread(padding, dims)), _spread(dilation, dims))
 
 
-def _each(value: Any, dims: int) -> tuple[Any, ...]:
-    values = spread(value, dims)
+def pool_call_window(
+    name: str, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, *args: Any, **kwargs: Any
+) -> Window:
+    """The window of a functional pooling call named ``max_pool2d`` or ``avg_pool1d`` and the like."""
+    dilation = kwargs.get("dilation", args[0] if args and name.startswith("max") else 1)
+    return pool_window(int(name[-2]), kernel_size, stride, padding, dilation)
+
+
+def _spread(value: Any, dims: int) -> tuple[Any, ...]:
+    """One value for every dim, from one value or a sequence."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     return values * dims if len(values) == 1 else values
 
 
-def broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
+def _broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
     """The shape that two shapes broadcast to.
 
     Raises:
@@ -148,10 +133,133 @@ def broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
     if len(a) < len(b):
         a, b = b, a
     out = list(a)
-    offset = len(a) - len(b)
-    for i, n in enumerate(b, start=offset):
+    for i, n in enumerate(b, start=len(a) - len(b)):
         if out[i] == 1:
             out[i] = n
         elif n not in (1, out[i]):
             raise ShapeError(f"shapes {tuple(a)} and {tuple(b)} do not broadcast")
     return tuple(out)
+
+
+def _elementwise(x: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or tensors_of((args, kwargs)):
+        return NotImplemented
+    return x if kwargs.get("inplace") or any(a is True for a in args) else same(x)
+
+
+def _format(x: Any, *args: Any, **kwargs: Any) -> Any:
+    return new(x.shape, x)
+
+
+def _binary(a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
+    if args or kwargs.get("out") is not None or kwargs.get("rounding_mode"):
+        return NotImplemented
+    if not isinstance(a, Tensor):
+        a, b = b, a
+    if not isinstance(a, Tensor) or not a.is_floating_point():
+        return NotImplemented
+    if not isinstance(b, Tensor):
+        return same(a) if isinstance(b, (int, float)) else NotImplemented
+    if a.dtype != b.dtype:
+        return NotImplemented
+    shape = a.shape if a.shape == b.shape else _broadcast(a.shape, b.shape)
+    if shape == tuple(a.shape):
+        return same(a)
+    contiguous = a.is_contiguous() and b.is_contiguous()
+    return a.new_empty(shape) if contiguous else NotImplemented
+
+
+def _cat(tensors: Any, dim: Any = 0, **kwargs: Any) -> Any:
+    if not isinstance(tensors, (tuple, list)) or not tensors or kwargs or not isinstance(dim, int):
+        return NotImplemented
+    first = tensors[0]
+    rank, dtype, shape = first.dim(), first.dtype, tuple(first.shape)
+    if not rank or not -rank <= dim < rank:
+        return NotImplemented
+    dim %= rank
+    before, after, total = shape[:dim], shape[dim + 1 :], 0
+    for t in tensors:
+        size = tuple(t.shape)
+        if t.dtype is not dtype or len(size) != rank:
+            return NotImplemented
+        if size[:dim] != before or size[dim + 1 :] != after:
+            shapes = [tuple(t.shape) for t in tensors]
+            raise ShapeError(f"cat along dim {dim} takes tensors equal in all other dims, got shapes {shapes}")
+        total += size[dim]
+    if not all(t.is_contiguous() for t in tensors):
+        return NotImplemented
+    return first.new_empty((*before, total, *after))
+
+
+def _reduce(x: Any, dim: Any = None, keepdim: Any = False, **kwargs: Any) -> Any:
+    if kwargs or not isinstance(x, Tensor) or not x.is_floating_point() or not isinstance(keepdim, bool):
+        return NotImplemented
+    dims = range(x.dim()) if dim is None else _spread(dim, 1)
+    if not x.dim() or not x.is_contiguous() or not all(isinstance(d, int) for d in dims):
+        return NotImplemented
+    gone = {d % x.dim() for d in dims}
+    shape = [1 if i in gone else n for i, n in enumerate(x.shape) if keepdim or i not in gone]
+    return x.new_empty(shape) if gone else NotImplemented
+
+
+def _resize(x: Any, size: Any = None, scale_factor: Any = None, *args: Any, **kwargs: Any) -> Any:
+    dims = x.dim() - 2
+    if not x.is_contiguous() or (size is None and scale_factor is None):
+        return NotImplemented
+    if size is not None:
+        target = [int(n) for n in _spread(size, dims)]
+    else:
+        target = [int(n * s) for n, s in zip(x.shape[2:], _spread(scale_factor, dims))]
+    return x.new_empty((*x.shape[:2], *target))
+
+
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    return project(x, weight.shape[-1], weight.shape[0]) if weight.dim() == 2 else NotImplemented
+
+
+def _convolution(name: str, *args: Any, **kwargs: Any) -> Any:
+    spec, weight, _ = convolution_call(name, args, kwargs)
+    return convolve(spec, args[0] if args else kwargs["input"], weight)
+
+
+def _recurrent(*args: Any, **kwargs: Any) -> Any:
+    """The output and the last state or states of ``torch.lstm`` and its kin, which ``meta`` runs step by step."""
+    if kwargs:
+        return NotImplemented
+    packed = isinstance(args[3], (list, tuple))  # input, batch sizes, state, weights, …
+    x, state = args[0], args[2 if packed else 1]
+    states = [state] if isinstance(state, Tensor) else list(state)
+    bidirectional = bool(args[8 if packed else 7])
+    shape = (*x.shape[:-1], states[0].shape[-1] * (2 if bidirectional else 1))
+    if not packed and bool(args[8]) and x.dim() == 3:  # batch first: the output is a transposed view
+        out = x.new_empty((shape[1], shape[0], shape[2])).transpose(0, 1)
+    else:
+        out = x.new_empty(shape)
+    return (out, *map(default, states))
+
+
+RULES: dict[str, Rule] = {
+    "same": _elementwise,
+    "default": default,
+    "layer": default,
+    "format": _format,
+    "broadcast": _binary,
+    "cat": _cat,
+    "reduce": _reduce,
+    "resize": _resize,
+    "linear": _linear,
+    "recurrent": _recurrent,
+}
+"""Name of a shape rule to the rule."""
+
+
+def _rule(shape: str, name: str) -> Rule:
+    if shape == "convolution":
+        return partial(_convolution, name)
+    return partial(adaptive, int(name[-2])) if shape == "adaptive" else RULES[shape]
+
+
+FUNCTION_RULES: dict[str, Rule] = {
+    name: _rule(row.shape, name) for row in OPERATIONS if row.shape not in ("", "input") for name in row.functions
+}
+"""Name of a torch function or tensor method to its rule."""

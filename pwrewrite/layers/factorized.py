@@ -20,26 +20,17 @@ from torch import Tensor, nn
 
 from ..core.convolution import ConvSpec, StandsForLayer
 from ..core.errors import RefusedError, UsageError
+from ..core.operations import OPERATIONS
 from ..decompose import Factors
 from ..forms import k_owned, pointwise_spec, stages
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-    "hardswish": nn.Hardswish,
-    "leaky_relu": nn.LeakyReLU,
-    "elu": nn.ELU,
-    "mish": nn.Mish,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
+    row.name: row.modules[0] for row in OPERATIONS if row.kind == "activation" and row.modules and row.name != "prelu"
 }
-"""Activations that may follow the inner stages of a fresh chain."""
+"""Activations without parameters, which may follow the inner stages of a fresh chain."""
 
 NORMS: dict[str, tuple[type[nn.Module], ...]] = {
-    "batch_norm": (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
-    "instance_norm": (nn.InstanceNorm1d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    row.name: (row.modules[0], *row.modules) for row in OPERATIONS if row.name in ("batch_norm", "instance_norm")
 }
 """Norms that may follow the inner stages of a fresh chain, by number of spatial dims."""
 

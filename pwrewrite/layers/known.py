@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import fx, nn
 
-_MODULES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
-    nn.ReLU: ("relu", ()),
-    nn.ReLU6: ("relu6", ()),
-    nn.SiLU: ("silu", ()),
-    nn.GELU: ("gelu", ()),
-    nn.Hardswish: ("hardswish", ()),
-    nn.Hardsigmoid: ("hardsigmoid", ()),
-    nn.Hardtanh: ("hardtanh", ("min_val", "max_val")),
-    nn.LeakyReLU: ("leaky_relu", ("negative_slope",)),
-    nn.Sigmoid: ("sigmoid", ()),
-    nn.Tanh: ("tanh", ()),
-}
-_FUNCTIONS: dict[str, tuple[str, tuple[tuple[str, Any], ...]]] = {
-    "relu": ("relu", ()),
-    "relu6": ("relu6", ()),
-    "silu": ("silu", ()),
-    "gelu": ("gelu", ()),
-    "hardswish": ("hardswish", ()),
-    "hardsigmoid": ("hardsigmoid", ()),
-    "hardtanh": ("hardtanh", (("min_val", -1.0), ("max_val", 1.0))),
-    "clamp": ("hardtanh", (("min", None), ("max", None))),
-    "clip": ("hardtanh", (("min", None), ("max", None))),
-    "leaky_relu": ("leaky_relu", (("negative_slope", 0.01),)),
-    "sigmoid": ("sigmoid", ()),
-    "tanh": ("tanh", ()),
-}
+from ..core.operations import BY_FUNCTION, OPERATIONS
+
+_MODULES = {module: row for row in OPERATIONS if row.kernel is not None for module in row.modules}
+_FUNCTIONS = {name: row for name, row in BY_FUNCTION.items() if row.kernel is not None}
 
 Found = tuple[str, tuple[float, ...]]
 """An activation's name and numbers."""
@@ -42,15 +19,15 @@ Found = tuple[str, tuple[float, ...]]
 def module_activation(module: nn.Module) -> Found | None:
     """The activation that a stock module is; None for anything else."""
     for kind in type(module).__mro__:
-        known = _MODULES.get(kind)
-        if known is None:
+        row = _MODULES.get(kind)
+        if row is None or row.kernel is None:
             continue
         if type(module).forward is not kind.__dict__.get("forward", type(module).forward) or "forward" in vars(module):
             return None
-        name, attributes = known
+        name = row.kernel.name
         if name == "gelu":
             name = "gelu_tanh" if module.approximate == "tanh" else "gelu"
-        numbers = tuple(float(getattr(module, attribute)) for attribute in attributes)
+        numbers = tuple(float(getattr(module, attribute)) for attribute, _ in row.scalars)
         return (name, numbers) if _ordered(name, numbers) else None
     return None
 
@@ -60,12 +37,12 @@ def call_activation(node: fx.Node) -> Found | None:
     if node.op not in ("call_function", "call_method"):
         return None
     target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    known = _FUNCTIONS.get(target.removesuffix("_"))
-    if known is None:
+    row = _FUNCTIONS.get(target.removesuffix("_"))
+    if row is None or row.kernel is None:
         return None
-    name, parameters = known
+    name = row.kernel.name
     numbers = []
-    for i, (key, default) in enumerate(parameters, start=1):
+    for i, (key, default) in enumerate(row.scalars, start=1):
         value = node.args[i] if len(node.args) > i else node.kwargs.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return None
@@ -98,7 +75,7 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+DROPOUTS = tuple(module for row in OPERATIONS if row.kind == "dropout" for module in row.modules)
 _WORDS = ("drop", "stochasticdepth")
 
 

@@ -18,18 +18,16 @@ from torch import fx
 
 from ..capturing.eligibility import Owners, eligible
 from ..capturing.records import Capture, Layer, info
+from ..core.operations import OPERATIONS
 from ..edit.actions.project import CHANNEL_NORMS
 
-_LINEAR = frozenset(
-    ("identity", "dropout", "contiguous", "clone", "interpolate", "to", "float", "half", "bfloat16", "double")
+_LINEAR = frozenset(name for row in OPERATIONS if row.linear for name in row.names)
+_ALONE = frozenset(
+    name
+    for row in OPERATIONS
+    if row.kind in ("activation", "elementwise", "arithmetic", "pool") and row.name != "prelu"
+    for name in row.names
 )
-_LINEAR_POOLS = tuple(f"{kind}avg_pool{dims}d" for kind in ("", "adaptive_") for dims in (1, 2, 3))
-_OTHER_POOLS = tuple(f"{kind}max_pool{dims}d" for kind in ("", "adaptive_") for dims in (1, 2, 3))
-_RECTIFIERS = ("relu", "relu6", "silu", "gelu", "elu", "selu", "celu", "leaky_relu", "mish", "softplus")
-_SQUASHERS = ("sigmoid", "logsigmoid", "tanh", "hardtanh", "hardswish", "hardsigmoid", "softsign", "clamp")
-_ARITHMETIC = ("clamp_min", "clamp_max", "add", "sub", "pow", "exp", "neg", "abs", "square", "sqrt")
-_ALONE = frozenset((*_RECTIFIERS, *_SQUASHERS, *_ARITHMETIC))
-_SCALED = frozenset(("mul", "div"))
 _RESHAPES = frozenset(("flatten", "view", "reshape", "squeeze"))
 
 
@@ -148,10 +146,10 @@ class _Walk:
             return segment
         if not same_channels:
             return self._block(node, "does not keep the channels apart")
-        if op in _LINEAR or op in _LINEAR_POOLS or op in _SCALED:
+        if op in _LINEAR:
             self.flow.dropout |= op == "dropout"
             return segment
-        if op in _ALONE or op in _OTHER_POOLS or (op == "prelu" and self._one_slope(node)):
+        if op in _ALONE or (op == "prelu" and self._one_slope(node)):
             self._remember(node)
             return segment
         return self._block(node, "is not known to treat each channel alone")

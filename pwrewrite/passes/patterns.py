@@ -15,12 +15,11 @@ from torch import Tensor, fx, nn
 
 from ..capturing.eligibility import Owners
 from ..capturing.records import Capture, Layer, info
+from ..core.operations import OPERATIONS
 from ..layers.known import Found, call_activation, module_activation
 
 _PASSES_ON = frozenset({"identity", "dropout"})
-UNFUSED = frozenset(
-    {"elu", "selu", "celu", "mish", "softplus", "prelu", "softsign", "log_sigmoid", "rrelu", "hardshrink"}
-)
+UNFUSED = frozenset(name for row in OPERATIONS if row.kind == "activation" and row.kernel is None for name in row.names)
 """Activations without a fused kernel."""
 
 

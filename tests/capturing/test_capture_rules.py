@@ -12,11 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pwrewrite.capturing import capture
+from pwrewrite.capturing import capture, info
 from pwrewrite.capturing.functions import words
 from pwrewrite.capturing.module_rules import MODULE_RULES, leaf_rule
-from pwrewrite.capturing.rules import FUNCTION_RULES
-from pwrewrite.capturing.shapes import ShapeError
+from pwrewrite.capturing.shapes import FUNCTION_RULES, ShapeError
 from pwrewrite.core.nested import map_tensors, tensors_of
 
 FAST = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -83,6 +82,17 @@ def module_agrees(module: nn.Module, x: Tensor, *args: Any) -> bool:
     return agree(rule, module, (x, *args), {})
 
 
+def captured_agrees(module: nn.Module, x: Tensor) -> None:
+    """Checks what a capture says of a leaf without a rule against the real call."""
+    module.eval()
+    try:
+        want = module(x.clone())
+    except RuntimeError:
+        return
+    (facts,) = (info(node) for node in capture(module, x).graph.nodes if node.op == "call_module")
+    assert (facts.outputs[0].shape, facts.outputs[0].dtype) == (want.shape, want.dtype)
+
+
 TRIPLES = st.tuples(*[st.integers(1, 3)] * 3)
 
 
@@ -110,6 +120,8 @@ def test_transposed_convolutions(kind: Any, data: Any) -> None:
     draw = data.draw
     groups = draw(st.integers(1, 3))
     k, stride, d = (draw(TRIPLES)[:dims] for _ in range(3))
+    if dims == 3:  # a pointwise one keeps no channels_last in some kernels
+        k = tuple(n + 1 for n in k)
     padding = tuple(n - 1 for n in draw(TRIPLES)[:dims])
     extra = tuple(draw(st.integers(0, max(s, e) - 1)) for s, e in zip(stride, d))
     layer = kind(2 * groups, 3 * groups, k, stride, padding, extra, groups, draw(st.booleans()), d)
@@ -136,10 +148,7 @@ def test_pools(kind: Any, data: Any) -> None:
     settings: dict[str, Any] = {"stride": stride, "padding": padding, "ceil_mode": draw(st.booleans())}
     if kind.__name__.startswith("Max"):
         settings["dilation"] = draw(TRIPLES)[:dims]
-    x = draw(images(dims))
-    module_agrees(kind(k, **settings), x)
-    name = f"{'max' if 'dilation' in settings else 'avg'}_pool{dims}d"
-    agree(FUNCTION_RULES[name], getattr(F, name), (x, k), settings)
+    captured_agrees(kind(k, **settings), draw(images(dims)))
 
 
 @pytest.mark.parametrize("name", ["Avg", "Max"])
@@ -156,9 +165,11 @@ def test_adaptive_pools(name: str, dims: int, data: Any) -> None:
 ACTIVATIONS = [
     nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.GELU(), nn.Hardswish(), nn.Hardsigmoid(), nn.Hardtanh(),
     nn.Sigmoid(), nn.Tanh(), nn.ELU(), nn.SELU(), nn.CELU(), nn.LeakyReLU(), nn.Mish(), nn.Softplus(),
-    nn.PReLU(), nn.Softmax(1), nn.LogSoftmax(-1), nn.Dropout(), nn.Dropout1d(), nn.Dropout2d(),
-    nn.Dropout3d(), nn.AlphaDropout(), nn.Identity(), nn.Flatten(), nn.Flatten(0, 1), nn.ReLU(inplace=True),
-    nn.SiLU(inplace=True),
+    nn.PReLU(), nn.Identity(), nn.ReLU(inplace=True), nn.SiLU(inplace=True),
+]  # fmt: skip
+WITHOUT_RULE = [
+    nn.Softmax(1), nn.LogSoftmax(-1), nn.Dropout(), nn.Dropout1d(), nn.Dropout2d(), nn.Dropout3d(), nn.AlphaDropout(),
+    nn.FeatureAlphaDropout(), nn.Flatten(), nn.Flatten(0, 1),
 ]  # fmt: skip
 
 
@@ -166,7 +177,14 @@ ACTIVATIONS = [
 @FAST
 @given(x=images())
 def test_activations(module: nn.Module, x: Tensor) -> None:
-    assert module_agrees(module, x) or "Dropout" in str(module)
+    assert module_agrees(module, x)
+
+
+@pytest.mark.parametrize("module", WITHOUT_RULE, ids=str)
+@FAST
+@given(x=images())
+def test_leaves_without_a_rule(module: nn.Module, x: Tensor) -> None:
+    captured_agrees(module, x)
 
 
 @pytest.mark.parametrize("kind", ["BatchNorm", "InstanceNorm"])
@@ -193,7 +211,11 @@ def test_layer_norms_and_linear_maps(x: Tensor) -> None:
 
 
 def test_every_module_rule_is_tested() -> None:
-    tested = {type(m).forward for m in ACTIVATIONS} | {nn.LayerNorm.forward, nn.Linear.forward, nn.GroupNorm.forward}
+    tested = {type(m).forward for m in (*ACTIVATIONS, *WITHOUT_RULE)} | {
+        nn.LayerNorm.forward,
+        nn.Linear.forward,
+        nn.GroupNorm.forward,
+    }
     for d in (1, 2, 3):
         for name in (
             "Conv{}d", "ConvTranspose{}d", "MaxPool{}d", "AvgPool{}d", "AdaptiveAvgPool{}d", "AdaptiveMaxPool{}d",
@@ -201,7 +223,7 @@ def test_every_module_rule_is_tested() -> None:
         ):  # fmt: skip
             tested.add(getattr(nn, name.format(d)).forward)
     names = {rule.__qualname__ for rule in MODULE_RULES} - {rule.__qualname__ for rule in tested}
-    assert names <= {"FeatureAlphaDropout.forward"}
+    assert not names
 
 
 # -------------------------------------------------------------------------------------------------- functions
@@ -213,7 +235,7 @@ UNARY = sorted(
         normalize"""
     )
 )
-BINARY = sorted(words("add sub mul div true_divide divide multiply subtract pow maximum minimum rsub"))
+BINARY = sorted(words("add sub mul div true_divide divide multiply subtract pow maximum minimum"))
 
 
 def function(name: str) -> Any:
@@ -234,6 +256,8 @@ def test_unary(name: str, x: Tensor) -> None:
 def test_clamps(x: Tensor) -> None:
     assert agree(FUNCTION_RULES["clamp"], torch.clamp, (x, 0.1, 0.5), {})
     agree(FUNCTION_RULES["clamp"], torch.clamp, (x[:, :1],), {"min": x})
+    assert agree(FUNCTION_RULES["clip"], torch.clip, (x, 0.1, 0.5), {})
+    assert agree(FUNCTION_RULES["log_sigmoid"], F.logsigmoid, (x,), {})
     assert agree(FUNCTION_RULES["clamp_min"], torch.clamp_min, (x, 0.5), {})
     assert agree(FUNCTION_RULES["clamp_max"], torch.clamp_max, (x, 0.5), {})
     assert agree(FUNCTION_RULES["threshold"], F.threshold, (x, 0.5, 1.0), {})
@@ -292,17 +316,12 @@ def test_reductions(name: str, data: Any) -> None:
 
 @FAST
 @given(data=st.data())
-def test_softmax_norms_and_dropout(data: Any) -> None:
+def test_function_norms(data: Any) -> None:
     x = data.draw(images(channels=st.just(4), smallest=2))
-    assert agree(FUNCTION_RULES["softmax"], F.softmax, (x, data.draw(st.integers(-4, 3))), {})
-    assert agree(FUNCTION_RULES["log_softmax"], F.log_softmax, (x, 1), {})
-    agree(FUNCTION_RULES["softmax"], F.softmax, (x, 1), {"dtype": torch.float64})
     assert agree(FUNCTION_RULES["batch_norm"], F.batch_norm, (x, torch.zeros(4), torch.ones(4)), {})
     assert agree(FUNCTION_RULES["group_norm"], F.group_norm, (x, 2), {})
     assert agree(FUNCTION_RULES["instance_norm"], F.instance_norm, (x,), {})
     assert agree(FUNCTION_RULES["local_response_norm"], F.local_response_norm, (x, 3), {})
-    for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"):
-        agree(FUNCTION_RULES[name], function(name), (x, 0.5, data.draw(st.booleans())), {})
 
 
 @FAST
@@ -314,14 +333,6 @@ def test_sizes(data: Any) -> None:
     agree(FUNCTION_RULES["interpolate"], F.interpolate, (x, size), {"mode": mode})
     scale = draw(st.sampled_from([2, 1.5, 0.7, (2.0, 0.5), 3.3]))
     agree(FUNCTION_RULES["interpolate"], F.interpolate, (x,), {"scale_factor": scale, "mode": mode})
-    pad = draw(st.lists(st.integers(-1, 3), min_size=2, max_size=8).filter(lambda p: len(p) % 2 == 0))
-    agree(FUNCTION_RULES["pad"], F.pad, (x, pad), {})
-    agree(
-        FUNCTION_RULES["pad"],
-        F.pad,
-        (x, [1, 0, 0, 1]),
-        {"mode": draw(st.sampled_from(["reflect", "replicate", "circular"]))},
-    )
     assert agree(FUNCTION_RULES["adaptive_avg_pool2d"], F.adaptive_avg_pool2d, (x, (2, None)), {})
 
 
@@ -376,9 +387,7 @@ def test_every_function_rule_is_tested() -> None:
         if name not in UNARY
         and name not in BINARY
         and f'"{name}"' not in source
-        and not name.startswith(
-            ("conv", "max_pool", "avg_pool", "adaptive_avg_pool", "__r", "concat", "lstm", "gru", "rnn")
-        )
+        and not name.startswith(("conv", "adaptive_", "__r", "concat", "lstm", "gru", "rnn"))
     ]
     assert not missing
 
