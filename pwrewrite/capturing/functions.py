@@ -75,18 +75,19 @@ def is_device(value: Any) -> bool:
     return isinstance(value, str) and value.split(":")[0] in ("cpu", "cuda", "meta", "mps", "xpu")
 
 
-_INDEXED = frozenset(f"{kind}max_pool{d}d" for kind in ("", "adaptive_") for d in (2, 3))
+INDEXED = frozenset(f"{kind}max_pool{d}d" for kind in ("", "adaptive_") for d in (2, 3))
+"""Pooling that makes an index tensor beside its result, asked for or not."""
 
 
 def temporary_bytes(name: str, values: tuple[Any, ...], out: Any) -> int:
     """Bytes that a function holds beside its result while it runs.
 
-    Max pooling makes an index tensor, asked for or not; a batched matrix product copies operands whose leading dims are
+    Max pooling makes an index tensor; a batched matrix product copies operands whose leading dims are
     not one dim in memory.
     """
-    if name in _INDEXED:
+    if name in INDEXED:
         return int(out.numel() * torch.int64.itemsize) if isinstance(out, Tensor) else 0
-    if name.strip("_") != "matmul":
+    if name not in ("matmul", "__matmul__"):
         return 0
     return sum(t.nbytes for t in values[:2] if t.dim() > 3 and not _one_batch(t))
 

@@ -65,6 +65,15 @@ def _adaptive(module: Any, x: Tensor) -> Any:
     return adaptive(_POOL_DIMS[type(module).forward], x, module.output_size, getattr(module, "return_indices", False))
 
 
+def _pool(module: Any, x: Tensor) -> Any:
+    window = module_window(module)
+    dims = len(window.kernel)
+    usual = dims == 2 and x.dim() in (3, 4) and not (module.ceil_mode or getattr(module, "return_indices", False))
+    parts = zip(x.shape[-dims:], window.kernel, window.stride, window.padding, window.dilation)
+    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, (p, _), d in parts]
+    return new((*x.shape[:-dims], *size), x) if usual and min(size) > 0 else NotImplemented
+
+
 def _on_meta(module: Any, *args: Any, **kwargs: Any) -> Any:
     return NotImplemented
 
@@ -75,6 +84,7 @@ _RULES: dict[str, Callable[..., Any]] = {
     "default": lambda module, x: default(x),
     "format": _channel_norm,
     "layer": _layer_norm,
+    "pool": _pool,
     "adaptive": _adaptive,
     "linear": _linear,
     "convolution": _convolution,

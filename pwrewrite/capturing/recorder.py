@@ -204,7 +204,7 @@ class Recorder(TorchFunctionMode):
             self._books.record(
                 node, op, path, given, out,
                 macs=macs, writes=writes, params=params, weight_bytes=size, window=window, spec=spec,
-                temporary=functions.temporary_bytes(op, args, out),
+                temporary=functions.temporary_bytes(op, args, out) if op in functions.INDEXED else 0,
             )  # fmt: skip
             return out
 

@@ -281,7 +281,7 @@ def _movement() -> Iterator[Operation]:
     yield from _each("movement", "resize", "interpolate", linear=True)
     for d in (1, 2, 3):
         for kind in ("max", "avg"):
-            for prefix, shape in (("", ""), ("adaptive_", "adaptive")):
+            for prefix, shape in (("", "pool"), ("adaptive_", "adaptive")):
                 name, module = f"{prefix}{kind}_pool{d}d", f"{prefix[:-1].title()}{kind.title()}Pool{d}d"
                 yield Operation(name, "pool", shape, (getattr(nn, module),), (name,), linear=kind == "avg")
 
