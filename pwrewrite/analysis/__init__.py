@@ -1,7 +1,7 @@
 """Questions asked of a captured model, one per file: where its work goes, and what could be done about it.
 
 `analyze_capture` asks them all. Each can be asked alone: `hotspots.hotspots`, `critical_path.critical_path`,
-`memory.peak_memory`, `roofline.roofline`, `receptive_field.ReceptiveFields`, `by_op.by_op`, `tree.module_tree`.
+`memory.peak_memory`, `roofline.roofline`, `receptive_field.receptive_fields`, `by_op.by_op`, `tree.module_tree`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .by_op import by_op
 from .critical_path import critical_path
 from .hotspots import HOTSPOT_SHARE, hotspots
 from .memory import peak_memory
-from .receptive_field import ReceptiveFields
+from .receptive_field import receptive_fields
 from .records import (
     SCHEMA,
     Analysis,
@@ -45,10 +45,10 @@ __all__ = [
     "LiveTensor",
     "OpTotal",
     "Peak",
-    "ReceptiveFields",
     "Roofline",
     "TreeNode",
     "analyze_capture",
+    "receptive_fields",
 ]
 
 
@@ -107,7 +107,7 @@ def _analyze(capture: Capture, target: str, hotspot_share: float, profile: Devic
         critical_path=critical_path(graph(capture)),
         roofline=roofline(infos.values(), profile),
         layers=hotspots(
-            capture, infos, profile, ReceptiveFields(capture).of, total_macs=macs, hotspot_share=hotspot_share
+            capture, infos, profile, receptive_fields(capture), total_macs=macs, hotspot_share=hotspot_share
         ),
         by_op=by_op(infos.values()),
         tree=module_tree(capture.model, infos.values()),

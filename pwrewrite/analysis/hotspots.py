@@ -14,7 +14,7 @@ bottleneck) is judged like any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -35,7 +35,7 @@ def hotspots(
     capture: Capture,
     infos: Mapping[str, NodeInfo],
     device: DeviceProfile,
-    receptive_field: Callable[[str], tuple[int, ...] | None],
+    receptive_fields: Mapping[str, tuple[tuple[int, ...], bool]],
     *,
     total_macs: int,
     hotspot_share: float = HOTSPOT_SHARE,
@@ -46,7 +46,8 @@ def hotspots(
         capture: The captured model.
         infos: Facts of its nodes by name.
         device: Device profile of the roofline columns.
-        receptive_field: Node name to the extent of the input that one position of its output sees.
+        receptive_fields: Node name to the extent of the input that one position of its output sees, and whether that
+            is all of it.
         total_macs: MACs of the model, linear maps and attention included.
         hotspot_share: Share from which a dense k×k layer is a hotspot.
     """
@@ -58,6 +59,7 @@ def hotspots(
         verdict = squeeze(capture, layer, owners)
         bound = layer_bound(layer, _dtype(layer, infos), device)
         spec = layer.spec
+        extent, whole = receptive_fields.get(layer.calls[0].node, (None, False)) if layer.calls else (None, False)
         reports.append(
             LayerReport(
                 layer=layer,
@@ -66,7 +68,8 @@ def hotspots(
                 hotspot=spec is not None and spec.is_dense_spatial and layer.called and share >= hotspot_share,
                 break_even=verdict if isinstance(verdict, BreakEven) else None,
                 skip=verdict if isinstance(verdict, Skip) else None,
-                receptive_field=receptive_field(layer.calls[0].node) if layer.calls else None,
+                receptive_field=extent,
+                sees_whole_input=whole,
                 bound=bound.bound,
                 intensity=bound.intensity,
                 seconds=bound.seconds,

@@ -1,201 +1,400 @@
-"""The receptive field of every tensor: the part of the model's input that one of its positions sees.
+"""The receptive field of every tensor: how much of the model's input one of its positions sees.
 
-One pass in execution order carries, for each spatial dim of the input, how tensor positions line up with input
-positions (`pwrewrite.analysis.alignment`). Rules, by kind of operation:
+Along one spatial dim of the input, position ``o`` of a tensor sees the input positions ``low(o) … high(o)``. Behind a
+convolution or pooling with kernel k, stride s, padding p and dilation d (Araujo, Norris & Sim 2019, *Computing
+receptive fields of convolutional neural networks*, Distill, equations 1 to 3)::
 
-- convolutions, local and adaptive pooling, transposed convolutions, interpolation, padding, slicing and pixel
-shuffles move
-  positions by their taps;
-- element by element (activations, norms, arithmetic, dropout, casts) and concatenation of channels leave them; branches
-  join in their hull;
-- permutations and reshapes move the axes. Where dims are flattened together, positions run through all of them, as
-  tokens do;
-- what mixes all positions sees the whole input: linear maps over flattened positions, attention, matrix products and
-  reductions over positions, softmax along them, adaptive pooling to one position;
-- anything else is *unknown*, and a layer behind it has no receptive field here, rather than a wrong one.
+    low'(o) = low(s o - p)        high'(o) = high(s o - p + d (k - 1))
 
-The field is that of the architecture (Araujo, Norris & Sim 2019, *Computing receptive fields of convolutional neural
-networks*, Distill), padding counted as input: a deep network's exceeds its input, and how much weight each position
-has is another matter. The *whole* input, once seen, is reported as its size. Norms pass each position on: that the
-statistics of group, instance or layer norm span all positions is not counted.
+Both advance by the same jump from one position to the next; behind an upsampling (transposed convolution,
+interpolation, pixel shuffle) they do so once per period of positions, which `Reach` holds one by one. Branches that
+are added or concatenated join in their hull. Where attention, a product, a pool or a reshape mixes positions, and
+behind it, all of the input counts as seen. What moves positions in another way (rolls, sampling grids) leaves the
+field *unknown*: a layer behind it has none, rather than a wrong one.
 
-The input meant is the first that has as many spatial dims as the model's first convolution; others of the same
-spatial size (stereo pairs) share its coordinates, the rest count as constants.
+Limits: padding counts as input, so a deep network's field exceeds its input. The hull of a dilated field counts its
+holes. That the statistics of a norm span positions is not counted. The input meant is the first that has as many
+spatial dims as the model's first convolution; others of the same size share its coordinates, the rest are constants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from fractions import Fraction
+from math import ceil, floor, gcd, lcm, prod
 
-from torch import fx
+from torch import fx, nn
 
 from ..capturing.records import Capture, NodeInfo, info
-from .alignment import UNKNOWN, WHOLE, Field, Scan, Span, Steps, join_states
-from .mixing_rules import MIXERS
-from .position_rules import ALIGNED, CONSTANT, FIRST_ONLY, RULES, Call, axis_size, windowed
 
 Shape = tuple[int, ...]
+Span = tuple[int, int]
+Taps = tuple[int, tuple[tuple[int, ...], ...]]
+"""How far an operation advances in its input per period, and the positions that each output position of it reads."""
+
+_LONGEST = 4096
 
 
-class ReceptiveFields:
-    """What every tensor of a capture sees of the model's input.
+class Lost(Enum):
+    """Positions that see all of the input, and those of which it is not known what they see."""
+
+    WHOLE = "whole"
+    UNKNOWN = "unknown"
+
+
+WHOLE, UNKNOWN = Lost.WHOLE, Lost.UNKNOWN
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What the positions along one axis of a tensor see of one dim of the input.
+
+    Attributes:
+        axis: The axis, counted from the end (-1 is the last).
+        rise: Input positions from one period to the next.
+        spans: First and last input position that each position of a period sees; None where it sees nothing (a gap of a
+            transposed convolution).
+    """
+
+    axis: int
+    rise: int
+    spans: tuple[Span | None, ...]
+
+    @property
+    def extent(self) -> int:
+        """Most input positions that one position sees, from the first to the last."""
+        return max((span[1] - span[0] + 1 for span in self.spans if span is not None), default=0)
+
+    def at(self, position: int) -> Span | None:
+        """First and last input position that a position sees."""
+        turns, phase = divmod(position, len(self.spans))
+        span = self.spans[phase]
+        return None if span is None else (span[0] + turns * self.rise, span[1] + turns * self.rise)
+
+    def through(self, taps: Taps) -> State:
+        """The reach of an operation's output."""
+        advance, phases = taps
+        period = len(self.spans)
+        repeats = period // gcd(advance, period)
+        if repeats * len(phases) > _LONGEST:
+            return UNKNOWN
+        spans = [_hull([self.at(advance * i + tap) for tap in phase]) for i in range(repeats) for phase in phases]
+        return Reach(self.axis, self.rise * advance * repeats // period, tuple(spans))
+
+    def join(self, other: Reach, size: int) -> State:
+        """The hull of two branches along a common axis of ``size`` positions."""
+        if self == other:
+            return self
+        if self.rise == other.rise and len(self.spans) == len(other.spans) and self.axis == other.axis:
+            return Reach(self.axis, self.rise, tuple(map(_hull, zip(self.spans, other.spans, strict=True))))
+        period = lcm(len(self.spans), len(other.spans))
+        rise = self.rise * period // len(self.spans)
+        if rise != other.rise * period // len(other.spans):  # unequal jumps: position by position
+            period = max(size, 1)
+            rise = self.rise * period // len(self.spans)
+        if self.axis != other.axis or period > _LONGEST:
+            return UNKNOWN
+        return Reach(self.axis, rise, tuple([_hull([self.at(o), other.at(o)]) for o in range(period)]))
+
+
+State = Reach | Lost
+Field = tuple[State, ...]
+"""What the positions of a tensor see: one state per spatial dim of the input."""
+Hulls = dict[tuple[int, int], tuple[Field, Field, Field]]
+
+
+def _hull(spans: Iterable[Span | None]) -> Span | None:
+    seen = [span for span in spans if span is not None]
+    return (min(low for low, _ in seen), max(high for _, high in seen)) if seen else None
+
+
+def window_taps(kernel: int, stride: int, padding: int, dilation: int, transposed: bool = False) -> Taps:
+    """Taps of a convolution or a local pooling along one dim; ``padding`` is that before the first position."""
+    if not transposed:
+        return stride, (tuple(dilation * t - padding for t in range(kernel)),)
+    reached = ([phase + padding - dilation * t for t in range(kernel)] for phase in range(stride))
+    return 1, tuple(tuple(sorted({r // stride for r in row if r % stride == 0})) for row in reached)
+
+
+def adaptive_taps(size: int, out: int) -> Taps:
+    """Taps of adaptive pooling from ``size`` to ``out`` positions: ``floor(i n/m) … ceil((i + 1) n/m) - 1``."""
+    rise, period = size // gcd(size, out), out // gcd(size, out)
+    return rise, tuple(tuple(range(i * rise // period, -(-(i + 1) * rise // period))) for i in range(period))
+
+
+def resize_taps(ratio: Fraction, mode: str, corners: bool) -> Taps:
+    """Taps of nearest and linear interpolation away from the border, ``ratio`` input positions per output position."""
+    shift = Fraction(0) if corners or mode == "nearest" else (ratio - 1) / 2
+    sources = [o * ratio + shift for o in range(ratio.denominator)]
+    if mode == "nearest-exact":
+        return ratio.numerator, tuple((floor(source + Fraction(1, 2)),) for source in sources)
+    return ratio.numerator, tuple((floor(s),) if mode == "nearest" else (floor(s), ceil(s)) for s in sources)
+
+
+def _names(text: str) -> list[str]:
+    return text.split()
+
+
+_CONSTANT = _names(
+    """zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full
+    new_tensor zero fill size dim numel unknown"""
+)
+"""Operations whose result does not depend on the values of their inputs."""
+
+_FIRST_ONLY = _names("expand_as view_as reshape_as resize_as type_as to")
+"""Operations that take only the shape, the dtype or the device of their further operands."""
+
+_ELEMENTWISE = _names(
+    """relu relu6 silu gelu hardswish hardsigmoid hardtanh sigmoid logsigmoid log_sigmoid tanh elu selu celu
+    leaky_relu mish softplus softsign prelu rrelu exp sqrt rsqrt neg abs log log1p expm1 sin cos erf square sign
+    reciprocal floor ceil round clamp clamp_min clamp_max threshold nan_to_num add sub mul div true_divide divide
+    multiply subtract pow maximum minimum rsub radd rmul rdiv rtruediv truediv floordiv iadd isub imul idiv itruediv
+    rpow addcmul addcdiv lerp floor_divide remainder fmod where masked_fill eq ne lt le gt ge logical_and logical_or
+    logical_not and or xor invert batch_norm layer_norm group_norm instance_norm local_response_norm rms_norm dropout
+    dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout identity clone contiguous float
+    half bfloat16 double type detach lift_fresh requires_grad channel_shuffle native_channel_shuffle copy type_as to
+    expand expand_as broadcast_to repeat"""
+)
+"""Operations that keep positions, with broadcasting."""
+
+
+@dataclass(slots=True)
+class _Call:
+    """One node with the shape of the operand that is followed, and that of its first output."""
+
+    node: fx.Node
+    facts: NodeInfo
+    model: nn.Module
+    input: Shape
+    output: Shape
+
+    def argument(self, position: int, name: str, default: object = None) -> object:
+        """An argument by position and name; of a module, its attribute."""
+        if self.node.op == "call_module":
+            return getattr(self.model.get_submodule(str(self.node.target)), name, default)
+        return self.node.args[position] if len(self.node.args) > position else self.node.kwargs.get(name, default)
+
+    def axes(self, dims: object) -> set[int]:
+        """Axes of the input counted from the end; all of them for None."""
+        rank = len(self.input)
+        if dims is None or isinstance(dims, bool):
+            return set(range(-rank, 0))
+        return {d % rank - rank for d in (dims if isinstance(dims, (tuple, list)) else (dims,)) if isinstance(d, int)}
+
+
+def _windowed(call: _Call, reach: Reach) -> State:
+    window = call.facts.window
+    assert window is not None
+    i = reach.axis + len(window.kernel)
+    if i < -1 or (i == -1 and call.facts.spec is None):  # beside the window; pooling keeps channels apart
+        return reach
+    if i == -1 or call.facts.op.startswith("deform"):
+        return UNKNOWN
+    return reach.through(
+        window_taps(window.kernel[i], window.stride[i], window.padding[i][0], window.dilation[i], window.transposed)
+    )
+
+
+def _broadcast(call: _Call, reach: Reach) -> State:
+    if -reach.axis > len(call.output) or call.input[reach.axis] == call.output[reach.axis]:
+        return reach
+    return Reach(reach.axis, 0, (reach.at(0),)) if call.input[reach.axis] == 1 else UNKNOWN
+
+
+def _reshape(call: _Call, reach: Reach) -> State:
+    """In the order of elements, an axis of the same size and step carries the positions on."""
+    size, stride, step = call.input[reach.axis], prod(call.input[len(call.input) + reach.axis + 1 :]), 1
+    for axis in range(-1, -len(call.output) - 1, -1):
+        if (step, call.output[axis]) == (stride, size):
+            return Reach(axis, reach.rise, reach.spans)
+        if step <= stride and stride * size <= step * call.output[axis]:
+            return WHOLE  # positions run through a longer axis, as tokens
+        step *= call.output[axis]
+    return UNKNOWN
+
+
+def _permute(call: _Call, reach: Reach) -> State:
+    rank = len(call.input)
+    order = list(range(rank))
+    if call.facts.op == "permute":
+        dims = call.argument(1, "dims")
+        order = [d % rank for d in (dims if isinstance(dims, (tuple, list)) else call.node.args[1:]) if type(d) is int]
+    else:
+        pair = (-2, -1) if call.facts.op in ("t", "adjoint") else (call.argument(1, "dim0"), call.argument(2, "dim1"))
+        if rank < 2 or not isinstance(pair[0], int) or not isinstance(pair[1], int):
+            return UNKNOWN
+        order[pair[0]], order[pair[1]] = order[pair[1]], order[pair[0]]
+    return Reach(order.index(reach.axis % rank) - rank, reach.rise, reach.spans)
+
+
+def _along_dims(call: _Call, reach: Reach) -> State:
+    """Through what takes all positions along some dims (mean, softmax, linear maps over the last), or cuts them up."""
+    op = call.facts.op
+    dims = -1 if op == "linear" else call.argument(_DIMS[op][0], "dim", _DIMS[op][1])
+    if isinstance(dims, fx.Node):  # torch.max(a, b): element by element
+        return reach
+    gone = call.axes(dims)
+    if reach.axis in gone:
+        return UNKNOWN if op in _CUTS else WHOLE
+    lost = len(call.input) - len(call.output)
+    return Reach(reach.axis + sum(d > reach.axis for d in gone), reach.rise, reach.spans) if lost > 0 else reach
+
+
+_CUTS = ("chunk", "split", "split_with_sizes", "tensor_split", "unbind")
+_DIMS: dict[str, tuple[int, int | None]] = {
+    **dict.fromkeys(_names("mean sum amax amin max min prod std var logsumexp all any argmax argmin"), (1, None)),
+    **dict.fromkeys(("softmax", "log_softmax", "linear"), (1, -1)),
+    **dict.fromkeys(_CUTS, (2, 0)),
+    "norm": (2, None),
+    "normalize": (2, 1),
+    "unbind": (1, 0),
+}
+"""Position of the argument ``dim``, and what it is where left out."""
+
+
+def _multiplied(call: _Call, reach: Reach) -> State:
+    """Through a matrix product with a constant on the right; in attention, and between two parts, all is seen."""
+    product = call.facts.op != "attention" and isinstance(call.node.args[0], fx.Node)
+    return reach if product and info(call.node.args[0]).outputs[0].shape == call.input and reach.axis != -1 else WHOLE
+
+
+def _cat(call: _Call, reach: Reach) -> State:
+    dim, rank = call.argument(1, "dim", 0), len(call.output)
+    axis = dim % rank - rank if isinstance(dim, int) else 0
+    if call.facts.op == "stack":
+        return reach if reach.axis > axis else Reach(reach.axis - 1, reach.rise, reach.spans)
+    return UNKNOWN if axis == reach.axis else reach
+
+
+def _resize(call: _Call, reach: Reach) -> State:
+    """Through adaptive pooling and interpolation."""
+    size, out, mode = call.input[reach.axis], call.output[reach.axis], str(call.argument(3, "mode", "nearest"))
+    pool = call.facts.op.startswith("adaptive")
+    if size == out or reach.axis < (-int(call.facts.op[-2]) if pool else 2 - len(call.input)):
+        return reach
+    if pool or mode == "area":
+        return WHOLE if out == 1 else reach.through(adaptive_taps(size, out))
+    if mode == "bicubic" or call.argument(6, "antialias"):
+        return UNKNOWN
+    corners = bool(call.argument(4, "align_corners")) and out > 1
+    return reach.through(resize_taps(Fraction(size - corners, out - corners), mode, corners))
+
+
+def _pad(call: _Call, reach: Reach) -> State:
+    pads = call.argument(1, "pad")
+    before = pads[(-reach.axis - 1) * 2] if isinstance(pads, (tuple, list)) and -reach.axis * 2 <= len(pads) else 0
+    return reach.through((1, ((-before,),))) if isinstance(before, int) else UNKNOWN
+
+
+def _shuffle(call: _Call, reach: Reach) -> State:
+    inverse = "un" in call.facts.op
+    factor = call.argument(1, "downscale_factor" if inverse else "upscale_factor")
+    if reach.axis <= -3 or not isinstance(factor, int):
+        return reach if reach.axis < -3 else UNKNOWN
+    return reach.through((factor, (tuple(range(factor)),)) if inverse else (1, ((0,),) * factor))
+
+
+def _getitem(call: _Call, reach: Reach) -> State:
+    """Through ``x[index]`` with slices, integers, None and an ellipsis."""
+    index = call.node.args[1]
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(p, bool) or not (p is None or p is Ellipsis or isinstance(p, (int, slice))) for p in parts):
+        return UNKNOWN
+    at = next((i for i, p in enumerate(parts) if p is Ellipsis), len(parts))
+    parts[at : at + 1] = [slice(None)] * (len(call.input) - sum(p is not None and p is not Ellipsis for p in parts))
+    where = [i for i, p in enumerate(parts) if p is not None][reach.axis]
+    part, axis = parts[where], -sum(not isinstance(p, int) for p in parts[where:])
+    if not isinstance(part, slice):
+        return UNKNOWN
+    first, _, step = part.indices(call.input[reach.axis])
+    return Reach(axis, reach.rise, reach.spans).through((step, ((first,),)))
+
+
+_RULES = {
+    **dict.fromkeys(_ELEMENTWISE, _broadcast),
+    **dict.fromkeys(_names("view reshape flatten unflatten squeeze unsqueeze view_as reshape_as resize_as"), _reshape),
+    **dict.fromkeys(_names("permute transpose swapaxes swapdims t adjoint"), _permute),
+    **dict.fromkeys(_DIMS, _along_dims),
+    **dict.fromkeys(_names("matmul mm bmm attention"), _multiplied),
+    **dict.fromkeys(_names("cat concat concatenate stack"), _cat),
+    **{f"adaptive_{kind}_pool{d}d": _resize for kind in ("avg", "max") for d in (1, 2, 3)},
+    **dict.fromkeys(_names("interpolate upsample"), _resize),
+    **dict.fromkeys(_names("pixel_shuffle pixel_unshuffle"), _shuffle),
+    "pad": _pad,
+    "getitem": _getitem,
+}
+"""What becomes of the positions along one dim, by canonical name of the operation."""
+
+
+def receptive_fields(capture: Capture) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """What one position of every tensor sees of the model's input.
 
     Args:
         capture: The captured model.
 
-    Attributes:
-        frame: Spatial size of the input meant; ``()`` where the model has no convolution or no input that fits it.
+    Returns:
+        Name of a node to the extent of the input, per spatial dim, that a position of its output sees, and whether it
+        is global: every dim counts as seen whole. Nodes of which it is unknown are left out.
     """
-
-    def __init__(self, capture: Capture) -> None:
-        self._model = capture.model
-        self._fields: dict[str, Field] = {}
-        self._hulls: dict[tuple[int, int, Shape], tuple[Field, Field, Field]] = {}  # ids, and what they stand for
-        self.frame = _frame(capture)
-        if self.frame:
-            self._follow(capture)
-
-    def of(self, node: str) -> tuple[int, ...] | None:
-        """Extent of the input that one position of a node's output sees, per spatial dim; None where unknown.
-
-        Args:
-            node: Name of the node.
-        """
-        field = self._fields.get(node)
-        if field is None:
-            return None
-        extents = []
-        for state, size in zip(field, self.frame, strict=True):
-            if isinstance(state, Span | Scan):
-                extents.append(state.extent)
-            elif state is WHOLE:
-                extents.append(size)
-            else:
-                return None
-        return tuple(extents)
-
-    def seen_from(self, node: str, position: Sequence[int]) -> tuple[tuple[int, int], ...] | None:
-        """First and last input position, per spatial dim, that one position of a node's output sees.
-
-        Args:
-            node: Name of the node.
-            position: Index of the position, one per axis of the tensor.
-
-        Returns:
-            Bounds that may lie outside the input (in the padding); None where unknown.
-        """
-        field = self._fields.get(node)
-        if field is None:
-            return None
-        bounds = []
-        for state, size in zip(field, self.frame, strict=True):
-            if isinstance(state, Span):
-                at = position[state.axis] if state.axis is not None else 0
-                bounds.append((state.low(at), state.high(at)))
-            elif state is WHOLE:
-                bounds.append((0, size - 1))
-            else:
-                return None
-        return tuple(bounds)
-
-    def _follow(self, capture: Capture) -> None:
-        fields, dims = self._fields, len(self.frame)
-        line = Steps(1, (0,))
-        start: Field = tuple(Span(axis, line, line) for axis in range(-dims, 0))
-        for node in capture.graph.nodes:
-            facts = info(node)
-            if node.op == "placeholder":
-                shape = facts.outputs[0].shape if facts.outputs else ()
-                if len(shape) > dims and shape[-dims:] == self.frame:
-                    fields[node.name] = start
-                continue
-            if node.op in ("get_attr", "output") or facts.op in CONSTANT:
-                continue
-            sources = [source for source in node.all_input_nodes if source.name in fields]
-            if not sources:
-                continue
-            if facts.op in ALIGNED and len(sources) == 1 and _same_positions(facts):
-                fields[node.name] = fields[sources[0].name]
-                continue
-            fields[node.name] = self._step(node, facts, sources)
-
-    def _step(self, node: fx.Node, facts: NodeInfo, sources: list[fx.Node]) -> Field:
-        fields = self._fields
-        if facts.window is not None:
-            return windowed(fields[sources[0].name], facts.window, facts) if len(sources) == 1 else self._lost(sources)
-        mixer, rule = MIXERS.get(facts.op), RULES.get(facts.op)
-        if mixer is not None:
-            return mixer(Call(node, facts, self._model), fields)
-        if rule is None:
-            return self._joined(sources, facts) if facts.op in ALIGNED else self._lost(sources)
-        call = Call(node, facts, self._model)
-        field = self._joined(sources, facts, broadcast=False) if len(sources) > 1 else fields[sources[0].name]
-        return tuple([state if state is WHOLE or state is UNKNOWN else rule(call, state) for state in field])
-
-    def _lost(self, sources: list[fx.Node]) -> Field:
-        """What is left where positions move in an unknown way: dims that were seen whole still are."""
-        states = zip(*[self._fields[source.name] for source in sources], strict=True)
-        return tuple([WHOLE if any(state is WHOLE for state in dim) else UNKNOWN for dim in states])
-
-    def _joined(self, sources: list[fx.Node], facts: NodeInfo, *, broadcast: bool = True) -> Field:
-        """The hull of several inputs, after broadcasting or (for cat and stack) as they are."""
-        if facts.op in FIRST_ONLY:
-            sources = sources[:1]
-        shape = facts.outputs[0].shape if broadcast and facts.outputs else _shape(sources[0])
-        result: Field | None = None
-        for source in sources:
-            field = self._fields[source.name]
-            if broadcast:
-                field = _broadcast(field, _shape(source), shape)
-            if result is None:
-                result = field
-            elif field is not result:
-                result = self._hull(result, field, shape)
-        assert result is not None
-        return result
-
-    def _hull(self, a: Field, b: Field, shape: Shape) -> Field:
-        """The hull of two fields, remembered: dense blocks join the same ones again and again."""
-        key = (id(a), id(b), shape)
-        known = self._hulls.get(key)
-        if known is None:
-            hull = tuple([join_states(s, t, axis_size(shape, s, t)) for s, t in zip(a, b, strict=True)])
-            known = self._hulls[key] = (a, b, a if hull == a else b if hull == b else hull)
-        return known[2]
-
-
-def _frame(capture: Capture) -> Shape:
-    """Spatial size of the input that receptive fields refer to."""
     dims = next((facts.spec.dims for facts in map(info, capture.graph.nodes) if facts.spec is not None), 0)
-    for _, spec in capture.inputs:
-        if dims and len(spec.shape) > dims and spec.dtype.is_floating_point:
-            return spec.shape[-dims:]
-    return ()
+    inputs = (spec for _, spec in capture.inputs if len(spec.shape) > dims and spec.dtype.is_floating_point)
+    frame = next((spec.shape[-dims:] for spec in inputs), ()) if dims else ()
+    start = tuple(Reach(axis, 1, ((0, 0),)) for axis in range(-len(frame), 0))
+    fields: dict[str, Field] = {}
+    hulls: Hulls = {}
+    for node in capture.graph.nodes if frame else ():
+        facts = info(node)
+        if node.op == "placeholder":
+            if facts.outputs and facts.outputs[0].shape[-dims:] == frame:
+                fields[node.name] = start
+        elif facts.op not in _CONSTANT and node.op != "output":
+            operands = node.all_input_nodes
+            if facts.op in _FIRST_ONLY:
+                operands = [a for a in node.args[:1] if isinstance(a, fx.Node)]
+            elif facts.op == "copy":  # what is written counts, not what was there
+                operands = [a for a in node.args[1:2] if isinstance(a, fx.Node)]
+            sources = [(info(a).outputs[0].shape, fields[a.name]) for a in operands if a.name in fields]
+            if sources:
+                fields[node.name] = _step(node, capture.model, sources, hulls)
+    return {name: _extents(field, frame) for name, field in fields.items() if UNKNOWN not in field}
 
 
-def _shape(node: fx.Node) -> Shape:
-    outputs = info(node).outputs
-    return outputs[0].shape if outputs else ()
+def _extents(field: Field, frame: Shape) -> tuple[tuple[int, ...], bool]:
+    extents = tuple([s.extent if isinstance(s, Reach) else size for s, size in zip(field, frame, strict=True)])
+    return extents, all(s is WHOLE for s in field)
 
 
-def _same_positions(facts: NodeInfo) -> bool:
-    """Whether an operation neither broadcasts nor returns several tensors."""
-    outputs = facts.outputs
-    return len(outputs) == 1 and any(spec.shape == outputs[0].shape for spec in facts.inputs)
+def _step(node: fx.Node, model: nn.Module, sources: list[tuple[Shape, Field]], hulls: Hulls) -> Field:
+    """What is seen behind an operation: each operand through its rule, then their hull."""
+    facts = info(node)
+    rule = _windowed if facts.window is not None else _RULES.get(facts.op)
+    output = facts.outputs[0].shape if facts.outputs else ()
+    if rule is _broadcast and len(sources) == 1 and sources[0][0] == output:
+        return sources[0][1]
+    if rule is _cat:  # joined first, as dense blocks join the same fields again and again
+        shape, field = sources[0]
+        for _, other in sources[1:]:
+            key = id(field), id(other)
+            if key not in hulls:  # keeps all three, so that no other field gets one of these ids
+                hulls[key] = (field, other, _joined(field, other, shape))
+            field = hulls[key][2]
+        sources = [(shape, field)]
+    result: Field = (WHOLE,) * len(sources[0][1]) if rule is _multiplied and len(sources) > 1 else ()
+    for shape, field in sources:
+        call = _Call(node, facts, model, shape, output)
+        through = tuple([s if isinstance(s, Lost) else rule(call, s) if rule is not None else UNKNOWN for s in field])
+        result = _joined(result, through, output) if result else through
+    return result
 
 
-def _broadcast(field: Field, shape: Shape, out: Shape) -> Field:
-    """The field after an axis of one position was broadcast to many."""
-    if shape == out:
-        return field
-    return tuple(
-        [
-            state.at(0)
-            if isinstance(state, Span)
-            and state.axis is not None
-            and -state.axis <= min(len(shape), len(out))
-            and shape[state.axis] == 1 != out[state.axis]
-            else state
-            for state in field
-        ]
-    )
+def _joined(a: Field, b: Field, shape: Shape) -> Field:
+    """The hull of two operands; what one of them sees whole is seen whole."""
+    states: list[State] = []
+    for x, y in zip(a, b, strict=True):
+        if isinstance(x, Reach) and isinstance(y, Reach):
+            states.append(x.join(y, shape[x.axis]))
+        else:
+            states.append(WHOLE if WHOLE in (x, y) else UNKNOWN)
+    return tuple(states)

@@ -70,11 +70,13 @@ class LayerReport:
         break_even: Ranks below which a bottleneck gains; None where none may be inserted.
         skip: Why no bottleneck may be inserted; None where one may.
         receptive_field: Extent of the model's input that one output position of its first call sees, per spatial dim;
-            None where unknown (global operations count as the whole input).
+            None where unknown (a dim that is seen whole has the input's size).
         bound: ``compute`` or ``memory``: its roofline class on the stated device; ``""`` where it is not called.
         intensity: MACs per byte moved, all calls; 0 where it is not called.
         seconds: Lower bound of the time of all its calls on the stated device.
         activation_bytes: Bytes of the outputs of all its calls.
+        sees_whole_input: Whether its receptive field is global: attention, a product, a pool or a reshape before it
+            mixes all positions.
     """
 
     layer: Layer
@@ -88,6 +90,7 @@ class LayerReport:
     intensity: float
     seconds: float
     activation_bytes: int
+    sees_whole_input: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON data."""
@@ -116,6 +119,7 @@ class LayerReport:
             "bound": self.bound,
             "seconds": self.seconds,
             "receptive_field": list(self.receptive_field) if self.receptive_field else None,
+            "sees_whole_input": self.sees_whole_input,
             "calls": [_call(call) for call in layer.calls],
             "break_even": self.break_even.to_dict() if self.break_even else None,
             "skip": {"reason": str(skip.reason), "detail": skip.detail} if skip else None,

@@ -51,6 +51,7 @@ KEYS: dict[str, Any] = {
             "bound": str,
             "seconds": float,
             "receptive_field": [int],
+            "sees_whole_input": bool,
             "calls": [{"node": str, "input_shape": [int], "output_shape": [int], "macs": int, "island": str}],
             "break_even": {
                 "macs_rank_in": int,

@@ -17,8 +17,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pwrewrite.analysis import ReceptiveFields
-from pwrewrite.analysis.alignment import Steps, Taps, adaptive_taps, window_taps
+from pwrewrite.analysis import receptive_fields
+from pwrewrite.analysis.receptive_field import Reach, adaptive_taps, window_taps
 from pwrewrite.capturing import Capture, capture
 
 
@@ -69,29 +69,27 @@ def support(model: nn.Module, shape: tuple[int, ...], positions: list[tuple[int,
     for position in positions:
         (grad,) = torch.autograd.grad(out[(slice(None), slice(None), *position)].sum(), x, retain_graph=True)
         seen = grad.abs().sum((0, 1)).nonzero()
-        low, high = seen.amin(0).tolist(), seen.amax(0).tolist()
-        found.append(tuple(zip(low, high)))
+        if len(seen):  # a gap of a transposed convolution sees nothing
+            found.append(tuple(zip(seen.amin(0).tolist(), seen.amax(0).tolist())))
     return found
 
 
-def check(model: nn.Module, shape: tuple[int, ...], *, border: bool = True, most: int = 40) -> None:
-    """Compares predictions and gradients at the centre (all phases around it) and, if wanted, at the corners."""
+def check(model: nn.Module, shape: tuple[int, ...], *, slack: int = 0, most: int = 40) -> None:
+    """Compares the extent with that of gradients around the centre (all phases), where no border cuts them."""
     model = positive(model)
     made = capture(model, torch.zeros(shape, dtype=torch.float64))
-    fields = ReceptiveFields(made)
-    node = last(made)
+    extents, whole = receptive_fields(made)[last(made)]
+    assert not whole
     size = tuple(model(torch.zeros(shape, dtype=torch.float64)).shape[2:])
-    near = [[n // 2 + d for d in (0, 1, -1, 2) if 0 <= n // 2 + d < n] + ([0, n - 1] if border else []) for n in size]
+    near = [[n // 2 + d for d in range(-3, 4) if 0 <= n // 2 + d < n] for n in size]
     positions = list(product(*near))[:most]
-    for position, actual in zip(positions, support(model, shape, positions)):
-        predicted = fields.seen_from(node, (0, 0, *position))
-        assert predicted is not None
-        cut = tuple((max(low, 0), min(high, n - 1)) for (low, high), n in zip(predicted, shape[2:]))
-        assert cut == actual, position
-    extents = fields.of(node)
-    assert extents is not None
-    for extent, n, (low, high) in zip(extents, shape[2:], support(model, shape, positions[:1])[0]):
-        assert high - low + 1 <= max(extent, n)
+    seen = support(model, shape, positions)
+    for dim, extent in enumerate(extents):
+        spans = [bounds[dim] for bounds in seen]
+        inside = [high - low + 1 for low, high in spans if low > 0 and high < shape[2 + dim] - 1]
+        assert all(high - low + 1 <= extent for low, high in spans)
+        if inside and len(inside) == len(spans):
+            assert extent - slack <= max(inside) <= extent
 
 
 def conv(kernel: Any = 3, stride: Any = 1, padding: Any = 0, dilation: Any = 1, channels: int = 1) -> nn.Conv2d:
@@ -118,7 +116,7 @@ def up(kernel: Any, stride: Any, padding: Any = 0, output_padding: Any = 0, dila
 )
 def test_published_figures(torchvision_capture, name: str, layer: str, extent: int) -> None:
     made = torchvision_capture(name)
-    assert ReceptiveFields(made).of(made.layer(layer).calls[0].node) == (extent, extent)
+    assert receptive_fields(made)[made.layer(layer).calls[0].node] == ((extent, extent), False)
 
 
 def test_every_convolution_of_common_networks_has_one(torchvision_capture) -> None:
@@ -131,8 +129,8 @@ def test_every_convolution_of_common_networks_has_one(torchvision_capture) -> No
         "shufflenet_v2_x0_5",
     ):
         made = torchvision_capture(name)
-        fields = ReceptiveFields(made)
-        assert all(fields.of(call.node) for call in made.calls), name
+        fields = receptive_fields(made)
+        assert all(call.node in fields for call in made.calls), name
 
 
 # ------------------------------------------------------------------------------------------------ closed forms
@@ -140,7 +138,7 @@ def test_every_convolution_of_common_networks_has_one(torchvision_capture) -> No
 
 def extent_of(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     made = capture(model, torch.zeros(shape))
-    return ReceptiveFields(made).of(last(made))
+    return receptive_fields(made).get(last(made), (None, False))[0]
 
 
 def test_recurrence_by_hand() -> None:
@@ -197,7 +195,11 @@ WHOLE: dict[str, Fn] = {
     "mixing tokens": Fn(lambda m, x: m.f(m.c(x).flatten(2)), c=conv(), f=nn.Linear(196, 196)),
     "max of all positions": Fn(lambda m, x: m.c(x).flatten(2).max(-1)[0], c=conv()),
     "softmax over positions": Fn(lambda m, x: m.c(x).flatten(2).softmax(-1), c=conv()),
-    "einsum": Fn(lambda m, x: torch.einsum("nchw,ndhw->ncd", m.c(x), m.c(x)), c=conv()),
+    "tokens": Fn(lambda m, x: m.f(m.c(x).flatten(2).transpose(1, 2)), c=conv(), f=nn.Linear(1, 3)),
+    "tokens put back on the grid": Fn(
+        lambda m, x: m.d(m.c(x).flatten(2).transpose(1, 2).transpose(1, 2).reshape(1, 1, 14, 14)), c=conv(), d=conv(1)
+    ),
+    "convolution over tokens": Fn(lambda m, x: m.t(m.c(x).flatten(2)), c=conv(), t=nn.Conv1d(1, 1, 3)),
     "multi-head attention": Fn(
         lambda m, x: m.a(*[m.c(x).flatten(2).transpose(1, 2).repeat(1, 1, 4)] * 3)[0],
         c=conv(),
@@ -213,8 +215,6 @@ def test_what_mixes_all_positions_sees_the_whole_input(name: str) -> None:
 
 def test_mixing_one_dim() -> None:
     assert extent_of(Fn(lambda m, x: m.c(x).mean(2, keepdim=True), c=conv()), (1, 1, 16, 12)) == (16, 3)
-    axial = Fn(lambda m, x: F.scaled_dot_product_attention(*[m.c(x).permute(0, 2, 3, 1)] * 3), c=conv())
-    assert extent_of(axial, (1, 1, 16, 12)) == (3, 12)
 
 
 KEEPS: dict[str, Fn] = {
@@ -226,13 +226,9 @@ KEEPS: dict[str, Fn] = {
     "stack, sum": Fn(lambda m, x: torch.stack([m.c(x), m.c(x)], 2).sum(2), c=conv()),
     "norms": Fn(lambda m, x: m.g(m.c(x)).relu(), c=conv(), g=nn.GroupNorm(1, 1)),
     "in place": Fn(lambda m, x: m.c(x).relu_().add_(1).mul_(2), c=conv()),
-    "patch tokens": Fn(lambda m, x: m.f(m.c(x).flatten(2).transpose(1, 2)), c=conv(), f=nn.Linear(1, 3)),
     "gate from another branch": Fn(lambda m, x: m.c(x) * torch.sigmoid(m.c(x)).expand(1, 1, 14, 14), c=conv()),
     "time before space": Fn(lambda m, x: m.c(x.unsqueeze(1).flatten(0, 1)), c=conv()),
     "split and one of the pieces": Fn(lambda m, x: torch.cat([m.c(x)] * 3, 1).split([1, 2], 1)[1], c=conv()),
-    "tokens put back on the grid": Fn(
-        lambda m, x: m.d(m.c(x).flatten(2).transpose(1, 2).transpose(1, 2).reshape(1, 1, 14, 14)), c=conv(), d=conv(1)
-    ),
     "matrix product over channels": Fn(lambda m, x: m.c(x).permute(0, 2, 3, 1) @ torch.ones(1, 5), c=conv()),
 }
 
@@ -249,14 +245,14 @@ UNKNOWN: dict[str, Fn] = {
     "grid_sample": Fn(lambda m, x: F.grid_sample(m.c(x), torch.zeros(1, 4, 4, 2), align_corners=False), c=conv()),
     "unfold": Fn(lambda m, x: F.unfold(m.c(x), 3), c=conv()),
     "index": Fn(lambda m, x: m.c(x)[:, :, torch.tensor([3, 1])], c=conv()),
-    "convolution over tokens": Fn(lambda m, x: m.t(m.c(x).flatten(2)), c=conv(), t=nn.Conv1d(1, 1, 3)),
-    "tokens put back after one was added": Fn(
-        lambda m, x: torch.cat([torch.zeros(1, 1, 14), m.c(x).flatten(2)], 2).view(1, 1, 15, 14), c=conv()
-    ),
     "two halves in one": Fn(lambda m, x: torch.cat([m.c(x), m.c(x)], 3), c=conv()),
     "transposed against straight": Fn(lambda m, x: m.c(x) + m.c(x).transpose(2, 3), c=conv()),
     "cumsum": Fn(lambda m, x: m.c(x).cumsum(2), c=conv()),
     "pieces of positions": Fn(lambda m, x: m.c(x).chunk(2, 3)[1], c=conv()),
+    "bicubic": Fn(lambda m, x: F.interpolate(m.c(x), scale_factor=2, mode="bicubic"), c=conv()),
+    "antialias": Fn(lambda m, x: F.interpolate(m.c(x), (9, 13), mode="bilinear", antialias=True), c=conv()),
+    "narrow": Fn(lambda m, x: m.c(x).narrow(2, 0, 9), c=conv()),
+    "einsum": Fn(lambda m, x: torch.einsum("nchw,ndhw->ncd", m.c(x), m.c(x)), c=conv()),
     "written into": Fn(lambda m, x: _write(m.c(x)), c=conv()),
 }
 
@@ -281,11 +277,7 @@ def test_all_that_follows_the_unknown_is_unknown_until_the_whole_is_seen() -> No
 
 def test_models_without_a_frame() -> None:
     made = capture(nn.Linear(3, 2), torch.zeros(1, 3))
-    fields = ReceptiveFields(made)
-    assert fields.frame == ()
-    assert fields.of(last(made)) is None
-    assert fields.of("nothing") is None
-    assert fields.seen_from("nothing", ()) is None
+    assert receptive_fields(made) == {}
 
 
 def test_a_stereo_pair_shares_coordinates() -> None:
@@ -298,7 +290,44 @@ def test_a_stereo_pair_shares_coordinates() -> None:
             return self.a(left) + self.b(right) * scale
 
     made = capture(Pair(), (torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), torch.zeros(1)))
-    assert ReceptiveFields(made).of(last(made)) == (5, 5)
+    assert receptive_fields(made)[last(made)] == ((5, 5), False)
+
+
+NO_VALUE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "to": lambda x, wide, c: x * c.to(wide),
+    "type_as": lambda x, wide, c: x * c.type_as(wide),
+    "expand_as": lambda x, wide, c: x + c.expand_as(wide),
+    "view_as": lambda x, wide, c: x + c.expand(wide.shape).contiguous().view_as(wide),
+    "reshape_as": lambda x, wide, c: x + c.expand(wide.shape).reshape_as(wide),
+    "expand": lambda x, wide, c: x + c.expand(wide.size()),
+    "broadcast_to": lambda x, wide, c: x + torch.broadcast_to(c, wide.shape),
+    "zeros_like": lambda x, wide, c: x + torch.zeros_like(wide),
+    "full_like": lambda x, wide, c: x + torch.full_like(wide, 2),
+    "rand_like": lambda x, wide, c: x + torch.rand_like(wide),
+    "new_zeros": lambda x, wide, c: x + wide.new_zeros(wide.shape),
+    "new_full": lambda x, wide, c: x + wide.new_full((1,), 3.0),
+    "new_tensor": lambda x, wide, c: x + wide.new_tensor([1.0]),
+    "size": lambda x, wide, c: x * wide.size(2) + wide.shape[3] + wide.numel(),
+    "input cast to the type of a wider one": lambda x, wide, c: x.to(wide),
+    "input as the type of a wider one": lambda x, wide, c: x.type_as(wide),
+    "input expanded to a wider one": lambda x, wide, c: x.expand_as(wide),
+    "input viewed as a wider one": lambda x, wide, c: x.view_as(wide),
+    "zeroed": lambda x, wide, c: x + wide.clone().zero_(),
+    "filled": lambda x, wide, c: x + wide.clone().fill_(1.0),
+    "overwritten": lambda x, wide, c: wide.clone().copy_(x),
+    "a constant resized to it": lambda x, wide, c: x + F.interpolate(c, size=wide.shape[2:]),
+}
+
+
+@pytest.mark.parametrize("name", NO_VALUE)
+def test_operands_that_give_a_type_or_a_shape_are_not_seen(name: str) -> None:
+    model = Fn(
+        lambda m, x: NO_VALUE[name](m.c(x), m.wide(x), m.scale),
+        c=conv(3, padding=1),
+        wide=conv(7, padding=3),
+    )
+    model.register_buffer("scale", torch.ones(1, 1, 1, 1, dtype=torch.float64))
+    assert extent_of(model.float(), (1, 1, 16, 16)) == (3, 3)
 
 
 # --------------------------------------------------------------------------------------------------- gradients
@@ -348,13 +377,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         u=up(4, 4),
         c=conv(3, 1, 1),
     ),
-    "tokens put back on the grid": lambda: Fn(
-        lambda m, x: m.b(m.a(x).flatten(2).transpose(1, 2).transpose(1, 2).reshape(1, 1, 10, 14)),
-        a=conv(3, 2, 1),
-        b=conv(3, (1, 2), 1),
-    ),
     "window shorter than the step": lambda: nn.Sequential(conv(2, 3), conv(2, 2)),
-    "narrow and select": lambda: Fn(lambda m, x: m.a(torch.stack([x, x], 1).select(1, 0).narrow(2, 0, 18)), a=conv(3)),
 }
 
 
@@ -367,19 +390,16 @@ def test_gradients(name: str) -> None:
     "model",
     [
         lambda: nn.Sequential(conv(3), nn.Upsample(size=(17, 23), mode="bilinear", align_corners=True), conv(3)),
-        lambda: nn.Sequential(nn.Upsample(scale_factor=2, mode="bicubic", align_corners=False), conv(3)),
         lambda: Fn(lambda m, x: m.a(x[:, :, 2:-1, 3:]), a=conv(3, 1, 1)),
         lambda: Fn(lambda m, x: m.a(F.pad(x, (2, 0, 1, 4))), a=conv(3)),
-        lambda: Fn(lambda m, x: F.interpolate(m.a(x), (9, 13), mode="bilinear", antialias=True), a=conv(3, 1, 1)),
         lambda: Fn(
             lambda m, x: x + F.interpolate(m.a(x), (20, 28), mode="bilinear", align_corners=True), a=conv(3, 3, 1)
         ),
     ],
 )
 def test_gradients_away_from_the_border(model: Callable[[], nn.Module]) -> None:
-    # at the border, real interpolation clamps, a crop cuts what padding here is taken to see, and some positions see
-    # nothing but padding
-    check(model(), (1, 1, 20, 28), border=False)
+    # with aligned corners the period is as long as the tensor, and its widest position may lie at the border
+    check(model(), (1, 1, 20, 28), slack=1)
 
 
 @pytest.mark.parametrize(
@@ -476,16 +496,17 @@ def test_gradients_of_random_chains(chain: list[tuple[Any, ...]]) -> None:
         assume(False)
     assume(3 <= out.shape[-1] <= 400)
     made = capture(model, torch.zeros(shape, dtype=torch.float64))
-    fields, node = ReceptiveFields(made), last(made)
+    ((extent,), whole) = receptive_fields(made)[last(made)]
     middle = out.shape[-1] // 2
-    for at in range(middle - 1, middle + 2):
-        predicted = fields.seen_from(node, (0, 0, at))
-        assert predicted is not None
-        ((low, high),) = predicted
-        # only where neither the input's border nor that of a tensor in between (all narrower) can interfere
-        if low < 8 or high > 39 or low > high:
-            continue
-        assert support(model, shape, [(at,)]) == [((low, high),)]
+    assert not whole
+    positions = [(at,) for at in range(max(0, middle - 6), min(middle + 6, out.shape[-1]))]
+    spans = [span for (span,) in support(model, shape, positions)]
+    assert all(high - low + 1 <= extent for low, high in spans)
+    assume(spans)
+    # exact where neither the input's border nor that of a tensor in between (all narrower) can interfere, and where no
+    # longer period than that of the positions looked at
+    if all(low >= 8 and high <= 39 for low, high in spans) and not any(kind == "adaptive" for kind, *_ in chain):
+        assert max(high - low + 1 for low, high in spans) == extent
 
 
 # ----------------------------------------------------------------------------------------------------- algebra
@@ -498,39 +519,40 @@ def test_gradients_of_random_chains(chain: list[tuple[Any, ...]]) -> None:
     st.integers(1, 3),
     st.lists(st.lists(st.integers(-4, 4), min_size=1, max_size=3).map(sorted), min_size=1, max_size=3),
 )
-def test_pulling_steps_through_taps(rise: int, offsets: list[int], advance: int, positions: list[list[int]]) -> None:
-    steps, taps = Steps(rise, tuple(offsets)), Taps(advance, tuple(map(tuple, positions)))
-    for pick in (min, max):
-        pulled = steps.pull(taps, pick)
-        assert pulled is not None
-        for o in range(-7, 20):
-            turns, phase = divmod(o, len(positions))
-            assert pulled(o) == pick(steps(turns * advance + p) for p in positions[phase])
+def test_through_taps(rise: int, offsets: list[int], advance: int, positions: list[list[int]]) -> None:
+    reach = Reach(-1, rise, tuple((n, n + 2) for n in offsets))
+    through = reach.through((advance, tuple(map(tuple, positions))))
+    assert isinstance(through, Reach)
+    for o in range(-7, 20):
+        turns, phase = divmod(o, len(positions))
+        seen = [reach.at(turns * advance + p) for p in positions[phase]]
+        assert through.at(o) == (min(low for low, _ in seen), max(high for _, high in seen))
 
 
 @settings(max_examples=100, deadline=None)
 @given(
     *[st.tuples(st.integers(0, 3), st.lists(st.integers(-5, 5), min_size=1, max_size=4))] * 2,
 )
-def test_joining_steps(a: tuple[int, list[int]], b: tuple[int, list[int]]) -> None:
-    f, g = Steps(a[0], tuple(a[1])), Steps(b[0], tuple(b[1]))
-    for pick in (min, max):
-        joined = f.join(g, pick, 12)
-        assert all(joined(o) == pick(f(o), g(o)) for o in range(12))
-        if a[0] * len(b[1]) == b[0] * len(a[1]):
-            assert all(joined(o) == pick(f(o), g(o)) for o in range(-5, 40))
+def test_join(a: tuple[int, list[int]], b: tuple[int, list[int]]) -> None:
+    f, g = (Reach(-1, rise, tuple((n, n + 1) for n in offsets)) for rise, offsets in (a, b))
+    joined = f.join(g, 12)
+    assert isinstance(joined, Reach)
+    everywhere = a[0] * len(b[1]) == b[0] * len(a[1])
+    for o in range(-5, 40) if everywhere else range(12):
+        (low, high), (low_, high_) = f.at(o), g.at(o)
+        assert joined.at(o) == (min(low, low_), max(high, high_))
 
 
 @pytest.mark.parametrize(("size", "out"), [(7, 3), (14, 7), (5, 5), (3, 7), (10, 4)])
 def test_adaptive_taps_are_those_of_torch(size: int, out: int) -> None:
-    taps = adaptive_taps(size, out)
+    advance, phases = adaptive_taps(size, out)
     x = torch.zeros(1, 1, size, requires_grad=True)
     y = F.adaptive_avg_pool1d(x, out)
     for o in range(out):
         (grad,) = torch.autograd.grad(y[0, 0, o], x, retain_graph=True)
-        turns, phase = divmod(o, len(taps.positions))
-        assert [turns * taps.rise + p for p in taps.positions[phase]] == grad[0, 0].nonzero().flatten().tolist()
+        turns, phase = divmod(o, len(phases))
+        assert [turns * advance + p for p in phases[phase]] == grad[0, 0].nonzero().flatten().tolist()
 
 
 def test_a_gap_sees_nothing() -> None:
-    assert window_taps(1, 3, 0, 1, True) == Taps(1, ((0,), (), ()))
+    assert window_taps(1, 3, 0, 1, True) == (1, ((0,), (), ()))
