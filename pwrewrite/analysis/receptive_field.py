@@ -28,6 +28,7 @@ from math import ceil, floor, gcd, lcm, prod
 from torch import fx, nn
 
 from ..capturing.records import Capture, NodeInfo, info
+from ..core.operations import OPERATIONS
 
 Shape = tuple[int, ...]
 Span = tuple[int, int]
@@ -146,16 +147,9 @@ _CONSTANT = _names(
 _FIRST_ONLY = _names("expand_as view_as reshape_as resize_as type_as to")
 """Operations that take only the shape, the dtype or the device of their further operands."""
 
-_ELEMENTWISE = _names(
-    """relu relu6 silu gelu hardswish hardsigmoid hardtanh sigmoid logsigmoid log_sigmoid tanh elu selu celu
-    leaky_relu mish softplus softsign prelu rrelu exp sqrt rsqrt neg abs log log1p expm1 sin cos erf square sign
-    reciprocal floor ceil round clamp clamp_min clamp_max threshold nan_to_num add sub mul div true_divide divide
-    multiply subtract pow maximum minimum rsub radd rmul rdiv rtruediv truediv floordiv iadd isub imul idiv itruediv
-    rpow addcmul addcdiv lerp floor_divide remainder fmod where masked_fill eq ne lt le gt ge logical_and logical_or
-    logical_not and or xor invert batch_norm layer_norm group_norm instance_norm local_response_norm rms_norm dropout
-    dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout identity clone contiguous float
-    half bfloat16 double type detach lift_fresh requires_grad channel_shuffle native_channel_shuffle copy type_as to
-    expand expand_as broadcast_to repeat"""
+_ELEMENTWISE = (
+    *(name for row in OPERATIONS if row.pointwise for name in row.names),
+    *_names("channel_shuffle native_channel_shuffle expand expand_as broadcast_to repeat"),
 )
 """Operations that keep positions, with broadcasting."""
 
