@@ -250,8 +250,9 @@ _DIMS: dict[str, tuple[int, int | None]] = {
 
 def _multiplied(call: _Call, reach: Reach) -> State:
     """Through a matrix product with a constant on the right; in attention, and between two parts, all is seen."""
-    product = call.facts.op != "attention" and isinstance(call.node.args[0], fx.Node)
-    return reach if product and info(call.node.args[0]).outputs[0].shape == call.input and reach.axis != -1 else WHOLE
+    left = call.node.args[0] if call.facts.op != "attention" else None
+    on_the_left = isinstance(left, fx.Node) and info(left).outputs[0].shape == call.input
+    return reach if on_the_left and reach.axis != -1 else WHOLE
 
 
 def _cat(call: _Call, reach: Reach) -> State:
