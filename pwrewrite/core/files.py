@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all. Everything that pwrewrite writes goes through here.
+"""Files: written whole or not at all, and read within bounds. Everything that pwrewrite writes goes through here.
 
 A file is written beside its place, flushed to the disk and renamed, so that what was there before stays until the new
 one is complete. A folder is written likewise; one that replaces another is exchanged with it in a single step
@@ -32,6 +32,9 @@ try:
     import fcntl
 except ImportError:  # Windows: nothing is locked there, and nothing removed
     fcntl = None  # type: ignore[assignment]
+
+LARGEST_TEXT = 256 << 20
+"""Bytes of the largest file that is read as a whole."""
 
 _UNFINISHED = re.compile(r"\..*\.pwrewrite-\w{8}\.part|[0-9a-f]{24,64}\.\d+\.tmp", re.DOTALL)
 """Names of unfinished files; the second kind is that of the cache of version 0.1."""
@@ -80,6 +83,35 @@ def check_writable(path: Path) -> None:
         raise OutputError(
             "cannot write the output: permission denied", where=where, hint="choose a place that you may write"
         )
+
+
+def read_bytes(path: str | Path, limit: int = LARGEST_TEXT) -> bytes:
+    """All of a file that should be small: a plan, a table, source code.
+
+    Args:
+        path: A regular file; a pipe or a device might never end.
+        limit: How many bytes it may have.
+
+    Raises:
+        OSError: If it cannot be read, is no regular file, or is larger.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        if status.st_size > limit:
+            raise OSError(errno.EFBIG, f"it is larger than {limit >> 20} MiB", str(path))
+        return file.read()
+
+
+def read_text(path: str | Path, limit: int = LARGEST_TEXT) -> str:
+    """The same as text in UTF-8, a byte order mark left off.
+
+    Raises:
+        OSError: As for `read_bytes`.
+        UnicodeDecodeError: If it is not UTF-8.
+    """
+    return read_bytes(path, limit).decode("utf-8-sig")
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:

@@ -5,25 +5,32 @@ and constructors that compute with small tensors (torchvision's RegNet its width
 Here only what becomes a parameter goes to meta, at the moment it is registered; ``torch.empty`` behind it never touched
 its pages, so nothing was spent. Buffers stay real: they are small, and their values often matter.
 
-The technique is that of accelerate's ``init_empty_weights``.
+The technique is that of accelerate's ``init_empty_weights``. A constructor that looks at its weights (prints a norm,
+fills them through NumPy, traces itself) does not bear it; whoever builds with empty weights tries again for real.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
+
+Register = Callable[[nn.Module, str, nn.Parameter | None], None]
+
+_originals: list[Register] = []
+"""What registers parameters outside of each `empty_weights` that is active; empty where none is."""
+
+
+def weights_are_empty() -> bool:
+    """Whether parameters that are registered now go to the meta device."""
+    return bool(_originals)
 
 
 @contextlib.contextmanager
 def empty_weights() -> Iterator[None]:
-    """While it lasts, parameters that modules register are on the meta device.
-
-    Yields:
-        Nothing.
-    """
+    """While it lasts, parameters that modules register are on the meta device."""
     register = nn.Module.register_parameter
     moved: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}
 
@@ -37,8 +44,31 @@ def empty_weights() -> Iterator[None]:
             param = known[1]
         register(module, name, param)
 
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign,assignment]
+    _originals.append(register)
+    try:
+        with _registering(register_empty):
+            yield
+    finally:
+        _originals.pop()
+
+
+@contextlib.contextmanager
+def real_weights() -> Iterator[None]:
+    """While it lasts, parameters keep their memory and values, even inside `empty_weights`."""
+    suspended = list(_originals)
+    with _registering(suspended[0]) if suspended else contextlib.nullcontext():
+        _originals.clear()
+        try:
+            yield
+        finally:
+            _originals.extend(suspended)
+
+
+@contextlib.contextmanager
+def _registering(register: Register) -> Iterator[None]:
+    current = nn.Module.register_parameter
+    setattr(nn.Module, "register_parameter", register)  # noqa: B010  (an assignment would not type-check)
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        setattr(nn.Module, "register_parameter", current)  # noqa: B010

@@ -9,15 +9,15 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import nn
 
 from ..core.errors import TargetError, UsageError
-from .user_code import nearest, running_user_code, user_error
+from .user_code import did_you_mean, nearest, running_user_code
 
 _SHOWN = 16
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -57,14 +57,7 @@ def parse_arg(text: str) -> tuple[str, object]:
 
 
 def parameters_of(factory: Callable[..., object]) -> dict[str, inspect.Parameter] | None:
-    """The parameters of a callable by name.
-
-    Args:
-        factory: A class or function.
-
-    Returns:
-        The parameters; None for a callable that has no signature to read.
-    """
+    """The parameters of a callable by name; None for one that has no signature to read."""
     try:
         return dict(inspect.signature(factory).parameters)
     except (TypeError, ValueError):
@@ -72,30 +65,14 @@ def parameters_of(factory: Callable[..., object]) -> dict[str, inspect.Parameter
 
 
 def missing_args(factory: Callable[..., object], args: Mapping[str, object]) -> list[str]:
-    """The parameters without a default that the arguments do not give.
-
-    Args:
-        factory: A class or function.
-        args: The arguments, by name.
-
-    Returns:
-        Their names, in order.
-    """
+    """The names of the parameters without a default that the arguments do not give, in order."""
     kinds = (*_NAMED, inspect.Parameter.POSITIONAL_ONLY)
     parameters = parameters_of(factory) or {}
     return [n for n, p in parameters.items() if p.kind in kinds and p.default is p.empty and n not in args]
 
 
 def unknown_args(factory: Callable[..., object], args: Mapping[str, object]) -> list[str]:
-    """The arguments that a factory has no parameter for.
-
-    Args:
-        factory: A class or function.
-        args: The arguments, by name.
-
-    Returns:
-        Their names; empty for a factory that takes any keyword.
-    """
+    """The names of the arguments that a factory has no parameter for; none for one that takes any keyword."""
     parameters = parameters_of(factory)
     if parameters is None or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return []
@@ -103,15 +80,7 @@ def unknown_args(factory: Callable[..., object], args: Mapping[str, object]) -> 
 
 
 def takes(factory: Callable[..., object], but: Iterable[str] = ()) -> str:
-    """A factory's parameters as a person would read them.
-
-    Args:
-        factory: A class or function.
-        but: Parameters that are not the user's to give.
-
-    Returns:
-        ``width, depth=2``; ``no arguments``; with ``...`` at the end when it takes any keyword.
-    """
+    """A factory's parameters, without ``but``, as a person reads them: ``width, depth=2``; ``...`` for any keyword."""
     shown: list[str] = []
     for name, p in (parameters_of(factory) or {}).items():
         if p.kind is inspect.Parameter.VAR_KEYWORD:
@@ -126,16 +95,7 @@ def takes(factory: Callable[..., object], but: Iterable[str] = ()) -> str:
 
 
 def needs_error(factory: Callable[..., object], missing: list[str], what: str) -> TargetError:
-    """The error for a factory whose required arguments were not given.
-
-    Args:
-        factory: The class or function.
-        missing: The names of what it needs.
-        what: What the factory is, for the message.
-
-    Returns:
-        The error.
-    """
+    """The error for a factory whose required arguments were not given."""
     noun = "argument" if len(missing) == 1 else "arguments"
     return TargetError(
         f"{what} needs the {noun} {', '.join(missing)}",
@@ -147,24 +107,14 @@ def needs_error(factory: Callable[..., object], missing: list[str], what: str) -
 def unknown_error(
     factory: Callable[..., object], unknown: list[str], what: str, but: Iterable[str] = ()
 ) -> TargetError:
-    """The error for arguments that a factory does not take.
-
-    Args:
-        factory: The class or function.
-        unknown: The names it does not take.
-        what: What the factory is, for the message.
-        but: Parameters that are not the user's to give.
-
-    Returns:
-        The error.
-    """
+    """The error for arguments that a factory does not take; ``but`` are parameters that are not the user's to give."""
     names = [n for n, p in (parameters_of(factory) or {}).items() if p.kind in _NAMED and n not in but]
     near = [n for name in unknown for n in nearest(name, names, n=1)]
     noun = "argument" if len(unknown) == 1 else "arguments"
     return TargetError(
         f"{what} takes no {noun} {', '.join(unknown)}",
         expected=takes(factory, but),
-        hint=f"did you mean {', '.join(near)}?" if near else None,
+        hint=did_you_mean(near),
     )
 
 
@@ -193,37 +143,25 @@ def construct(
     parameters = parameters_of(factory) or {}
     leading = [n for n, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY and n in args]
     by_name = {name: value for name, value in args.items() if name not in leading}
-    try:
-        with running_user_code(str(origin or what)):
+    given = ", ".join(f"{name}={value!r}" for name, value in args.items() if name not in but)
+    with running_user_code(what, origin, f"check --arg {given}" if given else None):
+        try:
             return factory(*(args[name] for name in leading), **by_name)
-    except (Exception, SystemExit) as error:
-        if isinstance(error, TargetError):
-            raise
-        inner = _deep_unknown(error, args)
-        if inner is not None:
-            name, taker = inner
-            raise unknown_error(taker or factory, [name], what, {"self", *but}) from error
-        given = ", ".join(f"{name}={value!r}" for name, value in args.items() if name not in but)
-        raise user_error(error, what, origin, hint=f"check --arg {given}" if given else None) from error
+        except TypeError as error:
+            refused = _deep_unknown(error, args)
+            if refused is None:
+                raise
+            raise unknown_error(refused[1] or factory, [refused[0]], what, {"self", *but}) from error
 
 
-def _deep_unknown(error: BaseException, args: Mapping[str, object]) -> tuple[str, Callable[..., object] | None] | None:
-    """Finds out whether a ``**kwargs`` factory handed one of our arguments to something that does not take it.
-
-    Returns:
-        The argument and the callable that refused it (None when it cannot be found); None when something else happened.
-    """
+def _deep_unknown(error: TypeError, args: Mapping[str, object]) -> tuple[str, Callable[..., object] | None] | None:
+    """The argument that a ``**kwargs`` factory handed on to what does not take it, and what that is, if it is found."""
     match = re.match(r"([\w.<>]+)\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    if not isinstance(error, TypeError) or match is None or match[2] not in args:
+    if match is None or match[2] not in args:
         return None
     owner = match[1].removesuffix(".__init__")
-    frames: list[TracebackType] = []
-    tb = error.__traceback__
-    while tb is not None:
-        frames.append(tb)
-        tb = tb.tb_next
-    for frame in reversed(frames):
-        for value in (*frame.tb_frame.f_locals.values(), *frame.tb_frame.f_globals.values()):
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        for value in (*frame.f_locals.values(), *frame.f_globals.values()):
             if callable(value) and getattr(value, "__qualname__", None) == owner:
                 return match[2], value
     return match[2], None
@@ -267,24 +205,13 @@ def as_model(value: object, what: str) -> tuple[nn.Module, tuple[str, ...]]:
 def _unwrap(value: object) -> object | None:
     """What a wrapper that adds nothing to the computation holds; None when the value is no such wrapper."""
     if isinstance(value, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        inner: object = value.module
-        return inner
-    if (
-        isinstance(value, nn.Module) and type(value).__name__ == "OptimizedModule"
-    ):  # by name: its module is the compiler
-        return getattr(value, "_orig_mod", None)
-    return None
+        return getattr(value, "module", None)
+    compiled = isinstance(value, nn.Module) and type(value).__name__ == "OptimizedModule"  # importing it is slow
+    return getattr(value, "_orig_mod", None) if compiled else None
 
 
 def kind_of(value: object) -> str:
-    """What a value is, in a few words.
-
-    Args:
-        value: Anything.
-
-    Returns:
-        ``None``, ``a tuple of Linear, int``, ``the class dict``, ``a str``…
-    """
+    """What a value is, in a few words: ``None``, ``a tuple of Linear, int``, ``the class dict``, ``a str``…"""
     if value is None:
         return "None"
     if inspect.isclass(value):

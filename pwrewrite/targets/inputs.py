@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import InputError, PwrewriteError
+from ..core.errors import InputError, TargetError
 from .defaults import (
     Guess,
     floating_dtype,
@@ -33,7 +33,7 @@ from .defaults import (
 )
 from .factories import kind_of
 from .resolve import TargetInfo
-from .user_code import locate, nearest, running_user_code
+from .user_code import did_you_mean, nearest, running_user_code
 
 #: What a model is called with: positional inputs as a tuple, keyword inputs as a dict.
 ExampleInputs = tuple[Any, ...] | dict[str, Any]
@@ -96,7 +96,7 @@ def _dtype(name: str, text: str) -> torch.dtype:
         raise InputError(
             f"--input {text!r} has an unknown dtype {name!r}",
             expected="float32, float16, bfloat16, float64, int64, int32, uint8, bool, …",
-            hint=f"did you mean {', '.join(near)}?" if near else None,
+            hint=did_you_mean(near),
         )
     return dtype
 
@@ -163,7 +163,7 @@ def _from_specs(model: nn.Module, specs: list[InputSpec]) -> ExampleInputs:
         raise InputError(
             f"{type(model).__name__}.forward takes no input {', '.join(unknown)}",
             expected=shown,
-            hint=f"did you mean {', '.join(near)}?" if near else None,
+            hint=did_you_mean(near),
         )
     if parameters and not star and not detection and len(plain) > len(positional):
         raise InputError(
@@ -202,18 +202,13 @@ def _from_file(value: object, place: str, file: str | None) -> ExampleInputs:
     """What a file's ``example_inputs`` says."""
     what = f"example_inputs in {place}"
     if callable(value) and not isinstance(value, Tensor):
-        function: Callable[[], object] = value
         try:
-            with running_user_code(place):
-                value = function()
-        except (Exception, SystemExit) as error:
-            if isinstance(error, PwrewriteError):
-                raise
+            with running_user_code(what, Path(file) if file else None):
+                value = value()
+        except TargetError as error:
             raise InputError(
-                f"{what} raised {type(error).__name__}: {error}",
-                where=locate(error, Path(file) if file else None),
-                expected="a function without arguments, or a value",
-            ) from error
+                error.message, where=error.where, expected="a function without arguments, or a value"
+            ) from error.__cause__
     if isinstance(value, Tensor):
         return (value,)
     if isinstance(value, Mapping) and all(isinstance(k, str) for k in value):

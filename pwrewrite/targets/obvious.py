@@ -7,27 +7,37 @@ In this order, the first that is there:
    gives;
 3. among the ``nn.Module`` subclasses *defined* in the file, the only one that constructs without arguments (beyond
    ``--arg``). Where several do, those that are building blocks of another are set aside: each is constructed (with
-   empty weights, which cost nothing, or for real where that fails), the types of its ``modules()`` are read, and a
-   class found inside another one is a block. A class without a ``forward`` of its own is a base class and no candidate.
+   empty weights, which cost nothing, or for real where that fails), and a class of which constructing another one makes
+   an instance is a block. A class without a ``forward`` of its own is a base class and no candidate.
+
+A class whose constructor raises stays a candidate: it may well be the model, and the others its parts. If it is the one
+obvious model, its error is the answer; one that another candidate inherits from is a base class.
 
 Whatever is left over is an error that lists the candidates.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
 from torch import nn
 
-from ..core.errors import TargetError
-from .empty import empty_weights
+from ..core.errors import TargetError, first_line
+from .empty import empty_weights, real_weights
 from .factories import construct, missing_args, needs_error, unknown_args, unknown_error
-from .user_code import nearest
+from .user_code import what_there_is
 
 _FACTORY_NAMES = ("build_model", "model", "get_model", "create_model")
+_EXPECTED = (
+    "an nn.Module instance named model, a function build_model/get_model/create_model without arguments, "
+    "or one nn.Module subclass that constructs without arguments"
+)
+
+Classes = dict[str, type[nn.Module]]
 
 
 def find_model(module: ModuleType, args: Mapping[str, object], path: str) -> tuple[object, tuple[str, ...]]:
@@ -54,23 +64,23 @@ def find_model(module: ModuleType, args: Mapping[str, object], path: str) -> tup
         n: getattr(module, n) for n in _FACTORY_NAMES if _has_function(module, n)
     }
     for name, function in functions.items():
-        if not missing_args(function, args) and not unknown_args(function, args):
+        if _can_call(function, args):
             return construct(function, args, f"{name}() in {path}", origin), ()
     own = {n: f for n, f in functions.items() if f.__module__ == module.__name__}
-    classes = model_classes(module)
-    if own and not any(not missing_args(c, args) and not unknown_args(c, args) for c in classes.values()):
+    classes = _model_classes(module)
+    if own and not any(_can_call(c, args) for c in classes.values()):
         name, function = next(iter(own.items()))
         raise _cannot_call(function, args, f"{name}() in {path}")
-    return _find_class(module, classes, args, path, origin)
-
-
-def _find_class(
-    module: ModuleType, classes: dict[str, type[nn.Module]], args: Mapping[str, object], path: str, origin: Path | None
-) -> tuple[object, tuple[str, ...]]:
-    """The one class of a file that is a whole model, constructed."""
     if not classes:
-        raise TargetError(f"no model in {path}", expected=_expected(), got=_what_there_is(module))
-    ready = {n: c for n, c in classes.items() if not missing_args(c, args) and not unknown_args(c, args)}
+        raise TargetError(f"no model in {path}", expected=_EXPECTED, got=what_there_is(module))
+    return _construct_class(classes, args, path, origin)
+
+
+def _construct_class(
+    classes: Classes, args: Mapping[str, object], path: str, origin: Path | None
+) -> tuple[object, tuple[str, ...]]:
+    """The one class of a file that is a whole model, constructed, and a note on those that were passed over."""
+    ready = {n: c for n, c in classes.items() if _can_call(c, args)}
     if not ready:
         if len(classes) == 1:
             name, cls = next(iter(classes.items()))
@@ -81,120 +91,92 @@ def _find_class(
             got=", ".join(needs),
             hint=f"{path}:NAME --arg name=VALUE",
         )
-    if len(ready) == 1:
-        ((name, cls),) = ready.items()
-    else:
-        name, cls = _top(ready, args, path)
-    waiting = [f"{n} (needs {', '.join(missing_args(c, args))})" for n, c in classes.items() if missing_args(c, args)]
-    made = construct(cls, args, f"class {name} in {path}", origin)
-    inside = {type(m) for m in made.modules()} if isinstance(made, nn.Module) else set()
-    waiting = [w for w in waiting if classes[w.partition(" ")[0]] not in inside]
-    notes = (f"took class {name}: it constructs without arguments, unlike {', '.join(waiting)}",) if waiting else ()
-    return made, notes
+    name = next(iter(ready)) if len(ready) == 1 else _whole_model(ready, args, path, origin)
+    model = construct(ready[name], args, f"class {name} in {path}", origin)
+    parts = {type(m) for m in model.modules()} if isinstance(model, nn.Module) else set()
+    waiting = [
+        f"{n} (needs {', '.join(missing_args(c, args))})"
+        for n, c in classes.items()
+        if missing_args(c, args) and c not in parts
+    ]
+    note = f"took class {name}: it constructs without arguments, unlike {', '.join(waiting)}"
+    return model, (note,) if waiting else ()
 
 
-def _top(ready: dict[str, type[nn.Module]], args: Mapping[str, object], path: str) -> tuple[str, type[nn.Module]]:
-    """Of several classes that construct, the one that is in none of the others."""
-    inside: dict[str, set[type]] = {}
-    failed: dict[str, str] = {}
+def _whole_model(ready: Classes, args: Mapping[str, object], path: str, origin: Path | None) -> str:
+    """Of several classes that take these arguments, the one that is a part of no other."""
+    parts: dict[str, set[type]] = {}
+    failed: dict[str, TargetError] = {}
     for name, cls in ready.items():
-        try:
-            inside[name] = _types_in(cls, args)
-        except (Exception, SystemExit) as error:
-            failed[name] = f"{name} raised {type(error.__cause__ or error).__name__}"
-    tops = [n for n in inside if not any(ready[n] in types for other, types in inside.items() if other != n)]
-    if len(tops) == 1:
-        return tops[0], ready[tops[0]]
-    if not tops and not inside:
-        raise TargetError(f"no class in {path} constructs", got=", ".join(failed.values()), hint=f"{path}:NAME")
-    tops = tops or list(inside)
+        parts[name], error = _parts_of(cls, args, f"class {name} in {path}", origin)
+        if error is not None:
+            failed[name] = error
+    bases = {n for n in failed if any(issubclass(c, ready[n]) for other, c in ready.items() if other not in failed)}
+    whole = [n for n in ready if n not in bases and not any(ready[n] in parts[other] for other in ready if other != n)]
+    if len(whole) == 1:
+        if whole[0] in failed:
+            raise failed[whole[0]]
+        return whole[0]
+    whole = whole or list(ready)
+    raised = [f"{n} raised {first_line(e.__cause__ or e)}" for n, e in failed.items() if n in whole]
     raise TargetError(
-        f"{path} has several models: {', '.join(tops)}",
-        got=f"besides, {', '.join(failed.values())} when constructed" if failed else None,
-        hint="say which one: " + " or ".join(f"{path}:{n}" for n in tops[:3]),
+        f"{path} has several models: {', '.join(whole)}",
+        got="; ".join(raised) or None,
+        hint="say which one: " + " or ".join(f"{path}:{n}" for n in whole[:3]),
     )
 
 
-def _types_in(cls: type[nn.Module], args: Mapping[str, object]) -> set[type]:
-    """The types of the modules in a freshly constructed model; with empty weights where the constructor bears it."""
+def _parts_of(
+    cls: type[nn.Module], args: Mapping[str, object], what: str, origin: Path | None
+) -> tuple[set[type], TargetError | None]:
+    """The types of all modules that constructing a class makes, and the error if it fails for real."""
+    parts: set[type] = set()
+    failure: TargetError | None = None
+    for building in (empty_weights, real_weights):
+        with building(), _recorded(parts):
+            try:
+                model = construct(cls, args, what, origin)
+            except TargetError as error:
+                failure = error
+                continue
+        return parts | ({type(m) for m in model.modules()} if isinstance(model, nn.Module) else set()), None
+    return parts, failure
+
+
+@contextlib.contextmanager
+def _recorded(types: set[type]) -> Iterator[None]:
+    """Notes the types of the modules that are made meanwhile."""
+    init = nn.Module.__init__
+
+    def noting_init(self: nn.Module, *args: object, **kwargs: object) -> None:
+        types.add(type(self))
+        init(self, *args, **kwargs)
+
+    setattr(nn.Module, "__init__", noting_init)  # noqa: B010  (an assignment would not type-check)
     try:
-        with empty_weights():
-            made = construct(cls, args, cls.__name__, None)
-    except TargetError:
-        made = construct(cls, args, cls.__name__, None)
-    return {type(m) for m in made.modules()} if isinstance(made, nn.Module) else set()
+        yield
+    finally:
+        setattr(nn.Module, "__init__", init)  # noqa: B010
 
 
-def model_classes(module: ModuleType) -> dict[str, type[nn.Module]]:
-    """The ``nn.Module`` subclasses that a file defines and that can run, by name.
-
-    Args:
-        module: The imported file.
-
-    Returns:
-        Classes with a ``forward`` that are not abstract, in the order of their definition.
-    """
-    found: dict[str, type[nn.Module]] = {}
+def _model_classes(module: ModuleType) -> Classes:
+    """The ``nn.Module`` subclasses that a file defines and that can run, in the order of their definition."""
+    classes: Classes = {}
     for name, value in vars(module).items():
         if inspect.isclass(value) and issubclass(value, nn.Module) and value.__module__ == module.__name__:
             runs = value.forward is not nn.Module.forward and not inspect.isabstract(value)
-            if runs and value not in found.values():
-                found[name] = value
-    return found
+            if runs and value not in classes.values():
+                classes[name] = value
+    return classes
 
 
 def instance_takes_no_args(what: str, args: Mapping[str, object]) -> TargetError:
-    """The error for arguments to a model that is made already.
-
-    Args:
-        what: What the instance is, for the message.
-        args: The arguments.
-
-    Returns:
-        The error.
-    """
+    """The error for arguments to a model that is made already."""
     return TargetError(
         f"{what} is an instance: it is made already and takes no --arg",
         got=", ".join(args),
         hint="name a class or function that makes it: model.py:NAME --arg name=VALUE",
     )
-
-
-def name_not_found(module: ModuleType, name: str, place: str) -> TargetError:
-    """The error for a NAME that a file or module does not have.
-
-    Args:
-        module: The imported file or module.
-        name: What was asked for.
-        place: Where, as the user wrote it.
-
-    Returns:
-        The error, which lists what there is.
-    """
-    names = [n for n in vars(module) if not n.startswith("_")]
-    near = nearest(name, names, n=3)
-    return TargetError(
-        f"{place} has no {name!r}",
-        got=_what_there_is(module),
-        hint=f"did you mean {', '.join(near)}?" if near else None,
-    )
-
-
-def _what_there_is(module: ModuleType) -> str:
-    """The classes, functions and models that a module offers, to choose from."""
-    offers: list[str] = []
-    for name, value in vars(module).items():
-        if name.startswith("_"):
-            continue
-        if isinstance(value, nn.Module):
-            offers.append(f"{name} (an instance of {type(value).__name__})")
-        elif getattr(value, "__module__", None) == module.__name__:
-            if inspect.isclass(value):
-                offers.append(f"class {name}")
-            elif inspect.isfunction(value):
-                offers.append(f"{name}()")
-    shown = ", ".join(offers[:12]) + (", …" if len(offers) > 12 else "")
-    return shown or "a file that defines no class, no function and no model"
 
 
 def _has_function(module: ModuleType, name: str) -> bool:
@@ -203,16 +185,12 @@ def _has_function(module: ModuleType, name: str) -> bool:
     return callable(value) and not inspect.isclass(value) and not isinstance(value, nn.Module)
 
 
+def _can_call(factory: Callable[..., object], args: Mapping[str, object]) -> bool:
+    return not missing_args(factory, args) and not unknown_args(factory, args)
+
+
 def _cannot_call(factory: Callable[..., object], args: Mapping[str, object], what: str) -> TargetError:
     """The error for a factory whose arguments do not fit."""
     if unknown := unknown_args(factory, args):
         return unknown_error(factory, unknown, what)
     return needs_error(factory, missing_args(factory, args), what)
-
-
-def _expected() -> str:
-    """What makes a file a target."""
-    return (
-        "an nn.Module instance named model, a function build_model/get_model/create_model without arguments, "
-        "or one nn.Module subclass that constructs without arguments"
-    )

@@ -8,19 +8,21 @@
 ``timm:NAME``          a timm model with random weights
 ====================== ===============================================================================
 
-Everything is built where torch's default device says. Wrap the call in ``with torch.device("meta")`` to build without
-memory, or in ``empty_weights()``, which more constructors bear. A folder is the place of a saved rewrite (``plan.json``
-with weights); ``resolve_folder`` is where that will go.
+Everything is built where torch's default device says, with empty weights on request. What fails with empty weights is
+built for real, and only the real error is told; a user's file is then executed twice. A folder that a rewrite was saved
+in is opened by `pwrewrite.targets.opening`.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
 from torch import nn
@@ -28,13 +30,33 @@ from torch import nn
 from ..core.errors import TargetError, TargetNotFound
 from .empty import empty_weights
 from .factories import as_model, construct, kind_of
-from .obvious import find_model, instance_takes_no_args, name_not_found
-from .user_code import import_file, import_module, suggest_files
+from .obvious import find_model, instance_takes_no_args
+from .user_code import find_named, import_file, suggest_files
 from .zoo import build_timm, build_torchvision
 
 Kind = Literal["file", "module", "torchvision", "timm", "folder"]
 
-_CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+_CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+_GRAPHS = {
+    ".pt2": "an exported program: a graph of operations with its weights, without the modules that a rewrite changes",
+    ".onnx": "an ONNX model: a graph of operations with its weights, without the modules that a rewrite changes",
+    ".torchscript": "a TorchScript program: compiled code, without the modules that a rewrite changes",
+}
+_DATA = (
+    ".npy",
+    ".npz",
+    ".json",
+    ".yaml",
+    ".yml",
+    ".toml",
+    ".txt",
+    ".ipynb",
+    ".zip",
+    ".h5",
+    ".pb",
+    ".tflite",
+    ".engine",
+)
 _FORMS = "model.py, model.py:NAME, package.module:NAME, torchvision:NAME or timm:NAME"
 
 
@@ -74,38 +96,43 @@ def parse_target(target: str) -> TargetInfo:
         TargetError: It has none of the forms.
         TargetNotFound: It reads like a file, and there is none.
     """
-    head, colon, name = target.rpartition(":")
-    if head in ("torchvision", "timm") or target.startswith(("torchvision:", "timm:")):
-        zoo, _, name = target.partition(":")
-        if not name:
-            raise TargetError(f"{target} names no model", expected=f"{zoo}:NAME", hint=f"{zoo}:resnet50")
-        return TargetInfo(target, "torchvision" if zoo == "torchvision" else "timm", "", name)
     if not target.strip():
         raise TargetError("the target is empty", expected=_FORMS)
-    path = Path(target)
-    if path.is_dir():
+    head, colon, name = target.rpartition(":")
+    for zoo in ("torchvision", "timm"):
+        if target.startswith(f"{zoo}:"):
+            model = target.partition(":")[2]
+            if not model:
+                raise TargetError(f"{target} names no model", expected=f"{zoo}:NAME", hint=f"{zoo}:resnet50")
+            return TargetInfo(target, zoo, "", model)
+    if os.path.isdir(target):
         return TargetInfo(target, "folder", target, None)
-    if path.is_file() or target.endswith(".py"):
+    if os.path.exists(target) or target.endswith(".py"):
         return _file(target, target, None)
-    if colon and (head.endswith(".py") or Path(head).is_file()):
+    if colon and (head.endswith(".py") or os.path.isfile(head)):
         return _file(target, head, _checked(name, target))
     if colon and all(part.isidentifier() for part in head.split(".")):
         return TargetInfo(target, "module", head, _checked(name, target))
-    if "/" in target or "\\" in target:
-        raise TargetNotFound(
-            f"no such file: {target}", expected=_FORMS, hint=suggest_files(Path(head or target), (".py",))
-        )
+    if "/" in target or "\\" in target or Path(target).suffix in (*_CHECKPOINTS, *_GRAPHS, *_DATA):
+        near = suggest_files(Path(head or target), (".py",))
+        raise TargetNotFound(f"no such file: {target}", expected=_FORMS, hint=near)
     raise _bare_word(target)
 
 
 def _file(target: str, place: str, name: str | None) -> TargetInfo:
     """A target that is a file; one that is no Python is refused here, before anything reads it."""
-    if Path(place).suffix in _CHECKPOINT_SUFFIXES:
+    suffix = Path(place).suffix
+    if suffix in _CHECKPOINTS:
         raise TargetError(
             f"{place} is a checkpoint: it holds weights, not the model's code",
             hint=f"give the model's code as the target, and this as --weights {place}",
         )
-    if Path(place).suffix != ".py":
+    if suffix in _GRAPHS:
+        hint = "give the code of the model that it was made from"
+        if suffix == ".pt2":
+            hint += f", or a file with model = torch.export.load({place!r}).module(), which can be analysed"
+        raise TargetError(f"{place} is {_GRAPHS[suffix]}", expected=_FORMS, hint=hint)
+    if suffix != ".py":
         raise TargetError(f"{place} is not a Python file", expected=_FORMS)
     return TargetInfo(target, "file", place, name)
 
@@ -119,13 +146,10 @@ def _checked(name: str, target: str) -> str:
 
 def _bare_word(target: str) -> TargetNotFound:
     """The error for a word that is neither a file nor has a colon: say what it could have been."""
-    hints = [f"torchvision:{target}", f"timm:{target}", f"{target}:NAME" if "." in target else f"{target}.py"]
+    forms = [f"torchvision:{target}", f"timm:{target}", f"{target}:NAME" if "." in target else f"{target}.py"]
     near = suggest_files(Path(f"{target}.py"), (".py",), only_near=True)
-    return TargetNotFound(
-        f"no such file: {target}",
-        expected=_FORMS,
-        hint=" or ".join(hints) if not near else f"{' or '.join(hints)}; {near}",
-    )
+    hint = " or ".join(forms) + (f"; {near}" if near else "")
+    return TargetNotFound(f"no such file: {target}", expected=_FORMS, hint=hint)
 
 
 def resolve_model(
@@ -136,7 +160,7 @@ def resolve_model(
     Args:
         target: One of the forms above.
         args: Arguments for whatever makes the model, as ``parse_arg`` gives them.
-        empty: Build with empty weights (see `empty_weights`); where that fails, all on meta, and then for real.
+        empty: Build with empty weights (see `empty_weights`), and for real where the model's code fails with them.
 
     Returns:
         The model, and where it came from.
@@ -145,12 +169,15 @@ def resolve_model(
         TargetError: The target does not lead to one model; the message says why and what to try.
         TargetNotFound: The file or module does not exist.
     """
-    for building in (empty_weights(), torch.device("meta")) if empty else ():
+    buildings: list[AbstractContextManager[object]] = [empty_weights()] if empty else []
+    if empty and target.startswith(("torchvision:", "timm:")):  # some of these models run themselves when they are made
+        buildings.append(torch.device("meta"))
+    for building in buildings:
         try:
             with building:
                 return _resolve(target, args or {})
         except TargetError as error:
-            if not isinstance(error.__cause__, RuntimeError):  # torch's complaints about meta are of this kind
+            if error.__cause__ is None:  # it was not the model's code that raised
                 raise
     return _resolve(target, args or {})
 
@@ -161,66 +188,54 @@ def _resolve(target: str, args: Mapping[str, object]) -> tuple[nn.Module, Target
     notes: tuple[str, ...] = ()
     value: object
     if info.kind == "folder":
-        resolve_folder(Path(info.place))
+        raise _folder_is_no_model(Path(info.place))
     if info.kind == "torchvision":
         value = build_torchvision(str(info.name), args)
     elif info.kind == "timm":
         value = build_timm(str(info.name), args)
+    elif info.name is None:
+        module = import_file(Path(info.place))
+        value, notes = find_model(module, args, info.place)
     else:
-        module = import_file(Path(info.place)) if info.kind == "file" else import_module(info.place)
-        if info.name is None:
-            value, notes = find_model(module, args, info.place)
-        else:
-            value = _named(module, info.name, args, info.place)
-    model, told = as_model(value, info.target)
-    return model, TargetInfo(info.target, info.kind, info.place, info.name, args, module, (*notes, *told))
+        value, module, _ = find_named(f"{info.place}:{info.name}")
+        value = _construct_named(value, module, args, info)
+    model, unwrapped = as_model(value, info.target)
+    return model, replace(info, args=args, module=module, notes=(*notes, *unwrapped))
 
 
-def _named(module: ModuleType, name: str, args: Mapping[str, object], place: str) -> object:
+def _construct_named(value: object, module: ModuleType, args: Mapping[str, object], info: TargetInfo) -> object:
     """What a NAME in a module makes: the instance it is, or what it returns when called."""
-    value: object = module
-    for part in name.split("."):
-        if not hasattr(value, part):
-            raise name_not_found(module, name, place)
-        value = getattr(value, part)
+    what = f"{info.name} in {info.place}"
     if isinstance(value, nn.Module):
         if args:
-            raise instance_takes_no_args(f"{name} in {place}", args)
+            raise instance_takes_no_args(what, args)
         return value
     is_class = inspect.isclass(value)
     if not callable(value) or (inspect.isclass(value) and not issubclass(value, nn.Module)):
         raise TargetError(
-            f"{name} in {place} is not a model",
+            f"{what} is not a model",
             expected="an nn.Module instance, an nn.Module subclass, or a function that returns one",
             got=kind_of(value),
         )
     origin = Path(module.__file__) if module.__file__ else None
-    made = construct(value, args, f"class {name} in {place}" if is_class else f"{name}() in {place}", origin)
-    if not isinstance(made, nn.Module):
+    model = construct(value, args, f"class {what}" if is_class else f"{info.name}() in {info.place}", origin)
+    if not isinstance(model, nn.Module):
         raise TargetError(
-            f"{name}() in {place} returned something that is not a model",
+            f"{info.name}() in {info.place} returned something that is not a model",
             expected="a torch.nn.Module",
-            got=kind_of(made),
+            got=kind_of(model),
         )
-    return made
+    return model
 
 
-def resolve_folder(folder: Path) -> NoReturn:
-    """Refuses a folder as a target; the place where saved rewrites will be loaded.
-
-    Args:
-        folder: A folder that exists.
-
-    Raises:
-        TargetError: Always, for now.
-    """
+def _folder_is_no_model(folder: Path) -> TargetError:
+    """The error for a folder where a model's code is wanted."""
     if (folder / "plan.json").is_file():
-        raise TargetError(
-            f"{folder} is a saved rewrite (it has a plan.json), which this version cannot take as a target",
-            hint="give the model's code as the target",
+        return TargetError(
+            f"{folder} is a saved rewrite (it has a plan.json), and a model's code is wanted here", expected=_FORMS
         )
     files = sorted(p.name for p in folder.glob("*.py") if not p.name.startswith("_"))
-    raise TargetError(
+    return TargetError(
         f"{folder} is a folder without a plan.json",
         expected=f"a folder that pwrewrite saved a rewritten model in, or one of {_FORMS}",
         hint=" or ".join(str(folder / name) for name in files[:3]) or None,

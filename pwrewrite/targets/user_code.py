@@ -1,12 +1,14 @@
 """Runs a user's own Python as ``python model.py`` would, and says clearly where it went wrong.
 
 What is the same as under ``python model.py``: the file's folder is on ``sys.path`` (in front), ``sys.argv`` is the file
-alone, the working directory stays. What differs: ``__name__`` is a unique module name and never ``__main__``, so the
-guarded script part does not run; what the file prints goes to stderr, because stdout belongs to the tool's own output.
+alone. What differs: ``__name__`` is a unique module name and never ``__main__``, so the guarded script part does not
+run; what the file prints goes to stderr, because stdout belongs to the tool's own output; and a working directory that
+it changes is changed back, so that every other path on the command line still means what it meant.
 
 The folder stays on ``sys.path`` after the import, since a forward may import a sibling lazily. When a second target
 comes from another folder, siblings of the same name that an earlier target imported are dropped from ``sys.modules``
-first, so that each file gets its own.
+first, so that each file gets its own; so are those that were imported with empty weights when the same file is then
+wanted for real.
 
 A file inside a package (its folder has an ``__init__.py``) is imported by its full dotted name from the package's root.
 If it imports relatively, the root comes first on ``sys.path`` and its own folder last: a package may well
@@ -20,6 +22,8 @@ import contextlib
 import difflib
 import importlib
 import importlib.util
+import inspect
+import os
 import re
 import sys
 import traceback
@@ -27,7 +31,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, ModuleType
 
-from ..core.errors import TargetError, TargetNotFound
+from torch import nn
+
+from ..core import files
+from ..core.errors import PwrewriteError, TargetError, TargetNotFound
+from .empty import real_weights, weights_are_empty
 
 #: What the names of modules begin with that files are imported as.
 _MODULE = "pwrewrite_target_"
@@ -35,23 +43,22 @@ _MODULE = "pwrewrite_target_"
 #: Folders that targets have put on ``sys.path``, in the order they came.
 _target_roots: list[Path] = []
 
+#: Modules in these folders that were imported while weights were empty.
+_imported_empty: set[str] = set()
+
 #: The folder of this package, whose frames say nothing about the user's code.
 _OURS = Path(__file__).resolve().parent.parent
 
 
 def nearest(name: str, known: list[str], n: int = 5) -> list[str]:
-    """The known names most like a given one, compared without case, best first.
-
-    Args:
-        name: What was asked for.
-        known: What there is.
-        n: At most so many.
-
-    Returns:
-        Up to ``n`` names out of ``known``; empty when none is near.
-    """
+    """The known names most like a given one, compared without case, best first: at most ``n``, none if none is near."""
     by_lower = {k.lower(): k for k in known}
     return [by_lower[k] for k in difflib.get_close_matches(name.lower(), list(by_lower), n=n, cutoff=0.6)]
+
+
+def did_you_mean(names: list[str]) -> str | None:
+    """The hint that offers near names; None without any."""
+    return f"did you mean {', '.join(names)}?" if names else None
 
 
 def suggest_files(path: Path, suffixes: tuple[str, ...], only_near: bool = False) -> str | None:
@@ -66,35 +73,52 @@ def suggest_files(path: Path, suffixes: tuple[str, ...], only_near: bool = False
         The hint, or None when the folder holds nothing to suggest.
     """
     folder = path.parent
-    if not folder.is_dir():
-        return f"the folder {folder} does not exist either"
     try:
+        if not folder.is_dir():
+            return f"the folder {folder} does not exist either"
         names = sorted(p.name for p in folder.iterdir() if p.name.endswith(suffixes))
     except OSError:
         return None
     if near := nearest(path.name, names):
-        return f"did you mean {', '.join(str(folder / n) for n in near)}?"
+        return did_you_mean([str(folder / n) for n in near])
     if only_near or not names:
         return None
     return f"{folder} has {', '.join(names[:5])}" + (", …" if len(names) > 5 else "")
 
 
 @contextlib.contextmanager
-def running_user_code(argv0: str) -> Iterator[None]:
-    """While a user's code runs: ``sys.argv`` is the file alone, and prints go to stderr.
+def running_user_code(what: str, origin: Path | None, hint: str | None = None) -> Iterator[None]:
+    """While a user's code runs: ``sys.argv`` is the file alone, prints go to stderr, and whatever it raises is told.
 
     Args:
-        argv0: What ``sys.argv[0]`` should be.
+        what: What runs, as the subject of a sentence: ``model.py`` or ``class Net in model.py``.
+        origin: The user's file, so that an error names the line; None where the code is not the user's.
+        hint: What to try, where the caller knows better than the error tells.
 
     Yields:
         Nothing.
+
+    Raises:
+        TargetError: The code raised, even what is no ``Exception``; Ctrl-C passes through.
     """
-    argv, sys.argv = sys.argv, [argv0]
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        sys.argv = argv
+    argv, sys.argv = sys.argv, [str(origin or what)]
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a working directory that is gone cannot be returned to
+            stack.callback(_return_to, os.getcwd())
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                yield
+        except (PwrewriteError, KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:
+            raise user_error(error, what, origin, hint) from error
+        finally:
+            sys.argv = argv
+
+
+def _return_to(folder: str) -> None:
+    with contextlib.suppress(OSError):
+        os.chdir(folder)
 
 
 def locate(error: BaseException, origin: Path | None) -> str | None:
@@ -118,17 +142,7 @@ def locate(error: BaseException, origin: Path | None) -> str | None:
 
 
 def user_error(error: BaseException, what: str, origin: Path | None, hint: str | None = None) -> TargetError:
-    """Turns an exception that left the user's code into an error that a person can act on.
-
-    Args:
-        error: The exception.
-        what: What was being done, as a subject: ``model.py`` or ``class Net in model.py``.
-        origin: The user's file, if it is the user's.
-        hint: What to try, where the caller knows better.
-
-    Returns:
-        The error to raise ``from`` the exception.
-    """
+    """The error that a person can act on for an exception that left the user's code; arguments as above."""
     where = locate(error, origin)
     if isinstance(error, SyntaxError):
         return _syntax_error(error)
@@ -179,14 +193,48 @@ def class_name(value: object) -> str:
     return f"{Path(str(file)).stem if ours else kind.__module__}.{kind.__qualname__}"
 
 
-def import_file(path: Path) -> ModuleType:
-    """Imports a user's file.
+def what_there_is(module: ModuleType) -> str:
+    """The classes, functions and models that a module offers, to choose from."""
+    offers: list[str] = []
+    for name, value in vars(module).items():
+        if name.startswith("_"):
+            continue
+        if isinstance(value, nn.Module):
+            offers.append(f"{name} (an instance of {type(value).__name__})")
+        elif getattr(value, "__module__", None) == module.__name__:
+            if inspect.isclass(value):
+                offers.append(f"class {name}")
+            elif inspect.isfunction(value):
+                offers.append(f"{name}()")
+    shown = ", ".join(offers[:12]) + (", …" if len(offers) > 12 else "")
+    return shown or "a file that defines no class, no function and no model"
 
-    Args:
-        path: The file.
+
+def find_named(text: str) -> tuple[object, ModuleType, str]:
+    """What ``file.py:NAME`` or ``package.module:NAME`` names; ``NAME`` may have dots.
 
     Returns:
-        The module, registered in ``sys.modules``.
+        The object, the module it was found in, and the file or module as the text names it.
+
+    Raises:
+        TargetError: There is no such name, or the import fails (`TargetNotFound` where there is no such file or
+            module).
+    """
+    place, _, name = text.rpartition(":")
+    in_file = place.endswith(".py") or Path(place).is_file()
+    module = import_file(Path(place)) if in_file else import_module(place)
+    value: object = module
+    for part in name.split("."):
+        if not hasattr(value, part):
+            names = [n for n in vars(module) if not n.startswith("_")]
+            hint = did_you_mean(nearest(name, names, n=3))
+            raise TargetError(f"{place} has no {name!r}", got=what_there_is(module), hint=hint)
+        value = getattr(value, part)
+    return value, module, place
+
+
+def import_file(path: Path) -> ModuleType:
+    """Imports a user's file and registers it in ``sys.modules``.
 
     Raises:
         TargetNotFound: There is no such file.
@@ -196,51 +244,38 @@ def import_file(path: Path) -> ModuleType:
         raise TargetNotFound(f"no such file: {path}", hint=suggest_files(path, (".py",)))
     absolute = path.resolve()
     try:
-        source = absolute.read_bytes()
-    except OSError as error:
-        raise TargetError(f"cannot read {path}: {error.strerror}") from error
-    try:
+        source = files.read_bytes(absolute)
         tree = ast.parse(source, str(absolute))
         code = compile(source, str(absolute), "exec", dont_inherit=True)
+    except OSError as error:
+        raise TargetError(f"cannot read {path}: {error.strerror}") from error
     except SyntaxError as error:
         raise user_error(error, str(path), absolute) from error
-    except ValueError as error:  # null bytes, on the older interpreters
+    except (ValueError, RecursionError, MemoryError) as error:  # null bytes, on the older interpreters; deep nesting
         raise TargetError(f"{path} is not Python source: {error}") from error
 
     root, dotted = _package_of(absolute)
     relative = any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
     first, last = ([root], [absolute.parent]) if dotted and relative else ([absolute.parent, root], [])
-    with _on_path(first, last), running_user_code(str(path)):
-        try:
-            return _import_dotted(dotted, absolute) if dotted else _execute(absolute, code)
-        except (Exception, SystemExit) as error:
-            if isinstance(error, TargetError):
-                raise
-            raise user_error(error, str(path), absolute) from error
+    with _on_path(first, last), running_user_code(str(path), absolute):
+        return _import_dotted(dotted, absolute) if dotted else _execute(absolute, code)
 
 
 def import_module(dotted: str) -> ModuleType:
     """Imports a module by name, with the working directory importable as under ``python``.
 
-    Args:
-        dotted: ``package.module``.
-
-    Returns:
-        The module.
-
     Raises:
         TargetNotFound: There is no such module.
         TargetError: It raised while it ran.
     """
-    with _on_path([Path.cwd()], []), running_user_code(dotted):
+    with _on_path([Path.cwd()], []), running_user_code(f"module {dotted}", None), real_weights():
         try:
             return importlib.import_module(dotted)
-        except (Exception, SystemExit) as error:
-            if isinstance(error, ModuleNotFoundError) and error.name and f"{dotted}.".startswith(f"{error.name}."):
-                raise TargetNotFound(
-                    f"no module named {error.name!r}",
-                    hint=_module_hint(dotted),
-                ) from error
+        except ModuleNotFoundError as error:
+            if error.name and f"{dotted}.".startswith(f"{error.name}."):
+                raise TargetNotFound(f"no module named {error.name!r}", hint=_module_hint(dotted)) from error
+            raise user_error(error, f"module {dotted}", _origin_of(dotted, error)) from error
+        except Exception as error:
             raise user_error(error, f"module {dotted}", _origin_of(dotted, error)) from error
 
 
@@ -316,16 +351,31 @@ def _on_path(first: list[Path], last: list[Path]) -> Iterator[None]:
     roots = [*first, *last]
     for root in roots:
         _forget_namesakes(root)
+    if not weights_are_empty():
+        for name in _imported_empty:
+            sys.modules.pop(name, None)
+        _imported_empty.clear()
     front = list(dict.fromkeys(str(p) for p in first))
     rest = [p for p in sys.path if p not in front]
     sys.path[:] = [*front, *rest, *(str(p) for p in last if str(p) not in front and str(p) not in rest)]
     importlib.invalidate_caches()
+    before = set(sys.modules)
     try:
         yield
     except BaseException:
         sys.path[:] = saved
         raise
+    finally:
+        if weights_are_empty():
+            new = set(sys.modules) - before
+            _imported_empty.update(n for n in new if _lies_in(sys.modules[n], roots) and not n.startswith(_MODULE))
     _target_roots.extend(root for root in roots if root not in _target_roots)
+
+
+def _lies_in(module: ModuleType, roots: list[Path]) -> bool:
+    """Whether a module's file lies in one of these folders, and is no installed package."""
+    path = Path(getattr(module, "__file__", None) or "/")
+    return any(path.is_relative_to(root) for root in roots) and not {"site-packages", "dist-packages"} & set(path.parts)
 
 
 def _forget_namesakes(root: Path) -> None:
@@ -335,9 +385,5 @@ def _forget_namesakes(root: Path) -> None:
     here = {p.name if p.is_dir() else p.stem for p in root.iterdir() if p.suffix == ".py" or p.is_dir()}
     here -= {"pwrewrite", "torch", *sys.stdlib_module_names}
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] not in here:
-            continue
-        path = Path(getattr(module, "__file__", None) or "/")
-        foreign = not path.is_relative_to(root) and any(path.is_relative_to(old) for old in _target_roots)
-        if foreign and not {"site-packages", "dist-packages"} & set(path.parts):
+        if name.partition(".")[0] in here and _lies_in(module, _target_roots) and not _lies_in(module, [root]):
             del sys.modules[name]

@@ -18,10 +18,9 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..core.errors import PwrewriteError, UsageError
+from ..core.errors import UsageError
 from .factories import kind_of, missing_args
-from .obvious import name_not_found
-from .user_code import import_file, import_module, running_user_code, user_error
+from .user_code import find_named, running_user_code
 
 _FORMS = "file.py:NAME or package.module:NAME"
 
@@ -33,13 +32,11 @@ class Named:
     Attributes:
         value: The object.
         name: Its name, for messages: ``accuracy in eval.py``.
-        place: The file or module.
         origin: The user's file, if it is one.
     """
 
     value: Any
     name: str
-    place: str
     origin: Path | None
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
@@ -55,13 +52,8 @@ class Named:
         Raises:
             TargetError: It raised; the message names the line.
         """
-        try:
-            with running_user_code(self.place):
-                return self.value(*args, **kwargs)
-        except (Exception, SystemExit) as error:
-            if isinstance(error, PwrewriteError):
-                raise
-            raise user_error(error, self.name, self.origin) from error
+        with running_user_code(self.name, self.origin):
+            return self.value(*args, **kwargs)
 
 
 def is_named(text: str) -> bool:
@@ -87,18 +79,11 @@ def load_named(text: str, option: str) -> Named:
         TargetError: There is no such name, or the import fails.
         TargetNotFound: There is no such file or module.
     """
-    place, _, name = text.rpartition(":")
     if not is_named(text):
         raise UsageError(f"cannot read {option} {text!r}", expected=_FORMS)
-    in_file = place.endswith(".py") or Path(place).is_file()
-    module = import_file(Path(place)) if in_file else import_module(place)
-    value: Any = module
-    for part in name.split("."):
-        if not hasattr(value, part):
-            raise name_not_found(module, name, place)
-        value = getattr(value, part)
+    value, module, place = find_named(text)
     file = getattr(module, "__file__", None)
-    return Named(value, f"{name} in {place}", place, Path(file).resolve() if file else None)
+    return Named(value, f"{text.rpartition(':')[2]} in {place}", Path(file).resolve() if file else None)
 
 
 def _callable(found: Named, option: str, what: str, takes: int) -> Named:
