@@ -196,7 +196,7 @@ def _finish(recorder: Recorder, values: str, failure: Exception | None) -> Captu
     unpriced: Counter[str] = Counter()
     inputs = []
     for node in graph.nodes:
-        facts = node.meta["info"]
+        facts = info(node)
         if facts.unpriced:
             unpriced.update(facts.unpriced)
         if node.op == "placeholder":

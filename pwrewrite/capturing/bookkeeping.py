@@ -11,7 +11,7 @@ from ..core.cost import Cost
 from ..core.nested import tensors_of
 from .liveness import Liveness
 from .origins import Origins, spec_of
-from .records import NodeInfo, TensorSpec, Window
+from .records import NodeInfo, TensorSpec, Window, info, set_info
 
 
 class Bookkeeper:
@@ -87,9 +87,8 @@ class Bookkeeper:
             for i in inputs.values():
                 read += i.nbytes
         cost = Cost(params, macs, read, written)
-        node.meta["info"] = NodeInfo(
-            op, path, tuple(inputs.values()), tuple(outputs), cost, alias, window, spec, unpriced
-        )
+        facts = NodeInfo(op, path, tuple(inputs.values()), tuple(outputs), cost, alias, window, spec, unpriced)
+        set_info(node, facts)
 
     def count(self, t: Tensor) -> int:
         """Elements of a parameter the first time it is met, then 0."""
@@ -104,8 +103,7 @@ def _known_spec(t: Tensor) -> TensorSpec:
     """The spec of a tensor, taken from the node that made it where that made nothing else."""
     origin = getattr(t, "_pw_node", None)
     if type(origin) is fx.Node:
-        outputs = origin.meta["info"].outputs
+        outputs = info(origin).outputs
         if len(outputs) == 1:
-            found: TensorSpec = outputs[0]
-            return found
+            return outputs[0]
     return spec_of(t)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
 
 from torch import Tensor, nn
 
-_DEPTH = 3
+from ..core.nested import tensors_of
 
 
 class Inventory:
@@ -79,15 +78,7 @@ class Inventory:
                     if isinstance(value, Tensor):
                         owned.setdefault(id(value), (prefix + name, value))
                     elif store is attributes and isinstance(value, (list, tuple, dict)) and name[:1] != "_":
-                        _loose(value, loose, _DEPTH)
+                        loose += tensors_of(value)
         for t in loose:
             owned.setdefault(id(t), ("", t))
         return owned
-
-
-def _loose(value: Any, found: list[Tensor], depth: int) -> None:
-    for item in value.values() if isinstance(value, dict) else value:
-        if isinstance(item, Tensor):
-            found.append(item)
-        elif depth and isinstance(item, (list, tuple, dict)):
-            _loose(item, found, depth - 1)

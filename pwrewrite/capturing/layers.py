@@ -34,7 +34,7 @@ def find_layers(inventory: Inventory, graph: fx.Graph) -> tuple[Layer, ...]:
     calls: defaultdict[str, list[Call]] = defaultdict(list)
     found: dict[str, dict[str, Any]] = {}
     for node in graph.nodes:
-        facts = node.meta["info"]
+        facts = info(node)
         spec = facts.spec
         if spec is None and facts.op != "linear":
             continue

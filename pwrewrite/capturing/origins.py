@@ -18,7 +18,7 @@ from ..core.cost import Cost
 from ..core.nested import map_tensors, tensors_of, to_meta
 from .inventory import Inventory
 from .liveness import Liveness
-from .records import NodeInfo, TensorSpec
+from .records import NodeInfo, TensorSpec, info, set_info
 
 _CONSTANT_LIMIT = 1_000_000
 """Elements above which a tensor of the user's stands on ``meta``, its values unread."""
@@ -99,7 +99,7 @@ class Origins:
     def placeholder(self, name: str, t: Tensor) -> fx.Node:
         """Appends an input."""
         node = self.graph.placeholder(self._name(name))
-        node.meta["info"] = NodeInfo("input", "", (), (spec_of(t),), Cost())
+        set_info(node, NodeInfo("input", "", (), (spec_of(t),), Cost()))
         return node
 
     def output(self, value: Any) -> fx.Node:
@@ -161,12 +161,12 @@ class Origins:
     def _resolve(self, piece: Piece, t: Tensor) -> fx.Node:
         """The node of one tensor among several, made when it is first used."""
         if piece.node is None:
-            spec, node, maker = spec_of(t), piece.maker, piece.maker.meta["info"]
+            spec, node, maker = spec_of(t), piece.maker, info(piece.maker)
             for key in piece.where:
                 base = f"{piece.maker.name}_{key}"
                 item = self.graph.create_node("call_function", getitem, (), None, self._name(base))
                 item.args = (node, key)
-                item.meta["info"] = NodeInfo("tuple_getitem", maker.path, (spec,), (spec,), Cost(), piece.maker.name)
+                set_info(item, NodeInfo("tuple_getitem", maker.path, (spec,), (spec,), Cost(), piece.maker.name))
                 node = item
             piece.node = node
         return piece.node
@@ -228,7 +228,7 @@ class Origins:
         node = self._attributes.get(name)
         if node is None:
             node = self.graph.create_node("get_attr", name, (), None, self._name(name))
-            node.meta["info"] = NodeInfo(op, name.rpartition(".")[0], (), (spec_of(t),), Cost())
+            set_info(node, NodeInfo(op, name.rpartition(".")[0], (), (spec_of(t),), Cost()))
             self._attributes[name] = node
         return node
 

@@ -44,7 +44,7 @@ from .inventory import Inventory
 from .liveness import Liveness
 from .module_rules import Leaf, leaf_rule, module_window
 from .origins import Origins, spec_of
-from .records import NodeInfo, Window
+from .records import NodeInfo, Window, set_info
 from .shapes import convolve, pool_call_window
 
 _original_call: Any = nn.Module.__call__
@@ -118,11 +118,8 @@ class Recorder(TorchFunctionMode):
                 nn.Module.__call__ = _original_call  # type: ignore[method-assign]
         with DisableTorchFunction():
             found = tensors_of(out)
-            if not found and hasattr(out, "__dict__"):  # an object of the user's own that holds tensors
-                out = vars(out)
-                found = tensors_of(out)
             node = origins.output(out)
-            node.meta["info"] = NodeInfo("output", "", tuple(map(spec_of, found)), (), Cost())
+            set_info(node, NodeInfo("output", "", tuple(map(spec_of, found)), (), Cost()))
 
     def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What replaces ``nn.Module.__call__``: a leaf becomes a node, the rest runs and is looked into."""

@@ -3,14 +3,13 @@ them.
 
 A *layer* is one weight (a convolution or a linear map) under one or more paths; a *call* is one use of it in the
 graph. Parameters belong to layers, MACs to calls. Every node of ``Capture.graph`` (a `torch.fx.Graph`) carries a
-`NodeInfo` under ``node.meta["info"]``.
+`NodeInfo`, which `info` returns.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -175,7 +174,7 @@ class Capture:
     Attributes:
         model: The model, untouched.
         inputs: ``(name, spec)`` of every input tensor, nested ones flattened.
-        graph: One `torch.fx.Graph`; sizes in it are those of the example inputs. Each node has ``meta["info"]``.
+        graph: One `torch.fx.Graph`; sizes in it are those of the example inputs. `info` has the facts of a node.
         layers: Every convolution and linear map, reached or not, in graph order and then in module order.
         coverage: What the graph holds of the model.
         memory: Births and deaths of activation storages, in the order in which running the model makes them.
@@ -212,8 +211,16 @@ class Capture:
         raise KeyError(path)
 
 
+_KEY = "info"
+
+
 def info(node: fx.Node) -> NodeInfo:
-    """The `NodeInfo` of a captured node."""
-    found: Any = node.meta["info"]
-    assert isinstance(found, NodeInfo)
-    return found
+    """The facts of a captured node."""
+    facts = node.meta[_KEY]
+    assert isinstance(facts, NodeInfo)
+    return facts
+
+
+def set_info(node: fx.Node, facts: NodeInfo) -> None:
+    """Gives a node its facts."""
+    node.meta[_KEY] = facts

@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import nn
 
 CONV_MODULES: tuple[type[nn.Module], ...] = (
@@ -32,12 +32,14 @@ CONV_MODULES: tuple[type[nn.Module], ...] = (
 )
 
 
-def _spread(value: Any, dims: int) -> tuple[int, ...]:
+Sizes = int | Sequence[int]
+"""One integer for every spatial dim, or one for each."""
+
+
+def _spread(value: Sizes, dims: int) -> tuple[int, ...]:
     """One integer for every spatial dim, from an int or a sequence (a sequence of one is spread too)."""
-    if isinstance(value, Sequence):
-        values = tuple(int(v) for v in value)
-        return values * dims if len(values) == 1 else values
-    return (int(value),) * dims
+    values = tuple(int(v) for v in value) if isinstance(value, Sequence) else (int(value),)
+    return values * dims if len(values) == 1 else values
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,31 +78,22 @@ class ConvSpec:
         m: Any = module
         kernel, dilation = m.kernel_size, m.dilation
         return cls(
-            m.in_channels,
-            m.out_channels,
-            kernel,
-            m.stride,
-            _padding(m.padding, kernel, dilation),
-            dilation,
-            m.groups,
-            m.bias is not None,
-            m.padding_mode,
-            m.transposed,
-            m.output_padding,
-        )
+            m.in_channels, m.out_channels, kernel, m.stride, _padding(m.padding, kernel, dilation), dilation, m.groups,
+            m.bias is not None, m.padding_mode, m.transposed, m.output_padding,
+        )  # fmt: skip
 
     @classmethod
     def of_call(
         cls,
         weight_shape: Sequence[int],
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
+        stride: Sizes = 1,
+        padding: Sizes | str = 0,
+        dilation: Sizes = 1,
         groups: int = 1,
         *,
         bias: bool = True,
         transposed: bool = False,
-        output_padding: Any = 0,
+        output_padding: Sizes = 0,
     ) -> ConvSpec:
         """Reads a functional call from its weight's shape and its arguments.
 
@@ -118,19 +111,10 @@ class ConvSpec:
         dims = len(kernel)
         dilations = _spread(dilation, dims)
         first, second = int(weight_shape[0]), int(weight_shape[1]) * groups
-        return cls(
-            first if transposed else second,
-            second if transposed else first,
-            kernel,
-            _spread(stride, dims),
-            _padding(padding if isinstance(padding, str) else _spread(padding, dims), kernel, dilations),
-            dilations,
-            groups,
-            bias,
-            "zeros",
-            transposed,
-            _spread(output_padding, dims) if transposed else (0,) * dims,
-        )
+        channels = (first, second) if transposed else (second, first)
+        sides = _padding(padding if isinstance(padding, str) else _spread(padding, dims), kernel, dilations)
+        extra = _spread(output_padding, dims) if transposed else (0,) * dims
+        return cls(*channels, kernel, _spread(stride, dims), sides, dilations, groups, bias, "zeros", transposed, extra)
 
     @property
     def dims(self) -> int:
@@ -220,6 +204,10 @@ class ConvSpec:
         return prod(self.weight_shape) * batch * prod(per_weight[len(per_weight) - self.dims :])
 
 
+def _of_spec(name: str) -> Any:
+    return property(attrgetter(f"spec.{name}"), doc=f"``{name}`` of the layer it stands for.")
+
+
 class StandsForLayer:
     """What stands for a layer reads like it: a mixin for modules that keep the layer's shape facts.
 
@@ -229,25 +217,15 @@ class StandsForLayer:
 
     spec: ConvSpec
 
-    @property
-    def in_channels(self) -> int:
-        """Input channels of the layer it stands for."""
-        return self.spec.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        """Output channels of the layer it stands for."""
-        return self.spec.out_channels
-
-    @property
-    def kernel_size(self) -> tuple[int, ...]:
-        """Kernel size of the layer it stands for."""
-        return self.spec.kernel_size
-
-    @property
-    def stride(self) -> tuple[int, ...]:
-        """Stride of the layer it stands for."""
-        return self.spec.stride
+    in_channels: int = _of_spec("in_channels")
+    out_channels: int = _of_spec("out_channels")
+    kernel_size: tuple[int, ...] = _of_spec("kernel_size")
+    stride: tuple[int, ...] = _of_spec("stride")
+    dilation: tuple[int, ...] = _of_spec("dilation")
+    groups: int = _of_spec("groups")
+    padding_mode: str = _of_spec("padding_mode")
+    output_padding: tuple[int, ...] = _of_spec("output_padding")
+    transposed: bool = _of_spec("transposed")
 
     @property
     def padding(self) -> tuple[int, ...] | str:
@@ -256,33 +234,10 @@ class StandsForLayer:
             return tuple(left for left, _ in self.spec.padding)
         return "same"
 
-    @property
-    def dilation(self) -> tuple[int, ...]:
-        """Dilation of the layer it stands for."""
-        return self.spec.dilation
 
-    @property
-    def groups(self) -> int:
-        """Groups of the layer it stands for."""
-        return self.spec.groups
-
-    @property
-    def padding_mode(self) -> str:
-        """Padding mode of the layer it stands for."""
-        return self.spec.padding_mode
-
-    @property
-    def output_padding(self) -> tuple[int, ...]:
-        """Output padding of the layer it stands for."""
-        return self.spec.output_padding
-
-    @property
-    def transposed(self) -> bool:
-        """Whether it stands for a transposed convolution."""
-        return self.spec.transposed
-
-
-def _padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def _padding(
+    padding: Sequence[int] | str, kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
     if isinstance(padding, str):
         if padding == "valid":
             return ((0, 0),) * len(kernel)
@@ -306,8 +261,3 @@ def stock_convolution(module: nn.Module) -> bool:
                 and not isinstance(module, nn.modules.lazy.LazyModuleMixin)
             )
     return False
-
-
-def element_bytes(dtype: torch.dtype) -> int:
-    """Bytes of one element of ``dtype``."""
-    return dtype.itemsize

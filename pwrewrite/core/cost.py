@@ -52,12 +52,7 @@ class Cost:
         )
 
     def __sub__(self, other: Cost) -> Cost:
-        return Cost(
-            self.params - other.params,
-            self.macs - other.macs,
-            self.read_bytes - other.read_bytes,
-            self.write_bytes - other.write_bytes,
-        )
+        return self + Cost(-other.params, -other.macs, -other.read_bytes, -other.write_bytes)
 
 
 def register_formula(op: OpOverloadPacket, formula: Formula) -> None:

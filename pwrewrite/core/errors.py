@@ -8,6 +8,8 @@ came, and what to try. ``exit_code`` is what the command returns for it: 1 when 
 
 from __future__ import annotations
 
+import re
+
 
 class PwrewriteError(Exception):
     """Base of all deliberate errors.
@@ -96,7 +98,13 @@ class GateError(PwrewriteError, RuntimeError):
     exit_code = 1
 
 
+def shortened(text: str, limit: int = 200) -> str:
+    """A text on one line, without the addresses of objects, cut between two words where it is longer than ``limit``."""
+    line = " ".join(re.sub(r"\s+at 0x[0-9a-fA-F]+", "", text).split())
+    return line if len(line) <= limit else f"{line[:limit].rsplit(' ', 1)[0]} …"
+
+
 def first_line(error: BaseException) -> str:
     """An exception in one line: its type and the first line of its message."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {shortened(lines[0])}" if lines else type(error).__name__

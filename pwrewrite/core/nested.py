@@ -1,85 +1,138 @@
-"""Tensors in nested Python containers: finding them, and rebuilding the containers around others."""
+"""Tensors in nested Python containers: finding them, and rebuilding the containers around others.
+
+A container is opened one level at a time: tuples, lists, dicts and slices, mappings and sequences of the user's own,
+whatever is registered with ``torch.utils._pytree`` (many libraries register their outputs), and dataclasses and other
+plain objects by their attributes. A container that holds itself is not followed around.
+
+``torch.utils._pytree`` is private to torch and used in this file only. Where its registry is gone, what would be known
+from there alone is opened by its attributes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
-from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree
 
-_PLURAL = (tuple, list)
+_SCALARS = frozenset((int, float, bool, str, type(None), type(Ellipsis), torch.dtype, torch.device))
+_REGISTERED: Mapping[type, Any] = getattr(_pytree, "SUPPORTED_NODES", {})
+_CLOSED = ("torch", "numpy", "builtins")
+"""Packages whose objects are not opened by their attributes."""
+
+
+class _Opened(NamedTuple):
+    """One level of a container: its items by key, and how it is put together around others."""
+
+    items: Mapping[Any, Any]
+    rebuild: Callable[[Iterable[Any]], Any]
+
+
+def _open(value: Any) -> _Opened | None:
+    """Opens a container; None for anything that holds nothing."""
+    kind = type(value)
+    if isinstance(value, slice):
+        return _Opened({"start": value.start, "stop": value.stop, "step": value.step}, lambda items: slice(*items))
+    if isinstance(value, tuple):
+        return _Opened(dict(enumerate(value)), getattr(kind, "_make", kind))
+    if isinstance(value, (list, Mapping)):
+        items = dict(enumerate(value) if isinstance(value, list) else value.items())
+
+        def refilled(new: Iterable[Any]) -> Any:
+            same: Any = copy(value)
+            for key, item in zip(items, new):
+                same[key] = item
+            return same
+
+        return _Opened(items, refilled)
+    registered = _REGISTERED.get(kind)
+    if registered is not None:
+        children, context = registered.flatten_fn(value)
+        return _Opened(dict(enumerate(children)), lambda new: registered.unflatten_fn(list(new), context))
+    attributes = _attributes(value)
+    if not attributes:
+        return None
+
+    def around(new: Iterable[Any]) -> Any:
+        same = copy(value)
+        for name, item in zip(attributes, new):
+            object.__setattr__(same, name, item)  # frozen or not
+        return same
+
+    return _Opened(attributes, around)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """The attributes of a plain object: one that is no function, class or module, and not torch's or NumPy's."""
+    kind = type(value)
+    if kind.__module__.partition(".")[0] in _CLOSED or callable(value) or isinstance(value, nn.Module):
+        return {}
+    slots = [name for base in kind.__mro__ for name in vars(base).get("__slots__", ()) if name[:2] != "__"]
+    return {**{name: getattr(value, name) for name in slots if hasattr(value, name)}, **getattr(value, "__dict__", {})}
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """All tensors in nested tuples, lists, dicts, slices and dataclasses, in order."""
-    found: list[Tensor] = []
-    collect(value, found)
-    return found
+    """All tensors in nested containers, in order."""
+    tensors: list[Tensor] = []
+    _collect(value, tensors, set())
+    return tensors
 
 
-def collect(value: Any, found: list[Tensor]) -> None:
-    """Appends all tensors in ``value`` to ``found``."""
+def _collect(value: Any, tensors: list[Tensor], above: set[int]) -> None:
+    """Appends the tensors in ``value``; ``above`` are the containers that it is in."""
+    kind = type(value)
     if isinstance(value, Tensor):
-        found.append(value)
-    elif isinstance(value, _PLURAL):
+        tensors.append(value)
+    elif kind is tuple or kind is list:  # the usual case, without a detour
         for item in value:
             if isinstance(item, Tensor):
-                found.append(item)
+                tensors.append(item)
             elif type(item) not in _SCALARS:
-                collect(item, found)
-    elif isinstance(value, dict):
-        for item in value.values():
-            collect(item, found)
-    elif isinstance(value, slice):
-        collect((value.start, value.stop, value.step), found)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for f in fields(value):
-            collect(getattr(value, f.name), found)
-
-
-_SCALARS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
+                _collect(item, tensors, above)
+    elif kind not in _SCALARS and id(value) not in above:
+        opened = _open(value)
+        if opened is not None:
+            above.add(id(value))
+            for item in opened.items.values():
+                _collect(item, tensors, above)
+            above.discard(id(value))
 
 
 def map_tensors(value: Any, convert: Callable[[Tensor], Any], *, plain: bool = False) -> Any:
-    """Rebuilds nested containers with every tensor converted.
+    """Rebuilds nested containers with every tensor converted; what holds no tensor stays the object that it is.
 
     Args:
-        value: Tuples, lists, dicts, slices and dataclasses of tensors and other things.
+        value: Containers of tensors and other things.
         convert: What becomes of a tensor.
-        plain: Whether named tuples become tuples, and dicts and dataclasses plain dicts, as in a graph's arguments.
+        plain: Whether containers with keys become plain dicts and others plain tuples and lists, as in a graph's
+            arguments.
     """
+    return _map(value, convert, plain, set())
+
+
+def _map(value: Any, convert: Callable[[Tensor], Any], plain: bool, above: set[int]) -> Any:
+    kind = type(value)
     if isinstance(value, Tensor):
         return convert(value)
-    if type(value) in _SCALARS:
+    if kind is tuple or kind is list:
+        return kind([_map(item, convert, plain, above) for item in value])
+    if kind in _SCALARS or id(value) in above:
         return value
-    if isinstance(value, tuple):
-        items = [map_tensors(item, convert, plain=plain) for item in value]
-        if hasattr(value, "_fields") and not plain:
-            return type(value)(*items)
-        return tuple(items)
-    if isinstance(value, list):
-        return [map_tensors(item, convert, plain=plain) for item in value]
-    if isinstance(value, dict):
-        mapped = {key: map_tensors(item, convert, plain=plain) for key, item in value.items()}
-        if plain or type(value) is dict:
-            return mapped
-        same = copy(value)
-        same.update(mapped)
-        return same
-    if isinstance(value, slice):
-        return slice(*(map_tensors(item, convert, plain=plain) for item in (value.start, value.stop, value.step)))
-    if is_dataclass(value) and not isinstance(value, type):
-        mapped = {f.name: map_tensors(getattr(value, f.name), convert, plain=plain) for f in fields(value)}
-        if plain:
-            return mapped
-        rebuilt = copy(value)
-        for name, item in mapped.items():
-            object.__setattr__(rebuilt, name, item)
-        return rebuilt
-    return value
+    opened = _open(value)
+    if opened is None:
+        return value
+    above.add(id(value))
+    items = {key: _map(item, convert, plain, above) for key, item in opened.items.items()}
+    above.discard(id(value))
+    if all(items[key] is item for key, item in opened.items.items()):
+        return value
+    if plain and not isinstance(value, slice):
+        sequence = tuple if isinstance(value, tuple) else list if isinstance(value, list) else None
+        return items if sequence is None else sequence(items.values())
+    return opened.rebuild(items.values())
 
 
 def to_meta(t: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import decompose
 from ..capturing.eligibility import Owners, eligible
-from ..capturing.records import Capture, Layer
+from ..capturing.records import Capture, Layer, info
 from ..core.convolution import ConvSpec
 from ..core.errors import UsageError
 from ..core.plan import Estimate, Op, Skip, SkipReason
@@ -370,5 +370,4 @@ def scope_of(capture: Capture, layer: Layer) -> str:
         return ""
     name = layer.calls[0].node
     node = next(n for n in capture.graph.nodes if n.name == name)
-    path: str = node.meta["info"].path
-    return path
+    return info(node).path

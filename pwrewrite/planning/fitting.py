@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..capturing.records import Capture
+from ..capturing.records import Capture, info
 from ..core.convolution import ConvSpec
 from ..core.plan import Plan
 from ..layers.factorized import Factorized
@@ -101,9 +101,9 @@ def fit_order(captured: Capture, paths: set[str]) -> tuple[list[str], list[str]]
     called: dict[str, int] = {}
     order: list[str] = []
     for node in captured.graph.nodes:
-        info = node.meta["info"]
-        path = str(node.target) if node.op == "call_module" else info.path
-        if (node.op == "call_module" and path in paths) or info.op == "batch_norm":
+        facts = info(node)
+        path = str(node.target) if node.op == "call_module" else facts.path
+        if (node.op == "call_module" and path in paths) or facts.op == "batch_norm":
             called[path] = called.get(path, 0) + 1
             order.append(path)
     first = next((i for i, path in enumerate(order) if path in paths), len(order))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capturing import Inputs, capture, split_inputs
-from ..capturing.records import Capture
+from ..capturing.records import Capture, info
 from ..core.errors import RefusedError
 from ..core.files import cache_folder
 from ..core.plan import Op, Plan, Skip, SkipReason
@@ -112,8 +112,8 @@ class Planner:
         self.layers: list[LayerCandidates] = self._candidates()
         self.original = {
             "params": float(self.captured.params),
-            "macs": float(sum(node.meta["info"].cost.macs for node in self.captured.graph.nodes)),
-            "bytes": float(sum(node.meta["info"].cost.bytes for node in self.captured.graph.nodes)),
+            "macs": float(sum(info(node).cost.macs for node in self.captured.graph.nodes)),
+            "bytes": float(sum(info(node).cost.bytes for node in self.captured.graph.nodes)),
         }
         self._timed = False
         if self.settings.gate == "latency":

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..capturing.records import Capture
+from ..capturing.records import Capture, info
 
 _IDENTITIES = frozenset({"identity", "dropout"})
 """What passes its input on in eval mode."""
@@ -46,7 +46,7 @@ def residuals(capture: Capture, paths: Collection[str]) -> dict[str, Residual]:
         Path of a layer to where the other side of its sum can be read.
     """
     place = {node: i for i, node in enumerate(capture.graph.nodes)}
-    calls = Counter(node.meta["info"].path for node in place if _is_leaf(node))
+    calls = Counter(info(node).path for node in place if _is_leaf(node))
     same: dict[fx.Node, list[fx.Node]] = {}
     for node in place:
         same.setdefault(_source(node), []).append(node)
@@ -57,12 +57,12 @@ def residuals(capture: Capture, paths: Collection[str]) -> dict[str, Residual]:
             continue
         norm, end = _through_norm(node, calls)
         add = _only_user(end)
-        if add is None or add.meta["info"].op != "add" or add.kwargs or len(add.args) != 2:
+        if add is None or info(add).op != "add" or add.kwargs or len(add.args) != 2:
             continue
         others = [arg for arg in add.args if arg is not end]
         if len(others) != 1 or not isinstance(others[0], fx.Node):
             continue
-        own, there = end.meta["info"].outputs, others[0].meta["info"].outputs
+        own, there = info(end).outputs, info(others[0]).outputs
         if not own or not there or own[0] != there[0]:
             continue
         anchor = _anchor(same[_source(others[0])], place, place[node], calls)
@@ -72,12 +72,12 @@ def residuals(capture: Capture, paths: Collection[str]) -> dict[str, Residual]:
 
 
 def _is_leaf(node: fx.Node) -> bool:
-    return node.op == "call_module" or (node.op == "call_function" and node.meta["info"].op == "batch_norm")
+    return node.op == "call_module" or (node.op == "call_function" and info(node).op == "batch_norm")
 
 
 def _source(node: fx.Node) -> fx.Node:
     """The node whose value an identity passes on."""
-    while node.op == "call_module" and node.meta["info"].op in _IDENTITIES and isinstance(node.args[0], fx.Node):
+    while node.op == "call_module" and info(node).op in _IDENTITIES and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
@@ -86,10 +86,10 @@ def _through_norm(node: fx.Node, calls: Counter[str]) -> tuple[str, fx.Node]:
     """Past what reads a layer's output alone: identities and one batch norm."""
     norm = ""
     while (user := _only_user(node)) is not None and user.args and user.args[0] is node:
-        info = user.meta["info"]
-        if info.op == "batch_norm" and not norm and calls[info.path] == 1:
-            norm = info.path
-        elif info.op not in _IDENTITIES:
+        facts = info(user)
+        if facts.op == "batch_norm" and not norm and calls[facts.path] == 1:
+            norm = facts.path
+        elif facts.op not in _IDENTITIES:
             break
         node = user
     return norm, node

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..capturing.records import Capture
+from ..capturing.records import Capture, info
 from .statistics import Chunk, samples_of
 
 _MOST = 32
@@ -49,8 +49,8 @@ def samples_in_run(captured: Capture) -> int:
     made = sum(
         tensor.nbytes
         for node in captured.graph.nodes
-        if node.meta["info"].alias_of is None and node.op not in ("placeholder", "get_attr", "output")
-        for tensor in node.meta["info"].outputs
+        if info(node).alias_of is None and node.op not in ("placeholder", "get_attr", "output")
+        for tensor in info(node).outputs
     )
     return int(min(_MOST, max(1, _RUN_BYTES * samples_of_example(captured) // max(1, made))))
 

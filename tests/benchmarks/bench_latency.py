@@ -36,7 +36,7 @@ def row(name: str, batch: int, ratio: float, seconds: float) -> str:
     """Plans, builds and times one model."""
     import torchvision
 
-    from pwrewrite.capturing import capture
+    from pwrewrite.capturing import capture, info
     from pwrewrite.core.errors import RefusedError
     from pwrewrite.edit.apply import carry_out
     from pwrewrite.passes import InsertBottleneck
@@ -61,7 +61,7 @@ def row(name: str, batch: int, ratio: float, seconds: float) -> str:
     uniform = filled(carry_out(model, propose(captured, [InsertBottleneck(0.5)]), fill=False).model)
     end = time.perf_counter()
     first, second, third = time_models([model, planned, uniform], (x,), {}, seconds=seconds)
-    macs = [sum(n.meta["info"].cost.macs for n in capture(one, x).graph.nodes) for one in (model, planned, uniform)]
+    macs = [sum(info(n).cost.macs for n in capture(one, x).graph.nodes) for one in (model, planned, uniform)]
     forms = Counter(op.settings["form"] for op in choice.plan.ops)
     limit = TARGET.get((name, batch), 1.0)
     verdict = "met" if second / first <= limit else "MISSED"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
-from pwrewrite.capturing import Capture, capture
+from pwrewrite.capturing import Capture, capture, info
 from pwrewrite.core.cost import register_formula
 from pwrewrite.core.operations import FORMULAS
 
@@ -30,11 +30,11 @@ class Fn(nn.Module):
 
 
 def macs(captured: Capture) -> int:
-    return sum(node.meta["info"].cost.macs for node in captured.graph.nodes)
+    return sum(info(node).cost.macs for node in captured.graph.nodes)
 
 
 def node_params(captured: Capture) -> int:
-    return sum(node.meta["info"].cost.params for node in captured.graph.nodes)
+    return sum(info(node).cost.params for node in captured.graph.nodes)
 
 
 def counted(model: nn.Module, *inputs: Tensor) -> int:
@@ -290,7 +290,7 @@ def test_attention_function(causal: bool) -> None:
     q, k, v = torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 7, 8), torch.zeros(2, 3, 7, 4)
     made = capture(Fn(lambda s, *qkv: F.scaled_dot_product_attention(*qkv, is_causal=causal)), (q, k, v))
     assert macs(made) == 2 * 3 * 5 * 7 * (8 + 4)
-    assert "attention" in [node.meta["info"].op for node in made.graph.nodes]
+    assert "attention" in [info(node).op for node in made.graph.nodes]
 
 
 def attention_by_hand(tokens: int, width: int, batch: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pwrewrite.capturing import Capture, capture
+from pwrewrite.capturing import Capture, capture, info
 from pwrewrite.core.nested import tensors_of
 
 
@@ -135,9 +135,9 @@ def test_views_share_a_storage() -> None:
 
     made = capture(Views(), torch.zeros(4, 8))
     assert [e.nbytes for e in made.memory if e.nbytes > 0] == [128, 128, 20]
-    aliases = {n.name: n.meta["info"].alias_of for n in made.graph.nodes}
+    aliases = {n.name: info(n).alias_of for n in made.graph.nodes}
     assert aliases["view"] == aliases["getitem"] == aliases["t"] == "mul"
-    assert all(n.meta["info"].cost.write_bytes == 0 for n in made.graph.nodes if n.name in ("view", "getitem", "t"))
+    assert all(info(n).cost.write_bytes == 0 for n in made.graph.nodes if n.name in ("view", "getitem", "t"))
 
 
 def test_a_max_pooling_holds_its_indices_for_a_moment() -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from pwrewrite.capturing import Capture, capture
+from pwrewrite.capturing import Capture, capture, info
 from pwrewrite.core.errors import CaptureError, InputError
 from pwrewrite.core.nested import tensors_of
 
@@ -241,7 +241,7 @@ def test_outputs_of_any_kind(output: Any) -> None:
     assert made.coverage.capture == "whole"
     node = next(iter(reversed(made.graph.nodes)))
     assert node.op == "output"
-    assert node.meta["info"].inputs[0].shape == (2, 4, 8, 8)
+    assert info(node).inputs[0].shape == (2, 4, 8, 8)
     assert node.all_input_nodes
 
 
@@ -273,14 +273,14 @@ def test_integers_in() -> None:
     model = nn.Sequential(nn.Embedding(10, 16), nn.Linear(16, 4))
     made = whole(model, torch.randint(0, 10, (2, 5)))
     assert made.params == 160 + 68
-    assert sum(n.meta["info"].cost.params for n in made.graph.nodes) == made.params
+    assert sum(info(n).cost.params for n in made.graph.nodes) == made.params
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     made = capture(nn.Sequential(nn.Conv2d(4, 4, 3, dtype=dtype), nn.Flatten()), X.to(dtype))
     assert made.layers[0].weight_bytes == (4 * 4 * 9 + 4) * dtype.itemsize
-    assert next(iter(made.graph.nodes)).meta["info"].outputs[0].dtype is dtype
+    assert info(next(iter(made.graph.nodes))).outputs[0].dtype is dtype
 
 
 # ------------------------------------------------------------------------------------------- kinds of modules
@@ -317,7 +317,7 @@ def test_script_module_is_opaque_and_priced() -> None:
     made = capture(model, X)
     assert made.coverage.capture == "islands"
     assert any("TorchScript" in note for note in made.notes)
-    assert sum(n.meta["info"].cost.macs for n in made.graph.nodes) == 2 * 64 * (16 + 16 * 9)
+    assert sum(info(n).cost.macs for n in made.graph.nodes) == 2 * 64 * (16 + 16 * 9)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -329,8 +329,8 @@ def test_code_that_torch_functions_do_not_show_is_recorded_as_operations() -> No
     model = Fn(lambda s, x: s.conv(hidden(s.conv(x))))
     made = capture(model, X)
     assert (made.coverage.capture, made.coverage.values) == ("whole", "meta")
-    assert sum(n.meta["info"].cost.macs for n in made.graph.nodes) == 2 * (2 * 64 * 16 * 9) + 2 * 4 * 8 * 8 * 8
-    assert {"conv2d", "relu", "bmm"} <= {n.meta["info"].op for n in made.graph.nodes}
+    assert sum(info(n).cost.macs for n in made.graph.nodes) == 2 * (2 * 64 * 16 * 9) + 2 * 4 * 8 * 8 * 8
+    assert {"conv2d", "relu", "bmm"} <= {info(n).op for n in made.graph.nodes}
     with torch.no_grad():
         torch.testing.assert_close(Replay(made).run(X), model(X))
 
@@ -347,7 +347,7 @@ def test_hooks_run_around_the_node() -> None:
     model.conv.register_forward_pre_hook(lambda m, args: (args[0] + 1,))
     made = capture(model, X)
     assert made.coverage.capture == "whole"
-    assert [n.meta["info"].op for n in made.graph.nodes] == ["input", "conv2d", "mul", "add", "conv2d", "output"]
+    assert [info(n).op for n in made.graph.nodes] == ["input", "conv2d", "mul", "add", "conv2d", "output"]
 
 
 def test_replaced_forward_is_what_runs() -> None:

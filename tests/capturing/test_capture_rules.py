@@ -370,13 +370,13 @@ def test_recurrent_layers(kind: Any, data: Any) -> None:
     x = torch.rand(2, 3, 4) if draw(st.booleans()) else torch.rand(3, 4)
     with torch.no_grad():
         want = tensors_of(model(x))
-    output = capture(model, x).graph.output_node().meta["info"]
+    output = info(capture(model, x).graph.output_node())
     assert [t.shape for t in output.inputs] == [tuple(t.shape) for t in want]
     padded = torch.rand(2, 3, 4) if settings["batch_first"] else torch.rand(3, 2, 4)
     packed = nn.utils.rnn.pack_padded_sequence(padded, torch.tensor([3, 1]), settings["batch_first"])
     with torch.no_grad():
         want = tensors_of(tuple(model(packed)[0]))
-    assert capture(model, (packed,)).graph.output_node().meta["info"].inputs[0].shape == tuple(want[0].shape)
+    assert info(capture(model, (packed,)).graph.output_node()).inputs[0].shape == tuple(want[0].shape)
 
 
 def test_every_function_rule_is_tested() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from verify_models import EXACT, check, edit, edited, failed, full_rank, net, rough
 
-from pwrewrite.capturing import capture
+from pwrewrite.capturing import capture, info
 from pwrewrite.core.cost import Cost
 from pwrewrite.verifying import verify
 
@@ -19,7 +19,7 @@ X = torch.zeros(1, 3, 16, 16)
 
 def recount(model: nn.Module) -> Cost:
     found = capture(model, X)
-    return Cost(found.params, sum(node.meta["info"].cost.macs for node in found.graph.nodes))
+    return Cost(found.params, sum(info(node).cost.macs for node in found.graph.nodes))
 
 
 def test_the_recount_must_meet_the_prediction() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from verify_models import APPROXIMATE, EXACT, check, edit, edited, failed, full_rank, net, rough
 
 import pwrewrite
-from pwrewrite.capturing import capture
+from pwrewrite.capturing import capture, info
 from pwrewrite.core.cost import Cost
 from pwrewrite.core.errors import InputError, UsageError
 from pwrewrite.verifying import verify
@@ -28,7 +28,7 @@ X = torch.zeros(1, 3, 16, 16)
 
 def recount(model: nn.Module) -> Cost:
     found = capture(model, X)
-    return Cost(found.params, sum(node.meta["info"].cost.macs for node in found.graph.nodes))
+    return Cost(found.params, sum(info(node).cost.macs for node in found.graph.nodes))
 
 
 # ------------------------------------------------------------------------------------------------ what passes

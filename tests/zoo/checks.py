@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pwrewrite.capturing import capture
+from pwrewrite.capturing import capture, info
 
 from .counting import independent_macs, independent_params
 from .harness import REAL_LIMIT, Built, build
@@ -33,8 +33,8 @@ def check_capture(built: Built) -> dict[str, Any]:
         "untouched": untouched,
         "notes": list(captured.notes),
         "params": captured.params,
-        "node_params": sum(n.meta["info"].cost.params for n in captured.graph.nodes),
-        "macs": sum(n.meta["info"].cost.macs for n in captured.graph.nodes),
+        "node_params": sum(info(n).cost.params for n in captured.graph.nodes),
+        "macs": sum(info(n).cost.macs for n in captured.graph.nodes),
         "params_independent": independent_params(model),
     }
     # Where the capture needed values, the independent count needs the same ones.
@@ -54,7 +54,7 @@ def check_capture(built: Built) -> dict[str, Any]:
     real = build(built.candidate, real=True)
     if needs_real:
         again = capture(real.model, real.inputs)
-        row["macs"] = sum(n.meta["info"].cost.macs for n in again.graph.nodes)
+        row["macs"] = sum(info(n).cost.macs for n in again.graph.nodes)
         row["unpriced"] = [list(u) for u in again.coverage.unpriced]
     row["macs_independent"] = independent_macs(real.model, real.inputs)
     return row
