@@ -5,8 +5,8 @@ writes, through ``torch.load(weights_only=True)`` with the file mapped into memo
 allowed beyond torch's own list: ``argparse.Namespace``, a bag of attributes that training scripts like timm's put
 beside the weights.
 
-A pickle that asks for anything else is refused by name. Which names a pickle asks for is read off its opcodes
-with ``pickletools``, which runs nothing.
+A pickle that asks for anything else is refused by name. Regular files only, and none that claims to unpack to many
+times its size: ``torch.save`` does not compress.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from ..core.errors import WeightsError
+from ..core.errors import WeightsError, shortened
+from ..core.files import read_text
 from .factories import kind_of
 from .user_code import suggest_files
 
@@ -37,6 +38,26 @@ _WRAPPERS = (
     "state_dict", "model_state_dict", "model", "net", "network", "params", "weights", "module",
 )  # fmt: skip
 _EMA = tuple(name for name in _WRAPPERS if "ema" in name)
+_AGAIN = "copy or download it again"
+_SPARE = 64 << 20
+"""Bytes that a compressed checkpoint may unpack to beyond ten times its size."""
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuses, before a model is built, what cannot be a checkpoint.
+
+    Raises:
+        WeightsError: There is no such file or folder, it is no regular file, or it is of another kind by its name.
+    """
+    if re.match(r"\w{2,}:/", str(path)):
+        raise WeightsError(f"{path} is an address, and pwrewrite downloads nothing", hint="fetch it, and give the file")
+    if not path.exists():
+        raise WeightsError(f"no such file: {path}", hint=suggest_files(path, SUFFIXES))
+    if not path.is_file() and not path.is_dir():
+        raise WeightsError(f"{path} is not a regular file", expected="a checkpoint on disk: a pipe may never end")
+    if path.suffix in (".py", ".ipynb", ".onnx"):
+        what = "an ONNX model" if path.suffix == ".onnx" else "Python code: it makes a model, and holds no weights"
+        raise WeightsError(f"{path} is {what}", expected="a checkpoint: safetensors, or a file that torch.save wrote")
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -51,17 +72,14 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     Raises:
         WeightsError: There is no such file; it is empty, truncated, holds code, or is no checkpoint.
     """
-    if re.match(r"\w{2,}:/", str(path)):
-        raise WeightsError(f"{path} is an address, and pwrewrite downloads nothing", hint="fetch it, and give the file")
-    if not path.exists():
-        raise WeightsError(f"no such file: {path}", hint=suggest_files(path, SUFFIXES))
+    check_checkpoint(path)
     try:
         with torch.device("cpu"):
             if path.is_dir():
                 path = _in_folder(path)
             if path.name.endswith(".index.json"):
                 return _read_shards(path), ()
-            _refuse_what_is_no_checkpoint(path)
+            _check_start(path)
             if path.suffix == ".safetensors":
                 return _read_safetensors(path), ()
             state, notes = find_state(_read_torch(path), str(path))
@@ -74,28 +92,26 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
 
 def _in_folder(folder: Path) -> Path:
     """The one checkpoint in a folder: an index, or the only safetensors file."""
-    found = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.safetensors"))
-    named = [p for p in found if p.name.startswith("model.")]
-    if len(found) > 1 and len(named) == 1:
-        found = named
-    if len(found) == 1:
-        return found[0]
+    files = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.safetensors"))
+    named = [p for p in files if p.name.startswith("model.")]
+    if len(files) > 1 and len(named) == 1:
+        files = named
+    if len(files) == 1:
+        return files[0]
     raise WeightsError(
-        f"the folder {folder} holds " + ("several checkpoints" if found else "no safetensors"),
+        f"the folder {folder} holds " + ("several checkpoints" if files else "no safetensors"),
         expected="one *.safetensors file, or one *.safetensors.index.json with its shards",
-        got=", ".join(p.name for p in found[:10])
-        or ", ".join(sorted(p.name for p in folder.iterdir())[:10])
-        or "nothing",
-        hint=f"--weights {found[0]}" if found else None,
+        got=_some(p.name for p in files or sorted(folder.iterdir())) or "nothing",
+        hint=f"--weights {files[0]}" if files else None,
     )
 
 
-def _refuse_what_is_no_checkpoint(path: Path) -> None:
+def _check_start(path: Path) -> None:
     """Refuses what its first bytes give away: empty files, pointers to large files, web pages."""
     with path.open("rb") as file:
         head = file.read(256)
     if not head:
-        raise WeightsError(f"{path} is empty (0 bytes)", hint="copy or download it again")
+        raise WeightsError(f"{path} is empty (0 bytes)", hint=_AGAIN)
     if head.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path} is a Git LFS pointer, not the weights themselves", hint="git lfs pull")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
@@ -114,9 +130,9 @@ def _read_safetensors(path: Path, only: set[str] | None = None) -> dict[str, Ten
             tensors = {name: file.get_tensor(name) for name in names if only is None or name in only}
     except SafetensorError as error:
         raise WeightsError(
-            f"{path} is not a whole safetensors file: it is truncated or damaged",
-            got=str(error),
-            hint="copy or download it again",
+            f"{path} is a truncated or damaged safetensors file",
+            got=shortened(str(error)),
+            hint=_AGAIN,
         ) from error
     if not tensors:
         raise WeightsError(f"{path} holds no tensors")
@@ -126,11 +142,11 @@ def _read_safetensors(path: Path, only: set[str] | None = None) -> dict[str, Ten
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """The tensors of a sharded checkpoint, by its index."""
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = json.loads(read_text(index))
         places: dict[str, str] = dict(content["weight_map"])
         if not places or not all(isinstance(v, str) for v in places.values()):
             raise TypeError("weight_map must map tensor names to file names")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise WeightsError(
             f"{index} is not an index of a sharded checkpoint",
             expected='{"weight_map": {"tensor name": "file name"}}',
@@ -142,9 +158,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         if Path(shard).name != shard:
             raise WeightsError(f"{index} points outside its own folder", got=shard)
         if not path.is_file():
-            raise WeightsError(
-                f"a shard is missing: {path}", where=str(index), hint=suggest_files(path, (".safetensors",))
-            )
+            near = suggest_files(path, (".safetensors",))
+            raise WeightsError(f"a shard is missing: {path}", where=str(index), hint=near)
         tensors |= _read_safetensors(path, {name for name, place in places.items() if place == shard})
     return tensors
 
@@ -153,19 +168,28 @@ def _read_torch(path: Path) -> object:
     """What ``torch.save`` wrote, unpickled with torch's restricted unpickler."""
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
+    if zipped and zipfile.is_zipfile(path):
+        _check_unpacked_size(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except (pickle.UnpicklingError, ArithmeticError, RuntimeError, EOFError, LookupError, ValueError) as error:
         _explain(path, error, zipped)
+    except (TypeError, AttributeError, AssertionError, MemoryError) as error:
+        _explain(path, error, zipped)
+
+
+def _check_unpacked_size(path: Path) -> None:
+    """Refuses an archive that claims to be many times as large unpacked."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(m.file_size for m in archive.infolist() if m.compress_type != zipfile.ZIP_STORED)
+    size = path.stat().st_size
+    if unpacked > 10 * size + _SPARE:
+        raise WeightsError(
+            f"{path} is compressed and would unpack to {unpacked:,} bytes, and is not loaded",
+            expected="a file that torch.save wrote, which does not compress",
+            got=f"{size:,} bytes on disk",
+        )
 
 
 def _explain(path: Path, error: Exception, zipped: bool) -> NoReturn:
@@ -176,74 +200,46 @@ def _explain(path: Path, error: Exception, zipped: bool) -> NoReturn:
             f"{path} is a TorchScript program: it holds code, and is not loaded",
             hint="save the weights alone: torch.save(model.state_dict(), 'weights.pt')",
         ) from error
-    asked = _globals_of(path)
+    names = _globals_of(path)
     refused = re.search(r"GLOBAL ([\w.]+) (?:whose module|was not an allowed)", text)
-    unsafe = [refused[1]] if refused else [name for name in asked if not _harmless(name)]
+    whole = any(name.startswith("torch.nn.modules.") for name in names)
+    unsafe = [refused[1]] if refused else [n for n in names if whole or not n.startswith(("torch.", "collections."))]
     if unsafe:
-        whole = any(name.startswith("torch.nn.modules.") for name in asked)
-        what = "a whole pickled model, that is code as well as weights" if whole else "code: it is a pickle"
         raise WeightsError(
-            f"{path} contains {what}, and is not loaded",
-            got=f"it asks for {unsafe[0]}" + ("" if whole or len(unsafe) == 1 else f", {_some(unsafe[1:])}"),
+            f"{path} contains "
+            + ("a whole pickled model, that is code as well as weights" if whole else "code: it is a pickle")
+            + ", and is not loaded",
+            got=f"it asks for {_some(unsafe[:1] if whole else unsafe)}",
             expected="tensors alone (safetensors, or torch.save(model.state_dict(), …))",
             hint="where you trust it, load it yourself once and save its state_dict()",
         ) from error
+    with path.open("rb") as file:
+        pickled = file.read(1) == b"\x80"
     cut = "central directory" in text or "unexpected EOF" in text or isinstance(error, (EOFError, IndexError))
-    if cut and (zipped or asked or _starts_like_a_pickle(path)):
-        raise WeightsError(
-            f"{path} is truncated or damaged", got=_first_line(text), hint="copy or download it again"
-        ) from error
+    reason = shortened(text.split("WeightsUnpickler error:")[-1].strip() or type(error).__name__)
+    if cut and (zipped or names or pickled):
+        raise WeightsError(f"{path} is truncated or damaged", got=reason, hint=_AGAIN) from error
     raise WeightsError(
         f"{path} is not a checkpoint",
         expected="safetensors, or a file that torch.save wrote",
-        got=_first_line(text.split("WeightsUnpickler error:")[-1]),
+        got=reason if zipped or pickled else "neither an archive nor a pickle",
     ) from error
 
 
-def _starts_like_a_pickle(path: Path) -> bool:
-    """Whether the first byte is that of a binary pickle."""
-    with path.open("rb") as file:
-        return file.read(1) == b"\x80"
-
-
 def _globals_of(path: Path) -> list[str]:
-    """The names that a pickle would import, read off its opcodes; whatever can be read of a damaged one."""
+    """The names that a pickle would import, read off its opcodes, as far as it can be read; only to word an error."""
+    with contextlib.suppress(Exception):
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
     names: list[str] = []
-    with contextlib.suppress(Exception), path.open("rb") as file:  # this only helps to word an error
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                for member in archive.namelist():
-                    if member.endswith("data.pkl"):
-                        names += _globals_in(archive.open(member))
-        else:
-            file.seek(0)
-            for _ in range(4):  # the old format is four pickles in a row: magic, version, system, content
-                names += _globals_in(file)
-    return list(dict.fromkeys(names))
-
-
-def _globals_in(stream: IO[bytes]) -> Iterator[str]:
-    """The names that one pickle would import."""
     strings: list[str] = []
-    memo: dict[int, str] = {}
-    for opcode, value, _ in pickletools.genops(stream):
-        if opcode.name in ("GLOBAL", "INST"):
-            yield str(value).replace(" ", ".")
-        elif opcode.name == "STACK_GLOBAL":
-            yield ".".join(strings[-2:])
-        elif "UNICODE" in opcode.name:
-            strings.append(str(value))
-        elif opcode.name == "MEMOIZE":
-            memo[len(memo)] = strings[-1] if strings else ""
-        elif "PUT" in opcode.name and value is not None:
-            memo[int(value)] = strings[-1] if strings else ""
-        elif "GET" in opcode.name and value is not None:
-            strings.append(memo.get(int(value), ""))
-
-
-def _harmless(name: str) -> bool:
-    """Whether a name that a pickle asks for is one of those in every file that torch saves."""
-    return name.startswith(("torch.", "collections.")) and not name.startswith("torch.nn.modules.")
+    with contextlib.suppress(Exception), path.open("rb") as file:
+        for _ in range(4):  # the old format is four pickles in a row: magic, version, system, content
+            for opcode, value, _ in pickletools.genops(file):
+                if "UNICODE" in opcode.name:
+                    strings.append(str(value))
+                elif "GLOBAL" in opcode.name:
+                    names.append(".".join(strings[-2:]) if value is None else str(value).replace(" ", "."))
+    return list(dict.fromkeys(names))
 
 
 def find_state(content: object, where: str, depth: int = 0) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -270,36 +266,29 @@ def find_state(content: object, where: str, depth: int = 0) -> tuple[dict[str, T
         if isinstance(inner, Mapping) and _has_tensors(inner):
             if key in _EMA and any(isinstance(content.get(k), Mapping) for k in _WRAPPERS if k not in _EMA):
                 notes.append(f"took the averaged (EMA) weights {key!r} of the checkpoint")
-            state, told = find_state(inner, where, depth + 1)
-            return state, (*notes, *told)
+            state, more = find_state(inner, where, depth + 1)
+            return state, (*notes, *more)
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
     if tensors:
         return tensors, ()
     nested = [k for k, v in content.items() if isinstance(v, Mapping) and _has_tensors(v) and "optim" not in str(k)]
     if len(nested) == 1 and depth < 4:
-        state, told = find_state(content[nested[0]], where, depth + 1)
-        return state, (f"took the weights under {nested[0]!r} of the checkpoint", *told)
+        state, more = find_state(content[nested[0]], where, depth + 1)
+        return state, (f"took the weights under {nested[0]!r} of the checkpoint", *more)
     raise WeightsError(
         f"{where} has no weights in a place that is understood",
         expected=f"tensors, or a dictionary of tensors under {', '.join(map(repr, _WRAPPERS[6:9]))}",
-        got=f"the keys {_some([repr(k) for k in content])}",
+        got=f"the keys {_some(repr(k) for k in content)}",
     )
 
 
 def _has_tensors(mapping: Mapping[object, object]) -> bool:
     """Whether a dictionary holds tensors, itself or one level below."""
-    values = list(mapping.values())
-    return any(isinstance(v, Tensor) for v in values) or any(
-        isinstance(v, Mapping) and any(isinstance(t, Tensor) for t in v.values()) for v in values
-    )
+    inner = (v.values() if isinstance(v, Mapping) else [v] for v in mapping.values())
+    return any(isinstance(v, Tensor) for values in inner for v in values)
 
 
-def _some(names: list[str], n: int = 10) -> str:
+def _some(names: Iterable[str], n: int = 10) -> str:
     """The first few names."""
-    return ", ".join(names[:n]) + (f", … ({len(names)} in all)" if len(names) > n else "")
-
-
-def _first_line(text: str) -> str | None:
-    """The first line of a long message."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0][:200] if lines else None
+    listed = list(names)
+    return ", ".join(listed[:n]) + (f", … ({len(listed)} in all)" if len(listed) > n else "")

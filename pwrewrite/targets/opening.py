@@ -24,13 +24,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.errors import InputError, PlanError, TargetError, UsageError, WeightsError
+from ..core.errors import InputError, PlanError, TargetError, UsageError
 from ..core.plan import Plan
 from . import storage
-from .checkpoints import SUFFIXES
+from .checkpoints import check_checkpoint
 from .inputs import ExampleInputs, describe_inputs, parse_input, resolve_inputs
 from .resolve import TargetInfo, parse_target, resolve_model
-from .user_code import suggest_files
 from .weights import load_weights
 
 RANDOM_WEIGHTS = (
@@ -126,8 +125,8 @@ def open_target(
             hint="leave --model out",
         )
     weights = options.weights
-    if weights is not None and "://" not in str(weights) and not weights.exists():
-        raise WeightsError(f"no such file: {weights}", hint=suggest_files(weights, SUFFIXES))
+    if weights is not None:
+        check_checkpoint(weights)
     with _seeded(options.seed if seeded else None):
         model, info = resolve_model(options.target, options.args, empty=empty)
         notes = info.notes

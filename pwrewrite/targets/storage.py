@@ -21,6 +21,7 @@ from ..core.errors import OutputError, PlanError, TargetError, WeightsError, fir
 from ..core.files import new_folder, recover, unwritable
 from ..core.plan import SCHEMA, Edit, Plan, dumps
 from ..edit.apply import carry_out
+from .weights import load_state
 
 WEIGHTS, PLAN, REPORT, README = "model.safetensors", "plan.json", "report.json", "README.md"
 _FILES = (WEIGHTS, PLAN, REPORT, README)
@@ -173,21 +174,14 @@ def restore(folder: str | Path, model: nn.Module) -> nn.Module:
     return applied.model.eval()
 
 
-# ------------------------------------------------------------------------------------------------- weights
-
-
 def _save_weights(model: nn.Module, path: Path) -> None:
-    """Writes the state_dict; a tensor with several names is written once.
-
-    Raises:
-        OutputError: If the model keeps what safetensors cannot hold.
-    """
+    """Writes the state_dict; a tensor with several names is written once."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    kept: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    seen: dict[tuple[Any, ...], str] = {}
+    seen: dict[tuple[object, ...], str] = {}
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise OutputError(
@@ -206,44 +200,20 @@ def _save_weights(model: nn.Module, path: Path) -> None:
             continue
         seen[key] = name
         # A copy: safetensors refuses tensors that share memory, and writes all of a storage that a view is part of.
-        kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+        state[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
     try:
-        save_file(kept, str(path), metadata={"format": "pt", _ALIASES: json.dumps(aliases)})
+        save_file(state, str(path), metadata={"format": "pt", _ALIASES: json.dumps(aliases)})
     except (SafetensorError, ValueError, KeyError) as error:
         raise OutputError(f"cannot write the weights: {first_line(error)}", where=str(path.name)) from error
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
-    """Fills a model with saved weights, in the dtypes that they were saved in.
-
-    Raises:
-        WeightsError: If they cannot be read or do not fit.
-    """
+    """Fills a model with saved weights, in the dtypes that they were saved in."""
     state = _read_weights(path)
-    wanted = model.state_dict()
-    missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
-    misfits = [n for n in wanted if n in state and _shape(wanted[n]) != _shape(state[n])]
-    if missing or extra or misfits:
-        raise WeightsError(
-            "the saved weights do not fit the model",
-            where=str(path),
-            expected=f"{len(wanted)} tensors" + (f"; missing {', '.join(missing[:5])}" if missing else ""),
-            got=f"{len(state)} tensors"
-            + (f"; unexpected {', '.join(extra[:5])}" if extra else "")
-            + (f"; of another shape {', '.join(misfits[:5])}" if misfits else ""),
-            hint="give the model that the rewrite started from",
-        )
-    tied = _tied(model)
-    fresh = any(isinstance(value, Tensor) and value.is_meta for value in wanted.values())
-    if not fresh:
-        _cast(model, state)
-    model.load_state_dict(state, assign=fresh)
-    for first, *others in tied:
-        owner, _, name = first.rpartition(".")
-        parameter = getattr(model.get_submodule(owner), name)
-        for other in others:
-            owner, _, name = other.rpartition(".")
-            setattr(model.get_submodule(owner), name, parameter)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in state and state[name].dtype != tensor.dtype:  # which loading would otherwise convert
+            tensor.data = tensor.data.to(state[name].dtype)
+    load_state(model, state, str(path), hint="give the model that the rewrite started from")
     left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if left:
         raise WeightsError(
@@ -260,36 +230,18 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
     state: dict[str, Tensor] = {}
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a regular file")
         with safe_open(str(path), framework="pt") as file:
-            aliases: dict[str, str] = json.loads((file.metadata() or {}).get(_ALIASES, "{}"))
+            aliases = json.loads((file.metadata() or {}).get(_ALIASES, "{}"))
             for name in file.keys():  # noqa: SIM118  (not a mapping: it cannot be iterated over)
                 state[name] = file.get_tensor(name)
-    except (SafetensorError, OSError, ValueError) as error:
+        if not isinstance(aliases, dict) or not all(isinstance(name, str) for name in aliases.values()):
+            raise ValueError("the other names of tensors are not a map from name to name")
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise WeightsError(
             f"the saved weights cannot be read: {first_line(error)}",
             where=str(path),
             hint="the file is missing or was cut off; save the rewrite again",
         ) from error
-    for name, original in aliases.items():
-        if original in state:
-            state[name] = state[original]
-    return state
-
-
-def _shape(value: Any) -> Any:
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value)
-
-
-def _tied(model: nn.Module) -> list[list[str]]:
-    """Names of each parameter that has several."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [same for same in names.values() if len(same) > 1]
-
-
-def _cast(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Brings parameters and buffers to the dtypes of saved ones, which a load would otherwise convert."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name in state and state[name].dtype != tensor.dtype:
-            tensor.data = tensor.data.to(state[name].dtype)
+    return state | {name: state[original] for name, original in aliases.items() if original in state}

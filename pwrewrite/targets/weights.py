@@ -37,6 +37,7 @@ class Fit:
         missing: Keys of the model that the checkpoint lacks.
         unexpected: Keys of the checkpoint that the model lacks.
         mismatched: Keys with another shape: ``(key, shape in the checkpoint, shape in the model)``.
+        lossy: Keys whose values the model's dtype cannot hold, with both dtypes.
         untied: Pairs of keys that are one tensor in the model and two different ones in the checkpoint.
         matched: How many keys of the model are filled.
         total: How many keys the model has.
@@ -45,6 +46,7 @@ class Fit:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    lossy: tuple[tuple[str, str], ...]
     untied: tuple[tuple[str, str], ...]
     matched: int
     total: int
@@ -52,7 +54,7 @@ class Fit:
     @property
     def perfect(self) -> bool:
         """Whether everything has its place."""
-        return not (self.missing or self.unexpected or self.mismatched or self.untied)
+        return not (self.missing or self.unexpected or self.mismatched or self.lossy or self.untied)
 
 
 def load_weights(model: nn.Module, path: Path, lenient: bool = False) -> tuple[str, ...]:
@@ -73,26 +75,42 @@ def load_weights(model: nn.Module, path: Path, lenient: bool = False) -> tuple[s
     state, stripped = strip_prefixes(state, set(model.state_dict(keep_vars=True)))
     if stripped:
         notes = (*notes, f"left the prefix {stripped!r} off the checkpoint's keys")
-    usable, fit = fit_weights(model, state, str(path))
+    return notes + load_state(model, state, str(path), lenient)
+
+
+def load_state(
+    model: nn.Module, state: dict[str, Tensor], where: str, lenient: bool = False, hint: str | None = None
+) -> tuple[str, ...]:
+    """Loads tensors into a model, in place.
+
+    Args:
+        model: The model; may be on the meta device.
+        state: Tensors by name.
+        where: Where they are from, for messages.
+        lenient: Accept keys that are missing, unexpected or of another shape; those parts stay as they are.
+        hint: What to try if they do not fit; by default a guess at what is wrong.
+
+    Returns:
+        Notes on what does not fit.
+
+    Raises:
+        WeightsError: They do not fit. The model is then untouched.
+    """
+    notes: tuple[str, ...] = ()
+    usable, fit = fit_weights(model, state, where)
     if not fit.perfect:
         if not lenient or not fit.matched:
-            raise _misfit(fit, str(path), lenient)
-        notes = (*notes, f"{path} fits in part: " + "; ".join(line for line, _ in _lists(fit)))
+            raise _misfit(fit, where, lenient, hint)
+        notes = (f"{where} fits in part: " + "; ".join(line for line, _ in _lists(fit)),)
+    on_meta = _on_meta(model)
     try:
-        model.load_state_dict(usable, strict=False, assign=_on_meta(model))
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        KeyError,
-    ) as error:  # the rehearsal went well, so this is the model's own doing
-        raise WeightsError(f"{type(model).__name__} refused {path} half way: {error}") from error
-    left = [n for n, t in _tensors(model).items() if t.is_meta] if _on_meta(model) and usable else []
+        model.load_state_dict(usable, strict=False, assign=on_meta)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:  # the rehearsal went well: the model's own doing
+        raise WeightsError(f"{type(model).__name__} refused {where} half way: {error}") from error
+    left = [n for n, t in _tensors(model).items() if t.is_meta] if on_meta and usable else []
     if left:
-        notes = (
-            *notes,
-            f"{len(left)} tensors have no values, the checkpoint having none for them: {', '.join(left[:3])}",
-        )
+        shown = ", ".join(left[:3])
+        notes += (f"{len(left)} tensors have no values, the checkpoint having none for them: {shown}",)
     return notes
 
 
@@ -142,26 +160,43 @@ def fit_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> tuple
     keys = model.state_dict(keep_vars=True)
     own = {k: v for k, v in keys.items() if isinstance(v, Tensor)}
     usable = dict(state)
-    mismatched = []
+    mismatched, lossy = [], []
     for key, tensor in state.items():
         mine = own.get(key)
-        if mine is None or is_lazy(mine) or mine.shape == tensor.shape:
+        if mine is None or is_lazy(mine):
             continue
-        if mine.dim() == 0 and tensor.numel() == 1 and tensor.dim() == 1:
-            continue  # torch loads these, for the sake of files from before scalars
-        mismatched.append((key, tuple(tensor.shape), tuple(mine.shape)))
-        del usable[key]
+        scalar = mine.dim() == 0 and tensor.numel() == 1 and tensor.dim() == 1  # as in files from before scalars
+        if mine.shape != tensor.shape and not scalar:
+            mismatched.append((key, tuple(tensor.shape), tuple(mine.shape)))
+            del usable[key]
+        elif _loses(tensor, mine.dtype):
+            lossy.append((key, f"{tensor.dtype} in the checkpoint, {mine.dtype} in the model".replace("torch.", "")))
+            del usable[key]
     untied = _fill_ties(own, usable)
     _cast(own, usable, _on_meta(model))
     missing, unexpected = _rehearse(model, usable, where)
-    wrong = {key for key, _, _ in mismatched}
+    wrong = {key for key, *_ in (*mismatched, *lossy)}
     missing = [k for k in missing if k not in wrong and not _is_counter(k)]
     odd = [k for k in unexpected if not (_is_counter(k) and _sibling(k) in own)]
     for key in unexpected:
         usable.pop(key, None)
     total = sum(not _is_counter(k) for k in keys)
     matched = total - len(missing) - len(wrong)
-    return usable, Fit(tuple(missing), tuple(odd), tuple(mismatched), tuple(untied), matched, total)
+    return usable, Fit(tuple(missing), tuple(odd), tuple(mismatched), tuple(lossy), tuple(untied), matched, total)
+
+
+def _loses(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor's values are gone in another dtype: imaginary parts, fractions, numbers beyond its range."""
+    if tensor.dtype == dtype or tensor.is_quantized or tensor.layout != torch.strided:
+        return False
+    if tensor.is_complex() and not dtype.is_complex:
+        return True
+    if tensor.is_meta or dtype.is_complex:
+        return False
+    converted = tensor.to(dtype)
+    if dtype.is_floating_point:
+        return bool((tensor.isfinite() & ~converted.isfinite()).any())
+    return not torch.equal(converted.to(tensor.dtype), tensor)
 
 
 def _is_counter(key: str) -> bool:
@@ -280,12 +315,13 @@ def _lists(fit: Fit) -> list[tuple[str, list[str]]]:
             f"{len(fit.mismatched)} of another shape",
             [f"{k}: {_shape(got)} in the checkpoint, {_shape(want)} in the model" for k, got, want in fit.mismatched],
         ),
+        (f"{len(fit.lossy)} that would lose values", [f"{key}: {dtypes}" for key, dtypes in fit.lossy]),
         (f"{len(fit.untied)} tied in the model but not in the checkpoint", [f"{a} and {b}" for a, b in fit.untied]),
     ]
     return [(line, names) for line, names in lists if names]
 
 
-def _misfit(fit: Fit, where: str, lenient: bool) -> WeightsError:
+def _misfit(fit: Fit, where: str, lenient: bool, hint: str | None) -> WeightsError:
     """The error for a checkpoint that does not fit, with everything that is wrong and what to try."""
     lines = [f"{where} does not fit the model: {fit.matched} of its {fit.total} tensors match"]
     for line, names in _lists(fit):
@@ -293,9 +329,8 @@ def _misfit(fit: Fit, where: str, lenient: bool) -> WeightsError:
         lines += [f"    {name}" for name in names[:_SHOWN]]
         if len(names) > _SHOWN:
             lines.append(f"    … and {len(names) - _SHOWN} more")
-    hint = _hint(fit)
-    if not lenient:
-        hint += "; --weights-lenient loads what fits" if fit.matched else ""
+    if hint is None:
+        hint = _hint(fit) + ("; --weights-lenient loads what fits" if fit.matched and not lenient else "")
     return WeightsError("\n".join(lines), hint=hint)
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -474,3 +475,61 @@ def test_renamed_layers(tmp_path: Path) -> None:
     torch.save({k.replace("fc.", "fc1."): v for k, v in state().items()}, tmp_path / "w.pt")
     message = refusal(tmp_path / "w.pt")
     assert "fc1.weight for fc.weight" in message or "fc1.bias for fc.weight" in message
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "model_dtype"),
+    [
+        (torch.complex64, [1 + 2j], torch.float32),
+        (torch.complex64, [1 + 0j], torch.float32),
+        (torch.float32, [0.5], torch.int64),
+        (torch.float32, [3.0], torch.bool),
+        (torch.int64, [300], torch.uint8),
+        (torch.float32, [1e30], torch.float16),
+    ],
+)
+def test_values_that_the_models_dtype_cannot_hold(
+    tmp_path: Path, dtype: torch.dtype, values: list[complex], model_dtype: torch.dtype
+) -> None:
+    model = nn.Linear(3, 3)
+    model.register_buffer("held", torch.zeros(1, dtype=model_dtype))
+    torch.save({**model.state_dict(), "held": torch.tensor(values, dtype=dtype)}, tmp_path / "w.pt")
+    message = refusal(tmp_path / "w.pt", model)
+    assert "1 that would lose values" in message
+    assert f"held: {str(dtype)[6:]} in the checkpoint, {str(model_dtype)[6:]} in the model" in message
+    load_weights(model, tmp_path / "w.pt", lenient=True)
+    assert not model.held.any()
+
+
+def test_values_that_another_dtype_can_hold(tmp_path: Path) -> None:
+    model = nn.Linear(3, 3)
+    model.register_buffer("held", torch.zeros(2, dtype=torch.int64))
+    state = {"weight": torch.ones(3, 3).double(), "bias": torch.tensor([1.0, torch.inf, torch.nan]).half()}
+    torch.save({**state, "held": torch.tensor([1.0, 2.0])}, tmp_path / "w.pt")
+    load_weights(model, tmp_path / "w.pt")
+    assert model.held.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["net.py", "net.onnx", "w.pt", "w.safetensors"])
+def test_what_is_no_checkpoint_by_its_name_or_kind(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name.startswith("w."):
+        os.mkfifo(path)
+        assert "not a regular file" in refusal(path)
+    else:
+        path.write_text('"""A model."""\nimport torch\n')
+        assert "Python code" in refusal(path) or "ONNX" in refusal(path)
+    path.unlink()
+    (tmp_path / "w.bin").write_text('"""A model."""\n')
+    assert "neither an archive nor a pickle" in refusal(tmp_path / "w.bin")
+
+
+def test_a_compressed_archive_that_would_unpack_to_too_much(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(3 << 20)}, tmp_path / "w.pt")
+    for copies, refused in ((1, False), (20, True)):
+        with zipfile.ZipFile(tmp_path / "w.pt") as source, zipfile.ZipFile(tmp_path / "z.pt", "w", 8) as archive:
+            for member in source.infolist():
+                archive.writestr(member.filename, source.read(member))
+            for number in range(copies):
+                archive.writestr(f"w/data/{number + 10}", bytes(12 << 20))
+        assert ("would unpack to" in refusal(tmp_path / "z.pt")) == refused
