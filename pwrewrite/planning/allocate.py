@@ -77,7 +77,12 @@ class Infeasible(RefusedError):
 
 
 def allocate(
-    groups: Sequence[Sequence[Option]], limits: Mapping[str, float], *, gap: float = 1e-4, time_limit: float = 30.0
+    groups: Sequence[Sequence[Option]],
+    limits: Mapping[str, float],
+    *,
+    gap: float = 1e-4,
+    time_limit: float = 30.0,
+    start: Sequence[int] | None = None,
 ) -> Allocation:
     """The options with the least total loss within limits.
 
@@ -86,28 +91,18 @@ def allocate(
         limits: The most that the total of each kind may be; other kinds do not count.
         gap: Relative gap at which the solver may stop.
         time_limit: Seconds after which it stops with the best it has.
+        start: A choice to begin with: a last resort where no other is found.
 
     Raises:
         Infeasible: If no choice meets the limits.
         RefusedError: If none that does was found in time, which only several limits can cause.
     """
-    return _allocate(groups, limits, gap, time_limit)
-
-
-def _allocate(
-    groups: Sequence[Sequence[Option]],
-    limits: Mapping[str, float],
-    gap: float,
-    time_limit: float,
-    start: Sequence[int] | None = None,
-) -> Allocation:
-    """`allocate`, from a choice to begin with: a last resort where no other is found."""
     kinds = tuple(limits)
-    best = [min(range(len(group)), key=lambda i, group=group: (group[i].loss, i)) for group in groups]  # type: ignore[misc]
+    best = [min(range(len(group)), key=[option.loss for option in group].__getitem__) for group in groups]
     if _excess(groups, best, limits) is None:
         return _allocation(groups, best, kinds, 0.0)
     for kind, limit in limits.items():
-        smallest = _smallest(groups, kind)
+        smallest = sum((min(Fraction(option.costs[kind]) for option in group) for group in groups), Fraction(0))
         if smallest > limit:
             raise Infeasible(kind, float(smallest), limit)
     binding = {kind: limit for kind, limit in limits.items() if limit != float("inf")}
@@ -122,8 +117,8 @@ def _allocate(
     if answer.chosen is None:
         raise Infeasible(None, float("nan"), float("nan"), _together(groups, binding))
     total = fsum(group[i].loss for group, i in zip(groups, answer.chosen))
-    found = (total - least - answer.bound) / total if total > 0 else 0.0
-    return _allocation(groups, answer.chosen, kinds, found if found > _SURE else 0.0)
+    proven = (total - least - answer.bound) / total if total > 0 else 0.0
+    return _allocation(groups, answer.chosen, kinds, proven if proven > _SURE else 0.0)
 
 
 def frontier(
@@ -150,24 +145,20 @@ def frontier(
         Infeasible: If the other limits cannot be met.
     """
     fixed = {k: v for k, v in (limits or {}).items() if k != kind}
-    found = [allocate(groups, {**fixed, kind: float("inf")}, gap=gap)]
-    most = found[0].costs[kind]
+    allocations = [allocate(groups, {**fixed, kind: float("inf")}, gap=gap)]
+    most = allocations[0].costs[kind]
     cheapest = _cheapest(groups, kind, fixed)
     least = cheapest.costs[kind]
     for i in range(1, points):
         limit = least if i == points - 1 else max(least, most + (least - most) * i / (points - 1))
-        found.append(_allocate(groups, {**fixed, kind: limit}, gap, 30.0, cheapest.chosen))
-    return _monotone(found, kind)
-
-
-def _monotone(found: Sequence[Allocation], kind: str) -> list[Allocation]:
-    """Without allocations that another one beats in both, as a solver's gap may leave some; equal ones once."""
-    kept: list[Allocation] = []
-    for one in sorted(found, key=lambda a: (-a.costs[kind], a.loss)):
-        while kept and kept[-1].loss >= one.loss:
-            kept.pop()
-        kept.append(one)
-    return kept
+        allocations.append(allocate(groups, {**fixed, kind: limit}, gap=gap, start=cheapest.chosen))
+    # A solver's gap may leave some that another one beats in both.
+    front: list[Allocation] = []
+    for allocation in sorted(allocations, key=lambda a: (-a.costs[kind], a.loss)):
+        while front and front[-1].loss >= allocation.loss:
+            front.pop()
+        front.append(allocation)
+    return front
 
 
 def _undominated(group: Sequence[Option], kinds: Sequence[str]) -> list[int]:
@@ -191,30 +182,30 @@ def _search(
         What was found, its bound above the second: the sum of the least losses of the groups.
     """
     kinds = tuple(limits)
-    kept = [_undominated(group, kinds) for group in groups]
+    left = [_undominated(group, kinds) for group in groups]
     while True:
-        if not all(kept):
+        if not all(left):
             return Answer(None, 0.0, impossible=True), 0.0
         # Only what an option costs above the least of its group matters, in units of what there is to spend.
-        least = [[min(group[i].costs[kind] for i in options) for kind in kinds] for group, options in zip(groups, kept)]
+        least = [[min(group[i].costs[kind] for i in options) for kind in kinds] for group, options in zip(groups, left)]
         spent = [sum((Fraction(row[k]) for row in least), Fraction(0)) for k in range(len(kinds))]
         room = np.array([float(Fraction(limits[kind]) - total) for kind, total in zip(kinds, spent)])
         if (room < 0).any():
             return Answer(None, 0.0, impossible=True), 0.0
         costs = [
             np.array([[group[i].costs[kind] for kind in kinds] for i in options], dtype=float) - row
-            for group, options, row in zip(groups, kept, least)
+            for group, options, row in zip(groups, left, least)
         ]
         affordable = [np.all(part <= room * (1 + _ROUNDING), axis=1) for part in costs]
         if all(np.all(mask) for mask in affordable):
             break
-        kept = [[i for i, fits in zip(options, mask) if fits] for options, mask in zip(kept, affordable)]
-    losses = [np.array([group[i].loss for i in options]) for group, options in zip(groups, kept)]
+        left = [[i for i, fits in zip(options, mask) if fits] for options, mask in zip(left, affordable)]
+    losses = [np.array([group[i].loss for i in options]) for group, options in zip(groups, left)]
     problem = Knapsack(
         np.concatenate([part - part.min() for part in losses]),
         np.concatenate(costs) / np.where(room > 0, room, 1.0),
-        np.repeat(np.arange(len(kept)), [len(options) for options in kept]),
-        np.concatenate([np.array(options) for options in kept]),
+        np.repeat(np.arange(len(left)), [len(options) for options in left]),
+        np.concatenate([np.array(options) for options in left]),
     )
     answer = Search(problem, lambda chosen: _excess(groups, chosen, limits), gap, time_limit, start).run()
     return answer, fsum(float(part.min()) for part in losses)
@@ -222,25 +213,21 @@ def _search(
 
 def _together(groups: Sequence[Sequence[Option]], limits: Mapping[str, float]) -> dict[str, float]:
     """The smallest total of each kind while the others stay within their limits, where they can."""
-    found = {}
+    smallest = {}
     for kind in limits:
         with suppress(RefusedError):
-            found[kind] = _cheapest(groups, kind, {k: v for k, v in limits.items() if k != kind}).costs[kind]
-    return found
+            smallest[kind] = _cheapest(groups, kind, {k: v for k, v in limits.items() if k != kind}).costs[kind]
+    return smallest
 
 
 def _cheapest(groups: Sequence[Sequence[Option]], kind: str, limits: Mapping[str, float]) -> Allocation:
-    """The choice with the smallest total of a kind that is found within limits on others; its total is rounded up."""
+    """The choice with the smallest total of a kind within limits on others; its total is rounded up."""
     priced = [[Option(option.costs[kind], option.costs) for option in group] for group in groups]
     chosen = allocate(priced, limits, gap=1e-6, time_limit=_CHEAPEST).chosen
     exact = sum((Fraction(group[i].costs[kind]) for group, i in zip(groups, chosen)), Fraction(0))
     total = float(exact) if float(exact) >= exact else float(np.nextafter(float(exact), np.inf))
-    found = _allocation(groups, chosen, (*limits, kind), 0.0)
-    return replace(found, costs={**found.costs, kind: total})
-
-
-def _smallest(groups: Sequence[Sequence[Option]], kind: str) -> Fraction:
-    return sum((min(Fraction(o.costs[kind]) for o in group) for group in groups), Fraction(0))
+    cheapest = _allocation(groups, chosen, (*limits, kind), 0.0)
+    return replace(cheapest, costs={**cheapest.costs, kind: total})
 
 
 def _excess(groups: Sequence[Sequence[Option]], chosen: Sequence[int], limits: Mapping[str, float]) -> int | None:

@@ -37,16 +37,6 @@ _UNSURE = 1e-5
 """How far the solver's bound may be off, in its numbers."""
 _NONE = 2
 """The solver's status where there is no answer."""
-_PLANES = 150
-"""How often prices are looked for."""
-_NEAR = 1e-6
-"""How near to the highest bound is near enough, as a share of it."""
-_FAR = 1e3
-"""How many times the first prices any price may be."""
-_CORES = (100, 400)
-"""How many options the solver chooses among at first."""
-_NODES = 2000
-"""How many nodes of its tree it may look at for that."""
 _CUTS = 20
 """How many answers that are over a limit by the solver's tolerance are forbidden one by one."""
 _TIGHTER = 4e-6
@@ -115,10 +105,10 @@ class Priced:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was found.
+    """The result of a search.
 
     Attributes:
-        chosen: The option of each group by its name; None where none was found.
+        chosen: The option of each group by its name; None where there is none.
         bound: No choice within the limits loses less.
         impossible: Where there is none: whether there can be none.
     """
@@ -152,21 +142,21 @@ class Search:
         self.bound, self.loss = 0.0, float("inf")
         self.chosen: tuple[int, ...] | None = None
         if start is not None:
-            begun = np.flatnonzero(problem.names == np.array(start)[problem.owner])
-            if len(begun) == len(problem.starts):
-                self._offer(problem, begun)
+            started = np.flatnonzero(problem.names == np.array(start)[problem.owner])
+            if len(started) == len(problem.starts):
+                self._offer(started)
 
     def run(self) -> Answer:
         """Searches."""
         self._narrow()
         if self.chosen is None:
-            impossible = self._ask(self.view, None)
+            impossible = self._ask_solver(None)
             if self.chosen is None:
                 return Answer(None, self.bound, impossible)
             self._narrow()
         while not self._done:
             before = self.loss
-            self._ask(self.view, _SCALE / before)
+            self._ask_solver(_SCALE / before)
             if self._done or self.loss > before / 10:
                 break
             self._narrow()  # what matters is far smaller than the solver was told
@@ -180,69 +170,61 @@ class Search:
 
     def _narrow(self) -> None:
         """Finds bounds and answers, and leaves out what they rule out, as long as that is much."""
-        direction = np.ones(self.view.costs.shape[1])
         for _ in range(_ROUNDS):
             before = len(self.view.losses)
-            best = self._along(direction)
-            self._leave_out(best)
-            if len(direction) > 1 and best.prices.any() and not self._done:
-                direction = self._relaxed(best.prices)
-                self._leave_out(self._along(direction))
+            self._leave_out(self._bisect_price())
             if self._done or len(self.view.losses) > 0.8 * before:
                 break
-        for size in _CORES:
-            if self.chosen is not None and not self._done:
-                self._core(direction, size)
 
-    def _along(self, direction: Floats) -> Priced:
-        """Looks where, at growing prices in one direction, the best options begin to fit.
+    def _bisect_price(self) -> Priced:
+        """Looks where, at growing prices of all kinds alike, the best options begin to fit.
 
         Returns:
             What gave the highest bound.
         """
         view = self.view
-        worth = view.costs @ direction
+        worth = view.costs.sum(1)
         tall, wide = view.losses[view.losses > 0], worth[worth > 0]
-        best = self._look(view.at(direction * 0.0))
+        unit = np.ones(view.costs.shape[1])
+        best = self._look(view.at(unit * 0.0))
         if view.within(best.chosen) or not tall.size or not wide.size:
             return best
         # Beyond these prices only loss counts, or only cost.
         low, high = np.log(tall.min() / wide.max()) - 30, np.log(tall.max() / wide.min()) + 30
-        fits = view.within(self._look(view.at(direction * np.exp(high))).chosen)
+        fits = view.within(self._look(view.at(unit * np.exp(high))).chosen)
         last = None
         for _ in range(_STEPS):
             middle = (low + high) / 2
-            one = view.at(direction * np.exp(middle))
-            if one.bound > best.bound:
-                best = one
+            priced = view.at(unit * np.exp(middle))
+            if priced.bound > best.bound:
+                best = priced
             # Where even the cheapest do not fit in every kind, the price of the highest bound is still looked for.
-            enough = view.within(one.chosen) if fits else worth[one.chosen].sum() <= direction.sum()
-            if enough:
-                high, last = middle, one
+            if view.within(priced.chosen) if fits else worth[priced.chosen].sum() <= len(unit):
+                high, last = middle, priced
             else:
                 low = middle
             if high - low < 1e-9:
                 break
-        for one in filter(None, (last, best)):
-            self._look(one)
+        for priced in filter(None, (last, best)):
+            self._look(priced)
         return best
 
-    def _look(self, one: Priced) -> Priced:
+    def _look(self, priced: Priced) -> Priced:
         """Takes note of a bound, and of the answer it may be near."""
-        self.bound = max(self.bound, one.bound)
-        if self.view.within(one.chosen):
-            self._offer(self.view, one.chosen)
-        return one
+        self.bound = max(self.bound, priced.bound)
+        if self.view.within(priced.chosen):
+            self._offer(priced.chosen)
+        return priced
 
-    def _offer(self, view: Knapsack, chosen: Ints) -> int | None:
+    def _offer(self, chosen: Ints) -> int | None:
         """Takes an answer, as good as it can be made, if it fits and is the best so far.
 
         Returns:
             The number of a kind of which it costs too much, None where it fits or would be no better.
         """
         over = None
-        for one in (_improved(view, chosen), chosen):
-            names, loss = tuple(view.names[one].tolist()), view.loss(one)
+        for answer in (_improved(self.view, chosen), chosen):
+            names, loss = tuple(self.view.names[answer].tolist()), self.view.loss(answer)
             if loss >= self.loss:
                 return None
             over = self.excess(names)
@@ -251,89 +233,37 @@ class Search:
                 return None
         return over
 
-    def _leave_out(self, one: Priced) -> None:
+    def _leave_out(self, priced: Priced) -> None:
         """Leaves out the options that no answer better than the best one known has."""
         if self.chosen is None:
             return
-        view, most = self.view, self.loss * (1 + _ROUNDING) + _ROUNDING * float(one.prices.sum())
-        self.view = view.keep((view.losses <= most) & (one.bound + one.behind <= most))
-
-    def _core(self, direction: Floats, size: int) -> None:
-        """Asks the solver about the options that are hardest to decide on at the prices of the highest bound."""
-        best, view = self._along(direction), self.view
-        if len(view.losses) < 2 * (size + len(best.chosen)):
-            return
-        # Those that fall behind the least, and those that do for as much as they change what is spent.
-        moved = np.abs(view.costs - view.costs[best.chosen][view.owner]) @ best.prices
-        mask = best.behind == 0
-        for rank in (best.behind, best.behind / np.where(moved > 0, moved, 1e-300)):
-            mask[np.argsort(np.where(mask, np.inf, rank), kind="stable")[: size // 2]] = True
-        self._ask(view.keep(mask), _SCALE / self.loss, whole=False)
-        self._leave_out(best)
-
-    def _relaxed(self, prices: Floats) -> Floats:
-        """The prices of the highest bound, by cutting planes.
-
-        A choice says of all prices that the bound there is at most its loss and what it spends too much at them; the
-        next prices to look at are those where what has been said so far leaves most (Kelley 1960, *The cutting-plane
-        method for solving convex programs*).
-
-        Args:
-            prices: Where to begin; not all 0.
-        """
-        from scipy.optimize import linprog
-
-        view, unit = self.view, float(prices.sum())
-        best = one = view.at(prices)
-        spent: list[Floats] = []
-        losses: list[float] = []
-        for _ in range(_PLANES):
-            spent.append(view.costs[one.chosen].sum(0) - 1)
-            losses.append(view.loss(one.chosen) / unit)
-            solved = linprog(
-                np.eye(1, len(prices) + 1)[0] * -1,
-                A_ub=np.column_stack([np.ones(len(spent)), -np.array(spent)]),
-                b_ub=losses,
-                bounds=[(None, None), *[(0, _FAR)] * len(prices)],
-                method="highs",
-            )
-            if solved.status != 0:
-                break
-            one = view.at(solved.x[1:] * unit)
-            best = max(best, one, key=lambda priced: priced.bound)
-            if solved.x[0] * unit - best.bound <= _NEAR * abs(best.bound) or perf_counter() > self.end:
-                break
-        self._look(best)
-        return best.prices if best.prices.any() else prices
+        view, most = self.view, self.loss * (1 + _ROUNDING) + _ROUNDING * float(priced.prices.sum())
+        self.view = view.keep((view.losses <= most) & (priced.bound + priced.behind <= most))
 
     # ------------------------------------------------------------------------------------------------ the solver
 
-    def _ask(self, view: Knapsack, scale: float | None, *, whole: bool = True) -> bool:
-        """Asks the solver for an answer.
+    def _ask_solver(self, scale: float | None) -> bool:
+        """Asks the solver for an answer among the options that are left.
 
         Args:
-            view: The options that are left.
             scale: What makes losses the solver's numbers; None where any answer will do.
-            whole: Whether no better answer has other options; otherwise the solver may give up early.
 
         Returns:
             Whether it proved that there is none.
         """
-        cuts: list[Floats] = []
+        view, cuts = self.view, list[Floats]()
         losses = view.losses * scale if scale else np.zeros_like(view.losses)
-        for attempt in range(_CUTS + 4 if whole else 1):
+        for attempt in range(_CUTS + 4):
             exact = attempt < _CUTS
             room = 1.0 if exact else 1.0 - _TIGHTER * 4 ** (attempt - _CUTS)
             options = {"mip_rel_gap": self.gap, "time_limit": max(0.1, self.end - perf_counter())}
-            if not whole:
-                options |= {"mip_rel_gap": self.gap / 4, "node_limit": _NODES}
             solved = _solved(view, losses, room, cuts, options)
-            if whole and exact and scale and solved.mip_dual_bound is not None:
+            if exact and scale and solved.mip_dual_bound is not None:
                 self.bound = max(self.bound, (float(solved.mip_dual_bound) - _UNSURE) / scale)
             if solved.x is None:
                 return exact and int(solved.status) == _NONE
             chosen = view.starts + np.array([int(np.argmax(part)) for part in np.split(solved.x, view.starts[1:])])
-            over = self._offer(view, chosen)
+            over = self._offer(chosen)
             if over is None:
                 break
             # No choice that costs at least as much of this kind in every group fits either.
@@ -356,24 +286,15 @@ def _improved(view: Knapsack, chosen: Ints) -> Ints:
     return chosen
 
 
-def _typical(losses: Floats) -> float:
-    positive = losses[losses > 0]
-    return float(np.median(positive)) if positive.size else 1.0
-
-
-def _one_each(view: Knapsack) -> Any:
-    from scipy.sparse import csr_array
-
-    count = len(view.owner)
-    return csr_array((np.ones(count), (view.owner, np.arange(count))), shape=(len(view.starts), count))
-
-
 def _solved(
     view: Knapsack, losses: Floats, room: float, cuts: Sequence[Floats], options: Mapping[str, float | int]
 ) -> Any:
     from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
 
-    constraints = [LinearConstraint(_one_each(view), 1, 1)]
+    count = len(view.owner)
+    one_each = csr_array((np.ones(count), (view.owner, np.arange(count))), shape=(len(view.starts), count))
+    constraints = [LinearConstraint(one_each, 1, 1)]
     used = view.costs.any(0)
     if used.any():
         constraints.append(LinearConstraint(view.costs[:, used].T, -np.inf, room))
