@@ -1,9 +1,10 @@
-"""What is fitted in a rewritten model, and in which order: from a capture and a plan to the terms of `refit`."""
+"""What is fitted in a rewritten model, and in which order: from a capture and a plan to the steps of `refit`."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,16 @@ from .residuals import residuals
 from .statistics import Statistics
 
 
-def fit_targets(
-    captured: Capture, rewritten: nn.Module, plan: Plan, specs: Mapping[str, ConvSpec], statistics: Statistics | None
-) -> list[Target]:
-    """The layers to fit: those that a plan replaced and that are called once.
+def fit_steps(
+    captured: Capture,
+    rewritten: nn.Module,
+    plan: Plan,
+    specs: Mapping[str, ConvSpec],
+    statistics: Statistics | None,
+    *,
+    factors: bool = True,
+) -> list[Target | str]:
+    """The layers to fit, which a plan replaced and which are called once, and the norms behind the first of them.
 
     Args:
         captured: The original.
@@ -29,21 +36,54 @@ def fit_targets(
         plan: The plan.
         specs: Shape facts of the layers that may be fitted.
         statistics: Where the gradients are; None for none.
+        factors: Whether the factors are fitted, or the biases and norms only.
+
+    Returns:
+        Layers and paths of norms in the order in which they run; empty where there is no layer to fit.
     """
+    targets = _targets(captured, rewritten, plan, specs, statistics, factors)
+    order: list[str] = []
+    for node in captured.graph.nodes:
+        facts = info(node)
+        path = str(node.target) if node.op == "call_module" else facts.path
+        if (node.op == "call_module" and path in targets) or facts.op == "batch_norm":
+            order.append(path)
+    calls = Counter(order)
+    steps: list[Target | str] = []
+    for path in order:
+        if path in targets:
+            steps.append(targets[path])
+        elif steps and calls[path] == 1:
+            norm = _module(captured.model, path)
+            if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+                steps.append(path)
+    return steps
+
+
+def _targets(
+    captured: Capture,
+    rewritten: nn.Module,
+    plan: Plan,
+    specs: Mapping[str, ConvSpec],
+    statistics: Statistics | None,
+    factors: bool,
+) -> dict[str, Target]:
     calls = {layer.path: len(layer.calls) for layer in captured.layers}
-    paths = []
-    for op in plan.ops:
-        once = calls.get(op.path) == 1 and op.path in specs and op.action == "factorize"
-        if once and isinstance(_module(rewritten, op.path), Factorized):
-            paths.append(op.path)
-    where = residuals(captured, paths)
-    found = []
+    paths = [
+        op.path
+        for op in plan.ops
+        if op.action == "factorize"
+        and op.path in specs
+        and calls.get(op.path) == 1
+        and isinstance(_module(rewritten, op.path), Factorized)
+    ]
+    sums = residuals(captured, paths)
+    targets = {}
     for path in paths:
-        one = statistics.layers.get(path) if statistics is not None else None
-        weight: Any = captured.model.get_submodule(path).weight
-        gradients = one.gradient_moment() if one is not None else None
-        found.append(Target(path, specs[path], weight.detach(), gradients, where.get(path)))
-    return found
+        weight = cast(Tensor, captured.model.get_submodule(path).weight).detach()
+        gradients = None if statistics is None else statistics.layers[path].gradient_moment()
+        targets[path] = Target(path, specs[path], weight, gradients, sums.get(path), factors)
+    return targets
 
 
 def shift_biases(
@@ -66,13 +106,13 @@ def shift_biases(
         statistics: Of the original; nothing is done where None.
     """
     for path in paths:
-        one = statistics.layers.get(path) if statistics is not None else None
+        sums = statistics.layers.get(path) if statistics is not None else None
         spec, module = specs[path], _module(rewritten, path)
-        if one is None or not one.weight or spec.transposed or not isinstance(module, Factorized):
+        if sums is None or not sums.weight or spec.transposed or not isinstance(module, Factorized):
             continue
         if module.bias is None:
             continue
-        mean = _mean_input(one.means / one.weight, spec).to(module.bias)
+        mean = _mean_input(sums.means / sums.weight, spec).to(module.bias)
         at = (0, slice(None), *(-(-left // step) for (left, _), step in zip(spec.padding, spec.stride)))
         with torch.no_grad():
             module.bias.add_((original.get_submodule(path)(mean) - module(mean))[at])
@@ -86,36 +126,9 @@ def _mean_input(mean: Tensor, spec: ConvSpec) -> Tensor:
         start = -(-left // step) * step - left
         sizes.append(start + dilation * (k - 1) + 1)
         places.append(slice(start, None, dilation))
-    found = patch.new_zeros(1, spec.in_channels, *sizes)
-    found[(slice(None), slice(None), *places)] = patch
-    return found
-
-
-def fit_order(captured: Capture, paths: set[str]) -> tuple[list[str], list[str]]:
-    """Layers to fit and the batch norms behind the first of them, as they run; and the norms alone.
-
-    Args:
-        captured: The original.
-        paths: Paths of the layers.
-    """
-    called: dict[str, int] = {}
-    order: list[str] = []
-    for node in captured.graph.nodes:
-        facts = info(node)
-        path = str(node.target) if node.op == "call_module" else facts.path
-        if (node.op == "call_module" and path in paths) or facts.op == "batch_norm":
-            called[path] = called.get(path, 0) + 1
-            order.append(path)
-    first = next((i for i, path in enumerate(order) if path in paths), len(order))
-    found, norms = [], []
-    for path in order[first:]:
-        if path not in paths:
-            module = _module(captured.model, path)
-            if called[path] > 1 or not isinstance(module, _BatchNorm) or module.running_mean is None:
-                continue
-            norms.append(path)
-        found.append(path)
-    return found, norms
+    x = patch.new_zeros(1, spec.in_channels, *sizes)
+    x[(slice(None), slice(None), *places)] = patch
+    return x
 
 
 def _module(model: nn.Module, path: str) -> nn.Module | None:

@@ -13,31 +13,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .spill import Spill
 from .statistics import Chunk
 
-
-@dataclass
-class Stop:
-    """Where a forward stands.
-
-    Attributes:
-        path: The layer it has reached.
-        value: The layer's input where it was stopped before it, its output where it was stopped behind it.
-    """
-
-    path: str
-    value: Tensor
-
-
-def _uses_cuda(model: nn.Module) -> bool:
-    return any(parameter.is_cuda for parameter in model.parameters())
+_CURRENT: ContextVar[Forward | None] = ContextVar("forward", default=None)
+"""The forward that runs in this thread."""
 
 
 class _Ended(BaseException):
@@ -50,27 +37,27 @@ class Forward:
     Args:
         model: The model, in the mode in which it is to run.
         chunk: Its inputs.
-        owner: Knows where to stop.
         watching: A context in which it runs.
 
     Attributes:
-        at: Where it stands; None when it is finished or has not begun.
-        finished: Whether it is.
-        kept: Tensors kept in passing, by path and side.
+        path: The layer it has reached; None when it is finished or has not begun.
+        value: That layer's input where it was stopped before it, its output where it was stopped behind it.
+        finished: Whether it is at its end.
+        recorded: Tensors recorded in passing, by path and side.
     """
 
-    def __init__(
-        self, model: nn.Module, chunk: Chunk, owner: Lockstep, watching: AbstractContextManager[object]
-    ) -> None:
-        self._model, self._chunk, self._owner, self._watching = model, chunk, owner, watching
+    def __init__(self, model: nn.Module, chunk: Chunk, watching: AbstractContextManager[object]) -> None:
+        self._model, self._chunk, self._watching = model, chunk, watching
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
         self._ended = False
-        self.at: Stop | None = None
+        self.path: str | None = None
+        self.value = torch.empty(0)
         self.finished = False
-        self.kept: dict[tuple[str, str], Tensor] = {}
+        self.recorded: dict[tuple[str, str], Tensor] = {}
         self._threads = torch.get_num_threads()
-        self._device = torch.cuda.current_device() if _uses_cuda(model) else None
+        cuda = any(parameter.is_cuda for parameter in model.parameters())
+        self._device = torch.cuda.current_device() if cuda else None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -82,7 +69,7 @@ class Forward:
         """
         if self.finished:
             return
-        self.at = None
+        self._leave()
         self._go.release()
         self._back.acquire()
         if self._error is not None:
@@ -94,9 +81,9 @@ class Forward:
         Returns:
             Whether it reached it.
         """
-        while not self.finished and (self.at is None or self.at.path != path):
+        while not self.finished and self.path != path:
             self.advance()
-        return self.at is not None
+        return self.path is not None
 
     def end(self) -> None:
         """Gives the forward up, and all that it holds."""
@@ -105,16 +92,20 @@ class Forward:
             self._go.release()
             self._back.acquire()
         self._thread.join()
-        self.kept.clear()
+        self.recorded.clear()
         self._chunk = (), {}
 
     def stop(self, path: str, value: Tensor) -> None:
         """Called from within, by a hook: stands still until told to go on."""
-        self.at = Stop(path, value)
+        self.path, self.value = path, value
+        del value
         self._back.release()
         self._go.acquire()
         if self._ended:
             raise _Ended
+
+    def _leave(self) -> None:
+        self.path, self.value = None, torch.empty(0)
 
     def _run(self) -> None:
         self._go.acquire()
@@ -124,7 +115,7 @@ class Forward:
             torch.set_num_threads(self._threads)
             if self._device is not None:
                 torch.cuda.set_device(self._device)
-            self._owner.running.forward = self
+            _CURRENT.set(self)
             args, kwargs = self._chunk
             with torch.no_grad(), self._watching:
                 self._model(*args, **kwargs)
@@ -133,8 +124,8 @@ class Forward:
         except BaseException as error:
             self._error = error
         finally:
-            self.at, self.finished = None, True
-            self._owner.running.forward = None
+            self._leave()
+            self.finished = True
             self._back.release()
 
 
@@ -146,8 +137,8 @@ class Lockstep:
         chunks: The inputs.
         before: Paths of modules before which to stop, with the input.
         behind: Paths of modules behind which to stop, with the output.
-        keep: Path and ``input`` or ``output`` of modules at which a tensor is kept in passing, without a stop; found
-            in `Forward.kept`.
+        record: Path and ``input`` or ``output`` of modules at which a tensor is recorded in passing, without a stop;
+            found in `Forward.recorded`.
         spill: Keeps their activations; forward by forward under its place among the chunks. In memory where None.
     """
 
@@ -158,58 +149,32 @@ class Lockstep:
         *,
         before: Sequence[str] = (),
         behind: Sequence[str] = (),
-        keep: Collection[tuple[str, str]] = (),
+        record: Collection[tuple[str, str]] = (),
         spill: Spill | None = None,
     ) -> None:
-        self.running = threading.local()
-        self._handles = []
-        for path, side in keep:  # first, since a stop at the same place comes after it
-            module = model.get_submodule(path)
-            if side == "input":
-                self._handles.append(module.register_forward_pre_hook(self._keep_input(path), with_kwargs=True))
-            else:
-                self._handles.append(module.register_forward_hook(self._keep_output(path)))
-        for path in before:
-            hook = self._before(path)
-            self._handles.append(model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
-        for path in behind:
-            self._handles.append(model.get_submodule(path).register_forward_hook(self._behind(path)))
+        stops = [(path, "input") for path in before] + [(path, "output") for path in behind]
+        # Recording comes first, since a stop at the same place comes after it.
+        places = [(*place, False) for place in record] + [(*place, True) for place in stops]
+        self._handles = [self._hook(model.get_submodule(path), path, side, stops) for path, side, stops in places]
         self.forwards = [
-            Forward(model, chunk, self, nullcontext() if spill is None else spill.watch(number))
+            Forward(model, chunk, nullcontext() if spill is None else spill.watch(number))
             for number, chunk in enumerate(chunks)
         ]
 
-    def _before(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            forward = getattr(self.running, "forward", None)
-            if forward is not None:
-                forward.stop(path, args[0] if args else kwargs["input"])
+    def _hook(self, module: nn.Module, path: str, side: str, stops: bool) -> RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *output: Tensor) -> None:
+            forward = _CURRENT.get()
+            if forward is None or forward not in self.forwards:
+                return
+            value: Tensor = output[0] if output else args[0] if args else kwargs["input"]
+            if stops:
+                forward.stop(path, value)
+            else:
+                forward.recorded[path, side] = value
 
-        return hook
-
-    def _behind(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            forward = getattr(self.running, "forward", None)
-            if forward is not None:
-                forward.stop(path, output)
-
-        return hook
-
-    def _keep_input(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            forward = getattr(self.running, "forward", None)
-            if forward is not None:
-                forward.kept[path, "input"] = args[0] if args else kwargs["input"]
-
-        return hook
-
-    def _keep_output(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            forward = getattr(self.running, "forward", None)
-            if forward is not None:
-                forward.kept[path, "output"] = output
-
-        return hook
+        register: Callable[..., RemovableHandle]
+        register = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
+        return register(hook, with_kwargs=True)
 
     def close(self) -> None:
         """Ends all forwards and takes the hooks off."""

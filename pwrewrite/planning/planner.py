@@ -26,7 +26,7 @@ from .batches import Batches
 from .budget import Budget
 from .cache import content_key, read_statistics, write_statistics
 from .candidates import Candidate, LayerCandidates, Meant, forms_named, make_candidates, timed, weighted_layer
-from .fitting import fit_order, fit_targets, shift_biases
+from .fitting import fit_steps, shift_biases
 from .latency import LatencyTable, Place, time_models, time_plan
 from .refit import refit
 from .room import Limited, Room, room_in_lockstep, samples_in_run
@@ -369,20 +369,17 @@ class Planner:
         if repeated:
             shift_biases(self.captured.model, rewritten, repeated, specs, self.statistics)
             self.notes.append(f"called several times, and therefore fitted in their biases only: {_few(repeated)}")
-        targets = fit_targets(self.captured, rewritten, plan, specs, self.statistics)
-        if not targets:
+        factors = self.settings.refit == "full"
+        steps = fit_steps(self.captured, rewritten, plan, specs, self.statistics, factors=factors)
+        if not steps:
             return {}
-        order, norms = fit_order(self.captured, {target.path for target in targets})
         room = room_in_lockstep(self.captured, self.batches.expected)
         chunks = Limited(self.batches.calibration(), room.samples)
         errors = refit(
             self.model,
             rewritten,
-            targets,
-            norms,
-            order,
+            steps,
             chunks,
-            factors=self.settings.refit == "full",
             seed=self.settings.seed,
             progress=lambda path, share: self.say(f"fitting {path}", share),
             spill=Spill(room.memory) if room.spilled else None,

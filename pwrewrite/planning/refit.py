@@ -22,11 +22,11 @@ and the solving. The live activations of all of them wait at every layer, in mem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,9 @@ _DEAD = 1e-2
 _LEAST_POSITIONS = 64
 _ROWS_PER_SIZE = 16
 
+Pairs = Iterable[tuple[Forward, Forward]]
+"""The forwards of the original and of the rewritten model on one chunk after the other, standing at one layer."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -61,6 +64,7 @@ class Target:
         weight: Its weight, in the module's own layout.
         gradients: ``G`` at its output; None for the identity.
         residual: Where the other side of the sum that it writes into can be read; None where there is none.
+        factors: Whether its factors are fitted, or its bias only.
     """
 
     path: str
@@ -68,6 +72,16 @@ class Target:
     weight: Tensor
     gradients: Tensor | None
     residual: Residual | None = None
+    factors: bool = True
+
+
+class _Centred(NamedTuple):
+    """``E[x xᵀ]`` and ``E[y xᵀ]`` without the means, and the means."""
+
+    xx: Tensor
+    yx: Tensor
+    x: Tensor
+    y: Tensor
 
 
 class _Moments:
@@ -93,12 +107,11 @@ class _Moments:
         self.y += y.sum(1).to(self.xx)
         self.count += x.shape[1]
 
-    def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``E[x xᵀ]``, ``E[y xᵀ]`` without the means, and the means."""
+    def centred(self) -> _Centred:
         x, y = self.x / self.count, self.y / self.count
         xx = self.xx / self.count - x[:, :, None] * x[:, None, :]
         yx = self.yx / self.count - y[:, :, None] * x[:, None, :]
-        return _positive((xx + xx.mT) / 2), yx, x + self._from_x[:, 0], y + self._from_y[:, 0]
+        return _Centred(_positive((xx + xx.mT) / 2), yx, x + self._from_x[:, 0], y + self._from_y[:, 0])
 
 
 def _positive(moment: Tensor) -> Tensor:
@@ -115,12 +128,9 @@ def _positive(moment: Tensor) -> Tensor:
 def refit(
     original: nn.Module,
     rewritten: nn.Module,
-    targets: Sequence[Target],
-    norms: Sequence[str],
-    order: Sequence[str],
+    steps: Sequence[Target | str],
     chunks: Iterable[Chunk],
     *,
-    factors: bool = True,
     seed: int = 0,
     progress: Callable[[str, float], None] | None = None,
     spill: Spill | None = None,
@@ -130,20 +140,17 @@ def refit(
     Args:
         original: The original; stays as it is.
         rewritten: The rewritten model.
-        targets: The layers to fit.
-        norms: Paths of batch norms to re-estimate.
-        order: Paths of both in the order in which they run.
+        steps: The layers to fit and the paths of the batch norms to re-estimate, in the order in which they run.
         chunks: Calibration inputs.
-        factors: Whether the factors are fitted, or biases and norms only.
         seed: Of the positions that are sampled.
         progress: Called with each path and how much is done.
-        spill: Keeps inputs and activations, and is at its end with this; all of them are in memory where None.
+        spill: Holds inputs and activations, and is at its end with this; all of them are in memory where None.
 
     Returns:
         Path to the relative error of the weights of each layer whose factors were fitted.
     """
-    by_path = {target.path: target for target in targets}
-    keep = {(t.residual.module, t.residual.side) for t in targets if t.residual is not None}
+    targets = [step for step in steps if isinstance(step, Target)]
+    layers, norms = [target.path for target in targets], [step for step in steps if isinstance(step, str)]
     generator = torch.Generator().manual_seed(seed)
     errors: dict[str, float] = {}
     with ExitStack() as stack:
@@ -156,27 +163,29 @@ def refit(
         stack.callback(inputs.clear)
         samples = [samples_of(*chunk) for chunk in inputs]
         chunks_of_first = sum(samples) / max(samples[0], 1)
+        record = _recorded_for(targets)
         before = stack.enter_context(
-            Lockstep(original, inputs, behind=list(by_path), before=list(norms), keep=keep, spill=spill)
+            Lockstep(original, inputs, behind=layers, before=norms, record=record, spill=spill)
         )
-        after = stack.enter_context(Lockstep(rewritten, inputs, before=[*by_path, *norms], keep=keep, spill=spill))
-        for i, path in enumerate(order):
+        after = stack.enter_context(Lockstep(rewritten, inputs, before=[*layers, *norms], record=record, spill=spill))
+        for i, step in enumerate(steps):
+            path = step if isinstance(step, str) else step.path
             if progress is not None:
-                progress(path, i / len(order))
-            module = rewritten.get_submodule(path)
-            pairs = _pairs_at(path, before, after, spill)
+                progress(path, i / len(steps))
+            module, pairs = rewritten.get_submodule(path), _pairs_at(path, before, after, spill)
             try:
-                if path not in by_path:
-                    _fit_norm(module, pairs)
-                elif by_path[path].spec.transposed or not factors or row_size(by_path[path].spec) > LARGEST_ROW:
-                    _fit_bias(by_path[path], module, pairs)
+                if isinstance(step, str):
+                    _fit_norm(cast(_BatchNorm, module), pairs)
+                elif not step.factors or step.spec.transposed or row_size(step.spec) > LARGEST_ROW:
+                    _fit_bias(step.spec, cast(Factorized, module), pairs)
                 else:
-                    errors[path] = _fit_layer(by_path[path], module, pairs, original, generator, chunks_of_first)
+                    moments = _gather_moments(step, pairs, _residual_scale(step, original), generator, chunks_of_first)
+                    errors[path] = _fit_layer(step, cast(Factorized, module), moments)
             except _NotReached:
                 break
-            for key in keep - {_kept_for(by_path.get(later)) for later in order[i + 1 :]}:
+            for place in record - _recorded_for(later for later in steps[i + 1 :] if isinstance(later, Target)):
                 for forward in (*before.forwards, *after.forwards):
-                    forward.kept.pop(key, None)
+                    forward.recorded.pop(place, None)
             give_back_memory()
     return errors
 
@@ -185,8 +194,12 @@ class _NotReached(Exception):
     """A forward came to its end and not to a layer."""
 
 
+def _recorded_for(targets: Iterable[Target]) -> Collection[tuple[str, str]]:
+    return {(target.residual.module, target.residual.side) for target in targets if target.residual is not None}
+
+
 def _pairs_at(path: str, before: Lockstep, after: Lockstep, spill: Spill | None) -> Iterator[tuple[Forward, Forward]]:
-    """Runs the forwards of both models to a layer, chunk by chunk; what a pair holds is in memory while it is given.
+    """Runs the forwards of both models to a layer, chunk by chunk; what a pair holds is in memory while it is out.
 
     Raises:
         _NotReached: If one does not come there.
@@ -201,97 +214,84 @@ def _pairs_at(path: str, before: Lockstep, after: Lockstep, spill: Spill | None)
             spill.settle(number)
 
 
-def _kept_for(target: Target | None) -> tuple[str, str] | None:
-    """What is kept in passing for a layer."""
-    return None if target is None or target.residual is None else (target.residual.module, target.residual.side)
-
-
-def _fit_layer(
-    target: Target,
-    module: Any,
-    pairs: Iterable[tuple[Forward, Forward]],
-    original: nn.Module,
-    generator: torch.Generator,
-    chunks_of_first: float,
-) -> float:
-    """Fits one layer to the outputs of the original, from the inputs in the rewritten model.
+def _gather_moments(
+    target: Target, pairs: Pairs, scale: Tensor | None, generator: torch.Generator, chunks_of_first: float
+) -> _Moments:
+    """The moments of a rewritten layer's input and of what its output should be.
 
     Args:
         target: The layer.
-        module: What is there now.
         pairs: The forwards that stand at it.
-        original: The original.
+        scale: What an error on the other side of a residual sum is in units of the layer's own output.
         generator: Of the positions that are sampled.
         chunks_of_first: How many chunks like the first one there are.
-
-    Returns:
-        How far the weights have moved, as a share.
     """
     spec = target.spec
-    assert isinstance(module, Factorized)
     moments = _Moments(spec.groups, row_size(spec), spec.out_channels // spec.groups, target.weight.device)
-    scale = _scale_of(target, original)
     samples = 0
     for before, after in pairs:
-        y, x = batched(_value(before), spec), batched(_value(after), spec)
+        y, x = batched(before.value, spec), batched(after.value, spec)
         samples = samples or round(len(x) * chunks_of_first)
         taken = _sampled(position_count(x, spec, tuple(y.shape[2:])), spec, samples, len(x), generator)
         rows = _float(output_rows(y, spec, taken))
         if target.residual is not None and scale is not None:
-            key = (target.residual.module, target.residual.side)
-            missing = before.kept[key] - after.kept[key]
+            place = (target.residual.module, target.residual.side)
+            missing = before.recorded[place] - after.recorded[place]
             rows = rows + _float(output_rows(batched(missing, spec), spec, taken)) * scale.to(rows)
         moments.add(_float(input_rows(x, spec, taken)), rows)
-    xx, yx, mean_x, mean_y = moments.centred()
-    size = xx.shape[-1]
-    level = xx.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    return moments
+
+
+def _fit_layer(target: Target, module: Factorized, moments: _Moments) -> float:
+    """Fits one layer to the outputs of the original, from the inputs in the rewritten model.
+
+    Returns:
+        How far the weights have moved, as a share.
+    """
+    spec, means = target.spec, moments.centred()
+    size = means.xx.shape[-1]
+    level = means.xx.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     share = RIDGE + 0.02 * size / max(moments.count, 1)
-    eye = torch.eye(size, dtype=xx.dtype, device=xx.device)
-    weighted = WeightedLayer(target.weight, spec, xx, target.gradients)
-    factor = torch.linalg.cholesky(xx + share * level * eye)
-    kernel = weighted.rows + torch.cholesky_solve((yx - weighted.rows @ xx).mT, factor).mT
-    fitted = WeightedLayer(kernel.reshape(target.weight.shape).to(xx), spec, xx, target.gradients).factors(
+    eye = torch.eye(size, dtype=means.xx.dtype, device=means.xx.device)
+    weighted = WeightedLayer(target.weight, spec, means.xx, target.gradients)
+    root = torch.linalg.cholesky(means.xx + share * level * eye)
+    kernel = weighted.rows + torch.cholesky_solve((means.yx - weighted.rows @ means.xx).mT, root).mT
+    factors = WeightedLayer(kernel.reshape(target.weight.shape).to(means.xx), spec, means.xx, target.gradients).factors(
         module.form, module.widths, module.axes
     )
-    made = fitted.reconstruct().reshape(kernel.shape)
-    module.load_factors(fitted, None)
+    approximation = factors.reconstruct().reshape(kernel.shape)
+    module.load_factors(factors, None)
     if module.bias is not None:
-        module.bias.copy_((mean_y - (made @ mean_x[:, :, None])[..., 0]).flatten())
+        module.bias.copy_((means.y - (approximation @ means.x[:, :, None])[..., 0]).flatten())
     norm = float(weighted.rows.norm())
-    return float((made - weighted.rows).norm()) / norm if norm else 0.0
+    return float((approximation - weighted.rows).norm()) / norm if norm else 0.0
 
 
-def _scale_of(target: Target, original: nn.Module) -> Tensor | None:
+def _residual_scale(target: Target, original: nn.Module) -> Tensor | None:
     """What an error on the other side of a residual sum is in units of a layer's own output: ``(groups, 1, o)``."""
     if target.residual is None:
         return None
     shape = (target.spec.groups, 1, target.spec.out_channels // target.spec.groups)
     if not target.residual.norm:
         return torch.ones(shape, device=target.weight.device)
-    norm: Any = original.get_submodule(target.residual.norm)
+    norm = cast(_BatchNorm, original.get_submodule(target.residual.norm))
     if norm.running_var is None:
         return None
     gain = 1 / (norm.running_var + norm.eps).sqrt()
-    if norm.weight is not None:
+    if norm.affine:
         gain = gain * norm.weight.detach()
     dead = gain.abs() <= _DEAD * gain.abs().max()  # a channel that is switched off can make up for nothing
     return torch.where(dead, torch.zeros_like(gain), 1 / torch.where(dead, torch.ones_like(gain), gain)).reshape(shape)
 
 
-def _value(forward: Forward) -> Tensor:
-    assert forward.at is not None
-    return forward.at.value
-
-
-def _fit_bias(target: Target, module: Any, pairs: Iterable[tuple[Forward, Forward]]) -> None:
+def _fit_bias(spec: ConvSpec, module: Factorized, pairs: Pairs) -> None:
     """Moves the bias by the difference of the mean outputs."""
-    assert isinstance(module, Factorized)
-    spec, bias = target.spec, module.bias
+    bias = module.bias
     if bias is None:
         return
     total, count = torch.zeros(spec.out_channels, dtype=wide_dtype(bias.device), device=bias.device), 0
     for before, after in pairs:
-        y, x = _value(before), _value(after)
+        y, x = before.value, after.value
         here = module.forward(x, list(y.shape[-spec.dims :])) if spec.transposed else module.forward(x)
         difference = (y - here).to(total)
         channel = difference.dim() - spec.dims - 1
@@ -300,33 +300,16 @@ def _fit_bias(target: Target, module: Any, pairs: Iterable[tuple[Forward, Forwar
     bias.copy_(bias + (total / max(count, 1)).to(bias))
 
 
-def _fit_norm(module: nn.Module, pairs: Iterable[tuple[Forward, Forward]]) -> None:
+def _fit_norm(module: _BatchNorm, pairs: Pairs) -> None:
     """Moves a batch norm's running mean by as much as the mean of what it reads."""
-    means = [_ChannelMean(), _ChannelMean()]
-    for pair in pairs:
-        for mean, forward in zip(means, pair):
-            mean.add(_value(forward))
-    assert isinstance(module, _BatchNorm)
     assert module.running_mean is not None
-    old, new = (mean.value() for mean in means)
-    module.running_mean += (new - old).to(module.running_mean)
-
-
-class _ChannelMean:
-    """The mean of every channel over several tensors ``(N, channels, …)``."""
-
-    def __init__(self) -> None:
-        self._sum: Tensor | None = None
-        self._count = 0
-
-    def add(self, x: Tensor) -> None:
-        here = x.to(wide_dtype(x.device)).sum([i for i in range(x.dim()) if i != 1])
-        self._sum = here if self._sum is None else self._sum + here
-        self._count += x.numel() // x.shape[1]
-
-    def value(self) -> Tensor:
-        assert self._sum is not None
-        return self._sum / self._count
+    wide = wide_dtype(module.running_mean.device)
+    shift, count = torch.zeros_like(module.running_mean, dtype=wide), 0
+    for before, after in pairs:
+        old, new = before.value, after.value
+        shift += (new.to(wide) - old.to(wide)).sum([i for i in range(old.dim()) if i != 1])
+        count += old.numel() // old.shape[1]
+    module.running_mean += (shift / count).to(module.running_mean)
 
 
 def _sampled(count: int, spec: ConvSpec, samples: int, here: int, generator: torch.Generator) -> Tensor | None:

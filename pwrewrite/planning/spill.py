@@ -24,9 +24,8 @@ from bisect import insort
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
 import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,7 +37,6 @@ from .statistics import Chunk
 SMALLEST = 4096
 """Storages of fewer bytes stay in memory and are not counted."""
 
-_PIECE = 4 * 1024**2
 _TRIMMED = 128 * 1024**2
 """After how many bytes spilled memory is given back to the system."""
 
@@ -224,10 +222,9 @@ class _File:
     """A temporary file whose parts are used again."""
 
     def __init__(self) -> None:
-        self._file: Any = None
+        self._file: IO[bytes] | None = None
         self._end = 0
         self._gaps: list[tuple[int, int]] = []
-        self._buffer = np.empty(_PIECE, np.uint8)
 
     def write(self, storage: UntypedStorage) -> int:
         """Writes a storage's bytes.
@@ -238,18 +235,15 @@ class _File:
         Raises:
             OutputError: If they cannot be written.
         """
-        flat, place = _bytes(storage), self._place(storage.nbytes())
+        place = self._place(storage.nbytes())
+        host = storage.cpu()
+        left = _memory(host)
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="pwrewrite-", buffering=0)  # noqa: SIM115
             self._file.seek(place)
-            for start in range(0, len(flat), _PIECE):
-                part = flat[start : start + _PIECE]
-                piece = self._buffer[: len(part)]
-                torch.from_numpy(piece).copy_(part)
-                left = piece.data
-                while left:
-                    left = left[self._file.write(left) :]
+            while left:
+                left = left[self._file.write(left) :]
         except OSError as error:
             raise OutputError(
                 f"the activations of the calibration inputs cannot be written to disk: {error.strerror or error}",
@@ -261,18 +255,17 @@ class _File:
 
     def read(self, place: int, storage: UntypedStorage) -> None:
         """Reads a storage's bytes back."""
-        flat = _bytes(storage)
+        assert self._file is not None
+        host = storage if storage.device.type == "cpu" else UntypedStorage(storage.nbytes())
+        left = _memory(host)
         self._file.seek(place)
-        for start in range(0, len(flat), _PIECE):
-            part = flat[start : start + _PIECE]
-            piece = self._buffer[: len(part)]
-            left = piece.data
-            while left:
-                count = self._file.readinto(left)
-                if not count:
-                    raise OSError("the temporary file of the activations has become shorter")
-                left = left[count:]
-            part.copy_(torch.from_numpy(piece))
+        while left:
+            count = self._file.readinto(left)  # type: ignore[attr-defined]
+            if not count:
+                raise OSError("the temporary file of the activations has become shorter")
+            left = left[count:]
+        if host is not storage:
+            storage.copy_(host)
 
     def free(self, place: int, nbytes: int) -> None:
         """Gives a part back; the end of the file goes back to the disk."""
@@ -313,5 +306,6 @@ def _storages(value: Any) -> Iterator[UntypedStorage]:
                 continue
 
 
-def _bytes(storage: UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+def _memory(storage: UntypedStorage) -> memoryview:
+    """The bytes of a storage in main memory; unlike a view of numpy's, it leaves the storage resizable."""
+    return memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,7 +64,12 @@ def inputs(count: int = 6, seed: int = 2) -> list[tuple[tuple[Tensor], dict[str,
 
 LAYERS = ("blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv1", "blocks.1.conv2")
 ORDER = [f"blocks.{i}.{name}" for i in (0, 1) for name in ("conv1", "bn1", "conv2", "bn2")]
-NORMS = [path for path in ORDER if "bn" in path]
+
+
+def steps(targets: list[Target]) -> list[Target | str]:
+    """The layers and the norms in the order in which they run."""
+    layers = {target.path: target for target in targets}
+    return [layers.get(path, path) for path in ORDER if path in layers or "bn" in path]
 
 
 def reduced(model: Net) -> tuple[Net, list[Target]]:
@@ -100,8 +106,8 @@ def test_fitting_comes_nearer_on_inputs_it_has_not_seen(model: Net) -> None:
     changed, targets = reduced(model)
     biased = copy.deepcopy(changed)
     plain = distance(model, changed)
-    refit(model, biased, targets, NORMS, ORDER, inputs(), factors=False)
-    errors = refit(model, changed, targets, NORMS, ORDER, inputs())
+    refit(model, biased, steps([replace(target, factors=False) for target in targets]), inputs())
+    errors = refit(model, changed, steps(targets), inputs())
     assert distance(model, biased) < plain
     assert distance(model, changed) < 0.7 * plain
     assert distance(model, changed) < distance(model, biased)
@@ -116,9 +122,9 @@ def test_fitting_comes_nearer_on_inputs_it_has_not_seen(model: Net) -> None:
 def test_looking_at_the_other_side_of_a_sum_helps(model: Net) -> None:
     with_sums, targets = reduced(model)
     without = copy.deepcopy(with_sums)
-    refit(model, with_sums, targets, NORMS, ORDER, inputs())
+    refit(model, with_sums, steps(targets), inputs())
     alone = [Target(t.path, t.spec, t.weight, t.gradients) for t in targets]
-    refit(model, without, alone, NORMS, ORDER, inputs())
+    refit(model, without, steps(alone), inputs())
     assert distance(model, with_sums) < distance(model, without)
 
 
@@ -129,7 +135,7 @@ def test_a_full_width_is_fitted_to_itself(model: Net) -> None:
     new = build(spec, "expand", {"rank_out": 8})
     new.load_factors(WeightedLayer(layer.weight, spec, None, None).factors("expand", {"rank_out": 8}), None)  # type: ignore[arg-type]
     changed.blocks[0].conv1 = new
-    refit(model, changed, [Target("blocks.0.conv1", spec, layer.weight.detach(), None)], NORMS, ORDER, inputs())  # type: ignore[operator]
+    refit(model, changed, steps([Target("blocks.0.conv1", spec, layer.weight.detach(), None)]), inputs())  # type: ignore[operator]
     x = inputs(1, seed=9)[0][0][0]
     torch.testing.assert_close(changed(x), model(x), rtol=1e-4, atol=1e-4)
 
@@ -148,7 +154,7 @@ def test_linear_and_transposed_layers_are_fitted() -> None:
     data: list[tuple[tuple[Tensor], dict[str, Tensor]]] = [((torch.randn(40, 12) @ mixing + 1,), {}) for _ in range(5)]
     with torch.no_grad():
         before = float((changed(data[0][0][0]) - model(data[0][0][0])).norm())
-        refit(model, changed, [Target("0", spec, weight, None)], [], ["0"], data)
+        refit(model, changed, [Target("0", spec, weight, None)], data)
         assert float((changed(data[0][0][0]) - model(data[0][0][0])).norm()) < before
     transposed = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, 2)).eval()
     changed = copy.deepcopy(transposed)
@@ -158,7 +164,7 @@ def test_linear_and_transposed_layers_are_fitted() -> None:
     changed[0] = build(tspec, "expand", {"rank_out": 2})
     changed[0].load_factors(WeightedLayer(tweight, tspec, None, None).factors("expand", {"rank_out": 2}), None)  # type: ignore[operator]
     maps: list[tuple[tuple[Tensor], dict[str, Tensor]]] = [((torch.rand(3, 4, 5, 5),), {}) for _ in range(3)]
-    refit(transposed, changed, [Target("0", tspec, tweight, None)], [], ["0"], maps)
+    refit(transposed, changed, [Target("0", tspec, tweight, None)], maps)
     with torch.no_grad():
         for axis_mean in [(changed(x) - transposed(x)).mean((0, 2, 3)) for (x,), _ in maps[:1]]:
             assert float(axis_mean.abs().max()) < 0.05
@@ -169,7 +175,7 @@ def test_models_and_threads_are_left_as_they_were(model: Net) -> None:
     threads = threading.active_count()
     changed, targets = reduced(model)
     changed.train()
-    refit(model, changed, targets, NORMS, ORDER, inputs(2))
+    refit(model, changed, steps(targets), inputs(2))
     assert threading.active_count() == threads
     assert changed.training
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
@@ -180,9 +186,9 @@ def test_models_and_threads_are_left_as_they_were(model: Net) -> None:
 def test_lockstep_stops_every_forward_in_turn(model: Net) -> None:
     with Lockstep(model, inputs(3), before=["blocks.0.conv2"], behind=["head"]) as steps:
         assert all(forward.advance_to("blocks.0.conv2") for forward in steps.forwards)
-        assert [forward.at.path for forward in steps.forwards if forward.at] == ["blocks.0.conv2"] * 3
+        assert [forward.path for forward in steps.forwards] == ["blocks.0.conv2"] * 3
         assert all(forward.advance_to("head") for forward in steps.forwards)
-        values = [forward.at.value for forward in steps.forwards if forward.at]
+        values = [forward.value for forward in steps.forwards]
         for (args, _), value in zip(inputs(3), values):
             torch.testing.assert_close(value, model(*args))
         assert not any(forward.advance_to("blocks.0.conv2") for forward in steps.forwards)
@@ -202,7 +208,7 @@ def test_a_norm_that_is_switched_off_makes_up_for_nothing(model: Net) -> None:
     with torch.no_grad():
         model.blocks[0].bn2.weight.zero_()  # type: ignore[union-attr, operator]
     changed, targets = reduced(model)
-    refit(model, changed, targets, NORMS, ORDER, inputs())
+    refit(model, changed, steps(targets), inputs())
     assert all(bool(torch.isfinite(p).all()) for p in changed.parameters())
     assert distance(model, changed) < float("inf")
 

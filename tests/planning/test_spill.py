@@ -282,9 +282,8 @@ def stepped(model: nn.Module, chunks: list[Any], spill: Spill | None) -> list[Te
                     spill.wake(number)
                 forward.advance()
                 if turn == 2:
-                    assert forward.at is not None
-                    assert forward.at.path == "found"
-                    found.append(forward.at.value.clone())
+                    assert forward.path == "found"
+                    found.append(forward.value.clone())
                 if spill is not None:
                     spill.settle(number)
     return found
@@ -402,7 +401,7 @@ def chunks():
     for _ in range(int(sys.argv[1])):
         yield (torch.randn(4, 16, 128, 128),), {}
 allowance = int(sys.argv[2])
-refit(model, changed, targets, [], [t.path for t in targets], chunks(), spill=Spill(allowance) if allowance else None)
+refit(model, changed, targets, chunks(), spill=Spill(allowance) if allowance else None)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
