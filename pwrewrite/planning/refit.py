@@ -22,7 +22,7 @@ and the solving. The live activations of all of them wait at every layer, in mem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import ceil
@@ -194,7 +194,7 @@ class _NotReached(Exception):
     """A forward came to its end and not to a layer."""
 
 
-def _recorded_for(targets: Iterable[Target]) -> Collection[tuple[str, str]]:
+def _recorded_for(targets: Iterable[Target]) -> set[tuple[str, str]]:
     return {(target.residual.module, target.residual.side) for target in targets if target.residual is not None}
 
 

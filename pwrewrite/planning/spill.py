@@ -24,7 +24,8 @@ from bisect import insort
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import IO, Any
+from io import FileIO
+from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -222,7 +223,7 @@ class _File:
     """A temporary file whose parts are used again."""
 
     def __init__(self) -> None:
-        self._file: IO[bytes] | None = None
+        self._file: FileIO | None = None
         self._end = 0
         self._gaps: list[tuple[int, int]] = []
 
@@ -236,7 +237,7 @@ class _File:
             OutputError: If they cannot be written.
         """
         place = self._place(storage.nbytes())
-        host = storage.cpu()
+        host = _flat(storage).cpu()
         left = _memory(host)
         try:
             if self._file is None:
@@ -256,16 +257,20 @@ class _File:
     def read(self, place: int, storage: UntypedStorage) -> None:
         """Reads a storage's bytes back."""
         assert self._file is not None
-        host = storage if storage.device.type == "cpu" else UntypedStorage(storage.nbytes())
+        host = (
+            storage
+            if storage.device.type == "cpu"
+            else torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage()
+        )
         left = _memory(host)
         self._file.seek(place)
         while left:
-            count = self._file.readinto(left)  # type: ignore[attr-defined]
+            count = self._file.readinto(left)
             if not count:
                 raise OSError("the temporary file of the activations has become shorter")
             left = left[count:]
-        if host is not storage:
-            storage.copy_(host)
+        if host is not flat:
+            flat.copy_(host)
 
     def free(self, place: int, nbytes: int) -> None:
         """Gives a part back; the end of the file goes back to the disk."""
@@ -276,7 +281,7 @@ class _File:
                 merged[-1] = (merged[-1][0], merged[-1][1] + size)
             else:
                 merged.append((start, size))
-        if merged and sum(merged[-1]) == self._end:
+        if self._file is not None and merged and sum(merged[-1]) == self._end:
             self._end = merged.pop()[0]
             self._file.truncate(self._end)
         self._gaps = merged
@@ -306,6 +311,10 @@ def _storages(value: Any) -> Iterator[UntypedStorage]:
                 continue
 
 
-def _memory(storage: UntypedStorage) -> memoryview:
-    """The bytes of a storage in main memory; unlike a view of numpy's, it leaves the storage resizable."""
-    return memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
+def _flat(storage: UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _memory(flat: Tensor) -> memoryview:
+    """The bytes of a tensor in main memory; unlike a view of numpy's, it leaves the storage resizable."""
+    return memoryview((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr())).cast("B")
