@@ -257,11 +257,8 @@ class _File:
     def read(self, place: int, storage: UntypedStorage) -> None:
         """Reads a storage's bytes back."""
         assert self._file is not None
-        host = (
-            storage
-            if storage.device.type == "cpu"
-            else torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage()
-        )
+        flat = _flat(storage)
+        host = flat if flat.device.type == "cpu" else torch.empty_like(flat, device="cpu")
         left = _memory(host)
         self._file.seek(place)
         while left:
