@@ -1,13 +1,17 @@
-"""Where the fused kernels may run: the guards, and the prepacked weights.
+"""The fused kernels of oneDNN on the CPU, and where they may run.
 
-The kernels of ``torch.ops.mkldnn`` return right values for plain CPU tensors and nothing else: under autograd their
-gradients are silently None, fake tensors get wrong strides or crash, function transforms and autocast do not know them,
-and torch's FLOP counter takes them for nothing. So they run only where nobody is watching: `unwatched` says where.
+The kernels are operations of ``torch.ops.mkldnn``, which are private to torch and named in this file alone; where one
+is gone or the machine has none, `CPU_DTYPES` is empty and fused layers run as plain ones. They return right values for
+plain CPU tensors and nothing else: under autograd their gradients are silently None, fake tensors get wrong strides or
+crash, function transforms and autocast do not know them, and torch's FLOP counter takes them for nothing. So they run
+only where nobody is watching: `unwatched` says where.
+
+`LOSES_NAN` names the activations whose kernels return a number for NaN: a comparison picks the bound.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +20,19 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 _C: Any = torch._C
+_mkldnn: Any = torch.ops.mkldnn
 _functions_watch: Any = _C._len_torch_function_stack
 _dispatch_watch: Any = _C._len_torch_dispatch_stack
 _autocast: Any = _C._is_any_autocast_enabled
 _jit_tracing: Any = _C._get_tracing_state
 _transforms: Any = _C._functorch.peek_interpreter_stack
 _PLAIN = (Tensor, nn.Parameter)
-_SHAPES = 4
-"""Input shapes for which a layer keeps packed weights; from then on the last packing serves all."""
 
-Key = tuple[torch.Size, bool]
-"""An input's shape, and whether there is no residual."""
+LOSES_NAN = frozenset({"relu", "relu6", "hardtanh", "hardsigmoid"})
+"""Activations whose kernels return a number for NaN."""
+
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""The memory format with channels last, by number of axes."""
 
 
 def unwatched() -> bool:
@@ -41,11 +47,21 @@ def unwatched() -> bool:
     )
 
 
-def plain_tensors(x: Any, weight: Any, bias: Any) -> bool:
+def enabled() -> bool:
+    """Whether torch's own switch for oneDNN is on."""
+    return bool(_C._get_mkldnn_enabled())
+
+
+def plain_input(x: object) -> bool:
+    """Whether this is an ordinary dense tensor whose memory holds its values."""
+    return type(x) is Tensor and x.layout is torch.strided and not x.is_neg()
+
+
+def plain_tensors(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether these are ordinary tensors of one dtype and device that need no gradient."""
-    if type(x) is not Tensor or type(weight) not in _PLAIN or x.dtype is not weight.dtype or x.device != weight.device:
+    if not plain_input(x) or type(weight) not in _PLAIN or weight is None:
         return False
-    if x.layout is not torch.strided or weight.layout is not torch.strided or x.is_neg():
+    if x.dtype is not weight.dtype or x.device != weight.device or weight.layout is not torch.strided:
         return False
     if bias is not None and (type(bias) not in _PLAIN or bias.dtype is not x.dtype):
         return False
@@ -56,89 +72,65 @@ def plain_tensors(x: Any, weight: Any, bias: Any) -> bool:
 
 def _supported() -> frozenset[torch.dtype]:
     """The dtypes that oneDNN computes in on this machine."""
-    if not torch._C._has_mkldnn:
+    names = ("_convolution_pointwise", "_linear_pointwise", "_reorder_convolution_weight")
+    if not _C._has_mkldnn or not all(hasattr(_mkldnn, name) for name in names):
         return frozenset()
-    mkldnn: Any = torch.ops.mkldnn
-    found = {torch.float32}
+    dtypes = {torch.float32}
     for dtype, name in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported")):
         try:
-            if getattr(mkldnn, name)():
-                found.add(dtype)
+            if getattr(_mkldnn, name)():
+                dtypes.add(dtype)
         except (AttributeError, RuntimeError):
             continue
-    return frozenset(found)
+    return frozenset(dtypes)
 
 
 CPU_DTYPES = _supported()
 """Dtypes with a fused kernel on this CPU."""
+_unary: Any = _mkldnn._convolution_pointwise.default if CPU_DTYPES else None
+_binary: Any = _mkldnn._convolution_pointwise.binary if CPU_DTYPES else None
+_layout: Any = getattr(_mkldnn, "_get_mkldnn_serialized_md", None)
 
 
-class Packed:
-    """Prepacked forms of one weight: valid as long as weight and bias are the same tensors with the same values.
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution moves over its input, as its kernel takes it: padding, stride, dilation and groups."""
 
-    A write through ``weight.data`` moves no version counter and is not seen until the layer changes its mode, its dtype
-    or its device.
-
-    Args:
-        weight: The weight.
-        bias: The bias.
-
-    Attributes:
-        weight: The weight.
-        partitions: Compiled partitions by input shape and whether a residual is added; see `graphs`.
-    """
-
-    __slots__ = ("_bias", "_calls", "_facts", "_forms", "partitions", "weight")
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self._bias, self._facts = weight, bias, _facts(weight, bias)
-        self._forms: dict[Any, Tensor] = {}
-        self._calls: dict[Key, int] = {}
-        self.partitions: dict[Key, Partition] = {}
-
-    def of(self, weight: Any, bias: Any) -> bool:
-        """Whether these are the weight and the bias, unchanged."""
-        return weight is self.weight and bias is self._bias and _facts(weight, bias) == self._facts
-
-    def get(self, shape: Any) -> Tensor | None:
-        """The packed weight for an input shape; None where it has to be made."""
-        found = self._forms.get(shape)
-        if found is None and len(self._forms) >= _SHAPES:
-            return next(reversed(self._forms.values()))
-        return found
-
-    def put(self, shape: Any, packed: Tensor) -> Tensor:
-        """Keeps a packed weight for an input shape."""
-        self._forms[shape] = packed
-        return packed
-
-    def due(self, key: Key, calls: int) -> bool:
-        """Counts a call; whether it is the one after which a partition is to be made."""
-        if len(self._calls) >= 16 * _SHAPES:
-            self._calls.clear()
-        self._calls[key] = count = self._calls.get(key, 0) + 1
-        return count == calls and len(self.partitions) < _SHAPES
-
-    def add(self, key: Key, partition: Partition) -> None:
-        """Keeps a partition, which has a packed weight of its own."""
-        self.partitions[key] = partition
-        self._forms.pop(key[0], None)
+    padding: list[int]
+    stride: list[int]
+    dilation: list[int]
+    groups: int
 
 
-@dataclass(frozen=True, slots=True)
-class Partition:
-    """A compiled partition.
-
-    Attributes:
-        run: What computes it.
-        threads: The number of threads for which it was made.
-    """
-
-    run: Callable[..., Tensor]
-    threads: int
+Act = tuple[str, list[float], str]
+"""An activation as oneDNN takes it: its name there, its numbers, which approximation."""
 
 
-def _facts(weight: Tensor, bias: Tensor | None) -> tuple[int, ...]:
-    if bias is None:
-        return weight._version, weight.data_ptr()
-    return weight._version, weight.data_ptr(), bias._version, bias.data_ptr()
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, how: Geometry, act: Act) -> Tensor:
+    """``act(conv(x))`` in one kernel."""
+    out: Tensor = _unary(x, weight, bias, how.padding, how.stride, how.dilation, how.groups, *act)
+    return out
+
+
+def convolve_add(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, how: Geometry, act: str | None
+) -> Tensor:
+    """``act(conv(x) + residual)`` in one kernel; the activation is ``relu`` or None."""
+    settings = (how.padding, how.stride, how.dilation, how.groups)
+    out: Tensor = _binary(x, residual, weight, bias, *settings, "add", 1.0, act, [], "")
+    return out
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Tensor:
+    """``act(x · Wᵀ + b)`` in one kernel."""
+    out: Tensor = _mkldnn._linear_pointwise(x, weight, bias, *act)
+    return out
+
+
+def pack(weight: Tensor, how: Geometry, shape: Sequence[int]) -> tuple[bytes, Tensor]:
+    """A weight in the layout that a convolution computes in for an input shape, and that layout's name."""
+    with torch.no_grad():
+        packed: Tensor = _mkldnn._reorder_convolution_weight(
+            weight.detach(), how.padding, how.stride, how.dilation, how.groups, list(shape)
+        )
+        return (b"" if _layout is None else _layout(packed).numpy().tobytes()), packed

@@ -5,16 +5,21 @@
 kernel runs on plain tensors that need no gradient (`kernels`); everywhere else, and for whoever traces, compiles,
 exports or counts, this is the plain convolution followed by the plain activation.
 
-On the CPU in channels_last the weight is packed once per input shape into the layout that oneDNN computes in, and a
-layer that is called again and again with one shape becomes a partition (`graphs`), which costs less to call. That cache
+On the CPU in channels_last the weight is packed once into the layout that oneDNN computes in (`packing`), and a layer
+that is called again and again with one shape becomes a partition (`partitions`), which costs less to call. That cache
 is never saved, copied or pickled, and ends when the weight changes. A layer with the flag ``channels_last`` brings its
 input into that format itself, so that the first one of a model converts for all. A 1×1 on a 1×1 map, as in
 squeeze-excite blocks, is a matrix product.
+
+NaN: the fused kernels of ReLU, ReLU6, hardtanh and hardsigmoid return a number for NaN, and GELU's returns NaN for Inf.
+With the flag ``keep_nan`` the first four run behind the kernel, in place, on its output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,20 +28,30 @@ from torch.nn import functional as F
 
 from ..core.convolution import ConvSpec, StandsForLayer
 from ..core.errors import UsageError
-from . import cuda
-from . import partitions as graphs
+from . import cuda, kernels, partitions
 from .activations import ACTIVATIONS, checked
-from .kernels import CPU_DTYPES, Packed, Partition, plain_tensors, unwatched
+from .kernels import CPU_DTYPES, FORMATS, LOSES_NAN, Geometry, plain_input, plain_tensors, unwatched
+from .packing import Packed
+from .unfused import Unfused, activation_module, same_padding, plain_layer
 
-_mkldnn: Any = torch.ops.mkldnn
-_unary: Any = _mkldnn._convolution_pointwise.default if CPU_DTYPES else None
-_binary: Any = _mkldnn._convolution_pointwise.binary if CPU_DTYPES else None
-_enabled: Any = torch._C._get_mkldnn_enabled
-_CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_FORMATS: dict[int, Any] = {4: torch.channels_last, 5: torch.channels_last_3d}
-_compiling: Any = torch.compiler.is_compiling
-_grad: Any = torch.is_grad_enabled
-_threads: Any = torch.get_num_threads
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_compiling = torch.compiler.is_compiling
+_grad = torch.is_grad_enabled
+_threads = torch.get_num_threads
+_now = time.monotonic
+
+
+def _clamped(x: Tensor, low: float, high: float) -> Tensor:
+    return x.clamp_(low, high)
+
+
+_IN_PLACE: dict[str, Callable[..., Tensor]] = {
+    "relu": torch.relu_,
+    "relu6": partial(_clamped, low=0.0, high=6.0),
+    "hardtanh": _clamped,
+    "hardsigmoid": partial(F.hardsigmoid, inplace=True),
+}
+"""Activations in place, NaN kept; those of `kernels.LOSES_NAN`."""
 
 
 class PointwiseActivation(StandsForLayer, nn.Module):
@@ -48,6 +63,7 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         scalars: The activation's numbers.
         channels_last: Whether inputs are brought into channels_last.
         same: Whether the padding is TensorFlow's ``SAME``, worked out from each input's size.
+        keep_nan: Whether NaN stays NaN behind activations whose fused kernel returns a number for it.
         device: Where the parameters live.
         dtype: Their dtype.
 
@@ -65,6 +81,7 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         *,
         channels_last: bool = False,
         same: bool = False,
+        keep_nan: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -72,9 +89,8 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         if spec.transposed:
             raise UsageError("a transposed convolution has no fused form", got=spec.op)
         self.spec, self.activation, self.scalars = spec, activation, checked(activation, scalars)
-        self.channels_last, self.same = channels_last, same
-        shape = spec.weight_shape
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.channels_last, self.same, self.keep_nan = channels_last, same, keep_nan
+        self.weight = nn.Parameter(torch.empty(spec.weight_shape, device=device, dtype=dtype))
         self.bias: nn.Parameter | None
         bias = nn.Parameter(torch.empty(spec.out_channels, device=device, dtype=dtype)) if spec.bias else None
         self.register_parameter("bias", bias)
@@ -82,7 +98,9 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def of_layer(cls, layer: Any, spec: ConvSpec, activation: str, scalars: Sequence[float] = (), **flags: Any) -> Any:
+    def of_layer(
+        cls, layer: Any, spec: ConvSpec, activation: str, scalars: Sequence[float] = (), **flags: bool
+    ) -> PointwiseActivation:
         """The same with the parameters of a layer, which it takes over.
 
         Args:
@@ -90,28 +108,33 @@ class PointwiseActivation(StandsForLayer, nn.Module):
             spec: Its shape facts.
             activation: As above.
             scalars: As above.
-            **flags: ``channels_last`` and ``same``.
+            **flags: ``channels_last``, ``same`` and ``keep_nan``.
         """
-        made = cls(spec, activation, scalars, device="meta", dtype=layer.weight.dtype, **flags)
-        made._parameters["weight"] = layer._parameters["weight"]
-        made._parameters["bias"] = layer._parameters["bias"]
-        made.training = layer.training
-        return made
+        fused = cls(spec, activation, scalars, device="meta", dtype=layer.weight.dtype, **flags)
+        fused._parameters["weight"] = layer._parameters["weight"]
+        fused._parameters["bias"] = layer._parameters["bias"]
+        fused.training = layer.training
+        return fused
 
     def _prepare(self) -> None:
         """What each call needs, worked out once."""
         spec, entry = self.spec, ACTIVATIONS[self.activation]
         self._packed: Packed | None = None
-        self._act = entry.plain
-        self._attr: list[Any] = [entry.attr, [*entry.fixed, *self.scalars], entry.algorithm]
         even = all(left == right for left, right in spec.padding)
         ahead = self.same or spec.padding_mode != "zeros" or not even
         self._pad: list[int] | None = None
         if ahead and not self.same and any(map(any, spec.padding)):
             self._pad = [side for pair in reversed(spec.padding) for side in pair]
-        self._padding = [0 if ahead else left for left, _ in spec.padding]
-        self._settings: list[Any] = [self._padding, list(spec.stride), list(spec.dilation), spec.groups]
-        self._step = all(k == s == 1 for k, s in zip(spec.kernel_size, spec.stride)) and not any(self._padding)
+        padding = [0 if ahead else left for left, _ in spec.padding]
+        self._how = Geometry(padding, list(spec.stride), list(spec.dilation), spec.groups)
+        self._step = all(k == s == 1 for k, s in zip(spec.kernel_size, spec.stride)) and not any(padding)
+        numbers, plain = self.scalars, entry.plain
+        self._act: Callable[[Tensor], Tensor] = (lambda x: plain(x, *numbers)) if numbers else plain
+        late = _IN_PLACE[self.activation] if self.keep_nan and self.activation in LOSES_NAN else None
+        self._late: Callable[[Tensor], Tensor] | None = late and ((lambda x: late(x, *numbers)) if numbers else late)
+        self._kernel_act: kernels.Act = (entry.attr, [*entry.fixed, *numbers], entry.algorithm)
+        if late is not None:
+            self._kernel_act = ("none", [], "")
 
     def reset_parameters(self) -> None:
         """Initialises as ``nn.Conv2d`` does."""
@@ -130,162 +153,174 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         if _compiling() or not unwatched():
             return self._plain(x, residual)
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
-        packed = self._packed
-        if packed is not None and packed.partitions and not _grad() and packed.of(weight, bias):
-            done = self._by_partition(packed, x, residual)
-            if done is not None:
-                return done
-        if not plain_tensors(x, weight, bias):
+        packed, out = self._packed, None
+        if packed is not None and packed.compiled and not _grad() and weight is not None and packed.of(weight, bias):
+            out = self._by_partition(packed, x, residual)
+        if out is None and weight is not None and plain_tensors(x, weight, bias):
+            if x.is_cpu:
+                if x.dtype in CPU_DTYPES and kernels.enabled():
+                    out = self._on_cpu(x, weight, bias, residual)
+            elif x.is_cuda and not self.keep_nan:
+                return self._plain(x, residual) if (found := self._on_cuda(x, weight, bias, residual)) is None else found
+        if out is None:
             return self._plain(x, residual)
-        out: Tensor | None = None
-        if x.is_cpu:
-            if x.dtype in CPU_DTYPES and _enabled():
-                out = self._on_cpu(x, weight, bias, residual)
-        elif x.is_cuda:
-            out = cuda.run(self, x, weight, bias, residual)
-        return self._plain(x, residual) if out is None else out
+        return out if self._late is None else self._late(out)
 
     def _plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """Convolution, addition, activation, one after the other."""
-        spec = self.spec
+        spec, how = self.spec, self._how
         if not spec.dims:
             out = F.linear(x, self.weight, self.bias)
         else:
-            padding, stride, dilation, groups = self._settings
             x = self._padded(x)
-            out = _CONVOLVE[spec.dims](x, self.weight, self.bias, stride, padding, dilation, groups)
-        if residual is not None:
-            out = out + residual
-        return self._act(out, *self.scalars)
+            convolve = _CONVOLVE[spec.dims]
+            out = convolve(x, self.weight, self.bias, how.stride, how.padding, how.dilation, how.groups)
+        return self._act(out if residual is None else out + residual)
 
     def _padded(self, x: Tensor) -> Tensor:
         """An input with the padding that the convolution itself cannot do."""
         if self.same:
-            spec, pads = self.spec, list[int]()
-            for i in reversed(range(spec.dims)):
-                size, step = x.shape[i - spec.dims], spec.stride[i]
-                reach = spec.dilation[i] * (spec.kernel_size[i] - 1) + 1
-                total = max((-(-size // step) - 1) * step + reach - size, 0)
-                pads += [total // 2, total - total // 2]
+            spec = self.spec
+            pads = same_padding(list(x.shape[-spec.dims :]), spec.kernel_size, spec.stride, spec.dilation)
             return F.pad(x, pads) if any(pads) else x
         if self._pad is None:
             return x
         mode = self.spec.padding_mode
         return F.pad(x, self._pad, "constant" if mode == "zeros" else mode)
 
-    def _on_cpu(self, x: Tensor, weight: Any, bias: Any, residual: Tensor | None) -> Tensor | None:
+    def _on_cpu(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor | None:
         """The fused kernel of oneDNN; None where it has none for this call."""
         rank = x.dim()
         if not self.spec.dims:
-            if residual is not None or rank < 2 or not x.numel() or self.activation == "none":
+            if residual is not None or rank < 2 or not x.numel() or self._kernel_act[0] == "none":
                 return None
-            return _as_tensor(_mkldnn._linear_pointwise(x, weight, bias, *self._attr))
-        if rank != self.spec.dims + 2 or rank not in _FORMATS or not x.numel():
+            return kernels.multiply(x, weight, bias, self._kernel_act)
+        if rank != self.spec.dims + 2 or rank not in FORMATS or not x.numel():
             return None
         if self.same or self._pad is not None:
             x = self._padded(x)
         if self._step and rank == 4 and residual is None and x.shape[2] == x.shape[3] == 1 and self.spec.groups == 1:
-            point: Tensor = self._act(F.linear(x.flatten(1), weight.flatten(1), bias), *self.scalars)
-            return point[:, :, None, None]
-        last = _FORMATS[rank]
+            product = F.linear(x.flatten(1), weight.flatten(1), bias)
+            return (product if self._late is not None else self._act(product))[:, :, None, None]
+        last = FORMATS[rank]
         packs = x.is_contiguous(memory_format=last)
         if not packs and self.channels_last:
             x, packs = x.contiguous(memory_format=last), True
         if residual is not None:
-            if not self._adds(x, weight, residual):
-                return None
-            if not packs and x.dtype is not torch.float32:
-                return None  # falls back to an addition that knows no half precision
+            if not self._adds(x, weight, residual) or (not packs and x.dtype is not torch.float32):
+                return None  # without packing it falls back to an addition that knows no half precision
             if packs:
                 residual = residual.contiguous(memory_format=last)
         form = self._pack(weight, bias, x) if packs else weight
         if residual is not None:
-            unary = None if self.activation == "none" else "relu"
-            out = _as_tensor(_binary(x, residual, form, bias, *self._settings, "add", 1.0, unary, [], ""))
+            act = "relu" if self.activation == "relu" and self._late is None else None
+            out = kernels.convolve_add(x, residual, form, bias, self._how, act)
         else:
-            out = _as_tensor(_unary(x, form, bias, *self._settings, *self._attr))
+            out = kernels.convolve(x, form, bias, self._how, self._kernel_act)
         if form is not weight and not _grad():
             self._compile(x, weight, bias, residual, out)
         return out
 
-    def _adds(self, x: Tensor, weight: Tensor, residual: Any) -> bool:
+    def _on_cuda(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor | None:
+        """A fused kernel on CUDA; None where there is none for this call."""
+        spec = self.spec
+        if self.activation != "relu" or bias is None or x.dtype not in cuda.DTYPES or not x.numel():
+            return None
+        if not spec.dims:
+            return None if residual is not None or x.dim() < 2 else cuda.product(x, weight, bias)
+        if spec.dims != 2 or x.dim() != 4 or self.same or self._pad is not None:
+            return None
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        if self._step and spec.groups == 1 and residual is None and x.is_contiguous(memory_format=torch.channels_last):
+            return cuda.product(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        if max(spec.kernel_size) > cuda.LARGEST_KERNEL or (
+            residual is not None and not self._adds(x, weight, residual)
+        ):
+            return None
+        return cuda.convolve(x, residual, weight, bias, self._how)
+
+    def _adds(self, x: Tensor, weight: Tensor, residual: Tensor) -> bool:
         """Whether the kernel can add this residual: the same shape, no gradient, and ReLU or nothing behind it."""
-        if self.activation not in ("relu", "none") or type(residual) is not Tensor or residual.dtype is not x.dtype:
+        if self.activation not in ("relu", "none") or not plain_input(residual) or residual.dtype is not x.dtype:
             return False
-        if residual.device != x.device or residual.layout is not torch.strided or residual.is_neg():
-            return False
-        if residual.requires_grad and torch.is_grad_enabled():
+        if residual.device != x.device or (residual.requires_grad and _grad()):
             return False
         if residual.shape[:2] != (x.shape[0], weight.shape[0]):
             return False
         if self._step:
             return residual.shape[2:] == x.shape[2:]
-        padding, stride, dilation, _ = self._settings
-        facts = zip(x.shape[2:], self.spec.kernel_size, padding, stride, dilation)
+        how = self._how
+        facts = zip(x.shape[2:], self.spec.kernel_size, how.padding, how.stride, how.dilation)
         return tuple(residual.shape[2:]) == tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, p, s, d in facts)
 
-    def _by_partition(self, packed: Packed, x: Any, residual: Any) -> Tensor | None:
+    def _by_partition(self, packed: Packed, x: Tensor, residual: Tensor | None) -> Tensor | None:
         """Runs a partition; None where there is none for this call, or its inputs are not plain tensors."""
-        if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu or x.layout is not torch.strided:
-            return None
-        if x.is_neg():
+        if not plain_input(x) or x.dtype is not torch.float32 or not x.is_cpu:
             return None
         if self.same or self._pad is not None:
             x = self._padded(x)
-        found = packed.partitions.get((x.shape, residual is None))
-        if found is None or found.threads != _threads() or x.requires_grad or not _enabled():
+        partition = packed.compiled.get((x.shape, residual is None))
+        if partition is None or partition.threads != _threads() or x.requires_grad or not kernels.enabled():
             return None
         if not x.is_contiguous(memory_format=torch.channels_last):
             if not self.channels_last:
                 return None
             x = x.contiguous(memory_format=torch.channels_last)
-        if residual is None:
-            return found.run(x)
-        if not self._adds(x, packed.weight, residual) or residual.requires_grad:
-            return None
-        return found.run(x, residual.contiguous(memory_format=torch.channels_last))
+        if residual is not None:
+            if not self._adds(x, packed.weight, residual) or residual.requires_grad:
+                return None
+            residual = residual.contiguous(memory_format=torch.channels_last)
+        partition.used = _now()
+        out: Tensor = partition.run(x) if residual is None else partition.run(x, residual)
+        return out
 
-    def _compile(self, x: Tensor, weight: Any, bias: Any, residual: Tensor | None, out: Tensor) -> None:
+    def _compile(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
         """Counts a call and makes a partition where it was the last before one pays."""
         packed, key = self._packed, (x.shape, residual is None)
-        if packed is None or not graphs.worthwhile(x, out, weight) or not packed.due(key, graphs.CALLS):
+        if packed is None or not partitions.worthwhile(x, out, weight) or not packed.due(key, partitions.CALLS):
             return
-        run = graphs.compiled(x, weight, bias, self._settings, self._act, self.scalars, adds=residual)
-        if run is not None:
-            packed.add(key, Partition(run, _threads()))
+        act = self._act if self._late is None else ACTIVATIONS["none"].plain
+        partition = partitions.compiled(x, residual, weight, bias, self._how, act)
+        if partition is not None:
+            packed.add(key, partition)
 
-    def _pack(self, weight: Any, bias: Any, x: Tensor) -> Tensor:
+    def _pack(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         """The weight in the layout that oneDNN wants for this input; the weight itself where it cannot be kept."""
         if self.spec.dims != 2 or weight.is_inference():
-            return weight  # type: ignore[no-any-return]
+            return weight
         packed = self._packed
         if packed is None or not packed.of(weight, bias):
             packed = self._packed = Packed(weight, bias)
-        found = packed.get(x.shape)
-        if found is not None:
-            return found
-        with torch.no_grad():
-            made = _mkldnn._reorder_convolution_weight(weight.detach(), *self._settings, list(x.shape))
-        return packed.put(x.shape, made)
+        return packed.form(x.shape, lambda: kernels.pack(weight, self._how, x.shape))
 
     # --------------------------------------------------------------------------------- copies and conversions
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the packed weights."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_packed", "_act")}
+        """Everything but what is worked out from it."""
+        return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._packed, self._act = None, ACTIVATIONS[self.activation].plain
+        super().__setstate__({"keep_nan": False, **state})  # type: ignore[no-untyped-call]
+        self._prepare()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PointwiseActivation:
         self._packed = None
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def train(self, mode: bool = True) -> PointwiseActivation:
         """As ever; also drops the packed weights."""
         self._packed = None
         return super().train(mode)
+
+    def unfused(self) -> tuple[nn.Module, nn.Module | None]:
+        """The plain layer, which has this one's parameters, and the plain activation; None where there is none."""
+        act = None if self.activation == "none" else activation_module(self.activation, self.scalars)
+        return plain_layer(self, same=self.same), act
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in place of this layer."""
+        return Unfused(*self.unfused())
 
     # ------------------------------------------------------------------------------------- reads like the layer
 
@@ -310,10 +345,8 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         kernel = f", kernel_size={spec.kernel_size}, stride={spec.stride}" if spec.dims else ""
         groups = f", groups={spec.groups}" if spec.groups > 1 else ""
         numbers = "".join(f", {number:g}" for number in self.scalars)
-        last = ", channels_last" if self.channels_last else ""
-        return f"{spec.in_channels}, {spec.out_channels}{kernel}{groups}, {self.activation}{numbers}{last}"
+        flags = "".join(f", {flag}" for flag in ("channels_last", "keep_nan") if getattr(self, flag))
+        return f"{spec.in_channels}, {spec.out_channels}{kernel}{groups}, {self.activation}{numbers}{flags}"
 
 
-def _as_tensor(out: Any) -> Tensor:
-    assert isinstance(out, Tensor)
-    return out
+_DERIVED = frozenset({"_packed", "_pad", "_how", "_step", "_act", "_late", "_kernel_act"})

@@ -1,0 +1,372 @@
+"""A function of tensors as a TorchScript graph, whose operations oneDNN's graph interface takes as compiled partitions.
+
+torch reaches that interface through the graph fuser of its TorchScript interpreter alone, by functions of ``torch._C``
+that are private. They are named in this file and nowhere else; where one is gone, `FUSER` is False, `traced` says so,
+and fused layers and models run as they do without.
+
+The fuser is not trusted. It writes a residual sum into memory that is read again later; two sums behind one convolution
+crash the process; some operations fail only when they run. So what it is known not to do is kept apart in the graph
+(`_separate`), the result is compared with the function itself, at the outputs and at values inside, and where they
+differ, every operation of two tensors is kept apart before this gives up. Sources: the behaviour of torch 2.11 to 2.15.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .forking import ForkSafeLock
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+_C: Any = torch._C
+_LOCK = ForkSafeLock()
+"""Held while a function is made, by settings of the whole process. What is traced may hold fused layers itself."""
+_thread = threading.local()
+FUSER = all(
+    hasattr(_C, name)
+    for name in (
+        "_jit_set_llga_enabled",
+        "_jit_llga_enabled",
+        "_jit_pass_remove_mutation",
+        "_create_graph_by_tracing",
+        "_create_function_from_graph",
+        "_last_executed_optimized_graph",
+    )
+)
+"""Whether this build of torch has oneDNN graphs behind its interpreter."""
+
+_INNER_BYTES = 256 * 2**20
+"""At most so many bytes of values inside are compared."""
+_BINARY = frozenset({"aten::add", "aten::sub", "aten::mul", "aten::div", "aten::maximum", "aten::minimum"})
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A function, traced and compiled.
+
+    Attributes:
+        run: What computes it for the shapes that it was made for.
+        outputs: Its outputs for the inputs that it was made from.
+        graph: The optimised graph.
+    """
+
+    run: Function
+    outputs: tuple[Tensor, ...]
+    graph: Any
+
+    def whole(self) -> bool:
+        """Whether the fuser took all of it."""
+        kinds = {node.kind() for node in self.graph.nodes()}
+        return "prim::oneDNNFusionGuard" in kinds and not any(kind.startswith("aten::") for kind in kinds)
+
+
+def tracing() -> bool:
+    """Whether this thread is making a function at the moment."""
+    return getattr(_thread, "tracing", False)
+
+
+@contextmanager
+def making() -> Iterator[None]:
+    """While a function is made: one thread at a time, and no fork in between, which would leave the child without."""
+    with _LOCK, torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer: sizes are what they are
+        yield
+
+
+def traced(run: Function, inputs: Sequence[Tensor], tolerance: float, *, keep_nan: bool = False) -> Traced | str:
+    """A function of float32 tensors with what the fuser can take of it as partitions.
+
+    Args:
+        run: The function; its parameters need no gradient.
+        inputs: Inputs of the shapes and in the memory formats that it is made for; they are not kept.
+        tolerance: Greatest relative distance to the function's own values.
+        keep_nan: Whether ReLU, clamps and max-pools stay out of the partitions, whose kernels give numbers for NaN.
+
+    Returns:
+        The compiled function; or why torch cannot make it, such as that its values are not those of the function.
+    """
+    if not FUSER:
+        return "this build of torch has no oneDNN graphs"
+    with making():
+        fuser = _C._jit_llga_enabled()
+        _thread.tracing = True
+        try:
+            names = [f"t{i}" for i in range(len(inputs))]
+            graph, _ = _C._create_graph_by_tracing(run, tuple(inputs), _unnamed, True, False, None, names)
+            if any(map(_draws, graph.nodes())):
+                return "it draws random numbers"
+            _C._jit_pass_remove_mutation(graph)  # the fuser fails on operations in place
+            if keep_nan:
+                _spare(graph)
+            trials = _trials(run, inputs)
+            if isinstance(trials, str):
+                return trials
+            result = _compiled(graph, run, trials, tolerance, apart=False)
+            return _compiled(graph, run, trials, tolerance, apart=True) if isinstance(result, str) else result
+        except Exception as error:
+            return _reason(error)
+        finally:
+            _thread.tracing = False
+            _C._jit_set_llga_enabled(fuser)
+
+
+def _compiled(
+    traced_graph: Any, run: Function, trials: Sequence[tuple[Tensor, ...]], tolerance: float, *, apart: bool
+) -> Traced | str:
+    """A traced graph, compiled and compared; with every operation of two tensors apart from others, or only some."""
+    try:
+        graph = traced_graph.copy()
+        _separate(graph, every=apart)
+        inner = graph.copy()
+        _C._jit_set_llga_enabled(True)
+        function: Function = _C._create_function_from_graph("forward", graph)
+        function(*trials[0])
+        outputs = outputs_of(function(*trials[0]))
+        optimised = _C._last_executed_optimized_graph()
+        if not all(_same(function, run, trial, tolerance) for trial in trials):
+            return "a traced run gives other values, or other outputs share memory"
+        if not _same_inside(inner, trials[-1], tolerance):
+            return "a traced run gives other values inside"
+    except Exception as error:
+        return _reason(error)
+    return Traced(function, outputs, optimised)
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"torch's tracer or fuser fails: {lines[-1]}"  # the interpreter says last what happened
+
+
+# ------------------------------------------------------------------------------------------------ what is kept apart
+
+
+def _separate(graph: Any, *, every: bool) -> None:
+    """Puts a view, which no partition reaches across, in front of operations of two tensors that the fuser does wrong.
+
+    Those are: two that follow each other, which behind a convolution crash the process (in torch 2.15: ``conv(x) + a +
+    x``, where ``x`` is read elsewhere too) or give wrong values; and one with an operand whose memory is read again
+    later, since the fuser writes the sum into it.
+
+    Args:
+        graph: The traced graph.
+        every: Whether all of them are kept apart.
+    """
+    nodes = list(graph.nodes())
+    roots = _roots(nodes)
+    last_read: dict[str, Any] = {}
+    for node in (*nodes, graph.return_node()):
+        for value in node.inputs():
+            last_read[roots.get(value.debugName(), value.debugName())] = node
+    produced = {value.debugName() for node in nodes if node.kind() != "prim::Constant" for value in node.outputs()}
+    for node in nodes:
+        if not _joins(node):
+            continue
+        values = list(node.inputs())[:2]
+        names = [roots.get(value.debugName(), value.debugName()) for value in values]
+        # A constant or an input is read again by the next call; memory of another size cannot hold the sum.
+        free = [
+            value.type().sizes() != node.output().type().sizes()
+            or (name in produced and not last_read[name].isAfter(node))
+            for value, name in zip(values, names)
+        ]
+        chained = [_behind_another(value) for value in values]
+        for i, value in enumerate(values):
+            if every or chained[i] or not free[1 - i]:
+                view = graph.create("aten::alias", [value], 1)
+                view.insertBefore(node)
+                view.output().setType(value.type())
+                node.replaceInput(i, view.output())
+
+
+def _roots(nodes: Sequence[Any]) -> dict[str, str]:
+    """For each value that may be a view: the name of the value whose memory it is in."""
+    roots: dict[str, str] = {}
+    for node in nodes:
+        tensors = [value for value in node.inputs() if value.type().kind() in ("TensorType", "ListType")]
+        if not tensors or not _may_be_view(node):
+            continue
+        name = tensors[0].debugName()
+        for value in node.outputs():
+            roots[value.debugName()] = roots.get(name, name)
+    return roots
+
+
+def _may_be_view(node: Any) -> bool:
+    """Whether a traced operation may return memory that it was given."""
+    kind = node.kind()
+    if kind.startswith("prim::"):
+        return bool(kind != "prim::Constant")
+    return "(a" in str(node.schema()) or "dropout" in kind
+
+
+def _joins(node: Any) -> bool:
+    """Whether a traced operation is one of two tensors, element by element."""
+    if node.kind() not in _BINARY:
+        return False
+    return all(value.type().kind() == "TensorType" for value in list(node.inputs())[:2])
+
+
+def _behind_another(value: Any) -> bool:
+    """Whether a tensor comes from an operation of two tensors, by way of any of one, and is read nowhere else."""
+    while len(value.uses()) == 1:
+        node = value.node()
+        if _joins(node):
+            return True
+        if not node.kind().startswith("aten::") or node.kind() in ("aten::_convolution", "aten::conv2d", "aten::alias"):
+            return False
+        tensors = [v for v in node.inputs() if v.type().kind() == "TensorType"]
+        if len(tensors) != 1:
+            return False
+        value = tensors[0]
+    return False
+
+
+def _spare(graph: Any) -> None:
+    """Puts operations that the fuser does not take, and that keep NaN, in place of ReLU, clamps and max-pools."""
+    for node in list(graph.nodes()):
+        kind, (value, *numbers) = node.kind(), list(node.inputs()) or [None]
+        graph.setInsertPoint(node)
+        if kind == "aten::relu":
+            zero = graph.insertConstant(0)
+            steps = [("aten::threshold", [zero, zero])]
+        elif kind == "aten::relu6":
+            steps = [("aten::clamp_min", [graph.insertConstant(0)]), ("aten::clamp_max", [graph.insertConstant(6)])]
+        elif kind in ("aten::hardtanh", "aten::clamp"):
+            steps = [("aten::clamp_min", numbers[:1]), ("aten::clamp_max", numbers[1:])]
+            steps = [(name, bound) for name, bound in steps if not bound[0].mustBeNone()]
+        elif kind == "aten::max_pool2d":
+            pool = graph.create("aten::max_pool2d_with_indices", [value, *numbers], 2)
+            pool.insertBefore(node)
+            next(pool.outputs()).setType(node.output().type())
+            node.output().replaceAllUsesWith(next(pool.outputs()))
+            continue
+        else:
+            continue
+        for name, arguments in steps:
+            step = graph.create(name, [value, *arguments], 1)
+            step.insertBefore(node)
+            step.output().setType(node.output().type())
+            value = step.output()
+        node.output().replaceAllUsesWith(value)
+
+
+def _draws(node: Any) -> bool:
+    """Whether a traced operation draws random numbers; attention only where it drops."""
+    if node.kind() == "aten::scaled_dot_product_attention":
+        return bool(list(node.inputs())[4].toIValue() != 0)
+    return bool(node.isNondeterministic())
+
+
+# ----------------------------------------------------------------------------------------------------- comparisons
+
+
+def _trials(run: Function, inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]] | str:
+    """Inputs to compare on, of the same domain as those given: these, and the same values in another order.
+
+    Where another order leaves the domain (its outputs are not finite), the values are moved a little instead.
+    """
+    generator = torch.Generator().manual_seed(1)
+    shuffled = tuple(_shuffled(t, generator) for t in inputs)
+    candidates = [shuffled, tuple(t * 0.875 for t in shuffled), tuple(t.flip(-1) if t.dim() else t for t in inputs)]
+    first = tuple(inputs)
+    if not any(bool(t.isfinite().any()) for t in outputs_of(run(*_copies(first))) if t.numel()):
+        return "its outputs hold no finite value for these inputs, so that nothing can be compared"
+    for candidate in candidates:
+        if all(bool(t.isfinite().all()) for t in outputs_of(run(*_copies(candidate)))):
+            return [first, candidate]
+    return [first, tuple(t * 0.96875 for t in inputs)]
+
+
+def _shuffled(t: Tensor, generator: torch.Generator) -> Tensor:
+    values = t.flatten()
+    if bool((values == values[0]).all()):
+        values = torch.rand(values.shape, generator=generator)
+    return torch.empty_like(t).copy_(values[torch.randperm(t.numel(), generator=generator)].view(t.shape))
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(t).copy_(t) for t in tensors]
+
+
+def _same(function: Function, run: Function, inputs: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether two functions give the same and leave their inputs as they are.
+
+    The interpreter makes one tensor of two that are equal, and returns ``x`` for ``x + 0``: who writes to one output
+    would change the other, or the input.
+    """
+    given = _copies(inputs)
+    right = outputs_of(run(*given))
+    shared = _sharing(given, right)
+    given = _copies(inputs)
+    found = outputs_of(function(*given))
+    unchanged = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(given, inputs))
+    return unchanged and alike(found, right, tolerance) and _sharing(given, found) == shared
+
+
+def _same_inside(graph: Any, inputs: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether values inside a graph that are read more than once are the same with partitions and without."""
+    size = 0
+    for node in list(graph.nodes()):
+        for value in node.outputs():
+            kind = value.type()
+            if len(value.uses()) < 2 or kind.kind() != "TensorType" or kind.dtype() is not torch.float32:
+                continue
+            size += 4 * torch.Size(kind.sizes() or ()).numel()
+            if size <= _INNER_BYTES:
+                graph.registerOutput(value)
+    if not size:
+        return True
+    graph.makeMultiOutputIntoTuple()
+    results = []
+    for fused in (False, True):
+        _C._jit_set_llga_enabled(fused)
+        function = _C._create_function_from_graph("inside", graph.copy())
+        function(*_copies(inputs))
+        results.append(_leaves(function(*_copies(inputs))))
+    return alike(results[1], results[0], tolerance)
+
+
+def _leaves(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [t for item in value for t in _leaves(item)]
+
+
+def _sharing(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[int]:
+    """For each tensor, the first one in the same memory."""
+    memory = [t.untyped_storage().data_ptr() for t in (*inputs, *outputs)]
+    return [memory.index(pointer) for pointer in memory]
+
+
+def alike(found: Sequence[Tensor], right: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether two runs gave the same up to rounding: as many tensors of the same shapes, dtypes and values."""
+    if [(t.shape, t.dtype) for t in found] != [(t.shape, t.dtype) for t in right]:
+        return False
+    return all(_near(a, b, tolerance) for a, b in zip(found, right))
+
+
+def outputs_of(out: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What a function returned, as a tuple."""
+    return (out,) if isinstance(out, Tensor) else tuple(out)
+
+
+def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether ``a`` is ``b`` up to rounding; values that are not finite have to be the same ones."""
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    finite = b.isfinite()
+    if not bool(finite.all()):
+        if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
+            return False
+        a, b = a[finite], b[finite]
+    return bool((a - b).norm() <= tolerance * b.norm())
+
+
+def _unnamed(_: Any) -> str:
+    return ""

@@ -1,0 +1,95 @@
+"""Plain modules for a fused layer: what `torch.jit.script` compiles, exports write and quantizers look for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..core.operations import OPERATIONS
+from .factorized import make_layer
+
+
+def same_padding(size: list[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """TensorFlow's ``SAME`` for an input size, as ``F.pad`` takes it: the last axis first.
+
+    Args:
+        size: Of the spatial axes.
+        kernel: Sizes of the kernel.
+        stride: Its strides.
+        dilation: Its dilations.
+    """
+    pads: list[int] = []
+    for i in range(len(size) - 1, -1, -1):
+        reach = dilation[i] * (kernel[i] - 1) + 1
+        total = max(((size[i] + stride[i] - 1) // stride[i] - 1) * stride[i] + reach - size[i], 0)
+        pads += [total // 2, total - total // 2]
+    return pads
+
+
+class SamePadded(nn.Module):
+    """A convolution behind the padding that TensorFlow calls ``SAME``, worked out from each input's size.
+
+    Args:
+        conv: The convolution, without padding of its own.
+    """
+
+    def __init__(self, conv: Any) -> None:
+        super().__init__()
+        self.conv = conv
+        self.kernel, self.stride, self.dilation = list(conv.kernel_size), list(conv.stride), list(conv.dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pads and convolves."""
+        size = x.shape[len(x.shape) - len(self.kernel) :]
+        out: Tensor = self.conv(F.pad(x, same_padding(size, self.kernel, self.stride, self.dilation)))
+        return out
+
+
+class Unfused(nn.Module):
+    """A layer, the addition of a residual where there is one, and an activation.
+
+    Args:
+        layer: The layer.
+        act: The activation, or None.
+    """
+
+    def __init__(self, layer: nn.Module, act: nn.Module | None) -> None:
+        super().__init__()
+        self.layer, self.act = layer, nn.Identity() if act is None else act
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Runs them in order."""
+        out: Tensor = self.layer(x)
+        if residual is not None:
+            out = out + residual
+        result: Tensor = self.act(out)
+        return result
+
+
+def plain_layer(fused: Any, *, same: bool = False) -> nn.Module:
+    """The convolution or linear map of a fused layer, with the same parameters.
+
+    Args:
+        fused: The fused layer.
+        same: Whether it pads as TensorFlow's ``SAME``.
+    """
+    layer = make_layer(fused.spec, device="meta", dtype=fused.weight.dtype)
+    layer._parameters.update(weight=fused.weight, bias=fused.bias)
+    layer.train(fused.training)
+    return SamePadded(layer) if same else layer
+
+
+def activation_module(name: str, numbers: Sequence[float]) -> nn.Module:
+    """The module of an activation.
+
+    Args:
+        name: One of `pwrewrite.layers.ACTIVATIONS`, but not ``none``.
+        numbers: Its numbers.
+    """
+    if name == "gelu_tanh":
+        return nn.GELU("tanh")
+    row = next(row for row in OPERATIONS if row.kernel is not None and row.kernel.name == name)
+    return row.modules[0](**{attribute: number for (attribute, _), number in zip(row.scalars, numbers)})
