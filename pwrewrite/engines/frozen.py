@@ -2,24 +2,32 @@
 
 At batch 1 a mobile network spends as much time between its kernels as in them: with cold caches, each call of a module
 costs some 50 µs. A `Frozen` model runs as one traced function, in which oneDNN's graph interface takes the convolutions
-with what follows them. It is a module around the model; the model stays as it is, and computes wherever the function
-may not: with gradients, in training, for other dtypes, for whoever traces, exports, compiles or counts, and after its
-weights have changed until the next function is made.
+with what follows them (`pwrewrite.layers.tracing`). It is a module around the model; the model stays as it is, and
+computes wherever the function may not: with gradients, in training, for other dtypes, for whoever traces, exports,
+compiles or counts, and after its weights have changed until the next function is made.
 
 A function is made from one run, so it is right only where the model's code does the same for the same shapes. That is
 not assumed: a capture of shapes alone shows whether the code asks for values, and a model that does stays as it is; so
-does one that writes to its own buffers or attributes, or draws random numbers. Then the function's outputs are compared
-with the model's.
+does one that writes to its own buffers or attributes at every run, or draws random numbers. What it makes on first use
+(anchors, position tables) it makes on a copy, before the function. Then the function's outputs are compared with the
+model's.
 
-What is not the same: 4-D outputs are in channels_last where the fuser leaves them so. As in oneDNN's kernels, ReLU,
-ReLU6, clamps and max-pools may give a number for NaN, and a max-pool a finite one for a map that is all ``-inf``. What
-the model's code reads besides tensors (numbers, flags, the time) is as it was when the function was made.
+Memory: a function holds one packed copy of the weights for its shape. A model has at most two functions, and all in the
+process hold at most `FUNCTIONS.limit` bytes, or one function.
+
+What is not the same: 4-D outputs are in channels_last where the fuser leaves them so. Inputs that hold NaN or Inf run
+through the model itself; where NaN arises inside, ReLU, ReLU6, clamps and max-pools may give a number for it, and a
+max-pool a finite one for a map that is all ``-inf``, unless ``keep_nan`` is on. What the model's code reads besides
+tensors (numbers, flags, the time) is as it was when the function was made.
 """
 
 from __future__ import annotations
 
 import copy
+import math
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,32 +36,41 @@ from torch import Tensor, nn
 from ..capturing import Inputs, capture, split_inputs
 from ..core.errors import CaptureError, InputError, RefusedError, first_line
 from ..core.nested import map_tensors, tensors_of
-from ..layers import PointwiseActivation
-from ..layers import partitions as graphs
-from ..layers.kernels import CPU_DTYPES, unwatched
-from ..layers.known import hooked
+from ..layers import PointwiseActivation, tracing
+from ..layers.kernels import CPU_DTYPES, enabled, unwatched
+from ..layers.packing import Compiled, Pool
+from ..layers.partitions import CALLS
+from .held_tensors import Held, attributes, held_tensors, obstacle, same_attributes, version_of
 
-_compiling: Any = torch.compiler.is_compiling
-_global_hooks: Any = torch.nn.modules.module._has_any_global_hook
+_compiling = torch.compiler.is_compiling
+_global_hooks: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook
 _Key = tuple[torch.Size, ...]
 _SHAPES = 2
-"""Shapes for which functions are kept; each has its own packed copy of the weights."""
+"""Shapes for which a model has functions."""
 _FAILURES = 8
 """Shapes for which no function could be made, after which no call tries another."""
+_TRIES = (CALLS, 8 * CALLS, 64 * CALLS)
+"""Calls with a shape in which a function is tried: again later, since the reason against it may be gone."""
 _TOLERANCE = 1e-4
 """Relative distance between model and function: a deep network's own rounding is up to 2e-5."""
 
+FUNCTIONS = Pool(256 * 2**20)
+"""Models as functions."""
 
-def freeze(model: nn.Module, example_inputs: Inputs | None = None) -> Frozen:
+
+def freeze(model: nn.Module, example_inputs: Inputs | None = None, *, keep_nan: bool | None = None) -> Frozen:
     """Wraps a model so that it runs as one function without Python, where that is right.
 
     Best after `pwrewrite.fuse`; another model gains too, less. The function for a shape is made in the third call with
     that shape, or here, and takes about as long as a hundred small runs (seconds for a large model). For at most two
-    shapes at a time; each holds a packed copy of the weights, and other shapes run as before.
+    shapes at a time; each holds a packed copy of the weights (256 MiB for all models together, or one copy), and other
+    shapes run as before.
 
     Args:
         model: A model in evaluation mode with float32 weights on the CPU; it is held, not copied.
         example_inputs: A tensor or a tuple of positional tensors for which the function is made at once.
+        keep_nan: Whether NaN that arises inside the model stays NaN, which keeps ReLU, clamps and max-pools out of the
+            compiled kernels; where left out, as the model's fused layers have it. NaN in the inputs always stays.
 
     Returns:
         A module that takes and returns what the model does. Its ``state_dict`` is the model's under ``model.``.
@@ -65,7 +82,7 @@ def freeze(model: nn.Module, example_inputs: Inputs | None = None) -> Frozen:
     """
     if any(module.training for module in model.modules()):
         raise RefusedError("the model is in training mode", hint="call model.eval() first")
-    if torch.float32 not in CPU_DTYPES or not graphs.FUSER:
+    if torch.float32 not in CPU_DTYPES or not tracing.FUSER:
         raise RefusedError("this build of torch has no oneDNN graphs", hint="the fused model runs without")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if (
@@ -76,50 +93,58 @@ def freeze(model: nn.Module, example_inputs: Inputs | None = None) -> Frozen:
             raise RefusedError(
                 "only float32 weights on the CPU can be frozen", where=name, got=f"{tensor.dtype} on {tensor.device}"
             )
-    made = Frozen(model)
+    frozen = Frozen(model, keep_nan)
     if example_inputs is not None:
         inputs, named = split_inputs(example_inputs)
         if named or not inputs or any(type(x) is not Tensor for x in inputs):
             raise InputError("a frozen model takes positional tensors", expected="a tensor or a tuple of tensors")
-        reason = made.make(*inputs)
+        reason = frozen.make(*inputs)
         if reason is not None:
             raise RefusedError("the model cannot be frozen for these inputs", got=reason)
-    return made
+    return frozen
 
 
 class Frozen(nn.Module):
     """A model that runs as one function where that is right; see `freeze`.
 
-    Weights that are changed or replaced are seen at once, and so are other tensors that the model holds. Seen only
-    after ``train()``, ``eval()`` or ``reset()`` are modules and hooks that are replaced or added, other attributes that
-    are set, and writes that move no version counter: through ``weight.data``, through NumPy, or by optimizers with
-    ``fused=True``. Several threads may call it; while one makes a function, oneDNN's graph fusion is on for what other
-    threads give to TorchScript.
+    Weights that are changed or replaced are seen at once, and so are other tensors that the model holds, but for those
+    that its own forward makes on first use. Seen only after ``train()``, ``eval()`` or ``reset()`` are modules and
+    hooks that are replaced or added, other attributes that are set, and writes that move no version counter: through
+    ``weight.data``, through NumPy, in inference mode, or by optimizers with ``fused=True``. Several threads may call
+    it; while one makes a function, oneDNN's graph fusion is on for what other threads give to TorchScript.
 
     Args:
         model: The model, in evaluation mode.
+        keep_nan: As for `freeze`.
 
     Attributes:
         model: The model.
+        keep_nan: Whether NaN that arises inside stays NaN.
+        compiled: The functions by the shapes of the inputs.
         refused: Why there is no function, by the shapes of the inputs for which it was tried.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, keep_nan: bool | None = None) -> None:
         super().__init__()
         self.model = model
+        if keep_nan is None:
+            keep_nan = any(isinstance(m, PointwiseActivation) and m.keep_nan for m in model.modules())
+        self.keep_nan = keep_nan
         self.training = model.training
         self.reset()
 
     def reset(self) -> None:
         """Forgets the functions made so far."""
-        self._made: dict[_Key, _Function] = {}
+        self.compiled: dict[_Key, _Function] = {}
         self._calls: dict[_Key, int] = {}
+        self._tries: dict[_Key, int] = {}
+        self._written: set[tuple[int, str]] = set()  # tensors that the model's own forward was seen to replace
         self.refused: dict[_Key, str] = {}
 
     @property
     def shapes(self) -> list[tuple[torch.Size, ...]]:
         """The shapes of inputs that run as a function."""
-        return list(self._made)
+        return list(self.compiled)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Runs the model."""
@@ -133,25 +158,51 @@ class Frozen(nn.Module):
             if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu or x.layout is not torch.strided:
                 return model(*inputs)
         key = tuple(x.shape for x in inputs)
-        found = self._made.get(key)
-        if found is None:
+        function = self.compiled.get(key)
+        if function is None:
             return self._counted(key, inputs)
-        if found.settings != _settings() or not torch._C._get_mkldnn_enabled():
+        if function.settings != _settings() or not enabled():
             return model(*inputs)
-        if not _unchanged(found.facts):
-            self.reset()
-            return model(*inputs)
-        return found(*(_formatted(x, strides) for x, strides in zip(inputs, found.strides)))
+        if not self.keep_nan and not all(math.isfinite(float(x.sum())) for x in inputs):
+            return self._watched(inputs)
+        if not all(held.unchanged() for held in function.held):
+            return self._checked(function, inputs)
+        function.used = time.monotonic()
+        return function(*inputs)
 
     def _counted(self, key: _Key, inputs: tuple[Any, ...]) -> Any:
         """Runs the model; where that was the last call before a function pays, makes one."""
-        out = self.model(*inputs)
+        out = self._watched(inputs)
         if len(self._calls) >= 64:
             self._calls.clear()
         self._calls[key] = count = self._calls.get(key, 0) + 1
-        tried = key in self.refused or len(self.refused) >= _FAILURES
-        if count == graphs.CALLS and len(self._made) < _SHAPES and not tried:
+        tries = self._tries.get(key, 0)
+        full = len(self.compiled) >= _SHAPES or (not tries and len(self.refused) >= _FAILURES)
+        if not full and tries < len(_TRIES) and count == _TRIES[tries]:
+            self._tries[key] = tries + 1
             self.make(*inputs)
+        return out
+
+    def _watched(self, inputs: tuple[Any, ...]) -> Any:
+        """Runs the model, and takes note of tensors that it puts in place of others: caches for other shapes."""
+        held = [held for function in self.compiled.values() for held in function.held if held.unchanged()]
+        out = self.model(*inputs)
+        self._written |= {each.key for each in held if not each.unchanged()}
+        return out
+
+    def _checked(self, function: _Function, inputs: tuple[Any, ...]) -> Any:
+        """Runs the model, some of whose tensors have changed.
+
+        The function stays where only what the model's own forward writes has changed and it gives the same as the
+        model; what that was is watched no more.
+        """
+        changed = {held.key for held in function.held if not held.unchanged()}
+        out = self._watched(inputs)
+        tensors = tensors_of(out)
+        if changed <= self._written and tracing.alike(tensors_of(function(*inputs)), tensors, _TOLERANCE):
+            function.held = [held for held in function.held if held.key not in changed]
+        else:
+            self.reset()
         return out
 
     def make(self, *inputs: Tensor) -> str | None:
@@ -164,150 +215,202 @@ class Frozen(nn.Module):
             Why there is none; None where there is.
         """
         key = tuple(x.shape for x in inputs)
-        kept, refused = self._made, self.refused  # those of now: another thread may reset() meanwhile
-        made = self._function(inputs)
-        if isinstance(made, str):
-            refused[key] = made
-            return made
+        compiled, refused = self.compiled, self.refused  # those of now: another thread may reset() meanwhile
+        with tracing.making():
+            function = self._function(inputs)
+        if isinstance(function, str):
+            refused[key] = function
+            return function
         refused.pop(key, None)
-        kept[key] = made
-        for old in list(kept)[:-_SHAPES]:
-            kept.pop(old, None)
+        if compiled is not self.compiled or not FUNCTIONS.admit(self, key, function):
+            return "other models' functions are in use and fill the memory that is set apart for them"
+        for old in list(compiled)[:-_SHAPES]:
+            compiled.pop(old, None)
         return None
 
     def _function(self, inputs: tuple[Tensor, ...]) -> _Function | str:
         """The model as a function for inputs of these shapes, or why it cannot be one."""
         if any(x.dtype is not torch.float32 or not x.is_cpu or not x.numel() for x in inputs) or not inputs:
             return "inputs are float32 tensors on the CPU"
-        reason = _obstacle(self.model)
-        facts = [] if reason else _facts(self.model)
-        if reason or isinstance(facts, str):
-            return reason or str(facts)
-        with torch.inference_mode(False), torch.no_grad():
-            given = tuple(torch.empty(x.shape, memory_format=_format(x)).copy_(x) for x in inputs)
-            try:
-                capture(self.model, given, values="meta")
-            except CaptureError as error:
-                return f"the model's code needs values: {first_line(error)}"
-            # Buffers are copies, so that what a model writes to its own reaches none of them.
-            memo: dict[int, Any] = {
-                id(t): nn.Parameter(t.detach(), requires_grad=False) for t in self.model.parameters()
-            }
-            memo |= {id(t): t.detach().clone() for t in self.model.buffers()}
-            before = [(t, t._version) for t in memo.values()]
-            try:
-                runner: Any = copy.deepcopy(self.model, memo)
-            except Exception as error:  # of attributes such as locks
-                return f"it cannot be copied: {first_line(error)}"
-            for t in memo.get(id(memo), ()):  # what was copied, wherever it was found
-                if isinstance(t, Tensor):
-                    if t.is_inference():
-                        return "it holds tensors made in inference mode"
-                    facts.append(_fact({"": t}, "", t))
-            attributes = _attributes(runner)
-            structure: Any = None  # of what the last run returned
-
-            def run(*tensors: Tensor) -> tuple[Tensor, ...] | Tensor:
-                nonlocal structure
-                structure = runner(*tensors)
-                return structure if isinstance(structure, Tensor) else tuple(tensors_of(structure))
-
-            try:
-                right = tensors_of(run(*given))
-                other = tensors_of(run(*(x.contiguous() for x in given)))
-            except Exception as error:
-                return f"it does not run: {first_line(error)}"
-            held = {t.untyped_storage().data_ptr() for t in (*given, *(t for t, _ in before))}
-            if not right or any(type(t) is not Tensor or t.untyped_storage().data_ptr() in held for t in right):
-                return "it returns no plain tensors, or a view of an input or a weight"
-            found = graphs.traced(run, given, _TOLERANCE)
-            now = {id(t) for t in (*runner.parameters(), *runner.buffers())}
-            written = any(t._version != version or id(t) not in now for t, version in before)
-            if written or any(x._version > 1 for x in given):
-                return "it writes to its own buffers or its inputs"
-            if isinstance(found, str):
-                return found
-            if not graphs.alike(other, right, _TOLERANCE):
-                return "its values depend on the memory format of its inputs"
-            if not _as_before(attributes, _attributes(runner)) or not _unchanged(facts):
-                return "it sets attributes of its own"
-            made, first, _ = found
-            second = made(*given)
-            second = (second,) if isinstance(second, Tensor) else second
-        memory = [(a.untyped_storage().data_ptr(), b.untyped_storage().data_ptr()) for a, b in zip(first, second)]
-        empty = torch.empty(0)
-        template = None if isinstance(structure, Tensor) else map_tensors(structure, lambda _: empty)
-        return _Function(
-            made,
-            template,
-            frozenset(i for i, (a, b) in enumerate(memory) if a == b),
-            facts,
-            [x.stride() for x in given],
+        reason = "there are hooks for all modules" if _global_hooks() else obstacle(self.model)
+        held = [] if reason else held_tensors(self.model)
+        if reason or isinstance(held, str):
+            return reason or str(held)
+        given = tuple(torch.empty(x.shape, memory_format=_format(x)).copy_(x) for x in inputs)
+        try:
+            capture(self.model, given, values="meta")
+        except CaptureError as error:
+            return f"the model's code needs values: {first_line(error)}"
+        try:
+            trial = _Copy(self.model, held)
+        except Exception as error:  # of attributes such as locks
+            return f"it cannot be copied: {first_line(error)}"
+        try:
+            first = _outputs(trial.run(*given))  # makes what the model makes on first use
+            trial.settle()
+            right = _outputs(trial.run(*given))
+            other = _outputs(trial.run(*(x.contiguous() for x in given)))
+        except Exception as error:
+            return f"it does not run: {first_line(error)}"
+        if not right or trial.shares_memory(right, given):
+            return "it returns no plain tensors, or a view of an input or a weight"
+        if any(x._version > 1 for x in given):
+            return "it writes to its own buffers or its inputs"
+        if not trial.as_settled() or not tracing.alike(first, right, _TOLERANCE):
+            return trial.difference()
+        result = tracing.traced(trial.run, given, _TOLERANCE, keep_nan=self.keep_nan)
+        if not trial.as_settled():
+            return trial.difference()
+        if isinstance(result, str):
+            return result
+        if not tracing.alike(other, right, _TOLERANCE):
+            return "its values depend on the memory format of its inputs"
+        watched = [*(each for each in held if each.key not in trial.replaced), *trial.found]
+        if not all(each.unchanged() for each in watched):
+            return "its tensors changed while the function was made"
+        second = tracing.outputs_of(result.run(*given))
+        constant = frozenset(
+            i
+            for i, (a, b) in enumerate(zip(result.outputs, second))
+            if a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
         )
+        nbytes = sum(p.nbytes for p in self.model.parameters())
+        form = _Form(trial.template(), constant, [x.stride() for x in given])
+        return _Function(result.run, torch.get_num_threads(), nbytes, form=form, held=watched, settings=_settings())
 
     def train(self, mode: bool = True) -> Frozen:
         """As ever; also forgets the functions."""
         self.reset()
         return super().train(mode)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
         self.reset()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the functions."""
         return {name: value for name, value in self.__dict__.items() if name not in _TRANSIENT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__({"keep_nan": False, **state})  # type: ignore[no-untyped-call]
         self.reset()
 
 
-_TRANSIENT = ("_made", "_calls", "refused")
-_Fact = tuple[dict[str, Any], str, Tensor, int, int]
-"""Where a tensor is held, its name there, the tensor, its version, and the address of its values."""
+_TRANSIENT = ("compiled", "_calls", "_tries", "_written", "refused")
 
 
-class _Function:
-    """A model as a function of tensors, for one shape.
+class _Copy:
+    """A copy of a model, to try what its forward does to it.
+
+    Parameters share the original's values; buffers are copies, so that what the model writes to its own reaches none of
+    them; tensors made in inference mode become ordinary ones.
 
     Args:
-        run: What computes the output tensors.
-        template: What the model returns, with anything in place of each tensor; None for one tensor.
-        constant: Positions of outputs that are the same tensor in each call; who calls gets copies.
-        facts: What the model held.
-        strides: Those of the inputs for which it was made.
+        model: The model.
+        held: The tensors that it holds.
 
     Attributes:
+        found: Tensors that the copy has from containers of the original's.
+        replaced: Keys of the original's tensors in whose place the first run put others.
+    """
+
+    def __init__(self, model: nn.Module, held: list[Held]) -> None:
+        memo: dict[int, Any] = {id(t): nn.Parameter(t.detach(), requires_grad=False) for t in model.parameters()}
+        memo |= {id(t): t.detach().clone() for t in model.buffers()}
+        memo |= {id(each.tensor): each.tensor.clone() for each in held if each.tensor.is_inference()}
+        self._model: nn.Module = copy.deepcopy(model, memo)
+        self.found = [Held.of({"": t}, "", t) for t in memo.get(id(memo), ()) if isinstance(t, Tensor)]
+        self.replaced: set[tuple[int, str]] = set()
+        owners: dict[int, dict[str, Any]] = {}
+        for old, new in zip(model.modules(), self._model.modules()):
+            owners |= {id(old._parameters): new._parameters, id(old._buffers): new._buffers, id(vars(old)): vars(new)}
+        copies = [owners[id(each.owner)] for each in held]
+        self._before = [(each.key, owner, owner.get(each.name)) for each, owner in zip(held, copies)]
+        self._structure: Any = None  # of what the last run returned
+
+    def run(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Runs the copy; returns its output tensors."""
+        self._structure = self._model(*tensors)
+        return self._structure if isinstance(self._structure, Tensor) else tuple(tensors_of(self._structure))
+
+    def template(self) -> Any:
+        """What the last run returned, with anything in place of each tensor; None for one tensor."""
+        empty = torch.empty(0)
+        return None if isinstance(self._structure, Tensor) else map_tensors(self._structure, lambda _: empty)
+
+    def settle(self) -> None:
+        """Takes the copy as it is now, after its first run, for what later runs must leave alone."""
+        self.replaced = {key for key, owner, tensor in self._before if owner.get(key[1]) is not tensor}
+        self._attributes = attributes(self._model)
+        self._tensors = [*self._model.parameters(), *self._model.buffers()]
+        self._versions = [version_of(t) for t in self._tensors]
+
+    def as_settled(self) -> bool:
+        """Whether later runs left the copy alone."""
+        return not self._writes() and same_attributes(self._attributes, attributes(self._model))
+
+    def _writes(self) -> bool:
+        now = [*self._model.parameters(), *self._model.buffers()]
+        same = len(now) == len(self._tensors) and all(a is b for a, b in zip(now, self._tensors))
+        return not same or [version_of(t) for t in now] != self._versions
+
+    def difference(self) -> str:
+        """What a run changes."""
+        if self._writes():
+            return "it writes to its own buffers or its inputs"
+        if not same_attributes(self._attributes, attributes(self._model)):
+            return "it sets attributes of its own at every run"
+        return "its first run gives other values than later ones, or it draws random numbers"
+
+    def shares_memory(self, outputs: list[Tensor], inputs: tuple[Tensor, ...]) -> bool:
+        """Whether an output is no plain tensor, or is in the memory of an input, a parameter or a buffer."""
+        memory = {t.untyped_storage().data_ptr() for t in (*inputs, *self._tensors)}
+        return any(type(t) is not Tensor or t.untyped_storage().data_ptr() in memory for t in outputs)
+
+
+def _outputs(out: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return list(tracing.outputs_of(out))
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a function takes its inputs and gives its outputs.
+
+    Attributes:
+        template: What the model returns, with anything in place of each tensor; None for one tensor.
+        constant: Positions of outputs that are the same tensor in each call; who calls gets copies.
+        strides: Those of the inputs for which it was made.
+    """
+
+    template: Any
+    constant: frozenset[int]
+    strides: list[tuple[int, ...]]
+
+
+@dataclass(eq=False, kw_only=True)
+class _Function(Compiled):
+    """A model as a function of tensors, for one shape.
+
+    Attributes:
+        form: How it takes inputs and gives outputs.
+        held: What the model held.
         settings: Settings of torch for which it was made.
     """
 
-    __slots__ = ("_constant", "_run", "_template", "facts", "settings", "strides")
-
-    def __init__(
-        self,
-        run: Callable[..., Any],
-        template: Any,
-        constant: frozenset[int],
-        facts: list[_Fact],
-        strides: list[tuple[int, ...]],
-    ) -> None:
-        self._run, self._template, self._constant = run, template, constant
-        self.facts, self.strides, self.settings = facts, strides, _settings()
+    form: _Form
+    held: list[Held]
+    settings: tuple[int, torch.dtype]
 
     def __call__(self, *inputs: Tensor) -> Any:
-        out = self._run(*inputs)
-        if self._constant:
-            if isinstance(out, Tensor):
-                return self._rebuilt(out.clone())
-            out = [t.clone() if i in self._constant else t for i, t in enumerate(out)]
-        return self._rebuilt(out)
-
-    def _rebuilt(self, out: Any) -> Any:
-        if self._template is None:
+        form = self.form
+        out = self.run(*(_formatted(x, strides) for x, strides in zip(inputs, form.strides)))
+        if not form.constant and form.template is None:
             return out
-        tensors = iter((out,) if isinstance(out, Tensor) else out)
-        return map_tensors(self._template, lambda _: next(tensors))
+        tensors = [t.clone() if i in form.constant else t for i, t in enumerate(tracing.outputs_of(out))]
+        if form.template is None:
+            return tensors[0]
+        remaining = iter(tensors)
+        return map_tensors(form.template, lambda _: next(remaining))
 
 
 def _settings() -> tuple[int, torch.dtype]:
@@ -327,77 +430,3 @@ def _formatted(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     """
     y = x.resolve_neg().contiguous(memory_format=_format(x))
     return y if y.stride() == strides else y.as_strided(y.shape, strides)
-
-
-def _obstacle(model: nn.Module) -> str | None:
-    """What a model's modules have that no function could; None where there is nothing."""
-    if _global_hooks():
-        return "there are hooks for all modules"
-    for path, module in model.named_modules():
-        activation = module.activation if isinstance(module, PointwiseActivation) else None
-        if module.training:
-            return f"{path or 'the model'} is in training mode"
-        if hooked(module):
-            return f"{path or 'the model'} has hooks"
-        own = vars(module).get("forward")
-        if own is not None and getattr(own, "__self__", None) is not module:  # a copy of it may run this very module
-            return f"{path or 'the model'} has a forward() of its own"
-        if activation == "gelu_tanh" or (isinstance(module, nn.GELU) and module.approximate != "none"):
-            return f"{path}: the fuser takes the tanh approximation of GELU for GELU itself"
-        if isinstance(module, (nn.RNNBase, torch.jit.ScriptModule)):
-            return f"{path or 'the model'} is a {type(module).__name__}"
-    return None
-
-
-def _facts(model: nn.Module) -> list[_Fact] | str:
-    """The tensors that a model's modules hold, as they are now; or which of them is no plain one on the CPU."""
-    facts: list[_Fact] = []
-    for path, module in model.named_modules():
-        for held in (module._parameters, module._buffers, vars(module)):
-            for name, tensor in held.items():
-                if not isinstance(tensor, Tensor):
-                    continue
-                if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_cpu or tensor.is_inference():
-                    return f"{path}.{name} is no plain tensor on the CPU"
-                facts.append(_fact(held, name, tensor))
-    return facts
-
-
-def _fact(held: dict[str, Any], name: str, tensor: Tensor) -> _Fact:
-    return held, name, tensor, tensor._version, tensor.data_ptr()
-
-
-def _unchanged(facts: list[_Fact]) -> bool:
-    """Whether every tensor is the one that it was, with the same values."""
-    for held, name, tensor, version, pointer in facts:
-        if held.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
-            return False
-    return True
-
-
-def _attributes(model: nn.Module) -> list[Any]:
-    """What a model's modules hold, directly or in a container; but not the caches of layers of this package."""
-    found: list[Any] = []
-    for module in model.modules():
-        if isinstance(module, (PointwiseActivation, Frozen)):
-            continue
-        for value in vars(module).values():
-            found.append(value)
-            if isinstance(value, dict):
-                found += value.values()
-            elif isinstance(value, (list, tuple, set)):
-                found += value
-    return found
-
-
-def _as_before(before: list[Any], now: list[Any]) -> bool:
-    """Whether two lists hold the same objects, or equal ones of the plainest types."""
-    if len(before) != len(now):
-        return False
-    for a, b in zip(before, now):
-        if a is not b and (type(a) is not type(b) or type(a) not in _PLAINEST or a != b):
-            return False
-    return True
-
-
-_PLAINEST = (int, float, bool, str, torch.Size)

@@ -49,7 +49,7 @@ class Holder(Protocol):
     """What has compiled functions, and is itself held by nobody for their sake."""
 
     @property
-    def compiled(self) -> dict[Any, Compiled]:
+    def compiled(self) -> dict[Any, Any]:
         """The functions by shape."""
 
 

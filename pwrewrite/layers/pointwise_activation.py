@@ -32,7 +32,7 @@ from . import cuda, kernels, partitions
 from .activations import ACTIVATIONS, checked
 from .kernels import CPU_DTYPES, FORMATS, LOSES_NAN, Geometry, plain_input, plain_tensors, unwatched
 from .packing import Packed
-from .unfused import Unfused, activation_module, same_padding, plain_layer
+from .unfused import Unfused, activation_module, plain_layer, same_padding
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _compiling = torch.compiler.is_compiling
@@ -160,8 +160,8 @@ class PointwiseActivation(StandsForLayer, nn.Module):
             if x.is_cpu:
                 if x.dtype in CPU_DTYPES and kernels.enabled():
                     out = self._on_cpu(x, weight, bias, residual)
-            elif x.is_cuda and not self.keep_nan:
-                return self._plain(x, residual) if (found := self._on_cuda(x, weight, bias, residual)) is None else found
+            elif x.is_cuda and self._late is None:
+                out = self._on_cuda(x, weight, bias, residual)
         if out is None:
             return self._plain(x, residual)
         return out if self._late is None else self._late(out)

@@ -165,16 +165,16 @@ def _separate(graph: Any, *, every: bool) -> None:
     for node in (*nodes, graph.return_node()):
         for value in node.inputs():
             last_read[roots.get(value.debugName(), value.debugName())] = node
-    produced = {value.debugName() for node in nodes if node.kind() != "prim::Constant" for value in node.outputs()}
+    constants = {value.debugName() for node in nodes if node.kind() == "prim::Constant" for value in node.outputs()}
     for node in nodes:
         if not _joins(node):
             continue
         values = list(node.inputs())[:2]
         names = [roots.get(value.debugName(), value.debugName()) for value in values]
-        # A constant or an input is read again by the next call; memory of another size cannot hold the sum.
+        # A constant is read again by the next call; memory of another size cannot hold the sum.
         free = [
             value.type().sizes() != node.output().type().sizes()
-            or (name in produced and not last_read[name].isAfter(node))
+            or (name not in constants and not last_read[name].isAfter(node))
             for value, name in zip(values, names)
         ]
         chained = [_behind_another(value) for value in values]

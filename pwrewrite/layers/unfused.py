@@ -43,7 +43,7 @@ class SamePadded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pads and convolves."""
-        size = x.shape[len(x.shape) - len(self.kernel) :]
+        size = list(x.shape[len(x.shape) - len(self.kernel) :])
         out: Tensor = self.conv(F.pad(x, same_padding(size, self.kernel, self.stride, self.dilation)))
         return out
 

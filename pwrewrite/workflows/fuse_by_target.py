@@ -14,7 +14,7 @@ from torch import nn
 from ..capturing import Inputs, split_inputs
 from ..core.errors import InputError, RefusedError, UsageError
 from ..engines.frozen import Frozen, freeze
-from ..layers import partitions as graphs
+from ..layers.partitions import CALLS
 from ..passes import Pass
 from ..targets import TargetOptions, open_target
 from .by_target import told, whole_plan
@@ -131,7 +131,7 @@ def latencies(models: Sequence[nn.Module], inputs: Inputs) -> list[float]:
     cuda = any(p.is_cuda for p in models[0].parameters())
     with torch.no_grad():
         for model in models:
-            for _ in range(graphs.CALLS + 1):
+            for _ in range(CALLS + 1):
                 model(*args, **kwargs)
         end = time.perf_counter() + _SECONDS
         while time.perf_counter() < end or len(times[0]) < 3:

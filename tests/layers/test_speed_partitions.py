@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pwrewrite.core.convolution import ConvSpec
-from pwrewrite.layers import ACTIVATIONS, PointwiseActivation
-from pwrewrite.layers import partitions as graphs
+from pwrewrite.layers import ACTIVATIONS, PointwiseActivation, tracing
 from pwrewrite.layers.kernels import CPU_DTYPES
+from pwrewrite.layers.partitions import CALLS
 
 pytestmark = pytest.mark.skipif(
-    torch.float32 not in CPU_DTYPES or not graphs.FUSER, reason="no oneDNN graphs on this machine"
+    torch.float32 not in CPU_DTYPES or not tracing.FUSER, reason="no oneDNN graphs on this machine"
 )
 NUMBERS = {"hardtanh": (-0.5, 0.75), "leaky_relu": (0.2,)}
 last = torch.channels_last
@@ -38,11 +38,11 @@ def wanted(made: PointwiseActivation, x: Tensor, residual: Tensor | None = None)
 
 
 def partitions(made: PointwiseActivation) -> int:
-    return 0 if made._packed is None else len(made._packed.partitions)
+    return 0 if made._packed is None else len(made._packed.compiled)
 
 
 def warm(made: PointwiseActivation, *inputs: Tensor) -> Tensor:
-    for _ in range(graphs.CALLS):
+    for _ in range(CALLS):
         out: Tensor = made(*inputs)
     return out
 
@@ -179,7 +179,7 @@ def test_a_changed_parameter_is_seen(change: Any) -> None:
         warm(made, x)
         assert partitions(made) == 1
         change(made)
-        for _ in range(graphs.CALLS + 1):
+        for _ in range(CALLS + 1):
             close(made(x), F.relu(F.conv2d(x, made.weight, made.bias, 2, 1)))
         assert partitions(made) == 1
 
@@ -229,7 +229,7 @@ def test_settings_of_torch_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         warm(made, x)
     assert torch._C._jit_llga_enabled() is before
-    monkeypatch.setattr(graphs, "FUSER", False)
+    monkeypatch.setattr(tracing, "FUSER", False)
     other = layer()
     with torch.no_grad():
         close(warm(other, x), wanted(other, x))
@@ -240,7 +240,7 @@ def test_where_the_fuser_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("no fuser")
 
-    monkeypatch.setattr(graphs._C, "_create_graph_by_tracing", broken)
+    monkeypatch.setattr(tracing._C, "_create_graph_by_tracing", broken)
     made, x = layer(), torch.randn(1, 8, 9, 9)
     with torch.no_grad():
         for _ in range(3):
