@@ -1,7 +1,7 @@
-"""The README's commands, run as they stand.
+"""The commands of the README and of the pages in ``docs``, run as they stand.
 
-Blocks behind ``<!-- run -->`` are run in order in one copy of ``examples``; ``sh`` blocks line by line, ``python``
-blocks whole. The two behind ``<!-- ci: … -->`` install, and are run by ``.ci/run`` alone.
+Blocks behind ``<!-- run -->`` are run in order, each page in a copy of ``examples``; ``sh`` blocks line by line,
+``python`` blocks whole. The two behind ``<!-- ci: … -->`` install, and are run by ``.ci/run`` alone.
 """
 
 from __future__ import annotations
@@ -19,36 +19,38 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^<!-- run(?:: exit (\d))? -->\n```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def blocks() -> list[tuple[int, str, str]]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "docs/analyze.md", "docs/rewrite.md", "docs/budget.md", "docs/fuse.md")
+
+
+def blocks(page: str) -> list[tuple[int, str, str]]:
+    text = (ROOT / page).read_text(encoding="utf-8")
     return [(int(code or 0), kind, body) for code, kind, body in BLOCK.findall(text)]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("readme")
-    shutil.copytree(ROOT / "examples", folder / "examples")
-    return folder
+def test_every_page_has_something_to_run_and_is_linked() -> None:
+    assert {p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").glob("*.md")} == set(PAGES[1:])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for page in PAGES:
+        assert blocks(page), page
+        assert page == "README.md" or f"({page})" in readme, page
 
 
-def test_there_is_something_to_run() -> None:
-    assert len(blocks()) >= 8
-
-
-def test_every_command_of_the_readme_runs(place: Path) -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_runs(page: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }
-    for expected, kind, body in blocks():
+    for expected, kind, body in blocks(page):
         if kind == "python":
             commands = [[sys.executable, "-c", body]]
         else:
             lines = body.replace("\\\n", " ").splitlines()
             commands = [["sh", "-c", line] for line in lines if line.strip() and not line.startswith("#")]
         for command in commands:
-            done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
             said = f"{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
             assert done.returncode == expected, said
             assert "Traceback" not in done.stderr, said
