@@ -1,11 +1,12 @@
 """Arrays on disk, read in parts: ``.npy`` (mapped), ``.npz`` (streamed, compressed or not) and ``.safetensors``.
 
-Nothing is unpickled. Memory holds one part at a time, except of an ``.npz`` member in Fortran order, which is read
-whole.
+Nothing is unpickled. Memory holds one part at a time, except of an ``.npz`` member in Fortran order, which has to be
+read whole and is refused when it is large. What a header declares is checked against what is there before it is read.
 """
 
 from __future__ import annotations
 
+import lzma
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +18,16 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..core.errors import UsageError
+from ..core.errors import UsageError, shortened
 from .user_code import suggest_files
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 
 LABEL_NAMES = ("labels", "label", "targets", "target", "y")
 """Under these names labels may lie beside inputs."""
+
+_LARGEST_FORTRAN = 256 << 20
+"""Bytes of an array in Fortran order that may be read whole."""
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 _TORCH_NAMES = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}
@@ -55,17 +59,7 @@ class Stored:
         return next(self.parts(self.shape[0], self.shape[0]))
 
     def samples(self, path: Path) -> int:
-        """How many samples it holds.
-
-        Args:
-            path: The file, for the error.
-
-        Returns:
-            The size of its first dim.
-
-        Raises:
-            UsageError: It holds none.
-        """
+        """How many samples it holds, which is the size of its first dim; refuses none."""
         if not self.shape or not self.shape[0]:
             name = f"{self.name} in {path}" if self.name else str(path)
             raise UsageError(f"{name} holds no samples", expected="samples along the first dim", got=str(self))
@@ -85,7 +79,8 @@ def open_arrays(path: Path) -> dict[str, Stored]:
         UsageError: There is no such file, it is of another kind, damaged, or holds Python objects.
     """
     if not path.is_file():
-        raise UsageError(f"no such file: {path}", hint=suggest_files(path, SUFFIXES))
+        what = "not a regular file" if path.exists() else "no such file"
+        raise UsageError(f"{what}: {path}", hint=suggest_files(path, SUFFIXES))
     if path.suffix in _PICKLES:
         raise UsageError(
             f"{path} is a pickle, which may run code, and is not loaded",
@@ -95,10 +90,10 @@ def open_arrays(path: Path) -> dict[str, Stored]:
     if path.suffix not in SUFFIXES:
         raise UsageError(f"{path} is no file of arrays", expected=f"one of {', '.join(SUFFIXES)}")
     with _explained(path):
-        found = _safetensors(path) if path.suffix == ".safetensors" else _numpy(path)
-    if not found:
+        arrays = _safetensors(path) if path.suffix == ".safetensors" else _numpy(path)
+    if not arrays:
         raise UsageError(f"{path} holds no arrays")
-    return found
+    return arrays
 
 
 @contextmanager
@@ -108,7 +103,8 @@ def _explained(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, SafetensorError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, SafetensorError, NotImplementedError,
+            ValueError, OverflowError, TypeError, RecursionError, MemoryError, SyntaxError) as error:  # fmt: skip
         if isinstance(error, UsageError):
             raise
         text = str(error)
@@ -121,7 +117,7 @@ def _explained(path: Path) -> Iterator[None]:
         reason = error.strerror if isinstance(error, OSError) else None
         raise UsageError(
             f"cannot read {path}: {reason}" if reason else f"{path} is truncated, damaged or no {path.suffix} file",
-            got=None if reason else text.splitlines()[0][:200] if text else type(error).__name__,
+            got=None if reason else shortened(text) or type(error).__name__,
         ) from error
 
 
@@ -133,49 +129,80 @@ def _numpy(path: Path) -> dict[str, Stored]:
         with zipfile.ZipFile(path) as archive:
             members = [name for name in archive.namelist() if name.endswith(".npy")]
             return {m.removesuffix(".npy"): _member(path, archive, m) for m in members}
+    with path.open("rb") as file:
+        header = _header(file, path.name, path.stat().st_size)
     array = np.load(path, mmap_mode="r", allow_pickle=False)
 
     def parts(step: int, stop: int) -> Iterator[Array]:
         for start in range(0, stop, step):
             yield array[start : min(start + step, stop)]
 
-    return {"": Stored("", array.shape, str(array.dtype), parts)}
+    return {"": Stored("", header.shape, str(header.dtype), parts)}
 
 
-def _header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, order and dtype of a ``.npy`` stream, which is left at its data."""
+@dataclass(frozen=True)
+class _Header:
+    """What a ``.npy`` stream says about its data."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the data."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def _header(file: IO[bytes], name: str, total: int) -> _Header:
+    """The header of a ``.npy`` stream of so many bytes in all, which is left at its data."""
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if read is None:
         raise ValueError(f"{name} has version {version[0]}.{version[1]} of the format")
-    shape, fortran, dtype = read(file)
-    if dtype.hasobject:
+    header = _Header(*read(file))
+    if header.dtype.hasobject:
         raise ValueError(f"{name}: Object arrays cannot be loaded")
-    return shape, fortran, dtype
+    if any(type(size) is not int or size < 0 for size in header.shape):
+        raise ValueError(f"{name} declares the shape {header.shape}")
+    if header.size > total - file.tell():
+        raise ValueError(f"{name} declares {header.size} bytes, and {total - file.tell()} are there")
+    return header
 
 
 def _member(path: Path, archive: zipfile.ZipFile, member: str) -> Stored:
     """One array of a ``.npz``."""
     with archive.open(member) as file:
-        shape, fortran, dtype = _header(file, member)
+        header = _header(file, member, archive.getinfo(member).file_size)
+    shape, dtype = header.shape, header.dtype
+    if header.fortran and header.size > _LARGEST_FORTRAN:
+        raise UsageError(
+            f"{member} in {path} is stored in Fortran order, of which no part can be read alone",
+            expected=f"C order, or at most {_LARGEST_FORTRAN >> 20} MiB",
+            got=f"{header.size >> 20} MiB",
+            hint="numpy.savez(path, numpy.ascontiguousarray(array))",
+        )
 
     def parts(step: int, stop: int) -> Iterator[Array]:
         with _explained(path), zipfile.ZipFile(path) as archive, archive.open(member) as file:
-            _header(file, member)
-            if fortran:
-                data = file.read()
-                whole = np.frombuffer(data, dtype).reshape(shape, order="F")
+            _header(file, member, archive.getinfo(member).file_size)
+            if header.fortran:
+                whole = np.frombuffer(_exactly(file, header.size, member), dtype).reshape(shape, order="F")
                 yield from (whole[start : min(start + step, stop)] for start in range(0, stop, step))
                 return
             row = prod(shape[1:]) * dtype.itemsize
             for start in range(0, stop, step):
                 rows = min(step, stop - start)
-                data = file.read(rows * row)
-                if len(data) < rows * row:
-                    raise EOFError(f"{member} ends after {len(data)} of {rows * row} bytes")
-                yield np.frombuffer(data, dtype).reshape(rows, *shape[1:])
+                yield np.frombuffer(_exactly(file, rows * row, member), dtype).reshape(rows, *shape[1:])
 
     return Stored(member.removesuffix(".npy"), shape, str(dtype), parts)
+
+
+def _exactly(file: IO[bytes], size: int, name: str) -> bytes:
+    data = file.read(size)
+    if len(data) < size:
+        raise EOFError(f"{name} ends after {len(data)} of {size} bytes")
+    return data
 
 
 def _safetensors(path: Path) -> dict[str, Stored]:
@@ -196,4 +223,4 @@ def _safetensors(path: Path) -> dict[str, Stored]:
     with safe_open(str(path), framework="pt", device="cpu") as file:
         names = list(file.keys())
         slices = {name: file.get_slice(name) for name in names}
-        return {name: stored(name, one.get_shape(), one.get_dtype()) for name, one in slices.items()}
+        return {name: stored(name, part.get_shape(), part.get_dtype()) for name, part in slices.items()}

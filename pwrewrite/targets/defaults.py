@@ -55,16 +55,7 @@ class Guess:
 
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """A seeded tensor on the CPU, whatever the default device is.
-
-    Args:
-        shape: The sizes.
-        dtype: The dtype.
-        generator: Where the numbers come from.
-
-    Returns:
-        Standard normal values for floating and complex dtypes, values out of {0, 1} for the rest.
-    """
+    """A seeded tensor on the CPU: standard normal if floating or complex, else values out of {0, 1}."""
     if dtype.is_complex or dtype is torch.float64:
         return torch.randn(shape, dtype=dtype, generator=generator, device="cpu")
     if dtype.is_floating_point:
@@ -99,11 +90,11 @@ def _from_timm(model: nn.Module, args: Mapping[str, object]) -> Guess | None:
     if not isinstance(size, (tuple, list)) or not size or not all(isinstance(n, int) for n in size):
         return None
     channels, *spatial = size
-    given = args.get("img_size")
-    if isinstance(given, int):
-        spatial = [given] * len(spatial)
-    elif isinstance(given, (tuple, list)) and all(isinstance(n, int) for n in given):
-        spatial = list(given)
+    side = args.get("img_size")
+    if isinstance(side, int):
+        spatial = [side] * len(spatial)
+    elif isinstance(side, (tuple, list)) and all(isinstance(n, int) for n in side):
+        spatial = list(side)
     chans = args.get("in_chans")
     return Guess(((1, chans if isinstance(chans, int) else channels, *spatial),), floating_dtype(model))
 
@@ -136,14 +127,7 @@ def _from_weights(model: nn.Module, name: str, args: Mapping[str, object]) -> Gu
 
 
 def is_detection(model: nn.Module) -> bool:
-    """Whether a model is one of torchvision's detection models, which take a list of images.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        Whether it is one, or a subclass of one.
-    """
+    """Whether a model is one of torchvision's detection models, or a subclass, which take a list of images."""
     return _is_from("torchvision.models.detection", model) and hasattr(model, "transform")
 
 
@@ -212,14 +196,7 @@ def _from_layers(model: nn.Module) -> Guess:
 
 
 def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
-    """The parameters of a model's ``forward``, without ``self``.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The parameters by name; those of ``*args, **kwargs`` when ``forward`` has no signature to read.
-    """
+    """The parameters of a model's ``forward`` by name; ``*args, **kwargs`` if it has no signature to read."""
     try:
         return dict(inspect.signature(model.forward).parameters)
     except (TypeError, ValueError):
@@ -227,14 +204,7 @@ def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
 
 
 def required_inputs(model: nn.Module) -> list[str]:
-    """The names of the inputs that ``forward`` cannot do without.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The parameters without a default, in order.
-    """
+    """The names of the inputs that ``forward`` cannot do without, in order."""
     stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [n for n, p in forward_parameters(model).items() if p.default is p.empty and p.kind not in stars]
 
@@ -243,14 +213,7 @@ _OR_IN_FILE = "; or define example_inputs in the model's file"
 
 
 def floating_dtype(model: nn.Module) -> torch.dtype:
-    """The floating dtype that a model computes in, going by its first floating parameter or buffer.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The dtype; float32 for a model that has neither.
-    """
+    """The floating dtype of a model's first floating parameter or buffer; float32 where it has neither."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
 

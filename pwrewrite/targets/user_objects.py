@@ -40,18 +40,7 @@ class Named:
     origin: Path | None
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls it; what it prints goes to stderr.
-
-        Args:
-            *args: Its arguments.
-            **kwargs: Its arguments.
-
-        Returns:
-            What it returns.
-
-        Raises:
-            TargetError: It raised; the message names the line.
-        """
+        """Calls it; what it prints goes to stderr, and a `TargetError` names the line where it raised."""
         with running_user_code(self.name, self.origin):
             return self.value(*args, **kwargs)
 
@@ -65,19 +54,11 @@ def is_named(text: str) -> bool:
 
 
 def load_named(text: str, option: str) -> Named:
-    """Imports what a text names.
-
-    Args:
-        text: ``file.py:NAME`` or ``package.module:NAME``; ``NAME`` may have dots.
-        option: The option it was given to, for messages.
-
-    Returns:
-        The object.
+    """Imports what the text of an option names.
 
     Raises:
         UsageError: It has neither form.
-        TargetError: There is no such name, or the import fails.
-        TargetNotFound: There is no such file or module.
+        TargetError: There is no such name, file or module, or the import fails.
     """
     if not is_named(text):
         raise UsageError(f"cannot read {option} {text!r}", expected=_FORMS)
@@ -86,14 +67,14 @@ def load_named(text: str, option: str) -> Named:
     return Named(value, f"{text.rpartition(':')[2]} in {place}", Path(file).resolve() if file else None)
 
 
-def _callable(found: Named, option: str, what: str, takes: int) -> Named:
+def _callable(named: Named, option: str, what: str, takes: int) -> Named:
     """Refuses what cannot be called with so many arguments."""
-    if not callable(found.value):
-        raise UsageError(f"{found.name} is not a function", expected=f"{option} takes {what}", got=kind_of(found.value))
-    needed = missing_args(found.value, {})
+    if not callable(named.value):
+        raise UsageError(f"{named.name} is not a function", expected=f"{option} takes {what}", got=kind_of(named.value))
+    needed = missing_args(named.value, {})
     if len(needed) > takes:
-        raise UsageError(f"{found.name} needs the arguments {', '.join(needed)}", expected=f"{option} takes {what}")
-    return found
+        raise UsageError(f"{named.name} needs the arguments {', '.join(needed)}", expected=f"{option} takes {what}")
+    return named
 
 
 def open_iterable(text: str) -> Any:
@@ -112,13 +93,13 @@ def open_iterable(text: str) -> Any:
         TargetError: It cannot be imported, or raised.
     """
     what = "an iterable of batches, or a function without arguments that gives one"
-    found = load_named(text, "--calibration")
-    value = found.value
+    named = load_named(text, "--calibration")
+    value = named.value
     if not _iterates(value):
-        value = _callable(found, "--calibration", what, 0).call()
+        value = _callable(named, "--calibration", what, 0).call()
         if not _iterates(value):
             raise UsageError(
-                f"{found.name} returned no iterable of batches",
+                f"{named.name} returned no iterable of batches",
                 expected=f"--calibration takes {what}",
                 got=kind_of(value),
             )
@@ -164,20 +145,20 @@ def open_metric(text: str) -> Callable[[nn.Module], float]:
         TargetError: It cannot be imported.
     """
     what = "a function of the model that returns a number, larger being better"
-    found = load_named(text, "--metric")
-    if isinstance(found.value, nn.Module):
-        raise UsageError(f"{found.name} is a model", expected=f"--metric takes {what}")
-    _callable(found, "--metric", what, 1)
+    named = load_named(text, "--metric")
+    if isinstance(named.value, nn.Module):
+        raise UsageError(f"{named.name} is a model", expected=f"--metric takes {what}")
+    _callable(named, "--metric", what, 1)
 
     def metric(model: nn.Module) -> float:
         """The user's score of a model."""
-        value = found.call(model)
+        value = named.call(model)
         if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) == 1:
             value = value.item()
         if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
-            raise UsageError(f"{found.name} returned no number", expected=what, got=kind_of(value))
+            raise UsageError(f"{named.name} returned no number", expected=what, got=kind_of(value))
         if not math.isfinite(value):
-            raise UsageError(f"{found.name} returned {float(value)}", expected="a finite number")
+            raise UsageError(f"{named.name} returned {float(value)}", expected="a finite number")
         return float(value)
 
     return metric

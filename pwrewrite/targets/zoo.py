@@ -19,17 +19,7 @@ _FETCHING = ("weights", "weights_backbone", "pretrained", "pretrained_backbone",
 
 
 def import_zoo(package: str) -> ModuleType:
-    """Imports torchvision or timm.
-
-    Args:
-        package: ``torchvision`` or ``timm``.
-
-    Returns:
-        The package.
-
-    Raises:
-        TargetError: It is not installed, or it does not import beside this torch.
-    """
+    """Imports torchvision or timm; refuses one that is not installed, or does not import beside this torch."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
@@ -51,47 +41,24 @@ def _broken(package: str, error: Exception) -> TargetError:
 
 
 def build_torchvision(name: str, args: Mapping[str, object]) -> object:
-    """Builds a torchvision model of any kind, with random weights.
-
-    Args:
-        name: The model's name, as ``torchvision.models.list_models()`` gives it.
-        args: Arguments for its builder.
-
-    Returns:
-        The model.
-
-    Raises:
-        TargetError: torchvision is missing, the name is unknown, or the arguments do not fit.
-    """
+    """A torchvision model of any kind, by the name that ``torchvision.models.list_models()`` gives it."""
     import_zoo("torchvision")
     models = importlib.import_module("torchvision.models")
     known: list[str] = models.list_models()
     if name.lower() not in known:
         raise _unknown("torchvision", name, known)
     builder = models.get_model_builder(name)
-    kept = _without_weights(args)
-    off: dict[str, object] = {
-        key: None for key in ("weights", "weights_backbone") if key in (parameters_of(builder) or {})
-    }
+    off = dict.fromkeys({"weights", "weights_backbone"} & set(parameters_of(builder) or {}))
     with warnings.catch_warnings():
         # Inception and GoogLeNet warn that their default initialisation will change.
         warnings.simplefilter("ignore", FutureWarning)
-        return construct(builder, {**off, **kept}, f"torchvision:{name}", None, but=(*_FETCHING, "progress"))
+        return construct(
+            builder, {**off, **_without_weights(args)}, f"torchvision:{name}", None, but=(*_FETCHING, "progress")
+        )
 
 
 def build_timm(name: str, args: Mapping[str, object]) -> object:
-    """Builds a timm model with random weights.
-
-    Args:
-        name: The model's name, with or without a weight tag (``resnet50.a1_in1k``), which only chooses the input size.
-        args: Arguments for ``timm.create_model``.
-
-    Returns:
-        The model.
-
-    Raises:
-        TargetError: timm is missing, the name or tag is unknown, or the arguments do not fit.
-    """
+    """A timm model by its name; a weight tag behind it (``resnet50.a1_in1k``) only chooses the input size."""
     timm = import_zoo("timm")
     base, _, tag = name.partition(".")
     if ":" in name or "/" in name:
@@ -101,7 +68,6 @@ def build_timm(name: str, args: Mapping[str, object]) -> object:
         )
     if not timm.is_model(base):
         raise _unknown("timm", name, timm.list_models())
-    kept = {"pretrained": False, **_without_weights(args)}
 
     def create_model(**kwargs: object) -> object:
         return timm.create_model(name, **kwargs)
@@ -109,7 +75,9 @@ def build_timm(name: str, args: Mapping[str, object]) -> object:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a deprecated name is mapped on to the new one
         try:
-            return construct(create_model, kept, f"timm:{name}", None, but=_FETCHING)
+            return construct(
+                create_model, {"pretrained": False, **_without_weights(args)}, f"timm:{name}", None, but=_FETCHING
+            )
         except TargetError as error:
             if not tag or "Invalid pretrained tag" not in str(error):
                 raise
