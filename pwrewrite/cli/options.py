@@ -1,304 +1,203 @@
-"""Options that several commands share: how a target is opened, what is asked of the passes, where reports go."""
+"""Options that only the command has: what of a report is shown, and where things go. The others are the library's own."""
 
 from __future__ import annotations
 
-from enum import StrEnum
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
-import typer
+from ..core.numbers import parse_count, parse_share
+from ..core.options import BUDGET, PASSES, PROOF, option, path
 
-if TYPE_CHECKING:
-    from ..targets import TargetOptions
-    from ..workflows.choices import Choices
-
-MODEL, PASSES, PROOF, OUT = "Model and inputs", "What is rewritten", "Proof", "Output"
+OUT, SHOWN, CHECKS = "Output", "What is shown", "Checks"
+FORMATS = ("table", "json", "markdown")
 
 
-class Format(StrEnum):
-    """The formats of ``--format``."""
+@dataclass(frozen=True)
+class Common:
+    """Options of every command."""
 
-    TABLE = "table"
-    JSON = "json"
-    MARKDOWN = "markdown"
-
-
-class Init(StrEnum):
-    """The values of ``--init``."""
-
-    WEIGHTS = "weights"
-    FRESH = "fresh"
+    debug: bool = option(False, "Show warnings and tracebacks.", "--debug")
 
 
-Target = Annotated[
-    str,
-    typer.Argument(
-        help="[bold]model.py[/], [bold]model.py:NAME[/], [bold]package.module:NAME[/], [bold]torchvision:NAME[/], "
-        "[bold]timm:NAME[/] or a [bold]folder[/] that rewrite saved.",
-        show_default=False,
-    ),
-]
-Arg = Annotated[
-    list[str] | None,
-    typer.Option("--arg", metavar="K=V", help="Argument for what makes the model; repeatable.", rich_help_panel=MODEL),
-]
-Weights = Annotated[
-    Path | None,
-    typer.Option(
-        "--weights",
+@dataclass(frozen=True)
+class Listed(Common):
+    """The form of what is shown."""
+
+    form: str = option("table", "Form of the report.", "--format", panel=OUT, choices=FORMATS)
+
+
+@dataclass(frozen=True)
+class Reported(Listed):
+    """The form of a report, and where it goes."""
+
+    output: Path | None = option(
+        None,
+        "Write the report there, whole or not at all.",
+        "--report",
+        "--output",
+        panel=OUT,
         metavar="FILE",
-        help="Checkpoint to fill in (.safetensors, .pt, .pth), read safely.",
-        rich_help_panel=MODEL,
-    ),
-]
-WeightsLenient = Annotated[
-    bool, typer.Option("--weights-lenient", help="Accept a checkpoint that fits in part.", rich_help_panel=MODEL)
-]
-Inputs = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--input",
-        metavar="SHAPE",
-        help="Example input such as 1x3x224x224, 1x77:int64 or mask=1x1x64x64; repeatable. "
-        "Without it: what the file, the folder, the zoo or the first layer tells.",
-        rich_help_panel=MODEL,
-    ),
-]
-Base = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="TARGET",
-        help="For a saved folder: the model that it was rewritten from.",
-        rich_help_panel=MODEL,
-    ),
-]
-TrustTarget = Annotated[
-    bool,
-    typer.Option(
-        "--trust-target",
-        help="For a saved folder: import the model that its plan names, which runs that code.",
-        rich_help_panel=MODEL,
-    ),
-]
-Seed = Annotated[
-    int,
-    typer.Option("--seed", metavar="N", min=0, help="Seed of weights that the model draws.", rich_help_panel=MODEL),
-]
-
-Pass_ = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--pass",
-        metavar="NAME",
-        help="Pass to run, see `pwrewrite passes`; repeatable, in order. Without --pass, --set and --plan: "
-        "insert-bottleneck on layers with at least 1% of the MACs.",
-        rich_help_panel=PASSES,
-    ),
-]
-Rank = Annotated[
-    str | None,
-    typer.Option(
-        "--rank",
-        metavar="R",
-        help=r"Width of the new layers: 32, or 0.5 or 50% of the channels. [dim]\[default: the pass's own][/]",
-        rich_help_panel=PASSES,
-    ),
-]
-RankIn = Annotated[
-    str | None,
-    typer.Option("--rank-in", metavar="R", help="The same, of the reduction only.", rich_help_panel=PASSES),
-]
-RankOut = Annotated[
-    str | None,
-    typer.Option("--rank-out", metavar="R", help="The same, of the expansion only.", rich_help_panel=PASSES),
-]
-Energy = Annotated[
-    str | None,
-    typer.Option(
-        "--energy",
-        metavar="SHARE",
-        help="Instead of --rank: part of ‖W‖² to keep, 0.95 or 95%.",
-        rich_help_panel=PASSES,
-    ),
-]
-Vbmf = Annotated[
-    bool,
-    typer.Option("--vbmf", help="Instead of --rank: ranks by empirical variational Bayes.", rich_help_panel=PASSES),
-]
-Include = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--include",
-        metavar="PATTERN",
-        help="Only these layers, such as 'layer3.*'; repeatable.",
-        rich_help_panel=PASSES,
-    ),
-]
-Exclude = Annotated[
-    list[str] | None,
-    typer.Option("--exclude", metavar="PATTERN", help="Not these layers; repeatable.", rich_help_panel=PASSES),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="PATH=FORM:W",
-        help="A form for one layer (or pattern), over --pass; repeatable: b3=reduce:96, 'layer4.*=bottleneck:64,32', "
-        "pool=project:32, fc=keep. Forms: bottleneck, reduce, expand, spatial, depthwise, pair, project, keep.",
-        rich_help_panel=PASSES,
-    ),
-]
-MinShare = Annotated[
-    str | None,
-    typer.Option(
-        "--min-share", metavar="SHARE", help="Only layers with this part of the MACs.", rich_help_panel=PASSES
-    ),
-]
-Multiple = Annotated[
-    int | None,
-    typer.Option(
-        "--multiple",
-        metavar="N",
-        min=1,
-        help=r"What computed widths are rounded to. [dim]\[default: 8 from 64 channels on, else 1][/]",
-        rich_help_panel=PASSES,
-    ),
-]
-AllowGrowth = Annotated[
-    bool, typer.Option("--allow-growth", help="Also where it costs more than it saves.", rich_help_panel=PASSES)
-]
-Replan = Annotated[
-    bool, typer.Option("--replan", help="Also inside what an earlier rewrite put in.", rich_help_panel=PASSES)
-]
-InitOption = Annotated[
-    Init,
-    typer.Option(
-        "--init", help="New layers from the old weights, or fresh ones that are to be trained.", rich_help_panel=PASSES
-    ),
-]
-Norm = Annotated[
-    str | None,
-    typer.Option(
-        "--norm",
-        metavar="NAME",
-        help="With --init fresh: norm after every new layer but the last: batch_norm, instance_norm.",
-        rich_help_panel=PASSES,
-    ),
-]
-Activation = Annotated[
-    str | None,
-    typer.Option(
-        "--activation",
-        metavar="NAME",
-        help="With --init fresh: activation there, such as relu.",
-        rich_help_panel=PASSES,
-    ),
-]
-AllowOutputChange = Annotated[
-    bool,
-    typer.Option(
-        "--allow-output-change", help="An output may change its shape; the report tells.", rich_help_panel=PASSES
-    ),
-]
-FormatOption = Annotated[Format, typer.Option("--format", help="Form of the report.", rich_help_panel=OUT)]
-All = Annotated[
-    bool,
-    typer.Option("--all", help="Every layer, and for every layer that stays the reason in full.", rich_help_panel=OUT),
-]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", metavar="FILE", help="Write the report there, whole or not at all.", rich_help_panel=OUT),
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show warnings and tracebacks.")]
-MaxError = Annotated[
-    str | None,
-    typer.Option(
-        "--max-error",
-        metavar="E",
-        help="Fail if the relative output error is larger: 0.1 or 10%.",
-        rich_help_panel=PROOF,
-    ),
-]
-
-
-def request_of(
-    target: str,
-    arg: list[str] | None,
-    weights: Path | None,
-    weights_lenient: bool,
-    inputs: list[str] | None,
-    model: str | None,
-    trust_target: bool,
-    seed: int,
-) -> TargetOptions:
-    """The options about a target as one."""
-    from ..targets import TargetOptions, parse_arg
-
-    args = dict(parse_arg(text) for text in arg or ())
-    return TargetOptions(target, args, weights, weights_lenient, tuple(inputs or ()), model, trust_target, seed)
-
-
-def choices_of(
-    passes: list[str] | None,
-    rank: str | None,
-    rank_in: str | None,
-    rank_out: str | None,
-    energy: str | None,
-    vbmf: bool,
-    include: list[str] | None,
-    exclude: list[str] | None,
-    sets: list[str] | None,
-    min_share: str | None,
-    multiple: int | None,
-    allow_growth: bool,
-    replan: bool,
-    init: Init,
-    norm: str | None,
-    activation: str | None,
-    allow_output_change: bool,
-) -> Choices:
-    """The options about passes as one."""
-    from ..core.numbers import parse_share
-    from ..workflows.choices import Choices, parse_set, parse_width
-
-    def width(text: str | None, what: str) -> int | float | None:
-        return parse_width(text, what) if text is not None else None
-
-    return Choices(
-        tuple(passes or ()),
-        tuple(parse_set(text) for text in sets or ()),
-        width(rank, "--rank"),
-        width(rank_in, "--rank-in"),
-        width(rank_out, "--rank-out"),
-        parse_share(energy, "--energy") if energy is not None else None,
-        vbmf,
-        tuple(include or ()),
-        tuple(exclude or ()),
-        parse_share(min_share, "--min-share") if min_share is not None else None,
-        multiple,
-        allow_growth,
-        replan,
-        init.value,
-        norm,
-        activation,
-        allow_output_change,
+        read=path,
     )
 
 
-def error_bound(text: str | None) -> float | None:
-    """Reads ``--max-error``; unlike a share it may be above 1."""
-    from ..core.errors import UsageError
+@dataclass(frozen=True)
+class Detailed(Reported):
+    """The same, with how much of it is shown."""
 
-    if text is None:
-        return None
-    stripped = text.strip()
-    try:
-        value = float(stripped[:-1]) / 100 if stripped.endswith("%") else float(stripped)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise UsageError(
-            "--max-error is not a relative error", expected="a number from 0 such as 0.1 or 10%", got=repr(text)
-        )
-    return value
+    everything: bool = option(
+        False, "Every layer, and for every layer that stays the reason in full.", "--all", panel=OUT
+    )
+
+
+@dataclass(frozen=True)
+class AnalysisReported(Common):
+    """The form of an analysis, and where it goes."""
+
+    form: str = option("table", "Form of the report.", "--format", panel=OUT, choices=(*FORMATS, "csv"))
+    output: Path | None = option(
+        None,
+        "Write the report there, whole or not at all.",
+        "--report",
+        "--output",
+        "--out",
+        panel=OUT,
+        metavar="FILE",
+        read=path,
+    )
+
+
+@dataclass(frozen=True)
+class AnalysisShown:
+    """What is shown of an analysis."""
+
+    top: int | None = option(
+        None, r"At most N layers. [dim]\[default: 15 hotspots][/]", "--top", panel=SHOWN, metavar="N", least=0
+    )
+    sort: str = option(
+        "macs",
+        "Order of the layers.",
+        "--sort",
+        panel=SHOWN,
+        choices=("macs", "params", "memory", "name", "order"),
+    )
+    everything: bool = option(
+        False, "All layers, 1×1 and linear ones too, each with the reason why it stays.", "--all", panel=SHOWN
+    )
+    tree: bool = option(
+        False, "The module hierarchy with cumulative cost in place of the layers.", "--tree", panel=SHOWN
+    )
+    depth: int | None = option(
+        None,
+        r"Levels of the tree; implies --tree. [dim]\[default: 2][/]",
+        "--depth",
+        panel=SHOWN,
+        metavar="N",
+        least=0,
+    )
+    hotspot_share: float = option(
+        0.01,
+        r"Part of the MACs that makes a k×k layer a hotspot: 1% or 0.01. [dim]\[default: 1%][/]",
+        "--hotspot-share",
+        panel=SHOWN,
+        metavar="SHARE",
+        read=parse_share,
+    )
+    device: str = option(
+        "cpu",
+        "Device profile for the roofline: cpu, server-cpu, t4, v100, a100, h100, jetson-orin.",
+        "--device",
+        panel=SHOWN,
+        metavar="PROFILE",
+    )
+    convention: str | None = option(
+        None,
+        "The total as that tool would count it, to the last digit.",
+        "--as",
+        panel=SHOWN,
+        choices=("torch", "fvcore", "thop", "ptflops", "torchinfo"),
+    )
+    explain_count: bool = option(
+        False, "What each of these tools would say, and what makes the difference.", "--explain-count", panel=SHOWN
+    )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an analysed model may cost."""
+
+    max_params: int | None = option(
+        None,
+        "Fail if the model has more parameters (25M).",
+        "--max-params",
+        panel=CHECKS,
+        metavar="N",
+        read=parse_count,
+    )
+    max_macs: int | None = option(
+        None, "Fail if the model has more MACs (4.1G).", "--max-macs", panel=CHECKS, metavar="N", read=parse_count
+    )
+    strict: bool = option(False, "Fail if an operation has no cost formula.", "--strict", panel=CHECKS)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Where a model is saved."""
+
+    out: Path | None = option(
+        None,
+        "Save there: weights, plan, report, README; whole or not at all. Without it nothing is saved.",
+        "--out",
+        panel=OUT,
+        metavar="DIR",
+        read=path,
+    )
+    force: bool = option(False, "Replace a folder that an earlier run saved.", "--force", panel=OUT)
+    save_unverified: bool = option(
+        False, "Save also what is not verified or failed; the README says so.", "--save-unverified", panel=PROOF
+    )
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What only `rewrite` does with a plan."""
+
+    plan: Path | None = option(
+        None,
+        "Instead of passes: carry out what `pwrewrite plan` wrote.",
+        "--plan",
+        panel=PASSES,
+        metavar="FILE",
+        read=path,
+    )
+    dry_run: bool = option(False, "Show the plan and do nothing else.", "--dry-run", panel=OUT)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What only `plan` does."""
+
+    pareto: bool = option(
+        False,
+        "Show the least loss at every budget of MACs instead, within the --budget of other kinds; "
+        "--report takes .csv, .svg, .json, .md.",
+        "--pareto",
+        panel=BUDGET,
+    )
+    out: Path | None = option(
+        None,
+        "Write the plan there, whole or not at all, for rewrite --plan.",
+        "--out",
+        panel=OUT,
+        metavar="FILE",
+        read=path,
+    )
+
+
+@dataclass(frozen=True)
+class Other:
+    """The second model of a comparison."""
+
+    other: str = option(
+        MISSING, "The other: a target, or a folder; of a folder, the first is taken for the original."
+    )

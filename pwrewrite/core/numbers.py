@@ -2,11 +2,13 @@
 
 Counts scale by 1000 (``4.09 G``), bytes by 1024 (``97.5 MiB``), both to three significant digits, so that a column
 lines up and no rounding ends in ``1000 M``. JSON and CSV never pass through here: they hold the integers. Reading
-(``4.1G``, ``1%``) is the reverse, for limits on the command line; it is exact, without a detour over floats.
+(``4.1G``, ``1%``, ``width=32``) is the reverse, for what is typed on the command line; counts are read exactly,
+without a detour over floats.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Sequence
 from decimal import Decimal
@@ -120,3 +122,72 @@ def parse_share(text: str, what: str = "share") -> float:
         hint = f"write {number}%" if float(number) <= 100 and not stripped.endswith("%") else None
         raise UsageError(f"{what} is more than the whole", expected=expected, got=repr(text), hint=hint)
     return share
+
+
+def parse_error(text: str, what: str = "error") -> float:
+    """Reads ``0.1`` or ``10%``; unlike a share it may be above 1.
+
+    Raises:
+        UsageError: If it is no number from 0.
+    """
+    stripped = text.strip()
+    try:
+        value = float(stripped[:-1]) / 100 if stripped.endswith("%") else float(stripped)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        expected = "a number from 0 such as 0.1 or 10%"
+        raise UsageError(f"{what} makes no sense", expected=expected, got=repr(text))
+    return value
+
+
+def parse_width(text: str, what: str = "width") -> int | float:
+    """Reads ``32`` as a width and ``0.5`` or ``50%`` as a ratio.
+
+    Raises:
+        UsageError: If it is neither, or out of range.
+    """
+    expected = "a width from 1 such as 32, or a ratio above 0 and up to 1 such as 0.5 or 50%"
+    stripped = text.strip()
+    try:
+        whole = re.fullmatch(r"[+-]?[0-9]+", stripped)
+        value = int(stripped) if whole else parse_error(stripped, what)
+    except ValueError:
+        raise UsageError(f"{what} is neither a width nor a ratio", expected=expected, got=repr(text)) from None
+    if not (value >= 1 if whole else 0 < value <= 1):
+        raise UsageError(f"{what} is out of range", expected=expected, got=repr(text))
+    return value
+
+
+def parse_arg(text: str, what: str = "--arg") -> tuple[str, object]:
+    """Parses one ``--arg``.
+
+    The value is a Python literal; a bare word that is none (``--arg act=relu``) is taken as a string.
+
+    Args:
+        text: ``name=value``.
+        what: The name of the setting, for the error.
+
+    Returns:
+        The name and the value: ``("num_classes", 10)``.
+
+    Raises:
+        UsageError: There is no ``=``, the name is no identifier, or the value looks like a literal but is malformed.
+    """
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not name.isidentifier():
+        raise UsageError(
+            f"cannot read {what} {text!r}",
+            expected="NAME=VALUE, the value a Python literal",
+            hint="--arg num_classes=10, --arg layers=[3,4,6,3], --arg act=relu",
+        )
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        if re.fullmatch(r"[^\W\d][\w.:/+-]*", value):
+            return name, value
+        raise UsageError(
+            f"cannot read the value of {what} {text!r}",
+            expected="a Python literal (10, 0.5, True, None, 'text', [1, 2], (3, 4), {'a': 1}) or a bare word",
+            got=value or "nothing",
+        ) from error

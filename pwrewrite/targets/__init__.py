@@ -5,9 +5,10 @@ callers who hold a part of it already. torchvision and timm are imported only wh
 is downloaded.
 """
 
+from ..core.numbers import parse_arg
 from .defaults import forward_parameters
 from .empty import empty_weights
-from .factories import parse_arg
+
 from .inputs import ExampleInputs, InputSpec, describe_inputs, parse_input, resolve_inputs
 from .opening import LoadedModel, TargetOptions, load, load_target, open_target
 from .resolve import TargetInfo, parse_target, resolve_model

@@ -6,7 +6,6 @@ which one is unknown and what the factory takes, which line of the user's file r
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
 import traceback
@@ -21,39 +20,6 @@ from .user_code import did_you_mean, nearest, running_user_code
 
 _SHOWN = 16
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-
-
-def parse_arg(text: str) -> tuple[str, object]:
-    """Parses one ``--arg``.
-
-    The value is a Python literal; a bare word that is none (``--arg act=relu``) is taken as a string.
-
-    Args:
-        text: ``name=value``.
-
-    Returns:
-        The name and the value: ``("num_classes", 10)``.
-
-    Raises:
-        UsageError: There is no ``=``, the name is no identifier, or the value looks like a literal but is malformed.
-    """
-    name, equals, value = (part.strip() for part in text.partition("="))
-    if not equals or not name.isidentifier():
-        raise UsageError(
-            f"cannot read --arg {text!r}",
-            expected="NAME=VALUE, the value a Python literal",
-            hint="--arg num_classes=10, --arg layers=[3,4,6,3], --arg act=relu",
-        )
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        if re.fullmatch(r"[^\W\d][\w.:/+-]*", value):
-            return name, value
-        raise UsageError(
-            f"cannot read the value of --arg {text!r}",
-            expected="a Python literal (10, 0.5, True, None, 'text', [1, 2], (3, 4), {'a': 1}) or a bare word",
-            got=value or "nothing",
-        ) from error
 
 
 def parameters_of(factory: Callable[..., object]) -> dict[str, inspect.Parameter] | None:

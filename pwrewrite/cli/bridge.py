@@ -1,0 +1,130 @@
+"""Makes commands from records of options: `command` turns their fields into typer's parameters, and what was typed back.
+
+A command is a function of records (`pwrewrite.core.options`). Its parameters are read off the records' fields: the
+default is the field's, flags, help, panel and how a text is read are the field's metadata. A field that several records
+have is one option, whose value each of them gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, dataclass
+from inspect import Parameter, Signature
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from click import Choice
+
+from ..core.options import Typed, default_of, typed_fields
+from .running import handled
+
+
+@dataclass(frozen=True, slots=True)
+class Only:
+    """As in ``Annotated[Proof, Only("verify")]``: the options of a record that a command has.
+
+    Attributes:
+        names: Names of fields; with ``but``, of those that the command does not have.
+        but: Whether all others are meant.
+    """
+
+    names: tuple[str, ...]
+    but: bool = False
+
+
+def command(app: typer.Typer, *, no_args_is_help: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds a function of records to an application, as the command of its name.
+
+    Args:
+        app: The application.
+        no_args_is_help: Whether the bare command shows its help.
+
+    Returns:
+        A decorator that gives the function back as it is.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        app.command(function.__name__.rstrip("_"), no_args_is_help=no_args_is_help)(as_command(function))
+        return function
+
+    return decorate
+
+
+def as_command(function: Callable[..., None]) -> Callable[..., None]:
+    """A function of what is typed, for typer, from a function of records."""
+    annotations = get_type_hints(function, include_extras=True)
+    records = {name: kind for name, kind in get_type_hints(function).items() if name != "return"}
+    parameters: dict[str, Parameter] = {}
+    for name, record in records.items():
+        for each, typed in _fields(record, *getattr(annotations[name], "__metadata__", ())):
+            parameters.setdefault(each.name, _parameter(each, typed))
+
+    def called(**texts: Any) -> None:
+        with handled(bool(texts.get("debug"))):
+            function(**{name: read_record(record, texts) for name, record in records.items()})
+
+    called.__name__, called.__doc__ = function.__name__, function.__doc__
+    called.__signature__ = Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    called.__annotations__ = {}
+    return called
+
+
+def read_record[T](record: type[T], texts: dict[str, Any]) -> T:
+    """A record from what was typed.
+
+    Args:
+        record: The record's class.
+        texts: Name of a field to what was typed for it: texts, numbers, or whether a flag was given.
+
+    Raises:
+        UsageError: If a text cannot be read.
+    """
+    values = {}
+    for each, typed in typed_fields(record):
+        text = texts.get(each.name)
+        if isinstance(default_of(each), bool):
+            values[each.name] = default_of(each) != bool(text)
+        elif text is not None and text != []:
+            values[each.name] = _read(typed, text)
+    return record(**values)
+
+
+def _fields(record: type, only: Only | None = None) -> Iterator[tuple[Field[Any], Typed]]:
+    for each, typed in typed_fields(record):
+        if only is None or (each.name in only.names) != only.but:
+            yield each, typed
+
+
+def _read(typed: Typed, text: Any) -> Any:
+    what = typed.flags[0] if typed.flags else ""
+    if typed.gather is None:
+        return typed.read(text, what) if typed.read is not None else text
+    texts = [part.strip() for each in text for part in each.split(",")] if typed.split else text
+    return typed.gather(typed.read(each, what) if typed.read is not None else each for each in texts)
+
+
+def _parameter(each: Field[Any], typed: Typed) -> Parameter:
+    """A field as one of typer's parameters."""
+    if not typed.flags:
+        argument = typer.Argument(help=typed.help, show_default=False)
+        return Parameter(each.name, Parameter.KEYWORD_ONLY, annotation=Annotated[str, argument])
+    default = default_of(each)
+    kind: Any = str
+    if isinstance(default, bool):
+        kind, default = bool, False
+    elif typed.gather is not None:
+        kind, default = list[str] | None, None
+    elif typed.least is not None:
+        kind = int if default is not None else int | None
+    else:
+        kind, default = str | None, default if typed.choices and default is not MISSING else None
+    info = typer.Option(
+        *typed.flags,
+        help=typed.help,
+        metavar=typed.metavar,
+        rich_help_panel=typed.panel,
+        min=typed.least,
+        click_type=Choice(typed.choices) if typed.choices else None,
+        show_choices=True,
+    )
+    return Parameter(each.name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info], default=default)
