@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .core.convolution import ConvSpec
     from .core.cost import Cost, register_formula
     from .core.errors import PwrewriteError
+    from .core.options import Budget, PassOptions, Proof, TargetOptions
     from .core.plan import Plan
     from .core.verification import Verification
     from .edit.apply import apply
@@ -44,22 +45,26 @@ if TYPE_CHECKING:
     from .targets.storage import save
     from .verifying import verify
     from .workflows.analyze import analyze, analyze_target
-    from .workflows.budget import plan
     from .workflows.fuse import fuse
-    from .workflows.rewrite import Rewritten, make_plan, rewrite
+    from .workflows.plan import make_plan, plan
+    from .workflows.rewrite import Rewritten, rewrite
 
     __version__: str
 
 __all__ = [
     "Analysis",
+    "Budget",
     "Capture",
     "ConvSpec",
     "Cost",
     "LoadedModel",
+    "PassOptions",
     "Plan",
+    "Proof",
     "PwrewriteError",
     "Report",
     "Rewritten",
+    "TargetOptions",
     "Verification",
     "__version__",
     "analyze",
@@ -83,14 +88,18 @@ __all__ = [
 
 _HOMES = {
     "Analysis": "analysis.records",
+    "Budget": "core.options",
     "Capture": "capturing",
     "ConvSpec": "core.convolution",
     "Cost": "core.cost",
     "LoadedModel": "targets",
+    "PassOptions": "core.options",
     "Plan": "core.plan",
+    "Proof": "core.options",
     "PwrewriteError": "core.errors",
     "Report": "report.records",
     "Rewritten": "workflows.rewrite",
+    "TargetOptions": "core.options",
     "Verification": "core.verification",
     "analyze": "workflows.analyze",
     "analyze_target": "workflows.analyze",
@@ -101,8 +110,8 @@ _HOMES = {
     "graph": "capturing.network",
     "load": "targets.opening",
     "load_target": "targets",
-    "make_plan": "workflows.rewrite",
-    "plan": "workflows.budget",
+    "make_plan": "workflows.plan",
+    "plan": "workflows.plan",
     "register_formula": "core.cost",
     "rewrite": "workflows.rewrite",
     "save": "targets.storage",

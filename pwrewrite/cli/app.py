@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .analyze import analyze
+from .bridge import as_command
 from .fuse import fuse
 from .passes import passes
 from .plan import plan
@@ -21,12 +22,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("analyze", no_args_is_help=True)(analyze)
-app.command("rewrite", no_args_is_help=True)(rewrite)
-app.command("plan", no_args_is_help=True)(plan)
-app.command("verify", no_args_is_help=True)(verify)
-app.command("fuse", no_args_is_help=True)(fuse)
-app.command("passes")(passes)
+for function in (analyze, rewrite, plan, verify, fuse, passes):
+    app.command(function.__name__, no_args_is_help=function is not passes)(as_command(function))
 
 
 def _version(wanted: bool) -> None:

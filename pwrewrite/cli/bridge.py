@@ -1,4 +1,4 @@
-"""Makes commands from records of options: `command` turns their fields into typer's parameters, and what was typed back.
+"""Makes commands from records of options: `as_command` turns fields into typer's parameters and back.
 
 A command is a function of records (`pwrewrite.core.options`). Its parameters are read off the records' fields: the
 default is the field's, flags, help, panel and how a text is read are the field's metadata. A field that several records
@@ -8,14 +8,14 @@ have is one option, whose value each of them gets.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, Field, dataclass
+from dataclasses import Field, dataclass
+from enum import StrEnum
 from inspect import Parameter, Signature
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, cast, get_type_hints
 
 import typer
-from click import Choice
 
-from ..core.options import Typed, default_of, typed_fields
+from ..core.option import T, Typed, default_of, typed_fields
 from .running import handled
 
 
@@ -30,24 +30,6 @@ class Only:
 
     names: tuple[str, ...]
     but: bool = False
-
-
-def command(app: typer.Typer, *, no_args_is_help: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Adds a function of records to an application, as the command of its name.
-
-    Args:
-        app: The application.
-        no_args_is_help: Whether the bare command shows its help.
-
-    Returns:
-        A decorator that gives the function back as it is.
-    """
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        app.command(function.__name__.rstrip("_"), no_args_is_help=no_args_is_help)(as_command(function))
-        return function
-
-    return decorate
 
 
 def as_command(function: Callable[..., None]) -> Callable[..., None]:
@@ -69,7 +51,7 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
     return called
 
 
-def read_record[T](record: type[T], texts: dict[str, Any]) -> T:
+def read_record(record: type[T], texts: dict[str, Any]) -> T:
     """A record from what was typed.
 
     Args:
@@ -98,6 +80,7 @@ def _fields(record: type, only: Only | None = None) -> Iterator[tuple[Field[Any]
 def _read(typed: Typed, text: Any) -> Any:
     what = typed.flags[0] if typed.flags else ""
     if typed.gather is None:
+        text = str(text) if typed.choices else text
         return typed.read(text, what) if typed.read is not None else text
     texts = [part.strip() for each in text for part in each.split(",")] if typed.split else text
     return typed.gather(typed.read(each, what) if typed.read is not None else each for each in texts)
@@ -116,15 +99,16 @@ def _parameter(each: Field[Any], typed: Typed) -> Parameter:
         kind, default = list[str] | None, None
     elif typed.least is not None:
         kind = int if default is not None else int | None
+    elif typed.choices:
+        known = cast(Any, StrEnum)("Choices", {choice: choice for choice in typed.choices})
+        kind, default = known | None, None if default is None else known(default)
     else:
-        kind, default = str | None, default if typed.choices and default is not MISSING else None
+        kind, default = str | None, None
     info = typer.Option(
         *typed.flags,
         help=typed.help,
         metavar=typed.metavar,
         rich_help_panel=typed.panel,
         min=typed.least,
-        click_type=Choice(typed.choices) if typed.choices else None,
-        show_choices=True,
     )
     return Parameter(each.name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info], default=default)

@@ -1,14 +1,19 @@
-"""Options that only the command has: what of a report is shown, and where things go. The others are the library's own."""
+"""Options that only the command has: what of a report is shown, and where things go."""
+# ruff: noqa: RUF009 (`option` makes a dataclass field)
 
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
+from functools import partial
 from pathlib import Path
 
 from ..core.numbers import parse_count, parse_share
-from ..core.options import BUDGET, PASSES, PROOF, option, path
+from ..core.option import option, path
+from ..core.options import BUDGET, PASSES, PROOF
 
 OUT, SHOWN, CHECKS = "Output", "What is shown", "Checks"
+_of_output, _of_view, _of_checks = (partial(option, panel=panel) for panel in (OUT, SHOWN, CHECKS))
+
 FORMATS = ("table", "json", "markdown")
 
 
@@ -23,21 +28,15 @@ class Common:
 class Listed(Common):
     """The form of what is shown."""
 
-    form: str = option("table", "Form of the report.", "--format", panel=OUT, choices=FORMATS)
+    form: str = _of_output("table", "Form of the report.", "--format", choices=FORMATS)
 
 
 @dataclass(frozen=True)
 class Reported(Listed):
     """The form of a report, and where it goes."""
 
-    output: Path | None = option(
-        None,
-        "Write the report there, whole or not at all.",
-        "--report",
-        "--output",
-        panel=OUT,
-        metavar="FILE",
-        read=path,
+    output: Path | None = _of_output(
+        None, "Write the report there, whole or not at all.", "--report", "--output", metavar="FILE", read=path
     )
 
 
@@ -45,25 +44,16 @@ class Reported(Listed):
 class Detailed(Reported):
     """The same, with how much of it is shown."""
 
-    everything: bool = option(
-        False, "Every layer, and for every layer that stays the reason in full.", "--all", panel=OUT
-    )
+    everything: bool = _of_output(False, "Every layer, and for every layer that stays the reason in full.", "--all")
 
 
 @dataclass(frozen=True)
-class AnalysisReported(Common):
+class AnalysisReported(Reported):
     """The form of an analysis, and where it goes."""
 
-    form: str = option("table", "Form of the report.", "--format", panel=OUT, choices=(*FORMATS, "csv"))
-    output: Path | None = option(
-        None,
-        "Write the report there, whole or not at all.",
-        "--report",
-        "--output",
-        "--out",
-        panel=OUT,
-        metavar="FILE",
-        read=path,
+    form: str = _of_output("table", "Form of the report.", "--format", choices=(*FORMATS, "csv"))
+    output: Path | None = _of_output(
+        None, "Write the report there, whole or not at all.", "--report", "--output", "--out", metavar="FILE", read=path
     )
 
 
@@ -71,54 +61,40 @@ class AnalysisReported(Common):
 class AnalysisShown:
     """What is shown of an analysis."""
 
-    top: int | None = option(
-        None, r"At most N layers. [dim]\[default: 15 hotspots][/]", "--top", panel=SHOWN, metavar="N", least=0
+    top: int | None = _of_view(
+        None, r"At most N layers. [dim]\[default: 15 hotspots][/]", "--top", metavar="N", least=0
     )
-    sort: str = option(
-        "macs",
-        "Order of the layers.",
-        "--sort",
-        panel=SHOWN,
-        choices=("macs", "params", "memory", "name", "order"),
+    sort: str = _of_view(
+        "macs", "Order of the layers.", "--sort", choices=("macs", "params", "memory", "name", "order")
     )
-    everything: bool = option(
-        False, "All layers, 1×1 and linear ones too, each with the reason why it stays.", "--all", panel=SHOWN
+    everything: bool = _of_view(
+        False, "All layers, 1×1 and linear ones too, each with the reason why it stays.", "--all"
     )
-    tree: bool = option(
-        False, "The module hierarchy with cumulative cost in place of the layers.", "--tree", panel=SHOWN
+    tree: bool = _of_view(False, "The module hierarchy with cumulative cost in place of the layers.", "--tree")
+    depth: int | None = _of_view(
+        None, r"Levels of the tree; implies --tree. [dim]\[default: 2][/]", "--depth", metavar="N", least=0
     )
-    depth: int | None = option(
-        None,
-        r"Levels of the tree; implies --tree. [dim]\[default: 2][/]",
-        "--depth",
-        panel=SHOWN,
-        metavar="N",
-        least=0,
-    )
-    hotspot_share: float = option(
+    hotspot_share: float = _of_view(
         0.01,
         r"Part of the MACs that makes a k×k layer a hotspot: 1% or 0.01. [dim]\[default: 1%][/]",
         "--hotspot-share",
-        panel=SHOWN,
         metavar="SHARE",
         read=parse_share,
     )
-    device: str = option(
+    device: str = _of_view(
         "cpu",
         "Device profile for the roofline: cpu, server-cpu, t4, v100, a100, h100, jetson-orin.",
         "--device",
-        panel=SHOWN,
         metavar="PROFILE",
     )
-    convention: str | None = option(
+    convention: str | None = _of_view(
         None,
         "The total as that tool would count it, to the last digit.",
         "--as",
-        panel=SHOWN,
         choices=("torch", "fvcore", "thop", "ptflops", "torchinfo"),
     )
-    explain_count: bool = option(
-        False, "What each of these tools would say, and what makes the difference.", "--explain-count", panel=SHOWN
+    explain_count: bool = _of_view(
+        False, "What each of these tools would say, and what makes the difference.", "--explain-count"
     )
 
 
@@ -126,35 +102,48 @@ class AnalysisShown:
 class Limits:
     """What an analysed model may cost."""
 
-    max_params: int | None = option(
-        None,
-        "Fail if the model has more parameters (25M).",
-        "--max-params",
-        panel=CHECKS,
-        metavar="N",
-        read=parse_count,
+    max_params: int | None = _of_checks(
+        None, "Fail if the model has more parameters (25M).", "--max-params", metavar="N", read=parse_count
     )
-    max_macs: int | None = option(
-        None, "Fail if the model has more MACs (4.1G).", "--max-macs", panel=CHECKS, metavar="N", read=parse_count
+    max_macs: int | None = _of_checks(
+        None, "Fail if the model has more MACs (4.1G).", "--max-macs", metavar="N", read=parse_count
     )
-    strict: bool = option(False, "Fail if an operation has no cost formula.", "--strict", panel=CHECKS)
+    strict: bool = _of_checks(False, "Fail if an operation has no cost formula.", "--strict")
 
 
 @dataclass(frozen=True)
 class Saved:
     """Where a model is saved."""
 
-    out: Path | None = option(
+    out: Path | None = _of_output(
         None,
         "Save there: weights, plan, report, README; whole or not at all. Without it nothing is saved.",
         "--out",
-        panel=OUT,
         metavar="DIR",
         read=path,
     )
-    force: bool = option(False, "Replace a folder that an earlier run saved.", "--force", panel=OUT)
+    force: bool = _of_output(False, "Replace a folder that an earlier run saved.", "--force")
     save_unverified: bool = option(
         False, "Save also what is not verified or failed; the README says so.", "--save-unverified", panel=PROOF
+    )
+
+
+@dataclass(frozen=True)
+class FuseOptions:
+    """What is fused, and whether it is measured."""
+
+    passes: tuple[str, ...] = option(
+        (),
+        "Pass to run; repeatable, in order: remove-inference-noise, fold-batch-norm, merge-pointwise, fuse-activation, "
+        r"channels-last. [dim]\[default: all of them][/]",
+        "--pass",
+        "--passes",
+        panel=PASSES,
+        metavar="NAME",
+        split=True,
+    )
+    benchmark: bool = option(
+        False, "Measure the latency before, after, and frozen (pwrewrite.freeze).", "--benchmark", panel=PROOF
     )
 
 
@@ -170,7 +159,7 @@ class Carried:
         metavar="FILE",
         read=path,
     )
-    dry_run: bool = option(False, "Show the plan and do nothing else.", "--dry-run", panel=OUT)
+    dry_run: bool = _of_output(False, "Show the plan and do nothing else.", "--dry-run")
 
 
 @dataclass(frozen=True)
@@ -184,13 +173,8 @@ class Planned:
         "--pareto",
         panel=BUDGET,
     )
-    out: Path | None = option(
-        None,
-        "Write the plan there, whole or not at all, for rewrite --plan.",
-        "--out",
-        panel=OUT,
-        metavar="FILE",
-        read=path,
+    out: Path | None = _of_output(
+        None, "Write the plan there, whole or not at all, for rewrite --plan.", "--out", metavar="FILE", read=path
     )
 
 
@@ -198,6 +182,4 @@ class Planned:
 class Other:
     """The second model of a comparison."""
 
-    other: str = option(
-        MISSING, "The other: a target, or a folder; of a folder, the first is taken for the original."
-    )
+    other: str = option(MISSING, "The other: a target, or a folder; of a folder, the first is taken for the original.")

@@ -1,4 +1,4 @@
-"""A progress bar on stderr, where something takes longer than a moment and a person is watching."""
+"""A sign of life on stderr: a progress bar where something takes longer than a moment and a person is watching."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import TextIO
 
 Say = Callable[[str, float | None], None]
+
+_WIDTH = 60
 
 
 @contextmanager
@@ -50,7 +52,8 @@ def progressing(*, after: float = 1.0, stream: TextIO | None = None) -> Iterator
                 bar.start()
 
     def say(what: str, share: float | None) -> None:
-        bar.update(task, description=escape(what[:60]), total=None if share is None else 1.0, completed=share or 0.0)
+        shown = what if len(what) <= _WIDTH else f"…{what[-_WIDTH:]}"
+        bar.update(task, description=escape(shown), total=None if share is None else 1.0, completed=share or 0.0)
 
     timer = threading.Timer(after, begin)
     timer.daemon = True

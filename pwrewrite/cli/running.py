@@ -1,4 +1,4 @@
-"""How every command runs: errors in plain words, Ctrl-C, closed pipes, quiet libraries, a sign of life.
+"""How every command runs: errors in plain words, Ctrl-C, closed pipes, quiet libraries.
 
 Exit codes: 0 done; 1 refused, a limit exceeded, or a fault of pwrewrite; 2 wrong usage or input; 130 Ctrl-C; 141 the
 reader of stdout went away.
@@ -14,23 +14,24 @@ import os
 import signal
 import sys
 import threading
-import time
 import traceback
 import warnings
 from collections.abc import Iterator
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
 from ..core.errors import PwrewriteError
+from .progress import Say, progressing
+
+if TYPE_CHECKING:
+    from .options import Common
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
 
 _BROKEN_PIPE = 141
-_SPINNER_WIDTH = 60
-_CHARACTERS = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
 @contextlib.contextmanager
@@ -151,43 +152,14 @@ def interruptible() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def waiting(what: str, *, after: float = 1.0, stream: TextIO | None = None) -> Iterator[None]:
-    """Shows a spinner on stderr when something takes longer than a moment and a person is watching.
+def working(common: Common) -> Iterator[Say]:
+    """While a command works: libraries are quiet, Ctrl-C counts, and a person sees what is going on.
 
-    Args:
-        what: What is going on; its end where it is long.
-        after: Seconds before it shows.
-        stream: Where to show it; stderr by default.
+    Yields:
+        What to call with each step.
     """
-    out = stream or sys.stderr
-    if not out.isatty() or os.environ.get("TERM") == "dumb":
-        yield
-        return
-    done = threading.Event()
-    shown = what if len(what) <= _SPINNER_WIDTH else f"…{what[-_SPINNER_WIDTH:]}"
-
-    def spin() -> None:
-        began = time.monotonic()
-        if done.wait(after):
-            return
-        turn = 0
-        while True:
-            sign = _CHARACTERS[turn % len(_CHARACTERS)]
-            out.write(f"\r{sign} {shown} {time.monotonic() - began:.0f} s")
-            out.flush()
-            turn += 1
-            if done.wait(0.1):
-                break
-        out.write("\r\x1b[K")
-        out.flush()
-
-    thread = threading.Thread(target=spin, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    with quiet(common.debug), interruptible(), progressing() as progress:
+        yield progress
 
 
 def leave(code: int) -> NoReturn:

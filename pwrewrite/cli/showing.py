@@ -1,4 +1,4 @@
-"""Showing what a command found: on stdout or in a file, as a table, Markdown or JSON; and closing words on stderr."""
+"""Showing what a command found: on stdout or in a file, for people or for programs; closing words."""
 
 from __future__ import annotations
 
@@ -7,29 +7,21 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .options import Listed, Reported
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-def show(
-    form: str,
-    output: Path | None,
-    *,
-    page: Callable[[int], RenderableType],
-    markdown: Callable[[], str],
-    data: Callable[[], str],
-) -> None:
-    """Shows something in one of its forms.
+def show(reported: Listed, page: Callable[[int], RenderableType], **texts: Callable[[], str]) -> None:
+    """Shows something in the form that was asked for: coloured and fitted where a person looks, plain elsewhere.
 
     Args:
-        form: ``table``, ``markdown`` or ``json``.
-        output: A file; stdout if None.
+        reported: The form, and where to.
         page: Makes the table for a width.
-        markdown: Makes the Markdown.
-        data: Makes the JSON.
+        **texts: Name of any other form to what makes its text.
     """
     from rich.console import Console
 
@@ -37,21 +29,22 @@ def show(
     from ..report.layout import plain_text
     from ..report.table import WIDTH
 
-    if form == "table" and output is None:
+    output = reported.output if isinstance(reported, Reported) else None
+    if reported.form == "table" and output is None:
         console = Console(highlight=False, markup=False, emoji=False)
         if console.is_terminal:
             console.print(page(console.width))
             return
-    if form == "table":
+    if reported.form == "table":
         columns = os.environ.get("COLUMNS", "")
         width = int(columns) if output is None and columns.isdecimal() and int(columns) > 0 else WIDTH
         text = plain_text(page(width), width)
     else:
-        text = markdown() if form == "markdown" else data()
+        text = texts[reported.form]()
     if output is not None:
         files.write_file(output, text)
         return
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what programs read is UTF-8 with the line ends it has
         sys.stdout.reconfigure(encoding="utf-8", newline="")
     sys.stdout.write(text)
     sys.stdout.flush()  # so that a closed pipe is noticed here

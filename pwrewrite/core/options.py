@@ -1,118 +1,31 @@
-"""Options, declared once: records whose fields carry their default, their help and how they are typed.
+"""The options of the library, each declared once: which model, which layers and passes, which budget, which proof.
 
-The Python calls take these records, or their fields as keywords. The command line is made from them (`pwrewrite.cli.
-bridge`), so that a new option is one field here. Nothing in this file imports torch: ``pwrewrite --help`` reads it.
+`pwrewrite.core.option` says how. Nothing here imports torch, since ``pwrewrite --help`` reads these records.
 """
+# ruff: noqa: RUF009 (`option` makes a dataclass field)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UsageError
-from .numbers import parse_error, parse_arg, parse_share, parse_width
+from .numbers import parse_arg, parse_error, parse_share, parse_width
+from .option import option, path
 
 if TYPE_CHECKING:
     from .plan import Plan
 
-MODEL, PASSES, BUDGET, PROOF = "Model and inputs", "What is rewritten", "Budget and calibration", "Proof"
-"""The panels in which the help of a command shows options."""
-
 Width = int | float
 """A width, or the part of the channels that it is."""
 
+MODEL, PASSES, BUDGET, PROOF = "Model and inputs", "What is rewritten", "Budget and calibration", "Proof"
+"""The panels in which the help of a command shows options."""
 
-@dataclass(frozen=True, slots=True)
-class Typed:
-    """How an option is typed on the command line.
-
-    Attributes:
-        help: What it does, in a sentence.
-        flags: Its spellings, the usual one first; none for an argument without a flag.
-        panel: The part of the help that shows it.
-        metavar: What stands for its value in the help.
-        read: Makes the value of a text and the flag's name, which an error mentions; None to take the text.
-        choices: The values there are; none where any text is taken.
-        least: Smallest value of a whole number; None where it is no number.
-        gather: Makes the value of an option that may be given several times of all its values; None for a single one.
-        split: Whether one text may hold several values with commas between.
-    """
-
-    help: str
-    flags: tuple[str, ...] = ()
-    panel: str | None = None
-    metavar: str | None = None
-    read: Callable[[str, str], object] | None = None
-    choices: tuple[str, ...] = ()
-    least: int | None = None
-    gather: Callable[[Iterable[Any]], object] | None = None
-    split: bool = False
-
-
-def path(text: str, what: str) -> Path:
-    """Reads a path."""
-    return Path(text)
-
-
-def option(default: Any, help: str, *flags: str, **typed: Any) -> Any:
-    """A field of a record that is also an option of the command.
-
-    Args:
-        default: Its value where it is not given; `dataclasses.MISSING` where it must be.
-        help: See `Typed`, as all others.
-        *flags: See `Typed`.
-        **typed: See `Typed`.
-    """
-    if isinstance(default, tuple):
-        typed.setdefault("gather", tuple)
-    metadata = {"typed": Typed(help, flags, **typed)}
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def typed_fields(record: type) -> Iterator[tuple[Field[Any], Typed]]:
-    """The fields of a record that can be typed, in order."""
-    for each in fields(record):
-        if "typed" in each.metadata:
-            yield each, each.metadata["typed"]
-
-
-def default_of(each: Field[Any]) -> Any:
-    """The default of a field."""
-    return each.default if each.default_factory is MISSING else each.default_factory()
-
-
-def flag_of(record: type, name: str) -> str:
-    """The usual spelling of an option."""
-    return next((t.flags[0] for each, t in typed_fields(record) if each.name == name and t.flags), name)
-
-
-def given(record: Any, *others: type) -> list[str]:
-    """Names of the options of a record that differ from their defaults, without those that other records have too."""
-    shared = {each.name for other in others for each in fields(other)}
-    return [f.name for f in fields(record) if f.name not in shared and getattr(record, f.name) != default_of(f)]
-
-
-def from_keywords[T](record: type[T], options: dict[str, Any]) -> T:
-    """A record of those keywords that it has; takes them out of ``options``."""
-    return record(**{each.name: options.pop(each.name) for each in fields(record) if each.name in options})  # type: ignore[call-overload, arg-type]
-
-
-def refuse_unknown(function: str, options: Mapping[str, object], *records: type) -> None:
-    """Refuses keywords that are no option.
-
-    Raises:
-        UsageError: If there are any; it names what is near.
-    """
-    known = [each.name for record in records for each in fields(record)]
-    for name in options:
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else None
-        raise UsageError(f"{function}() has no option {name!r}", expected=", ".join(dict.fromkeys(known)), hint=hint)
+_of_model, _of_passes, _of_budget, _of_proof = (partial(option, panel=p) for p in (MODEL, PASSES, BUDGET, PROOF))
+_seed = partial(_of_model, 0, "Seed of what is drawn: weights, samples.", "--seed", metavar="N", least=0)
 
 
 @dataclass(frozen=True)
@@ -138,46 +51,27 @@ class TargetOptions:
         "[bold]model.py[/], [bold]model.py:NAME[/], [bold]package.module:NAME[/], [bold]torchvision:NAME[/], "
         "[bold]timm:NAME[/] or a [bold]folder[/] that rewrite saved.",
     )
-    args: Mapping[str, object] = option(
-        {},
-        "Argument for what makes the model; repeatable.",
-        "--arg",
-        panel=MODEL,
-        metavar="K=V",
-        read=parse_arg,
-        gather=dict,
+    args: Mapping[str, object] = _of_model(
+        {}, "Argument for what makes the model; repeatable.", "--arg", metavar="K=V", read=parse_arg, gather=dict
     )
-    weights: Path | None = option(
-        None,
-        "Checkpoint to fill in (.safetensors, .pt, .pth), read safely.",
-        "--weights",
-        panel=MODEL,
-        metavar="FILE",
-        read=path,
+    weights: Path | None = _of_model(
+        None, "Checkpoint to fill in (.safetensors, .pt, .pth), read safely.", "--weights", metavar="FILE", read=path
     )
-    weights_lenient: bool = option(
-        False, "Accept a checkpoint that fits in part.", "--weights-lenient", panel=MODEL
-    )
-    inputs: Sequence[str] = option(
+    weights_lenient: bool = _of_model(False, "Accept a checkpoint that fits in part.", "--weights-lenient")
+    inputs: Sequence[str] = _of_model(
         (),
         "Example input such as 1x3x224x224, 1x77:int64 or mask=1x1x64x64; repeatable. "
         "Without it: what the file, the folder, the zoo or the first layer tells.",
         "--input",
-        panel=MODEL,
         metavar="SHAPE",
     )
-    base: str | None = option(
-        None, "For a saved folder: the model that it was rewritten from.", "--model", panel=MODEL, metavar="TARGET"
+    base: str | None = _of_model(
+        None, "For a saved folder: the model that it was rewritten from.", "--model", metavar="TARGET"
     )
-    trust_target: bool = option(
-        False,
-        "For a saved folder: import the model that its plan names, which runs that code.",
-        "--trust-target",
-        panel=MODEL,
+    trust_target: bool = _of_model(
+        False, "For a saved folder: import the model that its plan names, which runs that code.", "--trust-target"
     )
-    seed: int = option(
-        0, "Seed of weights that the model draws.", "--seed", panel=MODEL, metavar="N", least=0
-    )
+    seed: int = _seed()
 
 
 @dataclass(frozen=True)
@@ -191,19 +85,18 @@ class LayerOptions:
         replan: Whether what an earlier rewrite put in is looked at too.
     """
 
-    include: Sequence[str] = option(
-        (), "Only these layers, such as 'layer3.*'; repeatable.", "--include", panel=PASSES, metavar="PATTERN"
+    include: Sequence[str] = _of_passes(
+        (), "Only these layers, such as 'layer3.*'; repeatable.", "--include", metavar="PATTERN"
     )
-    exclude: Sequence[str] = option((), "Not these layers; repeatable.", "--exclude", panel=PASSES, metavar="PATTERN")
-    multiple: int | None = option(
+    exclude: Sequence[str] = _of_passes((), "Not these layers; repeatable.", "--exclude", metavar="PATTERN")
+    multiple: int | None = _of_passes(
         None,
         r"What computed widths are rounded to. [dim]\[default: 8 from 64 channels on, else 1][/]",
         "--multiple",
-        panel=PASSES,
         metavar="N",
         least=1,
     )
-    replan: bool = option(False, "Also inside what an earlier rewrite put in.", "--replan", panel=PASSES)
+    replan: bool = _of_passes(False, "Also inside what an earlier rewrite put in.", "--replan")
 
 
 @dataclass(frozen=True)
@@ -225,67 +118,57 @@ class PassOptions(LayerOptions):
         activation: With ``fresh``: the activation there.
     """
 
-    passes: Sequence[Any] = option(
+    passes: Sequence[Any] = _of_passes(
         (),
         "Pass to run, see `pwrewrite passes`; repeatable, in order. Without --pass, --set and --plan: "
         "insert-bottleneck on layers with at least 1% of the MACs.",
         "--pass",
         "--passes",
-        panel=PASSES,
         metavar="NAME",
         split=True,
     )
-    settings: Sequence[str] = option(
+    settings: Sequence[str] = _of_passes(
         (),
         "A form for one layer (or pattern), over --pass; repeatable: b3=reduce:96, 'layer4.*=bottleneck:64,32', "
         "pool=project:32, fc=keep. Forms: bottleneck, reduce, expand, spatial, depthwise, pair, project, keep.",
         "--set",
-        panel=PASSES,
         metavar="PATH=FORM:W",
     )
-    rank: Width | None = option(
+    rank: Width | None = _of_passes(
         None,
         r"Width of the new layers: 32, or 0.5 or 50% of the channels. [dim]\[default: the pass's own][/]",
         "--rank",
-        panel=PASSES,
         metavar="R",
         read=parse_width,
     )
-    rank_in: Width | None = option(
-        None, "The same, of the reduction only.", "--rank-in", panel=PASSES, metavar="R", read=parse_width
+    rank_in: Width | None = _of_passes(
+        None, "The same, of the reduction only.", "--rank-in", metavar="R", read=parse_width
     )
-    rank_out: Width | None = option(
-        None, "The same, of the expansion only.", "--rank-out", panel=PASSES, metavar="R", read=parse_width
+    rank_out: Width | None = _of_passes(
+        None, "The same, of the expansion only.", "--rank-out", metavar="R", read=parse_width
     )
-    energy: float | None = option(
-        None,
-        "Instead of --rank: part of ‖W‖² to keep, 0.95 or 95%.",
-        "--energy",
-        panel=PASSES,
-        metavar="SHARE",
-        read=parse_share,
+    energy: float | None = _of_passes(
+        None, "Instead of --rank: part of ‖W‖² to keep, 0.95 or 95%.", "--energy", metavar="SHARE", read=parse_share
     )
-    vbmf: bool = option(False, "Instead of --rank: ranks by empirical variational Bayes.", "--vbmf", panel=PASSES)
-    min_share: float | None = option(
-        None, "Only layers with this part of the MACs.", "--min-share", panel=PASSES, metavar="SHARE", read=parse_share
+    vbmf: bool = _of_passes(False, "Instead of --rank: ranks by empirical variational Bayes.", "--vbmf")
+    min_share: float | None = _of_passes(
+        None, "Only layers with this part of the MACs.", "--min-share", metavar="SHARE", read=parse_share
     )
-    allow_growth: bool = option(False, "Also where it costs more than it saves.", "--allow-growth", panel=PASSES)
-    init: str = option(
+    allow_growth: bool = _of_passes(False, "Also where it costs more than it saves.", "--allow-growth")
+    init: str = _of_passes(
         "weights",
         "New layers from the old weights, or fresh ones that are to be trained.",
         "--init",
-        panel=PASSES,
         choices=("weights", "fresh"),
     )
-    norm: str | None = option(
+    norm: str | None = _of_passes(
         None,
         "With --init fresh: norm after every new layer but the last: batch_norm, instance_norm.",
         "--norm",
-        panel=PASSES,
         metavar="NAME",
     )
-    activation: str | None = option(
-        None, "With --init fresh: activation there, such as relu.", "--activation", panel=PASSES, metavar="NAME"
+    activation: str | None = _of_passes(
+        None, "With --init fresh: activation there, such as relu.", "--activation", metavar="NAME"
     )
 
 
@@ -304,7 +187,7 @@ class Budget(LayerOptions):
         sensitivity: ``loss``, ``activations`` or ``weights``: in what norm an error counts; the best that the
             calibration allows by default.
         refit: ``full`` fits the factors, biases and norms to the original on the calibration inputs, ``bias`` the last
-            two alone, ``none`` nothing.
+            two alone, ``none`` nothing; everything by default.
         max_layer_error: Largest relative error of one layer, in the norm of ``sensitivity``.
         gate: ``latency`` to use only what is measured to be faster than the layer on this device.
         metric: Called with a model, larger is better, or ``file.py:NAME`` of such a function; measured before and
@@ -313,97 +196,86 @@ class Budget(LayerOptions):
         max_drop: With a metric and in place of limits: how much it may fall.
         seed: Of everything that is drawn.
         plan: A plan that has chosen already: only its weights are calibrated.
+        metric_name: What reports call the metric; the name of its function where empty.
     """
 
-    limits: Mapping[str, object] | Sequence[Any] | float = option(
+    limits: Mapping[str, object] | Sequence[Any] | float = _of_budget(
         (),
         "Instead of passes: what the result may cost, of the original or absolute: macs=0.5, params=12M, "
         "bytes=40MiB, latency=8ms; repeatable. Layers, forms and widths are chosen so that the least is lost.",
         "--budget",
-        panel=BUDGET,
         metavar="KIND=LIMIT",
     )
-    calibration: str | Iterable[Any] | None = option(
+    calibration: str | Iterable[Any] | None = _of_budget(
         None,
         "A few hundred unlabelled inputs: .npy, .npz, .safetensors, a folder of images, or file.py:NAME, an "
         "iterable of batches.",
         "--calibration",
-        panel=BUDGET,
         metavar="DATA",
     )
-    preprocess: str | None = option(
+    preprocess: str | None = _of_budget(
         None,
         "Function from a batch of arrays, or an image, to what the model takes.",
         "--preprocess",
-        panel=BUDGET,
         metavar="file.py:NAME",
     )
-    calibration_size: int | None = option(
-        None, "Use at most so many inputs.", "--calibration-size", panel=BUDGET, metavar="N", least=1
+    calibration_size: int | None = _of_budget(
+        None, "Use at most so many inputs.", "--calibration-size", metavar="N", least=1
     )
-    forms: Sequence[str] = option(
+    forms: Sequence[str] = _of_budget(
         ("all",),
         r"What layers may become: all, 1x1 (reduce, expand, bottleneck, pair) or a list of forms. "
         r"[dim]\[default: all][/]",
         "--forms",
-        panel=BUDGET,
         metavar="NAMES",
         split=True,
     )
-    sensitivity: str | None = option(
+    sensitivity: str | None = _of_budget(
         None,
         r"In what norm an error counts. [dim]\[default: loss, or weights without --calibration][/]",
         "--sensitivity",
-        panel=BUDGET,
         choices=("loss", "activations", "weights"),
     )
-    refit: str = option(
-        "full",
-        "What is fitted to the original on the calibration inputs: everything, biases and norms, or nothing.",
+    refit: str | None = _of_budget(
+        None,
+        "What is fitted to the original on the calibration inputs: everything, biases and norms, or nothing. "
+        r"[dim]\[default: full][/]",
         "--refit",
-        panel=BUDGET,
         choices=("full", "bias", "none"),
     )
-    max_layer_error: float | None = option(
+    max_layer_error: float | None = _of_budget(
         None,
         "Largest relative error of one layer, in the norm of --sensitivity: 0.3 or 30%.",
         "--max-layer-error",
-        panel=BUDGET,
         metavar="E",
         read=parse_share,
     )
-    gate: str | None = option(
+    gate: str | None = _of_budget(
         None,
         "Use only candidates that are measured to be faster than the layer on this device.",
         "--gate",
-        panel=BUDGET,
         choices=("latency",),
     )
-    metric: str | Callable[[Any], float] | None = option(
-        None,
-        "Function of a model, larger is better; told before and after.",
-        "--metric",
-        panel=BUDGET,
-        metavar="file.py:NAME",
+    metric: str | Callable[[Any], float] | None = _of_budget(
+        None, "Function of a model, larger is better; told before and after.", "--metric", metavar="file.py:NAME"
     )
-    labels: Path | None = option(
+    labels: Path | None = _of_budget(
         None,
         "Class of each calibration input (.npy, .npz, .txt, .csv, .safetensors): accuracy on those held out.",
         "--labels",
-        panel=BUDGET,
         metavar="FILE",
         read=path,
     )
-    max_drop: float | None = option(
+    max_drop: float | None = _of_budget(
         None,
         "With --metric: the smallest model whose metric falls by no more than that: 0.01, or 1% for the same.",
         "--max-drop",
-        panel=BUDGET,
         metavar="D",
         read=parse_error,
     )
-    seed: int = 0
+    seed: int = _seed()
     plan: Plan | None = None
+    metric_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -417,18 +289,13 @@ class Proof:
         allow_output_change: Whether an output may change its shape, which the report then tells.
     """
 
-    verify: bool = option(
-        True, "Leave the verification out; then nothing is saved without --save-unverified.", "--no-verify", panel=PROOF
+    verify: bool = _of_proof(
+        True, "Leave the verification out; then nothing is saved without --save-unverified.", "--no-verify"
     )
     thorough: bool = True
-    max_error: float | None = option(
-        None,
-        "Fail if the relative output error is larger: 0.1 or 10%.",
-        "--max-error",
-        panel=PROOF,
-        metavar="E",
-        read=parse_error,
+    max_error: float | None = _of_proof(
+        None, "Fail if the relative output error is larger: 0.1 or 10%.", "--max-error", metavar="E", read=parse_error
     )
-    allow_output_change: bool = option(
-        False, "An output may change its shape; the report tells.", "--allow-output-change", panel=PROOF
+    allow_output_change: bool = _of_proof(
+        False, "An output may change its shape; the report tells.", "--allow-output-change"
     )

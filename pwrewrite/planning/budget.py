@@ -53,7 +53,7 @@ _LEAST_COUNT = 1000
 
 
 @dataclass(frozen=True)
-class Budget:
+class Limit:
     """One limit.
 
     Attributes:
@@ -104,7 +104,7 @@ def _in_units(
     return f"{(value / scales[last]).normalize():f}{last}"
 
 
-def parse_budget(texts: Sequence[str]) -> tuple[Budget, ...]:
+def parse_budget(texts: Sequence[str]) -> tuple[Limit, ...]:
     """Reads budgets as a person types them.
 
     Args:
@@ -128,25 +128,33 @@ def parse_budget(texts: Sequence[str]) -> tuple[Budget, ...]:
     return _unique(pairs)
 
 
-def budgets_of(mapping: Mapping[str, object]) -> tuple[Budget, ...]:
-    """Budgets as Python gives them.
+def budgets_of(limits: object) -> tuple[Limit, ...]:
+    """Limits as Python gives them.
 
     Args:
-        mapping: Kind to limit: a float in (0, 1] is a ratio, an integer above 1 absolute, a string as in
-            `parse_budget`. ``{"macs": 0.5, "params": 12_000_000, "latency": "8ms"}``.
+        limits: Kind to limit, where a float in (0, 1] is a ratio, an integer above 1 absolute, a string as in
+            `parse_budget`: ``{"macs": 0.5, "params": 12_000_000, "latency": "8ms"}``. Or such texts as `parse_budget`
+            reads, or limits, or a single number or text, which limits the MACs.
 
     Returns:
-        The budgets, in order.
+        The limits, in order.
 
     Raises:
         UsageError: As in `parse_budget`, or a limit that is neither a number nor a string.
     """
-    return _unique(list(mapping.items()))
+    if isinstance(limits, Mapping):
+        return _unique([(str(kind), value) for kind, value in limits.items()])
+    if isinstance(limits, str):
+        return parse_budget([limits if "=" in limits else f"macs={limits}"])
+    if isinstance(limits, Sequence):
+        known = [limit for limit in limits if isinstance(limit, Limit)]
+        return tuple(known) if len(known) == len(limits) else parse_budget([str(text) for text in limits])
+    return _unique([("macs", limits)])
 
 
-def _unique(pairs: Sequence[tuple[str, object]]) -> tuple[Budget, ...]:
+def _unique(pairs: Sequence[tuple[str, object]]) -> tuple[Limit, ...]:
     """Budgets of kinds and limits, no kind twice."""
-    budgets: list[Budget] = []
+    budgets: list[Limit] = []
     for kind, value in pairs:
         budget = _budget(kind, value)
         if any(other.kind == budget.kind for other in budgets):
@@ -156,7 +164,7 @@ def _unique(pairs: Sequence[tuple[str, object]]) -> tuple[Budget, ...]:
     return tuple(budgets)
 
 
-def _budget(kind: str, value: object) -> Budget:
+def _budget(kind: str, value: object) -> Limit:
     """One budget of a kind and a limit."""
     name = kind.lower()
     if name not in _UNITS:
@@ -173,7 +181,7 @@ def _budget(kind: str, value: object) -> Budget:
         number = number.to_integral_value(rounding="ROUND_FLOOR")
     if not relative and number <= 0:
         raise _refusal("the budget {} leaves nothing", name, value)
-    return Budget(cast(Kind, "macs" if name == "flops" else name), float(number), relative)
+    return Limit(cast(Kind, "macs" if name == "flops" else name), float(number), relative)
 
 
 def _refusal(message: str, name: str, value: object, hint: str | None = None) -> UsageError:

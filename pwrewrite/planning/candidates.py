@@ -201,7 +201,7 @@ def make_candidates(
     *,
     centred: bool = True,
     multiple: int | None = None,
-    largest_error: float | None = None,
+    max_layer_error: float | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> list[LayerCandidates]:
     """The candidates of every layer that is meant.
@@ -211,7 +211,7 @@ def make_candidates(
         statistics: What calibration said; None for the weights' own norm, relative per layer.
         centred: Whether the mean of what a layer reads is taken off, since a bias or norm makes up for it.
         multiple: What widths are rounded to.
-        largest_error: Largest relative error of a layer in the norm of the prediction.
+        max_layer_error: Largest relative error of a layer in the norm of the prediction.
         progress: Called with a layer's path and how much is done.
     """
     found = []
@@ -229,7 +229,7 @@ def make_candidates(
         one.candidates.append(Candidate(None, 0.0, 0.0, costs))
         for form, by in passes.items():
             for rung in weighted.rungs(form, _saves(layer, spec)):
-                if largest_error is not None and rung.error > largest_error:
+                if max_layer_error is not None and rung.error > max_layer_error:
                     continue
                 op = by.op(layer, spec, rung.widths, axes=rung.axes, scope=scope)
                 if isinstance(op, Op) and op.estimate is not None:

@@ -19,18 +19,19 @@ from ..capturing import Inputs, capture, split_inputs
 from ..capturing.records import Capture, info
 from ..core.errors import RefusedError
 from ..core.files import cache_folder
+from ..core.options import Budget
 from ..core.plan import Op, Plan, Skip, SkipReason
 from ..decompose import Factors
 from .allocate import Allocation, Infeasible, Option, allocate, frontier
 from .batches import Batches
-from .budget import Budget
+from .budget import Limit
 from .cache import content_key, read_statistics, write_statistics
 from .candidates import Candidate, LayerCandidates, Meant, forms_named, make_candidates, timed, weighted_layer
 from .fitting import fit_steps, shift_biases
 from .latency import LatencyTable, Place, time_models, time_plan
 from .refit import refit
 from .room import Limited, Room, room_in_lockstep, samples_in_run
-from .settings import Settings
+from .settings import checked
 from .spill import Spill
 from .statistics import Statistics, gather
 from .weighted import WeightedLayer
@@ -86,14 +87,14 @@ class Planner:
         model: nn.Module,
         inputs: Inputs,
         calibration: Iterable[Any] | None,
-        settings: Settings,
+        settings: Budget,
         *,
         size: int | None = None,
         say: Say | None = None,
         captured: Capture | None = None,
     ) -> None:
         self.say = say or (lambda what, share: None)
-        self.settings = settings.check(calibration is not None)
+        self.settings = checked(settings, calibration is not None)
         self.model, self.inputs = model, inputs
         self.captured = captured or capture(model, inputs)
         self.notes: list[str] = []
@@ -190,7 +191,7 @@ class Planner:
             self.statistics,
             centred=settings.refit != "none",
             multiple=settings.multiple,
-            largest_error=settings.largest_error,
+            max_layer_error=settings.max_layer_error,
             progress=lambda path, share: self.say(f"looking at {path}", share),
         )
 
@@ -213,7 +214,7 @@ class Planner:
 
     # ------------------------------------------------------------------------------------------ allocating
 
-    def choose(self, budgets: Sequence[Budget]) -> Choice:
+    def choose(self, budgets: Sequence[Limit]) -> Choice:
         """The allocation that loses least within budgets.
 
         Raises:
@@ -226,7 +227,7 @@ class Planner:
             return self._allocated(limits, budgets)
         return self._within_latency(limits, budgets)
 
-    def _allocated(self, limits: Mapping[str, float], budgets: Sequence[Budget]) -> Choice:
+    def _allocated(self, limits: Mapping[str, float], budgets: Sequence[Limit]) -> Choice:
         fixed = self._fixed(limits)
         groups = self._options(tuple(limits))
         try:
@@ -235,7 +236,7 @@ class Planner:
             raise self._unmet(error, budgets, fixed) from None
         return self._choice(found, budgets)
 
-    def _within_latency(self, limits: dict[str, float], budgets: Sequence[Budget]) -> Choice:
+    def _within_latency(self, limits: dict[str, float], budgets: Sequence[Limit]) -> Choice:
         """Allocates by the layers' own times, and tightens the limit until the whole model meets it.
 
         Layers do not add up to the model, and the best of many measured candidates is partly lucky.
@@ -265,7 +266,7 @@ class Planner:
             )
         return replace(choice, costs={**choice.costs, "latency": reached * self.original["latency"]})
 
-    def frontier(self, kind: str, budgets: Sequence[Budget] = (), points: int = 25) -> list[Choice]:
+    def frontier(self, kind: str, budgets: Sequence[Limit] = (), points: int = 25) -> list[Choice]:
         """The least losses for budgets of one kind, from the original down to the smallest."""
         if kind == "latency" or any(b.kind == "latency" for b in budgets):
             self._time()
@@ -288,7 +289,7 @@ class Planner:
             [Option(c.loss, {kind: c.costs[kind] for kind in kinds}) for c in one.candidates] for one in self.layers
         ]
 
-    def _choice(self, found: Allocation, budgets: Sequence[Budget]) -> Choice:
+    def _choice(self, found: Allocation, budgets: Sequence[Limit]) -> Choice:
         picked: list[Candidate] = [one.candidates[i] for one, i in zip(self.layers, found.chosen)]
         ops = tuple(c.op for c in picked if c.op is not None)
         kept = [
@@ -313,7 +314,7 @@ class Planner:
         plan = Plan(ops, (*self.meant.skips, *kept), {}, facts)
         return Choice(plan, found.loss, found.gap, costs)
 
-    def _unmet(self, error: Infeasible, budgets: Sequence[Budget], fixed: Mapping[str, float]) -> RefusedError:
+    def _unmet(self, error: Infeasible, budgets: Sequence[Limit], fixed: Mapping[str, float]) -> RefusedError:
         kind = error.kind
         if kind is None:
             asked = " and ".join(map(str, budgets))

@@ -6,11 +6,11 @@ is downloaded.
 """
 
 from ..core.numbers import parse_arg
+from ..core.options import TargetOptions
 from .defaults import forward_parameters
 from .empty import empty_weights
-
 from .inputs import ExampleInputs, InputSpec, describe_inputs, parse_input, resolve_inputs
-from .opening import LoadedModel, TargetOptions, load, load_target, open_target
+from .opening import LoadedModel, load, load_target, open_target
 from .resolve import TargetInfo, parse_target, resolve_model
 from .user_code import class_name
 from .weights import Fit, fit_weights, load_weights, strip_prefixes

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core.errors import TargetError, UsageError
+from ..core.errors import TargetError
 from .user_code import did_you_mean, nearest, running_user_code
 
 _SHOWN = 16

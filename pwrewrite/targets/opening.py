@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from ..core.errors import InputError, PlanError, TargetError, UsageError
+from ..core.options import TargetOptions
 from ..core.plan import Plan
 from . import storage
 from .checkpoints import check_checkpoint
@@ -36,34 +37,6 @@ RANDOM_WEIGHTS = (
     "no --weights: the weights are those that the model's code makes (seed {seed}). Errors of random weights are "
     "larger than those of trained ones, and predictions say nothing"
 )
-
-
-@dataclass(frozen=True)
-class TargetOptions:
-    """A target and how it is opened.
-
-    Attributes:
-        target: ``model.py``, ``model.py:NAME``, ``package.module:NAME``, ``torchvision:NAME``, ``timm:NAME`` or a
-            saved folder.
-        args: Arguments of whatever makes the (original) model, by name.
-        weights: A checkpoint; without one the model keeps the weights it is made with. Not for a folder, which holds
-            its own.
-        weights_lenient: Accept a checkpoint that fits in part.
-        inputs: Example inputs, ``[NAME=]SHAPE[:DTYPE]`` each; without them they are found or guessed, and a note says
-            so.
-        base: For a folder: the target of the original model.
-        trust_target: For a folder: whether the target that its plan records may be imported, which runs its code.
-        seed: What the random state is set to while the model is made.
-    """
-
-    target: str
-    args: Mapping[str, object] = field(default_factory=dict)
-    weights: Path | None = None
-    weights_lenient: bool = False
-    inputs: Sequence[str] = ()
-    base: str | None = None
-    trust_target: bool = False
-    seed: int = 0
 
 
 @dataclass(frozen=True)

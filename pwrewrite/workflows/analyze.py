@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -14,7 +13,8 @@ from ..analysis.roofline import DeviceProfile, device_profile
 from ..capturing import Capture, Inputs, capture
 from ..capturing.shapes import ShapeError
 from ..core.errors import CaptureError
-from ..targets import LoadedModel, TargetOptions, class_name, open_target
+from ..core.options import TargetOptions
+from ..targets import LoadedModel, class_name, open_target
 
 
 def analyze(
@@ -44,29 +44,19 @@ def analyze(
 
 
 def analyze_target(
-    target: str,
+    target: str | TargetOptions,
     *,
-    args: Mapping[str, object] | None = None,
-    weights: Path | None = None,
-    weights_lenient: bool = False,
-    inputs: Sequence[str] = (),
-    base: str | None = None,
-    trust_target: bool = False,
     hotspot_share: float = 0.01,
     device: str | DeviceProfile = "cpu",
+    **opening: Any,
 ) -> Analysis:
     """The same for what can be typed: a file, a Python name, a model of torchvision or timm, or a saved folder.
 
     Args:
-        target: As for `capture_target`.
-        args: As there.
-        weights: As there.
-        weights_lenient: As there.
-        inputs: As there.
-        base: As there.
-        trust_target: As there.
+        target: The target, or with how it is opened.
         hotspot_share: Part of the MACs from which a k×k convolution is a hotspot.
         device: The device profile for the roofline classes, or its name.
+        **opening: The other fields of `pwrewrite.core.options.TargetOptions`: ``weights``, ``inputs``, ….
 
     Returns:
         The analysis, with the notes of loading before its own.
@@ -75,16 +65,9 @@ def analyze_target(
         PwrewriteError: If the target does not lead to a model, or the model does not run.
     """
     device_profile(device)  # what is cheap to refuse is refused before a model is built
-    captured = capture_target(
-        target,
-        args=args,
-        weights=weights,
-        weights_lenient=weights_lenient,
-        inputs=inputs,
-        base=base,
-        trust_target=trust_target,
-    )
-    return analyze_captured(captured, hotspot_share=hotspot_share, device=device)
+    if isinstance(target, str):
+        target = TargetOptions(target, **opening)
+    return analyze_captured(capture_target(target), hotspot_share=hotspot_share, device=device)
 
 
 @dataclass(frozen=True)
@@ -100,35 +83,18 @@ class Captured:
     capture: Capture
 
 
-def capture_target(
-    target: str,
-    *,
-    args: Mapping[str, object] | None = None,
-    weights: Path | None = None,
-    weights_lenient: bool = False,
-    inputs: Sequence[str] = (),
-    base: str | None = None,
-    trust_target: bool = False,
-) -> Captured:
+def capture_target(options: TargetOptions) -> Captured:
     """Loads and captures what can be typed.
 
     The model is built without memory for its weights, since their values matter to few models. Where they do, it is
     built once more for real; a user's file is then executed twice.
 
     Args:
-        target: ``model.py``, ``model.py:NAME``, ``package.module:NAME``, ``torchvision:NAME``, ``timm:NAME``, or a
-            folder that a rewrite was saved in.
-        args: Arguments for whatever makes the model, by name.
-        weights: A checkpoint to fill in.
-        weights_lenient: Accept a checkpoint that fits in part.
-        inputs: Example inputs as ``[NAME=]SHAPE[:DTYPE]``; without them they are found or guessed, and a note says so.
-        base: For a folder: the target of the model that was rewritten.
-        trust_target: For a folder: whether the target that its plan names may be imported.
+        options: The target, and how it is opened.
 
     Raises:
         PwrewriteError: If the target does not lead to a model, or the model does not run.
     """
-    options = TargetOptions(target, args or {}, weights, weights_lenient, inputs, base, trust_target)
     loaded = open_target(options, empty=True, seeded=False)
     if loaded.plan is not None:
         return Captured(loaded, capture(loaded.model, loaded.example_inputs))

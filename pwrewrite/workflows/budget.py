@@ -1,4 +1,4 @@
-"""A rewrite under a budget: plan, carry out, fit, measure; `plan` stops after the first.
+"""A rewrite under a budget: plan, carry out, fit, measure.
 
 What `pwrewrite.planning` works out for one model is put to use here on a `pwrewrite.workflows.steps.Run`. `search`
 looks for the smallest model that keeps a metric.
@@ -6,59 +6,25 @@ looks for the smallest model that keeps a metric.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ..capturing import Inputs, split_inputs
-from ..core.errors import RefusedError, UsageError
-from ..core.plan import Plan
+from ..core.errors import RefusedError
+from ..core.options import Budget
 from ..edit.apply import carry_out
-from ..planning.budget import Budget, budgets_of
+from ..planning.budget import Limit, budgets_of
 from ..planning.latency import time_models
 from ..planning.measure import FAR, accuracy, compare
 from ..planning.planner import Choice, Planner
-from ..planning.settings import Settings
 from ..planning.statistics import samples_of
 from ..report.records import BudgetReport, Report
-from ..targets import describe_inputs
-from .steps import Progress, Run, model_facts, silent
+from .steps import Run
 
 Metric = Callable[[nn.Module], float]
-
-BudgetLike = Mapping[str, object] | Sequence[Budget]
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What a rewrite under a budget is asked.
-
-    Attributes:
-        budget: Limits; None where a plan is at hand and only its weights are to be calibrated.
-        calibration: Any iterable of inputs, or `pwrewrite.planning.batches.Batches`.
-        size: Use at most so many of them.
-        settings: How to plan and to fit.
-        metrics: Name to a callable on a model, larger is better; measured before and after.
-    """
-
-    budget: BudgetLike | None = None
-    calibration: Iterable[Any] | None = None
-    size: int | None = None
-    settings: Settings = field(default_factory=Settings)
-    metrics: Mapping[str, Metric] | None = None
-
-    @property
-    def budgets(self) -> tuple[Budget, ...]:
-        """The limits.
-
-        Raises:
-            UsageError: If one makes no sense.
-        """
-        if self.budget is None:
-            return ()
-        return budgets_of(self.budget) if isinstance(self.budget, Mapping) else tuple(self.budget)
 
 
 class Budgeted:
@@ -66,34 +32,38 @@ class Budgeted:
 
     Args:
         run: The run; nothing was done on it yet.
-        ask: What is asked.
+        budget: The budget, opened.
 
     Raises:
         PwrewriteError: If the budget or the calibration makes no sense, or calibrating fails.
     """
 
-    def __init__(self, run: Run, ask: Ask) -> None:
-        self.run, self.ask, self.budgets = run, ask, ask.budgets
-        self._before = {name: self._score(name, metric, run.first.model) for name, metric in self._asked()}
-        settings = ask.settings
-        if not self.budgets:  # a plan has chosen already, and its layers need their statistics
-            settings = replace(settings, forms=("all",), include=(), exclude=(), largest_error=None)
+    def __init__(self, run: Run, budget: Budget) -> None:
+        self.run, self.budget, self.limits = run, budget, budgets_of(budget.limits)
+        self.metrics = metrics_of(budget)
+        self._before = {name: self._score(name, metric, run.first.model) for name, metric in self.metrics.items()}
+        if budget.plan is not None:  # which has chosen already, and its layers need their statistics
+            budget = replace(budget, forms=("all",), include=(), exclude=(), max_layer_error=None)
         self.planner = Planner(
             run.first.model,
             run.inputs,
-            ask.calibration,
-            settings,
-            size=ask.size,
+            cast("Iterable[Any] | None", budget.calibration),
+            budget,
+            size=budget.calibration_size,
             say=run.say,
             captured=run.first,
         )
 
-    def carry_out(self, plan: Plan | None) -> None:
+    def carry_out(self) -> None:
         """Plans where there is no plan yet, carries it out and fits the result."""
-        if plan is None:
-            plan = self.planner.choose(self.budgets).plan
+        plan, budget = self.budget.plan, self.budget
+        if plan is None and budget.max_drop is not None:
+            (metric,) = self.metrics.values()
+            plan = search(self.planner, metric, budget.max_drop, budgets=self.limits).choice.plan
+        elif plan is None:
+            plan = self.planner.choose(self.limits).plan
         self.run.decomposer = self.planner.decomposer
-        self.run.all(None, plan)
+        self.run.all(plan)
         if self.run.rows:
             self.run.fitted(self.planner.refit(self.run.model, self.run.plan))
 
@@ -133,10 +103,10 @@ class Budgeted:
         planner, facts = self.planner, self.run.plan.budget
         settings = planner.settings
         found = BudgetReport(
-            facts.get("limits", {str(b.kind): str(b).partition("=")[2] for b in self.budgets}),
+            facts.get("limits", {str(b.kind): str(b).partition("=")[2] for b in self.limits}),
             {},
             str(settings.sensitivity),
-            settings.refit,
+            str(settings.refit),
             planner.statistics.samples if planner.statistics is not None else 0,
             facts.get("predicted_loss") if facts.get("sensitivity") == settings.sensitivity else None,
             facts.get("gap", 0.0),
@@ -163,9 +133,7 @@ class Budgeted:
         return replace(found, metrics=self._metrics()), [*notes, *(planner.batches.notes if planner.batches else ())]
 
     def _metrics(self) -> dict[str, tuple[float, float]]:
-        found = {
-            name: (self._before[name], self._score(name, metric, self.run.model)) for name, metric in self._asked()
-        }
+        found = {name: (self._before[name], self._score(name, m, self.run.model)) for name, m in self.metrics.items()}
         batches = self.planner.batches
         labels = None if batches is None else batches.labels("held_out")
         if batches is not None and labels is not None:
@@ -174,12 +142,16 @@ class Budgeted:
             found["accuracy on held-out inputs"] = (before, after)
         return found
 
-    def _asked(self) -> Iterable[tuple[str, Metric]]:
-        return (self.ask.metrics or {}).items()
-
     def _score(self, name: str, metric: Metric, model: nn.Module) -> float:
         self.run.say(f"measuring {name}", None)
         return float(metric(model))
+
+
+def metrics_of(budget: Budget) -> dict[str, Metric]:
+    """The budget's metric under the name that reports give it."""
+    if budget.metric is None or isinstance(budget.metric, str):
+        return {}
+    return {budget.metric_name or getattr(budget.metric, "__name__", "metric"): budget.metric}
 
 
 def _astray(found: BudgetReport) -> list[str]:
@@ -198,62 +170,6 @@ def _astray(found: BudgetReport) -> list[str]:
             "the prediction is too dark here, and a smaller budget may do"
         ]
     return []
-
-
-def plan(
-    model: nn.Module,
-    example_inputs: Inputs,
-    budget: BudgetLike,
-    calibration: Iterable[Any] | None = None,
-    *,
-    calibration_size: int | None = None,
-    forms: Sequence[str] = ("all",),
-    sensitivity: str | None = None,
-    refit: str = "full",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    multiple: int | None = None,
-    max_layer_error: float | None = None,
-    gate: str | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Plan:
-    """Chooses which layers to rewrite, in which form and how wide, so that a budget is met at the least loss.
-
-    Args:
-        model: Any module; stays as it is.
-        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones.
-        budget: Kind to limit: ``{"macs": 0.5, "params": "12M"}``; floats up to 1 are ratios of the original.
-        calibration: A few hundred unlabelled inputs: any iterable of batches (a tensor, a tuple of positional inputs or
-            a dict of keyword ones). Without it the weights' own errors count, which is much poorer.
-        calibration_size: Use at most so many inputs.
-        forms: Forms to choose from: ``all``, ``1x1``, or some of `pwrewrite.forms.FORMS`.
-        sensitivity: ``loss``, ``activations`` or ``weights``; the best that the calibration allows by default.
-        refit: How `pwrewrite.rewrite` will fit the result; the prediction depends on it.
-        include: Patterns on paths; all layers where empty.
-        exclude: Patterns on paths that stay as they are.
-        multiple: What widths are rounded to; 8 where the channels are 64 or more by default.
-        max_layer_error: Largest relative error of a layer in the norm of its prediction.
-        gate: ``latency`` to use only what is measured to be faster than the layer on this device.
-        seed: Of everything that is drawn.
-        progress: Called at each step.
-
-    Returns:
-        The plan, for `pwrewrite.rewrite`; ``plan.budget`` holds the predicted loss.
-
-    Raises:
-        RefusedError: If the budget cannot be met.
-        UsageError: If a setting or the calibration makes no sense.
-    """
-    settings = Settings(
-        tuple(forms), sensitivity, refit, tuple(include), tuple(exclude), multiple, max_layer_error, False, seed, gate
-    )
-    ask = Ask(budget, calibration, calibration_size, settings)
-    if not ask.budgets:
-        raise UsageError("there is no budget", expected='such as {"macs": 0.5}')
-    planner = Planner(model, example_inputs, calibration, settings, size=calibration_size, say=progress or silent)
-    found = planner.choose(ask.budgets).plan
-    return replace(found, model=model_facts(planner.captured, inputs=describe_inputs(example_inputs)))
 
 
 @dataclass(frozen=True)
@@ -279,7 +195,7 @@ def search(
     max_drop: float,
     *,
     kind: str = "macs",
-    budgets: Sequence[Budget] = (),
+    budgets: Sequence[Limit] = (),
     steps: int = 7,
 ) -> Found:
     """The smallest model whose metric falls by no more than that, by halving the interval of budgets.

@@ -17,10 +17,9 @@ from ..engines.frozen import Frozen, freeze
 from ..layers.partitions import CALLS
 from ..passes import Pass
 from ..targets import TargetOptions, open_target
-from .by_target import told, whole_plan
 from .fuse import DEFAULT, Fused, drawn_inputs, fuse
-from .rewrite import join_names
-from .steps import Progress
+from .steps import Progress, join_names
+from .subject import plan_from_original, with_notes_of
 
 _SECONDS = 4.0
 
@@ -100,8 +99,8 @@ def fuse_target(
     before, after, frozen = (*seconds, None, None, None)[:3]
     return Measured(
         result.model,
-        whole_plan(opened, result.plan),
-        told(result.report, opened),
+        plan_from_original(opened, result.plan),
+        with_notes_of(opened, result.report),
         result.edits,
         join_names(opened.names, result.names),
         result.before,

@@ -1,4 +1,4 @@
-"""The whole way of a rewrite: capture → propose → apply → verify → report, as `rewrite`; `make_plan` only plans it.
+"""Rewriting a model: capture → propose → apply → verify → report, as `rewrite`.
 
 Passes run in order, each on the model as the ones before left it, so that later ones see the parts that earlier ones
 put in. Their proposals join into one plan from the original model to the result, which `pwrewrite.apply` and
@@ -9,7 +9,7 @@ person edited).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,26 +18,20 @@ from torch import nn
 
 from ..analysis.records import Analysis
 from ..capturing import Inputs
-from ..core.errors import UsageError, VerificationError
+from ..core.errors import RefusedError, VerificationError
+from ..core.options import Budget, Proof
 from ..core.plan import Edit, Plan
 from ..core.verification import Verification
-from ..passes import Pass
-from ..planning.settings import Settings
+from ..report.readme import readme
 from ..report.records import Report
-from .budget import Ask, Budgeted, BudgetLike, Metric
-from .steps import Progress, Run, join_names, propose, silent
-
-__all__ = [
-    "Planned",
-    "Progress",
-    "Rewritten",
-    "join_names",
-    "make_plan",
-    "propose",
-    "rewrite",
-    "rewrite_asked",
-    "unverified_error",
-]
+from ..report.rewrite_rows import counts_text
+from ..targets.storage import save
+from ..verifying import verify
+from .budget import Budgeted
+from .pass_names import check_forms
+from .steps import Progress, Run, join_names, silent
+from .subject import Subject, loaded_of, plan_from_original, with_notes_of
+from .what import What, opened, what_from_keywords
 
 
 @dataclass(frozen=True)
@@ -73,28 +67,12 @@ class Rewritten:
             VerificationError: If the verification failed or was left out, and ``unverified`` is off.
             OutputError: If the folder exists, or cannot be written.
         """
-        from ..report.readme import readme
-        from ..targets.storage import save
-
         if not self.report.passed and not unverified:
             raise unverified_error(self.report)
         # What the folder's map of names is made from: all edits in one, since later ones may rename what earlier made.
         edits = [replace(self.edits[0], renamed=self.names)] if self.edits else []
         text = readme(self.report, self.plan, Path(folder).name)
         return save(folder, self.model, self.plan, edits=edits, report=self.report.to_dict(), readme=text, force=force)
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A plan that was not carried out.
-
-    Attributes:
-        plan: What would be done, and what would not.
-        report: What it would change, from shapes alone: no errors, no verification.
-    """
-
-    plan: Plan
-    report: Report
 
 
 def unverified_error(report: Report) -> VerificationError:
@@ -117,197 +95,107 @@ def unverified_error(report: Report) -> VerificationError:
 
 
 def rewrite(
-    model: nn.Module,
-    example_inputs: Inputs,
-    passes: Sequence[Pass] | None = None,
-    plan: Plan | None = None,
-    allow_output_change: bool = False,
+    model: Subject,
+    example_inputs: Inputs | None = None,
+    what: What | None = None,
     *,
-    budget: BudgetLike | None = None,
-    calibration: Iterable[Any] | None = None,
-    calibration_size: int | None = None,
-    forms: Sequence[str] = ("all",),
-    sensitivity: str | None = None,
-    refit: str = "full",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    multiple: int | None = None,
-    max_layer_error: float | None = None,
-    gate: str | None = None,
-    metric: Metric | None = None,
-    seed: int = 0,
-    verify: bool = True,
-    thorough: bool = True,
-    max_error: float | None = None,
+    proof: Proof | None = None,
     target: str | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Rewritten:
     """Rewrites a model, keeps its weights' knowledge, and proves what did not change.
 
-    Either as passes or a plan say, or within a budget at the least loss: ``rewrite(model, inputs, budget={"macs": 0.5},
-    calibration=batches)``. With a plan and calibration inputs, the plan's new weights are chosen and fitted by these.
+    Either as passes or a plan say, or within a budget at the least loss::
+
+        rewrite(model, inputs, [passes.InsertBottleneck(0.5)])
+        rewrite(model, inputs, passes=["insert-bottleneck"], rank=0.5, include=["layer4.*"])
+        rewrite(model, inputs, Plan.read("plan.json"))
+        rewrite(model, inputs, budget={"macs": 0.5}, calibration=batches)
+
+    With a plan and calibration inputs, the plan's new weights are chosen and fitted by these.
 
     Args:
-        model: Any module; stays as it is.
-        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones.
-        passes: What proposes, in order; ``InsertBottleneck()`` at 1% of the MACs where neither these nor a plan are
-            given.
-        plan: Instead of passes: a plan to carry out.
-        allow_output_change: Whether an output may change its shape, which the report then tells.
-        budget: Instead of passes or a plan: kind to limit, as for `pwrewrite.plan`; so are the next ten.
-        calibration: A few hundred unlabelled inputs: any iterable of batches.
-        calibration_size: Use at most so many inputs.
-        forms: Forms to choose from.
-        sensitivity: ``loss``, ``activations`` or ``weights``.
-        refit: ``full`` fits the factors, biases and norms to the original on the calibration inputs, ``bias`` the last
-            two alone, ``none`` nothing.
-        include: Patterns on paths, for a budget; passes have their own.
-        exclude: Patterns on paths that stay as they are.
-        multiple: What widths are rounded to.
-        max_layer_error: Largest relative error of a layer.
-        gate: ``latency`` to use only what is measured to be faster than the layer on this device.
-        metric: Called with the original and with the result; the report tells both values.
-        seed: Of everything that is drawn.
-        verify: Whether to verify the result.
-        thorough: Whether to verify at several batch and spatial sizes, in train mode, gradients and reloading.
-        max_error: Largest relative output error that passes verification; unlimited if None.
+        model: Any module, or what `pwrewrite.load_target` gives; stays as it is.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones; a loaded model has its own.
+        what: Passes (or their names) in order, a plan, or a `pwrewrite.Budget`; a bottleneck in place of every layer
+            with at least 1% of the MACs where neither this nor options say anything else.
+        proof: Whether and how the result is verified; its fields can be given as keywords too.
         target: Name for the report.
         progress: Called at each step with what is being done and how much of it is done.
+        **options: ``passes``, ``plan`` or ``budget`` in place of ``what``; fields of `pwrewrite.core.options`:
+            `PassOptions` for passes by name, `Budget` for a budget, `Proof` for the verification.
 
     Returns:
         The rewritten copy with its plan and report. Whether verification passed is ``report.passed``.
 
     Raises:
-        UsageError: If both passes and a plan are given, or a pass's setting does not fit the model.
+        UsageError: If options make no sense together, or a pass's setting does not fit the model.
         PlanError: If the plan does not fit the model.
         RefusedError: If a weight holds NaN or Inf, or the model cannot be copied.
         CaptureError: If the model does not run on the inputs.
     """
-    ask = None
-    if budget is not None or calibration is not None:
-        settings = Settings(
-            tuple(forms),
-            sensitivity,
-            refit,
-            tuple(include),
-            tuple(exclude),
-            multiple,
-            max_layer_error,
-            False,
-            seed,
-            gate,
-        )
-        metrics = None if metric is None else {getattr(metric, "__name__", "metric"): metric}
-        ask = Ask(budget, calibration, calibration_size, settings, metrics)
-        if passes is not None:
-            raise UsageError("a budget or calibration inputs and passes exclude each other", hint="give one of them")
-    return rewrite_asked(
-        model,
-        example_inputs,
-        ask,
-        plan,
-        allow_output_change,
-        passes=passes,
-        verify=verify,
-        thorough=thorough,
-        max_error=max_error,
-        target=target,
-        progress=progress,
-    )
-
-
-def rewrite_asked(
-    model: nn.Module,
-    example_inputs: Inputs,
-    ask: Ask | None,
-    plan: Plan | None = None,
-    allow_output_change: bool = False,
-    *,
-    passes: Sequence[Pass] | None = None,
-    verify: bool = True,
-    thorough: bool = True,
-    max_error: float | None = None,
-    target: str | None = None,
-    progress: Progress | None = None,
-) -> Rewritten:
-    """`rewrite`, with what a budget asks as one; None where passes or a plan decide alone.
-
-    Raises:
-        PwrewriteError: As for `rewrite`.
-    """
-    if ask is not None and ask.budget is not None and plan is not None:
-        raise UsageError("a budget and a plan exclude each other", hint="a plan already says what to do")
-    if ask is not None and ask.budget is None and plan is None:
-        raise UsageError("calibration inputs serve a budget or a plan, and there is neither")
-    run = Run(model, example_inputs, progress or silent)
-    budgeted = None if ask is None else Budgeted(run, ask)
-    if budgeted is None:
-        run.all(passes, plan)
-    else:
-        budgeted.carry_out(plan)
+    what, own = what_from_keywords("rewrite", what, options)
+    proof = proof or own
+    loaded = loaded_of(model, example_inputs)
+    run = Run(loaded.model, loaded.example_inputs, progress or silent)
+    budgeted = Budgeted(run, opened(what, loaded)) if isinstance(what, Budget) else None
+    if budgeted is not None:
+        budgeted.carry_out()
+    elif not isinstance(what, Budget):
+        run.all(what)
+    target = target or loaded.target or None
     before, after = run.analyses(target)
-    proof = None
-    if verify:
+    verification = None
+    if proof.verify:
         run.say("verifying", None)
-        inputs = run.inputs if budgeted is None else budgeted.sample()
-        proof = _verify(model, run, inputs, before, allow_output_change, thorough, max_error)
-    report = run.report(before, after, target, proof)
+        verification = _verified(run, run.inputs if budgeted is None else budgeted.sample(), before, proof)
+    report = run.report(before, after, target, verification)
     return Rewritten(
         run.model,
-        run.finished(target),
-        report if budgeted is None else budgeted.complete(report),
+        plan_from_original(loaded, run.finished(target)),
+        with_notes_of(loaded, report if budgeted is None else budgeted.complete(report)),
         tuple(row.edit for row in run.rows),
-        run.names,
+        join_names(loaded.names, run.names),
     )
 
 
-def make_plan(
-    model: nn.Module,
-    example_inputs: Inputs,
-    passes: Sequence[Pass] | None = None,
-    plan: Plan | None = None,
-    *,
-    target: str | None = None,
-    progress: Progress | None = None,
-) -> Planned:
-    """The plan that `rewrite` would carry out, without decomposing weights where no later pass reads them.
-
-    Args:
-        model: Any module; stays as it is.
-        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones.
-        passes: What proposes, in order, as for `rewrite`.
-        plan: Instead of passes: a plan to look at.
-        target: Name for the report.
-        progress: As for `rewrite`.
+def check_rewritten(result: Rewritten, what: What, target: str) -> None:
+    """Refuses a result without edits, or in which what was named layer by layer was not done.
 
     Raises:
-        PwrewriteError: As for `rewrite`.
+        RefusedError: With what was asked and why nothing came of it.
     """
-    run = Run(model, example_inputs, progress or silent, fill=False)
-    run.all(passes, plan)
-    before, after = run.analyses(target)
-    return Planned(run.finished(target), run.report(before, after, target, None))
+    if isinstance(what, Budget):
+        if not result.edits:
+            budget = result.report.budget
+            limits = ", ".join(f"{kind}={limit}" for kind, limit in budget.limits.items()) if budget else ""
+            raise RefusedError(
+                "there is nothing to rewrite: the model is within the budget as it is",
+                where=target,
+                got=limits or "a plan without ops that can be carried out",
+            )
+        return
+    if not isinstance(what, Plan):
+        check_forms(what, result.edits, result.report.skips)
+    if not result.edits:
+        raise RefusedError(
+            "there is nothing to rewrite",
+            where=target,
+            got=counts_text(result.report.skips) or "no layer that these passes are about",
+            hint="--dry-run --all says why for each layer",
+        )
 
 
-def _verify(
-    model: nn.Module,
-    run: Run,
-    inputs: Inputs,
-    before: Analysis,
-    allow_output_change: bool,
-    thorough: bool,
-    max_error: float | None,
-) -> Verification:
-    from ..verifying import verify
-
+def _verified(run: Run, inputs: Inputs, before: Analysis, proof: Proof) -> Verification:
     return verify(
-        model,
+        run.first.model,
         run.model,
         inputs,
         edits=[row.edit for row in run.rows],
         expected=run.expected(before),
-        allow_output_change=allow_output_change,
-        max_error=max_error,
-        thorough=thorough,
+        allow_output_change=proof.allow_output_change,
+        max_error=proof.max_error,
+        thorough=proof.thorough,
         progress=lambda step: run.say(f"verifying: {step}", None),
     )

@@ -18,14 +18,13 @@ from ..analysis.records import Analysis
 from ..capturing import Inputs, capture
 from ..capturing.records import Capture, info
 from ..core.cost import Cost
-from ..core.errors import UsageError
 from ..core.plan import Edit, Estimate, Op, Plan, Skip, SkipReason
 from ..core.verification import Verification
 from ..edit.actions import Decomposer
 from ..edit.apply import carry_out
 from ..edit.survival import probe_for
 from ..layers.factorized import build
-from ..passes import InsertBottleneck, Pass
+from ..passes import Pass
 from ..passes.base import estimate_chain, spec_of
 from ..report.records import EditRow, Report
 from ..targets import describe_inputs
@@ -137,20 +136,17 @@ class Run:
         """Goes on from another state, such as an earlier one or one that was tried."""
         self.state = state
 
-    def all(self, passes: Sequence[Pass] | None, plan: Plan | None) -> None:
-        """Carries out passes or a plan."""
-        if passes is not None and plan is not None:
-            raise UsageError("passes and a plan exclude each other", hint="a plan already says what to do")
-        if plan is not None:
-            self.state = replace(self.state, plan=replace(self.plan, skips=plan.skips, budget=plan.budget))
-            for part in self._parts(plan):
+    def all(self, what: Sequence[Pass] | Plan) -> None:
+        """Carries out passes, or a plan."""
+        if isinstance(what, Plan):
+            self.state = replace(self.state, plan=replace(self.plan, skips=what.skips, budget=what.budget))
+            for part in self._parts(what):
                 self.step(part)
             return
-        passes = (InsertBottleneck(min_share=0.01),) if passes is None else passes
-        for i, one in enumerate(passes):
-            self.say(f"{one.name}: proposing", None)
-            read_later = any(_reads_weights(later) for later in passes[i + 1 :])
-            self.step(propose(self.captured, [one]), fill=self.fill or read_later)
+        for i, each in enumerate(what):
+            self.say(f"{each.name}: proposing", None)
+            read_later = any(_reads_weights(later) for later in what[i + 1 :])
+            self.step(propose(self.captured, [each]), fill=self.fill or read_later)
 
     def _parts(self, plan: Plan) -> list[Plan]:
         """A plan in steps: an op on what an earlier one puts in waits for it, so that each step has a capture."""

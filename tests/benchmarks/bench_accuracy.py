@@ -40,13 +40,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from pwrewrite.core.options import Budget
 from pwrewrite.edit.apply import carry_out
 from pwrewrite.planning.budget import budgets_of
 from pwrewrite.planning.fitting import fit_order, fit_targets
 from pwrewrite.planning.measure import compare
 from pwrewrite.planning.planner import Choice, Planner
 from pwrewrite.planning.refit import refit as fit
-from pwrewrite.planning.settings import Settings
 
 GOALS = {("all", 0.7): -0.2, ("all", 0.5): -1.0, ("all", 0.4): -2.5, ("1x1", 0.5): -2.0}
 """Points of top-1 of the ResNet-20, by forms and share of the MACs."""
@@ -106,7 +106,7 @@ class Subject:
         return subject
 
     def planner(self, forms: Sequence[str], sensitivity: str, refit: str, size: int | None = None) -> Planner:
-        settings = Settings(forms=tuple(forms), sensitivity=sensitivity, refit=refit)
+        settings = Budget(forms=tuple(forms), sensitivity=sensitivity, refit=refit)
         return Planner(self.model, self.calibration[:1], self.calibration, settings, size=size)
 
 

@@ -38,19 +38,19 @@ def row(name: str, batch: int, ratio: float, seconds: float) -> str:
 
     from pwrewrite.capturing import capture, info
     from pwrewrite.core.errors import RefusedError
+    from pwrewrite.core.options import Budget
     from pwrewrite.edit.apply import carry_out
     from pwrewrite.passes import InsertBottleneck
     from pwrewrite.planning.budget import budgets_of
     from pwrewrite.planning.latency import time_models
     from pwrewrite.planning.planner import Planner
-    from pwrewrite.planning.settings import Settings
     from pwrewrite.workflows.steps import propose
 
     torch.manual_seed(0)
     model = getattr(torchvision.models, name)().eval().to(memory_format=torch.channels_last)
     x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
     start = time.perf_counter()
-    planner = Planner(model, x, None, Settings())
+    planner = Planner(model, x, None, Budget())
     before = time.perf_counter()
     try:
         choice = planner.choose(budgets_of({"latency": ratio}))

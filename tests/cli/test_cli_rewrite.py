@@ -16,9 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import Result
 
 import pwrewrite
-from pwrewrite.targets import TargetOptions
-from pwrewrite.workflows.by_target import rewrite_target
-from pwrewrite.workflows.choices import Choices
+from pwrewrite.targets import TargetOptions, open_target
 
 Run = Callable[..., Result]
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -52,7 +50,9 @@ def test_saved_and_loaded_in_another_process_from_elsewhere(run: Run, folder: Pa
     }  # fmt: skip
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     torch.save([x], folder / "x.pt")
-    here = rewrite_target(TargetOptions("net.py"), Choices(passes=("insert-bottleneck",), rank=0.5), verify=False).model
+    here = pwrewrite.rewrite(
+        open_target(TargetOptions("net.py")), passes=["insert-bottleneck"], rank=0.5, verify=False
+    ).model
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     done = subprocess.run(

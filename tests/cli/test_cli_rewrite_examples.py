@@ -8,17 +8,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import pwrewrite
 from pwrewrite.targets import TargetOptions, open_target
-from pwrewrite.workflows.by_target import rewrite_target
-from pwrewrite.workflows.choices import Choices
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-HALF = Choices(passes=("insert-bottleneck",), rank=0.5)
+HALF: dict[str, Any] = {"passes": ["insert-bottleneck"], "rank": 0.5}
 
 DIGEST = '''
 import hashlib, torch
@@ -80,7 +80,7 @@ def digest_of(model: nn.Module, inputs: object) -> str:
 
 
 def same_in_a_new_process(target: Path, folder: Path, params: int | None) -> None:
-    result = rewrite_target(TargetOptions(str(target)), HALF)
+    result = pwrewrite.rewrite(open_target(TargetOptions(str(target))), **HALF)
     report = result.report
     assert report.passed, report.verification
     assert report.delta["params"] < 0

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pwrewrite.core.errors import UsageError
-from pwrewrite.planning.budget import KINDS, Budget, budgets_of, parse_budget
+from pwrewrite.planning.budget import KINDS, Limit, budgets_of, parse_budget
 
 READ = {
     "macs=0.5": ("macs", 0.5, True),
@@ -50,21 +50,21 @@ def test_what_is_typed(text: str) -> None:
 def test_what_python_gives() -> None:
     given = {"macs": 0.5, "params": 12_000_000, "latency": "8ms", "bytes": 4e7}
     assert budgets_of(given) == (
-        Budget("macs", 0.5, True),
-        Budget("params", 12e6, False),
-        Budget("latency", 0.008, False),
-        Budget("bytes", 4e7, False),
+        Limit("macs", 0.5, True),
+        Limit("params", 12e6, False),
+        Limit("latency", 0.008, False),
+        Limit("bytes", 4e7, False),
     )
     assert budgets_of({"macs": np.float32(0.5), "params": np.int64(70)}) == (
-        Budget("macs", 0.5, True),
-        Budget("params", 70, False),
+        Limit("macs", 0.5, True),
+        Limit("params", 70, False),
     )
     assert budgets_of({}) == parse_budget([]) == ()
 
 
 def test_of_the_original() -> None:
-    assert Budget("macs", 0.25, True).absolute(400) == 100
-    assert Budget("params", 12.0, False).absolute(400) == 12
+    assert Limit("macs", 0.25, True).absolute(400) == 100
+    assert Limit("params", 12.0, False).absolute(400) == 12
 
 
 REFUSED = {
@@ -125,5 +125,5 @@ def test_written_as_a_person_would(text: str) -> None:
 @given(st.sampled_from(KINDS), st.floats(1e-9, 1.0) | st.integers(2, 10**15))
 def test_what_is_written_is_read(kind: str, limit: float) -> None:
     relative = isinstance(limit, float)
-    budget = Budget(kind, float(limit) if relative or kind != "latency" else limit / 1e9, relative)  # type: ignore[arg-type]
+    budget = Limit(kind, float(limit) if relative or kind != "latency" else limit / 1e9, relative)  # type: ignore[arg-type]
     assert parse_budget([str(budget)]) == (budget,)

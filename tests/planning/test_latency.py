@@ -14,13 +14,13 @@ from torch import nn
 
 from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.core.errors import RefusedError
+from pwrewrite.core.options import Budget
 from pwrewrite.core.plan import Plan
 from pwrewrite.forms import linear_spec
 from pwrewrite.planning import latency
 from pwrewrite.planning.budget import budgets_of
 from pwrewrite.planning.latency import Contestant, LatencyTable, Place, interleaved, time_models, time_plan
 from pwrewrite.planning.planner import Planner
-from pwrewrite.planning.settings import Settings
 
 SPEC = ConvSpec.of_module(nn.Conv2d(8, 8, 3, padding=1))
 CPU = Place(torch.device("cpu"), torch.float32, False, 1)
@@ -215,7 +215,7 @@ def planner(monkeypatch: pytest.MonkeyPatch, **settings: object) -> Planner:
     monkeypatch.setattr("pwrewrite.planning.planner.LatencyTable", Fake)
     monkeypatch.setattr("pwrewrite.planning.planner.time_models", lambda *given: [5.0])
     monkeypatch.setattr("pwrewrite.planning.planner.time_plan", lambda model, inputs, plan: (5 - 0.5 * len(plan)) / 5)
-    return Planner(model, torch.zeros(1, 3 + 13, 8, 8), None, Settings(**settings))  # type: ignore[arg-type]
+    return Planner(model, torch.zeros(1, 3 + 13, 8, 8), None, Budget(**settings))  # type: ignore[arg-type]
 
 
 def test_a_latency_budget_uses_only_what_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pwrewrite
 from pwrewrite.core.errors import RefusedError, UsageError
+from pwrewrite.core.options import Budget
 from pwrewrite.core.plan import Plan, SkipReason
 from pwrewrite.planning.budget import budgets_of
 from pwrewrite.planning.planner import Planner
-from pwrewrite.planning.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def plan(name: str = "plain", budget: dict[str, object] | None = None, **setting
 
 def planner(name: str = "plain", **settings: Any) -> Planner:
     model, inputs = made(name)
-    return Planner(model, inputs, batches(name), Settings(**settings))
+    return Planner(model, inputs, batches(name), Budget(**settings))
 
 
 def counted(name: str, found: Plan) -> dict[str, float]:
@@ -156,7 +156,7 @@ def test_include_and_exclude_are_respected() -> None:
 
 
 def test_no_layer_exceeds_the_largest_error() -> None:
-    free, bounded = planner(), planner(largest_error=0.3)
+    free, bounded = planner(), planner(max_layer_error=0.3)
     assert max(c.error for one in free.layers for c in one.candidates) > 0.3
     assert max(c.error for one in bounded.layers for c in one.candidates) <= 0.3
     assert bounded.choose(budgets_of({"macs": 0.9})).plan.ops

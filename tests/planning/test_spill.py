@@ -22,11 +22,11 @@ from torch.utils import _python_dispatch
 
 import pwrewrite
 from pwrewrite.core.errors import OutputError
+from pwrewrite.core.options import Budget
 from pwrewrite.planning import planner as planner_module
 from pwrewrite.planning import room
 from pwrewrite.planning.lockstep import Lockstep
 from pwrewrite.planning.planner import Planner
-from pwrewrite.planning.settings import Settings
 from pwrewrite.planning.spill import Spill, _File
 
 ALLOWED = 100_000
@@ -88,7 +88,7 @@ def fitted(name: str = "plain", count: int = 8, size: int = 16) -> tuple[nn.Modu
 def planned(count: int = 8) -> tuple[Planner, nn.Module, Any]:
     """A planner, a model with a plan carried out, and the plan."""
     model, inputs = made("plain")
-    planner = Planner(model, inputs, batches(count=count), Settings())
+    planner = Planner(model, inputs, batches(count=count), Budget())
     plan = planner.choose(pwrewrite.planning.budget.budgets_of({"macs": 0.5})).plan
     return planner, pwrewrite.apply(model, plan), plan
 

@@ -13,8 +13,7 @@ from pwrewrite.core.errors import TargetError, UsageError
 from pwrewrite.targets import LoadedModel, TargetOptions, class_name, load, load_target
 from pwrewrite.targets import open_target as open_options
 from pwrewrite.targets.opening import recordable
-from pwrewrite.workflows.by_target import rewrite_target
-from pwrewrite.workflows.choices import Choices, parse_set
+from pwrewrite.workflows.rewrite import rewrite
 
 NET = """
 import random, torch
@@ -49,8 +48,8 @@ def open_target(target: str, **options: Any) -> LoadedModel:
 
 
 def save(target: str = "net.py", **request: object) -> None:
-    choices = Choices(settings=(parse_set("b=reduce:4"),))
-    rewrite_target(TargetOptions(target, **request), choices, verify=False).save("out", unverified=True)  # type: ignore[arg-type]
+    loaded = open_options(TargetOptions(target, **request))  # type: ignore[arg-type]
+    rewrite(loaded, settings=["b=reduce:4"], verify=False).save("out", unverified=True)
 
 
 def test_what_a_constructor_draws_is_seeded_and_the_caller_keeps_his_state() -> None:

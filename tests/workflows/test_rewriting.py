@@ -41,7 +41,7 @@ def test_the_default_is_a_bottleneck() -> None:
 def test_passes_and_a_plan_exclude_each_other() -> None:
     made = pwrewrite.make_plan(net(), X)
     with pytest.raises(UsageError, match="exclude each other"):
-        pwrewrite.rewrite(net(), X, [InsertBottleneck()], made.plan)
+        pwrewrite.rewrite(net(), X, [InsertBottleneck()], plan=made.plan)
 
 
 def test_a_plan_gives_the_same_model_over_several_passes() -> None:

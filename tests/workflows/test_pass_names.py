@@ -8,10 +8,12 @@ from torch import nn
 
 from pwrewrite.capturing import Capture, capture
 from pwrewrite.core.errors import UsageError
+from pwrewrite.core.numbers import parse_width
+from pwrewrite.core.options import PassOptions
 from pwrewrite.core.plan import Op, Skip
 from pwrewrite.forms import FORMS
 from pwrewrite.passes import InsertBottleneck, InsertReduction, LayerPass, Pass, ProjectBranch, Proposal
-from pwrewrite.workflows.choices import FORM_PASSES, Choices, SetLayers, parse_set, parse_width
+from pwrewrite.workflows.pass_names import FORM_PASSES, SetLayers, parse_set, passes_of
 
 
 @pytest.mark.parametrize(
@@ -39,17 +41,17 @@ def test_every_form_can_be_set() -> None:
 
 
 def test_without_anything_it_is_a_bottleneck_on_what_costs() -> None:
-    (one,) = Choices().build()
+    (one,) = passes_of(PassOptions())
     assert isinstance(one, InsertBottleneck)
     assert one.min_share == 0.01
-    (named,) = Choices(passes=("insert-bottleneck",)).build()
+    (named,) = passes_of(PassOptions(passes=("insert-bottleneck",)))
     assert isinstance(named, LayerPass)
     assert named.min_share == 0.0
 
 
 def test_the_order_is_projections_passes_layers() -> None:
-    settings = tuple(map(parse_set, ("a=reduce:3", "pool=project:8", "b=keep")))
-    built = Choices(passes=("insert-bottleneck", "insert-reduction"), settings=settings, rank_in=4).build()
+    settings = ("a=reduce:3", "pool=project:8", "b=keep")
+    built = passes_of(PassOptions(passes=("insert-bottleneck", "insert-reduction"), settings=settings, rank_in=4))
     assert [type(one) for one in built] == [ProjectBranch, InsertBottleneck, InsertReduction, SetLayers]
     bottleneck, reduction = built[1], built[2]
     assert isinstance(bottleneck, LayerPass)
@@ -68,14 +70,14 @@ def test_later_settings_override_earlier_ones() -> None:
 
 
 def test_options_that_would_do_nothing_are_refused() -> None:
-    keep = (parse_set("a=keep"),)
+    keep = ("a=keep",)
     for idle in ({"rank": 4}, {"energy": 0.9}, {"vbmf": True}, {"include": ("a",)}, {"min_share": 0.1}):
         with pytest.raises(UsageError, match="goes with --pass"):
-            Choices(settings=keep, **idle).build()  # type: ignore[arg-type]
+            passes_of(PassOptions(settings=keep, **idle))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="none of the passes has a rank-out"):
-        Choices(passes=("insert-reduction",), rank_out=4).build()
+        passes_of(PassOptions(passes=("insert-reduction",), rank_out=4))
     with pytest.raises(UsageError, match="--multiple"):
-        Choices(multiple=0).build()
+        passes_of(PassOptions(multiple=0))
 
 
 class Plain(Pass):
@@ -93,12 +95,12 @@ class Plain(Pass):
 
 
 def test_passes_without_widths(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pwrewrite.workflows.choices.ALL", (Plain, InsertBottleneck))
-    (plain,) = Choices(passes=("plain",), include=("a",)).build()
+    monkeypatch.setattr("pwrewrite.workflows.pass_names.ALL", (Plain, InsertBottleneck))
+    (plain,) = passes_of(PassOptions(passes=("plain",), include=("a",)))
     assert isinstance(plain, Plain)
     assert plain.include == ("a",)
-    assert len(Choices(passes=("plain", "insert-bottleneck"), rank=4).build()) == 2
+    assert len(passes_of(PassOptions(passes=("plain", "insert-bottleneck"), rank=4))) == 2
     with pytest.raises(UsageError, match="--rank means nothing to plain"):
-        Choices(passes=("plain",), rank=4).build()
+        passes_of(PassOptions(passes=("plain",), rank=4))
     with pytest.raises(UsageError, match="plain takes no --exclude"):
-        Choices(passes=("plain",), exclude=("a",)).build()
+        passes_of(PassOptions(passes=("plain",), exclude=("a",)))

@@ -1,0 +1,114 @@
+"""How options are declared: as fields of frozen records, with their help and how they are typed as metadata.
+
+The Python calls take the records of `pwrewrite.core.options`, or their fields as keywords. The command line is made
+from them (`pwrewrite.cli.bridge`), so that a new option is one field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Typed:
+    """How an option is typed on the command line.
+
+    Attributes:
+        help: What it does, in a sentence.
+        flags: Its spellings, the usual one first; none for an argument without a flag.
+        panel: The part of the help that shows it.
+        metavar: What stands for its value in the help.
+        read: Makes the value of a text and the flag's name, which an error mentions; None to take the text.
+        choices: The values there are; none where any text is taken.
+        least: Smallest value of a whole number; None where it is no number.
+        gather: Makes the value of an option that may be given several times of all its values; None for a single one.
+        split: Whether one text may hold several values with commas between.
+    """
+
+    help: str
+    flags: tuple[str, ...] = ()
+    panel: str | None = None
+    metavar: str | None = None
+    read: Callable[[str, str], object] | None = None
+    choices: tuple[str, ...] = ()
+    least: int | None = None
+    gather: Callable[[Iterable[Any]], object] | None = None
+    split: bool = False
+
+
+def path(text: str, what: str) -> Path:
+    """Reads a path."""
+    return Path(text)
+
+
+def option(default: Any, help: str, *flags: str, **typed: Any) -> Any:
+    """A field of a record that is also an option of the command.
+
+    Args:
+        default: Its value where it is not given; `dataclasses.MISSING` where it must be.
+        help: See `Typed`, as all others.
+        *flags: See `Typed`.
+        **typed: See `Typed`.
+    """
+    if isinstance(default, tuple):
+        typed.setdefault("gather", tuple)
+    metadata = {"typed": Typed(help, flags, **typed)}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def typed_fields(record: type) -> Iterator[tuple[Field[Any], Typed]]:
+    """The fields of a record that can be typed, in order."""
+    for each in fields(record):
+        if "typed" in each.metadata:
+            yield each, each.metadata["typed"]
+
+
+def default_of(each: Field[Any]) -> Any:
+    """The default of a field."""
+    return each.default if each.default_factory is MISSING else each.default_factory()
+
+
+def flag_of(record: type, name: str) -> str:
+    """The usual spelling of an option."""
+    return next((t.flags[0] for each, t in typed_fields(record) if each.name == name and t.flags), name)
+
+
+def given(record: Any, *others: type) -> list[str]:
+    """Names of the options of a record that differ from their defaults, without those that other records have too."""
+    shared = {each.name for other in others for each in fields(other)}
+    values = {each.name: (getattr(record, each.name), default_of(each)) for each in fields(record)}
+    return [name for name, (value, default) in values.items() if name not in shared and _differs(value, default)]
+
+
+def _differs(value: Any, default: Any) -> bool:
+    value = tuple(value) if isinstance(value, list) else value
+    return type(value) is not type(default) or bool(value != default)
+
+
+def from_keywords(record: type[T], options: dict[str, Any]) -> T:
+    """A record of those keywords that it has; takes them out of ``options``."""
+    names = [each.name for each in fields(record) if each.name in options]  # type: ignore[arg-type]
+    return record(**{name: options.pop(name) for name in names})
+
+
+def refuse_unknown(function: str, options: Mapping[str, object], *records: type) -> None:
+    """Refuses keywords that are no option.
+
+    Raises:
+        UsageError: If there are any; it names what is near.
+    """
+    known = [each.name for record in records for each in fields(record)]
+    for name in options:
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else None
+        raise UsageError(f"{function}() has no option {name!r}", expected=", ".join(dict.fromkeys(known)), hint=hint)

@@ -1,0 +1,185 @@
+"""Planning without doing: `plan` under a budget, `make_plan` with what it would change, `frontier` over all budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from ..capturing import Inputs
+from ..core.errors import UsageError
+from ..core.options import Budget
+from ..core.plan import Plan
+from ..planning.budget import budgets_of
+from ..planning.planner import Choice, Planner
+from ..report.frontier import Frontier, Point
+from ..report.records import BudgetReport, Report
+from ..targets import LoadedModel, describe_inputs
+from .budget import metrics_of, search
+from .steps import Progress, Run, model_facts, silent
+from .subject import Subject, loaded_of, origin_of, with_notes_of
+from .what import What, opened, what_from_keywords
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan that was not carried out.
+
+    Attributes:
+        plan: What would be done, and what would not.
+        report: What it would change, from shapes alone: no errors, no verification.
+    """
+
+    plan: Plan
+    report: Report
+
+
+def make_plan(
+    model: Subject,
+    example_inputs: Inputs | None = None,
+    what: What | None = None,
+    *,
+    target: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Planned:
+    """The plan that `rewrite` would carry out, without decomposing weights where no later pass reads them.
+
+    Args:
+        model: Any module, or what `pwrewrite.load_target` gives; stays as it is.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones.
+        what: What is to be done, as for `rewrite`; with a metric and ``max_drop``, the smallest model that keeps it.
+        target: Name for the report.
+        progress: As for `rewrite`.
+        **options: As for `rewrite`.
+
+    Returns:
+        The plan, *from the model as it is*, and what it would change.
+
+    Raises:
+        PwrewriteError: As for `rewrite`.
+    """
+    what, _ = what_from_keywords("make_plan", what, options)
+    loaded = loaded_of(model, example_inputs)
+    target = target or loaded.target or None
+    budget_report: BudgetReport | None = None
+    notes: tuple[str, ...] = ()
+    if isinstance(what, Budget):
+        what, budget_report, notes = _within(what, loaded, progress)
+    run = Run(loaded.model, loaded.example_inputs, progress or silent, fill=False)
+    run.all(what)
+    report = with_notes_of(loaded, run.report(*run.analyses(target), target, None))
+    report = replace(report, budget=budget_report, notes=tuple(dict.fromkeys((*report.notes, *notes))))
+    plan = run.finished(target)
+    return Planned(replace(plan, model={**plan.model, **origin_of(loaded)}), report)
+
+
+def plan(
+    model: Subject,
+    example_inputs: Inputs | None,
+    budget: Any,
+    calibration: Iterable[Any] | str | None = None,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Plan:
+    """Chooses which layers to rewrite, in which form and how wide, so that a budget is met at the least loss.
+
+    Args:
+        model: Any module, or what `pwrewrite.load_target` gives; stays as it is.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones.
+        budget: A `pwrewrite.Budget`, or its limits: ``{"macs": 0.5, "params": "12M"}``; floats up to 1 are ratios of
+            the original.
+        calibration: A few hundred unlabelled inputs: any iterable of batches (a tensor, a tuple of positional inputs or
+            a dict of keyword ones). Without it the weights' own errors count, which is much poorer.
+        progress: Called at each step.
+        **options: Fields of `pwrewrite.Budget`: ``forms``, ``exclude``, ``sensitivity``, ….
+
+    Returns:
+        The plan, for `pwrewrite.rewrite`; ``plan.budget`` holds the predicted loss.
+
+    Raises:
+        RefusedError: If the budget cannot be met.
+        UsageError: If a setting or the calibration makes no sense.
+    """
+    if calibration is not None:
+        options["calibration"] = calibration
+    what, _ = what_from_keywords("plan", None, {"budget": budget, **options})
+    if not isinstance(what, Budget):
+        raise UsageError("there is no budget", expected='such as {"macs": 0.5}')
+    loaded = loaded_of(model, example_inputs)
+    planner = planner_of(opened(what, loaded), loaded, progress)
+    chosen = planner.choose(budgets_of(what.limits)).plan
+    return replace(chosen, model=model_facts(planner.captured, inputs=describe_inputs(loaded.example_inputs)))
+
+
+def frontier(
+    model: Subject,
+    example_inputs: Inputs | None,
+    budget: Budget,
+    *,
+    points: int = 25,
+    progress: Progress | None = None,
+) -> Frontier:
+    """The least predicted loss at every budget of MACs, within limits of other kinds.
+
+    Args:
+        model: Any module, or what `pwrewrite.load_target` gives; stays as it is.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones.
+        budget: Limits of other kinds, calibration inputs and how to plan.
+        points: How many budgets.
+        progress: Called at each step.
+
+    Raises:
+        PwrewriteError: As for `rewrite`.
+    """
+    limits = budgets_of(budget.limits)
+    if any(limit.kind == "macs" for limit in limits):
+        raise UsageError(
+            "--pareto goes through every budget of MACs", hint="leave that --budget out; those of other kinds hold"
+        )
+    loaded = loaded_of(model, example_inputs)
+    planner = planner_of(opened(budget, loaded), loaded, progress)
+    choices = planner.frontier("macs", limits, points)
+    rows = tuple(Point(dict(choice.costs), choice.loss, len(choice.plan.ops)) for choice in choices)
+    return Frontier(loaded.target, "macs", dict(planner.original), str(planner.settings.sensitivity), rows)
+
+
+def planner_of(budget: Budget, loaded: LoadedModel, progress: Progress | None) -> Planner:
+    """A calibrated planner for an opened budget."""
+    data = cast("Iterable[Any] | None", budget.calibration)
+    return Planner(loaded.model, loaded.example_inputs, data, budget, size=budget.calibration_size, say=progress)
+
+
+def _within(
+    budget: Budget, loaded: LoadedModel, progress: Progress | None
+) -> tuple[Plan, BudgetReport | None, tuple[str, ...]]:
+    """The plan within a budget, with what it predicts and what a reader should know."""
+    if budget.plan is not None:
+        return budget.plan, None, ()
+    budget = opened(budget, loaded)
+    planner, limits = planner_of(budget, loaded, progress), budgets_of(budget.limits)
+    if budget.max_drop is None:
+        choice = planner.choose(limits)
+        return choice.plan, _predicted(planner, choice, {}), tuple(planner.notes)
+    ((name, metric),) = metrics_of(budget).items()
+    result = search(planner, metric, budget.max_drop, budgets=limits)
+    tried = ", ".join(f"{share:.1%} of the MACs: {name} {value:.4g}" for share, value in result.tried)
+    metrics = {name: (result.before, result.after)}
+    return result.choice.plan, _predicted(planner, result.choice, metrics), (*planner.notes, f"tried {tried}")
+
+
+def _predicted(planner: Planner, choice: Choice, metrics: dict[str, tuple[float, float]]) -> BudgetReport:
+    limits, settings, statistics = choice.plan.budget.get("limits", {}), planner.settings, planner.statistics
+    costs = {kind: cost for kind, cost in choice.costs.items() if kind in limits and planner.original[kind]}
+    return BudgetReport(
+        limits,
+        {kind: cost / planner.original[kind] for kind, cost in costs.items()},
+        str(settings.sensitivity),
+        str(settings.refit),
+        statistics.samples if statistics is not None else 0,
+        choice.loss,
+        choice.gap,
+        kind="classes" if statistics is None else statistics.outcome or "values",
+        metrics=metrics,
+    )

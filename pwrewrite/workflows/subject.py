@@ -1,0 +1,72 @@
+"""The model that a workflow works on: one at hand, or one that a target led to, whose origin the plan then records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ..capturing import Inputs
+from ..core.errors import InputError
+from ..core.plan import Plan
+from ..report.records import Report
+from ..targets import LoadedModel, class_name
+
+Subject = nn.Module | LoadedModel
+"""A model, or a model with its inputs as `pwrewrite.load_target` gives them."""
+
+
+def loaded_of(model: Subject, example_inputs: Inputs | None) -> LoadedModel:
+    """A model with its example inputs.
+
+    Args:
+        model: The model.
+        example_inputs: Its inputs; those that came with it where None.
+
+    Raises:
+        InputError: If it is no model, or there are no inputs.
+    """
+    if isinstance(model, LoadedModel):
+        return model if example_inputs is None else replace(model, example_inputs=example_inputs)  # type: ignore[arg-type]
+    if not isinstance(model, nn.Module):
+        hint = "pwrewrite.load_target opens what a text names" if isinstance(model, str) else None
+        raise InputError("this is not a model", expected="a torch.nn.Module", got=type(model).__name__, hint=hint)
+    if example_inputs is None:
+        raise InputError("there are no example inputs", expected="a tensor, a tuple of inputs or a dict of them")
+    return LoadedModel(model, example_inputs, "")  # type: ignore[arg-type]
+
+
+def origin_of(loaded: LoadedModel) -> dict[str, Any]:
+    """What a plan records about where the original comes from; nothing for a model at hand."""
+    if not loaded.origin:
+        return {}
+    facts: dict[str, Any] = {"target": loaded.origin}
+    if loaded.plan is None:
+        facts["class"] = class_name(loaded.model)
+    if loaded.args and _recordable(loaded.args):
+        facts["args"] = dict(loaded.args)
+    return facts
+
+
+def plan_from_original(loaded: LoadedModel, plan: Plan) -> Plan:
+    """A plan from the original model, over an earlier rewrite where the target is a saved folder."""
+    if loaded.plan is None:
+        return replace(plan, model={**plan.model, **origin_of(loaded)})
+    original = {key: loaded.plan.model[key] for key in ("class", "params") if key in loaded.plan.model}
+    return replace(loaded.plan + plan, model={**plan.model, **origin_of(loaded), **original})
+
+
+def with_notes_of(loaded: LoadedModel, report: Report) -> Report:
+    """A report with the notes of loading before its own."""
+    return replace(report, notes=tuple(dict.fromkeys((*loaded.notes, *report.notes))))
+
+
+def _recordable(args: Mapping[str, Any]) -> bool:
+    try:
+        json.dumps(args)
+    except (TypeError, ValueError):
+        return False
+    return True

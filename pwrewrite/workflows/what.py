@@ -1,0 +1,143 @@
+"""What is done to a model: passes, a `Plan` or a `Budget`, from whatever a caller gives.
+
+A Python call gives it as one argument, or as keywords; the command line as records of options. Both come through
+`what_of`, so that both refuse the same mixtures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..core.errors import UsageError
+from ..core.option import flag_of, from_keywords, given, refuse_unknown
+from ..core.options import Budget, LayerOptions, PassOptions, Proof
+from ..core.plan import Plan
+from ..passes import Pass
+from ..targets import LoadedModel
+from ..targets.calibration import open_calibration, open_labels, open_metric
+from .pass_names import as_list, passes_of
+
+What = Sequence[Pass] | Plan | Budget
+"""Passes in order, a plan to carry out, or a budget to plan within."""
+
+
+def what_from_keywords(function: str, what: Any, options: Mapping[str, Any]) -> tuple[What, Proof]:
+    """What a Python call asks for.
+
+    Args:
+        function: The function that was called, for errors.
+        what: Passes or their names, a plan, a budget or its limits; None where keywords say it.
+        options: Keywords: fields of `PassOptions`, `Budget` and `Proof`, and ``proof``, ``plan`` and ``budget``.
+
+    Raises:
+        UsageError: If there is no such keyword, or they make no sense together.
+    """
+    rest = dict(options)
+    proof = from_keywords(Proof, rest)
+    plan, budget = rest.pop("plan", None), rest.pop("budget", None)
+    passes = rest.pop("passes", None)
+    if isinstance(what, Plan):
+        plan, what = _only(what, plan, "plan"), None
+    elif isinstance(what, (Budget, Mapping, float)):
+        budget, what = _only(what, budget, "budget"), None
+    passes = passes if what is None else _only(what, passes, "passes")
+    if passes is not None and len(as_list(passes)) == 0:
+        return (), proof
+    planned = {name: rest[name] for name in rest if name in Budget.__dataclass_fields__}
+    named = {name: rest.pop(name) for name in list(rest) if name in PassOptions.__dataclass_fields__}
+    base = budget if isinstance(budget, Budget) else Budget(limits=() if budget is None else budget)
+    refuse_unknown(function, {name: 0 for name in rest if name not in planned}, PassOptions, Budget, Proof)
+    pass_options = PassOptions(passes=() if passes is None else as_list(passes), **named)
+    return what_of(pass_options, replace(base, **planned), plan, proof.allow_output_change), proof
+
+
+def _only(value: Any, keyword: Any, name: str) -> Any:
+    if keyword is not None:
+        raise UsageError(f"the {name} are given twice", hint=f"leave {name}= out")
+    return value
+
+
+def what_of(passes: PassOptions, budget: Budget, plan: Plan | None = None, allow_output_change: bool = False) -> What:
+    """What options ask for.
+
+    Args:
+        passes: Passes and their settings.
+        budget: A budget and what goes with it.
+        plan: A plan to carry out, with weights that the budget's calibration inputs decide where there are any.
+        allow_output_change: Whether a projection may change an output's shape.
+
+    Raises:
+        UsageError: If they make no sense together.
+    """
+    budget = replace(
+        budget, forms=as_list(budget.forms), include=as_list(budget.include), exclude=as_list(budget.exclude)
+    )
+    plan = budget.plan if plan is None else plan
+    limited = bool(_limits(budget)) or budget.max_drop is not None
+    for_passes, for_budget = given(passes, LayerOptions), given(budget, LayerOptions)
+    for_budget = [name for name in for_budget if name not in ("seed", "plan")]
+    check_goes_with_calibration(budget)
+    if not limited and budget.calibration is None:
+        if for_budget:
+            raise UsageError(f"{flag_of(Budget, for_budget[0])} goes with --budget or --calibration")
+        if plan is None:
+            return passes_of(passes, allow_output_change)
+        if own := given(passes):
+            raise _excluded(flag_of(PassOptions, own[0]))
+        return plan
+    if for_passes:
+        raise UsageError(
+            f"{flag_of(PassOptions, for_passes[0])} goes with passes, not with --budget or --calibration",
+            hint="a budget chooses layers, forms and widths; --forms, --include and --exclude restrict it",
+        )
+    if plan is not None:
+        choosing = [n for n in given(budget) if n in ("limits", "forms", "max_layer_error", "gate", "max_drop")]
+        choosing += [name for name in given(budget) if name in LayerOptions.__dataclass_fields__]
+        if choosing:
+            raise _excluded(flag_of(Budget, choosing[0]))
+    elif not limited:
+        raise UsageError(
+            "there is no budget: calibration inputs serve a budget or a plan", expected="--budget macs=0.5, for example"
+        )
+    if budget.max_drop is not None and budget.metric is None:
+        raise UsageError("--max-drop needs a --metric", hint="--metric eval.py:accuracy")
+    return replace(budget, plan=plan)
+
+
+def check_goes_with_calibration(budget: Budget) -> None:
+    """Refuses options that say nothing without calibration inputs."""
+    for name in ("preprocess", "calibration_size", "labels", "refit"):
+        if getattr(budget, name) not in (None, "none") and budget.calibration is None:
+            raise UsageError(f"{flag_of(Budget, name)} goes with --calibration")
+
+
+def _limits(budget: Budget) -> Any:
+    return budget.limits if isinstance(budget.limits, (Mapping, Sequence)) else (budget.limits,)
+
+
+def _excluded(flag: str) -> UsageError:
+    return UsageError(f"--plan and {flag} exclude each other", hint="a plan already says what to do; it can be edited")
+
+
+def opened(budget: Budget, loaded: LoadedModel) -> Budget:
+    """A budget with what it names opened: calibration inputs, labels and metric.
+
+    Raises:
+        PwrewriteError: If a name leads to nothing usable.
+    """
+    if isinstance(budget.calibration, str):
+        data = open_calibration(
+            budget.calibration,
+            example_inputs=loaded.example_inputs,
+            preprocess=budget.preprocess,
+            size=budget.calibration_size,
+            labels=open_labels(budget.labels) if budget.labels is not None else None,
+            model=loaded.model,
+        )
+        budget = replace(budget, calibration=data)
+    if isinstance(budget.metric, str):
+        name = budget.metric.rpartition(":")[2]
+        budget = replace(budget, metric=open_metric(budget.metric), metric_name=name)
+    return budget
