@@ -15,6 +15,7 @@ OUT, SHOWN, CHECKS = "Output", "What is shown", "Checks"
 _of_output, _of_view, _of_checks = (partial(option, panel=panel) for panel in (OUT, SHOWN, CHECKS))
 
 FORMATS = ("table", "json", "markdown")
+TOOLS = ("torch", "fvcore", "thop", "ptflops", "torchinfo")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class AnalysisShown:
         None,
         "The total as that tool would count it, to the last digit.",
         "--as",
-        choices=("torch", "fvcore", "thop", "ptflops", "torchinfo"),
+        choices=TOOLS,
     )
     explain_count: bool = _of_view(
         False, "What each of these tools would say, and what makes the difference.", "--explain-count"

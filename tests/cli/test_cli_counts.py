@@ -10,7 +10,7 @@ import pytest
 from typer.testing import Result
 
 from pwrewrite.analysis.conventions import TOOLS
-from pwrewrite.cli.analyze import Tool
+from pwrewrite.cli import options
 
 Run = Callable[..., Result]
 RESNET50 = Path(__file__).parents[2] / "examples" / "resnet50.py"
@@ -24,7 +24,7 @@ TOTALS = {
 
 
 def test_the_option_names_every_tool() -> None:
-    assert tuple(tool.value for tool in Tool) == TOOLS == tuple(TOTALS)
+    assert options.TOOLS == TOOLS == tuple(TOTALS)
 
 
 def test_the_total_of_a_tool_takes_the_place_of_ours(run: Run) -> None:
