@@ -1,16 +1,23 @@
-"""One batch of calibration inputs: what of it the model takes, by what the example inputs say, and how it is cut."""
+"""One batch of calibration inputs: which part of it the model takes, by the example inputs, and how it is cut.
+
+A batch is an array, a tuple or list of positional inputs, or a dict of keyword inputs. What comes behind the inputs is
+no input: labels where it looks like them (an integer, or a whole float, for each sample; ``0`` and ``1`` in a row for
+each sample), else a target, which is left out with a note.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, as_tensor
 
 from ..core.errors import UsageError
 from ..targets.arrays import LABEL_NAMES
+
+Array = Tensor | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -20,16 +27,16 @@ class Batch:
     Attributes:
         args: Positional inputs.
         kwargs: Keyword inputs.
-        labels: The classes that came with them.
+        labels: The classes that came with them, ``(N,)``, or 0 and 1 for each class, ``(N, classes)``.
         samples: How many samples it holds.
         number: The number of the batch it is from.
         first: The place in that batch of its first sample.
         whole: Whether it cannot be cut: its inputs share no batch dim.
     """
 
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    labels: Any
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+    labels: Tensor | None
     samples: int
     number: int
     first: int = 0
@@ -38,36 +45,28 @@ class Batch:
     def part(self, start: int, stop: int) -> Batch:
         """Some of its samples; not for one that is ``whole``."""
 
-        def cut(value: Any) -> Any:
+        def cut(value: object) -> object:
             return value[start:stop] if is_array(value) and value.ndim else value
 
-        return Batch(
-            tuple(cut(value) for value in self.args),
-            {name: cut(value) for name, value in self.kwargs.items()},
-            None if self.labels is None else self.labels[start:stop],
-            stop - start,
-            self.number,
-            self.first + start,
+        return replace(
+            self,
+            args=tuple(cut(value) for value in self.args),
+            kwargs={name: cut(value) for name, value in self.kwargs.items()},
+            labels=None if self.labels is None else self.labels[start:stop],
+            samples=stop - start,
+            first=self.first + start,
         )
 
 
-def is_array(value: object) -> bool:
+def is_array(value: object) -> TypeGuard[Array]:
     """Whether a value is a tensor or a numpy array."""
     return isinstance(value, (Tensor, np.ndarray))
-
-
-def is_classes(value: object) -> bool:
-    """Whether a value is an array of integers."""
-    if isinstance(value, Tensor):
-        return not (value.is_floating_point() or value.is_complex())
-    return isinstance(value, np.ndarray) and value.dtype.kind in "iub"
 
 
 def described(value: object) -> str:
     """A value in a few words: ``float32 8×3×32×32``, ``a list of 2``, ``str``."""
     if is_array(value):
-        name = str(value.dtype).removeprefix("torch.")  # type: ignore[attr-defined]
-        return f"{name} {'×'.join(str(n) for n in value.shape) or 'scalar'}"  # type: ignore[attr-defined]
+        return f"{str(value.dtype).removeprefix('torch.')} {'×'.join(map(str, value.shape)) or 'scalar'}"
     if isinstance(value, Mapping):
         return f"a dict of {', '.join(map(str, value)) or 'nothing'}"
     if isinstance(value, (tuple, list)):
@@ -76,8 +75,10 @@ def described(value: object) -> str:
     return type(value).__name__
 
 
-def sort_out(batch: object, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Batch, str | None]:
-    """Tells the inputs in a batch from the labels beside them.
+def sort_out(
+    batch: object, number: int, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> tuple[Batch, str | None]:
+    """Tells the inputs in a batch from what comes beside them.
 
     Args:
         batch: What came: an array, a tuple or list of positional inputs, a dict of keyword ones.
@@ -86,37 +87,40 @@ def sort_out(batch: object, number: int, args: tuple[Any, ...], kwargs: Mapping[
         kwargs: The example inputs by name.
 
     Returns:
-        The batch, and what should be told about it.
+        The batch, and a note on what of it was left out.
 
     Raises:
-        UsageError: It has another number of inputs, or other names, than the example, or holds no sample.
+        UsageError: It has fewer inputs, or other names, than the example.
     """
+    named: dict[str, object] = {}
+    values: tuple[object, ...] = ()
     if isinstance(batch, Mapping):
-        given, labels, note = _by_name(batch, number, args, kwargs), None, None
-        names = [n for n in batch if n not in given]
-        if names and is_classes(batch[names[0]]):
-            labels, note = _flat(batch[names[0]])
-        sorted_out: tuple[tuple[Any, ...], dict[str, Any]] = ((), given)
+        named = _by_name(batch, number, args, kwargs)
+        beside = [batch[name] for name in batch if name not in named]
     else:
-        values, labels, note = _by_place(batch, number, args or tuple(kwargs.values()))
+        values, behind = _by_place(batch, number, args or tuple(kwargs.values()))
+        beside = list(behind)
         if kwargs and not args:
-            sorted_out = ((), dict(zip(kwargs, values, strict=True)))
-        else:
-            sorted_out = (values, {})
-    samples, whole = _count(*sorted_out)
-    if not samples:
-        raise UsageError(f"batch {number} of the calibration inputs is empty", got=described(batch))
-    return Batch(*sorted_out, labels, samples, number, 0, whole), note
+            values, named = (), dict(zip(kwargs, values, strict=True))
+    samples, whole = _count([*values, *named.values()])
+    labels = next((found for value in beside if (found := _labels(value, samples)) is not None), None)
+    note = None
+    if beside and labels is None and samples:
+        note = f"{described(beside[0])} beside the inputs was taken for targets and left out"
+    return Batch(values, named, labels, samples, number, 0, whole), note
 
 
-def _by_name(batch: Mapping[Any, Any], number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _by_name(
+    batch: Mapping[object, object], number: int, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> dict[str, object]:
     """The keyword inputs in a dict."""
     if args or not kwargs:
         raise UsageError(
             f"batch {number} of the calibration inputs is a dict, and the example inputs are positional",
             expected=described(args[0]) if len(args) == 1 else described(args),
             got=described(batch),
-            hint="give both by name or both by position",
+            hint="give both by name or both by position, or name a function that takes a batch and gives the inputs "
+            "(--batch file.py:NAME, batch=)",
         )
     missing = [name for name in kwargs if name not in batch]
     other = [name for name in batch if name not in kwargs and name not in LABEL_NAMES]
@@ -126,73 +130,56 @@ def _by_name(batch: Mapping[Any, Any], number: int, args: tuple[Any, ...], kwarg
             f"batch {number} of the calibration inputs {lacks}",
             expected=f"the inputs {', '.join(kwargs)}",
             got=", ".join(map(str, batch)) or "nothing",
+            hint="name a function that takes a batch and gives the inputs (--batch file.py:NAME, batch=)",
         )
     return {name: batch[name] for name in kwargs}
 
 
-def _by_place(batch: object, number: int, example: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any, str | None]:
-    """The positional inputs in an array, a tuple or a list; the labels; and what should be told."""
+def _by_place(batch: object, number: int, example: tuple[object, ...]) -> tuple[tuple[object, ...], Sequence[object]]:
+    """The positional inputs in an array, a tuple or a list, and what comes behind them."""
     count = len(example)
     takes_list = count == 1 and isinstance(example[0], (list, tuple))
     if is_array(batch) and count == 1 and not takes_list:
-        return (batch,), None, None
+        return (batch,), ()
     if isinstance(batch, (tuple, list)) and batch:
-        if takes_list:
-            return _listed(batch, number)
-        inner = batch[0]
-        paired = len(batch) == 2 and count > 1 and isinstance(inner, (tuple, list)) and len(inner) == count
-        if paired and _are_labels(batch[1], inner[0]):
-            return tuple(inner), *_flat(batch[1])
-        if len(batch) == count:
-            return tuple(batch), None, None
-        if len(batch) == count + 1 and _are_labels(batch[-1], inner):
-            return tuple(batch[:-1]), *_flat(batch[-1])
-    many = f"a tuple of {count} ({', '.join(described(v) for v in example)})"
-    hint = None
-    if isinstance(batch, (tuple, list)) and len(batch) == count + 1:
-        hint = "beside the inputs only an integer tensor of as many labels is left out: give the inputs alone"
+        first = batch[0]
+        if takes_list and all(is_array(value) for value in batch):
+            return (list(batch),), ()
+        listed = isinstance(first, (tuple, list)) and len(first) > 0 and all(is_array(value) for value in first)
+        if takes_list and listed:
+            return (list(first),), batch[1:]
+        if not takes_list and listed and len(first) == count:
+            return tuple(first), batch[1:]
+        if not takes_list and len(batch) >= count:
+            return tuple(batch[:count]), batch[count:]
+    many = f"a tuple of {count} ({', '.join(described(value) for value in example)})"
     raise UsageError(
         f"batch {number} of the calibration inputs is not what the model takes",
-        expected=many if count > 1 or takes_list else described(example[0]),
+        expected="a list of images, each a tensor" if takes_list else many if count > 1 else described(example[0]),
         got=described(batch),
-        hint=hint,
+        hint="name a function that takes a batch and gives the inputs (--batch file.py:NAME, batch=)",
     )
 
 
-def _listed(batch: Sequence[Any], number: int) -> tuple[tuple[Any, ...], None, str | None]:
-    """The one list of images of a detector: the batch itself, or its first entry with targets beside it."""
-    if all(is_array(value) for value in batch):
-        return (list(batch),), None, None
-    first = batch[0]
-    if isinstance(first, (tuple, list)) and first and all(is_array(value) for value in first) and len(batch) <= 2:
-        note = "the second entry of each batch was taken for targets and left out" if len(batch) == 2 else None
-        return (list(first),), None, note
-    raise UsageError(
-        f"batch {number} of the calibration inputs is not what the model takes",
-        expected="a list of images, each a tensor",
-        got=described(batch),
-    )
-
-
-def _are_labels(value: object, images: object) -> bool:
-    """Whether a value holds an integer for each sample, or a map of integers."""
-    if not is_classes(value) or not is_array(images):
-        return False
-    return bool(value.ndim and images.ndim and value.shape[0] == images.shape[0])  # type: ignore[attr-defined]
-
-
-def _flat(labels: Any) -> tuple[Any, str | None]:
-    """Labels, one per sample; and what should be told where they are something else."""
+def _labels(value: object, samples: int) -> Tensor | None:
+    """What comes beside the inputs as classes ``(N,)``, or as 0 and 1 ``(N, classes)``; None where it is neither."""
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, (int, float)) for item in value):
+        value = as_tensor(value)
+    if not is_array(value) or value.ndim not in (1, 2) or len(value) != samples or not value.shape[-1]:
+        return None
+    labels = value.detach().cpu() if isinstance(value, Tensor) else as_tensor(np.array(value))
+    if labels.is_complex() or (labels.is_floating_point() and not bool((labels == labels.round()).all())):
+        return None
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    if labels.ndim == 1:
-        return labels, None
-    return None, f"{described(labels)} beside the inputs was taken for targets and left out"
+    if labels.ndim == 2 and not bool(((labels == 0) | (labels == 1)).all()):
+        return None
+    return labels.long()
 
 
-def _count(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, bool]:
+def _count(values: Sequence[object]) -> tuple[int, bool]:
     """How many samples some inputs hold, and whether they have no batch dim in common."""
-    values = [value for value in (*args, *kwargs.values()) if not is_array(value) or value.ndim]
+    values = [value for value in values if not is_array(value) or value.ndim]
     arrays = [value for value in values if is_array(value)]
     if any(isinstance(value, (list, tuple, Mapping)) for value in values):
         lists = [len(value) for value in values if isinstance(value, (list, tuple))]

@@ -71,8 +71,8 @@ class Reader:
 
         def visit(value: Any, example: Any, name: str, listed: int | None = None) -> Any:
             if isinstance(example, (list, tuple)) and isinstance(value, (list, tuple)):
-                one = example[0] if example else None
-                return [visit(v, one, name, place) for place, v in enumerate(value)]
+                image = example[0] if example else None
+                return [visit(v, image, name, place) for place, v in enumerate(value)]
             if isinstance(example, Mapping) and isinstance(value, Mapping) and example.keys() == value.keys():
                 return {key: visit(v, example[key], f"{name}.{key}".lstrip("."), listed) for key, v in value.items()}
             return take(value, example, name, batch, listed) if isinstance(example, Tensor) else value
@@ -91,14 +91,14 @@ class Reader:
         if not is_array(value):
             raise UsageError(f"{place} is not a tensor", expected=described(example), got=described(value))
         if isinstance(value, np.ndarray):
-            value = from_array(np.empty(0, value.dtype), place, value).new_empty(value.shape, device="meta")
+            value = _tensor(np.empty(0, value.dtype), place, value).new_empty(value.shape, device="meta")
         _check_shape(value, example, place, listed is not None)
         _check_kind(value, example, place)
 
     def _cast(self, value: Any, example: Tensor, name: str, batch: Batch, listed: int | None) -> Tensor:
         """An array as the tensor that the model takes."""
         place = self._place(name, batch, listed)
-        tensor = value.detach() if isinstance(value, Tensor) else from_array(value, place)
+        tensor = value.detach() if isinstance(value, Tensor) else _tensor(value, place)
         _check_finite(tensor, batch, name, listed)
         dtype = (self.dtype or example.dtype) if example.is_floating_point() else example.dtype
         cast = tensor.to(dtype)
@@ -126,16 +126,8 @@ class Reader:
             )
 
 
-def from_array(array: np.ndarray[Any, Any], place: str, shown: object = None) -> Tensor:
-    """A tensor with a numpy array's values.
-
-    Args:
-        array: The array; may be mapped from a file.
-        place: What it is, for the error.
-        shown: What to describe in the error; the array, if None.
-
-    Returns:
-        The tensor, in memory of its own.
+def _tensor(array: np.ndarray[Any, Any], place: str, shown: object = None) -> Tensor:
+    """A tensor, in memory of its own, with the values of an array, which may be mapped from a file.
 
     Raises:
         UsageError: torch has no such dtype.

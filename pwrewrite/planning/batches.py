@@ -1,20 +1,19 @@
 """Calibration inputs: any iterable of batches, checked, cast and cut into chunks, some of them held out for measuring.
 
-A batch is a tensor or numpy array, a tuple or list of positional inputs, or a dict of keyword inputs. Where labels come
-beside them (``(images, labels)`` of a loader; ``labels`` in a dict), they are told apart by what the example inputs say
-that the model takes, left out of the inputs, and kept (`Batches.labels`).
+What in a batch are inputs, and what comes beside them, `pwrewrite.planning.batch_inputs` tells by the example inputs;
+labels are at hand in `Batches.labels`. A batch of another kind goes through a function of the user's first.
 
 The source is gone through anew for every pass, and memory holds a few chunks of it at a time; iterators and generators
-are kept as they go by; a shuffling loader gets one order for all passes (`pwrewrite.planning.sources`).
+are stored as they go by; a shuffling loader gets one order for all passes (`pwrewrite.planning.sources`).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -24,7 +23,7 @@ from ..core.errors import PwrewriteError, UsageError, first_line
 from ..core.nested import tensors_of
 from .batch_inputs import Batch, described, sort_out
 from .batch_reader import Reader
-from .sources import Kept, stable
+from .sources import Stored, stable
 
 Chunk = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of one run of the model."""
@@ -53,6 +52,8 @@ class Batches:
         dtype: Of floating inputs; that of the example inputs, if None.
         holdout: Every how many chunks one is held out, 2 or more; 0 to measure on what was calibrated on.
         preprocess: Called with the inputs of each chunk as they came (labels left out); returns what the model takes.
+        batch: Called with each batch of the source as it came, before anything is told apart; returns the inputs, or
+            the inputs and labels.
 
     Raises:
         UsageError: If the source is no iterable of batches, or a setting makes no sense. Passes raise it for a batch
@@ -70,6 +71,7 @@ class Batches:
         dtype: torch.dtype | None = None,
         holdout: int = 5,
         preprocess: Callable[..., Any] | None = None,
+        batch: Callable[[Any], Any] | None = None,
     ) -> None:
         for name, value, least in (("size", size, 1), ("chunk", chunk, 1), ("holdout", holdout or 2, 2)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -77,8 +79,8 @@ class Batches:
         self.size, self.chunk, self.holdout = size, chunk, holdout
         self._args, self._kwargs = split_inputs(example_inputs)
         self._reader = Reader(self._args, self._kwargs, device, dtype)
-        self._preprocess = preprocess
-        self._given = source
+        self._preprocess, self._batch = preprocess, batch
+        self._original = source
         self._source = stable(source, size, chunk)
         self._notes: list[str] = []
         self._seen = 0
@@ -110,10 +112,10 @@ class Batches:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What should be told about the inputs, as far as a pass has come yet."""
-        told = getattr(self._given, "notes", ())
-        own = [note for note in told if isinstance(note, str)] if isinstance(told, (list, tuple)) else []
-        return tuple(dict.fromkeys([*own, *self._notes, *self._reader.notes]))
+        """What a reader should know about the inputs, as far as a pass has come yet."""
+        notes = getattr(self._original, "notes", ())
+        of_source = [note for note in notes if isinstance(note, str)] if isinstance(notes, (list, tuple)) else []
+        return tuple(dict.fromkeys([*of_source, *self._notes, *self._reader.notes]))
 
     def labels(self, part: Part = "all") -> Tensor | None:
         """The labels that came with the inputs.
@@ -122,14 +124,16 @@ class Batches:
             part: Of which chunks.
 
         Returns:
-            One integer per sample, in the order of the chunks, on the CPU; None where any chunk came without.
+            One integer per sample, or a row of 0 and 1, in the order of the chunks, on the CPU; None where any chunk
+            came without, or they are not alike.
         """
         if self._labels is None:
             for _ in self._parts():
                 pass
-        labels = [own for of, own in self._labels or () if part in of]
-        found = [own for own in labels if own is not None]
-        return torch.cat(found) if found and len(found) == len(labels) else None
+        labels = [of_chunk for parts, of_chunk in self._labels or () if part in parts]
+        known = [of_chunk for of_chunk in labels if of_chunk is not None]
+        alike = len({of_chunk.shape[1:] for of_chunk in known}) == 1
+        return torch.cat(known) if alike and len(known) == len(labels) else None
 
     def fingerprint(self) -> str:
         """A hash of all chunks: their values, shapes, dtypes and names, and which are held out.
@@ -140,9 +144,9 @@ class Batches:
         if self._fingerprint is None:
             digest = hashlib.sha256()
             reader = Reader(self._args, self._kwargs, "cpu", self._reader.dtype)
-            for batch, of in self._parts():
+            for batch, parts in self._parts():
                 args, kwargs = reader.read(self._prepared(batch))
-                digest.update(repr((sorted(of), len(args), sorted(kwargs))).encode())
+                digest.update(repr((sorted(parts), len(args), sorted(kwargs))).encode())
                 for tensor in tensors_of((args, [kwargs[name] for name in sorted(kwargs)])):
                     digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
                     digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -151,35 +155,31 @@ class Batches:
 
     def _read(self, part: Part) -> Iterator[Chunk]:
         """The chunks of a part, as the model takes them."""
-        for batch, of in self._parts():
-            if part in of:
+        for batch, parts in self._parts():
+            if part in parts:
                 yield self._reader.read(self._prepared(batch))
 
     def _prepared(self, batch: Batch) -> Batch:
         """A batch after the user's preprocessing."""
         if self._preprocess is None:
             return batch
-        made = self._preprocess(*batch.args, **batch.kwargs)
-        found, _ = sort_out(made, batch.number, self._args, self._kwargs)
-        if found.samples != batch.samples:
+        result = self._preprocess(*batch.args, **batch.kwargs)
+        inputs, _ = sort_out(result, batch.number, self._args, self._kwargs)
+        if inputs.samples != batch.samples:
             raise UsageError(
-                f"preprocess made {found.samples} samples of {batch.samples} in batch {batch.number}",
-                got=described(made),
+                f"preprocess made {inputs.samples} samples of {batch.samples} in batch {batch.number}",
+                got=described(result),
                 hint="it is called with a whole batch, not with each sample",
             )
-        self._reader.check(found)
-        return Batch(found.args, found.kwargs, batch.labels, batch.samples, batch.number, batch.first, found.whole)
+        self._reader.check(inputs)
+        return replace(batch, args=inputs.args, kwargs=inputs.kwargs, whole=inputs.whole)
 
     def _parts(self) -> Iterator[tuple[Batch, frozenset[str]]]:
         """One pass: every chunk, and which parts it belongs to."""
         labels: list[tuple[frozenset[str], Tensor | None]] = []
-        for batch, of in self._dealt():
-            own = batch.labels
-            if own is not None:
-                own = torch.from_numpy(np.array(own)) if isinstance(own, np.ndarray) else own.detach().cpu()
-                own = own.to(torch.int64)
-            labels.append((of, own))
-            yield batch, of
+        for batch, parts in self._dealt():
+            labels.append((parts, batch.labels))
+            yield batch, parts
         self._labels = labels
 
     def _dealt(self) -> Iterator[tuple[Batch, frozenset[str]]]:
@@ -194,7 +194,7 @@ class Batches:
                 waiting.append(batch)
                 if place < self.holdout - 1:
                     continue
-                yield from ((one, _GATHERED) for one in waiting[:-1])
+                yield from ((earlier, _GATHERED) for earlier in waiting[:-1])
                 waiting.clear()
             yield batch, _HELD if place % self.holdout == self.holdout - 1 else _GATHERED
         if waiting:
@@ -211,19 +211,18 @@ class Batches:
             return
         wanted = left = max(1, round(total / self.holdout))
         held = [0] * len(batches)
-        for place in reversed(range(len(batches))):
-            one = batches[place]
-            if not one.whole:
-                held[place] = min(left, one.samples - (place == 0))
-            elif place and (one.samples <= left or left == wanted):
-                held[place] = one.samples
+        for place, batch in reversed(list(enumerate(batches))):
+            if not batch.whole:
+                held[place] = min(left, batch.samples - (place == 0))
+            elif place and (batch.samples <= left or left == wanted):
+                held[place] = batch.samples
             left = max(0, left - held[place])
-        for one, count in zip(batches, held, strict=True):
-            if 0 < count < one.samples:
-                yield one.part(0, one.samples - count), _GATHERED
-                yield one.part(one.samples - count, one.samples), _HELD
+        for batch, count in zip(batches, held, strict=True):
+            if 0 < count < batch.samples:
+                yield batch.part(0, batch.samples - count), _GATHERED
+                yield batch.part(batch.samples - count, batch.samples), _HELD
             else:
-                yield one, _HELD if count else _GATHERED
+                yield batch, _HELD if count else _GATHERED
 
     def _chunks(self) -> Iterator[Batch]:
         """Batches cut into chunks, up to ``size`` samples."""
@@ -245,30 +244,26 @@ class Batches:
         if not seen:
             raise UsageError(
                 "the calibration inputs are empty",
-                got=f"a {type(self._given).__name__} that gives no batch",
+                got=f"a {type(self._original).__name__} that gives no batch",
                 hint="an iterator that was gone through already gives nothing more: give a list or a loader"
-                if isinstance(self._source, Kept)
+                if isinstance(self._source, Stored)
                 else None,
             )
         if self.size is not None:
             self._note(f"{self.size} calibration samples were asked for, and there are {seen}")
 
     def _batches(self) -> Iterator[Batch]:
-        """What the source gives, sorted into inputs and labels."""
+        """What the source gives, sorted into inputs and labels; batches without a sample are passed over."""
         number = 0
         try:
-            iterator = iter(self._source)
-            while True:
-                try:
-                    value = next(iterator)
-                except StopIteration:
-                    return
-                batch, note = sort_out(value, number, self._args, self._kwargs)
-                if note:
+            for value in self._source:
+                batch, note = self._sorted(value, number)
+                if note and not any("left out" in earlier for earlier in self._notes):
                     self._note(note)
-                if self._preprocess is None:
-                    self._reader.check(batch)
-                yield batch
+                if batch.samples:
+                    if self._preprocess is None:
+                        self._reader.check(batch)
+                    yield batch
                 number += 1
         except PwrewriteError:
             raise
@@ -277,8 +272,11 @@ class Batches:
                 f"batch {number} of the calibration inputs cannot be read", got=first_line(error)
             ) from error
 
+    def _sorted(self, value: Any, number: int) -> tuple[Batch, str | None]:
+        return sort_out(value if self._batch is None else self._batch(value), number, self._args, self._kwargs)
+
     def _note(self, text: str) -> None:
-        """Keeps something to be told, once."""
+        """Notes something, once."""
         if text not in self._notes:
             self._notes.append(text)
 
@@ -287,7 +285,7 @@ class Batches:
         source: Any = self._source
         try:
             if isinstance(source, list):
-                return sum(sort_out(batch, 0, self._args, self._kwargs)[0].samples for batch in source)
+                return sum(self._sorted(batch, 0)[0].samples for batch in source)
             if isinstance(source, DataLoader):
                 order = source.batch_sampler
                 return sum(map(len, order)) if isinstance(order, list) else len(source.dataset)  # type: ignore[arg-type]

@@ -1,10 +1,10 @@
 """Calibration inputs that come in the same order every time they are gone through.
 
-What can be iterated again is, so that memory holds one batch at a time. What cannot (an iterator, a generator) is kept
-as it goes by the first time. A shuffling `torch.utils.data.DataLoader` would give other batches each time, and what
-was held out for measuring would come back as calibration: its order is drawn once, and a loader over the same data in
-that order is used in its place. The loader that was given stays as it is, and so does the global random state. What a
-dataset changes at random by itself (augmentation) is not fixed: give the transforms of evaluation.
+What can be iterated again is, so that memory holds one batch at a time. An iterator or a generator is stored as it goes
+by the first time. A shuffling `torch.utils.data.DataLoader` would give other batches each time, and what was held out
+for measuring would come back as calibration: its order is drawn once, and a loader over the same data in that order is
+used in its place. The user's loader and the global random state stay as they are. What a dataset changes at random by
+itself (augmentation) is not fixed: give the transforms of evaluation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def stable(source: object, size: int | None, chunk: int) -> Iterable[Any]:
     """An iterable of batches that gives the same ones in the same order every time.
 
     Args:
-        source: What the user gave.
+        source: The calibration inputs of the user.
         size: How many samples will be used at most.
         chunk: The batch size for a dataset without a loader.
 
@@ -57,17 +57,17 @@ def stable(source: object, size: int | None, chunk: int) -> Iterable[Any]:
             hint="on the command line --calibration takes files" if isinstance(source, (str, Path)) else None,
         )
     if isinstance(source, DataLoader) and _shuffles(source):
-        return _fixed(source, size) if type(source).__iter__ is DataLoader.__iter__ else Kept(iter(source))
+        return _fixed(source, size) if type(source).__iter__ is DataLoader.__iter__ else Stored(iter(source))
     if isinstance(source, Iterator):
-        return Kept(source)
+        return Stored(source)
     return source
 
 
-class Kept:
-    """What an iterator gave so far, and then the rest of it as it is asked for.
+class Stored:
+    """The items of an iterator, stored as they go by.
 
     Args:
-        iterator: The iterator; gone through once, and no further than anyone goes.
+        iterator: The iterator; gone through once, and no further than anyone needs.
     """
 
     def __init__(self, iterator: Iterator[Any]) -> None:

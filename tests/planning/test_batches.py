@@ -122,7 +122,54 @@ def test_targets_that_are_no_classes_are_left_out_with_a_note() -> None:
     assert len(list(batches)) == 2
     assert batches.labels() is None
     assert "taken for targets" in batches.notes[0]
-    assert "only an integer tensor" in refusal([(images(4), images(4))])
+
+
+@pytest.mark.parametrize(
+    ("beside", "labels"),
+    [
+        ((torch.arange(4),), [0, 1, 2, 3]),
+        ((torch.arange(4.0),), [0, 1, 2, 3]),
+        (([3, 2, 1, 0],), [3, 2, 1, 0]),
+        ((torch.eye(4)[:, :3],), [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]]),
+        ((np.eye(4, dtype=np.uint8),), np.eye(4).tolist()),
+        ((torch.arange(4)[:, None], ["a.png", "b.png", "c.png", "d.png"]), [0, 1, 2, 3]),
+        (({"boxes": torch.zeros(4, 4)}, torch.arange(4), "more"), [0, 1, 2, 3]),
+        ((torch.rand(4),), None),
+        ((torch.rand(4, 2),), None),
+        ((images(4, 16),), None),
+        (([{"boxes": torch.zeros(1, 4)}] * 4,), None),
+        (({"boxes": torch.zeros(1, 4)},), None),
+        ((["a", "b", "c", "d"],), None),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_loaders_give_beside_the_inputs(beside: tuple[Any, ...], labels: list[Any] | None, nested: bool) -> None:
+    first: Any = (images(4),) if nested else images(4)
+    batches = Batches([(first, *beside)] * 3, IMAGE)
+    assert numbers(iter(batches)) == [0, 1, 2, 3] * 3
+    found = batches.labels()
+    assert (found is None) == (labels is None)
+    if labels is None or found is None:
+        assert [note for note in batches.notes if "beside the inputs was taken for targets" in note]
+    else:
+        assert found.tolist() == labels * 3
+        assert not batches.notes
+
+
+def test_empty_batches_are_passed_over() -> None:
+    batches = Batches([(images(4), torch.arange(4)), (images(0), torch.arange(0))], IMAGE)
+    assert numbers(iter(batches)) == [0, 1, 2, 3]
+    assert batches.labels() is not None
+
+
+def test_a_function_makes_inputs_of_batches_of_any_kind() -> None:
+    raw = [{"path": "a", "pixels": images(4), "class": torch.arange(4)}] * 3
+    batches = Batches(raw, IMAGE, batch=lambda one: (one["pixels"], one["class"]))
+    assert numbers(iter(batches)) == [0, 1, 2, 3] * 3
+    labels = batches.labels("held_out")
+    assert labels is not None
+    assert labels.tolist() == numbers(batches.held_out())
+    assert "--batch" in refusal(raw)
 
 
 def test_labels_follow_the_parts() -> None:
@@ -309,7 +356,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "strings": (lambda: [np.array([["a"]])], ["dtype that torch does not know"]),
     "nothing": (list, ["are empty"]),
     "used": (lambda: iter([]), ["gone through already"]),
-    "empty batch": (lambda: [images(4), images(4)[:0]], ["batch 1", "is empty"]),
+    "empty batches": (lambda: [images(4)[:0]] * 2, ["are empty"]),
     "a number": (lambda: [3], ["batch 0", "not what the model takes", "int"]),
     "path": (lambda: "images.npy", ["not an iterable of batches", "'images.npy'"]),
     "none": (lambda: None, ["not an iterable of batches", "NoneType"]),
