@@ -10,15 +10,15 @@ may edit; what does not make sense is refused with the line it stands in.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from .errors import PlanError
+from .files import read_text
+from .json_text import JsonText, dumps, line_at, loads
 
 SCHEMA = "pwrewrite.plan/1"
 
@@ -111,19 +111,13 @@ class Source:
         return f"{self.name}, line {line_at(self.text, at if at >= 0 else self.start)}"
 
 
-def line_at(text: str, offset: int) -> int:
-    """The number of the line that an offset is in, from 1."""
-    return text.count("\n", 0, offset) + 1
-
-
 @dataclass(frozen=True, slots=True)
 class Op:
     """One thing to do to a model.
 
     Attributes:
         action: What is done: ``factorize`` (a layer becomes a chain of smaller ones) or ``project`` (a 1×1 after a
-            branch); ``fold``, ``fuse``, ``merge``, ``remove`` and
-            ``channels-last``, of the fusing passes.
+            branch); ``fold``, ``fuse``, ``merge``, ``remove`` and ``channels-last``, of the fusing passes.
         path: Absolute path of the layer or module it is done to.
         pass_name: Name of the pass or planner that proposed it, such as ``insert-bottleneck``.
         settings: What the action needs to know, as JSON data; each action documents its own.
@@ -220,10 +214,13 @@ class Plan:
         """
         done = {op.path for op in (*self.ops, *other.ops)}
         skips = dict.fromkeys(s for s in (*self.skips, *other.skips) if s.path not in done)
-        told = {s.path for s in skips if s.reason is not SkipReason.EXCLUDED}
-        kept = tuple(s for s in skips if s.reason is not SkipReason.EXCLUDED or s.path not in told)
-        model, budget = self.model or other.model, self.budget or other.budget
-        return replace(self, ops=self.ops + other.ops, skips=kept, model=model, budget=budget)
+        explained = {s.path for s in skips if s.reason is not SkipReason.EXCLUDED}
+        return Plan(
+            self.ops + other.ops,
+            tuple(s for s in skips if s.reason is not SkipReason.EXCLUDED or s.path not in explained),
+            self.model or other.model,
+            self.budget or other.budget,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON data."""
@@ -250,15 +247,7 @@ class Plan:
         Raises:
             PlanError: If it is not JSON or not a plan; says in which line.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PlanError(
-                f"{name} is not JSON: {error.msg}",
-                where=f"{name}, line {error.lineno}, column {error.colno}",
-                hint="a comma after the last entry or a missing quote is the usual cause",
-            ) from None
-        return _Reader(text, name).plan(data)
+        return _Reader(text, name).plan(loads(text, name))
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:
@@ -268,32 +257,15 @@ class Plan:
             PlanError: If the file cannot be read or is not a plan.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"cannot read the plan: {error}", where=str(path)) from None
+            text = read_text(path)
+        except (OSError, UnicodeDecodeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise PlanError(f"cannot read the plan: {reason}", where=str(path)) from None
         return cls.from_json(text, str(path))
 
 
-_SHORT_LISTS = (
-    re.compile(r"\[\n([^][{}\"]*?)\n *\]"),
-    re.compile(r"\[\n((?:[^][{}\"]|\[[^][{}\"\n]*\])*?)\n *\]"),
-)
-"""A list of numbers over several lines, and a list of those that are in one line already. Text has no line breaks."""
-
-
-def dumps(data: Any) -> str:
-    """JSON text with one setting a line; lists of numbers stay in it."""
-    text = json.dumps(data, indent=2, ensure_ascii=False)
-    for pattern in _SHORT_LISTS:
-        text = pattern.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
-    return text + "\n"
-
-
-class _Reader:
+class _Reader(JsonText):
     """Turns JSON data into a plan and knows which line a complaint is about."""
-
-    def __init__(self, text: str, name: str) -> None:
-        self.text, self.name = text, name
 
     def plan(self, data: Any) -> Plan:
         if not isinstance(data, dict):
@@ -308,12 +280,31 @@ class _Reader:
             if not isinstance(value, kind):
                 expected = "a list" if kind is list else "an object"
                 raise self.error(f"{key} is {expected}", self.find(f'"{key}"'), expected, value)
+        self.check_model(model)
         return Plan(
             tuple(self.op(op, *span) for op, span in zip(ops, self.entries("ops"), strict=True)),
             tuple(self.skip(skip, *span) for skip, span in zip(skipped, self.entries("skipped"), strict=True)),
             model,
             budget,
         )
+
+    def check_model(self, model: dict[str, Any]) -> None:
+        """Refuses facts about the original of another type, since a folder is opened by them."""
+        kinds: dict[str, tuple[type, str]] = {
+            "class": (str, "a string"),
+            "target": (str, "a string"),
+            "args": (dict, "an object"),
+            "inputs": (list, "a list of objects with shape and dtype"),
+        }
+        for key, (kind, expected) in kinds.items():
+            if key in model and not isinstance(model[key], kind):
+                raise self.error(f"model.{key} is {expected}", self.find(f'"{key}"'), expected, model[key])
+        for item in model.get("inputs", ()):
+            shape = item.get("shape") if isinstance(item, dict) else None
+            texts = isinstance(shape, list) and all(isinstance(item.get(k, ""), str) for k in ("dtype", "name"))
+            if not texts or "dtype" not in item or any(type(size) is not int or size < 0 for size in shape or ()):
+                expected = 'such as {"shape": [1, 3, 224, 224], "dtype": "float32"}'
+                raise self.error("the plan's inputs are not shapes", self.find('"inputs"'), expected, item)
 
     def op(self, data: Any, start: int, end: int) -> Op:
         if not isinstance(data, dict):
@@ -332,13 +323,13 @@ class _Reader:
         return Op(data["action"], data["path"], data["pass"], data["settings"], self.estimate(data, start, end), source)
 
     def estimate(self, data: Any, start: int, end: int) -> Estimate | None:
-        found, names = data.get("estimate"), [f.name for f in fields(Estimate)]
-        if found is None:
+        numbers, names = data.get("estimate"), [f.name for f in fields(Estimate)]
+        if numbers is None:
             return None
-        if not isinstance(found, dict) or set(found) != set(names) or any(type(n) is not int for n in found.values()):
+        if not isinstance(numbers, dict) or {*numbers} != {*names} or any(type(n) is not int for n in numbers.values()):
             at = self.find('"estimate"', start, end)
-            raise self.error("not an estimate", at, f"integers {', '.join(names)}", found)
-        return Estimate(**found)
+            raise self.error("not an estimate", at, f"integers {', '.join(names)}", numbers)
+        return Estimate(**numbers)
 
     def skip(self, data: Any, start: int, end: int) -> Skip:
         if not isinstance(data, dict) or not all(isinstance(data.get(k), str) for k in ("path", "reason", "detail")):
@@ -349,40 +340,3 @@ class _Reader:
             at = self.find('"reason"', start, end)
             raise self.error("unknown reason", at, f"one of {', '.join(SkipReason)}", data["reason"]) from None
         return Skip(data["path"], reason, data["detail"])
-
-    def entries(self, key: str) -> list[tuple[int, int]]:
-        """Start and end offsets of the entries of one of the plan's lists."""
-        decoder, spans = json.JSONDecoder(), list[tuple[int, int]]()
-        at = self.value_of(key) + 1
-        while 0 < at < len(self.text):
-            while self.text[at] in " \t\r\n,":
-                at += 1
-            if self.text[at] == "]":
-                break
-            start = at
-            _, at = decoder.raw_decode(self.text, at)
-            spans.append((start, at))
-        return spans
-
-    def value_of(self, wanted: str) -> int:
-        """Offset of a value of the outermost object; -1 where it has no such key. The text is known to be JSON."""
-        decoder, found = json.JSONDecoder(), -1
-        at = self.text.index("{") + 1
-        while True:
-            while self.text[at] in " \t\r\n,":
-                at += 1
-            if self.text[at] == "}":
-                return found
-            key, at = decoder.raw_decode(self.text, at)
-            while self.text[at] in " \t\r\n:":
-                at += 1
-            if key == wanted:
-                found = at  # the last one counts, as it does for json.loads
-            _, at = decoder.raw_decode(self.text, at)
-
-    def find(self, what: str, start: int = 0, end: int | None = None) -> int:
-        return max(self.text.find(what, start, end), start)
-
-    def error(self, message: str, at: int, expected: str, got: Any) -> PlanError:
-        where = f"{self.name}, line {line_at(self.text, at)}"
-        return PlanError(message, where=where, expected=expected, got=repr(got)[:120])

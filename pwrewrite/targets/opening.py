@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.errors import InputError, PlanError, TargetError, UsageError
+from ..core.errors import InputError, TargetError, UsageError
 from ..core.options import TargetOptions
 from ..core.plan import Plan
 from . import storage
@@ -232,18 +232,11 @@ def _inputs(original: nn.Module, info: TargetInfo, plan: Plan) -> tuple[ExampleI
     except InputError:
         if not recorded:
             raise
-    try:
-        texts = [_spec(**item) for item in recorded]
-    except TypeError as error:
-        raise PlanError(
-            "the plan's inputs are not shapes", where="model.inputs", expected="shape and dtype", got=str(error)
-        ) from None
+    texts = [
+        (f"{item['name']}=" if item.get("name") else "") + f"{'x'.join(map(str, item['shape']))}:{item['dtype']}"
+        for item in recorded
+    ]
     return resolve_inputs(original, None, texts)
-
-
-def _spec(shape: Sequence[int], dtype: str, name: str | None = None) -> str:
-    """A recorded input as ``--input`` has it."""
-    return (f"{name}=" if name else "") + f"{'x'.join(map(str, shape))}:{dtype}"
 
 
 def _shapes(described: Sequence[Mapping[str, Any]]) -> list[tuple[Any, Any]]:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import OutputError, PlanError, TargetError, WeightsError, first_line
-from ..core.files import new_folder, recover, unwritable
-from ..core.plan import SCHEMA, Edit, Plan, dumps
+from ..core.files import new_folder, read_text, recover, unwritable
+from ..core.json_text import dumps, loads
+from ..core.plan import SCHEMA, Edit, Plan
 from ..edit.apply import carry_out
 from .weights import load_state
 
@@ -109,8 +110,8 @@ def check_place(folder: str | Path, *, force: bool = False) -> None:
 def _is_plan(path: Path) -> bool:
     """Whether a file is a plan that was saved beside a model."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(data, dict) and data.get("schema") == SCHEMA
 
@@ -142,11 +143,18 @@ def read_names(folder: str | Path) -> dict[str, tuple[str, ...]]:
     Raises:
         PlanError: If it makes no sense.
     """
-    try:
-        data = json.loads((Path(folder) / PLAN).read_text(encoding="utf-8"))
-        return {str(old): tuple(map(str, new)) for old, new in (data.get("names") or {}).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise PlanError("the map of names cannot be read", where=f"{folder}/{PLAN}", got=repr(error)) from None
+    path = Path(folder) / PLAN
+    names = loads(read_text(path), str(path)).get("names") or {}
+    if not isinstance(names, dict) or not all(
+        isinstance(new, list) and all(isinstance(name, str) for name in new) for new in names.values()
+    ):
+        raise PlanError(
+            "the map of names makes no sense",
+            where=str(path),
+            expected='"names": {"old": ["new", …]}',
+            got=repr(names)[:80],
+        )
+    return {old: tuple(new) for old, new in names.items()}
 
 
 def restore(folder: str | Path, model: nn.Module) -> nn.Module:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pwrewrite.core.errors import PlanError
-from pwrewrite.core.plan import Estimate, Op, Plan, Skip, SkipReason, dumps
+from pwrewrite.core.json_text import dumps
+from pwrewrite.core.plan import Estimate, Op, Plan, Skip, SkipReason
 
 OPS = (
     Op(
@@ -128,3 +130,46 @@ def test_files(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(PlanError, match="cannot read"):
         Plan.read(file)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "word"),
+    [
+        ('"rank_in": 4', '"rank_in": Infinity', "none or too large"),
+        ('"rank_in": 4', '"rank_in": -Infinity', "none or too large"),
+        ('"rank_in": 4', '"rank_in": NaN', "none or too large"),
+        ('"rank_in": 4', '"rank_in": 1e999', "none or too large"),
+        ('"rank_in": 4', '"rank_in": ' + "9" * 30, "none or too large"),
+        ('"rank_in": 4', '"rank_in": ' + "9" * 5000, "none or too large"),
+        ('"rank_in": 4', '"rank_in": ' + "[" * 100000 + "]" * 100000, "nested too deeply"),
+        ('"class": "Net"', '"class": ["Net"]', "model.class is a string"),
+        ('"class": "Net"', '"target": 3', "model.target is a string"),
+        ('"class": "Net"', '"args": [["width", 3]]', "model.args is an object"),
+        ('"class": "Net"', '"args": "width=3"', "model.args is an object"),
+        ('"class": "Net"', '"inputs": {"shape": [1]}', "model.inputs is a list"),
+        ('"class": "Net"', '"inputs": [[1, 3, 8, 8]]', "not shapes"),
+        ('"class": "Net"', '"inputs": [{"shape": [1, -3], "dtype": "float32"}]', "not shapes"),
+        ('"class": "Net"', '"inputs": [{"shape": [1, true], "dtype": "float32"}]', "not shapes"),
+        ('"class": "Net"', '"inputs": [{"shape": "1x3", "dtype": "float32"}]', "not shapes"),
+        ('"class": "Net"', '"inputs": [{"shape": [1, 3], "dtype": 32}]', "not shapes"),
+        ('"class": "Net"', '"inputs": [{"shape": [1, 3]}]', "not shapes"),
+        ('"class": "Net"', '"inputs": [{"shape": [1, 3], "dtype": "float32", "name": 1}]', "not shapes"),
+    ],
+)
+def test_values_that_no_plan_holds(old: str, new: str, word: str) -> None:
+    assert old in TEXT
+    with pytest.raises(PlanError, match=word) as caught:
+        Plan.from_json(TEXT.replace(old, new, 1), "my.json")
+    assert len(str(caught.value)) < 600
+    assert "my.json" in str(caught.value)
+
+
+def test_a_plan_that_is_no_regular_file_or_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path(os.devnull), tmp_path):
+        with pytest.raises(PlanError, match=r"not a regular file|directory"):
+            Plan.read(path)
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(PlanError, match="larger than 256 MiB"):
+        Plan.read(tmp_path / "large")

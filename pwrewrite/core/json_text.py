@@ -1,0 +1,113 @@
+"""JSON files that people edit: read strictly, written readably, and with the line that a complaint is about."""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from typing import Any
+
+from .errors import PlanError, shortened
+
+
+def line_at(text: str, offset: int) -> int:
+    """The number of the line that an offset is in, from 1."""
+    return text.count("\n", 0, offset) + 1
+
+
+def loads(text: str, name: str) -> Any:
+    """The data of a file that a person may have edited: plain JSON, whose numbers fit in 64 bits.
+
+    Args:
+        text: The file's text.
+        name: What to call it in an error.
+
+    Raises:
+        PlanError: If it is not that; says in which line.
+    """
+
+    def number(written: str) -> int | float:
+        value = float(written) if any(c in written for c in ".eENI") or len(written) > 20 else int(written)
+        if abs(value) < 2**63:  # which NaN is not, either
+            return value
+        where = f"{name}, line {line_at(text, max(text.find(written), 0))}"
+        raise PlanError(f"{name} holds a number that is none or too large", where=where, got=shortened(written, 40))
+
+    try:
+        return json.loads(text, parse_int=number, parse_float=number, parse_constant=number)
+    except json.JSONDecodeError as error:
+        raise PlanError(
+            f"{name} is not JSON: {error.msg}",
+            where=f"{name}, line {error.lineno}, column {error.colno}",
+            hint="a comma after the last entry or a missing quote is the usual cause",
+        ) from None
+    except RecursionError:
+        raise PlanError(
+            f"{name} is nested too deeply for a plan", expected="objects and lists a few levels deep"
+        ) from None
+
+
+_SHORT_LISTS = (
+    re.compile(r"\[\n([^][{}\"]*?)\n *\]"),
+    re.compile(r"\[\n((?:[^][{}\"]|\[[^][{}\"\n]*\])*?)\n *\]"),
+)
+"""A list of numbers over several lines, and a list of those that are in one line already. Text has no line breaks."""
+
+
+def dumps(data: Any) -> str:
+    """JSON text with one setting a line; lists of numbers stay in it."""
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    for pattern in _SHORT_LISTS:
+        text = pattern.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
+    return text + "\n"
+
+
+class JsonText:
+    """A text that is known to be JSON, and where in it things stand.
+
+    Args:
+        text: The text.
+        name: What to call it in an error, such as the file's name.
+    """
+
+    def __init__(self, text: str, name: str) -> None:
+        self.text, self.name = text, name
+
+    def entries(self, key: str) -> list[tuple[int, int]]:
+        """Start and end offsets of the entries of one of the plan's lists."""
+        decoder, spans = json.JSONDecoder(), list[tuple[int, int]]()
+        at = self.value_of(key) + 1
+        while 0 < at < len(self.text):
+            while self.text[at] in " \t\r\n,":
+                at += 1
+            if self.text[at] == "]":
+                break
+            start = at
+            _, at = decoder.raw_decode(self.text, at)
+            spans.append((start, at))
+        return spans
+
+    def value_of(self, wanted: str) -> int:
+        """Offset of a value of the outermost object; -1 where it has no such key. The text is known to be JSON."""
+        decoder, offset = json.JSONDecoder(), -1
+        at = self.text.index("{") + 1
+        while True:
+            while self.text[at] in " \t\r\n,":
+                at += 1
+            if self.text[at] == "}":
+                return offset
+            key, at = decoder.raw_decode(self.text, at)
+            while self.text[at] in " \t\r\n:":
+                at += 1
+            if key == wanted:
+                offset = at  # the last one counts, as it does for json.loads
+            _, at = decoder.raw_decode(self.text, at)
+
+    def find(self, what: str, start: int = 0, end: int | None = None) -> int:
+        """Offset of a piece of text, or where the search began."""
+        return max(self.text.find(what, start, end), start)
+
+    def error(self, message: str, at: int, expected: str, got: Any) -> PlanError:
+        """The error for what stands at an offset."""
+        where = f"{self.name}, line {line_at(self.text, at)}"
+        return PlanError(message, where=where, expected=expected, got=shortened(reprlib.repr(got), 120))
