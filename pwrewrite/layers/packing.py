@@ -102,7 +102,7 @@ class Pool:
             return True
 
 
-PARTITIONS = Pool(64 * 2**20)
+PARTITIONS = Pool(128 * 2**20)
 """Layers as partitions."""
 
 Key = tuple[torch.Size, bool]
