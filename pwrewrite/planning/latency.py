@@ -13,11 +13,9 @@ import hashlib
 import json
 import math
 import platform
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,18 +28,9 @@ from ..core.convolution import ConvSpec
 from ..core.files import cache_folder, write_file
 from ..core.plan import Plan
 from ..edit.apply import carry_out
+from ..engines.timing import interleaved, time_models
 from ..forms import spec_to_dict
 from ..layers.factorized import Factorized, build, make_layer
-from .running import evaluating
-
-_ROUNDS = (5, 40)
-"""How often a contestant runs, at least and at most."""
-_SECONDS = 1.0
-"""About how long the contestants of one layer run."""
-_SLOWER = 1.15
-"""A contestant that takes this many times as long as the layer in the first rounds runs no more."""
-_LEAST = 2e-3
-"""A timing lasts at least so many seconds; short runs are repeated within it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,59 +183,6 @@ def _call(module: nn.Module, x: Tensor) -> Callable[[], object]:
     return lambda: module(x)
 
 
-def interleaved(
-    runs: Sequence[Callable[[], object]],
-    device: torch.device,
-    *,
-    rounds: tuple[int, int] = _ROUNDS,
-    seconds: float = _SECONDS,
-    drop: bool = True,
-) -> list[float]:
-    """Median seconds of several runs that take turns: of the first, and of the ratios to it in the same turn.
-
-    Args:
-        runs: What to time.
-        device: Where they run; waited for.
-        rounds: How many turns, at least and at most.
-        seconds: Stop between the two after about so long.
-        drop: Whether those much slower than the first are given up early.
-    """
-    repeats = []
-    for run in runs:
-        run()  # lazy initialisation, code caches
-        took = _once(run, 1, device)
-        repeats.append(max(1, min(50, int(_LEAST / max(took, 1e-7)))))
-    times: list[list[float]] = [[] for _ in runs]
-    dropped: set[int] = set()
-    start = time.perf_counter()
-    for turn in range(rounds[1]):
-        if turn >= rounds[0] and time.perf_counter() - start > seconds:
-            break
-        for i, run in enumerate(runs):
-            if i not in dropped:
-                times[i].append(_once(run, repeats[i], device))
-        if drop and turn == 1:
-            dropped = {i for i, found in enumerate(times) if min(found) > _SLOWER * max(times[0])}
-    base = statistics.median(times[0])
-    return [base * statistics.median(t / first for t, first in zip(found, times[0])) for found in times]
-
-
-def time_models(
-    models: Sequence[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, seconds: float = 4.0
-) -> list[float]:
-    """Median seconds of a forward of each of several models, in eval mode, in turns."""
-    device = next((p.device for p in models[0].parameters()), torch.device("cpu"))
-
-    def forward(model: nn.Module) -> Callable[[], object]:
-        return lambda: model(*args, **kwargs)
-
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        for model in models:
-            stack.enter_context(evaluating(model))
-        return interleaved([forward(m) for m in models], device, rounds=(7, 60), seconds=seconds, drop=False)
-
-
 def time_plan(model: nn.Module, inputs: Inputs, plan: Plan) -> float:
     """The time of a model with a plan carried out, as a share of its time before.
 
@@ -267,17 +203,6 @@ def time_plan(model: nn.Module, inputs: Inputs, plan: Plan) -> float:
     args, kwargs = split_inputs(inputs)
     before, after = time_models([model, made], args, kwargs)
     return after / before
-
-
-def _once(run: Callable[[], object], repeats: int, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / repeats
 
 
 def _key(shape: Sequence[int], one: Contestant) -> str:

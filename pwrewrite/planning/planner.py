@@ -22,13 +22,14 @@ from ..core.files import cache_folder
 from ..core.options import Budget
 from ..core.plan import Op, Plan, Skip, SkipReason
 from ..decompose import Factors
+from ..engines.timing import time_models
 from .allocate import Allocation, Infeasible, Option, allocate, frontier
 from .batches import Batches
 from .budget import Limit
 from .cache import content_key, read_statistics, write_statistics
 from .candidates import Candidate, LayerCandidates, Meant, forms_named, make_candidates, timed, weighted_layer
 from .fitting import fit_steps, shift_biases
-from .latency import LatencyTable, Place, time_models, time_plan
+from .latency import LatencyTable, Place, time_plan
 from .refit import refit
 from .room import Limited, Room, room_in_lockstep, samples_in_run
 from .settings import checked

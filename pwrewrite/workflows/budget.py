@@ -16,8 +16,8 @@ from ..capturing import Inputs, split_inputs
 from ..core.errors import RefusedError
 from ..core.options import Budget
 from ..edit.apply import carry_out
+from ..engines.timing import time_models
 from ..planning.budget import Limit, budgets_of
-from ..planning.latency import time_models
 from ..planning.measure import FAR, accuracy, compare
 from ..planning.planner import Choice, Planner
 from ..planning.statistics import samples_of

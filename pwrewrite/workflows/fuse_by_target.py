@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from torch import nn
 from ..capturing import Inputs, split_inputs
 from ..core.errors import InputError, RefusedError, UsageError
 from ..engines.frozen import Frozen, freeze
+from ..engines.timing import interleaved
 from ..layers.partitions import CALLS
 from ..passes import Pass
 from ..targets import TargetOptions, open_target
@@ -123,21 +123,14 @@ def latencies(models: Sequence[nn.Module], inputs: Inputs) -> list[float]:
         RefusedError: If the models have no values.
     """
     models = [model if isinstance(model, Frozen) else copy.deepcopy(model) for model in models]
-    if any(t.is_meta for m in models for t in (*m.parameters(), *m.buffers())):
+    tensors = [t for model in models for t in (*model.parameters(), *model.buffers())]
+    if any(t.is_meta for t in tensors):
         raise RefusedError("a model without weights cannot be measured", hint="give weights, or leave --benchmark out")
     args, kwargs = split_inputs(drawn_inputs(inputs))
-    times: list[list[float]] = [[] for _ in models]
-    cuda = any(p.is_cuda for p in models[0].parameters())
+    runs = [partial(model, *args, **kwargs) for model in models]
     with torch.no_grad():
-        for model in models:
-            for _ in range(CALLS + 1):
-                model(*args, **kwargs)
-        end = time.perf_counter() + _SECONDS
-        while time.perf_counter() < end or len(times[0]) < 3:
-            for model, found in zip(models, times):
-                start = time.perf_counter()
-                model(*args, **kwargs)
-                if cuda:
-                    torch.cuda.synchronize()
-                found.append(time.perf_counter() - start)
-    return [statistics.median(found) for found in times]
+        for run in runs:
+            for _ in range(CALLS):  # after which fused layers are as fast as they get
+                run()
+        device = tensors[0].device if tensors else torch.device("cpu")
+        return interleaved(runs, device, rounds=(3, 1000), seconds=_SECONDS, drop=False)

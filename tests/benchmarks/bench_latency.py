@@ -40,9 +40,9 @@ def row(name: str, batch: int, ratio: float, seconds: float) -> str:
     from pwrewrite.core.errors import RefusedError
     from pwrewrite.core.options import Budget
     from pwrewrite.edit.apply import carry_out
+    from pwrewrite.engines.timing import time_models
     from pwrewrite.passes import InsertBottleneck
     from pwrewrite.planning.budget import budgets_of
-    from pwrewrite.planning.latency import time_models
     from pwrewrite.planning.planner import Planner
     from pwrewrite.workflows.steps import propose
 

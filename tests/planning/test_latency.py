@@ -16,10 +16,11 @@ from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.core.errors import RefusedError
 from pwrewrite.core.options import Budget
 from pwrewrite.core.plan import Plan
+from pwrewrite.engines.timing import interleaved, time_models
 from pwrewrite.forms import linear_spec
 from pwrewrite.planning import latency
 from pwrewrite.planning.budget import budgets_of
-from pwrewrite.planning.latency import Contestant, LatencyTable, Place, interleaved, time_models, time_plan
+from pwrewrite.planning.latency import Contestant, LatencyTable, Place, time_plan
 from pwrewrite.planning.planner import Planner
 
 SPEC = ConvSpec.of_module(nn.Conv2d(8, 8, 3, padding=1))
