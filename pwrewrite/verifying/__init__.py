@@ -19,6 +19,7 @@ layers before are compared instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -28,8 +29,13 @@ from ..core.cost import Cost
 from ..core.errors import InputError, UsageError
 from ..core.plan import Edit
 from ..core.verification import Check, Verification
+from .context import Context, Options, Results, context_of
+from .evaluation import check_evaluation
+from .reload import check_reloading
 from .runs import device_of, keeping_random_state, plain_precision
-from .session import Session, Settings
+from .sizes import check_batch_sizes, check_spatial_sizes
+from .static import check_cost, check_static
+from .training import check_training
 
 __all__ = ["Check", "Verification", "verify"]
 
@@ -78,6 +84,33 @@ def verify(
             raise InputError(f"{name} is not a model", expected="a torch.nn.Module", got=type(model).__name__)
     if max_error is not None and not max_error >= 0:
         raise UsageError("max_error makes no sense", expected="a number from 0, such as 0.05", got=repr(max_error))
-    settings = Settings(tuple(edits), expected, allow_output_change, max_error, seed, thorough, progress)
+    options = Options(tuple(edits), expected, allow_output_change, max_error, seed, thorough, progress)
     with keeping_random_state(), torch.inference_mode(False), plain_precision(device_of(original)):
-        return Session(original, rewritten, example_inputs, settings).verification()
+        results = _checked(context_of(original, rewritten, example_inputs, options))
+    checks, agreement = tuple(results.checks), None
+    if results.samples:
+        agreement = results.agree / results.samples
+        words = f"; the largest output agrees on {results.agree} of {results.samples} samples"
+        checks = tuple(replace(c, detail=c.detail + words) if c.name == "numerics (eval)" else c for c in checks)
+    return Verification(checks, results.error, agreement, results.diverges_at, tuple(results.notes))
+
+
+def _checked(context: Context) -> Results:
+    """Runs the checks in order, each with what those before it learned."""
+    results, context = check_static(context)
+    if not context.has_values:
+        results.notes.append("the weights are on meta: numerics, training, gradients and reloading were not checked")
+    else:
+        found, context, runs = check_evaluation(context)
+        results.add(found)
+        if runs and context.options.thorough:
+            found, context = check_batch_sizes(context, bool(results.samples))
+            results.add(found)
+            found, context = check_spatial_sizes(context)
+            results.add(found)
+            results.add(check_reloading(context))
+            results.add(check_training(context))
+        if not context.options.thorough:
+            results.notes.append("other sizes, training, gradients and reloading were not checked")
+    results.add(check_cost(context))
+    return results

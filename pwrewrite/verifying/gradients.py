@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import first_line
 from .outputs import Flat
 
 
@@ -47,7 +48,7 @@ def backward(model: nn.Module, output: Flat) -> Gradients:
     try:
         total.backward()  # type: ignore[no-untyped-call]
     except Exception as error:
-        return Gradients(error=f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}")
+        return Gradients(error=first_line(error))
     found = {name: p.grad for name, p in model.named_parameters(remove_duplicate=False)}
     model.zero_grad(set_to_none=True)
     return Gradients(found)

@@ -9,14 +9,15 @@ global random state alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..capturing import Inputs, split_inputs
+from ..core.nested import map_tensors
 from .outputs import flatten, shape_text
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -29,28 +30,15 @@ SIZES: dict[str, Callable[[int, int], int]] = {
 }
 
 
-def map_leaves(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
-    """Rebuilds nested containers, dataclasses included, with every tensor converted."""
-    if isinstance(value, Tensor):
-        return convert(value)
-    if isinstance(value, tuple):
-        items = [map_leaves(item, convert) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if isinstance(value, list):
-        return [map_leaves(item, convert) for item in value]
-    if isinstance(value, Mapping):
-        items_ = {key: map_leaves(item, convert) for key, item in value.items()}
-        return items_ if type(value) is dict else type(value)(items_)  # type: ignore[call-arg]
-    if is_dataclass(value) and not isinstance(value, type):
-        changes = {f.name: map_leaves(getattr(value, f.name), convert) for f in fields(value) if f.init}
-        return replace(value, **changes)
-    return value
+def map_arguments(inputs: Arguments, convert: Callable[[Tensor], Tensor]) -> Arguments:
+    """The same inputs with every tensor converted."""
+    args, kwargs = inputs
+    return map_tensors(args, convert), map_tensors(kwargs, convert)
 
 
 def copied(inputs: Arguments) -> Arguments:
     """The same inputs in tensors of their own, so that a model may write into them."""
-    args, kwargs = inputs
-    return map_leaves(args, torch.clone), map_leaves(kwargs, torch.clone)
+    return map_arguments(inputs, torch.clone)
 
 
 def _constant(t: Tensor) -> bool:
@@ -67,7 +55,6 @@ class Draws:
 
     Attributes:
         batch: The example's batch size; None where no batch axis is known.
-        random: Whether values may be drawn; unset it where the model refuses them, and only the given ones are used.
         drawn: Whether the first inputs are drawn rather than given.
     """
 
@@ -85,6 +72,12 @@ class Draws:
             self.batch = dims[0].shape[0] if dims and dims[0].shape[0] else None
         flat = max((t.dim() for t in floating), default=0) < 4
         self._spatial_from = 3 if flat else 4
+
+    def without_random_values(self) -> Draws:
+        """The same, for a model that refuses random values: only the given ones are used."""
+        same = copy(self)
+        same.random = False
+        return same
 
     def _find_images(self) -> list[Tensor] | None:
         """The list of images that detection models take in place of a batch."""
@@ -153,7 +146,7 @@ class Draws:
             images = self._images
             if batch and images and isinstance(value, (list, tuple)) and [*map(id, value)] == [*map(id, images)]:
                 return type(value)(convert(images[i % len(images)]) for i in range(batch))
-            return map_leaves(value, convert)
+            return map_tensors(value, convert)
 
         return tuple(map(item, self.args)), {key: item(value) for key, value in self.kwargs.items()}
 

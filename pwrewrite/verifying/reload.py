@@ -18,7 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .runs import first_line
+from ..core.errors import first_line
+from .context import Context, Results
+from .values import unlike
+
+
+def check_reloading(context: Context) -> Results:
+    """Saves the rewritten model, reloads it, and compares what it then returns."""
+    context.say("saving and reloading")
+    again, problems, notes = reloaded(context.rewritten, context.original)
+    results = Results(notes=notes)
+    if again is not None:
+        inputs = context.draws.draw(size=context.smaller)
+        before, after = context.run(context.rewritten, inputs), context.run(again, inputs)
+        if before.output is not None:
+            problems += unlike(context, before, after)
+    results.check("state_dict", problems, "saves, reloads and gives the same outputs")
+    return results
 
 
 def reloaded(rewritten: nn.Module, original: nn.Module) -> tuple[nn.Module | None, list[str], list[str]]:

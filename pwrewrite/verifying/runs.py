@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.errors import first_line
 from .inputs import Arguments, copied
 from .outputs import Flat, flatten
 
@@ -95,12 +96,6 @@ def _random_state(model: nn.Module) -> tuple[bytes, object]:
     if device is not None and device.type == "cuda":
         state = torch.cat((state, torch.cuda.get_rng_state(device)))
     return state.numpy().tobytes(), random.getstate()
-
-
-def first_line(error: BaseException) -> str:
-    """Type and first line of an exception."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 
 
 def run(model: nn.Module, inputs: Arguments, *, seed: int, training: bool = False, grad: bool = False) -> Outcome:

@@ -8,19 +8,19 @@ as long as both models draw alike.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from math import inf, sqrt
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from .gradients import Gradients, backward, complaints, gradient_difference
+from .context import Context, Results
+from .evaluation import check_form
+from .gradients import backward, complaints, gradient_difference
 from .inputs import Arguments
-from .judge import buffer_differences
 from .outputs import Flat
 from .runs import Outcome
-
-if TYPE_CHECKING:
-    from .session import Session
+from .values import Verdict, check_values, drew_alike
 
 _SMALL_MACS = 1_000_000_000
 """MACs up to which the training run takes the full spatial size."""
@@ -38,87 +38,110 @@ def gradient_limit(rounding: float) -> float:
     return limit if limit <= 0.1 else inf
 
 
-def check_training(session: Session) -> None:
+def check_training(context: Context) -> Results:
     """Checks form, values, running statistics and gradients."""
-    session.progress("training")
-    inputs, before, grad = _training_run(session)
-    judge, notes = session.judge, session.notes
+    context.say("training")
+    results, verdict = Results(), Verdict()
+    inputs, before, grad = _training_run(context)
     if before.output is not None:
-        after = session.run(session.rewritten, inputs, training=True, grad=grad)
-        session.form("train", inputs, before, after)
+        after = context.run(context.rewritten, inputs, training=True, grad=grad)
+        context = check_form(context, results, "train", inputs, before, after)
         if after.output is not None:
-            _values(session, inputs, before, after)
+            verdict = _check_values(context, results, inputs, before, after)
     else:
-        notes.append(f"the original does not run in training mode ({before.error}): training was not checked")
-        if judge.needs_values:
-            notes.append("gradients were not checked: values decide which there are")
-            return
-        inputs, grad = session.draws.draw(), True
-        before = session.run(session.original, inputs, grad=True)
-        after = session.run(session.rewritten, inputs, grad=True)
-    if before.output is None or after.output is None:
-        return
-    if judge.needs_values:
-        notes.append("gradients were not checked: values decide which there are")
+        results.notes.append(f"the original does not run in training mode ({before.error}): training was not checked")
+        if not context.needs_values:
+            grad = True
+            before, after = context.run_both(context.draws.draw(), grad=True)
+    if context.needs_values:
+        results.notes.append("gradients were not checked: values decide which there are")
+    elif before.output is None or after.output is None:
+        return results
     elif not grad:
-        notes.append("gradients were not checked: the original does not run with them")
+        results.notes.append("gradients were not checked: the original does not run with them")
     else:
-        _gradients(session, backward(session.original, before.output), before.output, after.output)
+        exact = context.options.exact_in("train") and drew_alike(before, after)
+        exact = exact and context.reference.precise(before.output)
+        _check_gradients(context, results, before.output, after.output, verdict.rounding if exact else None)
+    return results
 
 
-def _training_run(session: Session) -> tuple[Arguments, Outcome, bool]:
+def _training_run(context: Context) -> tuple[Arguments, Outcome, bool]:
     """Inputs that the original trains on, what came of it, and whether with gradients."""
-    draws, model = session.draws, session.original
+    draws, model = context.draws, context.original
     batch = draws.batch if draws.batch and 2 <= draws.batch <= 4 else 2
     choices: list[tuple[int | None, str | None]] = [(batch, None), (None, None)]
-    if session.smaller and session.macs() > _SMALL_MACS:
-        choices.insert(0, (batch, session.smaller))
+    if context.smaller and context.macs > _SMALL_MACS:
+        choices.insert(0, (batch, context.smaller))
     saved = {name: b.clone() for name, b in model.named_buffers()}
-    inputs, outcome = draws.draw(), None
     for grad in (True, False):
         for choice in choices:
             inputs = draws.draw(*choice)
-            outcome = session.run(model, inputs, training=True, grad=grad)
+            outcome = context.run(model, inputs, training=True, grad=grad)
             if outcome.ran:
                 return inputs, outcome, grad
             with torch.no_grad():
                 for name, b in model.named_buffers():
                     if name in saved:
                         b.copy_(saved[name])
-    assert outcome is not None
     return inputs, outcome, False
 
 
-def _values(session: Session, inputs: Arguments, before: Outcome, after: Outcome) -> None:
+def _check_values(context: Context, results: Results, inputs: Arguments, before: Outcome, after: Outcome) -> Verdict:
     """NaN, numerics and running statistics. These are read first: to find a divergence the models run again."""
-    old = copy.deepcopy(dict(session.original.named_buffers()))
-    new = copy.deepcopy(dict(session.rewritten.named_buffers()))
-    session.values("train", inputs, before, after)
-    if session.settings.exact_in("train") and old and session.judge.same_draws:
-        found = buffer_differences(old, new, session.judge.buffer_limit)
-        session.check("buffers (train)", found, "running statistics move alike")
+    old, new = (copy.deepcopy(dict(model.named_buffers())) for model in (context.original, context.rewritten))
+    verdict = check_values(context, results, "train", inputs, before, after)
+    if context.options.exact_in("train") and old and drew_alike(before, after):
+        problems = buffer_differences(old, new, verdict.buffers)
+        results.check("buffers (train)", problems, "running statistics move alike")
+    return verdict
 
 
-def _gradients(session: Session, old: Gradients, before: Flat, after: Flat) -> None:
+def buffer_differences(before: Mapping[str, Tensor], after: Mapping[str, Tensor], limit: float) -> list[str]:
+    """Modules whose buffers differ by more than ``limit``, all buffers of a module measured together.
+
+    A running mean may be close to zero, and its rounding is that of the values that cancelled in it; the
+    variance beside it knows their size.
+    """
+    modules: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    problems = []
+    for name, old in before.items():
+        new = after.get(name)
+        if new is None or new.shape != old.shape:
+            continue
+        if old.is_floating_point():
+            modules.setdefault(name.rpartition(".")[0], []).append((old.double(), new.double()))
+        elif not torch.equal(old, new.to(old.device)):
+            problems.append(f"{name} differs")
+    for path, pairs in modules.items():
+        difference = sum(float((a - b).square().sum()) for a, b in pairs) ** 0.5
+        norm = sum(float(a.square().sum()) for a, _ in pairs) ** 0.5
+        if limit < inf and not difference <= limit * norm:
+            problems.append(f"buffers of {path or 'the model'} differ by {difference / norm if norm else inf:.1e}")
+    return problems
+
+
+def _check_gradients(context: Context, results: Results, before: Flat, after: Flat, rounding: float | None) -> None:
+    """Compares which parameters get a gradient and, where rounding in training is known, the gradients' values."""
+    old = backward(context.original, before)
     if old.error:
-        session.notes.append(f"gradients were not checked: {old.error}")
+        results.notes.append(f"gradients were not checked: {old.error}")
         return
-    new = backward(session.rewritten, after)
+    new = backward(context.rewritten, after)
     if new.error:
-        session.check("gradients", [f"the rewritten model has no backward pass: {new.error}"], "")
+        results.check("gradients", [f"the rewritten model has no backward pass: {new.error}"])
         return
-    found = complaints(old.of, new.of)
+    problems = complaints(old.of, new.of)
     detail = f"{sum(g is not None for g in new.of.values())} parameters get one"
-    exact = session.settings.exact_in("train") and session.judge.same_draws
-    difference = gradient_difference(old.of, new.of) if exact and session.judge.precise(before) else None
-    if difference is not None:
+    difference = gradient_difference(old.of, new.of) if rounding is not None else None
+    if rounding is not None and difference is not None:
         detail += f"; those that both have differ by {difference:.1e}"
-        limit = gradient_limit(session.judge.train_rounding)
+        limit = gradient_limit(rounding)
         if limit == inf:
-            session.notes.append(
+            results.notes.append(
                 "gradient values were not compared: rounding alone moves the original's outputs in training by "
-                f"{session.judge.train_rounding:.1e}"
+                f"{rounding:.1e}"
             )
         elif not difference <= limit:
-            found.append(f"gradients differ by {difference:.1e}, allowed {limit:.1e}")
-    session.check("gradients", found, detail)
+            problems.append(f"gradients differ by {difference:.1e}, allowed {limit:.1e}")
+    results.check("gradients", problems, detail)

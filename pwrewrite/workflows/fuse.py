@@ -35,7 +35,7 @@ from ..passes import FUSING, Pass
 from ..passes.channels_last import ChannelsLast
 from ..passes.fold_batch_norm import FoldBatchNorm
 from ..passes.merge_pointwise import MergePointwise
-from ..verifying.judge import noisy_copy
+from ..verifying.rounding import noisy_copy
 from .rewrite import Rewritten
 from .steps import Progress, Run, State, propose, silent
 

@@ -23,7 +23,7 @@ from pwrewrite.passes.fold_batch_norm import FoldBatchNorm
 from pwrewrite.passes.fuse_activation import FusePointwiseActivation
 from pwrewrite.passes.merge_pointwise import MergePointwise
 from pwrewrite.targets import load
-from pwrewrite.verifying.session import Settings
+from pwrewrite.verifying.context import Options
 from pwrewrite.workflows.fuse import fuse
 from pwrewrite.workflows.rewrite import Rewritten
 
@@ -707,7 +707,7 @@ def test_layers_before_a_choice_are_compared_but_for_those_that_were_folded() ->
     proof = done.report.verification
     assert proof is not None
     assert proof.passed, proof.failures
-    assert Settings(edits=done.edits).edited == ("norm", "conv")
+    assert Options(edits=done.edits).edited == ("norm", "conv")
 
 
 class Branches(nn.Module):

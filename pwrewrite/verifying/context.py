@@ -1,0 +1,219 @@
+"""What the checks of one verification share: the models, the inputs, what is known so far; and what a check found.
+
+A check is a function of a frozen `Context`. It returns `Results`, and a context in which what it learned is filled in
+for the checks behind it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from math import inf
+
+import torch
+from torch import nn
+
+from ..capturing import Capture, Inputs, info
+from ..core.cost import Cost
+from ..core.errors import InputError, first_line
+from ..core.plan import Edit
+from ..core.verification import Check
+from .divergence import first_divergence
+from .inputs import Arguments, Draws
+from .numerics import agreeing, class_scores
+from .outputs import Flat
+from .rounding import Original
+from .runs import Outcome, device_of, run
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options of `pwrewrite.verify`."""
+
+    edits: tuple[Edit, ...] = ()
+    expected: Cost | None = None
+    allow_output_change: bool = False
+    max_error: float | None = None
+    seed: int = 0
+    thorough: bool = True
+    progress: Callable[[str], None] | None = None
+
+    def exact_in(self, mode: str) -> bool:
+        """Whether every edit claims to change no output in this mode."""
+        return bool(self.edits) and all(edit.exact in (mode, "both") for edit in self.edits)
+
+    @property
+    def edited(self) -> tuple[str, ...]:
+        """Paths of what was edited, and of layers whose own output is another one after an exact edit beside them."""
+        return tuple(
+            path for e in self.edits for path in (e.path, *e.aliases, *(e.adapted if e.exact is not None else ()))
+        )
+
+
+@dataclass(frozen=True)
+class Context:
+    """One verification.
+
+    Attributes:
+        original: A copy of the user's model before.
+        rewritten: A copy of the user's model after.
+        options: What is asked.
+        draws: Makes inputs.
+        reference: The original in other precisions.
+        has_values: Whether both models have weights with values.
+        captures: The static view of both; None where there is none.
+        free: ``(path, dim)`` of the outputs' sizes that depend on values.
+        pair: Relative difference that exact models may have to each other in evaluation; None before that is known.
+        smaller: Name of a spatial size that both ran at.
+    """
+
+    original: nn.Module
+    rewritten: nn.Module
+    options: Options
+    draws: Draws
+    reference: Original
+    has_values: bool
+    captures: tuple[Capture, Capture] | None = None
+    free: frozenset[tuple[str, int]] = frozenset()
+    pair: float | None = None
+    smaller: str | None = None
+
+    @property
+    def values_decide(self) -> bool:
+        """Whether shapes alone do not suffice to run the models."""
+        return self.captures is not None and any(c.coverage.values == "real" for c in self.captures)
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether the original's code looks at values, as that of detection models does."""
+        return bool(self.free) or (self.captures is not None and self.captures[0].coverage.values == "real")
+
+    @property
+    def macs(self) -> int:
+        """MACs of the original per item of the batch."""
+        return recounted(self.captures[0]).macs // (self.draws.batch or 1) if self.captures else 0
+
+    def say(self, step: str) -> None:
+        """Tells the caller what comes next."""
+        if self.options.progress is not None:
+            self.options.progress(step)
+
+    def run(self, model: nn.Module, inputs: Arguments, training: bool = False, grad: bool = False) -> Outcome:
+        """One seeded run."""
+        return run(model, inputs, seed=self.options.seed, training=training, grad=grad)
+
+    def run_both(self, inputs: Arguments, training: bool = False, grad: bool = False) -> tuple[Outcome, Outcome]:
+        """The same of the original and of the rewritten model."""
+        return self.run(self.original, inputs, training, grad), self.run(self.rewritten, inputs, training, grad)
+
+
+@dataclass
+class Results:
+    """What a check found.
+
+    Attributes:
+        checks: What was checked.
+        notes: What was not, and why.
+        diverges_at: Where the models part, if a check failed so.
+        error: Relative error of the outputs in evaluation.
+        agree: Samples for which a classifier's prediction is the same.
+        samples: Samples looked at for that.
+    """
+
+    checks: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    diverges_at: str | None = None
+    error: float | None = None
+    agree: int = 0
+    samples: int = 0
+
+    def check(self, name: str, problems: list[str], detail: str = "") -> None:
+        """Adds a check; ``detail`` is what it says where there are no problems."""
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        self.checks.append(Check(name, not problems, shown or detail))
+
+    def check_form(self, name: str, problems: list[str], detail: str, context: Context) -> None:
+        """The same for the form of outputs, of which changes may be allowed."""
+        if problems and context.options.allow_output_change:
+            problems, detail = [], "changed, as allowed: " + "; ".join(problems[:4])
+        self.check(name, problems, detail)
+
+    def part_at(self, place: str) -> str:
+        """Notes where the models part, and says so."""
+        self.diverges_at = self.diverges_at or place
+        return f"they part at {place}"
+
+    def locate(self, context: Context, inputs: Arguments, training: bool = False, allowed: float = inf) -> str:
+        """Finds where the models part in a mode, notes it and says so."""
+        options = context.options
+        exact = options.exact_in("train" if training else "eval")
+        return self.part_at(
+            first_divergence(
+                context.original,
+                context.rewritten,
+                inputs,
+                seed=options.seed,
+                training=training,
+                allowed=allowed,
+                edited=options.edited if exact else (),
+            )
+        )
+
+    def count_agreeing(self, context: Context, before: Flat, after: Flat, batch: int | None = None) -> None:
+        """Counts the samples for which a classifier predicts the same."""
+        old, new = (class_scores(flat, batch or context.draws.batch) for flat in (before, after))
+        if old is not None and new is not None and old.shape == new.shape:
+            self.agree += agreeing(old, new)
+            self.samples += len(old)
+
+    def add(self, other: Results) -> None:
+        """Takes in what another check found."""
+        self.checks += other.checks
+        self.notes += [note for note in other.notes if note not in self.notes]
+        self.diverges_at = self.diverges_at or other.diverges_at
+        self.error = other.error if self.error is None else self.error
+        self.agree, self.samples = self.agree + other.agree, self.samples + other.samples
+
+
+def context_of(original: nn.Module, rewritten: nn.Module, example_inputs: Inputs, options: Options) -> Context:
+    """The context of two models, which are copied.
+
+    Raises:
+        InputError: If one cannot be copied.
+    """
+    device = device_of(original)
+    models = _copied(original, "original"), _copied(rewritten, "rewritten")
+    tensors = (t for m in (original, rewritten) for t in (*m.parameters(), *m.buffers()))
+    draws = Draws(example_inputs, None if device is None or device.type == "meta" else device, options.seed)
+    reference = Original(original, options.seed)
+    return Context(*models, options, draws, reference, not any(t.is_meta for t in tensors))
+
+
+def recounted(capture: Capture) -> Cost:
+    """Parameters and MACs of a capture."""
+    return Cost(params=capture.params, macs=sum(info(node).cost.macs for node in capture.graph.nodes))
+
+
+def as_inputs(inputs: Arguments) -> Inputs:
+    """Arguments as `capture` takes them: all by position or all by name."""
+    args, kwargs = inputs
+    return kwargs or args
+
+
+def finite(flat: Flat) -> bool:
+    """Whether every value is finite."""
+    return all(bool(torch.isfinite(t).all()) for t in flat.floating.values())
+
+
+def _copied(model: nn.Module, name: str) -> nn.Module:
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        raise InputError(
+            f"the {name} model cannot be copied: {first_line(error)}", where=type(model).__name__
+        ) from error
+    with suppress(Exception):
+        copied.zero_grad(set_to_none=True)
+    return copied

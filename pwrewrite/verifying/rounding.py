@@ -1,0 +1,127 @@
+"""What rounding alone does to a model: measured against its copy in another precision, or by moving its inputs."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from math import inf, sqrt
+
+import torch
+from torch import Tensor, nn
+
+from .inputs import Arguments, map_arguments
+from .numerics import errors, exact_limits, nudged, roundoff
+from .outputs import Flat
+from .runs import Outcome, run
+
+SCRAMBLED = 0.05
+"""Relative difference from which a reference says nothing: other random masks, or results in another order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What rounding does to the original.
+
+    Attributes:
+        reference: What an exact computation gives.
+        errors: Path of an output to the original's relative error.
+        limits: Path of an output to the relative error that an exact rewrite may have.
+        floor: What one layer may round differently.
+        name: What the reference is.
+    """
+
+    reference: Flat
+    errors: dict[str, float]
+    limits: dict[str, float]
+    floor: float
+    name: str
+
+
+class Original:
+    """The original model in other precisions, each made when it is first asked for.
+
+    Args:
+        model: The user's model; stays as it is.
+        seed: Of all runs.
+    """
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self.model, self.seed = model, seed
+        self._copies: dict[torch.dtype, nn.Module | None] = {}
+        self._dtypes = {t.dtype for t in (*model.parameters(), *model.buffers())}
+
+    def precise(self, output: Flat) -> bool:
+        """Whether everything is in float32 or finer."""
+        dtypes = self._dtypes | {t.dtype for t in output.floating.values()}
+        return all(torch.finfo(d).eps < 1e-4 for d in dtypes if d.is_floating_point or d.is_complex)
+
+    def floor(self, output: Flat) -> float:
+        """What one layer may round differently."""
+        return roundoff(self._dtypes | {t.dtype for t in output.floating.values()})
+
+    def in_precision(self, dtype: torch.dtype) -> nn.Module | None:
+        """A copy in another precision; None where the model holds what has no such precision."""
+        if dtype not in self._copies:
+            try:
+                self._copies[dtype] = copy.deepcopy(self.model).to(dtype)
+            except Exception:
+                self._copies[dtype] = None
+        return self._copies[dtype]
+
+    def rounding(self, inputs: Arguments, before: Outcome, training: bool, depth: int) -> Rounding:
+        """What rounding alone does to the original on these inputs.
+
+        Args:
+            inputs: The inputs.
+            before: What the original made of them.
+            training: The mode.
+            depth: Layers that round, one after the other.
+        """
+        assert before.output is not None
+        floor = self.floor(before.output)
+        for dtype in (torch.float64,) if self.precise(before.output) else (torch.float64, torch.float32):
+            model = self.in_precision(dtype)
+            reference = None if model is None else self._run(model, cast(inputs, dtype), training)
+            if reference is None or _shapes(reference) != _shapes(before.output):
+                continue
+            measured = errors(before.output, reference)
+            largest = max(measured.values(), default=0.0)
+            if largest == inf or (before.drew and largest > SCRAMBLED):
+                continue  # it overflows where this does not, or draws other random masks: not the same function
+            name = str(dtype).removeprefix("torch.")
+            return Rounding(reference, measured, exact_limits(measured, floor), floor, name)
+        moved = map_arguments(inputs, lambda t: nudged(t, self.seed))
+        probe = self._run(copy.deepcopy(self.model), moved, training)
+        measured = errors(probe, before.output) if probe is not None else {}
+        floor *= 4 * sqrt(depth)
+        limits = exact_limits(measured, floor, factor=16)
+        return Rounding(before.output, measured, limits, floor, "the original (it does not run in float64)")
+
+    def _run(self, model: nn.Module, inputs: Arguments, training: bool) -> Flat | None:
+        return run(model, inputs, seed=self.seed, training=training).output
+
+
+def noisy_copy(model: nn.Module, noise: float, seed: int, *, scale: float = 1.0) -> nn.Module:
+    """A copy with every floating parameter scaled and moved by ``noise``, relative, in the root mean square."""
+    noisy = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in noisy.parameters():
+            if p.is_floating_point():
+                p.mul_(scale + noise * torch.randn(p.shape, generator=generator).to(p.device, p.dtype))
+    return noisy
+
+
+def cast(inputs: Arguments, dtype: torch.dtype) -> Arguments:
+    """Inputs with their floating values in another precision."""
+
+    def convert(t: Tensor) -> Tensor:
+        if t.dtype.is_complex:
+            return t.to(dtype.to_complex())
+        return t.to(dtype) if t.dtype.is_floating_point else t
+
+    return map_arguments(inputs, convert)
+
+
+def _shapes(flat: Flat) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(t.shape) for path, t in flat.tensors.items()}

@@ -1,0 +1,213 @@
+"""Whether the values of two outputs are close enough: `judge` applies the bounds that are argued for in `numerics`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import inf
+
+import torch
+
+from .context import Context, Results
+from .divergence import layer_differences, within
+from .inputs import Arguments
+from .numerics import Bound, Comparison, compare, flips, scale_of
+from .outputs import Flat, differences
+from .rounding import SCRAMBLED, cast, noisy_copy
+from .runs import Outcome
+
+_SCRAMBLED_HALF = 0.5
+"""As `SCRAMBLED`, in half precision, where a deep network may come to some percents by rounding alone."""
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What came of one comparison.
+
+    Attributes:
+        error: Relative output error to the original; None where there is none to tell.
+        spoiled: One sentence per tensor with NaN or Inf that the original's does not have.
+        exceeded: One sentence per difference that is too large.
+        detail: What was measured; empty where numerics were not compared.
+        allowed: Relative difference up to which the two models' layers agree.
+        scrambled: Whether rounding alone changes the original's output so much that it says nothing.
+        rounding: Relative error that rounding made in the original's outputs.
+        buffers: Relative difference that running statistics may have after a training run.
+        notes: What a reader should know.
+    """
+
+    error: float | None = None
+    spoiled: list[str] = field(default_factory=list)
+    exceeded: list[str] = field(default_factory=list)
+    detail: str = ""
+    allowed: float = inf
+    scrambled: bool = False
+    rounding: float = 0.0
+    buffers: float = inf
+    notes: list[str] = field(default_factory=list)
+
+
+def check_values(
+    context: Context, results: Results, mode: str, inputs: Arguments, before: Outcome, after: Outcome
+) -> Verdict:
+    """Adds the checks of a run's values in a mode: NaN and numerics."""
+    verdict = judge(context, mode, inputs, before, after)
+    results.notes += verdict.notes
+    training = mode == "train"
+    spoiled = [*verdict.spoiled, results.locate(context, inputs, training)] if verdict.spoiled else []
+    results.check(f"finite ({mode})", spoiled, "no NaN or Inf where the original has none")
+    if verdict.exceeded:
+        place = results.locate(context, inputs, training, verdict.allowed)
+        results.check(f"numerics ({mode})", [*verdict.exceeded, place])
+    elif verdict.detail:
+        results.check(f"numerics ({mode})", [], verdict.detail)
+    return verdict
+
+
+def judge(context: Context, mode: str, inputs: Arguments, before: Outcome, after: Outcome) -> Verdict:
+    """Compares the values of a run in a mode."""
+    old, new = _outputs(before, after)
+    plain = compare(old, new, Bound())
+    verdict = Verdict(plain.error, [f"output{p} has {n} NaN or Inf" for p, n in plain.spoiled.items()])
+    exact = context.options.exact_in(mode)
+    if mode == "train" and not exact:
+        return verdict
+    if before.drew and not drew_alike(before, after):
+        verdict.error = None
+        verdict.notes.append(f"numerics ({mode}) were not compared: the models draw random numbers, and not the same")
+        return verdict
+    if not plain.compared and plain.uncompared:
+        verdict.notes.append(f"numerics ({mode}) were not compared: no output has the shape it had")
+        return verdict
+    if exact:
+        _judge_exact(context, mode, inputs, before, new, verdict)
+    else:
+        _judge_approximate(context, inputs, old, new, verdict)
+    verdict.detail += _remarks(plain)
+    if verdict.scrambled or (verdict.exceeded and context.needs_values):
+        compared = mode == "eval" and _layers_instead(context, inputs, verdict)
+        if verdict.scrambled and not compared and not verdict.exceeded:
+            verdict.detail = ""
+            verdict.notes.append(
+                f"numerics ({mode}) were not compared: rounding alone turns the original's outputs over"
+            )
+    return verdict
+
+
+def drew_alike(before: Outcome, after: Outcome) -> bool:
+    """Whether both runs drew the same random numbers."""
+    return before.random_state == after.random_state
+
+
+def _judge_exact(context: Context, mode: str, inputs: Arguments, before: Outcome, new: Flat, verdict: Verdict) -> None:
+    assert before.output is not None
+    depth = 1 + len(context.captures[0].calls) if context.captures else 1
+    known = context.reference.rounding(inputs, before, mode == "train", depth)
+    may_flip = {path: 4 * n for path, n in flips(before.output, known.reference).items()}
+    bound = Bound(known.floor, known.limits, flips=may_flip, scale=scale_of(inputs))
+    judged = compare(known.reference, new, bound)
+    limit = max(known.limits.values(), default=known.floor)
+    rounding = verdict.rounding = max(known.errors.values(), default=0.0)
+    verdict.scrambled = rounding > (SCRAMBLED if context.reference.precise(before.output) else _SCRAMBLED_HALF)
+    if verdict.scrambled:
+        verdict.allowed = 16 * known.floor
+        return
+    verdict.exceeded = judged.exceeded
+    verdict.allowed = 2 * (limit + rounding)
+    verdict.buffers = max(16 * limit, 64 * known.floor)
+    worst = judged.worst[1] if judged.worst else 0.0
+    verdict.detail = f"error {worst:.1e} against {known.name}; the original's {rounding:.1e}, allowed {limit:.1e}"
+
+
+def _judge_approximate(context: Context, inputs: Arguments, old: Flat, new: Flat, verdict: Verdict) -> None:
+    limit = inf if context.options.max_error is None else context.options.max_error
+    judged = compare(old, new, Bound(overall=limit, scale=scale_of(inputs)))
+    verdict.exceeded, verdict.allowed = judged.exceeded, limit
+    verdict.detail = "no floating output" if verdict.error is None else f"relative error {verdict.error:.2e}"
+    if judged.zero and verdict.error is None:
+        verdict.detail = "the original's outputs are zero: no relative error"
+    verdict.detail += f", allowed {limit:g}" if limit < inf else ""
+
+
+def judge_elsewhere(context: Context, inputs: Arguments, before: Outcome, after: Outcome) -> tuple[list[str], float]:
+    """The same for an evaluation at another size, without a reference: what differs too much, what may."""
+    options = context.options
+    skip = context.needs_values or (before.drew and not drew_alike(before, after))
+    bound = Bound(overall=inf if options.max_error is None else options.max_error, scale=scale_of(inputs))
+    if options.exact_in("eval"):
+        bound = replace(bound, overall=inf)
+        if context.pair is not None:
+            bound = replace(bound, limit=context.pair, flips={})
+    judged = compare(*_outputs(before, after), bound)
+    spoiled = [f"output{path} has {n} NaN or Inf" for path, n in judged.spoiled.items()]
+    return spoiled + ([] if skip else judged.exceeded), min(bound.limit, bound.overall)
+
+
+def unlike(context: Context, before: Outcome, after: Outcome) -> list[str]:
+    """What differs between two runs of what should be one model with the same weights."""
+    if before.output is None or after.output is None:
+        return [f"after reloading, the model does not run: {after.error}"]
+    problems = differences(before.output, after.output)
+    judged = compare(before.output, after.output, Bound(context.reference.floor(before.output), flips={}))
+    spoiled = [f"output{path} has {n} NaN or Inf" for path, n in judged.spoiled.items()]
+    return [f"after reloading, {problem}" for problem in (*problems, *spoiled, *judged.exceeded)]
+
+
+def _layers_instead(context: Context, inputs: Arguments, verdict: Verdict) -> bool:
+    """Where values decide which results come out, compares the layers up to where rounding changes that.
+
+    The boundary is the first layer that the original's own copies part at by more than `SCRAMBLED`: one in float64, one
+    with its weights moved by a quarter of what is allowed.
+
+    Returns:
+        Whether there was a layer to compare.
+    """
+    limit, seed = verdict.allowed, context.options.seed
+    if limit == inf:
+        return False
+    references = [(noisy_copy(context.original, limit / 4, seed), inputs)]
+    double = context.reference.in_precision(torch.float64)
+    if double is not None:
+        references.append((double, cast(inputs, torch.float64)))
+    rounding: dict[tuple[str, int], float] = {}
+    between: dict[tuple[str, int], float] = {}
+    for model, its_inputs in references:
+        between, alone, raised = layer_differences(
+            context.original, context.rewritten, inputs, seed=seed, reference=model, reference_inputs=its_inputs
+        )
+        if raised is not None:
+            return False
+        rounding = {key: max(e, rounding.get(key, 0.0)) for key, e in alone.items()}
+    worst, compared = 0.0, 0
+    for key, error in between.items():
+        if not rounding.get(key, inf) <= SCRAMBLED:
+            break
+        if within(key[0], context.options.edited):
+            continue
+        allowed = max(limit, 4 * rounding[key])
+        if not error <= allowed:
+            verdict.exceeded = [f"{key[0]} differs by {error:.2e}, allowed {allowed:.2e}"]
+            return True
+        compared, worst = compared + 1, max(worst, error)
+    if compared:
+        verdict.exceeded = []
+        verdict.detail = f"error {worst:.1e} over the {compared} layers before values decide, allowed {limit:.1e}"
+        verdict.notes.append(
+            "values decide which results come out, and rounding alone changes that: "
+            f"the {compared} layers before were compared instead of the outputs"
+        )
+    return bool(compared)
+
+
+def _outputs(before: Outcome, after: Outcome) -> tuple[Flat, Flat]:
+    assert before.output is not None
+    assert after.output is not None
+    return before.output, after.output
+
+
+def _remarks(plain: Comparison) -> str:
+    text = ""
+    if plain.zero:
+        text += f"; the original's output{plain.zero[0]} is zero throughout, which proves little"
+    if plain.uncompared:
+        text += f"; not compared, as shapes differ: {', '.join(f'output{p}' for p in plain.uncompared[:4])}"
+    return text
