@@ -9,8 +9,6 @@ followed.
 
 from __future__ import annotations
 
-import random
-import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..core.random_state import keeping_random_state
 from .inventory import Inventory
 
 _CONTAINERS = (dict, list, set, deque)
@@ -77,13 +76,9 @@ def untouched(inventory: Inventory, *, values: bool) -> Iterator[None]:
                 else:
                     empty.append(value)
     buffers = [(b, b.detach().clone()) for b in inventory.buffers if not b.is_meta] if values else []
-    torch_state = torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    python_state = random.getstate()
-    numpy: Any = sys.modules.get("numpy.random")
-    numpy_state = numpy.get_state() if numpy is not None else None
     try:
-        yield
+        with keeping_random_state():
+            yield
     finally:
         for attributes, saved in dicts:
             if not _same(attributes, saved):
@@ -99,9 +94,3 @@ def untouched(inventory: Inventory, *, values: bool) -> Iterator[None]:
             for buffer, before in buffers:
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
-        torch.set_rng_state(torch_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
-        random.setstate(python_state)
-        if numpy_state is not None:
-            numpy.set_state(numpy_state)

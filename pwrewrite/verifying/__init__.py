@@ -18,21 +18,21 @@ layers before are compared instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..capturing import Inputs
-from ..core.cost import Cost
 from ..core.errors import InputError, UsageError
-from ..core.plan import Edit
+from ..core.option import from_keywords, refuse_unknown
+from ..core.random_state import keeping_random_state
 from ..core.verification import Check, Verification
 from .context import Context, Options, Results, context_of
 from .evaluation import check_evaluation
 from .reload import check_reloading
-from .runs import device_of, keeping_random_state, plain_precision
+from .runs import device_of, plain_precision
 from .sizes import check_batch_sizes, check_spatial_sizes
 from .static import check_cost, check_static
 from .training import check_training
@@ -40,19 +40,7 @@ from .training import check_training
 __all__ = ["Check", "Verification", "verify"]
 
 
-def verify(
-    original: nn.Module,
-    rewritten: nn.Module,
-    example_inputs: Inputs,
-    *,
-    edits: Sequence[Edit] = (),
-    expected: Cost | None = None,
-    allow_output_change: bool = False,
-    max_error: float | None = None,
-    seed: int = 0,
-    thorough: bool = True,
-    progress: Callable[[str], None] | None = None,
-) -> Verification:
+def verify(original: nn.Module, rewritten: nn.Module, example_inputs: Inputs, **options: Any) -> Verification:
     """Compares a rewritten model with the one that it was made from.
 
     Args:
@@ -60,15 +48,7 @@ def verify(
         rewritten: The model after.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs. They give the
             shapes; where their floating values are all constant, or on ``meta``, random ones are drawn.
-        edits: What was done. Where all of them are exact in a mode, outputs must agree up to rounding in it;
-            otherwise the error is reported. Without edits the models are taken for approximately equal.
-        expected: Predicted parameters and MACs of the rewritten model, to be met by a recount; its bytes are
-            not compared.
-        allow_output_change: Whether outputs may differ in structure, shape and dtype; what differs is then told.
-        max_error: Largest relative output error ``‖y − ŷ‖ / ‖y‖`` that an approximate rewrite may have; None for any.
-        seed: Of drawn inputs and of the models' own randomness.
-        thorough: Whether to try other sizes, reloading and training too; otherwise one static and one real comparison.
-        progress: Called with a line at each step.
+        **options: Fields of `pwrewrite.verifying.context.Options`: ``max_error``, ``edits``, ….
 
     Returns:
         The checks, the measured error, and where the models first part if a check failed. Both models, their
@@ -77,16 +57,18 @@ def verify(
     Raises:
         InputError: If the original does not run on the example inputs.
         CaptureError: If the models have no values and the original cannot be captured.
-        UsageError: If ``max_error`` is not a number from 0.
+        UsageError: If ``max_error`` is not a number from 0, or there is no such option.
     """
     for model, name in ((original, "original"), (rewritten, "rewritten")):
         if not isinstance(model, nn.Module):
             raise InputError(f"{name} is not a model", expected="a torch.nn.Module", got=type(model).__name__)
-    if max_error is not None and not max_error >= 0:
-        raise UsageError("max_error makes no sense", expected="a number from 0, such as 0.05", got=repr(max_error))
-    options = Options(tuple(edits), expected, allow_output_change, max_error, seed, thorough, progress)
+    known = from_keywords(Options, options)
+    refuse_unknown("verify", options, Options)
+    bound = known.max_error
+    if bound is not None and not bound >= 0:
+        raise UsageError("max_error makes no sense", expected="a number from 0, such as 0.05", got=repr(bound))
     with keeping_random_state(), torch.inference_mode(False), plain_precision(device_of(original)):
-        results = _checked(context_of(original, rewritten, example_inputs, options))
+        results = _checked(context_of(original, rewritten, example_inputs, known))
     checks, agreement = tuple(results.checks), None
     if results.samples:
         agreement = results.agree / results.samples

@@ -7,7 +7,7 @@ for the checks behind it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf
@@ -30,9 +30,21 @@ from .runs import Outcome, device_of, run
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of `pwrewrite.verify`."""
+    """The options of `pwrewrite.verify`.
 
-    edits: tuple[Edit, ...] = ()
+    Attributes:
+        edits: What was done. Where all of them are exact in a mode, outputs must agree up to rounding in it;
+            otherwise the error is reported. Without edits the models are taken for approximately equal.
+        expected: Predicted parameters and MACs of the rewritten model, to be met by a recount; its bytes are
+            not compared.
+        allow_output_change: Whether outputs may differ in structure, shape and dtype; what differs is then told.
+        max_error: Largest relative output error ``‖y − ŷ‖ / ‖y‖`` that an approximate rewrite may have; None for any.
+        seed: Of drawn inputs and of the models' own randomness.
+        thorough: Whether to try other sizes, reloading and training too; otherwise one static and one real comparison.
+        progress: Called with a line at each step.
+    """
+
+    edits: Sequence[Edit] = ()
     expected: Cost | None = None
     allow_output_change: bool = False
     max_error: float | None = None

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..capturing import Inputs, split_inputs
 from ..core.nested import map_tensors
-from .outputs import flatten, shape_text
+from ..core.numbers import dims
+from .outputs import flatten
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -100,7 +101,7 @@ class Draws:
         for t in flatten((self.args, self.kwargs)).tensors.values():
             if space := self._space(t):
                 last = len(space) - 1
-                return shape_text([SIZES[size](last - i, n) for i, n in enumerate(space)])
+                return dims([SIZES[size](last - i, n) for i, n in enumerate(space)])
         return size
 
     def _space(self, t: Tensor) -> tuple[int, ...]:

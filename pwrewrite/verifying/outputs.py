@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ..capturing import Capture, TensorSpec, info
+from ..core.numbers import dims
 
 _DEPTH = 12
 
@@ -40,14 +41,9 @@ class Flat:
 
     def describe(self) -> str:
         """One line: ``1×1000 float32, 1×10 int64``."""
-        shown = [f"{shape_text(t.shape)} {dtype_text(t.dtype)}" for t in list(self.tensors.values())[:4]]
+        shown = [f"{dims(t.shape)} {dtype_text(t.dtype)}" for t in list(self.tensors.values())[:4]]
         more = len(self.tensors) - len(shown)
         return ", ".join(shown) + (f" and {more} more" if more > 0 else "") if shown else "no tensors"
-
-
-def shape_text(shape: Collection[int]) -> str:
-    """``1×3×224×224``; ``scalar`` for no dims."""
-    return "×".join(map(str, shape)) or "scalar"
 
 
 def dtype_text(dtype: torch.dtype) -> str:
@@ -129,7 +125,7 @@ def differences(before: Flat, after: Flat, free: Collection[tuple[str, int]] = (
         if new is None:
             continue
         if not _same_shape(path, tuple(old.shape), tuple(new.shape), free):
-            found.append(f"output{path} had shape {shape_text(old.shape)}, now {shape_text(new.shape)}")
+            found.append(f"output{path} had shape {dims(old.shape)}, now {dims(new.shape)}")
         if old.dtype != new.dtype:
             found.append(f"output{path} had dtype {dtype_text(old.dtype)}, now {dtype_text(new.dtype)}")
     return found

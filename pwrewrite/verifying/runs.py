@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from ..core.errors import first_line
+from ..core.random_state import seed_all
 from .inputs import Arguments, copied
 from .outputs import Flat, flatten
 
@@ -40,24 +40,6 @@ class Outcome:
 
 
 @contextmanager
-def keeping_random_state() -> Iterator[None]:
-    """Restores the random states of torch, Python and NumPy on leaving."""
-    state, python = torch.get_rng_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    numpy: Any = sys.modules.get("numpy.random")
-    numpy_state = numpy.get_state() if numpy is not None else None
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-        random.setstate(python)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        if numpy_state is not None:
-            numpy.set_state(numpy_state)
-
-
-@contextmanager
 def plain_precision(device: torch.device | None) -> Iterator[None]:
     """On CUDA, float32 in float32: TF32 has the significand of float16, and would set the tolerance of all."""
     if device is None or device.type != "cuda":
@@ -73,15 +55,6 @@ def plain_precision(device: torch.device | None) -> Iterator[None]:
     finally:
         for place, value in zip(places, before):
             place.fp32_precision = value
-
-
-def seed_all(seed: int) -> None:
-    """Seeds torch on every device, Python and NumPy."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    numpy: Any = sys.modules.get("numpy.random")
-    if numpy is not None:
-        numpy.seed(seed % 2**32)
 
 
 def device_of(*models: nn.Module) -> torch.device | None:
