@@ -67,13 +67,7 @@ class Stored:
 
 
 def open_arrays(path: Path) -> dict[str, Stored]:
-    """Looks into a file of arrays; reads no values.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its arrays by name.
+    """The arrays of a file by name; reads no values.
 
     Raises:
         UsageError: There is no such file, it is of another kind, damaged, or holds Python objects.

@@ -116,7 +116,7 @@ class ArrayFile:
         self._names, self._listed = _names(example_inputs)
         arrays = open_arrays(path)
         self._inputs, self._stored_labels = self._chosen(arrays, _count(example_inputs))
-        counts = {str(one): one.samples(path) for one in self._all()}
+        counts = {str(array): array.samples(path) for array in self._all()}
         if len(set(counts.values())) > 1:
             raise UsageError(f"the arrays in {path} do not hold as many samples each", got=", ".join(counts))
         self._total = next(iter(counts.values()))
@@ -128,7 +128,7 @@ class ArrayFile:
 
     def __iter__(self) -> Iterator[Any]:
         """Batches: an input, a tuple or a dict of them, with labels last where there are any."""
-        streams = [one.parts(BATCH, self.samples) for one in self._all()]
+        streams = [array.parts(BATCH, self.samples) for array in self._all()]
         for number, parts in enumerate(zip(*streams, strict=True)):
             inputs = list(parts[: len(self._inputs)])
             first = number * BATCH
@@ -148,23 +148,25 @@ class ArrayFile:
             inputs = [np.array(value) if isinstance(value, np.ndarray) else value for value in inputs]
         named = dict(zip(self._names, inputs, strict=True)) if self._names else {}
         if self._preprocess is not None:
-            made = self._preprocess(**named) if len(named) > 1 else self._preprocess(*inputs)
-            self._check_made(made, len(inputs[0]), first)
+            batch = self._preprocess(**named) if len(named) > 1 else self._preprocess(*inputs)
+            self._check_batch(batch, len(inputs[0]), first)
         else:
-            made = named or (inputs[0] if len(inputs) == 1 else tuple(inputs))
-        if self._listed and not isinstance(made, (list, tuple)):
-            return list(made)
+            batch = named or (inputs[0] if len(inputs) == 1 else tuple(inputs))
+        if self._listed and not isinstance(batch, (list, tuple)):
+            return list(batch)
         if labels is None:
-            return made
-        if isinstance(made, Mapping):
-            return {**made, "labels": labels}
-        return (*made, labels) if isinstance(made, (tuple, list)) else (made, labels)
+            return batch
+        if isinstance(batch, Mapping):
+            return {**batch, "labels": labels}
+        return (*batch, labels) if isinstance(batch, (tuple, list)) else (batch, labels)
 
-    def _check_made(self, made: Any, count: int, first: int) -> None:
+    def _check_batch(self, batch: Any, count: int, first: int) -> None:
         """Refuses what ``--preprocess`` made of a batch, if it has lost or gained samples."""
-        values = made.values() if isinstance(made, Mapping) else made if isinstance(made, (tuple, list)) else [made]
-        if self._listed and isinstance(made, list):
-            values = [np.empty(len(made))]
+        values = (
+            batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
+        )
+        if self._listed and isinstance(batch, list):
+            values = [np.empty(len(batch))]
         for value in values:
             if isinstance(value, (Tensor, np.ndarray)) and value.ndim and len(value) != count:
                 raise UsageError(
@@ -216,15 +218,15 @@ def _refuse_bytes(path: Path, inputs: list[Stored], example: Any) -> None:
     values = list(example.values()) if isinstance(example, Mapping) else example
     values = [values] if isinstance(values, Tensor) else list(values)
     for stored, value in zip(inputs, values, strict=True):
-        one = value[0] if isinstance(value, (tuple, list)) and value else value
-        if stored.dtype != "uint8" or not isinstance(one, Tensor) or not one.is_floating_point():
+        expected = value[0] if isinstance(value, (tuple, list)) and value else value
+        if stored.dtype != "uint8" or not isinstance(expected, Tensor) or not expected.is_floating_point():
             continue
         last = len(stored.shape) == 4 and stored.shape[-1] in (1, 3, 4) and stored.shape[1] not in (1, 3, 4)
-        sizes = "×".join(map(str, ("N", *one.shape[1:]) if one is value else ("N", *one.shape)))
+        sizes = "×".join(map(str, ("N", *expected.shape[1:]) if expected is value else ("N", *expected.shape)))
         steps = "makes them floats, scaled and normalised as in training" + (", channels first" if last else "")
         raise UsageError(
             f"{stored.name + ' in ' if stored.name else ''}{path} holds bytes, and the model takes floats",
-            expected=f"{str(one.dtype).removeprefix('torch.')} {sizes}",
+            expected=f"{str(expected.dtype).removeprefix('torch.')} {sizes}",
             got=f"{stored}" + (", channels last" if last else ""),
             hint=f"--preprocess file.py:NAME, a function of a batch that {steps}",
         )

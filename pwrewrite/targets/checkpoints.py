@@ -243,19 +243,7 @@ def _globals_of(path: Path) -> list[str]:
 
 
 def find_state(content: object, where: str, depth: int = 0) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Finds the weights in what a checkpoint holds.
-
-    Args:
-        content: What was unpickled.
-        where: The file, for messages.
-        depth: How many dictionaries this one lies in.
-
-    Returns:
-        The tensors by name, and notes on what was chosen or left out.
-
-    Raises:
-        WeightsError: There are no weights in it, or in no place that is understood.
-    """
+    """The tensors by name in what a checkpoint holds, ``depth`` dictionaries deep, and notes on what was chosen."""
     if not isinstance(content, Mapping):
         raise WeightsError(f"{where} is not a checkpoint", expected="a dictionary of tensors", got=kind_of(content))
     if not content:

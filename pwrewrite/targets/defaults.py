@@ -64,14 +64,7 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.G
 
 
 def guess_inputs(model: nn.Module, info: TargetInfo | None) -> Guess:
-    """Finds out what a model takes.
-
-    Args:
-        model: The model.
-        info: Where it came from; None for a model that the caller made.
-
-    Returns:
-        The shapes.
+    """Finds out what a model takes; ``info`` is where it came from, if it came from a target.
 
     Raises:
         InputError: Nothing tells; the message says how to give them.

@@ -96,9 +96,6 @@ def construct(
         origin: The user's file, if it is one, so that an error names the line.
         but: Parameters that are not the user's to give, left out of messages.
 
-    Returns:
-        What it returned.
-
     Raises:
         TargetError: An argument is missing or unknown, or the factory raised.
     """
@@ -109,8 +106,8 @@ def construct(
     parameters = parameters_of(factory) or {}
     leading = [n for n, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY and n in args]
     by_name = {name: value for name, value in args.items() if name not in leading}
-    given = ", ".join(f"{name}={value!r}" for name, value in args.items() if name not in but)
-    with running_user_code(what, origin, f"check --arg {given}" if given else None):
+    shown = ", ".join(f"{name}={value!r}" for name, value in args.items() if name not in but)
+    with running_user_code(what, origin, f"check --arg {shown}" if shown else None):
         try:
             return factory(*(args[name] for name in leading), **by_name)
         except TypeError as error:
@@ -134,16 +131,10 @@ def _deep_unknown(error: TypeError, args: Mapping[str, object]) -> tuple[str, Ca
 
 
 def as_model(value: object, what: str) -> tuple[nn.Module, tuple[str, ...]]:
-    """Checks that a model came out, unwraps what only wraps one, and puts it in eval mode.
-
-    ``torch.compile`` and (distributed) data-parallel wrappers are unwrapped.
-
-    Args:
-        value: What the factory returned, or the instance.
-        what: What it is, for messages.
+    """Checks that a model came out, unwraps ``torch.compile`` and data-parallel wrappers, and puts it in eval mode.
 
     Returns:
-        The model, in eval mode, and what should be told about it.
+        The model, and what should be told about it.
 
     Raises:
         TargetError: It is no ``nn.Module``, or it is a TorchScript module.

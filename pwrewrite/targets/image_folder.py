@@ -107,22 +107,22 @@ class ImageFolder:
         """Batches: a tensor ``N×C×H×W``, or a list of images; with labels beside them where there are any."""
         images: list[Tensor] = []
         places: list[int] = []
-        given = 0
+        count = 0
         for place in self._order:
             image = self._read(self.files[place])
             if image is None:
                 continue
             images.append(image)
             places.append(place)
-            given += 1
-            if len(images) == _BATCH or given == self.samples:
+            count += 1
+            if len(images) == _BATCH or count == self.samples:
                 yield self._batch(images, places)
                 images, places = [], []
-            if given == self.samples:
+            if count == self.samples:
                 return
         if images:
             yield self._batch(images, places)
-        if not given:
+        if not count:
             path, why = next(iter(self._bad.items()))
             raise UsageError(f"none of the {len(self.files)} images in {self.path} can be read", got=f"{path}: {why}")
 
@@ -142,17 +142,19 @@ class ImageFolder:
             return None
         if self._preprocess is None:
             return self._standard(image)
-        made = self._preprocess(image)
-        if isinstance(made, np.ndarray):
-            made = torch.from_numpy(np.ascontiguousarray(made))
-        if not isinstance(made, Tensor) or made.dim() != 3:
+        pixels = self._preprocess(image)
+        if isinstance(pixels, np.ndarray):
+            pixels = torch.from_numpy(np.ascontiguousarray(pixels))
+        if not isinstance(pixels, Tensor) or pixels.dim() != 3:
             raise UsageError(
                 "--preprocess made no image of an image",
                 where=str(path),
                 expected="a tensor C×H×W",
-                got=f"a tensor {'×'.join(map(str, made.shape))}" if isinstance(made, Tensor) else type(made).__name__,
+                got=f"a tensor {'×'.join(map(str, pixels.shape))}"
+                if isinstance(pixels, Tensor)
+                else type(pixels).__name__,
             )
-        return made
+        return pixels
 
     def _standard(self, image: Any) -> Tensor:
         """An image resized, cropped, scaled and normalised."""
@@ -224,11 +226,11 @@ def _one_input(example: Any, path: Path, preprocess: bool) -> tuple[Tensor | Non
     if isinstance(value, (tuple, list)) and len(value) == 1 and not name:
         value = value[0]
     listed = isinstance(value, (tuple, list)) and bool(value) and all(isinstance(v, Tensor) for v in value)
-    one = value[0] if listed else value
-    if isinstance(one, Tensor) and one.dim() == (3 if listed else 4) and one.is_floating_point():
-        return one, listed, name
-    if isinstance(one, Tensor) and preprocess:
-        return one, listed, name
+    image = value[0] if listed else value
+    if isinstance(image, Tensor) and image.dim() == (3 if listed else 4) and image.is_floating_point():
+        return image, listed, name
+    if isinstance(image, Tensor) and preprocess:
+        return image, listed, name
     raise UsageError(
         f"{path} is a folder of images, and the model does not take one image",
         expected="one floating input N×C×H×W, or a list of images",

@@ -172,10 +172,10 @@ def _from_specs(model: nn.Module, specs: list[InputSpec]) -> ExampleInputs:
         )
     if names and len(plain) > len(positional):
         raise InputError("unnamed inputs beside named ones cannot be bound to names", expected=shown, hint=_EXAMPLE)
-    given = {*names, *positional[: 1 if detection else len(plain)]} if plain else set(names)
+    bound = {*names, *positional[: 1 if detection else len(plain)]} if plain else set(names)
     if twice := [n for n in names if n in positional[: len(plain)]]:
         raise InputError(f"--input gives {', '.join(twice)} twice: by name and by position", expected=shown)
-    if lacking := [n for n in required_inputs(model) if n not in given]:
+    if lacking := [n for n in required_inputs(model) if n not in bound]:
         raise InputError(
             f"{type(model).__name__}.forward also needs {', '.join(lacking)}",
             expected=shown,

@@ -86,15 +86,8 @@ class TargetInfo:
 def parse_target(target: str) -> TargetInfo:
     """Takes a target string apart; imports nothing.
 
-    Args:
-        target: One of the forms above.
-
-    Returns:
-        Its kind, place and name.
-
     Raises:
-        TargetError: It has none of the forms.
-        TargetNotFound: It reads like a file, and there is none.
+        TargetError: It has none of the forms above (`TargetNotFound` where it reads like a file, and there is none).
     """
     if not target.strip():
         raise TargetError("the target is empty", expected=_FORMS)

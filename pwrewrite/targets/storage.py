@@ -158,14 +158,7 @@ def read_names(folder: str | Path) -> dict[str, tuple[str, ...]]:
 
 
 def restore(folder: str | Path, model: nn.Module) -> nn.Module:
-    """A rewritten model from its folder and the original.
-
-    Args:
-        folder: What `save` wrote.
-        model: The original model, with any weights; stays as it is.
-
-    Returns:
-        The rewritten model with the saved weights, in eval mode.
+    """A rewritten model, with its saved weights and in eval mode, from its folder and the original, which is kept.
 
     Raises:
         TargetError: If it is no such folder.

@@ -62,16 +62,7 @@ def did_you_mean(names: list[str]) -> str | None:
 
 
 def suggest_files(path: Path, suffixes: tuple[str, ...], only_near: bool = False) -> str | None:
-    """A hint that names the files nearest to a missing one.
-
-    Args:
-        path: The path that does not exist.
-        suffixes: The endings of files worth suggesting.
-        only_near: Say nothing rather than list files of quite other names.
-
-    Returns:
-        The hint, or None when the folder holds nothing to suggest.
-    """
+    """A hint that names the files nearest to a missing one, or (unless ``only_near``) what the folder has instead."""
     folder = path.parent
     try:
         if not folder.is_dir():
@@ -122,14 +113,9 @@ def _return_to(folder: str) -> None:
 
 
 def locate(error: BaseException, origin: Path | None) -> str | None:
-    """Where in the user's code an exception came from.
+    """Where in the user's code an exception came from: ``file, line N: source``.
 
-    Args:
-        error: The exception.
-        origin: The user's file; None when the code is not the user's.
-
-    Returns:
-        ``file, line N: source``, taken from the deepest frame in the user's file, or else in its folder; None without.
+    The deepest frame in the user's file, or else in its folder; None without, or where the code is not the user's.
     """
     if origin is None:
         return None
@@ -142,7 +128,7 @@ def locate(error: BaseException, origin: Path | None) -> str | None:
 
 
 def user_error(error: BaseException, what: str, origin: Path | None, hint: str | None = None) -> TargetError:
-    """The error that a person can act on for an exception that left the user's code; arguments as above."""
+    """The error that a person can act on for an exception that left the user's code."""
     where = locate(error, origin)
     if isinstance(error, SyntaxError):
         return _syntax_error(error)
@@ -211,14 +197,10 @@ def what_there_is(module: ModuleType) -> str:
 
 
 def find_named(text: str) -> tuple[object, ModuleType, str]:
-    """What ``file.py:NAME`` or ``package.module:NAME`` names; ``NAME`` may have dots.
-
-    Returns:
-        The object, the module it was found in, and the file or module as the text names it.
+    """What ``file.py:NAME`` or ``package.module:NAME`` names, its module, and the file or module as the text has it.
 
     Raises:
-        TargetError: There is no such name, or the import fails (`TargetNotFound` where there is no such file or
-            module).
+        TargetError: There is no such name, file or module, or the import fails.
     """
     place, _, name = text.rpartition(":")
     in_file = place.endswith(".py") or Path(place).is_file()
@@ -314,11 +296,11 @@ def _package_of(path: Path) -> tuple[Path, str | None]:
 def _import_dotted(dotted: str, path: Path) -> ModuleType:
     """Imports a package's file by its dotted name, and makes sure that it is that file."""
     module = importlib.import_module(dotted)
-    found = getattr(module, "__file__", None)
-    if found is None or Path(found).resolve() != path:
+    file = getattr(module, "__file__", None)
+    if file is None or Path(file).resolve() != path:
         raise TargetError(
             f"{path} is {dotted} by its folders, but Python already has another {dotted}",
-            got=str(found),
+            got=str(file),
             hint="rename the package, or give the target as package.module:NAME",
         )
     return module

@@ -78,19 +78,9 @@ def _callable(named: Named, option: str, what: str, takes: int) -> Named:
 
 
 def open_iterable(text: str) -> Any:
-    """The calibration inputs that a user's code gives.
+    """The iterable of batches that ``--calibration`` names, or that a function without arguments gives.
 
-    Args:
-        text: ``file.py:NAME``: an iterable of batches (a ``DataLoader``, a list, a dataset, a tensor), or a function or
-            class that gives one when it is called without arguments.
-
-    Returns:
-        The iterable. A generator can be gone through once; a loader, a list or an object with ``__iter__`` again, which
-        spares memory.
-
-    Raises:
-        UsageError: It is neither.
-        TargetError: It cannot be imported, or raised.
+    A generator can be gone through once; a loader, a list or an object with ``__iter__`` again, which spares memory.
     """
     what = "an iterable of batches, or a function without arguments that gives one"
     named = load_named(text, "--calibration")
@@ -114,35 +104,18 @@ def _iterates(value: object) -> bool:
 
 
 def open_preprocess(text: str) -> Callable[..., Any]:
-    """The function behind ``--preprocess``.
+    """The function behind ``--preprocess``; an error in it is told with its line.
 
-    Args:
-        text: ``file.py:NAME``. It gets one image (a PIL image in RGB) of a folder, as torchvision's transforms do, and
-            a whole batch (a numpy array; a tensor from safetensors) of a file of arrays.
-
-    Returns:
-        The function; an error in it is told with its line.
-
-    Raises:
-        UsageError: It is no function.
-        TargetError: It cannot be imported.
+    It gets one image (a PIL image in RGB) of a folder, as torchvision's transforms do, and a whole batch (a numpy
+    array; a tensor from safetensors) of a file of arrays.
     """
     return _callable(load_named(text, "--preprocess"), "--preprocess", "a function of an image or a batch", 10).call
 
 
 def open_metric(text: str) -> Callable[[nn.Module], float]:
-    """The function behind ``--metric``.
+    """The function behind ``--metric``, which is called with the model and returns a number; larger is better.
 
-    Args:
-        text: ``file.py:NAME``, a function that is called with the model and returns a number; larger is better.
-
-    Returns:
-        The function. It raises `UsageError` where what comes back is no number, NaN or infinite, and `TargetError`
-        where the user's function raises.
-
-    Raises:
-        UsageError: It is no function of one argument.
-        TargetError: It cannot be imported.
+    What it gives back raises `UsageError` where the user's function returns no number, NaN or infinity.
     """
     what = "a function of the model that returns a number, larger being better"
     named = load_named(text, "--metric")

@@ -115,17 +115,10 @@ def load_state(
 
 
 def strip_prefixes(state: dict[str, Tensor], wanted: set[str]) -> tuple[dict[str, Tensor], str]:
-    """Takes a wrapper's prefix off the keys of a checkpoint.
+    """Takes a wrapper's prefix off the keys of a checkpoint, and says what was taken off.
 
-    A prefix goes only when at least nine tenths of the keys carry it and more keys match the model without it.
+    A prefix goes only when at least nine tenths of the keys carry it and more of the ``wanted`` keys match without it.
     ``n_averaged``, which ``torch.optim.swa_utils.AveragedModel`` keeps beside its ``module.``, goes with that prefix.
-
-    Args:
-        state: The checkpoint.
-        wanted: The model's keys.
-
-    Returns:
-        The checkpoint with shorter keys, and what was taken off (``""`` for nothing).
     """
     best, best_prefix = state, ""
     current, prefix = state, ""
@@ -146,16 +139,11 @@ def strip_prefixes(state: dict[str, Tensor], wanted: set[str]) -> tuple[dict[str
 def fit_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], Fit]:
     """Compares a checkpoint with a model, and changes neither.
 
-    Args:
-        model: The model.
-        state: The checkpoint's tensors by name.
-        where: The checkpoint, for messages.
-
     Returns:
         What can be given to ``load_state_dict(strict=False)``, tied keys filled in, and how well it fits.
 
     Raises:
-        WeightsError: The model's own loading code cannot make sense of the checkpoint.
+        WeightsError: The model's own loading code cannot make sense of the checkpoint, which ``where`` names.
     """
     keys = model.state_dict(keep_vars=True)
     own = {k: v for k, v in keys.items() if isinstance(v, Tensor)}
@@ -244,15 +232,15 @@ def _cast(own: dict[str, Tensor], usable: dict[str, Tensor], assign: bool) -> No
     """For a model on meta: makes the checkpoint's tensors what the model's are, one object for each tied tensor."""
     if not assign:
         return
-    made: dict[tuple[int, type], Tensor] = {}
+    cast: dict[tuple[int, type], Tensor] = {}
     for key in own.keys() & usable.keys():
         mine, source = own[key], usable[key]
         kind = (id(source), type(mine))
-        if kind not in made:
+        if kind not in cast:
             value = source.to(mine.dtype)
             wanted = isinstance(mine, nn.Parameter)
-            made[kind] = nn.Parameter(value, requires_grad=mine.requires_grad) if wanted else value
-        usable[key] = made[kind]
+            cast[kind] = nn.Parameter(value, requires_grad=mine.requires_grad) if wanted else value
+        usable[key] = cast[kind]
 
 
 def _rehearse(model: nn.Module, state: dict[str, Tensor], where: str) -> tuple[list[str], list[str]]:
