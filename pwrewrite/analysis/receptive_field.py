@@ -350,7 +350,8 @@ def receptive_fields(capture: Capture) -> dict[str, tuple[tuple[int, ...], bool]
                 operands = [a for a in node.args[:1] if isinstance(a, fx.Node)]
             elif facts.op == "copy":  # what is written counts, not what was there
                 operands = [a for a in node.args[1:2] if isinstance(a, fx.Node)]
-            sources = [(info(a).outputs[0].shape, fields[a.name]) for a in operands if a.name in fields]
+            operands = [a for a in operands if a.name in fields and info(a).outputs]
+            sources = [(info(a).outputs[0].shape, fields[a.name]) for a in operands]
             if sources:
                 fields[node.name] = _step(node, capture.model, sources, hulls)
     return {name: _extents(field, frame) for name, field in fields.items() if UNKNOWN not in field}
