@@ -26,6 +26,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .core.records import show_with
+
 if TYPE_CHECKING:
     from . import decompose, passes
     from .analysis.records import Analysis
@@ -118,6 +120,9 @@ _HOMES = {
     "verify": "verifying",
 }
 """The module in which each public name lives."""
+
+
+show_with(lambda: import_module(f"{__name__}.report.display"))
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,6 @@ Integers are stored and scaled only where they are rendered. ``Analysis.to_dict(
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import torch
 
 from ..capturing.records import Call, Coverage, Layer
 from ..core.plan import Skip
+from ..core.records import Record, Shown, as_data, key
 from ..core.version import version
 
 SCHEMA = "pwrewrite.analysis/1"
@@ -23,7 +23,7 @@ SCHEMA = "pwrewrite.analysis/1"
 
 
 @dataclass(frozen=True, slots=True)
-class BreakEven:
+class BreakEven(Record):
     """Ranks at which a bottleneck costs as much as the layer it replaces, at equal ratio on both sides.
 
     A bottleneck gains below these ranks. They differ between MACs and parameters where there is a stride: the
@@ -46,20 +46,9 @@ class BreakEven:
     half_macs: int
     half_params: int
 
-    def to_dict(self) -> dict[str, int]:
-        """The same as plain JSON data."""
-        return {
-            "macs_rank_in": self.macs_rank_in,
-            "macs_rank_out": self.macs_rank_out,
-            "params_rank_in": self.params_rank_in,
-            "params_rank_out": self.params_rank_out,
-            "half_macs": self.half_macs,
-            "half_params": self.half_params,
-        }
-
 
 @dataclass(frozen=True, slots=True)
-class LayerReport:
+class LayerReport(Record):
     """One layer of the table: the layer, its share and what could be done with it.
 
     Attributes:
@@ -94,16 +83,15 @@ class LayerReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON data."""
-        layer, spec, skip = self.layer, self.layer.spec, self.skip
+        layer, skip = self.layer, self.skip
+        names = ("kernel_size", "stride", "padding", "dilation", "groups")
+        window = {name: as_data(getattr(layer.spec, name, None)) for name in names}
         return {
             "path": layer.path,
             "aliases": list(layer.aliases),
             "op": layer.op,
-            "kernel": list(spec.kernel_size) if spec else None,
-            "stride": list(spec.stride) if spec else None,
-            "padding": [list(pair) for pair in spec.padding] if spec else None,
-            "dilation": list(spec.dilation) if spec else None,
-            "groups": spec.groups if spec else None,
+            "kernel": window.pop("kernel_size"),
+            **window,
             "in_channels": layer.in_channels,
             "out_channels": layer.out_channels,
             "functional": layer.functional,
@@ -118,26 +106,21 @@ class LayerReport:
             "intensity": self.intensity,
             "bound": self.bound,
             "seconds": self.seconds,
-            "receptive_field": list(self.receptive_field) if self.receptive_field else None,
+            "receptive_field": as_data(self.receptive_field),
             "sees_whole_input": self.sees_whole_input,
             "calls": [_call(call) for call in layer.calls],
-            "break_even": self.break_even.to_dict() if self.break_even else None,
+            "break_even": as_data(self.break_even),
             "skip": {"reason": str(skip.reason), "detail": skip.detail} if skip else None,
         }
 
 
 def _call(call: Call) -> dict[str, Any]:
-    return {
-        "node": call.node,
-        "input_shape": list(call.input_shape),
-        "output_shape": list(call.output_shape),
-        "macs": call.cost.macs,
-        "island": call.island,
-    }
+    shapes = {"input_shape": list(call.input_shape), "output_shape": list(call.output_shape)}
+    return {"node": call.node, **shapes, "macs": call.cost.macs, "island": call.island}
 
 
 @dataclass(frozen=True, slots=True)
-class OpTotal:
+class OpTotal(Record):
     """Totals of one kind of operation, without inputs, outputs and constants."""
 
     op: str
@@ -149,15 +132,8 @@ class OpTotal:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON data."""
-        return {
-            "op": self.op,
-            "calls": self.calls,
-            "params": self.params,
-            "macs": self.macs,
-            "flops": 2 * self.macs,
-            "read_bytes": self.read_bytes,
-            "write_bytes": self.write_bytes,
-        }
+        data = {"op": self.op, "calls": self.calls, "params": self.params, "macs": self.macs, "flops": 2 * self.macs}
+        return {**data, "read_bytes": self.read_bytes, "write_bytes": self.write_bytes}
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +143,11 @@ class LiveTensor:
     node: str
     path: str
     shape: tuple[int, ...]
-    nbytes: int
+    nbytes: int = field(metadata=key("bytes"))
 
 
 @dataclass(frozen=True, slots=True)
-class Peak:
+class Peak(Record):
     """The moment of peak activation memory.
 
     Attributes:
@@ -181,25 +157,14 @@ class Peak:
         tensors: What was alive, largest first.
     """
 
-    nbytes: int
+    nbytes: int = field(metadata=key("bytes"))
     node: str
     path: str
     tensors: tuple[LiveTensor, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON data."""
-        return {
-            "bytes": self.nbytes,
-            "node": self.node,
-            "path": self.path,
-            "tensors": [
-                {"node": t.node, "path": t.path, "shape": list(t.shape), "bytes": t.nbytes} for t in self.tensors
-            ],
-        }
-
 
 @dataclass(frozen=True, slots=True)
-class CriticalPath:
+class CriticalPath(Record):
     """The chain of dependent operations with the most MACs.
 
     Attributes:
@@ -212,13 +177,9 @@ class CriticalPath:
     nodes: tuple[str, ...]
     off_path_share: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON data."""
-        return {"macs": self.macs, "nodes": list(self.nodes), "off_path_share": self.off_path_share}
-
 
 @dataclass(frozen=True, slots=True)
-class Roofline:
+class Roofline(Record):
     """A device, and what it makes of the model at best.
 
     Attributes:
@@ -236,17 +197,6 @@ class Roofline:
     ridge: float
     seconds: float
     memory_bound_share: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON data."""
-        return {
-            "device": self.device,
-            "macs_per_s": self.macs_per_s,
-            "bytes_per_s": self.bytes_per_s,
-            "ridge": self.ridge,
-            "seconds": self.seconds,
-            "memory_bound_share": self.memory_bound_share,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,8 +231,8 @@ class TreeNode:
             stack.extend((depth + 1, child) for child in reversed(node.children))
 
 
-@dataclass(frozen=True)
-class Analysis:
+@dataclass(frozen=True, repr=False)
+class Analysis(Shown, Record):
     """Where a model's work goes.
 
     Attributes:
@@ -342,7 +292,7 @@ class Analysis:
             "model": {
                 "target": self.target,
                 "class": self.model_class,
-                "inputs": [dict(entry) for entry in self.inputs],
+                "inputs": as_data(self.inputs),
             },
             "totals": {
                 "params": self.params,
@@ -363,32 +313,19 @@ class Analysis:
                 for depth, node in self.tree.walk()
             ],
             "coverage": {
-                "capture": self.coverage.capture,
-                "convolutions": self.coverage.convolutions,
-                "in_graph": self.coverage.in_graph,
+                **as_data(self.coverage),
                 "unpriced": [{"op": op, "calls": calls} for op, calls in self.coverage.unpriced],
-                "values": self.coverage.values,
             },
             "notes": list(self.notes),
         }
 
     def to_json(self, *, indent: int | None = 2) -> str:
-        """`to_dict` as JSON text.
+        """`to_dict` as JSON text, without a line break at the end.
 
         Args:
             indent: Spaces per level; None for one line.
         """
-        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False)
-
-    def __str__(self) -> str:
-        from .summary import text
-
-        return text(self)
-
-    def _repr_html_(self) -> str:
-        from .summary import html
-
-        return html(self)
+        return super().to_json(indent=indent).rstrip("\n")
 
 
 def versions() -> dict[str, str]:

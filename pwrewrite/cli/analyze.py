@@ -33,9 +33,8 @@ def analyze(
     with uncollected(), working(reported) as progress:
         from ..analysis.roofline import device_profile
         from ..core import files
-        from ..report import as_csv as csv
-        from ..report import gates
-        from ..report.counts import Counts, render, report
+        from ..report import gates, render
+        from ..report.analysis import page
         from ..workflows.analyze import analyze_captured, capture_target
 
         view = _view(shown, reported.form)
@@ -49,20 +48,19 @@ def analyze(
             counts = _counts(shown, captured.capture)
     show(
         reported,
-        lambda width: report(analysis, view, counts, width=width),
-        markdown=lambda: render(analysis, "markdown", view, counts),
+        page(analysis, view, counts),
         json=lambda: render(analysis, "json", view, counts),
-        csv=lambda: csv.render(analysis, view) if counts == Counts() else render(analysis, "csv", view, counts),
+        csv=lambda: render(analysis, "csv", view, counts),
     )
     gates.check(analysis, strict=limits.strict, max_params=limits.max_params, max_macs=limits.max_macs)
 
 
 def _view(shown: AnalysisShown, form: str) -> View:
     from ..report import View
-    from ..report.tree import DEPTH
+    from ..report.analysis import DEPTH
 
     depth = DEPTH if shown.tree and shown.depth is None else shown.depth
-    view = View(shown.top, shown.sort, shown.everything, depth)
+    view = View(shown.top, shown.sort, shown.everything, depth, shown.receptive_field)
     view.check(form)
     return view
 

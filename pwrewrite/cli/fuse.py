@@ -26,17 +26,12 @@ def fuse(
     [dim]pwrewrite fuse torchvision:resnet50 --pass fold-batch-norm[/]
     """
     with working(reported) as progress:
-        from ..report import fused as table
+        from ..report.fused import page
         from ..workflows.fuse_by_target import fuse_target, passes_named
 
         check_saving(proof, saved)
         passes = passes_named(options.passes) if options.passes else None
         check_places(saved, reported)
         result = fuse_target(target, passes, verify=proof.verify, benchmark=options.benchmark, progress=progress)
-    show(
-        reported,
-        lambda width: table.page(result, width=width, everything=reported.everything),
-        markdown=lambda: table.markdown(result, everything=reported.everything),
-        json=lambda: table.to_json(result),
-    )
+    show(reported, page(result.report, everything=reported.everything), json=result.report.to_json)
     save(result, saved, reported)

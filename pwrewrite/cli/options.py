@@ -75,6 +75,9 @@ class AnalysisShown:
     depth: int | None = _of_view(
         None, r"Levels of the tree; implies --tree. [dim]\[default: 2][/]", "--depth", metavar="N", least=0
     )
+    receptive_field: bool = _of_view(
+        False, "A column with what a position of each layer's output sees of the input.", "--receptive-field"
+    )
     hotspot_share: float = _of_view(
         0.01,
         r"Part of the MACs that makes a k×k layer a hotspot: 1% or 0.01. [dim]\[default: 1%][/]",

@@ -15,7 +15,6 @@ def passes(listed: Listed) -> None:
     rows = listing.rows()
     show(
         listed,
-        lambda width: listing.page(rows, width=width),
-        markdown=lambda: listing.markdown(rows),
+        listing.page(rows),
         json=lambda: json.dumps([row.to_dict() for row in rows], indent=2, ensure_ascii=False) + "\n",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 from ..core.options import Budget, PassOptions, Proof, TargetOptions
@@ -91,22 +92,17 @@ def _check_pareto(budget: Budget, planning: Planned) -> None:
 def _show_frontier(curve: Frontier, reported: Detailed) -> None:
     """Shows a frontier, or writes it in the form that the file's name asks for."""
     from ..core import files
-    from ..report import frontier
+    from ..report import frontier, markdown
 
-    written = {
+    written: dict[str, Callable[[Frontier], str]] = {
         ".csv": frontier.comma_separated,
         ".svg": frontier.picture,
-        ".md": frontier.markdown,
-        ".json": type(curve).to_json,
+        ".md": lambda drawn: markdown(frontier.page(drawn)),
+        ".json": lambda drawn: drawn.to_json(),
     }
     output = reported.output
     if output is not None and output.suffix.lower() in written:
         files.write_file(output, written[output.suffix.lower()](curve))
         tell(f"written to {output}")
         return
-    show(
-        reported,
-        lambda width: frontier.page(curve, width=width),
-        markdown=lambda: frontier.markdown(curve),
-        json=curve.to_json,
-    )
+    show(reported, frontier.page(curve), json=curve.to_json)

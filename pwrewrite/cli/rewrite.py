@@ -34,8 +34,7 @@ def rewrite(
     with working(reported) as progress:
         from ..core.errors import UsageError
         from ..core.plan import Plan
-        from ..report import rewrite as table
-        from ..report import rewrite_markdown as markdown
+        from ..report.rewrite import page
         from ..targets import open_target
         from ..workflows.plan import make_plan
         from ..workflows.rewrite import check_rewritten, rewrite
@@ -59,12 +58,7 @@ def rewrite(
         show_planned(planned, reported)
         tell("nothing was done: this is a dry run")
         return
-    show(
-        reported,
-        lambda width: table.page(result.report, width=width, everything=reported.everything),
-        markdown=lambda: markdown.render(result.report, everything=reported.everything),
-        json=result.report.to_json,
-    )
+    show(reported, page(result.report, everything=reported.everything), json=result.report.to_json)
     save(result, saved, reported)
 
 
@@ -89,15 +83,9 @@ def check_places(saved: Saved, reported: Reported) -> None:
 
 def show_planned(planned: Planned, reported: Detailed) -> None:
     """Shows a plan that was not carried out."""
-    from ..report import rewrite as table
-    from ..report import rewrite_markdown as markdown
+    from ..report.rewrite import page
 
-    show(
-        reported,
-        lambda width: table.page(planned.report, width=width, everything=reported.everything, planned=True),
-        markdown=lambda: markdown.render(planned.report, everything=reported.everything, planned=True),
-        json=planned.plan.to_json,
-    )
+    show(reported, page(planned.report, everything=reported.everything, planned=True), json=planned.plan.to_json)
 
 
 def save(result: Rewritten, saved: Saved, reported: Detailed) -> None:

@@ -12,35 +12,34 @@ from typing import TYPE_CHECKING
 from .options import Listed, Reported
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from ..report.page import Page
 
 
-def show(reported: Listed, page: Callable[[int], RenderableType], **texts: Callable[[], str]) -> None:
+def show(reported: Listed, page: Page, **texts: Callable[[], str]) -> None:
     """Shows something in the form that was asked for: coloured and fitted where a person looks, plain elsewhere.
 
     Args:
         reported: The form, and where to.
-        page: Makes the table for a width.
-        **texts: Name of any other form to what makes its text.
+        page: What is shown to people.
+        **texts: Name of any form for programs to what makes its text.
     """
     from rich.console import Console
 
     from ..core import files
-    from ..report.layout import plain_text
-    from ..report.table import WIDTH
+    from ..report import markdown, terminal
 
     output = reported.output if isinstance(reported, Reported) else None
     if reported.form == "table" and output is None:
         console = Console(highlight=False, markup=False, emoji=False)
         if console.is_terminal:
-            console.print(page(console.width))
+            console.print(terminal.renderable(page, console.width))
             return
     if reported.form == "table":
         columns = os.environ.get("COLUMNS", "")
-        width = int(columns) if output is None and columns.isdecimal() and int(columns) > 0 else WIDTH
-        text = plain_text(page(width), width)
+        width = int(columns) if output is None and columns.isdecimal() and int(columns) > 0 else terminal.WIDTH
+        text = terminal.text(page, width)
     else:
-        text = texts[reported.form]()
+        text = markdown(page) if reported.form == "markdown" else texts[reported.form]()
     if output is not None:
         files.write_file(output, text)
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 from ..core.options import Proof, TargetOptions
@@ -24,20 +23,13 @@ def verify(
     with working(reported) as progress:
         from ..core import files
         from ..core.errors import VerificationError
-        from ..report import rewrite as table
-        from ..report import rewrite_markdown as markdown
+        from ..report.rewrite import verification_page
         from ..workflows.verify import verify_targets
 
         if reported.output is not None:
             files.check_writable(reported.output)
         verification = verify_targets(target, second.other, proof, progress=progress)
-    names = (target.target, second.other)
-    show(
-        reported,
-        lambda width: table.verification_page(verification, names, width=width),
-        markdown=lambda: markdown.verification(verification, names),
-        json=lambda: json.dumps(verification.to_dict(), indent=2, ensure_ascii=False) + "\n",
-    )
+    show(reported, verification_page(verification, (target.target, second.other)), json=verification.to_json)
     if not verification.passed:
         raise VerificationError(
             f"{second.other} does not do what {target.target} does",

@@ -19,6 +19,7 @@ from typing import Any
 from .errors import PlanError
 from .files import read_text
 from .json_text import JsonText, dumps, line_at, loads
+from .records import Record, Shown
 
 SCHEMA = "pwrewrite.plan/1"
 
@@ -57,7 +58,7 @@ class SkipReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Skip:
+class Skip(Record):
     """A layer that is not rewritten.
 
     Attributes:
@@ -70,23 +71,15 @@ class Skip:
     reason: SkipReason
     detail: str
 
-    def to_dict(self) -> dict[str, str]:
-        """The same as plain JSON data."""
-        return {"path": self.path, "reason": str(self.reason), "detail": self.detail}
-
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(Record):
     """What an op is predicted to change, from shapes alone: parameters and MACs of the layer before and after."""
 
     params_before: int
     params_after: int
     macs_before: int
     macs_after: int
-
-    def to_dict(self) -> dict[str, int]:
-        """The same as plain JSON data."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +105,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Op:
+class Op(Record):
     """One thing to do to a model.
 
     Attributes:
@@ -184,8 +177,8 @@ class Edit:
         return self.op.path
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown, Record):
     """What to do to a model, in order.
 
     Attributes:
@@ -232,9 +225,9 @@ class Plan:
             "skipped": [skip.to_dict() for skip in self.skips],
         }
 
-    def to_json(self) -> str:
+    def to_json(self, *, indent: int | None = 2) -> str:
         """JSON text, made to be edited."""
-        return dumps(self.to_dict())
+        return dumps(self.to_dict()) if indent == 2 else super().to_json(indent=indent)
 
     @classmethod
     def from_json(cls, text: str, name: str = "plan") -> Plan:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+from .records import Record, Shown
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class Check(Record):
     """One thing that was checked.
 
     Attributes:
@@ -20,13 +21,9 @@ class Check:
     passed: bool
     detail: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON data."""
-        return {"name": self.name, "passed": self.passed, "detail": self.detail}
 
-
-@dataclass(frozen=True, slots=True)
-class Verification:
+@dataclass(frozen=True, slots=True, repr=False)
+class Verification(Shown, Record):
     """Whether a rewritten model is still the same model.
 
     Attributes:
@@ -43,6 +40,7 @@ class Verification:
     agreement: float | None = None
     diverges_at: str | None = None
     notes: tuple[str, ...] = ()
+    also = ("passed",)
 
     @property
     def passed(self) -> bool:
@@ -53,14 +51,3 @@ class Verification:
     def failures(self) -> tuple[Check, ...]:
         """The checks that did not hold."""
         return tuple(check for check in self.checks if not check.passed)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON data."""
-        return {
-            "passed": self.passed,
-            "relative_error": self.relative_error,
-            "agreement": self.agreement,
-            "diverges_at": self.diverges_at,
-            "checks": [check.to_dict() for check in self.checks],
-            "notes": list(self.notes),
-        }

@@ -1,43 +1,56 @@
-"""What a person or a program reads: an analysis as a table, a tree, Markdown, CSV or JSON.
+"""What a person or a program reads: analyses, rewrites and plans as a table, Markdown, HTML, CSV or JSON.
 
-Everything here is a pure function from an `Analysis` to text; only the command prints. What the cells say is in `rows`,
-how numbers are scaled in `numbers`, how columns are fitted in `layout`.
+Each subject makes a `page.Page` (in `analysis`, `rewrite`, `fused`, `frontier`, `passes`, `counts`); `terminal`,
+`to_markdown` and `to_html` write it, so that every form has the same columns and words. Everything here is a pure
+function; only the command prints.
 """
 
 from __future__ import annotations
 
+import json
+
 from ..analysis.records import Analysis
 from ..core.errors import UsageError
-from . import as_csv as csv
-from . import as_json as json
-from . import markdown, table
+from . import analysis as analysis_page
+from . import spreadsheet, terminal
+from .counts import Counts
 from .rows import SORTS, View
+from .to_html import html
+from .to_markdown import markdown
 
 FORMATS = ("table", "json", "markdown", "csv")
 """The names of what `render` makes."""
 
-__all__ = ["FORMATS", "SORTS", "View", "render"]
+__all__ = ["FORMATS", "SORTS", "Counts", "View", "html", "markdown", "render"]
 
 
-def render(analysis: Analysis, form: str = "table", view: View | None = None, *, width: int = table.WIDTH) -> str:
+def render(
+    analysis: Analysis,
+    form: str = "table",
+    view: View | None = None,
+    counts: Counts | None = None,
+    *,
+    width: int = terminal.WIDTH,
+) -> str:
     """An analysis as text.
 
     Args:
         analysis: The analysis.
         form: One of `FORMATS`.
         view: What to show; JSON always holds everything.
+        counts: How other tools count; CSV, which has no place for it beside the layers, then holds the counts.
         width: Terminal cells there are, for the table.
 
     Raises:
         UsageError: If there is no such format.
     """
-    view = view or View()
-    if form == "table":
-        return table.render(analysis, view, width=width)
-    if form == "markdown":
-        return markdown.render(analysis, view)
-    if form == "csv":
-        return csv.render(analysis, view)
+    view, counts = view or View(), counts or Counts()
     if form == "json":
-        return json.render(analysis)
+        return json.dumps({**analysis.to_dict(), **counts.data()}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if form == "csv":
+        return counts.csv() if counts else spreadsheet.layers(analysis, view)
+    if form == "table":
+        return terminal.text(analysis_page.page(analysis, view, counts), width)
+    if form == "markdown":
+        return markdown(analysis_page.page(analysis, view, counts))
     raise UsageError("no such format", expected=", ".join(FORMATS), got=repr(form))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ..core.numbers import exact, percent, plural
 from .records import BudgetReport
-from .rows import plain
 
 Line = tuple[str, str]
 
@@ -18,20 +17,20 @@ _REFITS = {"full": "factors, biases and norms", "bias": "biases and norms", "non
 
 def lines(budget: BudgetReport) -> list[Line]:
     """Name and text of each line."""
-    found = [(kind, _limit(kind, text, budget)) for kind, text in budget.limits.items()]
-    found.append(("chosen", _NORMS[budget.sensitivity] + (f", gap {percent(budget.gap)}" if budget.gap > 0 else "")))
+    facts = [(kind, _limit(kind, text, budget)) for kind, text in budget.limits.items()]
+    facts.append(("chosen", _NORMS[budget.sensitivity] + (f", gap {percent(budget.gap)}" if budget.gap > 0 else "")))
     if budget.samples:
         fitted = f"{_REFITS[budget.refit]} {'fitted' if budget.measured is not None else 'to be fitted'}"
-        found.append(("calibration", f"{plural(budget.samples, 'input')}; {fitted}"))
-    found += _losses(budget)
-    found += [
-        (plain(name), f"{before:.4g} → {after:.4g} ({after - before:+.3g})")
+        facts.append(("calibration", f"{plural(budget.samples, 'input')}; {fitted}"))
+    facts += _losses(budget)
+    facts += [
+        (name, f"{before:.4g} → {after:.4g} ({after - before:+.3g})")
         for name, (before, after) in budget.metrics.items()
     ]
     if budget.latency is not None:
         before, after = budget.latency
-        found.append(("latency", f"{1000 * before:.3g} ms → {1000 * after:.3g} ms ({after / before:.2f}×)"))
-    return found
+        facts.append(("latency", f"{1000 * before:.3g} ms → {1000 * after:.3g} ms ({after / before:.2f}×)"))
+    return facts
 
 
 def _limit(kind: str, text: str, budget: BudgetReport) -> str:
@@ -41,12 +40,12 @@ def _limit(kind: str, text: str, budget: BudgetReport) -> str:
 
 def _losses(budget: BudgetReport) -> list[Line]:
     unit = "KL divergence in nats" if budget.kind == "classes" else "half the squared relative output error"
-    found = []
+    facts = []
     if budget.predicted is not None:
         what = unit if budget.sensitivity == "loss" else "sum of relative squared errors of the layers"
-        found.append(("predicted loss", f"{budget.predicted:.3g} ({what})"))
+        facts.append(("predicted loss", f"{budget.predicted:.3g} ({what})"))
     if budget.measured is not None:
         agreed = "" if budget.agreement is None else f"; same class for {percent(budget.agreement)}"
         held = f"{exact(budget.held_out)} held-out inputs"
-        found.append(("measured loss", f"{budget.measured:.3g} ({unit}) on {held}{agreed}"))
-    return found
+        facts.append(("measured loss", f"{budget.measured:.3g} ({unit}) on {held}{agreed}"))
+    return facts

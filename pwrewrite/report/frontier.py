@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.text import Text
-
-from ..core.numbers import count, duration, exact, percent, size
-from .layout import Column, fit, shorten
-from .markdown import code, pipe_table
-from .rows import plain
+from ..core.numbers import count, duration, exact, percent, plural, size
+from ..core.records import Record, Shown
+from . import spreadsheet
+from .page import Column, Line, Page, Table, Title
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 400, 70, 50
 
@@ -36,8 +30,8 @@ class Point:
     layers: int
 
 
-@dataclass(frozen=True)
-class Frontier:
+@dataclass(frozen=True, repr=False)
+class Frontier(Shown, Record):
     """The least loss at every budget.
 
     Attributes:
@@ -65,66 +59,64 @@ class Frontier:
             "kind": self.kind,
             "sensitivity": self.sensitivity,
             "original": dict(self.original),
-            "points": [{**one.costs, "loss": one.loss, "layers": one.layers} for one in self.points],
+            "points": [{**point.costs, "loss": point.loss, "layers": point.layers} for point in self.points],
         }
 
-    def to_json(self) -> str:
-        """JSON text."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+def page(frontier: Frontier) -> Page:
+    """The frontier as a table: what the budgets limit first, then the other costs, the loss and the layers."""
+    kinds = [frontier.kind, *(kind for kind in frontier.original if kind != frontier.kind)]
+    columns: list[Column] = []
+    for i, kind in enumerate(kinds):
+        keep = len(kinds) - i if i else None  # the narrower the page, the fewer kinds beside the one that is limited
+        columns += [
+            Column(kind, [_amount(kind, point.costs[kind]) for point in frontier.points], keep=keep),
+            Column("of all", [percent(frontier.share(point, kind)) for point in frontier.points], keep=keep),
+        ]
+    columns.append(Column("loss", [f"{point.loss:.3g}" for point in frontier.points]))
+    columns.append(Column("layers", [exact(point.layers) for point in frontier.points]))
+    told = f"least predicted loss at every budget, by {frontier.sensitivity}"
+    return (Title(frontier.target, [told]), Line(""), Table(columns))
 
 
-def page(found: Frontier, *, width: int) -> RenderableType:
-    """The frontier as a table."""
-    cells = _cells(found)
-    header = Text(shorten(plain(found.target), width), style="bold").append("\n")
-    header.append(f"least predicted loss at every budget, by {found.sensitivity}", style="not bold")
-    names = _names(found)
-    # The narrower the page, the fewer kinds beside the one that the budgets limit.
-    keep = [None, None, *(i // 2 + 1 for i in reversed(range(len(names) - 4))), None, None]
-    columns = [Column(name, [row[i] for row in cells], keep=keep[i]) for i, name in enumerate(names)]
-    return Group(header, Text(), fit(columns, width))
-
-
-def markdown(found: Frontier) -> str:
-    """The frontier as Markdown."""
-    names = _names(found)
-    told = f"Least predicted loss at every budget, by {found.sensitivity}."
-    table = pipe_table(names, _cells(found), "r" * len(names))
-    return f"# {code(found.target)}\n\n{told}\n\n{table}\n"
-
-
-def comma_separated(found: Frontier) -> str:
+def comma_separated(frontier: Frontier) -> str:
     """The frontier as CSV: integers unscaled, CRLF line ends."""
-    made = io.StringIO()
-    writer = csv.writer(made)
-    kinds = list(found.original)
-    writer.writerow([*kinds, *(f"{kind}_share" for kind in kinds), "loss", "layers"])
-    for one in found.points:
-        costs = [int(one.costs[k]) if float(one.costs[k]).is_integer() else one.costs[k] for k in kinds]
-        writer.writerow([*costs, *(round(found.share(one, k), 6) for k in kinds), one.loss, one.layers])
-    return made.getvalue()
+    kinds = list(frontier.original)
+    body = [
+        [
+            *(int(cost) if float(cost := point.costs[k]).is_integer() else cost for k in kinds),
+            *(round(frontier.share(point, k), 6) for k in kinds),
+            point.loss,
+            point.layers,
+        ]
+        for point in frontier.points
+    ]
+    return spreadsheet.table([*kinds, *(f"{kind}_share" for kind in kinds), "loss", "layers"], body)
 
 
-def picture(found: Frontier) -> str:
+def picture(frontier: Frontier) -> str:
     """The frontier as an SVG: loss over the share of what the budgets limit."""
-    most = max((one.loss for one in found.points), default=0.0) or 1.0
+    most = max((point.loss for point in frontier.points), default=0.0) or 1.0
 
-    def at(one: Point) -> tuple[float, float]:
-        x = _LEFT + found.share(one, found.kind) * (_WIDTH - _LEFT - 20)
-        return x, _HEIGHT - _BOTTOM - (one.loss / most) ** 0.5 * (_HEIGHT - _BOTTOM - 40)
+    def at(point: Point) -> tuple[float, float]:
+        x = _LEFT + frontier.share(point, frontier.kind) * (_WIDTH - _LEFT - 20)
+        return x, _HEIGHT - _BOTTOM - (point.loss / most) ** 0.5 * (_HEIGHT - _BOTTOM - 40)
 
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, found.points))
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(at, frontier.points))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" '
         'font-size="12">',
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
-        f'<text x="{_LEFT}" y="20" font-size="14">{escape(found.target)}</text>',
+        f'<text x="{_LEFT}" y="20" font-size="14">{escape(frontier.target)}</text>',
         f'<polyline points="{path}" fill="none" stroke="#1f6feb" stroke-width="2"/>',
     ]
-    for one in found.points:
-        x, y = at(one)
-        told = f"{percent(found.share(one, found.kind))} of the {found.kind}: loss {one.loss:.3g}, {one.layers} layers"
+    for point in frontier.points:
+        x, y = at(point)
+        share = percent(frontier.share(point, frontier.kind))
+        told = f"{share} of the {frontier.kind}: loss {point.loss:.3g}, {plural(point.layers, 'layer')}"
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="#1f6feb"><title>{escape(told)}</title></circle>')
+    original = _amount(frontier.kind, frontier.original[frontier.kind])
+    label = escape(f"{frontier.kind}, in % of the original ({original})")
     base = _HEIGHT - _BOTTOM
     parts.append(f'<line x1="{_LEFT}" y1="{base}" x2="{_WIDTH - 20}" y2="{base}" stroke="black"/>')
     parts.append(f'<line x1="{_LEFT}" y1="40" x2="{_LEFT}" y2="{base}" stroke="black"/>')
@@ -133,30 +125,9 @@ def picture(found: Frontier) -> str:
         parts.append(f'<text x="{x:.0f}" y="{base + 18}" text-anchor="middle">{20 * i}%</text>')
         loss, y = most * (i / 5) ** 2, base - i / 5 * (base - 40)
         parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.0f}" text-anchor="end">{loss:.2g}</text>')
-    parts.append(f'<text x="{(_WIDTH + _LEFT) / 2:.0f}" y="{base + 38}" text-anchor="middle">{found.kind}</text>')
+    parts.append(f'<text x="{(_WIDTH + _LEFT) / 2:.0f}" y="{base + 38}" text-anchor="middle">{label}</text>')
     parts.append('<text x="14" y="34">predicted loss (root scale)</text></svg>')
     return "\n".join(parts) + "\n"
-
-
-def _kinds(found: Frontier) -> list[str]:
-    """What is limited first, then the rest."""
-    return [found.kind, *(kind for kind in found.original if kind != found.kind)]
-
-
-def _names(found: Frontier) -> list[str]:
-    return [*(name for kind in _kinds(found) for name in (kind, "of all")), "loss", "layers"]
-
-
-def _cells(found: Frontier) -> list[tuple[str, ...]]:
-    kinds = _kinds(found)
-    return [
-        (
-            *(text for kind in kinds for text in (_amount(kind, one.costs[kind]), percent(found.share(one, kind)))),
-            f"{one.loss:.3g}",
-            exact(one.layers),
-        )
-        for one in found.points
-    ]
 
 
 def _amount(kind: str, cost: float) -> str:

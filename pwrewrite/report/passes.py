@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
+from ..core.records import Record
 from ..forms import FORMS
 from ..passes import ALL, FUSING, LayerPass, ProjectBranch
-from .layout import HEAD_RULE
-from .markdown import code, escape, pipe_table
-from .table import WIDTH
-
-_EXACT = {
-    "no": "approximate; exact at full width",
-    "eval": "exact in eval mode",
-    "train": "exact in train mode",
-    "both": "exact",
-}
-
-
-_FUSE = "(pwrewrite fuse)"
+from .page import Column, Line, Page, Table
 
 
 @dataclass(frozen=True, slots=True)
-class PassRow:
+class PassRow(Record):
     """A pass.
 
     Attributes:
@@ -42,10 +27,6 @@ class PassRow:
     exact: str
     set: str
 
-    def to_dict(self) -> dict[str, str]:
-        """The same as plain JSON data."""
-        return asdict(self)
-
 
 def rows() -> list[PassRow]:
     """Every pass there is."""
@@ -57,31 +38,17 @@ def _set(kind: type) -> str:
         return f"{kind.form}:{','.join(name.removeprefix('rank_').upper() for name in FORMS[kind.form])}"
     if issubclass(kind, ProjectBranch):
         return "project:CHANNELS"
-    return _FUSE
+    return "(pwrewrite fuse)"
 
 
-def page(found: Sequence[PassRow], *, width: int = WIDTH) -> RenderableType:
+def page(passes: Sequence[PassRow]) -> Page:
     """As a table."""
     table = Table(
-        box=HEAD_RULE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold", width=width
+        [
+            Column("pass", [row.name for row in passes], right=False, style="cyan", code=True),
+            Column("what it does", [row.summary for row in passes], right=False, shrink=20, wrap=True),
+            Column("exact", [{"no": "no*", "both": "yes"}.get(row.exact, row.exact) for row in passes], right=False),
+            Column("as --set PATH=", [row.set for row in passes], right=False, code=True),
+        ]
     )
-    table.add_column("pass", style="cyan", no_wrap=True)
-    table.add_column("what it does", ratio=1, overflow="fold")
-    table.add_column("exact", no_wrap=True)
-    table.add_column("as --set PATH=", no_wrap=True)
-    for row in found:
-        table.add_row(*(Text(cell) for cell in (row.name, row.summary, _short(row.exact), row.set)))
-    return Group(table, Text("\nno*: an approximation with its error reported; exact at full width", style="dim"))
-
-
-def _short(exact: str) -> str:
-    return {"no": "no*", "both": "yes"}.get(exact, exact)
-
-
-def markdown(found: Sequence[PassRow]) -> str:
-    """As a Markdown table."""
-    cells = [
-        (code(r.name), escape(r.summary), _EXACT[r.exact], r.set if r.set == _FUSE else code(f"PATH={r.set}"))
-        for r in found
-    ]
-    return pipe_table(("pass", "what it does", "exact", "as --set"), cells, "llll") + "\n"
+    return (table, Line(""), Line("no*: an approximation with its error reported; exact at full width", "dim"))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ..analysis.records import versions
 from ..core.plan import Plan
-from . import rewrite_markdown
+from . import rewrite
 from . import rewrite_rows as rows
-from .markdown import code, sentence
 from .records import Report
+from .to_markdown import code, markdown, sentence
 
 
 def readme(report: Report, plan: Plan, folder: str) -> str:
@@ -25,7 +25,7 @@ def readme(report: Report, plan: Plan, folder: str) -> str:
             f"> **Warning: this model {what}.** It was saved on purpose all the same. "
             "Nothing says that it still does what the original does; see the proof below."
         )
-    blocks += [_loading(plan, folder), *rewrite_markdown.body(report), _footer()]
+    blocks += [_loading(plan, folder), markdown(rewrite.body(report)).rstrip(), _footer()]
     return "\n\n".join(blocks) + "\n"
 
 

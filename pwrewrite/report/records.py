@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.plan import Edit, Skip
+from ..core.records import Record, Shown, key
 from ..core.verification import Verification
 
 SCHEMA = "pwrewrite.report/1"
@@ -33,25 +34,14 @@ class EditRow:
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON data."""
         edit = self.edit
-        return {
-            "path": edit.path,
-            "pass": edit.op.pass_name,
-            "method": edit.method,
-            "rank_in": edit.rank_in,
-            "rank_out": edit.rank_out,
-            "params_before": edit.params_before,
-            "params_after": edit.params_after,
-            "macs_before": self.macs_before,
-            "macs_after": self.macs_after,
-            "relative_error": edit.relative_error,
-            "exact": edit.exact,
-            "kind": edit.kind,
-            "graph_module": edit.graph_module,
-        }
+        names = ("method", "rank_in", "rank_out", "params_before", "params_after")
+        data = {"path": edit.path, "pass": edit.op.pass_name} | {name: getattr(edit, name) for name in names}
+        data |= {"macs_before": self.macs_before, "macs_after": self.macs_after}
+        return data | {name: getattr(edit, name) for name in ("relative_error", "exact", "kind", "graph_module")}
 
 
 @dataclass(frozen=True)
-class BudgetReport:
+class BudgetReport(Record):
     """What a budget asked, what was predicted and what was measured.
 
     Attributes:
@@ -75,36 +65,45 @@ class BudgetReport:
     sensitivity: str
     refit: str
     samples: int
-    predicted: float | None = None
+    predicted: float | None = field(default=None, metadata=key("predicted_loss"))
     gap: float = 0.0
-    measured: float | None = None
+    measured: float | None = field(default=None, metadata=key("measured_loss"))
     agreement: float | None = None
     held_out: int = 0
-    kind: str = "classes"
+    kind: str = field(default="classes", metadata=key("loss_kind"))
     metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     latency: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON data."""
-        return {
-            "limits": dict(self.limits),
-            "reached": dict(self.reached),
-            "sensitivity": self.sensitivity,
-            "refit": self.refit,
-            "samples": self.samples,
-            "predicted_loss": self.predicted,
-            "gap": self.gap,
-            "measured_loss": self.measured,
-            "agreement": self.agreement,
-            "held_out": self.held_out,
-            "loss_kind": self.kind,
-            "metrics": {name: {"before": before, "after": after} for name, (before, after) in self.metrics.items()},
-            "latency": None if self.latency is None else {"before": self.latency[0], "after": self.latency[1]},
-        }
+        pairs = {name: dict(zip(("before", "after"), pair, strict=True)) for name, pair in self.metrics.items()}
+        latency = None if self.latency is None else dict(zip(("before", "after"), self.latency, strict=True))
+        return {**super().to_dict(), "metrics": pairs, "latency": latency}
 
 
 @dataclass(frozen=True)
-class Report:
+class FusingReport(Record):
+    """What fusing saves beside parameters and MACs.
+
+    Attributes:
+        before: Nodes, kernels and bytes moved, before: ``nodes``, ``kernels``, ``bytes_moved``.
+        after: The same, after.
+        seconds_before: Median seconds of one run before; None where not measured.
+        seconds_after: The same after.
+        seconds_frozen: The same of the fused model under `pwrewrite.freeze`; None where it cannot be frozen.
+        not_frozen: Why it cannot be frozen, where that was tried.
+    """
+
+    before: Mapping[str, int]
+    after: Mapping[str, int]
+    seconds_before: float | None = None
+    seconds_after: float | None = None
+    seconds_frozen: float | None = None
+    not_frozen: str = ""
+
+
+@dataclass(frozen=True, repr=False)
+class Report(Shown, Record):
     """What a rewrite did.
 
     Attributes:
@@ -117,6 +116,7 @@ class Report:
         output_changes: Outputs whose shape changed, as sentences; empty unless that was allowed.
         notes: What a reader should be told.
         budget: Where there was one: what it asked, predicted and measured.
+        fusing: Where layers were fused: kernels and times.
     """
 
     target: str
@@ -128,6 +128,7 @@ class Report:
     output_changes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     budget: BudgetReport | None = None
+    fusing: FusingReport | None = None
 
     @property
     def passed(self) -> bool:
@@ -158,13 +159,10 @@ class Report:
             "output_changes": list(self.output_changes),
             "notes": list(self.notes),
             **({"budget": self.budget.to_dict()} if self.budget else {}),
+            **({"fusing": self._fusing(self.fusing)} if self.fusing else {}),
         }
 
-    def to_json(self) -> str:
-        """JSON text."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-
-    def __str__(self) -> str:
-        from .rewrite import render
-
-        return render(self)
+    def _fusing(self, fusing: FusingReport) -> dict[str, Any]:
+        done = Counter(row.edit.method for row in self.edits)
+        left = Counter(str(skip.reason) for skip in self.skips)
+        return {**fusing.to_dict(), "done": dict(done), "left": dict(left)}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.numbers import count, exact, percent, plural, size
 from ..core.plan import Edit, Skip
-from ..core.verification import Check, Verification
+from ..core.verification import Verification
 from .records import EditRow, Report
-from .rows import natural, plain
+from .rows import natural
 
 TOP = 20
 """Layers shown unless all are asked for."""
@@ -45,15 +45,15 @@ class Total:
 
 def totals(report: Report) -> list[Total]:
     """The saving, a line for each total that the report has."""
-    found = []
+    lines = []
     for key, name, is_bytes in _TOTALS:
         if key not in report.before:
             continue
         before, after = report.before[key], report.after[key]
         shown = size if is_bytes else _counted
         better = None if before == after else after < before
-        found.append(Total(name, shown(before), shown(after), change(before, after), better))
-    return found
+        lines.append(Total(name, shown(before), shown(after), change(before, after), better))
+    return lines
 
 
 def _counted(value: int) -> str:
@@ -95,7 +95,7 @@ def shares(report: Report) -> str:
     done, total = sum(row.macs_before for row in report.edits), report.before.get("macs", 0)
     if not total or len({row.edit.path for row in report.edits}) < len(report.edits):
         return ""
-    return f"did {percent(min(done / total, 1.0))} of the MACs"
+    return f"they did {percent(min(done / total, 1.0))} of the MACs"
 
 
 def verdict(report: Report) -> tuple[str, bool]:
@@ -109,7 +109,7 @@ def verdict(report: Report) -> tuple[str, bool]:
 def proof_text(proof: Verification) -> str:
     """How a verification went, in one line."""
     checks = plural(len(proof.checks), "check")
-    place = f", from {plain(proof.diverges_at)} on" if proof.diverges_at else ""
+    place = f", from {proof.diverges_at} on" if proof.diverges_at else ""
     parts = [f"passed: {checks}" if proof.passed else f"FAILED: {len(proof.failures)} of {checks}{place}"]
     if proof.relative_error is not None:
         parts.append(f"relative output error {error_text(proof.relative_error)}")
@@ -118,15 +118,9 @@ def proof_text(proof: Verification) -> str:
     return " · ".join(parts)
 
 
-def check_lines(proof: Verification) -> list[tuple[bool, str, str]]:
-    """For each check whether it passed, its name and its detail; failures first."""
-    ordered: Iterable[Check] = sorted(proof.checks, key=lambda check: check.passed)
-    return [(check.passed, plain(check.name), plain(check.detail)) for check in ordered]
-
-
 def path_text(path: str) -> str:
     """A path; the model itself is called ``(model)``."""
-    return plain(path) or "(model)"
+    return path or "(model)"
 
 
 def form_text(edit: Edit) -> str:
@@ -139,11 +133,6 @@ def widths_text(edit: Edit) -> str:
     """The widths between, first to last: ``32→64``, or one number where there is only one or they are equal."""
     widths = [w for w in (edit.rank_in, edit.rank_out) if w is not None]
     return "→".join(str(w) for w in dict.fromkeys(widths)) or "–"
-
-
-def kind_text(edit: Edit) -> str:
-    """``module`` for a swap; for a graph edit, where the code was rewritten."""
-    return "graph" if edit.kind == "graph" else edit.kind
 
 
 def ordered(rows: Sequence[EditRow], everything: bool) -> tuple[Sequence[EditRow], int]:
@@ -169,21 +158,21 @@ class Left:
     paths: tuple[str, ...]
 
 
-def left(skips: Sequence[Skip]) -> list[Left]:
+def reasons(skips: Sequence[Skip]) -> list[Left]:
     """Skips by reason, the most frequent first."""
     groups: dict[str, list[Skip]] = {}
     for skip in skips:
         groups.setdefault(str(skip.reason), []).append(skip)
-    found = [
-        Left(reason, plain(group[0].detail), tuple(sorted((s.path for s in group), key=natural)))
+    left = [
+        Left(reason, group[0].detail, tuple(sorted((s.path for s in group), key=natural)))
         for reason, group in groups.items()
     ]
-    return sorted(found, key=lambda one: -len(one.paths))
+    return sorted(left, key=lambda group: -len(group.paths))
 
 
 def counts_text(skips: Sequence[Skip]) -> str:
     """How many were left for which reason: ``36 pointwise, 2 no-gain``."""
-    return ", ".join(f"{len(group.paths)} {group.reason}" for group in left(skips))
+    return ", ".join(f"{len(group.paths)} {group.reason}" for group in reasons(skips))
 
 
 def few(paths: Sequence[str], most: int = 3) -> str:
@@ -195,4 +184,4 @@ def few(paths: Sequence[str], most: int = 3) -> str:
 def notes(report: Report) -> list[str]:
     """What a reader should be told, the verification's own notes included."""
     own = report.verification.notes if report.verification else ()
-    return [plain(note) for note in dict.fromkeys((*report.notes, *own))]
+    return list(dict.fromkeys((*report.notes, *own)))

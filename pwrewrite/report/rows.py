@@ -1,7 +1,6 @@
 """What the cells of every rendering say: which layers, in which order, and the words for each of their facts.
 
-The renderers (`table`, `markdown`, `csv`) differ in form only; what a kernel or a saving is called is decided here,
-once.
+What a kernel or a saving is called is decided here, once, for every form of the report.
 """
 
 from __future__ import annotations
@@ -9,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..analysis.records import Analysis, BreakEven, LayerReport, OpTotal, TreeNode
+from ..analysis.conventions import Count
+from ..analysis.records import Analysis, LayerReport, OpTotal
 from ..core.convolution import ConvSpec
 from ..core.errors import UsageError
 from ..core.numbers import count, dims, duration, exact, percent, plural, size
@@ -33,12 +33,14 @@ class View:
             them.
         everything: All layers, pointwise and linear ones too, each with the reason why it stays as it is.
         depth: Show the module hierarchy down to this level in place of the layers.
+        receptive_field: Show what part of the input a position of each layer's output sees.
     """
 
     top: int | None = None
     sort: str = "macs"
     everything: bool = False
     depth: int | None = None
+    receptive_field: bool = False
 
     def __post_init__(self) -> None:
         if self.sort not in SORTS:
@@ -122,15 +124,10 @@ def natural(path: str) -> list[tuple[int, int, str]]:
     return key
 
 
-def plain(text: str) -> str:
-    """Text safe for one line of a terminal: control characters, line breaks among them, are spelt out."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def path_text(report: LayerReport) -> str:
     """The layer's path; the root itself has none and is called ``(model)``. Several calls or names are told."""
     layer = report.layer
-    text = plain(layer.path) or "(model)"
+    text = layer.path or "(model)"
     return f"{text} ×{len(layer.calls)}" if len(layer.calls) > 1 else text
 
 
@@ -180,21 +177,30 @@ def rank_text(rank_in: int, rank_out: int) -> str:
     return str(rank_in) if rank_in == rank_out else f"{rank_in}→{rank_out}"
 
 
-def macs_ranks(found: BreakEven | None) -> str:
+def macs_ranks(report: LayerReport) -> str:
     """Break-even ranks in MACs, or ``–``."""
-    return rank_text(found.macs_rank_in, found.macs_rank_out) if found else "–"
+    ranks = report.break_even
+    return rank_text(ranks.macs_rank_in, ranks.macs_rank_out) if ranks else "–"
 
 
-def params_ranks(found: BreakEven | None) -> str:
+def params_ranks(report: LayerReport) -> str:
     """Break-even ranks in parameters, or ``–``."""
-    return rank_text(found.params_rank_in, found.params_rank_out) if found else "–"
+    ranks = report.break_even
+    return rank_text(ranks.params_rank_in, ranks.params_rank_out) if ranks else "–"
+
+
+def field_text(report: LayerReport) -> str:
+    """The receptive field: ``31×31``, ``global`` where all positions are mixed, ``–`` where it is not known."""
+    if report.sees_whole_input:
+        return "global"
+    return dims(report.receptive_field) if report.receptive_field else "–"
 
 
 def saving_text(report: LayerReport) -> str:
     """What a half-width bottleneck does to the layer's MACs (``-60%``), or the reason why none may be inserted."""
-    found, macs = report.break_even, report.layer.macs
-    if found is not None and macs:
-        change = round(100 * (found.half_macs - macs) / macs)
+    ranks, macs = report.break_even, report.layer.macs
+    if ranks is not None and macs:
+        change = round(100 * (ranks.half_macs - macs) / macs)
         return f"{change:+d}%" if change else "0%"
     return str(report.skip.reason) if report.skip else "–"
 
@@ -205,20 +211,26 @@ def input_texts(analysis: Analysis) -> list[str]:
     for entry in analysis.inputs:
         shape = entry["shape"]
         assert isinstance(shape, list | tuple)
-        texts.append(f"{plain(str(entry['name']))} {dims(shape)} {entry['dtype']}")
+        texts.append(f"{entry['name']} {dims(shape)} {entry['dtype']}")
     return texts
 
 
-def totals_text(analysis: Analysis, *, digits: bool = True) -> str:
-    """Parameters, MACs, FLOPs and weight bytes in one line; with all their digits where there is room."""
+def totals_text(analysis: Analysis, counted: Count | None = None, *, digits: bool = True) -> str:
+    """Parameters, MACs, FLOPs and weight bytes in one line.
+
+    Args:
+        analysis: The analysis.
+        counted: Another tool's total, which then stands in the place of our MACs and FLOPs.
+        digits: Whether large numbers stand with all their digits, too.
+    """
 
     def total(value: int) -> str:
         return f"{count(value)} ({exact(value)})" if digits and value >= 1000 else count(value)
 
-    return (
-        f"params {total(analysis.params)} · MACs {total(analysis.macs)} · FLOPs {count(analysis.flops)} · "
-        f"weights {size(analysis.weight_bytes)}"
-    )
+    macs = f"MACs {total(analysis.macs)} · FLOPs {count(analysis.flops)}"
+    if counted is not None:
+        macs = f"{counted.unit} {total(counted.total)} as {counted.tool} counts"
+    return f"params {total(analysis.params)} · {macs} · weights {size(analysis.weight_bytes)}"
 
 
 def headline(analysis: Analysis, selection: Selection) -> str:
@@ -238,7 +250,7 @@ def headline(analysis: Analysis, selection: Selection) -> str:
 def peak_text(analysis: Analysis) -> str:
     """How much activation memory a forward pass takes at most and where, with the largest tensors alive then."""
     peak = analysis.peak
-    place = plain(peak.path or peak.node)
+    place = peak.path or peak.node
     text = size(peak.nbytes) + (f" at {place}" if place else "")
     text += f" ({size(analysis.activation_bytes)} written in all)"
     tensors = peak_tensors(analysis)
@@ -248,7 +260,7 @@ def peak_text(analysis: Analysis) -> str:
 def peak_tensors(analysis: Analysis, most: int = 3) -> list[str]:
     """The largest tensors alive at the peak, and how much the others hold."""
     tensors = analysis.peak.tensors
-    texts = [f"{plain(t.path or t.node)} {dims(t.shape)} {size(t.nbytes)}" for t in tensors[:most]]
+    texts = [f"{t.path or t.node} {dims(t.shape)} {size(t.nbytes)}" for t in tensors[:most]]
     rest = tensors[most:]
     if rest:
         texts.append(f"{len(rest)} more {size(sum(t.nbytes for t in rest))}")
@@ -299,7 +311,7 @@ def unpriced_text(analysis: Analysis) -> str:
 
 def notes_of(analysis: Analysis) -> list[str]:
     """The notes, led by the one that matters most where there is no convolution."""
-    notes = [plain(note) for note in analysis.notes]
+    notes = list(analysis.notes)
     return notes if analysis.coverage.convolutions else [NO_CONVOLUTION, *notes]
 
 
@@ -320,30 +332,3 @@ def op_rows(analysis: Analysis, most: int | None) -> tuple[list[OpTotal], list[O
 def share_of(part: int, whole: int) -> float:
     """``part / whole``, 0 of nothing."""
     return part / whole if whole else 0.0
-
-
-def reason_text(report: LayerReport) -> str:
-    """Why no bottleneck may be inserted, in full; empty where one may."""
-    return plain(report.skip.detail) if report.skip else ""
-
-
-def walk(node: TreeNode, depth: int) -> Iterable[tuple[TreeNode, tuple[bool, ...], bool]]:
-    """The module hierarchy from the top down, without modules that cost nothing.
-
-    Args:
-        node: Where to start.
-        depth: How many levels below it.
-
-    Yields:
-        A node; for each level from the model's children down to it, whether the node there is the last of its
-        siblings; and whether it has costly children that ``depth`` hides.
-    """
-    yield from _walk(node, depth, ())
-
-
-def _walk(node: TreeNode, depth: int, lasts: tuple[bool, ...]) -> Iterable[tuple[TreeNode, tuple[bool, ...], bool]]:
-    children = [child for child in node.children if child.macs or child.params]
-    yield node, lasts, bool(children) and depth <= 0
-    if depth > 0:
-        for i, child in enumerate(children):
-            yield from _walk(child, depth - 1, (*lasts, i == len(children) - 1))

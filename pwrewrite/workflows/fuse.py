@@ -35,6 +35,7 @@ from ..passes import FUSING, Pass
 from ..passes.channels_last import ChannelsLast
 from ..passes.fold_batch_norm import FoldBatchNorm
 from ..passes.merge_pointwise import MergePointwise
+from ..report.records import FusingReport
 from ..verifying.rounding import noisy_copy
 from .rewrite import Rewritten
 from .steps import Progress, Run, State, propose, silent
@@ -43,7 +44,7 @@ DEFAULT = FUSING
 """The passes of `fuse`, in order."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fused(Rewritten):
     """The result of fusing: that of a rewrite, and what it saves.
 
@@ -119,9 +120,10 @@ def fuse(
         detail = f"some kernels of torch are less exact in it ({proof.failures[0].detail})"
         run.take(state.skipping(plan, SkipReason.BROKE_MODEL, detail))
         proof = _verified(model, run, thorough)
-    report = run.report(*run.analyses(target), target, proof)
+    costs = traffic(run.first), traffic(run.captured)
+    report = replace(run.report(*run.analyses(target), target, proof), fusing=FusingReport(*costs))
     edits = tuple(row.edit for row in run.rows)
-    return Fused(run.model, run.finished(target), report, edits, run.names, traffic(run.first), traffic(run.captured))
+    return Fused(run.model, run.finished(target), report, edits, run.names, *costs)
 
 
 def _check(model: nn.Module, passes: Sequence[Pass]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ from ..engines.frozen import Frozen, freeze
 from ..engines.timing import interleaved
 from ..layers.partitions import CALLS
 from ..passes import Pass
+from ..report.records import FusingReport
 from ..targets import TargetOptions, open_target
 from .fuse import DEFAULT, Fused, drawn_inputs, fuse
 from .steps import Progress, join_names
@@ -24,7 +25,7 @@ from .subject import plan_from_original, with_notes_of
 _SECONDS = 4.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Measured(Fused):
     """A fused model with its latency.
 
@@ -97,10 +98,11 @@ def fuse_target(
             reason = error.got or error.message
         seconds = latencies(models, inputs)
     before, after, frozen = (*seconds, None, None, None)[:3]
+    fusing = FusingReport(result.before, result.after, before, after, frozen, reason)
     return Measured(
         result.model,
         plan_from_original(opened, result.plan),
-        with_notes_of(opened, result.report),
+        replace(with_notes_of(opened, result.report), fusing=fusing),
         result.edits,
         join_names(opened.names, result.names),
         result.before,

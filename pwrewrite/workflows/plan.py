@@ -10,6 +10,7 @@ from ..capturing import Inputs
 from ..core.errors import UsageError
 from ..core.options import Budget
 from ..core.plan import Plan
+from ..core.records import Shown
 from ..planning.budget import budgets_of
 from ..planning.planner import Choice, Planner
 from ..report.frontier import Frontier, Point
@@ -21,8 +22,8 @@ from .subject import Subject, loaded_of, origin_of, with_notes_of
 from .what import What, opened, what_from_keywords
 
 
-@dataclass(frozen=True)
-class Planned:
+@dataclass(frozen=True, repr=False)
+class Planned(Shown):
     """A plan that was not carried out.
 
     Attributes:

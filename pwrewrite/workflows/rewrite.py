@@ -21,6 +21,7 @@ from ..capturing import Inputs
 from ..core.errors import RefusedError, VerificationError
 from ..core.options import Budget, Proof
 from ..core.plan import Edit, Plan
+from ..core.records import Shown
 from ..core.verification import Verification
 from ..report.readme import readme
 from ..report.records import Report
@@ -34,8 +35,8 @@ from .subject import Subject, loaded_of, plan_from_original, with_notes_of
 from .what import What, opened, what_from_keywords
 
 
-@dataclass(frozen=True)
-class Rewritten:
+@dataclass(frozen=True, repr=False)
+class Rewritten(Shown):
     """The result of a rewrite.
 
     Attributes:

@@ -2,7 +2,6 @@
 
 import json
 import platform
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from pwrewrite.analysis import Analysis, analyze_capture
-from pwrewrite.analysis.summary import binary, scaled
 from pwrewrite.capturing import capture
 
 KEYS: dict[str, Any] = {
@@ -192,41 +190,4 @@ def test_a_model_of_known_cost(torchvision_capture) -> None:
 def test_the_model_may_be_empty() -> None:
     analysis = analyze_capture(capture(nn.Identity(), torch.zeros(1)))
     conforms(json.loads(analysis.to_json()), KEYS)
-    assert "no hotspots" in str(analysis)
-
-
-def test_text(analysis: Analysis) -> None:
-    lines = str(analysis).splitlines()
-    assert lines[0].startswith("net.py:Net (")
-    assert 8 <= len(lines) <= 20
-    assert max(map(len, lines)) <= 100
-    assert any("conv" in line and "3×3" in line and "gains below" in line for line in lines)
-
-
-def test_html_escapes_whatever_comes_from_the_model(analysis: Analysis) -> None:
-    evil = "<script>alert('x')</script>&"
-    (first, *rest) = analysis.layers
-    changed = replace(
-        analysis,
-        target=evil,
-        model_class=evil,
-        notes=(evil,),
-        inputs=({"name": evil, "shape": [1], "dtype": evil},),
-        layers=(replace(first, layer=replace(first.layer, path=evil)), *rest),
-        peak=replace(analysis.peak, path=evil),
-        coverage=replace(analysis.coverage, capture=evil),
-        roofline=replace(analysis.roofline, device=evil),
-    )
-    page = changed._repr_html_()
-    assert "<script" not in page
-    assert page.count("&lt;script&gt;") >= 6
-    assert page.startswith("<div>")
-    assert "conv" in analysis._repr_html_()
-
-
-def test_numbers_for_people() -> None:
-    assert scaled(4_089_184_256, "MACs") == "4.09 GMACs"
-    assert scaled(999, "MACs") == "999 MACs"
-    assert scaled(1.5e15) == "1.5e+03 T"
-    assert binary(1536) == "1.5 KiB"
-    assert binary(100) == "100 B"
+    assert "no convolution" in str(analysis)

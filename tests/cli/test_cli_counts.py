@@ -79,7 +79,7 @@ def test_what_is_not_exact_is_said(run: Run, folder: Path) -> None:
     )
     assert "not exact: thop has formulas of its own for recurrent" in run("analyze", "rnn.py", "--as", "thop").stdout
     markdown = run("analyze", "rnn.py", "--as", "thop", "--format", "markdown").stdout
-    assert "\n\nNot exact: thop has formulas" in markdown
+    assert "\n\nnot exact: thop has formulas" in markdown
 
 
 def test_unknown_tool_and_unknown_target(run: Run) -> None:

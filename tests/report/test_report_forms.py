@@ -13,8 +13,10 @@ from rich.console import Console
 from pwrewrite.analysis.records import Analysis, TreeNode
 from pwrewrite.capturing.records import Coverage
 from pwrewrite.core.errors import UsageError
-from pwrewrite.report import FORMATS, SORTS, View, render, rows, table
-from pwrewrite.report.as_csv import COLUMNS
+from pwrewrite.report import FORMATS, SORTS, View, render, rows, terminal
+from pwrewrite.report.analysis import page
+from pwrewrite.report.page import plain
+from pwrewrite.report.spreadsheet import LAYER_COLUMNS
 
 Make = Callable[..., Analysis]
 Golden = Callable[[str, str], None]
@@ -76,7 +78,7 @@ def test_markup_in_names_is_text(make_analysis: Make) -> None:
 def test_colours_only_where_a_person_looks(make_analysis: Make) -> None:
     def printed(**settings: object) -> str:
         console = Console(file=io.StringIO(), width=100, legacy_windows=False, **settings)  # type: ignore[arg-type]
-        console.print(table.page(make_analysis(NASTY), View()))
+        console.print(terminal.renderable(page(make_analysis(NASTY))))
         return str(console.file.getvalue())  # type: ignore[attr-defined]
 
     assert "\x1b[" in printed(force_terminal=True, color_system="truecolor", _environ={})
@@ -96,7 +98,7 @@ def test_json_and_csv_keep_what_they_are_given(make_analysis: Make) -> None:
     assert "模型 ×" in render(analysis, "json")
     paths = [layer["path"] for layer in json.loads(render(analysis, "json"))["layers"]]
     rows_ = list(csv.DictReader(io.StringIO(render(analysis, "csv"), newline="")))
-    assert [row["path"] for row in rows_] == paths
+    assert [row["path"] for row in rows_] == [plain(path) for path in paths]
     assert set(NASTY) < set(paths)
 
 
@@ -104,7 +106,7 @@ def test_csv_agrees_with_json_to_the_last_digit(analysis: Analysis) -> None:
     text = render(analysis, "csv")
     assert text.count("\r\n") == len(analysis.layers) + 1
     rows_ = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-    assert list(rows_[0]) == list(COLUMNS)
+    assert list(rows_[0]) == list(LAYER_COLUMNS)
     for row, layer in zip(rows_, analysis.to_dict()["layers"], strict=True):
         for key in ("params", "macs", "flops", "in_channels", "out_channels", "weight_bytes", "activation_bytes"):
             assert int(row[key]) == layer[key]

@@ -2,7 +2,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from pwrewrite.report.layout import Column, bar, fit, plain_text, shorten
+from pwrewrite.report.page import Column, Table
+from pwrewrite.report.terminal import bar, shorten, text
 
 
 def test_a_path_is_cut_in_its_middle() -> None:
@@ -13,8 +14,8 @@ def test_a_path_is_cut_in_its_middle() -> None:
 
 
 @given(st.text(max_size=40), st.integers(0, 50))
-def test_what_is_cut_fits_even_where_characters_are_wide(text: str, width: int) -> None:
-    assert cell_len(shorten(text, width)) <= width or cell_len(text) <= width
+def test_what_is_cut_fits_even_where_characters_are_wide(told: str, width: int) -> None:
+    assert cell_len(shorten(told, width)) <= width or cell_len(told) <= width
 
 
 def test_bars() -> None:
@@ -35,11 +36,11 @@ def columns() -> list[Column]:
 
 
 def head(width: int) -> list[str]:
-    return plain_text(fit(columns(), width), width).splitlines()[0].split()
+    return text((Table(columns()),), width).splitlines()[0].split()
 
 
 def test_columns_give_way_in_turn() -> None:
-    assert plain_text(fit(columns(), 80), 80).splitlines() == [
+    assert text((Table(columns()),), 80).splitlines() == [
         "name                        one    two   must",
         "─────────────────────────────────────────────",
         "a.long.path.to.somewhere  11111  22222  33333",
@@ -52,8 +53,8 @@ def test_columns_give_way_in_turn() -> None:
 
 @given(st.integers(16, 60))
 def test_a_table_never_exceeds_its_width(width: int) -> None:
-    assert all(cell_len(line) <= width for line in plain_text(fit(columns(), width), width).splitlines())
+    assert all(cell_len(line) <= width for line in text((Table(columns()),), width).splitlines())
 
 
 def test_no_rows() -> None:
-    assert plain_text(fit([Column("name", [])], 20), 20).splitlines() == ["name", "────"]
+    assert text((Table([Column("name", [])]),), 20).splitlines() == ["name", "────"]

@@ -1,6 +1,7 @@
 """The report of a rewrite in each form: in order, to width, and with nothing in a model read as markup."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,11 +10,11 @@ from rich.cells import cell_len
 
 from pwrewrite.core.plan import Edit, Op, Plan, Skip, SkipReason
 from pwrewrite.core.verification import Check, Verification
-from pwrewrite.report import rewrite, rewrite_markdown
+from pwrewrite.report import markdown, rewrite
 from pwrewrite.report import rewrite_rows as rows
-from pwrewrite.report.layout import plain_text
 from pwrewrite.report.readme import readme
 from pwrewrite.report.records import EditRow, Report
+from pwrewrite.report.terminal import text as text_of
 
 Golden = Callable[[str, str], None]
 NASTY = ("a.[bold red]x[/].y", "p|q`r``s", "new\nline\x1b[31m")
@@ -67,19 +68,21 @@ def report(paths: tuple[str, ...] = ("layer1.0.conv1", "layer1.0.conv2", "stem")
 
 @pytest.mark.parametrize("width", [100, 80])
 def test_table(same_as_golden: Golden, width: int) -> None:
-    same_as_golden(f"rewrite_{width}.txt", rewrite.render(report(), width=width))
+    same_as_golden(f"rewrite_{width}.txt", text_of(rewrite.page(report()), width))
 
 
 def test_table_of_everything(same_as_golden: Golden) -> None:
-    same_as_golden("rewrite_all.txt", rewrite.render(report(), everything=True))
+    same_as_golden("rewrite_all.txt", text_of(rewrite.page(report(), everything=True)))
 
 
 def test_plan(same_as_golden: Golden) -> None:
-    same_as_golden("rewrite_plan.txt", rewrite.render(report(verification=None, output_changes=()), planned=True))
+    same_as_golden(
+        "rewrite_plan.txt", text_of(rewrite.page(report(verification=None, output_changes=()), planned=True))
+    )
 
 
 def test_markdown(same_as_golden: Golden) -> None:
-    same_as_golden("rewrite.md", rewrite_markdown.render(report()))
+    same_as_golden("rewrite.md", markdown(rewrite.page(report())))
 
 
 @pytest.mark.parametrize("width", [100, 80, 60])
@@ -92,13 +95,13 @@ def test_markdown(same_as_golden: Golden) -> None:
 def test_no_line_is_wider_than_asked(names: tuple[str, ...], everything: bool, width: int) -> None:
     made = report(names, target="t" * 300, notes=("n" * 250,))
     made = replace(made, skips=tuple(replace(skip, path=name) for skip, name in zip(made.skips, names, strict=True)))
-    text = rewrite.render(made, width=width, everything=everything)
+    text = text_of(rewrite.page(made, everything=everything), width)
     assert max(map(cell_len, text.splitlines())) <= width
     assert "\x1b" not in text
 
 
 def test_the_order_is_saving_proof_layers_rest() -> None:
-    for text in (rewrite.render(report()), rewrite_markdown.render(report())):
+    for text in (text_of(rewrite.page(report())), markdown(rewrite.page(report()))):
         places = [text.index(word) for word in ("parameters", "Proof", "Layers", "Left as they are", "random")]
         assert places == sorted(places)
 
@@ -106,19 +109,19 @@ def test_the_order_is_saving_proof_layers_rest() -> None:
 def test_failures_come_first_and_name_the_place() -> None:
     checks = (*PROOF.checks, Check("gradients", False, "stem.weight gets none"))
     failed = Verification(checks, 0.5, None, "stem")
-    assert rows.check_lines(failed)[0] == (False, "gradients", "stem.weight gets none")
     assert rows.proof_text(failed) == "FAILED: 1 of 4 checks, from stem on · relative output error 0.500"
-    text = plain_text(rewrite.verification_page(failed, ("one", "two")), 100)
+    page = rewrite.verification_page(failed, ("one", "two"))
+    text = text_of(page)
     assert text.startswith("one\nagainst two\n")
-    assert "✗  gradients" in text
-    assert "✗ | gradients" in rewrite_markdown.verification(failed, ("one", "two"))
+    assert re.search("Proof .*\n✗  gradients", text)
+    assert "✗ | gradients" in markdown(page)
 
 
 def test_only_the_largest_savings_are_shown_unless_all_are_asked_for() -> None:
     many = tuple(edit(f"layer{i}", "reduce", {"rank_in": 4}, 0.5) for i in range(30))
-    text = rewrite.render(report(edits=many))
+    text = text_of(rewrite.page(report(edits=many)))
     assert "… and 10 more that save less (--all)" in text
-    assert "layer29" in rewrite.render(report(edits=many), everything=True)
+    assert "layer29" in text_of(rewrite.page(report(edits=many), everything=True))
 
 
 def test_changes_and_errors_in_words() -> None:

@@ -1,0 +1,92 @@
+"""What results are made of: records that turn into JSON data, and print as their report.
+
+`Record` gives a dataclass ``to_dict``. `Shown` gives a result ``__str__``, ``__repr__`` and ``_repr_html_``, written by
+whatever `show_with` names: records stand below the reports that show them and import none of it. The package itself
+names ``pwrewrite.report.display``, which is imported when a result is first shown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any, ClassVar, Protocol
+
+
+def as_data(value: object) -> Any:
+    """Plain JSON data: records become objects, tuples lists, and members of an enum their value."""
+    if isinstance(value, Record):
+        return value.to_dict()
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.metadata.get("key", f.name): as_data(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): as_data(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_data(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+def key(name: str) -> dict[str, str]:
+    """Metadata for a field that has another name in JSON."""
+    return {"key": name}
+
+
+class Record:
+    """A dataclass with ``to_dict``.
+
+    Attributes:
+        also: Names of properties that JSON holds, too.
+    """
+
+    __slots__ = ()
+    also: ClassVar[tuple[str, ...]] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON data."""
+        names = {f.name: f.metadata.get("key", f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {names.get(n, n): as_data(getattr(self, n)) for n in (*self.also, *names)}
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """`to_dict` as JSON text.
+
+        Args:
+            indent: Spaces per level; None for one line.
+        """
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+class Display(Protocol):
+    """What shows results: the whole report as text and as HTML, and a line about it."""
+
+    def text(self, result: object) -> str:
+        """The report as the command prints it."""
+
+    def html(self, result: object) -> str:
+        """The report as an HTML fragment."""
+
+    def summary(self, result: object) -> str:
+        """The result in one line."""
+
+
+_display: list[Callable[[], Display]] = []
+
+
+def show_with(load: Callable[[], Display]) -> None:
+    """Names what shows results; ``load`` is called whenever one is shown."""
+    _display[:] = [load]
+
+
+class Shown:
+    """A result that prints as its report, and shows it in a notebook."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return _display[0]().text(self)
+
+    def __repr__(self) -> str:
+        return _display[0]().summary(self)
+
+    def _repr_html_(self) -> str:
+        return _display[0]().html(self)
