@@ -90,7 +90,7 @@ def _descriptor_to_stderr() -> Iterator[None]:
     try:
         if sys.__stdout__ is not None:
             sys.__stdout__.flush()
-        kept = os.dup(1)
+        stdout = os.dup(1)
     except (OSError, ValueError):  # closed
         yield
         return
@@ -100,8 +100,8 @@ def _descriptor_to_stderr() -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            os.dup2(kept, 1)
-            os.close(kept)
+            os.dup2(stdout, 1)
+            os.close(stdout)
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def flag_of(record: type, name: str) -> str:
     return next((t.flags[0] for each, t in typed_fields(record) if each.name == name and t.flags), name)
 
 
-def given(record: Any, *others: type) -> list[str]:
+def changed(record: Any, *others: type) -> list[str]:
     """Names of the options of a record that differ from their defaults, without those that other records have too."""
     shared = {each.name for other in others for each in fields(other)}
     values = {each.name: (getattr(record, each.name), default_of(each)) for each in fields(record)}

@@ -83,13 +83,13 @@ def _checked(context: Context) -> Results:
     if not context.has_values:
         results.notes.append("the weights are on meta: numerics, training, gradients and reloading were not checked")
     else:
-        found, context, runs = check_evaluation(context)
-        results.add(found)
+        more, context, runs = check_evaluation(context)
+        results.add(more)
         if runs and context.options.thorough:
-            found, context = check_batch_sizes(context, bool(results.samples))
-            results.add(found)
-            found, context = check_spatial_sizes(context)
-            results.add(found)
+            more, context = check_batch_sizes(context, bool(results.samples))
+            results.add(more)
+            more, context = check_spatial_sizes(context)
+            results.add(more)
             results.add(check_reloading(context))
             results.add(check_training(context))
         if not context.options.thorough:

@@ -97,37 +97,37 @@ def layer_differences(
         equally often, those of the reference, and the module in which the rewritten model raised.
     """
     paths = common_paths(original, rewritten).difference(skip)
-    kept: dict[Key, list[Tensor]] = {}
+    outputs: dict[Key, list[Tensor]] = {}
 
     def keep(key: Key, output: Any) -> None:
-        kept[key] = [t.detach().clone() for t in flatten(output).floating.values()]
+        outputs[key] = [t.detach().clone() for t in flatten(output).floating.values()]
 
     _watch(original, paths, inputs, seed, training, keep)
 
     calls: Counter[str] = Counter()
 
-    def differ(found: dict[Key, float]) -> Callable[[Key, Any], None]:
+    def differ(errors: dict[Key, float]) -> Callable[[Key, Any], None]:
         calls.clear()
 
         def see(key: Key, output: Any) -> None:
             calls[key[0]] += 1
-            old, new = kept.get(key), list(flatten(output).floating.values())
+            old, new = outputs.get(key), list(flatten(output).floating.values())
             if old is None:
                 return
             same = len(old) == len(new) and all(a.shape == b.shape for a, b in zip(old, new))
-            found[key] = max((relative_difference(b, a) for a, b in zip(old, new)), default=0.0) if same else inf
+            errors[key] = max((relative_difference(b, a) for a, b in zip(old, new)), default=0.0) if same else inf
 
         return see
 
     rounding: dict[Key, float] = {}
     if reference is not None and reference_inputs is not None:
         _watch(reference, paths, reference_inputs, seed, training, differ(rounding))
-    found: dict[Key, float] = {}
-    raised = _watch(rewritten, paths, inputs, seed, training, differ(found))
+    errors: dict[Key, float] = {}
+    raised = _watch(rewritten, paths, inputs, seed, training, differ(errors))
     # Where a layer is called less often than before, its calls are no longer the same ones.
-    before = Counter(path for path, _ in kept)
+    before = Counter(path for path, _ in outputs)
     other = {path for path, count in before.items() if calls[path] != count} if raised is None else set()
-    return {key: found[key] for key in kept if key in found and key[0] not in other}, rounding, raised
+    return {key: errors[key] for key in outputs if key in errors and key[0] not in other}, rounding, raised
 
 
 def first_divergence(
@@ -155,8 +155,8 @@ def first_divergence(
     Returns:
         The path; `ROOT` where all layers agree and the model's own code does not.
     """
-    found, _, raised = layer_differences(original, rewritten, inputs, seed=seed, training=training)
-    apart = [path for (path, _), error in found.items() if not error <= allowed or error == inf]
+    errors, _, raised = layer_differences(original, rewritten, inputs, seed=seed, training=training)
+    apart = [path for (path, _), error in errors.items() if not error <= allowed or error == inf]
     outside = [path for path in apart if not within(path, edited)]
     return next(iter(outside + apart), raised or ROOT)
 
@@ -168,17 +168,17 @@ def within(path: str, edited: Collection[str]) -> bool:
 
 def first_shape_divergence(before: Capture, after: Capture) -> str:
     """The same from two captures, where there are no values: shapes and dtypes of what is called under common paths."""
-    found, now = _made_at(before), _made_at(after)
-    return next((path for path, made in found.items() if path in now and now[path] != made), ROOT)
+    old, new = _outputs_at(before), _outputs_at(after)
+    return next((path for path, specs in old.items() if path in new and new[path] != specs), ROOT)
 
 
-def _made_at(capture: Capture) -> dict[str, tuple[Any, ...]]:
+def _outputs_at(capture: Capture) -> dict[str, tuple[Any, ...]]:
     """Path to the output of the last node there, or within: leaves in the order of the original."""
-    made: dict[str, tuple[Any, ...]] = {}
+    outputs: dict[str, tuple[Any, ...]] = {}
     for node in capture.graph.nodes:
         path = node.target if node.op == "call_module" else ""
         while path:
-            made.pop(path, None)  # in the order in which modules return
-            made[path] = info(node).outputs
+            outputs.pop(path, None)  # in the order in which modules return
+            outputs[path] = info(node).outputs
             path = path.rpartition(".")[0]
-    return made
+    return outputs

@@ -49,9 +49,9 @@ def backward(model: nn.Module, output: Flat) -> Gradients:
         total.backward()  # type: ignore[no-untyped-call]
     except Exception as error:
         return Gradients(error=first_line(error))
-    found = {name: p.grad for name, p in model.named_parameters(remove_duplicate=False)}
+    gradients = {name: p.grad for name, p in model.named_parameters(remove_duplicate=False)}
     model.zero_grad(set_to_none=True)
-    return Gradients(found)
+    return Gradients(gradients)
 
 
 def complaints(before: Mapping[str, Tensor | None], after: Mapping[str, Tensor | None]) -> list[str]:
@@ -64,19 +64,19 @@ def complaints(before: Mapping[str, Tensor | None], after: Mapping[str, Tensor |
     Returns:
         One sentence per parameter.
     """
-    found = []
+    problems = []
     for name, gradient in after.items():
         old = name in before
         if old and before[name] is None:
             continue
         if gradient is None:
             if old:
-                found.append(f"{name} got a gradient before and gets none now")
+                problems.append(f"{name} got a gradient before and gets none now")
             elif _layer_learned(name, before):
-                found.append(f"{name} is new and gets no gradient")
+                problems.append(f"{name} is new and gets no gradient")
         elif not _finite(gradient) and (not old or _finite(before[name])):
-            found.append(f"{name} gets a gradient that is not finite")
-    return found
+            problems.append(f"{name} gets a gradient that is not finite")
+    return problems
 
 
 def _finite(gradient: Tensor | None) -> bool:

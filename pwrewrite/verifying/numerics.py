@@ -59,9 +59,9 @@ def _real(t: Tensor) -> Tensor:
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
-def _norms(found: Tensor, reference: Tensor) -> tuple[float, float, int]:
-    """Norms of the difference and of the reference where that is finite, and how often only ``found`` is not finite."""
-    a, b = _wide(_real(found)), _wide(_real(reference).to(found.device))
+def _norms(value: Tensor, reference: Tensor) -> tuple[float, float, int]:
+    """Norms of the difference and of the reference where that is finite, and how often only ``value`` is not finite."""
+    a, b = _wide(_real(value)), _wide(_real(reference).to(value.device))
     difference, norm = _norm(a - b), _norm(b)
     if isfinite(difference) and isfinite(norm):
         return difference, norm, 0
@@ -82,13 +82,13 @@ def _norm(t: Tensor) -> float:
     return float(torch.linalg.vector_norm(t, dtype=torch.float64))
 
 
-def relative_difference(found: Tensor, reference: Tensor) -> float:
-    """``‖found − reference‖ / ‖reference‖`` over the finite part of the reference.
+def relative_difference(value: Tensor, reference: Tensor) -> float:
+    """``‖value − reference‖ / ‖reference‖`` over the finite part of the reference.
 
     Returns:
-        ∞ where only ``found`` is not finite; the largest float where only the reference is zero.
+        ∞ where only ``value`` is not finite; the largest float where only the reference is zero.
     """
-    difference, norm, spoiled = _norms(found, reference)
+    difference, norm, spoiled = _norms(value, reference)
     if spoiled:
         return inf
     return difference / norm if norm else (float_info.max if difference else 0.0)
@@ -148,15 +148,15 @@ def compare(before: Flat, after: Flat, bound: Bound) -> Comparison:
     result = Comparison()
     squares = norms = 0.0
     for path, reference in before.tensors.items():
-        found = after.tensors.get(path)
-        if found is None or found.shape != reference.shape:
+        value = after.tensors.get(path)
+        if value is None or value.shape != reference.shape:
             result.uncompared.append(path)
             continue
         if path not in before.floating:
-            _count_flips(path, found, reference, bound, result)
+            _count_flips(path, value, reference, bound, result)
             continue
         result.compared += 1
-        difference, norm, spoiled = _norms(found, reference)
+        difference, norm, spoiled = _norms(value, reference)
         if spoiled:
             result.spoiled[path] = spoiled
             continue
@@ -169,7 +169,7 @@ def compare(before: Flat, after: Flat, bound: Bound) -> Comparison:
         else:
             result.zero.append(path)
             error = inf if difference else 0.0
-            allowed = min(limit, bound.overall) * bound.scale * sqrt(max(found.numel(), 1))
+            allowed = min(limit, bound.overall) * bound.scale * sqrt(max(value.numel(), 1))
             if not difference <= allowed:
                 result.exceeded.append(f"output{path} was zero, now has norm {difference:.2e}, allowed {allowed:.2e}")
         if result.worst is None or error > result.worst[1]:
@@ -181,13 +181,13 @@ def compare(before: Flat, after: Flat, bound: Bound) -> Comparison:
     return result
 
 
-def _count_flips(path: str, found: Tensor, reference: Tensor, bound: Bound, result: Comparison) -> None:
+def _count_flips(path: str, value: Tensor, reference: Tensor, bound: Bound, result: Comparison) -> None:
     if bound.flips is None:
         return
-    different = int((found != reference.to(found.device)).sum())
-    allowed = max(bound.flips.get(path, 0), found.numel() // 1000)
+    different = int((value != reference.to(value.device)).sum())
+    allowed = max(bound.flips.get(path, 0), value.numel() // 1000)
     if different > allowed:
-        result.exceeded.append(f"output{path} differs in {different} of {found.numel()} values, allowed {allowed}")
+        result.exceeded.append(f"output{path} differs in {different} of {value.numel()} values, allowed {allowed}")
 
 
 def flips(before: Flat, after: Flat) -> dict[str, int]:
@@ -199,11 +199,11 @@ def flips(before: Flat, after: Flat) -> dict[str, int]:
     }
 
 
-def errors(found: Flat, reference: Flat) -> dict[str, float]:
+def errors(value: Flat, reference: Flat) -> dict[str, float]:
     """Relative difference of each floating tensor to a reference, where shapes agree."""
     return {
         path: relative_difference(t, reference.tensors[path])
-        for path, t in found.floating.items()
+        for path, t in value.floating.items()
         if path in reference.tensors and reference.tensors[path].shape == t.shape
     }
 

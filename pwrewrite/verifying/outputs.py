@@ -114,21 +114,21 @@ def differences(before: Flat, after: Flat, free: Collection[tuple[str, int]] = (
     Returns:
         One sentence per difference; those of structure first.
     """
-    found = []
+    problems = []
     for path, kind in before.kinds.items():
         now = after.kinds.get(path, "nothing")
         if now != kind:
-            found.append(f"output{path} was a {kind}, now {now}")
-    found += [f"output{path} is new: {kind}" for path, kind in after.kinds.items() if path not in before.kinds]
+            problems.append(f"output{path} was a {kind}, now {now}")
+    problems += [f"output{path} is new: {kind}" for path, kind in after.kinds.items() if path not in before.kinds]
     for path, old in before.tensors.items():
         new = after.tensors.get(path)
         if new is None:
             continue
         if not _same_shape(path, tuple(old.shape), tuple(new.shape), free):
-            found.append(f"output{path} had shape {dims(old.shape)}, now {dims(new.shape)}")
+            problems.append(f"output{path} had shape {dims(old.shape)}, now {dims(new.shape)}")
         if old.dtype != new.dtype:
-            found.append(f"output{path} had dtype {dtype_text(old.dtype)}, now {dtype_text(new.dtype)}")
-    return found
+            problems.append(f"output{path} had dtype {dtype_text(old.dtype)}, now {dtype_text(new.dtype)}")
+    return problems
 
 
 def _same_shape(path: str, old: tuple[int, ...], new: tuple[int, ...], free: Collection[tuple[str, int]]) -> bool:

@@ -62,8 +62,7 @@ class Budgeted:
             plan = search(self.planner, metric, budget.max_drop, budgets=self.limits).choice.plan
         elif plan is None:
             plan = self.planner.choose(self.limits).plan
-        self.run.decomposer = self.planner.decomposer
-        self.run.all(plan)
+        self.run.all(plan, self.planner.decomposer)
         if self.run.rows:
             self.run.fitted(self.planner.refit(self.run.model, self.run.plan))
 

@@ -19,7 +19,7 @@ from typing import Any, cast
 from ..capturing.records import Capture, Layer
 from ..core.errors import RefusedError, UsageError
 from ..core.numbers import parse_width
-from ..core.option import flag_of, given
+from ..core.option import changed, flag_of
 from ..core.options import LayerOptions, PassOptions, Width
 from ..core.plan import Edit, Op, Skip, SkipReason
 from ..forms import FORMS
@@ -180,7 +180,7 @@ def _named(name: Any) -> type[Pass] | Pass:
 
 def _check(options: PassOptions, forms: Sequence[LayerForm], kinds: Sequence[type[Pass]]) -> None:
     """Refuses options that would do nothing, before any model is built."""
-    idle = [name for name in given(options) if name in _OF_PASSES]
+    idle = [name for name in changed(options) if name in _OF_PASSES]
     flag = flag_of(PassOptions, idle[0]) if idle else ""
     if idle and forms and not options.passes:
         raise UsageError(

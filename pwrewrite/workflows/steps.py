@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -18,6 +18,7 @@ from ..analysis.records import Analysis
 from ..capturing import Inputs, capture
 from ..capturing.records import Capture, info
 from ..core.cost import Cost
+from ..core.numbers import dims
 from ..core.plan import Edit, Estimate, Op, Plan, Skip, SkipReason
 from ..core.verification import Verification
 from ..edit.actions import Decomposer
@@ -51,8 +52,8 @@ def propose(captured: Capture, passes: Sequence[Pass]) -> Plan:
     """
     plan = Plan(model=model_facts(captured))
     taken: set[str] = set()
-    for one in passes:
-        proposals = one.propose(captured)
+    for each in passes:
+        proposals = each.propose(captured)
         ops = tuple(p for p in proposals if isinstance(p, Op) and p.path not in taken)
         taken |= {op.path for op in ops}
         plan = plan + Plan(ops, tuple(p for p in proposals if isinstance(p, Skip)))
@@ -97,7 +98,6 @@ class Run:
     Attributes:
         first: The capture of the model as it was.
         state: What the steps so far made of it.
-        decomposer: Gives the factors of a layer; the plain decomposition where None.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, say: Progress, *, fill: bool = True) -> None:
@@ -105,7 +105,6 @@ class Run:
         say("capturing", None)
         self.first = capture(model, inputs)
         self.state = State(model, self.first)
-        self.decomposer: Decomposer | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -136,12 +135,12 @@ class Run:
         """Goes on from another state, such as an earlier one or one that was tried."""
         self.state = state
 
-    def all(self, what: Sequence[Pass] | Plan) -> None:
-        """Carries out passes, or a plan."""
+    def all(self, what: Sequence[Pass] | Plan, decomposer: Decomposer | None = None) -> None:
+        """Carries out passes, or a plan, whose weights a decomposer may give."""
         if isinstance(what, Plan):
             self.state = replace(self.state, plan=replace(self.plan, skips=what.skips, budget=what.budget))
             for part in self._parts(what):
-                self.step(part)
+                self.state = self.tried(part, decomposer=decomposer)
             return
         for i, each in enumerate(what):
             self.say(f"{each.name}: proposing", None)
@@ -161,7 +160,7 @@ class Run:
         """Carries out one plan on the model as it is now."""
         self.state = self.tried(plan, fill=fill)
 
-    def tried(self, plan: Plan, *, fill: bool | None = None) -> State:
+    def tried(self, plan: Plan, *, fill: bool | None = None, decomposer: Decomposer | None = None) -> State:
         """What carrying out one plan on the model as it is now would come to; the run stays where it is."""
         state = self.state
         if not plan.ops:
@@ -171,7 +170,7 @@ class Run:
             state.model,
             plan,
             fill=self.fill if fill is None else fill,
-            decomposer=self.decomposer,
+            decomposer=decomposer,
             probe=probe_for(plan, state.captured, self.inputs),
             progress=lambda path: self.say(f"rewriting {path}", names.index(path) / len(names)),
         )
@@ -222,15 +221,15 @@ class Run:
     def skips(self) -> tuple[Skip, ...]:
         """One skip a layer, the one that tells most; none for what this run itself put in."""
         inside = tuple(f"{row.edit.path}." if row.edit.path else "" for row in self.rows)
-        found: dict[str, Skip] = {}
+        skips: dict[str, Skip] = {}
         for skip in self.plan.skips:
             ours = bool(inside) and skip.path.startswith(inside)
             if ours and (skip.reason in _MILD or skip.reason is SkipReason.ALREADY_BOTTLENECK):
                 continue
-            old = found.get(skip.path)
+            old = skips.get(skip.path)
             if old is None or skip.reason is old.reason or (old.reason in _MILD and skip.reason not in _MILD):
-                found[skip.path] = skip
-        return tuple(found.values())
+                skips[skip.path] = skip
+        return tuple(skips.values())
 
     def report(self, before: Analysis, after: Analysis, target: str | None, proof: Verification | None) -> Report:
         """The report."""
@@ -246,26 +245,26 @@ class Run:
         )
 
 
-def _reads_weights(one: Pass) -> bool:
-    return getattr(one, "energy", None) is not None or bool(getattr(one, "vbmf", False))
+def _reads_weights(each: Pass) -> bool:
+    return getattr(each, "energy", None) is not None or bool(getattr(each, "vbmf", False))
 
 
 def _estimate(op: Op, captured: Capture) -> Estimate | None:
     """An op's effect from the capture that it is carried out on; None where it is not about a single layer."""
     if op.action != "factorize":
         return None
-    layer = next((one for one in captured.layers if op.path in (one.path, *one.aliases)), None)
+    layer = next((layer for layer in captured.layers if op.path in (layer.path, *layer.aliases)), None)
     if layer is None or not layer.called:
         return None
     spec, settings = spec_of(layer), op.settings
     axes, norm, activation = (settings.get(name) for name in ("axes", "norm", "activation"))
-    found = estimate_chain(layer, spec, settings["form"], settings["widths"], axes)
+    estimate = estimate_chain(layer, spec, settings["form"], settings["widths"], axes)
     if norm or activation:  # which may have parameters of their own
-        made = build(
+        module = build(
             spec, settings["form"], settings["widths"], axes=axes, norm=norm, activation=activation, device="meta"
         )
-        found = replace(found, params_after=sum(p.numel() for p in made.parameters()))
-    return found
+        estimate = replace(estimate, params_after=sum(p.numel() for p in module.parameters()))
+    return estimate
 
 
 def _macs_by_path(captured: Capture) -> dict[str, int]:
@@ -297,7 +296,7 @@ def _output_changes(before: Capture, after: Capture) -> tuple[str, ...]:
     """Outputs whose static shape changed, as sentences."""
     old, new = (info(next(reversed(c.graph.nodes))).inputs for c in (before, after))
     return tuple(
-        f"output {i}: {'×'.join(map(str, a.shape))} → {'×'.join(map(str, b.shape))}"
+        f"output {i}: {dims(a.shape)} → {dims(b.shape)}"
         for i, (a, b) in enumerate(zip(old, new))
         if a.shape != b.shape and before.coverage.values == "meta"
     )
@@ -305,10 +304,10 @@ def _output_changes(before: Capture, after: Capture) -> tuple[str, ...]:
 
 def _narrowed(rows: Sequence[EditRow]) -> list[str]:
     """What else became narrower with projections, as sentences."""
-    told = []
+    sentences = []
     for edit in (row.edit for row in rows if row.edit.op.action == "project"):
         settings = edit.op.settings
-        told += [
+        sentences += [
             f"the concatenation behind {edit.path} is narrower: {out['before']} → {out['after']} channels"
             for out in settings.get("outputs", ())
         ]
@@ -316,8 +315,8 @@ def _narrowed(rows: Sequence[EditRow]) -> list[str]:
         for reader in settings.get("consumers", ()):
             before = reader["layer"]["in_channels"]
             after = before - gone * reader["repeat"]
-            told.append(f"{reader['path']}, behind {edit.path}, takes fewer channels: {before} → {after}")
-    return told
+            sentences.append(f"{reader['path']}, behind {edit.path}, takes fewer channels: {before} → {after}")
+    return sentences
 
 
 def join_names(first: Mapping[str, tuple[str, ...]], then: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -327,15 +326,14 @@ def join_names(first: Mapping[str, tuple[str, ...]], then: Mapping[str, tuple[st
         first: The earlier one.
         then: The later one, which may rename what the earlier one made.
     """
-    made = {name for names in first.values() for name in names}
+    renamed = {name for names in first.values() for name in names}
     joined = {old: tuple(n for name in names for n in then.get(name, (name,))) for old, names in first.items()}
-    return joined | {old: tuple(names) for old, names in then.items() if old not in made}
+    return joined | {old: tuple(names) for old, names in then.items() if old not in renamed}
 
 
 def totals(analysis: Analysis) -> dict[str, int]:
     """The totals that a report compares."""
-    found: dict[str, int] = analysis.to_dict()["totals"]
-    return found
+    return cast("dict[str, int]", analysis.to_dict()["totals"])
 
 
 def model_facts(captured: Capture, **more: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..core.errors import UsageError
-from ..core.option import flag_of, from_keywords, given, refuse_unknown
+from ..core.option import changed, flag_of, from_keywords, refuse_unknown
 from ..core.options import Budget, LayerOptions, PassOptions, Proof
 from ..core.plan import Plan
 from ..passes import Pass
@@ -76,7 +76,7 @@ def what_of(passes: PassOptions, budget: Budget, plan: Plan | None = None, allow
     )
     plan = budget.plan if plan is None else plan
     limited = bool(_limits(budget)) or budget.max_drop is not None
-    for_passes, for_budget = given(passes, LayerOptions), given(budget, LayerOptions)
+    for_passes, for_budget = changed(passes, LayerOptions), changed(budget, LayerOptions)
     for_budget = [name for name in for_budget if name not in ("seed", "plan")]
     check_goes_with_calibration(budget)
     if not limited and budget.calibration is None:
@@ -84,7 +84,7 @@ def what_of(passes: PassOptions, budget: Budget, plan: Plan | None = None, allow
             raise UsageError(f"{flag_of(Budget, for_budget[0])} goes with --budget or --calibration")
         if plan is None:
             return passes_of(passes, allow_output_change)
-        if own := given(passes):
+        if own := changed(passes):
             raise _excluded(flag_of(PassOptions, own[0]))
         return plan
     if for_passes:
@@ -93,8 +93,8 @@ def what_of(passes: PassOptions, budget: Budget, plan: Plan | None = None, allow
             hint="a budget chooses layers, forms and widths; --forms, --include and --exclude restrict it",
         )
     if plan is not None:
-        choosing = [n for n in given(budget) if n in ("limits", "forms", "max_layer_error", "gate", "max_drop")]
-        choosing += [name for name in given(budget) if name in LayerOptions.__dataclass_fields__]
+        choosing = [n for n in changed(budget) if n in ("limits", "forms", "max_layer_error", "gate", "max_drop")]
+        choosing += [name for name in changed(budget) if name in LayerOptions.__dataclass_fields__]
         if choosing:
             raise _excluded(flag_of(Budget, choosing[0]))
     elif not limited:
