@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .form_names import FORM_NAMES
 from .numbers import parse_arg, parse_error, parse_share, parse_width
 from .option import option, path
 
@@ -130,7 +131,7 @@ class PassOptions(LayerOptions):
     settings: Sequence[str] = _of_passes(
         (),
         "A form for one layer (or pattern), over --pass; repeatable: b3=reduce:96, 'layer4.*=bottleneck:64,32', "
-        "pool=project:32, fc=keep. Forms: bottleneck, reduce, expand, spatial, depthwise, pair, project, keep.",
+        f"pool=project:32, fc=keep. Forms: {', '.join(FORM_NAMES)}, project, keep.",
         "--set",
         metavar="PATH=FORM:W",
     )
@@ -224,7 +225,7 @@ class Budget(LayerOptions):
     )
     forms: Sequence[str] = _of_budget(
         ("all",),
-        r"What layers may become: all, 1x1 (reduce, expand, bottleneck, pair) or a list of forms. "
+        f"What layers may become: all, 1x1 (forms that add 1×1 layers only) or some of {', '.join(FORM_NAMES)}. "
         r"[dim]\[default: all][/]",
         "--forms",
         metavar="NAMES",

@@ -15,18 +15,22 @@ blocks are used, one per input channel: correlations *between* input channels ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from .layout import Factors, Stage, from_forward_layout, pointwise_weight, prepare_kernel, spatial_size
-from .spectrum import MatrixSpectrum, Spectrum, Truncation
+from .last_factor import PairFactors
+from .layout import Stage, from_forward_layout, pointwise_weight, prepare_kernel
+from .spectrum import Spectrum, Truncation
 from .weighting import SideWeight, side_weight
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Depthwise(Factors):
+class Depthwise(PairFactors):
     """A depthwise k×k convolution with ``terms`` filters per channel, and a pointwise one.
 
     Attributes:
@@ -38,6 +42,8 @@ class Depthwise(Factors):
     depthwise: Tensor
     pointwise: Tensor
     terms: int
+
+    last = "pointwise"
 
     @property
     def rank(self) -> int:
@@ -63,9 +69,28 @@ class Depthwise(Factors):
         axes = tuple(range(self.depthwise.dim() - 2))
         depthwise = from_forward_layout(self.depthwise, self.in_channels, transposed)
         return (
-            Stage("depthwise", depthwise, self.in_channels, transposed, axes),
-            Stage("pointwise", pointwise_weight(self.pointwise, len(axes)), self.groups, False, ()),
+            Stage(depthwise, self.in_channels, transposed, axes),
+            Stage(pointwise_weight(self.pointwise, len(axes)), self.groups, False, ()),
         )
+
+    def inner(self, patches: Tensor, spatial: Sequence[int]) -> Tensor:
+        """See `PairFactors.inner`; rows are ``(terms, in)``."""
+        taps, columns = math.prod(spatial), patches.shape[-1]
+        filters = self.depthwise.reshape(-1, self.terms, taps).to(patches)  # (in, terms, taps)
+        values = (filters @ patches.reshape(-1, taps, columns)).reshape(self.groups, -1, self.terms, columns)
+        return values.transpose(1, 2).reshape(self.groups, -1, columns)
+
+    def last_matrix(self) -> Tensor:
+        """See `PairFactors.last_matrix`."""
+        out = self.pointwise.shape[0] // self.groups
+        by_channel = self.pointwise.reshape(self.groups, out, -1, self.terms)
+        return by_channel.transpose(2, 3).reshape(self.groups, out, -1)
+
+    def with_last(self, matrix: Tensor) -> Self:
+        """See `PairFactors.with_last`."""
+        by_term = matrix.reshape(*matrix.shape[:2], self.terms, -1)
+        pointwise = by_term.transpose(2, 3).reshape(self.pointwise.shape).to(self.pointwise)
+        return replace(self, pointwise=pointwise, relative_error=float("nan"), weighted_error=float("nan"))
 
 
 def depthwise_spectrum(
@@ -91,7 +116,7 @@ def depthwise_spectrum(
     """
     prepared = prepare_kernel(kernel, groups)
     out, channels, *spatial = prepared.shape
-    size = spatial_size(prepared.shape)
+    size = math.prod(spatial)
     sliced = prepared.reshape(groups, out // groups, channels, size).transpose(1, 2)
     matrix = sliced.reshape(groups * channels, out // groups, size)
     left = side_weight(output_weight, groups, out // groups, 1, prepared, "output_weight")
@@ -111,7 +136,7 @@ def depthwise_spectrum(
             weighted_error=cut.weighted_error,
         )
 
-    return Spectrum(MatrixSpectrum(matrix, left, right), build)
+    return Spectrum(matrix, left, right, build)
 
 
 def _channel_blocks(weight: SideWeight | None, channels: int, size: int) -> SideWeight | None:
@@ -122,14 +147,3 @@ def _channel_blocks(weight: SideWeight | None, channels: int, size: int) -> Side
     grouped = weight.matrix.reshape(-1, channels, block, channels, block)
     blocks = torch.diagonal(grouped, dim1=1, dim2=3).movedim(-1, 1)
     return SideWeight(blocks.reshape(-1, block, block), size // block)
-
-
-def depthwise(
-    kernel: Tensor,
-    terms: int = 1,
-    groups: int = 1,
-    input_weight: Tensor | None = None,
-    output_weight: Tensor | None = None,
-) -> Depthwise:
-    """The best depthwise + pointwise pair with ``terms`` filters per channel; arguments as for `depthwise_spectrum`."""
-    return depthwise_spectrum(kernel, groups, input_weight, output_weight).truncate(terms)

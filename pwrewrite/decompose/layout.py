@@ -22,9 +22,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,8 +32,6 @@ from ..core.errors import RefusedError, UsageError
 
 #: How many elements of a float32 tensor are summed in float32.
 _NORM_PIECE = 4096
-
-_F = TypeVar("_F", bound="Factors")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -199,7 +196,6 @@ class Stage:
     """One convolution of a factorised convolution.
 
     Attributes:
-        name: ``reduce``, ``core``, ``expand``, ``first``, ``second``, ``depthwise`` or ``pointwise``.
         weight: In the layout of the convolution that the stage is: ``(out, in/groups, *k)``, or
             ``(in, out/groups, *k)`` when ``transposed``.
         groups: Number of groups of this stage.
@@ -208,30 +204,19 @@ class Stage:
             output padding. On the other axes: size 1, stride 1, no padding.
     """
 
-    name: str
     weight: Tensor
     groups: int
     transposed: bool
     axes: tuple[int, ...]
 
-    @property
-    def in_channels(self) -> int:
-        """Input channels, over all groups."""
-        return self.weight.shape[0] if self.transposed else self.weight.shape[1] * self.groups
-
-    @property
-    def out_channels(self) -> int:
-        """Output channels, over all groups."""
-        return self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Factors:
+class Factors(ABC):
     """What every form has in common.
 
     Attributes:
         groups: Groups of the original convolution.
-        relative_error: ``‖W − Ŵ‖ / ‖W‖`` of the factors as they are returned (before any `to`); 0 for a zero kernel.
+        relative_error: ``‖W − Ŵ‖ / ‖W‖`` of the factors as they are returned; 0 for a zero kernel.
         weighted_error: The same in the norm that was minimised, ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖``; equal to
             ``relative_error`` when no weights were given.
     """
@@ -240,31 +225,17 @@ class Factors:
     relative_error: float
     weighted_error: float
 
+    @abstractmethod
     def reconstruct(self) -> Tensor:
         """The kernel ``(out, in/groups, *k)`` that the factors stand for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stages(self, transposed: bool = False) -> tuple[Stage, ...]:
         """The factors as a chain of convolutions, first to last.
 
         Args:
             transposed: Whether the original is a transposed convolution (brought to forward layout before).
         """
-        raise NotImplementedError
-
-    @property
-    def params(self) -> int:
-        """Parameters of all factors, biases apart."""
-        return sum(stage.weight.numel() for stage in self.stages())
-
-    def to(self: _F, target: torch.dtype | torch.device | str) -> _F:
-        """The same factors in another dtype or on another device; the errors stay those of the original factors."""
-        changed = {
-            field.name: getattr(self, field.name).to(target)
-            for field in fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
-        }
-        return replace(self, **changed)
 
 
 def pointwise_weight(matrix: Tensor, spatial_axes: int) -> Tensor:
@@ -275,8 +246,3 @@ def pointwise_weight(matrix: Tensor, spatial_axes: int) -> Tensor:
 def relative(residual: float, norm: float) -> float:
     """``residual / norm``, and 0 for a zero kernel, which every factorisation meets exactly."""
     return residual / norm if norm else 0.0
-
-
-def spatial_size(shape: Sequence[int]) -> int:
-    """The product of the spatial sizes of a kernel shape ``(out, in/groups, *k)``."""
-    return math.prod(shape[2:])

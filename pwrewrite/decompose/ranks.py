@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import operator
 import re
-from typing import Protocol, SupportsIndex
+from typing import SupportsIndex
 
 import torch
-from torch import Tensor
 
 from ..core.errors import UsageError
 from .evbmf import evbmf_rank
+from .layout import Factors
+from .spectrum import Spectrum
 
 __all__ = ["RankSpec", "default_multiple", "energy_rank", "evbmf_rank", "resolve_rank", "round_rank"]
 
@@ -24,12 +25,6 @@ __all__ = ["RankSpec", "default_multiple", "energy_rank", "evbmf_rank", "resolve
 RankSpec = SupportsIndex | float | str
 
 _INTEGER = re.compile(r"[+-]?\d+")
-
-
-class HasErrors(Protocol):
-    """A spectrum: the relative error at rank 0, 1, …, full."""
-
-    relative_errors: Tensor
 
 
 def default_multiple(channels: int) -> int:
@@ -127,7 +122,7 @@ def _unreadable(spec: object, name: str) -> UsageError:
     )
 
 
-def energy_rank(spectrum: HasErrors, energy: float) -> int:
+def energy_rank(spectrum: Spectrum[Factors], energy: float) -> int:
     """The smallest rank that keeps a share of the energy ``‖W‖²`` (weighted, if the spectrum is).
 
     Args:

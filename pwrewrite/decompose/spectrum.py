@@ -29,12 +29,11 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..core.errors import UsageError
 from .eigen import LinAlgError, symmetric_eigen
 from .layout import Factors, check_finite, check_rank, frobenius, relative, wide_dtype
-from .weighting import SideWeight, multiply_root
+from .weighting import SideWeight, kronecker_multiply
 
-_F = TypeVar("_F", bound=Factors)
+_F = TypeVar("_F", bound=Factors, covariant=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,22 +84,29 @@ def gram_basis(gram: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.flip(-1), values.flip(-1).clamp(min=0)
 
 
-class MatrixSpectrum:
-    """The factorisation of a stack of matrices ``(groups, m, n)``.
+class Spectrum(Generic[_F]):
+    """One factorisation of a kernel as a stack of matrices, from which a form at any rank is read off.
 
     Args:
-        matrix: ``(groups, m, n)`` in the compute dtype.
+        matrix: The kernel's matricisation ``(groups, m, n)`` in the compute dtype.
         left: The weight of the rows, None for the identity.
         right: The weight of the columns, None for the identity.
+        build: Turns a truncation of the matrices into the form.
 
     Attributes:
-        matrix: As given.
+        matrix: The matricisation.
         energies: ``(groups, min(m, n))``: squared singular values of ``G^½ M C^½``, descending, in the widest dtype.
-        max_rank: ``min(m, n)``.
+        max_rank: ``min(m, n)``, the rank (per group) at which the form is exact.
+
+    Raises:
+        RefusedError: NaN or Inf.
     """
 
-    def __init__(self, matrix: Tensor, left: SideWeight | None = None, right: SideWeight | None = None) -> None:
+    def __init__(
+        self, matrix: Tensor, left: SideWeight | None, right: SideWeight | None, build: Callable[[Truncation], _F]
+    ) -> None:
         self.matrix = matrix
+        self._build = build
         self.norm = frobenius(matrix)
         check_finite(self.norm, matrix)
         self._left, self._right = left, right
@@ -116,12 +122,12 @@ class MatrixSpectrum:
         gram = (far.multiply(wide.mT).mT if far is not None else wide) @ wide.mT
         if near is not None:
             self._root, self._inverse = near.roots()
-            gram = multiply_root(self._root, multiply_root(self._root, gram).mT)
+            gram = kronecker_multiply(self._root, kronecker_multiply(self._root, gram).mT)
         self._basis, self.energies = gram_basis((gram + gram.mT) / 2)
 
     @property
     def losses(self) -> Tensor:
-        """``(max_rank + 1,)``: the squared weighted error at rank 0, 1, …, summed over the stack."""
+        """``(max_rank + 1,)``: the squared weighted error ``‖G^½ (W − Ŵ) C^½‖²`` at rank 0, 1, …"""
         energies = self.energies.sum(0)
         tails = energies.flip(0).cumsum(0).flip(0)
         return torch.cat([tails, tails.new_zeros(1)])
@@ -133,7 +139,7 @@ class MatrixSpectrum:
         return (losses / losses[0]).sqrt() if losses[0] > 0 else torch.zeros_like(losses)
 
     def right_basis(self, rank: int) -> Tensor:
-        """Rows of which the first r span what the right factor of rank r spans, for every r up to ``rank``.
+        """Rows of which the first r span what the first factor of rank r spans, for every r up to ``rank``.
 
         Args:
             rank: From 1 to ``max_rank``.
@@ -146,12 +152,18 @@ class MatrixSpectrum:
         """
         basis = self._basis[..., : check_rank(rank, self.max_rank)]
         if self._on_columns:
-            return (basis if self._inverse is None else multiply_root(self._inverse, basis)).mT
-        reach = basis if self._root is None else multiply_root(self._root, basis)
+            return (basis if self._inverse is None else kronecker_multiply(self._inverse, basis)).mT
+        reach = basis if self._root is None else kronecker_multiply(self._root, basis)
         return reach.mT @ self.matrix.to(basis.dtype)
 
-    def truncate(self, rank: int) -> Truncation:
-        """The best approximation of one rank, from the factorisation that is already there.
+    def with_right(self, rows: Tensor) -> _F:
+        """The form with a first factor given as ``(groups, rank, n)``, and zeros in the last."""
+        groups, rank, _ = rows.shape
+        nothing = rows.new_zeros(1).expand(groups, self.matrix.shape[1], rank)
+        return self._build(Truncation(nothing, rows, math.nan, math.nan))
+
+    def truncate(self, rank: int) -> _F:
+        """The form at one rank (per group), from the factorisation that is already there.
 
         Args:
             rank: From 1 to ``max_rank``.
@@ -166,9 +178,9 @@ class MatrixSpectrum:
             tall = basis.to(dtype)
             wide = tall.mT @ rows
         else:
-            orthonormal, triangle = torch.linalg.qr(multiply_root(self._inverse, basis))
+            orthonormal, triangle = torch.linalg.qr(kronecker_multiply(self._inverse, basis))
             tall = orthonormal.to(dtype)
-            projected = multiply_root(self._root, basis).mT @ rows.to(basis.dtype)
+            projected = kronecker_multiply(self._root, basis).mT @ rows.to(basis.dtype)
             wide = (triangle @ projected).to(dtype)
         left, right = (wide.mT, tall.mT) if self._on_columns else (tall, wide)
         residual = torch.baddbmm(self.matrix, left, right, alpha=-1)
@@ -176,66 +188,4 @@ class MatrixSpectrum:
         weighted = error
         if self._left is not None or self._right is not None:
             weighted = float(self.relative_errors[rank])
-        return Truncation(left, right, error, weighted)
-
-
-class Spectrum(Generic[_F]):
-    """One factorisation of a kernel in one form, from which the form at any rank is read off.
-
-    Args:
-        matrices: The factorised matricisation of the kernel.
-        build: Turns a truncation of it into the form.
-
-    Attributes:
-        max_rank: The rank (per group) at which the form is exact.
-        energies: ``(groups, max_rank)``: squared singular values, descending, in the widest dtype.
-        losses: ``(max_rank + 1,)``: the squared weighted error ``‖G^½ (W − Ŵ) C^½‖²`` at rank 0, 1, …
-        relative_errors: ``(max_rank + 1,)``: the square root of the losses over the loss at rank 0.
-    """
-
-    def __init__(self, matrices: MatrixSpectrum, build: Callable[[Truncation], _F]) -> None:
-        self._matrices = matrices
-        self._build = build
-        self.max_rank = matrices.max_rank
-        self.energies = matrices.energies
-        self.losses = matrices.losses
-        self.relative_errors = matrices.relative_errors
-
-    def right_basis(self, rank: int) -> Tensor:
-        """Rows of which the first r span what the first factor of rank r spans; see `MatrixSpectrum.right_basis`."""
-        return self._matrices.right_basis(rank)
-
-    def truncate(self, rank: int) -> _F:
-        """The form at one rank (per group), without another factorisation.
-
-        Args:
-            rank: From 1 to ``max_rank``.
-
-        Raises:
-            UsageError: A rank out of that range.
-        """
-        return self._build(self._matrices.truncate(rank))
-
-
-def svd_spectrum(matrix: Tensor, left: SideWeight | None = None, right: SideWeight | None = None) -> MatrixSpectrum:
-    """The factorisation of a matrix ``(m, n)`` or a stack of them ``(groups, m, n)``, for any use.
-
-    Args:
-        matrix: float32 or float64.
-        left: The weight of the rows.
-        right: The weight of the columns.
-
-    Returns:
-        The spectrum; its factors are stacked even for a single matrix.
-
-    Raises:
-        UsageError: Not a matrix or a stack of matrices in float32 or float64, or empty.
-        RefusedError: NaN or Inf.
-    """
-    stack = matrix.detach().reshape(1, *matrix.shape) if matrix.dim() == 2 else matrix.detach()
-    if stack.dim() != 3 or stack.dtype not in (torch.float32, torch.float64) or math.prod(stack.shape) == 0:
-        raise UsageError(
-            f"cannot factorise a tensor of shape {tuple(matrix.shape)} and dtype {matrix.dtype}",
-            expected="(m, n) or (groups, m, n) in float32 or float64, not empty",
-        )
-    return MatrixSpectrum(stack, left, right)
+        return self._build(Truncation(left, right, error, weighted))

@@ -88,9 +88,9 @@ class Tucker2(Factors):
         axes = tuple(range(self.core.dim() - 2))
         core = from_forward_layout(self.core, self.groups, transposed)
         return (
-            Stage("reduce", pointwise_weight(self.reduce, len(axes)), self.groups, False, ()),
-            Stage("core", core, self.groups, transposed, axes),
-            Stage("expand", pointwise_weight(self.expand, len(axes)), self.groups, False, ()),
+            Stage(pointwise_weight(self.reduce, len(axes)), self.groups, False, ()),
+            Stage(core, self.groups, transposed, axes),
+            Stage(pointwise_weight(self.expand, len(axes)), self.groups, False, ()),
         )
 
 

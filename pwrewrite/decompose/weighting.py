@@ -52,7 +52,7 @@ class SideWeight:
 
     def multiply(self, rows: Tensor) -> Tensor:
         """The weight times ``rows (groups, d·repeat, columns)``."""
-        return _kronecker_multiply(self.matrix, rows)
+        return kronecker_multiply(self.matrix, rows)
 
     def roots(self) -> tuple[Tensor, Tensor]:
         """The symmetric root and its inverse, each ``(groups, d, d)``, eigenvalues floored.
@@ -87,7 +87,7 @@ class ProductWeight(SideWeight):
         """The weight times ``rows (groups, d·repeat, columns)``."""
         groups, size, columns = rows.shape
         inside = self.inner[:, None] @ rows.reshape(groups, -1, self.repeat, columns)
-        return _kronecker_multiply(self.matrix, inside.reshape(groups, size, columns))
+        return kronecker_multiply(self.matrix, inside.reshape(groups, size, columns))
 
     def roots(self) -> tuple[Tensor, Tensor]:
         """As `SideWeight.roots`, over both parts together."""
@@ -96,16 +96,11 @@ class ProductWeight(SideWeight):
         return first, second
 
 
-def _kronecker_multiply(matrix: Tensor, rows: Tensor) -> Tensor:
-    """``(matrix ⊗ identity) @ rows`` without forming it."""
+def kronecker_multiply(matrix: Tensor, rows: Tensor) -> Tensor:
+    """``(matrix ⊗ identity) @ rows`` without forming it; ``rows (groups, side, n)``."""
     *batch, size, columns = rows.shape
     inner = matrix.shape[-1]
     return (matrix @ rows.reshape(*batch, inner, size // inner * columns)).reshape(*batch, size, columns)
-
-
-def multiply_root(root: Tensor, rows: Tensor) -> Tensor:
-    """A root ``(groups, d, d)`` of a `SideWeight`, with the identity behind it, times ``rows (groups, side, n)``."""
-    return _kronecker_multiply(root, rows)
 
 
 Weight = Tensor | tuple[Tensor, Tensor]
@@ -168,8 +163,8 @@ def split_moment(moment: Tensor, channels: int, spatial: Sequence[int], axes: Se
     """The Kronecker approximation of an input moment over the axes that stay near the input and those that do not.
 
     Both parts are partial traces, ``A = tr_B(C)`` and ``B = tr_A(C) / tr(C)``, so ``A ⊗ B`` has the trace of ``C``,
-    and equals ``C`` when ``C`` is such a product. For `reduction`, ``axes=()``: ``A`` is its ``input_weight`` and
-    ``kron(G, B)`` its ``output_weight``. For `spatial`, ``axes`` are those of the first convolution.
+    and equals ``C`` when ``C`` is such a product. For `split_spectrum`, ``axes`` are those of the first convolution:
+    ``A`` is its ``input_weight`` and ``(G, B)`` its ``output_weight``.
 
     Args:
         moment: ``(in·k, in·k)`` or a stack ``(groups, in/groups·k, in/groups·k)``, channel first.
@@ -208,26 +203,3 @@ def split_moment(moment: Tensor, channels: int, spatial: Sequence[int], axes: Se
     trace = near_part.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     far_part = torch.where(trace > 0, far_part / trace, torch.eye(b, dtype=moment.dtype, device=moment.device) / b)
     return near_part.reshape(*batch, a, a), far_part.reshape(*batch, b, b)
-
-
-def kernel_loss(delta: Tensor, input_weight: Tensor | None, output_weight: Tensor | None, groups: int = 1) -> float:
-    """``‖G^½ Δ C^½‖² = tr(G Δ C Δᵀ)`` of a change of a kernel, in the full norm whatever the form.
-
-    Args:
-        delta: ``(out, in/groups, *k)``.
-        input_weight: ``C``, over ``in·k`` or ``in``; None for the identity.
-        output_weight: ``G``, over ``out``; None for the identity.
-        groups: Number of groups.
-
-    Returns:
-        The loss, summed over groups.
-    """
-    out, in_group, *spatial = delta.shape
-    rest = math.prod(spatial)
-    right = side_weight(input_weight, groups, in_group, rest, delta, "input_weight")
-    left = side_weight(output_weight, groups, out // groups, 1, delta, "output_weight")
-    rows = delta.to(wide_dtype(delta)).reshape(groups, out // groups, in_group * rest)
-    other = left.multiply(rows) if left is not None else rows
-    if right is not None:
-        rows = right.multiply(rows.mT).mT
-    return float((rows * other).sum())

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from ..capturing.code_trace import NotTraceable, trace
 from ..core.convolution import ConvSpec
-from ..forms import linear_spec
+from ..forms.specs import linear_spec
 
 _CONVOLUTIONS = frozenset(f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3))
 _ORDER = ("stride", "padding", "dilation", "groups")

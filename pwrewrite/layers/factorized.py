@@ -22,7 +22,9 @@ from ..core.convolution import ConvSpec, StandsForLayer
 from ..core.errors import RefusedError, UsageError
 from ..core.operations import OPERATIONS
 from ..decompose import Factors
-from ..forms import k_owned, pointwise_spec, stages
+from ..forms import form_named
+from ..forms.form import Form
+from ..forms.specs import owns_axis, pointwise_spec
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     row.name: row.modules[0] for row in OPERATIONS if row.kind == "activation" and row.modules and row.name != "prelu"
@@ -73,9 +75,9 @@ class Factorized(StandsForLayer, nn.Module):
 
     Args:
         spec: The layer that it stands for.
-        form: One of `pwrewrite.forms.FORMS`.
+        form: The form of the chain.
         widths: The form's widths, per group.
-        axes: For ``spatial``: the axes of the first stage.
+        axes: The spatial axes of the first stage, where the form leaves a choice.
         norm: Name of a norm after every stage but the last, or None.
         activation: Name of an activation after every stage but the last, or None.
         device: Where the parameters live.
@@ -89,7 +91,7 @@ class Factorized(StandsForLayer, nn.Module):
     def __init__(
         self,
         spec: ConvSpec,
-        form: str,
+        form: Form,
         widths: Mapping[str, int],
         *,
         axes: Sequence[int] | None = None,
@@ -102,7 +104,7 @@ class Factorized(StandsForLayer, nn.Module):
         self.spec, self.form, self.widths = spec, form, dict(widths)
         self.axes = None if axes is None else tuple(axes)
         self.norm, self.activation = norm, activation
-        chain = stages(spec, form, widths, axes)
+        chain = form.stages(spec, widths, self.axes)
         self.stage_names = tuple(name for name, _ in chain)
         for i, (name, stage) in enumerate(chain):
             self.add_module(name, make_layer(stage, device=device, dtype=dtype))
@@ -131,7 +133,7 @@ class Factorized(StandsForLayer, nn.Module):
         """The part of a wanted output size that is one stage's business."""
         spec = ConvSpec.of_module(stage)
         wanted = list(wanted)[-spec.dims :]
-        return [wanted[i] if k_owned(spec, i) else x.shape[i - spec.dims] for i in range(spec.dims)]
+        return [wanted[i] if owns_axis(spec, i) else x.shape[i - spec.dims] for i in range(spec.dims)]
 
     def load_factors(self, factors: Factors, bias: Tensor | None) -> None:
         """Takes weights from a decomposition and the bias of the layer it stands for.
@@ -140,13 +142,13 @@ class Factorized(StandsForLayer, nn.Module):
             RefusedError: If a factor does not fit into the range of the dtype.
         """
         with torch.no_grad():
-            for stage in factors.stages(self.spec.transposed):
-                target: Any = getattr(self, stage.name)
+            for name, stage in zip(self.stage_names, factors.stages(self.spec.transposed), strict=True):
+                target: Any = getattr(self, name)
                 target.weight.copy_(stage.weight.reshape(target.weight.shape))
                 if not torch.isfinite(target.weight).all():
                     raise RefusedError(
                         "a factor is too large for the dtype of the weights",
-                        where=stage.name,
+                        where=name,
                         got=f"{float(stage.weight.abs().max()):.3g} in {target.weight.dtype}",
                         hint="rewrite the model in float32 and convert the result",
                     )
@@ -165,27 +167,14 @@ class Factorized(StandsForLayer, nn.Module):
         """The layer it stands for, in one line."""
         widths = ", ".join(f"{name}={width}" for name, width in self.widths.items())
         kernel = f", kernel_size={self.spec.kernel_size}" if self.spec.dims else ""
-        return f"{self.spec.in_channels}, {self.spec.out_channels}{kernel}, {self.form}, {widths}"
+        return f"{self.spec.in_channels}, {self.spec.out_channels}{kernel}, {self.form.name}, {widths}"
+
+    def _get_name(self) -> str:
+        return self.form.title
 
 
-class Bottleneck(Factorized):
-    """1×1 reduce, k×k core, 1×1 expand; either 1×1 may be missing (forms ``bottleneck``, ``reduce``, ``expand``)."""
-
-
-class SpatialPair(Factorized):
-    """Two convolutions over different spatial axes, ``first`` and ``second``."""
-
-
-class DepthwiseSeparable(Factorized):
-    """A depthwise k×k and a 1×1, ``depthwise`` and ``pointwise``."""
-
-
-class LowRankPair(Factorized):
-    """Two 1×1 convolutions, ``reduce`` and ``expand``, for one pointwise convolution."""
-
-
-class LowRankLinear(Factorized):
-    """Two linear maps, ``reduce`` and ``expand``, for one ``nn.Linear``."""
+class FactorizedLinear(Factorized):
+    """A linear map as a chain of smaller ones."""
 
     @property
     def in_features(self) -> int:
@@ -197,28 +186,20 @@ class LowRankLinear(Factorized):
         """Output features of the layer it stands for."""
         return self.spec.out_channels
 
-
-_KINDS: dict[str, type[Factorized]] = {
-    "bottleneck": Bottleneck,
-    "reduce": Bottleneck,
-    "expand": Bottleneck,
-    "spatial": SpatialPair,
-    "depthwise": DepthwiseSeparable,
-    "pair": LowRankPair,
-}
+    def _get_name(self) -> str:
+        return "LowRankLinear"
 
 
 def build(spec: ConvSpec, form: str, widths: Mapping[str, int], **settings: Any) -> Factorized:
-    """The module for a form, of the class that names it.
+    """The module for a form.
 
     Args:
         spec: The layer it stands for.
-        form: One of `pwrewrite.forms.FORMS`.
+        form: Name of the form.
         widths: The form's widths, per group.
         **settings: As for `Factorized`.
     """
-    kind = LowRankLinear if form == "pair" and not spec.dims else _KINDS[form]
-    return kind(spec, form, widths, **settings)
+    return (Factorized if spec.dims else FactorizedLinear)(spec, form_named(form), widths, **settings)
 
 
 class Projected(nn.Module):

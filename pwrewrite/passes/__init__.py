@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from .base import LayerPass, Pass, Proposal
-from .bottleneck import InsertBottleneck, InsertExpansion, InsertReduction
 from .channels_last import ChannelsLast
+from .factorizing import (
+    FACTORIZING,
+    FORM_PASSES,
+    FactorizeLinear,
+    FactorizePointwise,
+    FactorizeSpatial,
+    InsertBottleneck,
+    InsertExpansion,
+    InsertReduction,
+    SeparateDepthwise,
+)
 from .fold_batch_norm import FoldBatchNorm
 from .fuse_activation import FusePointwiseActivation
 from .graph_pass import as_graph_pass
-from .low_rank import FactorizeLinear, FactorizePointwise
 from .merge_pointwise import MergePointwise
 from .project import ProjectBranch
 from .remove_noise import RemoveInferenceNoise
-from .separable import FactorizeSpatial, SeparateDepthwise
 
-ALL: tuple[type[Pass], ...] = (
-    InsertBottleneck,
-    InsertReduction,
-    InsertExpansion,
-    FactorizeSpatial,
-    SeparateDepthwise,
-    FactorizePointwise,
-    FactorizeLinear,
-    ProjectBranch,
-)
+ALL: tuple[type[Pass], ...] = (*FACTORIZING.values(), ProjectBranch)
 """Every pass of `pwrewrite.rewrite`."""
 
 FUSING: tuple[type[Pass], ...] = (
@@ -37,6 +36,8 @@ FUSING: tuple[type[Pass], ...] = (
 
 __all__ = [
     "ALL",
+    "FACTORIZING",
+    "FORM_PASSES",
     "FUSING",
     "ChannelsLast",
     "FactorizeLinear",

@@ -22,7 +22,8 @@ from ..core.convolution import ConvSpec
 from ..core.errors import UsageError
 from ..core.plan import Estimate, Op, Skip, SkipReason
 from ..decompose import RankSpec
-from ..forms import FORMS, chain_macs, chain_params, linear_spec, rank_limits, spec_to_dict, stages
+from ..forms.form import Axes, Form
+from ..forms.specs import chain_macs, chain_params, linear_spec, spec_to_dict
 from ..layers.factorized import ACTIVATIONS, NORMS, Factorized
 
 Proposal = Op | Skip
@@ -55,7 +56,7 @@ class Pass(ABC):
 
 
 class LayerPass(Pass):
-    """A pass that replaces single layers by one form.
+    """A pass that replaces single layers by one form: a convolution, or a linear map where ``linear``.
 
     Args:
         rank: Width between, per group: an integer, or a ratio (``0.5``, ``"50%"``) of the most the form can use on that
@@ -77,8 +78,9 @@ class LayerPass(Pass):
         UsageError: If a setting makes no sense.
     """
 
-    form: ClassVar[str]
+    form: ClassVar[Form]
     default_rank: ClassVar[RankSpec] = 0.5
+    linear: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -127,7 +129,7 @@ class LayerPass(Pass):
         self.init, self.norm, self.activation = init, norm, activation
 
     def _spread(self, rank: Rank) -> dict[str, RankSpec]:
-        names = FORMS[self.form]
+        names = self.form.widths
         ranks = rank if isinstance(rank, tuple) else (rank,) * len(names)
         if len(ranks) != len(names):
             raise UsageError(f"{self.name} takes {len(names)} width(s): {', '.join(names)}", got=repr(rank))
@@ -150,13 +152,13 @@ class LayerPass(Pass):
         proposals: list[Proposal] = []
         too_wide: list[UsageError] = []
         for layer in capture.layers:
-            if not self._concerns(layer):
+            if not self.concerns(layer):
                 continue
             if id(layer) not in meant:
                 proposals.append(Skip(layer.path, SkipReason.EXCLUDED, "not meant by include, exclude or select"))
                 continue
             try:
-                proposals.append(self._one(capture, layer, owners, total))
+                proposals.append(self._propose_layer(capture, layer, owners, total))
             except UsageError as error:
                 too_wide.append(error)
                 detail = f"{error.message}; there, give {error.expected}"
@@ -165,7 +167,7 @@ class LayerPass(Pass):
             raise too_wide[0]
         return proposals
 
-    def _one(self, capture: Capture, layer: Layer, owners: Owners, total: int) -> Proposal:
+    def _propose_layer(self, capture: Capture, layer: Layer, owners: Owners, total: int) -> Proposal:
         refusal = self.refusal(capture, layer, owners)
         if refusal is not None:
             return refusal
@@ -175,7 +177,7 @@ class LayerPass(Pass):
                 layer.path, SkipReason.BELOW_SHARE, f"{share:.2%} of the MACs, below min_share {self.min_share:.2%}"
             )
         spec = spec_of(layer)
-        axes = self._axes(spec)
+        axes = self.form.splits(spec)[0]
         widths = self._widths(layer, spec, owners, axes)
         if isinstance(widths, Skip):
             return widths
@@ -183,7 +185,10 @@ class LayerPass(Pass):
 
     def refusal(self, capture: Capture, layer: Layer, owners: Owners) -> Skip | None:
         """Why a layer may not be replaced by this form; None where it may."""
-        return self._refuses(layer) or self._inside_rewrite(layer, owners) or eligible(capture, layer, owners)
+        unfit = None if self.linear else self.form.unfit(spec_of(layer))
+        if unfit is not None:
+            return Skip(layer.path, *unfit)
+        return self._inside_rewrite(layer, owners) or eligible(capture, layer, owners)
 
     def op(
         self,
@@ -191,7 +196,7 @@ class LayerPass(Pass):
         spec: ConvSpec,
         widths: Mapping[str, int],
         *,
-        axes: tuple[int, ...] | None = None,
+        axes: Axes = None,
         scope: str = "",
     ) -> Proposal:
         """The op for given widths, or a skip where it would not pay and growth is not allowed."""
@@ -206,7 +211,7 @@ class LayerPass(Pass):
                 f"against {estimate.macs_before:,} and {estimate.params_before:,}; ask for less, or allow growth",
             )
         settings: dict[str, Any] = {
-            "form": self.form,
+            "form": self.form.name,
             "widths": dict(widths),
             "init": self.init,
             "layer": spec_to_dict(spec),
@@ -223,22 +228,10 @@ class LayerPass(Pass):
 
     # -------------------------------------------------------------------------------------- which layers
 
-    def _concerns(self, layer: Layer) -> bool:
+    @classmethod
+    def concerns(cls, layer: Layer) -> bool:
         """Whether a layer is of the kind that this pass is about at all."""
-        return layer.spec is not None
-
-    def _refuses(self, layer: Layer) -> Skip | None:
-        """Why the form does not apply to a layer's shape; None where it does."""
-        spec = layer.spec
-        assert spec is not None
-        if spec.is_pointwise:
-            return Skip(layer.path, SkipReason.POINTWISE, "a 1×1 convolution; factorize-pointwise is for these")
-        if spec.is_depthwise:
-            return Skip(layer.path, SkipReason.DEPTHWISE, "a depthwise convolution mixes no channels")
-        return None
-
-    def _axes(self, spec: ConvSpec) -> tuple[int, ...] | None:
-        return None
+        return layer.op == "linear" if cls.linear else layer.spec is not None
 
     def _inside_rewrite(self, layer: Layer, owners: Owners) -> Skip | None:
         if self.replan:
@@ -259,23 +252,27 @@ class LayerPass(Pass):
         return {
             id(layer)
             for layer in capture.layers
-            if self._concerns(layer) and id(layer) in wanted and (self.select is None or self.select(layer))
+            if self.concerns(layer) and id(layer) in wanted and (self.select is None or self.select(layer))
         }
 
     # --------------------------------------------------------------------------------------- how wide
 
-    def _widths(
-        self, layer: Layer, spec: ConvSpec, owners: Owners, axes: tuple[int, ...] | None
-    ) -> dict[str, int] | Skip:
-        limits = rank_limits(spec, self.form, axes)
+    def _widths(self, layer: Layer, spec: ConvSpec, owners: Owners, axes: Axes) -> dict[str, int] | Skip:
+        limits = self.form.limits(spec, axes)
         if self.energy is None and not self.vbmf:
             return {name: self._width(layer, name, limit) for name, limit in limits.items()}
         weight = weight_of(layer, owners)
         if weight is None or weight.is_meta:
             return Skip(layer.path, SkipReason.WRONG_FORM, "the weights are on meta, so no rank can be read off them")
         kernel = decompose.to_forward_layout(weight.detach(), spec.groups, spec.transposed)
-        found = self._read(kernel, spec, axes)
-        return {name: decompose.round_rank(max(1, value), limits[name], self.multiple) for name, value in found.items()}
+        widths = {}
+        for name, spectrum in self.form.spectra(kernel, spec, axes).items():
+            if self.energy is not None:
+                rank = decompose.energy_rank(spectrum, self.energy)
+            else:  # of the first group, where grouped
+                rank = decompose.evbmf_rank(spectrum.energies[0].sqrt(), spectrum.matrix.shape[1:])
+            widths[name] = decompose.round_rank(max(1, rank), limits[name], self.multiple)
+        return widths
 
     def _width(self, layer: Layer, name: str, limit: int) -> int:
         """A width or ratio as a width of one layer.
@@ -289,21 +286,6 @@ class LayerPass(Pass):
             raise UsageError(
                 error.message, where=layer.path, expected=error.expected, got=error.got, hint=error.hint
             ) from None
-
-    def _read(self, kernel: Tensor, spec: ConvSpec, axes: tuple[int, ...] | None) -> dict[str, int]:
-        """Widths read off the weights, by energy or EVBMF."""
-        if self.energy is not None:
-            spectra = self._spectra(kernel, spec, axes)
-            return {name: decompose.energy_rank(spectrum, self.energy) for name, spectrum in spectra.items()}
-        return {name: decompose.evbmf_rank(matrix) for name, matrix in self._unfoldings(kernel, spec, axes).items()}
-
-    def _spectra(self, kernel: Tensor, spec: ConvSpec, axes: tuple[int, ...] | None) -> dict[str, Any]:
-        """One spectrum per width."""
-        raise NotImplementedError
-
-    def _unfoldings(self, kernel: Tensor, spec: ConvSpec, axes: tuple[int, ...] | None) -> dict[str, Tensor]:
-        """One matrix per width, of which the width is the rank (of the first group, where grouped)."""
-        raise NotImplementedError
 
 
 def chosen(capture: Capture, include: Sequence[str], exclude: Sequence[str]) -> set[int]:
@@ -351,11 +333,9 @@ def weight_of(layer: Layer, owners: Owners) -> Tensor | None:
     return weight if isinstance(weight, Tensor) else None
 
 
-def estimate_chain(
-    layer: Layer, spec: ConvSpec, form: str, widths: Mapping[str, int], axes: Sequence[int] | None = None
-) -> Estimate:
+def estimate_chain(layer: Layer, spec: ConvSpec, form: Form, widths: Mapping[str, int], axes: Axes = None) -> Estimate:
     """What replacing a layer by a form changes, over all its calls."""
-    chain = stages(spec, form, widths, axes)
+    chain = form.stages(spec, widths, axes)
     macs = sum(chain_macs(chain, call.input_shape, call.output_shape) for call in layer.calls)
     return Estimate(layer.params, chain_params(chain), layer.macs, macs)
 

@@ -18,7 +18,7 @@ import torch
 from ..capturing.eligibility import Owners, eligible
 from ..capturing.records import Capture, Layer
 from ..core.plan import Estimate, Op, Skip, SkipReason
-from ..forms import spec_to_dict
+from ..forms.specs import spec_to_dict
 from ..layers import PointwiseActivation
 from ..layers.kernels import CPU_DTYPES
 from .base import Pass, Proposal, weight_of

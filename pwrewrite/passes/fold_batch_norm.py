@@ -28,7 +28,7 @@ from ..capturing.records import Capture, Layer, info
 from ..core.convolution import CONV_MODULES
 from ..core.plan import Estimate, Op, Skip, SkipReason
 from ..edit.actions.code_norm import TENSORS
-from ..forms import spec_to_dict
+from ..forms.specs import spec_to_dict
 from ..layers.known import hooked
 from .base import Pass, Proposal, spec_of
 from .patterns import Graph, plain_weight, tensor

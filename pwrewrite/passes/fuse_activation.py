@@ -19,7 +19,7 @@ from torch import fx, nn
 from ..capturing.eligibility import eligible, module_refusal
 from ..capturing.records import Capture, Layer, info
 from ..core.plan import Estimate, Op, Skip, SkipReason
-from ..forms import spec_to_dict
+from ..forms.specs import spec_to_dict
 from ..layers.known import hooked
 from .base import Pass, Proposal, spec_of
 from .patterns import UNFUSED, Graph, passes_on

@@ -17,7 +17,7 @@ from ..capturing.eligibility import eligible
 from ..capturing.records import Capture, Layer
 from ..core.plan import Estimate, Op, Skip, SkipReason
 from ..edit.actions.merge import merged_layer
-from ..forms import spec_to_dict
+from ..forms.specs import spec_to_dict
 from ..layers import PointwiseActivation
 from .base import Pass, Proposal, spec_of
 from .patterns import Graph

@@ -24,7 +24,7 @@ from ..capturing.records import Capture, Layer, info
 from ..core.convolution import ConvSpec
 from ..core.errors import UsageError
 from ..core.plan import Estimate, Op, Skip, SkipReason
-from ..forms import spec_to_dict
+from ..forms.specs import spec_to_dict
 from ..layers.factorized import Factorized, Projected
 from .base import Pass, Proposal, spec_of
 from .channel_flow import Flow, Segment, channel_axis, describe, follow, joined

@@ -9,7 +9,7 @@ from ..capturing.records import info
 from ..core.plan import Estimate, Op, SkipReason
 from ..edit.actions.bench import spec_of_module
 from ..edit.actions.fold_weight import WEIGHT
-from ..forms import spec_to_dict
+from ..forms.specs import spec_to_dict
 from .base import Proposal
 from .patterns import Graph
 

@@ -7,7 +7,7 @@ every layer is to keep it, at no loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -21,25 +21,18 @@ from ..core.errors import UsageError
 from ..core.plan import Op, Skip, SkipReason
 from ..edit.actions.evaluation import code_graph
 from ..edit.graph_edit import FunctionalCall
-from ..forms import FORMS, stage_output, stages
-from ..passes import (
-    FactorizeLinear,
-    FactorizePointwise,
-    FactorizeSpatial,
-    InsertBottleneck,
-    InsertExpansion,
-    InsertReduction,
-    LayerPass,
-    SeparateDepthwise,
-)
+from ..forms import FORMS
+from ..forms.form import Axes, Form, Worth
+from ..forms.specs import Chain, stage_output
+from ..forms.weighted import WeightedLayer
+from ..passes import FORM_PASSES, LayerPass
 from ..passes.base import chosen, estimate_chain, scope_of, spec_of, weight_of
 from .latency import Contestant, LatencyTable
-from .statistics import LayerStatistics, Statistics
-from .weighted import Rung, WeightedLayer
+from .statistics import Statistics
 
 FORM_SETS: dict[str, tuple[str, ...]] = {
     "all": tuple(FORMS),
-    "1x1": ("reduce", "expand", "bottleneck", "pair"),
+    "1x1": tuple(name for name, form in FORMS.items() if form.pointwise),
 }
 """Names for several forms at once."""
 
@@ -48,15 +41,6 @@ _TIMED = 7
 
 _FASTER = 0.97
 """A candidate is faster than the layer below this share of its time."""
-
-_CONVOLUTION_PASSES: dict[str, type[LayerPass]] = {
-    "bottleneck": InsertBottleneck,
-    "reduce": InsertReduction,
-    "expand": InsertExpansion,
-    "spatial": FactorizeSpatial,
-    "depthwise": SeparateDepthwise,
-    "pair": FactorizePointwise,
-}
 
 
 @dataclass(frozen=True)
@@ -88,7 +72,7 @@ class LayerCandidates:
 
     layer: Layer
     spec: ConvSpec
-    candidates: list[Candidate] = field(default_factory=list)
+    candidates: list[Candidate]
 
 
 def forms_named(names: Sequence[str]) -> tuple[str, ...]:
@@ -97,20 +81,18 @@ def forms_named(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         UsageError: An unknown name.
     """
-    found: dict[str, None] = {}
+    forms: dict[str, None] = {}
     for name in names:
-        given = FORM_SETS.get(name, (name,))
-        for form in given:
-            if form not in FORMS:
-                raise UsageError(
-                    f"there is no form {name!r}", expected=f"some of {', '.join((*FORM_SETS, *FORMS))}", got=name
-                )
-            found[form] = None
-    return tuple(found)
+        if name not in FORM_SETS and name not in FORMS:
+            raise UsageError(
+                f"there is no form {name!r}", expected=f"some of {', '.join((*FORM_SETS, *FORMS))}", got=name
+            )
+        forms |= dict.fromkeys(FORM_SETS.get(name, (name,)))
+    return tuple(forms)
 
 
-class Meant:
-    """Which layers of a capture are meant, and by which pass each form is proposed.
+class ReplaceableLayers:
+    """The layers of a capture that may be replaced, and by which pass each form is proposed.
 
     Args:
         capture: The model.
@@ -138,24 +120,18 @@ class Meant:
         self.owners = Owners(capture)
         self.layers: list[tuple[Layer, dict[str, LayerPass]]] = []
         self.skips: list[Skip] = []
-        passes = {form: _CONVOLUTION_PASSES[form](replan=replan) for form in forms}
-        linear = {"pair": FactorizeLinear(replan=replan)} if "pair" in forms else {}
-        wanted = chosen(capture, include, exclude)
+        passes = [kind(replan=replan) for form in forms for kind in FORM_PASSES[form]]
+        chosen_layers = chosen(capture, include, exclude)
         for layer in capture.layers:
-            if id(layer) not in wanted:
-                self.skips.append(Skip(layer.path, SkipReason.EXCLUDED, "not meant by include or exclude"))
+            if id(layer) not in chosen_layers:
+                self.skips.append(Skip(layer.path, SkipReason.EXCLUDED, "left out by include or exclude"))
                 continue
-            applying: dict[str, LayerPass] = {}
-            refusals: list[Skip] = []
-            for form, one in (linear if layer.op == "linear" else passes).items():
-                refused = one.refusal(capture, layer, self.owners)
-                if refused is None:
-                    applying[form] = one
-                else:
-                    refusals.append(refused)
-            refused = _refused_in_code(capture, layer) if layer.functional and applying else None
-            if refused is not None:
-                refusals, applying = [refused], {}
+            answers = {each: each.refusal(capture, layer, self.owners) for each in passes if each.concerns(layer)}
+            applying = {each.form.name: each for each, refusal in answers.items() if refusal is None}
+            refusals = [refusal for refusal in answers.values() if refusal is not None]
+            in_code = _refused_in_code(capture, layer) if layer.functional and applying else None
+            if in_code is not None:
+                refusals, applying = [in_code], {}
             if applying:
                 self.layers.append((layer, applying))
             elif refusals:
@@ -196,7 +172,7 @@ def _refused_in_code(capture: Capture, layer: Layer) -> Skip | None:
 
 
 def make_candidates(
-    meant: Meant,
+    replaceable: ReplaceableLayers,
     statistics: Statistics | None,
     *,
     centred: bool = True,
@@ -204,43 +180,42 @@ def make_candidates(
     max_layer_error: float | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> list[LayerCandidates]:
-    """The candidates of every layer that is meant.
+    """The candidates of every layer that may be replaced.
 
     Args:
-        meant: The layers.
+        replaceable: The layers.
         statistics: What calibration said; None for the weights' own norm, relative per layer.
         centred: Whether the mean of what a layer reads is taken off, since a bias or norm makes up for it.
         multiple: What widths are rounded to.
         max_layer_error: Largest relative error of a layer in the norm of the prediction.
         progress: Called with a layer's path and how much is done.
     """
-    found = []
-    made_up = {layer.path for layer, _ in meant.layers if meant.off_mean(layer.path)}
-    for i, (layer, passes) in enumerate(meant.layers):
+    layers = []
+    for i, (layer, passes) in enumerate(replaceable.layers):
         if progress is not None:
-            progress(layer.path, i / len(meant.layers))
-        weight = weight_of(layer, meant.owners)
+            progress(layer.path, i / len(replaceable.layers))
+        weight = weight_of(layer, replaceable.owners)
         assert weight is not None
-        spec, scope = spec_of(layer), scope_of(meant.capture, layer)
-        off_mean = centred and layer.path in made_up
+        spec, scope = spec_of(layer), scope_of(replaceable.capture, layer)
+        off_mean = centred and replaceable.off_mean(layer.path)
         weighted = weighted_layer(weight, spec, layer.path, statistics, centred=off_mean, multiple=multiple)
-        one = LayerCandidates(layer, spec)
         costs = {"params": float(layer.params), "macs": float(layer.macs), "bytes": _bytes(layer, [("", spec)])}
-        one.candidates.append(Candidate(None, 0.0, 0.0, costs))
-        for form, by in passes.items():
-            for rung in weighted.rungs(form, _saves(layer, spec)):
-                if max_layer_error is not None and rung.error > max_layer_error:
+        candidates = [Candidate(None, 0.0, 0.0, costs)]
+        for proposer in passes.values():
+            form = proposer.form
+            for predicted in form.losses(weighted, _saves(layer, spec, form)):
+                if max_layer_error is not None and predicted.error > max_layer_error:
                     continue
-                op = by.op(layer, spec, rung.widths, axes=rung.axes, scope=scope)
+                op = proposer.op(layer, spec, predicted.widths, axes=predicted.axes, scope=scope)
                 if isinstance(op, Op) and op.estimate is not None:
                     after = {
                         "params": float(op.estimate.params_after),
                         "macs": float(op.estimate.macs_after),
-                        "bytes": _bytes(layer, stages(spec, form, rung.widths, rung.axes)),
+                        "bytes": _bytes(layer, form.stages(spec, predicted.widths, predicted.axes)),
                     }
-                    one.candidates.append(Candidate(op, rung.loss, rung.error, after))
-        found.append(one)
-    return found
+                    candidates.append(Candidate(op, predicted.loss, predicted.error, after))
+        layers.append(LayerCandidates(layer, spec, candidates))
+    return layers
 
 
 def weighted_layer(
@@ -257,41 +232,42 @@ def weighted_layer(
         weighted = WeightedLayer(weight, spec, None, None, multiple=multiple)
         weighted.normalise(1.0)  # the relative squared error of each layer
         return weighted
-    one = statistics.layers[path]
-    inputs, positions = one.input_moment(centred=centred), statistics.positions(path)
+    layer = statistics.layers[path]
+    inputs, positions = layer.input_moment(centred=centred), statistics.positions(path)
     if inputs is None:  # too large to be kept: its mean square stands for it
-        weighted = WeightedLayer(weight, spec, None, one.gradient_moment(), positions * one.level(centred), multiple)
+        positions *= layer.level(centred)
     else:
-        weighted = WeightedLayer(weight, spec, shrunk(inputs, one), one.gradient_moment(), positions, multiple)
+        inputs = shrunk(inputs, layer.rows)
+    weighted = WeightedLayer(weight, spec, inputs, layer.gradient_moment(), positions, multiple)
     if statistics.kind != "loss":
         weighted.normalise(1.0)
     return weighted
 
 
-def shrunk(moment: Tensor, one: LayerStatistics) -> Tensor:
-    """A moment drawn to a multiple of the identity as far as the rows were few."""
+def shrunk(moment: Tensor, rows: float) -> Tensor:
+    """A moment drawn to a multiple of the identity as far as the rows that it is of were few."""
     size = moment.shape[-1]
-    share = min(0.5, 0.02 * size / max(one.rows, 1)) + 1e-6
+    share = min(0.5, 0.02 * size / max(rows, 1)) + 1e-6
     level = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
     eye = torch.eye(size, dtype=moment.dtype, device=moment.device)
     return moment * (1 - share) + share * level[:, None, None] * eye
 
 
-def timed(one: LayerCandidates, table: LatencyTable) -> list[Candidate]:
+def timed(layer: LayerCandidates, table: LatencyTable) -> list[Candidate]:
     """A layer's candidates with their measured latency, over all its calls; without those that are not faster.
 
     Of each form a few are measured: the best ones at falling MACs.
 
     Args:
-        one: The layer.
+        layer: The layer.
         table: Measures.
     """
-    some = _few(one.candidates[1:])
-    contestants = [Contestant(one.spec), *(_contestant(one.spec, c.op) for c in some if c.op is not None)]
+    some = _few(layer.candidates[1:])
+    contestants = [Contestant(layer.spec), *(_contestant(layer.spec, c.op) for c in some if c.op is not None)]
     total = [0.0] * len(contestants)
-    for call in one.layer.calls:
+    for call in layer.layer.calls:
         total = [a + b for a, b in zip(total, table.times(call.input_shape, contestants))]
-    keep = replace(one.candidates[0], costs={**one.candidates[0].costs, "latency": total[0]})
+    keep = replace(layer.candidates[0], costs={**layer.candidates[0].costs, "latency": total[0]})
     faster = [
         replace(c, costs={**c.costs, "latency": seconds})
         for c, seconds in zip(some, total[1:])
@@ -303,18 +279,19 @@ def timed(one: LayerCandidates, table: LatencyTable) -> list[Candidate]:
 def _few(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Of each form the candidates that no other one of it beats in MACs and loss, thinned evenly."""
     by_form: dict[tuple[str, str], list[Candidate]] = {}
-    for one in candidates:
-        assert one.op is not None
-        by_form.setdefault((one.op.settings["form"], str(one.op.settings.get("axes"))), []).append(one)
-    found: list[Candidate] = []
+    for candidate in candidates:
+        assert candidate.op is not None
+        settings = candidate.op.settings
+        by_form.setdefault((settings["form"], str(settings.get("axes"))), []).append(candidate)
+    selected: list[Candidate] = []
     for group in by_form.values():
         front: list[Candidate] = []
-        for one in sorted(group, key=lambda c: (c.costs["macs"], c.loss)):
-            if not front or one.loss < front[-1].loss:
-                front.append(one)
+        for candidate in sorted(group, key=lambda c: (c.costs["macs"], c.loss)):
+            if not front or candidate.loss < front[-1].loss:
+                front.append(candidate)
         last = len(front) - 1
-        found += [front[i] for i in sorted({round(last * n / (_TIMED - 1)) for n in range(_TIMED)})]
-    return found
+        selected += [front[i] for i in sorted({round(last * n / (_TIMED - 1)) for n in range(_TIMED)})]
+    return selected
 
 
 def _contestant(spec: ConvSpec, op: Op) -> Contestant:
@@ -323,7 +300,7 @@ def _contestant(spec: ConvSpec, op: Op) -> Contestant:
     return Contestant(spec, op.settings["form"], widths, None if axes is None else tuple(axes))
 
 
-def _bytes(layer: Layer, chain: Sequence[tuple[str, ConvSpec]]) -> float:
+def _bytes(layer: Layer, chain: Chain) -> float:
     """Bytes that a chain reads and writes in all calls: activations and weights of every stage."""
     size = layer.weight_bytes / max(layer.params, 1)
     total = 0
@@ -336,12 +313,9 @@ def _bytes(layer: Layer, chain: Sequence[tuple[str, ConvSpec]]) -> float:
     return total * size
 
 
-def _saves(layer: Layer, spec: ConvSpec) -> Callable[[str, Mapping[str, int], tuple[int, ...] | None], bool]:
-    def worth(form: str, widths: Mapping[str, int], axes: tuple[int, ...] | None) -> bool:
+def _saves(layer: Layer, spec: ConvSpec, form: Form) -> Worth:
+    def worth(widths: Mapping[str, int], axes: Axes) -> bool:
         estimate = estimate_chain(layer, spec, form, widths, axes)
         return estimate.macs_after < estimate.macs_before and estimate.params_after < estimate.params_before
 
     return worth
-
-
-__all__ = ["FORM_SETS", "Candidate", "LayerCandidates", "Meant", "Rung", "forms_named", "make_candidates"]

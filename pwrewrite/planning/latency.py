@@ -29,7 +29,7 @@ from ..core.files import cache_folder, write_file
 from ..core.plan import Plan
 from ..edit.apply import carry_out
 from ..engines.timing import interleaved, time_models
-from ..forms import spec_to_dict
+from ..forms.specs import spec_to_dict
 from ..layers.factorized import Factorized, build, make_layer
 
 

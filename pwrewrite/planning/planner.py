@@ -23,11 +23,20 @@ from ..core.options import Budget
 from ..core.plan import Op, Plan, Skip, SkipReason
 from ..decompose import Factors
 from ..engines.timing import time_models
+from ..forms import FORMS
 from .allocate import Allocation, Infeasible, Option, allocate, frontier
 from .batches import Batches
 from .budget import Limit
 from .cache import content_key, read_statistics, write_statistics
-from .candidates import Candidate, LayerCandidates, Meant, forms_named, make_candidates, timed, weighted_layer
+from .candidates import (
+    Candidate,
+    LayerCandidates,
+    ReplaceableLayers,
+    forms_named,
+    make_candidates,
+    timed,
+    weighted_layer,
+)
 from .fitting import fit_steps, shift_biases
 from .latency import LatencyTable, Place, time_plan
 from .refit import refit
@@ -35,7 +44,6 @@ from .room import Limited, Room, room_in_lockstep, samples_in_run
 from .settings import checked
 from .spill import Spill
 from .statistics import Statistics, gather
-from .weighted import WeightedLayer
 
 Say = Callable[[str, float | None], None]
 
@@ -100,7 +108,7 @@ class Planner:
         self.captured = captured or capture(model, inputs)
         self.notes: list[str] = []
         forms = forms_named(self.settings.forms)
-        self.meant = Meant(
+        self.replaceable = ReplaceableLayers(
             self.captured,
             forms,
             include=self.settings.include,
@@ -131,7 +139,7 @@ class Planner:
         batches, settings = self.batches, self.settings
         apart = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         folder = None if apart else cache_folder("statistics")
-        specs = self.meant.specs()
+        specs = self.replaceable.specs()
         facts = {"seed": settings.seed, "kind": settings.sensitivity, "chunk": batches.chunk}
         self.say("reading the calibration inputs", None)
         key = content_key(self.captured, specs, batches.fingerprint(), facts) if folder is not None else ""
@@ -163,7 +171,7 @@ class Planner:
                 seed=self.settings.seed,
                 expected=expected,
                 start=found,
-                functions=self.meant.functions(),
+                functions=self.replaceable.functions(),
                 each=each,
             )
         except BaseException:
@@ -188,7 +196,7 @@ class Planner:
     def _candidates(self) -> list[LayerCandidates]:
         settings = self.settings
         return make_candidates(
-            self.meant,
+            self.replaceable,
             self.statistics,
             centred=settings.refit != "none",
             multiple=settings.multiple,
@@ -312,7 +320,7 @@ class Planner:
             "samples": samples,
             "seed": self.settings.seed,
         }
-        plan = Plan(ops, (*self.meant.skips, *kept), {}, facts)
+        plan = Plan(ops, (*self.replaceable.skips, *kept), {}, facts)
         return Choice(plan, found.loss, found.gap, costs)
 
     def _unmet(self, error: Infeasible, budgets: Sequence[Limit], fixed: Mapping[str, float]) -> RefusedError:
@@ -339,17 +347,12 @@ class Planner:
 
     def decomposer(self, op: Op, weight: Tensor) -> Factors | None:
         """The factors of an op in the norm of the statistics; None where there are none of its layer."""
-        one = self._weighted(op.path, weight)
-        if one is None or self.settings.sensitivity == "weights":
+        spec = self.replaceable.specs().get(op.path)
+        if spec is None or self.settings.sensitivity == "weights":
             return None
-        return one.factors(op.settings["form"], op.settings["widths"], op.settings.get("axes"))
-
-    def _weighted(self, path: str, weight: Tensor) -> WeightedLayer | None:
-        spec = self.meant.specs().get(path)
-        if spec is None:
-            return None
-        centred = self.settings.refit != "none" and self.meant.off_mean(path)
-        return weighted_layer(weight, spec, path, self.statistics, centred=centred)
+        centred = self.settings.refit != "none" and self.replaceable.off_mean(op.path)
+        weighted = weighted_layer(weight, spec, op.path, self.statistics, centred=centred)
+        return FORMS[op.settings["form"]].fit(weighted, op.settings["widths"], op.settings.get("axes"))
 
     def refit(self, rewritten: nn.Module, plan: Plan) -> dict[str, float]:
         """Fits a rewritten model to the original on the calibration inputs, in place.
@@ -363,11 +366,11 @@ class Planner:
         """
         if self.batches is None or self.settings.refit == "none":
             return {}
-        functions = sorted(self.meant.functions().keys() & {op.path for op in plan.ops})
+        functions = sorted(self.replaceable.functions().keys() & {op.path for op in plan.ops})
         if functions:
             self.notes.append(f"called as functions, and therefore not fitted: {_few(functions)}")
-        specs = self.meant.specs()
-        repeated = sorted(self.meant.repeated() & {op.path for op in plan.ops if op.path in specs})
+        specs = self.replaceable.specs()
+        repeated = sorted(self.replaceable.repeated() & {op.path for op in plan.ops if op.path in specs})
         if repeated:
             shift_biases(self.captured.model, rewritten, repeated, specs, self.statistics)
             self.notes.append(f"called several times, and therefore fitted in their biases only: {_few(repeated)}")

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.convolution import ConvSpec
+from ..forms.weighted import WeightedLayer
 from ..layers.factorized import Factorized
 from .lockstep import Forward, Lockstep
 from .patches import batched, input_rows, output_rows, position_count, row_size
@@ -40,7 +41,6 @@ from .residuals import Residual
 from .running import evaluating
 from .spill import Spill, give_back_memory
 from .statistics import LARGEST_ROW, Chunk, samples_of, wide_dtype
-from .weighted import WeightedLayer
 
 RIDGE = 1e-3
 """How far the fit is drawn to the original weights, as a share of the mean square of what the layer reads."""
@@ -256,9 +256,7 @@ def _fit_layer(target: Target, module: Factorized, moments: _Moments) -> float:
     weighted = WeightedLayer(target.weight, spec, means.xx, target.gradients)
     root = torch.linalg.cholesky(means.xx + share * level * eye)
     kernel = weighted.rows + torch.cholesky_solve((means.yx - weighted.rows @ means.xx).mT, root).mT
-    factors = WeightedLayer(kernel.reshape(target.weight.shape).to(means.xx), spec, means.xx, target.gradients).factors(
-        module.form, module.widths, module.axes
-    )
+    factors = module.form.fit(weighted.with_kernel(kernel), module.widths, module.axes)
     approximation = factors.reconstruct().reshape(kernel.shape)
     module.load_factors(factors, None)
     if module.bias is not None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.records import Record
-from ..forms import FORMS
 from ..passes import ALL, FUSING, LayerPass, ProjectBranch
 from .page import Column, Line, Page, Table
 
@@ -35,7 +34,7 @@ def rows() -> list[PassRow]:
 
 def _set(kind: type) -> str:
     if issubclass(kind, LayerPass):
-        return f"{kind.form}:{','.join(name.removeprefix('rank_').upper() for name in FORMS[kind.form])}"
+        return f"{kind.form.name}:{','.join(name.removeprefix('rank_').upper() for name in kind.form.widths)}"
     if issubclass(kind, ProjectBranch):
         return "project:CHANNELS"
     return "(pwrewrite fuse)"

@@ -25,28 +25,13 @@ from ..core.plan import Edit, Op, Skip, SkipReason
 from ..forms import FORMS
 from ..passes import (
     ALL,
-    FactorizeLinear,
-    FactorizePointwise,
-    FactorizeSpatial,
+    FORM_PASSES,
     InsertBottleneck,
-    InsertExpansion,
-    InsertReduction,
     LayerPass,
     Pass,
     ProjectBranch,
     Proposal,
-    SeparateDepthwise,
 )
-
-FORM_PASSES: dict[str, tuple[type[LayerPass], ...]] = {
-    "bottleneck": (InsertBottleneck,),
-    "reduce": (InsertReduction,),
-    "expand": (InsertExpansion,),
-    "spatial": (FactorizeSpatial,),
-    "depthwise": (SeparateDepthwise,),
-    "pair": (FactorizePointwise, FactorizeLinear),
-}
-"""The forms that ``--set`` gives to layers, and the passes that know them."""
 
 DEFAULT_SHARE = 0.01
 """Least part of the MACs where neither a pass nor a layer is named."""
@@ -108,7 +93,7 @@ def parse_set(text: str) -> LayerForm:
         )
     what = f"a width in --set {text!r}"
     widths = tuple(parse_width(part, what) for part in widths_text.split(",")) if colon else ()
-    names = () if form == "keep" else ("channels",) if form == "project" else FORMS[form]
+    names = () if form == "keep" else ("channels",) if form == "project" else FORMS[form].widths
     if len(widths) not in ({1, len(names)} if names else {0}):
         raise UsageError(
             f"--set {text!r} gives {len(widths)} widths",
@@ -194,7 +179,7 @@ def _check(options: PassOptions, forms: Sequence[LayerForm], kinds: Sequence[typ
         raise UsageError(f"{flag_of(PassOptions, unused[0])} means nothing to {names}")
     ranks = [name for name in ("rank_in", "rank_out") if getattr(options, name) is not None]
     for name in ranks:
-        if not any(name in FORMS[kind.form] for kind in layer_kinds):
+        if not any(name in kind.form.widths for kind in layer_kinds):
             raise UsageError(
                 f"none of the passes has a {name.replace('_', '-')}",
                 got=", ".join(kind.name for kind in layer_kinds),
@@ -216,7 +201,7 @@ def _layer_pass(kind: type[LayerPass], options: PassOptions, share: float, more:
 def _rank(kind: type[LayerPass], options: PassOptions) -> Any:
     """What to give a pass as its rank; None for its default."""
     own = {"rank_in": options.rank_in, "rank_out": options.rank_out}
-    names = FORMS[kind.form]
+    names = kind.form.widths
     if all(own.get(name) is None for name in names):
         return options.rank
     other = kind.default_rank if options.rank is None else options.rank

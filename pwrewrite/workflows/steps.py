@@ -24,6 +24,7 @@ from ..core.verification import Verification
 from ..edit.actions import Decomposer
 from ..edit.apply import carry_out
 from ..edit.survival import probe_for
+from ..forms import FORMS
 from ..layers.factorized import build
 from ..passes import Pass
 from ..passes.base import estimate_chain, spec_of
@@ -258,7 +259,7 @@ def _estimate(op: Op, captured: Capture) -> Estimate | None:
         return None
     spec, settings = spec_of(layer), op.settings
     axes, norm, activation = (settings.get(name) for name in ("axes", "norm", "activation"))
-    estimate = estimate_chain(layer, spec, settings["form"], settings["widths"], axes)
+    estimate = estimate_chain(layer, spec, FORMS[settings["form"]], settings["widths"], axes)
     if norm or activation:  # which may have parameters of their own
         module = build(
             spec, settings["form"], settings["widths"], axes=axes, norm=norm, activation=activation, device="meta"

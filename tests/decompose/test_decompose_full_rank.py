@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from decompose_cases import Convolution, convolutions, full_rank, least_dims, moment
@@ -77,7 +79,9 @@ def test_half_precision_kernels_are_decomposed_in_float32(form: str, dtype: torc
     assert factors.reconstruct().dtype == torch.float32
     torch.testing.assert_close(factors.reconstruct(), kernel.float(), rtol=0, atol=1e-5)
     # back in half precision each factor is off by eps/2, and so is the product, per term: a few eps in all
-    rounded = factors.to(dtype).reconstruct()
+    in_half = {f.name: getattr(factors, f.name) for f in fields(factors)}
+    in_half = {name: value.to(dtype) for name, value in in_half.items() if isinstance(value, torch.Tensor)}
+    rounded = replace(factors, **in_half).reconstruct()
     assert rounded.dtype == dtype
     assert float((rounded.float() - kernel.float()).norm() / kernel.float().norm()) < 4 * torch.finfo(dtype).eps
 
@@ -96,9 +100,8 @@ def test_the_stages_of_a_grouped_transposed_bottleneck() -> None:
     assert kernel.shape == (6, 4, 3, 3)
     assert torch.equal(decompose.from_forward_layout(kernel, 2, True), weight)
     stages = decompose.tucker2(kernel, rank_in=3, rank_out=2, groups=2).stages(transposed=True)
-    assert [(s.name, tuple(s.weight.shape), s.groups, s.transposed, s.axes) for s in stages] == [
-        ("reduce", (6, 4, 1, 1), 2, False, ()),
-        ("core", (6, 2, 3, 3), 2, True, (0, 1)),
-        ("expand", (6, 2, 1, 1), 2, False, ()),
+    assert [(tuple(s.weight.shape), s.groups, s.transposed, s.axes) for s in stages] == [
+        ((6, 4, 1, 1), 2, False, ()),
+        ((6, 2, 3, 3), 2, True, (0, 1)),
+        ((6, 2, 1, 1), 2, False, ()),
     ]
-    assert [(s.in_channels, s.out_channels) for s in stages] == [(8, 6), (6, 4), (4, 6)]

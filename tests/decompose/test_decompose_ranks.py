@@ -1,4 +1,4 @@
-"""Ranks as users write them, by energy, by EVBMF, and at break-even."""
+"""Ranks as users write them, by energy and by EVBMF."""
 
 from __future__ import annotations
 
@@ -7,22 +7,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from decompose_cases import SPECTRA, Convolution, convolutions, cut_rank, decaying
-from hypothesis import given, settings
+from decompose_cases import SPECTRA, decaying
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pwrewrite.core.errors import RefusedError, UsageError
 from pwrewrite.decompose import (
-    ConvShape,
-    break_even_ranks,
     default_multiple,
     energy_rank,
     evbmf_rank,
-    expansion_spectrum,
-    ratio_ranks,
     resolve_rank,
     round_rank,
-    to_forward_layout,
 )
 
 
@@ -95,7 +90,7 @@ def test_rounding_needs_a_multiple() -> None:
 
 
 def test_energy_keeps_at_least_what_it_says() -> None:
-    spectrum = expansion_spectrum(decaying(20, 12, (3, 3), 1.0, torch.Generator().manual_seed(0)))
+    spectrum = SPECTRA["expansion"](decaying(20, 12, (3, 3), 1.0, torch.Generator().manual_seed(0)))
     for energy in (1e-6, 0.3, 0.95, 0.999, 1.0):
         rank = energy_rank(spectrum, energy)
         kept = 1 - spectrum.relative_errors.square()
@@ -139,120 +134,3 @@ def test_evbmf_of_extreme_matrices() -> None:
         evbmf_rank(torch.ones(5), (4, 6))
     with pytest.raises(UsageError, match="noise variance"):
         evbmf_rank(torch.ones(4, 4), sigma2=0.0)
-
-
-def counted(case: Convolution, form: str, ranks: tuple[int, ...]) -> tuple[int, int]:
-    """Parameters and MACs of the chain that a form really is, counted while it runs on one sample."""
-    weight, x, _ = case.tensors(torch.float32)
-    kernel = to_forward_layout(weight, case.groups, case.transposed)
-    taken = iter(ranks)
-    stages = cut_rank(form, kernel, case.groups, lambda limit: next(taken)).stages(case.transposed)
-    params = macs = 0
-    x = x[:1]
-    for stage in stages:
-        y = case.run(x, stage, None)
-        positions = math.prod((x if stage.transposed else y).shape[2:])
-        params += stage.weight.numel()
-        macs += stage.weight.numel() * positions
-        x = y
-    return params, macs
-
-
-@settings(max_examples=30, deadline=None)
-@given(case=convolutions(min_dims=2), data=st.data())
-def test_costs_are_those_of_the_chain(case: Convolution, data: st.DataObject) -> None:
-    weight, x, _ = case.tensors(torch.float32)
-    y = case.run(x, case.whole(weight), None)
-    shape = ConvShape(
-        case.groups * case.in_group,
-        case.groups * case.out_group,
-        case.kernel,
-        tuple(x.shape[2:]),
-        tuple(y.shape[2:]),
-        case.groups,
-        case.transposed,
-    )
-    core = math.prod((x if case.transposed else y).shape[2:])
-    assert (shape.original().params, shape.original().macs) == (weight.numel(), weight.numel() * core)
-    kernel = to_forward_layout(weight, case.groups, case.transposed)
-    ranks = data.draw(st.tuples(st.integers(1, case.in_group), st.integers(1, case.out_group)))
-    cost = shape.bottleneck(*ranks)
-    assert (cost.params, cost.macs) == counted(case, "hosvd", ranks)
-    for form in ("reduction", "expansion", "spatial", "depthwise"):
-        rank = data.draw(st.integers(1, SPECTRA[form](kernel, groups=case.groups).max_rank))
-        cost = getattr(shape, form)(rank)
-        assert (cost.params, cost.macs) == counted(case, form, (rank,)), form
-    last = tuple(range(1, case.dims))
-    rank = data.draw(st.integers(1, SPECTRA["spatial-last"](kernel, groups=case.groups).max_rank))
-    cost = shape.spatial(rank, last)
-    assert (cost.params, cost.macs) == counted(case, "spatial-last", (rank,))
-
-
-@settings(max_examples=15, deadline=None)
-@given(case=convolutions(pointwise=True), data=st.data())
-def test_the_cost_of_a_pointwise_pair(case: Convolution, data: st.DataObject) -> None:
-    if case.padding not in ("same", "valid"):
-        return  # padding a pointwise convolution adds positions on one side only: ConvShape counts them as given
-    weight, x, _ = case.tensors(torch.float32)
-    y = case.run(x, case.whole(weight), None)
-    channels = case.groups * case.in_group, case.groups * case.out_group
-    sizes = tuple(x.shape[2:]), tuple(y.shape[2:])
-    rank = data.draw(st.integers(1, min(case.in_group, case.out_group)))
-    cost = ConvShape(*channels, case.kernel, *sizes, case.groups, case.transposed).low_rank(rank)
-    assert (cost.params, cost.macs) == counted(case, "low_rank", (rank,))
-
-
-@given(
-    in_group=st.integers(1, 12),
-    out_group=st.integers(1, 12),
-    groups=st.integers(1, 3),
-    kernel=st.lists(st.integers(1, 4), min_size=0, max_size=3),
-    stride=st.integers(1, 3),
-    transposed=st.booleans(),
-)
-def test_break_even_is_the_largest_rank_that_pays(
-    in_group: int, out_group: int, groups: int, kernel: list[int], stride: int, transposed: bool
-) -> None:
-    inner, out = groups * in_group, groups * out_group
-    small, large = (4,) * len(kernel), (4 * stride,) * len(kernel)
-    sizes = (small, large) if transposed else (large, small)
-    found = break_even_ranks(inner, out, kernel, stride, groups, transposed, *sizes)
-    by_stride = break_even_ranks(inner, out, kernel, stride, groups, transposed)
-    assert by_stride == found  # costs scale with the positions
-    shape = ConvShape(inner, out, tuple(kernel), *sizes, groups, transposed)
-    taps = math.prod(kernel)
-    limits = {
-        "reduction": min(in_group, out_group * taps),
-        "expansion": min(out_group, in_group * taps),
-        "depthwise": min(out_group, taps),
-    }
-    if len(kernel) > 1:
-        limits["spatial"] = min(in_group * kernel[0], out_group * taps // kernel[0])
-    if taps == 1:
-        limits["low_rank"] = min(in_group, out_group)
-    for measure in ("macs", "params"):
-        budget = getattr(shape.original(), measure)
-        ranks = getattr(found, measure)
-        for form in ("reduction", "expansion", "depthwise", "spatial", "low_rank"):
-            cost = getattr(shape, form)
-            paying = [r for r in range(1, limits.get(form, 0) + 1) if getattr(cost(r), measure) <= budget]
-            assert getattr(ranks, form) == max(paying, default=0), form
-        line = [ratio_ranks(step, in_group, out_group) for step in range(1, max(in_group, out_group) + 1)]
-        paying = [pair for pair in line if getattr(shape.bottleneck(*pair), measure) <= budget]
-        assert ranks.bottleneck == max(paying, default=(0, 0))
-
-
-def test_break_even_differs_between_macs_and_params_where_there_is_a_stride() -> None:
-    plain, strided = break_even_ranks(64, 64, (3, 3)), break_even_ranks(64, 64, (3, 3), stride=2)
-    assert plain.macs == plain.params
-    assert strided.params == plain.params
-    assert strided.macs.bottleneck < strided.params.bottleneck
-    assert strided.macs.reduction < strided.params.reduction
-    assert strided.macs.expansion == strided.params.expansion
-
-
-def test_break_even_of_shapes_that_make_no_sense() -> None:
-    with pytest.raises(UsageError, match="groups"):
-        break_even_ranks(6, 4, (3, 3), groups=3)
-    with pytest.raises(UsageError, match="sizes"):
-        break_even_ranks(6, 4, (3, 3), input_size=(8,))

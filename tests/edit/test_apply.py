@@ -18,7 +18,7 @@ from pwrewrite.core.errors import PlanError, RefusedError
 from pwrewrite.core.plan import Op, Plan, Skip, SkipReason
 from pwrewrite.edit.apply import Applied, apply, carry_out, copy_of
 from pwrewrite.edit.survival import survives
-from pwrewrite.layers.factorized import Bottleneck
+from pwrewrite.layers.factorized import Factorized
 from pwrewrite.passes import FactorizeLinear, InsertBottleneck, Pass
 
 EXACT = InsertBottleneck(1.0, allow_growth=True)
@@ -73,7 +73,7 @@ class Runs(nn.Module):
 def test_a_root_that_is_a_convolution() -> None:
     model = conv()
     applied = done(model)
-    assert isinstance(applied.model, Bottleneck)
+    assert isinstance(applied.model, Factorized)
     assert applied.edits[0].renamed == {
         "weight": ("reduce.weight", "core.weight", "expand.weight"),
         "bias": ("expand.bias",),
@@ -88,7 +88,7 @@ def test_every_name_of_a_module_is_replaced() -> None:
     applied = done(model)
     changed: Any = applied.model
     assert changed.a is changed.b is changed.listed[0]
-    assert isinstance(changed.a, Bottleneck)
+    assert isinstance(changed.a, Factorized)
     assert applied.edits[0].aliases == ("listed.0", "b")
     assert same(applied, model)
 

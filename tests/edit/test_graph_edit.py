@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from pwrewrite.capturing.code_trace import NotTraceable
 from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.edit.graph_edit import FunctionalCall, Regraphed, to_graph
-from pwrewrite.forms import linear_spec
+from pwrewrite.forms.specs import linear_spec
 
 
 class Code(nn.Module):

@@ -85,7 +85,7 @@ class Convolution:
         return self.padding[axis], self.padding[axis]
 
     def whole(self, weight: Tensor) -> Stage:
-        return Stage("original", weight, self.groups, self.transposed, tuple(range(self.dims)))
+        return Stage(weight, self.groups, self.transposed, tuple(range(self.dims)))
 
     def run_chain(self, x: Tensor, factors: Factors, bias: Tensor | None) -> Tensor:
         stages = factors.stages(self.transposed)
@@ -174,17 +174,22 @@ def full_rank(form: str, kernel: Tensor, groups: int, **weights: Tensor | None) 
     return spectrum.truncate(spectrum.max_rank)
 
 
-def _last_axes(kernel: Tensor, **options: object) -> object:
-    return decompose.spatial_spectrum(kernel, first_axes=range(1, kernel.dim() - 2), **options)
+def _split(axes: Callable[[int], object]) -> Callable[..., decompose.Spectrum]:
+    """The spectrum of a split, its first axes by the number of spatial axes."""
+
+    def spectrum(kernel: Tensor, **options: object) -> decompose.Spectrum:
+        return decompose.split_spectrum(kernel, first_axes=axes(kernel.dim() - 2), **options)
+
+    return spectrum
 
 
 SPECTRA: dict[str, Callable[..., decompose.Spectrum]] = {
-    "reduction": decompose.reduction_spectrum,
-    "expansion": decompose.expansion_spectrum,
-    "spatial": decompose.spatial_spectrum,
-    "spatial-last": _last_axes,
+    "reduction": _split(lambda dims: ()),
+    "expansion": _split(range),
+    "spatial": _split(lambda dims: (0,)),
+    "spatial-last": _split(lambda dims: range(1, dims)),
     "depthwise": decompose.depthwise_spectrum,
-    "low_rank": decompose.low_rank_spectrum,
+    "low_rank": _split(range),
 }
 """Every form with one rank."""
 
@@ -201,3 +206,22 @@ def cut_rank(form: str, kernel: Tensor, groups: int, draw_rank: Callable[[int], 
         return decompose.tucker2(kernel, rank_in=rank_in, rank_out=rank_out, groups=groups, method=form)
     spectrum = SPECTRA[form](kernel, groups=groups)
     return spectrum.truncate(draw_rank(spectrum.max_rank))
+
+
+def kernel_loss(delta: Tensor, inputs: Tensor | None, outputs: Tensor | None, groups: int = 1) -> float:
+    """``tr(G Δ C Δᵀ)`` of a change of a kernel; ``C`` over patches or channels, ``G`` over outputs; written out."""
+    rows = delta.double().reshape(groups, delta.shape[0] // groups, -1)
+    patch, out = rows.shape[2], rows.shape[1]
+    c = (
+        torch.eye(patch).double().expand(groups, -1, -1)
+        if inputs is None
+        else inputs.double().reshape(groups, *inputs.shape[-2:])
+    )
+    g = (
+        torch.eye(out).double().expand(groups, -1, -1)
+        if outputs is None
+        else outputs.double().reshape(groups, *outputs.shape[-2:])
+    )
+    if c.shape[-1] < patch:
+        c = torch.stack([torch.kron(each, torch.eye(patch // c.shape[-1]).double()) for each in c])
+    return float(torch.einsum("gop,gpq,gmq,gmo->", rows, c, rows, g))

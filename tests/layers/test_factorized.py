@@ -10,16 +10,13 @@ from torch import nn
 
 from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.core.errors import UsageError
-from pwrewrite.forms import factorize, linear_spec, rank_limits
+from pwrewrite.forms import FORMS
+from pwrewrite.forms.specs import linear_spec
 from pwrewrite.layers.factorized import (
     ACTIVATIONS,
     NORMS,
-    Bottleneck,
-    DepthwiseSeparable,
-    LowRankLinear,
-    LowRankPair,
+    FactorizedLinear,
     Projected,
-    SpatialPair,
     build,
     make_layer,
 )
@@ -64,25 +61,27 @@ def test_output_size_of_a_transposed_one() -> None:
     spec = ConvSpec.of_module(layer)
     x = torch.randn(2, 6, 5, 4).double()
     for form in ("bottleneck", "reduce", "expand", "spatial"):
-        made = build(spec, form, rank_limits(spec, form)).double()
-        made.load_factors(factorize(layer.weight, spec, form, rank_limits(spec, form)), layer.bias)
+        widths = FORMS[form].limits(spec)
+        made = build(spec, form, widths).double()
+        made.load_factors(FORMS[form].factorize(layer.weight, spec, widths), layer.bias)
         for size in ([9, 7], [10, 8], [2, 4, 10, 7]):
             # float64, sums of fewer than 100 products
             assert torch.allclose(made(x, output_size=size), layer(x, output_size=size), atol=1e-13)
 
 
-def test_classes_name_their_forms() -> None:
+def test_modules_name_their_forms() -> None:
     conv, point = ConvSpec.of_module(nn.Conv2d(6, 4, 3)), ConvSpec.of_module(nn.Conv2d(6, 4, 1))
     for form, widths, kind in (
-        ("bottleneck", {"rank_in": 2, "rank_out": 2}, Bottleneck),
-        ("reduce", {"rank_in": 2}, Bottleneck),
-        ("spatial", {"rank": 2}, SpatialPair),
-        ("depthwise", {"terms": 2}, DepthwiseSeparable),
+        ("bottleneck", {"rank_in": 2, "rank_out": 2}, "Bottleneck"),
+        ("reduce", {"rank_in": 2}, "Bottleneck"),
+        ("spatial", {"rank": 2}, "SpatialPair"),
+        ("depthwise", {"terms": 2}, "DepthwiseSeparable"),
     ):
-        assert type(build(conv, form, widths)) is kind
-    assert type(build(point, "pair", {"rank": 2})) is LowRankPair
+        assert build(conv, form, widths)._get_name() == kind
+    assert build(point, "pair", {"rank": 2})._get_name() == "LowRankPair"
     linear: Any = build(linear_spec(6, 4, True), "pair", {"rank": 2})
-    assert type(linear) is LowRankLinear
+    assert type(linear) is FactorizedLinear
+    assert str(linear).startswith("LowRankLinear(")
     assert (linear.in_features, linear.out_features) == (6, 4)
     assert linear(torch.zeros(3, 2, 6)).shape == (3, 2, 4)
 

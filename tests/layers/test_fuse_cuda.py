@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pwrewrite.core.convolution import ConvSpec
-from pwrewrite.forms import linear_spec
+from pwrewrite.forms.specs import linear_spec
 from pwrewrite.layers import PointwiseActivation
 from pwrewrite.workflows.fuse import fuse
 

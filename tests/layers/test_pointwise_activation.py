@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.core.errors import UsageError
-from pwrewrite.forms import linear_spec
+from pwrewrite.forms.specs import linear_spec
 from pwrewrite.layers import ACTIVATIONS, PointwiseActivation
 from pwrewrite.layers.kernels import CPU_DTYPES
 

@@ -11,7 +11,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from pwrewrite.core.errors import UsageError
 from pwrewrite.core.plan import SkipReason
-from pwrewrite.layers.factorized import Bottleneck, LowRankLinear
+from pwrewrite.layers.factorized import Factorized, FactorizedLinear
 from pwrewrite.passes import FactorizeLinear, InsertBottleneck, as_graph_pass
 
 
@@ -52,8 +52,8 @@ def test_a_pass_in_torchs_pass_manager() -> None:
     changed = result.graph_module
     assert result.modified
     assert (traced.code, list(traced.state_dict())) == before
-    assert isinstance(changed.conv, Bottleneck)
-    assert isinstance(changed.fc, LowRankLinear)
+    assert isinstance(changed.conv, Factorized)
+    assert isinstance(changed.fc, FactorizedLinear)
     assert "weight_bottleneck" in dict(changed.named_children())
     assert "relu" not in changed.code
     said = changed.meta["pwrewrite"]

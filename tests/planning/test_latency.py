@@ -17,7 +17,7 @@ from pwrewrite.core.errors import RefusedError
 from pwrewrite.core.options import Budget
 from pwrewrite.core.plan import Plan
 from pwrewrite.engines.timing import interleaved, time_models
-from pwrewrite.forms import linear_spec
+from pwrewrite.forms.specs import linear_spec
 from pwrewrite.planning import latency
 from pwrewrite.planning.budget import budgets_of
 from pwrewrite.planning.latency import Contestant, LatencyTable, Place, time_plan

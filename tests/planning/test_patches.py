@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pwrewrite.core.convolution import ConvSpec
-from pwrewrite.forms import linear_spec
+from pwrewrite.forms.specs import linear_spec
 from pwrewrite.planning.patches import batched, input_rows, output_rows, position_count, row_size
 
 LAYERS = {

@@ -14,14 +14,15 @@ from torch.nn import functional as F
 
 from pwrewrite.capturing import capture
 from pwrewrite.core.convolution import ConvSpec
-from pwrewrite.forms import linear_spec
+from pwrewrite.forms import FORMS
+from pwrewrite.forms.specs import linear_spec
+from pwrewrite.forms.weighted import WeightedLayer
 from pwrewrite.layers.factorized import build
 from pwrewrite.planning.fitting import shift_biases
 from pwrewrite.planning.lockstep import Lockstep
 from pwrewrite.planning.refit import Target, refit
 from pwrewrite.planning.residuals import Residual, residuals
 from pwrewrite.planning.statistics import gather
-from pwrewrite.planning.weighted import WeightedLayer
 from pwrewrite.workflows.rewrite import rewrite
 
 
@@ -82,7 +83,7 @@ def reduced(model: Net) -> tuple[Net, list[Target]]:
         assert isinstance(layer, nn.Conv2d)
         spec = ConvSpec.of_module(layer)
         new = build(spec, "expand", {"rank_out": 3})
-        new.load_factors(WeightedLayer(layer.weight, spec, None, None).factors("expand", {"rank_out": 3}), None)
+        new.load_factors(FORMS["expand"].fit(WeightedLayer(layer.weight, spec, None, None), {"rank_out": 3}), None)
         parent, _, name = path.rpartition(".")
         setattr(changed.get_submodule(parent), name, new)
         targets.append(Target(path, spec, layer.weight.detach(), None, where.get(path)))
@@ -133,7 +134,7 @@ def test_a_full_width_is_fitted_to_itself(model: Net) -> None:
     layer = model.blocks[0].conv1
     spec = ConvSpec.of_module(layer)  # type: ignore[arg-type]
     new = build(spec, "expand", {"rank_out": 8})
-    new.load_factors(WeightedLayer(layer.weight, spec, None, None).factors("expand", {"rank_out": 8}), None)  # type: ignore[arg-type]
+    new.load_factors(FORMS["expand"].fit(WeightedLayer(layer.weight, spec, None, None), {"rank_out": 8}), None)  # type: ignore[arg-type]
     changed.blocks[0].conv1 = new
     refit(model, changed, steps([Target("blocks.0.conv1", spec, layer.weight.detach(), None)]), inputs())  # type: ignore[operator]
     x = inputs(1, seed=9)[0][0][0]
@@ -148,7 +149,7 @@ def test_linear_and_transposed_layers_are_fitted() -> None:
     weight = model[0].weight.detach()
     assert isinstance(weight, Tensor)
     new = build(spec, "pair", {"rank": 4})
-    new.load_factors(WeightedLayer(weight, spec, None, None).factors("pair", {"rank": 4}), None)
+    new.load_factors(FORMS["pair"].fit(WeightedLayer(weight, spec, None, None), {"rank": 4}), None)
     changed[0] = new
     mixing = torch.randn(12, 12)
     data: list[tuple[tuple[Tensor], dict[str, Tensor]]] = [((torch.randn(40, 12) @ mixing + 1,), {}) for _ in range(5)]
@@ -162,7 +163,7 @@ def test_linear_and_transposed_layers_are_fitted() -> None:
     tweight = transposed[0].weight.detach()
     assert isinstance(tweight, Tensor)
     changed[0] = build(tspec, "expand", {"rank_out": 2})
-    changed[0].load_factors(WeightedLayer(tweight, tspec, None, None).factors("expand", {"rank_out": 2}), None)  # type: ignore[operator]
+    changed[0].load_factors(FORMS["expand"].fit(WeightedLayer(tweight, tspec, None, None), {"rank_out": 2}), None)  # type: ignore[operator]
     maps: list[tuple[tuple[Tensor], dict[str, Tensor]]] = [((torch.rand(3, 4, 5, 5),), {}) for _ in range(3)]
     refit(transposed, changed, [Target("0", tspec, tweight, None)], maps)
     with torch.no_grad():
@@ -239,7 +240,7 @@ def test_what_is_called_several_times_keeps_the_mean_of_its_outputs(layer: Any) 
     statistics = gather(model, {"layer": spec}, [((x,), {})], gradients=False)
     form, widths = ("reduce", {"rank_in": 2}) if spec.dims else ("pair", {"rank": 3})
     rewritten, made = copy.deepcopy(model), build(spec, form, widths)
-    factors = WeightedLayer(model.layer.weight, spec, None, None).factors(form, widths)
+    factors = FORMS[form].fit(WeightedLayer(model.layer.weight, spec, None, None), widths)
     made.load_factors(factors, model.layer.bias)
     rewritten.layer = made
     with torch.no_grad():

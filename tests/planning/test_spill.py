@@ -386,7 +386,7 @@ from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.layers.factorized import build
 from pwrewrite.planning.refit import Target, refit
 from pwrewrite.planning.spill import Spill
-from pwrewrite.planning.weighted import WeightedLayer
+from pwrewrite.forms.weighted import WeightedLayer
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -395,7 +395,7 @@ changed, targets = copy.deepcopy(model), []
 for i, layer in enumerate(model):
     spec = ConvSpec.of_module(layer)
     changed[i] = build(spec, "pair", {"rank": 4})
-    changed[i].load_factors(WeightedLayer(layer.weight, spec, None, None).factors("pair", {"rank": 4}), None)
+    changed[i].load_factors(FORMS["pair"].fit(WeightedLayer(layer.weight, spec, None, None), {"rank": 4}), None)
     targets.append(Target(str(i), spec, layer.weight.detach(), None))
 def chunks():
     for _ in range(int(sys.argv[1])):

@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 
 def specs(model: Net) -> dict[str, ConvSpec]:
-    from pwrewrite.forms import linear_spec
+    from pwrewrite.forms.specs import linear_spec
 
     return {
         "first": ConvSpec.of_module(model.first),

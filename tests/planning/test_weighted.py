@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from decompose_cases import SPECTRA, kernel_loss
 from torch import Tensor, nn
 
 from pwrewrite.core.convolution import ConvSpec
-from pwrewrite.decompose import kernel_loss
-from pwrewrite.forms import linear_spec, rank_limits
-from pwrewrite.planning.last_factor import Inner, last_matrix, solve_last, with_last
+from pwrewrite.decompose import PairFactors, solve_last
+from pwrewrite.forms import FORMS
+from pwrewrite.forms.form import FormLoss, ranks_to_try
+from pwrewrite.forms.specs import linear_spec
+from pwrewrite.forms.weighted import WeightedLayer
 from pwrewrite.planning.patches import row_size
-from pwrewrite.planning.weighted import Rung, WeightedLayer, ladder
 
 LAYERS = {
     "dense": nn.Conv2d(12, 16, 3),
@@ -42,6 +44,11 @@ def weighted(name: str) -> WeightedLayer:
     return WeightedLayer(torch.randn_like(layer.weight), spec, *moments(spec), positions=10.0)  # type: ignore[arg-type]
 
 
+def losses(layer: WeightedLayer, form: str) -> list[FormLoss]:
+    """Every width of a form's ladder."""
+    return FORMS[form].losses(layer, lambda widths, axes: True)
+
+
 def forms_of(name: str) -> tuple[str, ...]:
     if name == "pointwise":
         return ("pair",)
@@ -51,10 +58,10 @@ def forms_of(name: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(("name", "form"), [(name, form) for name in LAYERS for form in forms_of(name)])
 def test_predicted_losses_are_those_of_the_factors(name: str, form: str) -> None:
     layer = weighted(name)
-    rungs = layer.rungs(form, lambda *given: True)
+    rungs = losses(layer, form)
     assert rungs
     for rung in rungs[:: max(1, len(rungs) // 6)]:
-        factors = layer.factors(form, rung.widths, rung.axes)
+        factors = FORMS[form].fit(layer, rung.widths, rung.axes)
         delta = layer.kernel - factors.reconstruct().reshape(layer.kernel.shape)
         loss = 5.0 * kernel_loss(delta, layer.inputs, layer.gradients, layer.spec.groups)
         assert rung.loss == pytest.approx(loss, rel=1e-5, abs=1e-6 * layer.scale)
@@ -65,20 +72,21 @@ def test_predicted_losses_are_those_of_the_factors(name: str, form: str) -> None
 def test_the_full_rank_loses_nothing(name: str, form: str) -> None:
     layer = weighted(name)
     axes = (0,) if form == "spatial" else None
-    factors = layer.factors(form, rank_limits(layer.spec, form, axes), axes)
+    factors = FORMS[form].fit(layer, FORMS[form].limits(layer.spec, axes), axes)
     torch.testing.assert_close(factors.reconstruct().reshape(layer.kernel.shape), layer.kernel, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("form", ["reduce", "spatial", "depthwise", "expand"])
 def test_the_last_factor_cannot_be_bettered(form: str) -> None:
     layer = weighted("dense")
-    rung = layer.rungs(form, lambda *given: True)[3]
-    best = layer.factors(form, rung.widths, rung.axes)
+    rung = losses(layer, form)[3]
+    best = FORMS[form].fit(layer, rung.widths, rung.axes)
     generator = torch.Generator().manual_seed(1)
     for _ in range(5):
-        matrix = last_matrix(best)
+        assert isinstance(best, PairFactors)
+        matrix = best.last_matrix()
         nudge = 1e-3 * torch.randn(matrix.shape, generator=generator, dtype=matrix.dtype)
-        other = with_last(best, matrix + nudge)
+        other = best.with_last(matrix + nudge)
         delta = layer.kernel - other.reconstruct().reshape(layer.kernel.shape)
         assert layer.loss_of(delta) > rung.loss * (1 - 1e-9)
 
@@ -87,21 +95,20 @@ def test_a_bottleneck_beats_the_plain_one() -> None:
     from pwrewrite.decompose import tucker2
 
     layer = weighted("dense")
-    for rung in layer.rungs("bottleneck", lambda *given: True)[::20]:
+    for rung in losses(layer, "bottleneck")[::20]:
         plain = tucker2(layer.kernel, rank_in=rung.widths["rank_in"], rank_out=rung.widths["rank_out"])
         assert rung.loss <= layer.loss_of(layer.kernel - plain.reconstruct()) * (1 + 1e-9) + 1e-6
 
 
-@pytest.mark.parametrize("form", ["reduce", "expand", "bottleneck", "depthwise", "spatial"])
+@pytest.mark.parametrize("form", ["reduce", "expand", "depthwise", "spatial"])
 def test_inner_maps_times_last_factors_are_the_kernel(form: str) -> None:
     layer = weighted("grouped")
-    rung: Rung = layer.rungs(form, lambda *given: True)[2]
-    factors = layer.factors(form, rung.widths, rung.axes)
-    inner = Inner(factors, layer.spatial)
+    rung = losses(layer, form)[2]
+    factors = FORMS[form].fit(layer, rung.widths, rung.axes)
+    assert isinstance(factors, PairFactors)
     eye = torch.eye(layer.rows.shape[2], dtype=torch.float64).expand(2, -1, -1)
-    made = last_matrix(factors) @ inner.multiply(eye)
+    made = factors.last_matrix() @ factors.inner(eye, layer.spatial)
     torch.testing.assert_close(made.reshape(layer.kernel.shape), factors.reconstruct().reshape(layer.kernel.shape))
-    assert inner.multiply(eye).shape[1] == inner.size
 
 
 def test_without_statistics_losses_are_relative_squared_errors() -> None:
@@ -109,7 +116,7 @@ def test_without_statistics_losses_are_relative_squared_errors() -> None:
     one = WeightedLayer(layer.weight, linear_spec(12, 10, True), None, None)
     one.normalise(1.0)
     values = torch.linalg.svdvals(layer.weight.detach().double()).square()
-    for rung in one.rungs("pair", lambda *given: True):
+    for rung in losses(one, "pair"):
         assert rung.loss == pytest.approx(float(values[rung.widths["rank"] :].sum() / values.sum()), abs=1e-9)
 
 
@@ -123,10 +130,10 @@ def test_the_identity_needs_no_moment(form: str) -> None:
     eye = torch.eye(row_size(spec), dtype=torch.float64)[None]
     full = WeightedLayer(weight, spec, eye, gradients, 3.0)
     assert plain.scale == pytest.approx(full.scale)
-    for one, other in zip(plain.rungs(form, lambda *given: True), full.rungs(form, lambda *given: True)):
+    for one, other in zip(losses(plain, form), losses(full, form)):
         assert (one.widths, one.axes) == (other.widths, other.axes)
         assert one.loss == pytest.approx(other.loss, rel=0.05 if form == "bottleneck" else 1e-4, abs=1e-4 * full.scale)
-        made = plain.factors(form, one.widths, one.axes)
+        made = FORMS[form].fit(plain, one.widths, one.axes)
         loss = plain.loss_of(plain.kernel - made.reconstruct().reshape(plain.kernel.shape))
         assert loss <= one.loss * (1 + 1e-6) + 1e-6 * plain.scale
 
@@ -141,20 +148,18 @@ def test_singular_moments_are_solved() -> None:
 
 
 def test_ladders_reach_the_full_rank_and_stay_short() -> None:
-    assert ladder(5) == [1, 2, 3, 4, 5]
-    assert ladder(1) == [1]
+    assert ranks_to_try(5) == [1, 2, 3, 4, 5]
+    assert ranks_to_try(1) == [1]
     for limit in (17, 64, 100, 512, 4608):
-        ranks = ladder(limit)
+        ranks = ranks_to_try(limit)
         assert ranks[-1] == limit
         assert ranks == sorted(set(ranks))
         assert len(ranks) <= 24
         assert ranks[0] >= 1
-    assert all(rank % 16 == 0 for rank in ladder(128, 16) if rank >= 16)
+    assert all(rank % 16 == 0 for rank in ranks_to_try(128, 16) if rank >= 16)
 
 
 def test_a_product_of_weights_is_never_formed_and_the_same() -> None:
-    from pwrewrite.decompose import reduction_spectrum, spatial_spectrum
-
     generator = torch.Generator().manual_seed(0)
 
     def moment(size: int) -> Tensor:
@@ -166,11 +171,11 @@ def test_a_product_of_weights_is_never_formed_and_the_same() -> None:
     dense = torch.stack([torch.kron(a, b) for a, b in zip(outer, inner)])
     for wide in (kernel, kernel[:, :2]):  # either side of the matrix may be the shorter one
         side = near[:, : wide.shape[1], : wide.shape[1]]
-        one = reduction_spectrum(wide, 2, side, (outer, inner))
-        other = reduction_spectrum(wide, 2, side, dense)
+        one = SPECTRA["reduction"](wide, groups=2, input_weight=side, output_weight=(outer, inner))
+        other = SPECTRA["reduction"](wide, groups=2, input_weight=side, output_weight=dense)
         torch.testing.assert_close(one.losses, other.losses)
         torch.testing.assert_close(one.truncate(2).reconstruct(), other.truncate(2).reconstruct())
     few = moment(3)
     dense = torch.stack([torch.kron(a, b) for a, b in zip(outer, few)])
-    one_, other_ = (spatial_spectrum(kernel, 2, (0,), None, weight) for weight in ((outer, few), dense))
+    one_, other_ = (SPECTRA["spatial"](kernel, groups=2, output_weight=weight) for weight in ((outer, few), dense))
     torch.testing.assert_close(one_.losses, other_.losses)

@@ -12,8 +12,8 @@ from pwrewrite.core.numbers import parse_width
 from pwrewrite.core.options import PassOptions
 from pwrewrite.core.plan import Op, Skip
 from pwrewrite.forms import FORMS
-from pwrewrite.passes import InsertBottleneck, InsertReduction, LayerPass, Pass, ProjectBranch, Proposal
-from pwrewrite.workflows.pass_names import FORM_PASSES, SetLayers, parse_set, passes_of
+from pwrewrite.passes import FORM_PASSES, InsertBottleneck, InsertReduction, LayerPass, Pass, ProjectBranch, Proposal
+from pwrewrite.workflows.pass_names import SetLayers, parse_set, passes_of
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_what_is_no_width(text: str) -> None:
 
 def test_every_form_can_be_set() -> None:
     assert set(FORM_PASSES) == set(FORMS)
-    for form, names in FORMS.items():
+    for form, names in ((name, form.widths) for name, form in FORMS.items()):
         text = f"a.b={form}:{','.join('4' for _ in names)}"
         assert parse_set(text).widths == (4,) * len(names)
     assert parse_set("x=bottleneck:0.5").widths == (0.5,)

@@ -14,7 +14,7 @@ from ...core.convolution import CONV_MODULES, ConvSpec
 from ...core.errors import PlanError
 from ...core.plan import Op, Skip, SkipReason
 from ...decompose import Factors
-from ...forms import linear_spec
+from ...forms.specs import linear_spec
 from ..swap import held_elsewhere, names_of, replace_module
 
 _T = TypeVar("_T")

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...core.errors import PlanError
 from ...core.plan import Edit, Op
-from ...forms import spec_from_dict
+from ...forms.specs import spec_from_dict
 from ...layers import PointwiseActivation
 from .bench import Bench
 

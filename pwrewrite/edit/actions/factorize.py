@@ -18,7 +18,9 @@ from ...core.convolution import ConvSpec
 from ...core.errors import PlanError, RefusedError
 from ...core.plan import Edit, Op, Skip, SkipReason
 from ...decompose import Factors
-from ...forms import check_form, check_widths, factorize, rank_limits, spec_from_dict
+from ...forms import read_form
+from ...forms.form import Axes, Form
+from ...forms.specs import spec_from_dict
 from ...layers.factorized import ACTIVATIONS, NORMS, Factorized, build
 from ..graph_edit import FunctionalCall
 from .bench import Bench, Refused, brief, make_like
@@ -32,9 +34,9 @@ class _Request:
     """The settings of an op, checked."""
 
     spec: ConvSpec
-    form: str
+    form: Form
     widths: dict[str, int]
-    axes: tuple[int, ...] | None
+    axes: Axes
     fresh: bool
     norm: str | None
     activation: str | None
@@ -97,7 +99,7 @@ def _function(bench: Bench, op: Op, request: _Request) -> Edit:
             hint="make the plan anew for this model",
         )
     new, error = _make(bench, op, request, weight, call.bias)
-    name = call.replace(f"{call.weight.replace('.', '_')}_{request.form}", new)
+    name = call.replace(f"{call.weight.replace('.', '_')}_{request.form.name}", new)
     new.train(module.training)
     bench.replace(module, made)
     bias_name = f"{prefix}{call.bias_name}" if call.bias_name else None
@@ -117,10 +119,8 @@ def _read(op: Op) -> _Request:
     """
     settings = op.settings
     spec = spec_from_dict(settings.get("layer"), op.where("layer"))
-    form = settings.get("form")
-    axes = check_form(spec, form, settings.get("axes"), op.where)
-    assert isinstance(form, str)
-    widths = check_widths(spec, form, settings.get("widths"), op.where, axes)
+    form, axes = read_form(spec, settings.get("form"), settings.get("axes"), op.where)
+    widths = form.read_widths(spec, settings.get("widths"), axes, op.where)
     init, norm, activation = settings.get("init", "weights"), settings.get("norm"), settings.get("activation")
     for key, value, known in (
         ("init", init, INITS),
@@ -146,7 +146,7 @@ def _make(
     def make(device: Any) -> nn.Module:
         return build(
             request.spec,
-            request.form,
+            request.form.name,
             request.widths,
             axes=request.axes,
             norm=request.norm,
@@ -178,16 +178,16 @@ def _decompose(bench: Bench, op: Op, request: _Request, weight: Tensor) -> Facto
     given = bench.decomposer(op, weight) if bench.decomposer is not None else None
     if given is not None:
         return given
-    return factorize(weight, request.spec, request.form, request.widths, axes=request.axes)
+    return request.form.factorize(weight, request.spec, request.widths, request.axes)
 
 
 def _common(op: Op, request: _Request, new: Factorized, error: float | None) -> dict[str, Any]:
     """What edits of both kinds say."""
     widths = list(request.widths.values())
-    full = request.widths == rank_limits(request.spec, request.form, request.axes)
+    full = request.widths == request.form.limits(request.spec, request.axes)
     return {
         "op": op,
-        "method": request.form,
+        "method": request.form.name,
         "rank_in": widths[0],
         "rank_out": widths[-1],
         "params_before": request.spec.params,

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ...core.errors import PlanError, RefusedError
 from ...core.plan import Edit, Op, Skip, SkipReason
-from ...forms import spec_from_dict
+from ...forms.specs import spec_from_dict
 from .bench import Bench, Refused, brief, spec_of_module
 from .code_norm import CodeNorm
 from .fold_weight import WEIGHT, fold_weight

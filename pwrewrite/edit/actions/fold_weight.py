@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from ...core.convolution import ConvSpec
 from ...core.errors import PlanError
 from ...core.plan import Edit, Op, Skip, SkipReason
-from ...forms import spec_from_dict
+from ...forms.specs import spec_from_dict
 from ...layers.factorized import make_layer
 from ...layers.known import hooked
 from .bench import Bench, Refused, brief, spec_of_module

@@ -20,7 +20,7 @@ from ...capturing.code_trace import NotTraceable
 from ...core.convolution import ConvSpec
 from ...core.errors import PlanError, UsageError
 from ...core.plan import Edit, Op, Skip, SkipReason
-from ...forms import spec_from_dict
+from ...forms.specs import spec_from_dict
 from ...layers import PointwiseActivation
 from ...layers.activations import checked
 from ...layers.known import call_activation, hooked, is_identity, module_activation

@@ -15,7 +15,7 @@ from torch import nn
 from ...core.convolution import ConvSpec
 from ...core.errors import PlanError, RefusedError
 from ...core.plan import Edit, Op
-from ...forms import spec_from_dict
+from ...forms.specs import spec_from_dict
 from ...layers.factorized import make_layer
 from ...layers.merging import merged_spec
 from .bench import Bench, make_like

@@ -26,7 +26,7 @@ from ... import decompose
 from ...core.convolution import ConvSpec
 from ...core.errors import PlanError, RefusedError
 from ...core.plan import Edit, Op
-from ...forms import pointwise_spec, spec_from_dict
+from ...forms.specs import pointwise_spec, spec_from_dict
 from ...layers.factorized import Factorized, Projected, make_layer
 from .bench import Bench, make_like
 
@@ -221,19 +221,19 @@ def _joint(bench: Bench, op: Op, request: _Request, projection: Any) -> tuple[li
     """Fills the projection from the joint factorisation; the consumers' new slices and the relative error."""
     c, r = request.branch_channels, request.channels
 
-    def work() -> decompose.LowRank:
+    def work() -> decompose.AxisSplit:
         stacked = torch.cat([_rows(consumer, c) for consumer in request.consumers])
         try:
-            return decompose.low_rank(stacked, r)
+            return decompose.split_spectrum(stacked).truncate(r)
         except RefusedError as error:
             paths = ", ".join(consumer.path for consumer in request.consumers)
             raise RefusedError(error.message, where=paths, got=error.got, hint=error.hint) from None
 
     factors = bench.once(op, work)
     with torch.no_grad():
-        projection.weight.copy_(factors.reduce.reshape(projection.weight.shape))
+        projection.weight.copy_(factors.first.reshape(projection.weight.shape))
     counts = [_row_count(consumer) for consumer in request.consumers]
-    pieces = torch.split(factors.expand, counts)
+    pieces = torch.split(factors.second, counts)
     slices = [_from_rows(rows, consumer, r) for rows, consumer in zip(pieces, request.consumers, strict=True)]
     trained = any(consumer.layer.weight.requires_grad for consumer in request.consumers)
     projection.weight.requires_grad_(trained)

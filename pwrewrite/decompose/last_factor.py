@@ -1,0 +1,108 @@
+"""The last of two factors, solved exactly in the norm of the whole patch.
+
+A pair of factors is a chain ``Ŵ = F · M``: ``M (inner, patch)`` is the first factor as a map of patches, ``F (out,
+inner)`` the last one as a matrix over what it reads at one output position. Given ``M``, a second moment ``C`` of the
+patches and the kernel ``W``, the best ``F`` is linear least squares,
+
+    F = W C Mᵀ (M C Mᵀ)⁻¹,
+
+whatever the weight of the outputs, since ``F`` has rows of its own for each output. The spectra find both factors in a
+Kronecker approximation of ``C`` where a form needs one; this takes the last of them to the full norm.
+
+    axis split      M = first ⊗ 1 (rank·b, in·a·b)       F = second (out, rank·b)
+    depthwise       M = filters (terms·in, in·k)         F = pointwise (out, terms·in)
+
+All of it per group, with a leading group axis. The rows of ``M`` are rank first, so that its leading rows are those of
+every smaller rank (`pwrewrite.decompose.nested`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from .layout import Factors
+
+RIDGE = 1e-9
+"""What is added to the diagonal of a normal matrix, as a share of its mean diagonal, before it is solved."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PairFactors(Factors):
+    """A chain of two factors."""
+
+    last: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """The width between."""
+
+    @abstractmethod
+    def inner(self, patches: Tensor, spatial: Sequence[int]) -> Tensor:
+        """The first factor's values on patches: ``M · patches``.
+
+        Args:
+            patches: ``(groups, patch, columns)``, each patch channel first.
+            spatial: The kernel's spatial sizes.
+
+        Returns:
+            ``(groups, inner, columns)``.
+        """
+
+    def normal(self, moment: Tensor, spatial: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """``M C`` and ``M C Mᵀ``.
+
+        Args:
+            moment: ``C (groups, patch, patch)``, symmetric.
+            spatial: The kernel's spatial sizes.
+        """
+        half = self.inner(moment, spatial)
+        whole = self.inner(half.mT, spatial)
+        return half, (whole + whole.mT) / 2
+
+    def last_matrix(self) -> Tensor:
+        """The last factor as ``(groups, out/groups, inner)``."""
+        weight: Tensor = getattr(self, self.last)
+        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+
+    def with_last(self, matrix: Tensor) -> Self:
+        """The chain with another last factor ``(groups, out/groups, inner)``; its errors are no longer known."""
+        weight: Tensor = getattr(self, self.last)
+        changed: dict[str, Any] = {self.last: matrix.reshape(weight.shape).to(weight)}
+        return replace(self, **changed, relative_error=float("nan"), weighted_error=float("nan"))
+
+
+def solve_last(normal: Tensor, cross: Tensor, *, ridge: float = RIDGE, towards: Tensor | None = None) -> Tensor:
+    """The least-squares last factor.
+
+    Args:
+        normal: ``M C Mᵀ (groups, inner, inner)``.
+        cross: ``W C Mᵀ (groups, out, inner)``, or the measured cross moment of outputs and inner values.
+        ridge: Regularisation, as a share of the mean diagonal of ``normal``.
+        towards: What the solution is drawn to, ``(groups, out, inner)``; to zero where None.
+
+    Returns:
+        ``F (groups, out, inner)``.
+    """
+    level = mean_diagonal(normal) * ridge
+    eye = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
+    right = cross if towards is None else cross + level * towards
+    factor, bad = torch.linalg.cholesky_ex(normal + level * eye)
+    if not bool(bad.any()):
+        return torch.cholesky_solve(right.mT, factor).mT
+    values, vectors = torch.linalg.eigh(normal)
+    floor = values[..., -1:].clamp(min=0) * max(ridge, 1e-10)
+    inverse = torch.where(values > floor, 1 / values, torch.zeros_like(values))
+    solved: Tensor = ((right @ vectors) * inverse[..., None, :]) @ vectors.mT
+    return solved
+
+
+def mean_diagonal(normal: Tensor) -> Tensor:
+    """``(groups, 1, 1)``: the mean of the diagonal, never 0."""
+    return normal.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-300)[:, None, None]

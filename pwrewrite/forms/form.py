@@ -1,0 +1,302 @@
+"""What a form is: one way to replace a layer by a chain of smaller convolutions.
+
+A `Form` answers everything that the rest of the package asks about it: for which layers it is, which widths it has and
+how large they can be, what the chain looks like, its weights, and what it loses at which width. Widths are per group.
+`OneRank` does most of that for the forms of two factors with one width between them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import Tensor
+
+from .. import decompose
+from ..core.convolution import ConvSpec
+from ..core.errors import PlanError
+from ..core.plan import SkipReason
+from ..decompose import Factors, PairFactors, RankSpec, Spectrum, default_multiple
+from .specs import Chain
+from .weighted import Cuts, WeightedLayer
+
+Axes = tuple[int, ...] | None
+"""The spatial axes of a form's first stage; None where the form leaves no choice."""
+
+Where = Callable[[str], str]
+"""From the name of a setting to where it stands in a plan, for errors."""
+
+LADDER = 24
+"""At most about this many widths of a form are looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class FormPass:
+    """A pass that proposes a form.
+
+    Attributes:
+        name: As on the command line.
+        summary: One line that says what it does.
+        default_rank: The width or ratio that it takes where none is given.
+        linear: Whether it is for linear maps instead of convolutions.
+    """
+
+    name: str
+    summary: str
+    default_rank: RankSpec = 0.5
+    linear: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FormLoss:
+    """A form at some widths, and what it loses.
+
+    Attributes:
+        widths: The widths, per group.
+        axes: The spatial axes of the first stage, where the form leaves a choice.
+        loss: Predicted loss, ``½ · positions · tr(G Δ C Δᵀ)``.
+        error: Relative error in that norm, ``√(loss / loss of an all-zero kernel)``.
+    """
+
+    widths: Mapping[str, int]
+    axes: Axes
+    loss: float
+    error: float
+
+
+Worth = Callable[[Mapping[str, int], Axes], bool]
+"""Whether widths are worth a look, such as whether they cost less than the layer."""
+
+
+class Form(ABC):
+    """One way to replace a layer by a chain of smaller convolutions.
+
+    Attributes:
+        name: As in plans and on the command line.
+        widths: Names of its widths.
+        passes: The passes that propose it.
+        title: What the module is called when a model is printed.
+        pointwise: Whether all that it adds to a layer's own kind of kernel is 1×1.
+    """
+
+    name: ClassVar[str]
+    widths: ClassVar[tuple[str, ...]]
+    passes: ClassVar[tuple[FormPass, ...]]
+    title: ClassVar[str]
+    pointwise: ClassVar[bool] = False
+
+    # ------------------------------------------------------------------------------------------------ shapes
+
+    def unfit(self, spec: ConvSpec) -> tuple[SkipReason, str] | None:
+        """Why the form is not for a layer of this shape; None where it is."""
+        if spec.is_pointwise:
+            return SkipReason.POINTWISE, "a 1×1 convolution; factorize-pointwise is for these"
+        if spec.is_depthwise:
+            return SkipReason.DEPTHWISE, "a depthwise convolution mixes no channels"
+        return None
+
+    def splits(self, spec: ConvSpec) -> Sequence[Axes]:
+        """The choices of axes for the first stage, the default first."""
+        return (None,)
+
+    def read_axes(self, spec: ConvSpec, axes: object, where: Where) -> Axes:
+        """Checks axes from a plan; the default where they are None.
+
+        Raises:
+            PlanError: If they do not fit the layer, or the form has none.
+        """
+        if axes is not None:
+            raise PlanError(f"the form {self.name} has no axes", where=where("axes"), got=repr(axes))
+        return None
+
+    def read_widths(self, spec: ConvSpec, widths: object, axes: Axes, where: Where) -> dict[str, int]:
+        """Checks widths from a plan.
+
+        Raises:
+            PlanError: If a width is missing, unknown, not an integer, below 1 or beyond the channels.
+        """
+        limits = self.limits(spec, axes)
+        if not isinstance(widths, Mapping) or set(widths) != set(limits):
+            expected = f"an object with {' and '.join(limits)}"
+            raise PlanError(
+                f"not the widths of {self.name}", where=where("widths"), expected=expected, got=repr(widths)
+            )
+        for name, limit in limits.items():
+            width = widths[name]
+            if type(width) is not int or not 1 <= width <= limit:
+                raise PlanError(
+                    f"{name} of {self.name} does not fit the layer",
+                    where=where(name),
+                    expected=f"an integer from 1 to {limit}",
+                    got=repr(width),
+                )
+        return {name: widths[name] for name in limits}
+
+    @abstractmethod
+    def limits(self, spec: ConvSpec, axes: Axes = None) -> dict[str, int]:
+        """The largest width of each kind that makes sense: at these the form is exact."""
+
+    @abstractmethod
+    def stages(self, spec: ConvSpec, widths: Mapping[str, int], axes: Axes = None) -> Chain:
+        """The chain that the form puts in place of a layer; its last stage has the bias."""
+
+    @abstractmethod
+    def ladder(self, spec: ConvSpec, axes: Axes, multiple: int | None) -> list[dict[str, int]]:
+        """Widths for the planner to look at.
+
+        Args:
+            spec: The layer.
+            axes: The axes of the first stage.
+            multiple: What widths are rounded to; None for 8 where the channels are 64 or more.
+        """
+
+    # ----------------------------------------------------------------------------------------------- weights
+
+    @abstractmethod
+    def spectra(self, kernel: Tensor, spec: ConvSpec, axes: Axes) -> dict[str, Spectrum[Factors]]:
+        """For every width the spectrum that it truncates, from which ranks are read.
+
+        Args:
+            kernel: ``(out, in/groups, *k)``, forward layout.
+            spec: The layer.
+            axes: The axes of the first stage.
+        """
+
+    @abstractmethod
+    def truncate(self, kernel: Tensor, spec: ConvSpec, widths: Mapping[str, int], axes: Axes) -> Factors:
+        """The factors nearest to a kernel in forward layout, in the order of `stages`."""
+
+    def factorize(self, weight: Tensor, spec: ConvSpec, widths: Mapping[str, int], axes: Axes = None) -> Factors:
+        """The factors nearest to a layer's weight.
+
+        Args:
+            weight: As the layer has it: ``(out, in/groups, *k)``, ``(in, out/groups, *k)`` where transposed, or ``(out,
+                in)``.
+            spec: The layer.
+            widths: The form's widths, per group.
+            axes: The axes of the first stage, where the form leaves a choice.
+
+        Returns:
+            Factors whose ``stages(transposed)`` carry the weight of each stage of `stages` in order.
+        """
+        kernel = decompose.to_forward_layout(weight.detach(), spec.groups, spec.transposed)
+        return self.truncate(kernel, spec, widths, self.splits(spec)[0] if axes is None else axes)
+
+    # ------------------------------------------------------------------------- in the norm of the statistics
+
+    @abstractmethod
+    def predict(self, layer: WeightedLayer, axes: Axes, ladder: Sequence[Mapping[str, int]]) -> list[float]:
+        """The loss at each of some widths, in the norm of a layer's statistics."""
+
+    @abstractmethod
+    def solve(self, layer: WeightedLayer, widths: Mapping[str, int], axes: Axes) -> Factors:
+        """The factors in the norm of a layer's statistics."""
+
+    def losses(self, layer: WeightedLayer, worth: Worth) -> list[FormLoss]:
+        """What the form loses at a ladder of widths.
+
+        Args:
+            layer: The layer with its statistics.
+            worth: Which widths are worth a look.
+        """
+        losses = []
+        for axes in self.splits(layer.spec):
+            ladder = [w for w in self.ladder(layer.spec, axes, layer.multiple) if worth(w, axes)]
+            predicted = self.predict(layer, axes, ladder) if ladder else ()
+            losses += [FormLoss(w, axes, max(x, 0.0), layer.error(x)) for w, x in zip(ladder, predicted)]
+        return losses
+
+    def fit(self, layer: WeightedLayer, widths: Mapping[str, int], axes: Sequence[int] | None = None) -> Factors:
+        """The factors in the norm of a layer's statistics, in the compute dtype, with their errors."""
+        factors = self.solve(layer, widths, None if axes is None else tuple(axes))
+        delta = layer.kernel - factors.reconstruct().reshape(layer.kernel.shape)
+        norm = float(layer.kernel.norm())
+        return replace(
+            factors,
+            relative_error=float(delta.norm()) / norm if norm else 0.0,
+            weighted_error=layer.error(layer.loss_of(delta)),
+        )
+
+
+class OneRank(Form):
+    """A form of two factors with one width between them."""
+
+    @abstractmethod
+    def spectrum(self, kernel: Tensor, spec: ConvSpec, axes: Axes) -> Spectrum[PairFactors]:
+        """The form at every rank, in the plain norm."""
+
+    @abstractmethod
+    def weighted_spectrum(self, layer: WeightedLayer, axes: Axes) -> tuple[Spectrum[PairFactors], bool]:
+        """The form at every rank, weighted by a layer's statistics; and whether that is exact in their norm."""
+
+    def cuts(self, layer: WeightedLayer, axes: Axes = None) -> Cuts:
+        """The form at every rank in the norm of a layer, factorised once per layer."""
+        return layer.once((self.name, axes), lambda: Cuts(layer, *self.weighted_spectrum(layer, axes)))
+
+    def ladder(self, spec: ConvSpec, axes: Axes, multiple: int | None) -> list[dict[str, int]]:
+        """See `Form.ladder`."""
+        ((name, limit),) = self.limits(spec, axes).items()
+        return [{name: rank} for rank in ranks_to_try(limit, multiple)]
+
+    def spectra(self, kernel: Tensor, spec: ConvSpec, axes: Axes) -> dict[str, Spectrum[Factors]]:
+        """See `Form.spectra`."""
+        return {self.widths[0]: self.spectrum(kernel, spec, axes)}
+
+    def truncate(self, kernel: Tensor, spec: ConvSpec, widths: Mapping[str, int], axes: Axes) -> Factors:
+        """See `Form.truncate`."""
+        return self.spectrum(kernel, spec, axes).truncate(widths[self.widths[0]])
+
+    def predict(self, layer: WeightedLayer, axes: Axes, ladder: Sequence[Mapping[str, int]]) -> list[float]:
+        """See `Form.predict`."""
+        return self.cuts(layer, axes).losses([widths[self.widths[0]] for widths in ladder])
+
+    def solve(self, layer: WeightedLayer, widths: Mapping[str, int], axes: Axes) -> Factors:
+        """See `Form.solve`."""
+        return self.cuts(layer, axes).factors(widths[self.widths[0]])
+
+
+class SplitForm(OneRank):
+    """A form that divides the spatial axes between its two stages (`pwrewrite.decompose.axis_split`)."""
+
+    def first_axes(self, spec: ConvSpec, axes: Axes) -> tuple[int, ...]:
+        """The spatial axes of the first stage."""
+        raise NotImplementedError
+
+    def spectrum(self, kernel: Tensor, spec: ConvSpec, axes: Axes) -> Spectrum[PairFactors]:
+        """See `OneRank.spectrum`."""
+        return decompose.split_spectrum(kernel, spec.groups, self.first_axes(spec, axes))
+
+    def weighted_spectrum(self, layer: WeightedLayer, axes: Axes) -> tuple[Spectrum[PairFactors], bool]:
+        """See `OneRank.weighted_spectrum`: exact where the last stage owns no extent, a Kronecker product elsewhere."""
+        first = self.first_axes(layer.spec, axes)
+        near, outputs, exact = layer.sides(first)
+        return decompose.split_spectrum(layer.kernel, layer.spec.groups, first, near, outputs), exact
+
+    def limits(self, spec: ConvSpec, axes: Axes = None) -> dict[str, int]:
+        """See `Form.limits`: no matricisation has more rank than its shorter side."""
+        first = self.first_axes(spec, self.splits(spec)[0] if axes is None else axes)
+        near, far = spec.in_channels // spec.groups, spec.out_channels // spec.groups
+        for axis, size in enumerate(spec.kernel_size):
+            near, far = (near * size, far) if axis in first else (near, far * size)
+        return {self.widths[0]: min(near, far)}
+
+
+def ranks_to_try(limit: int, multiple: int | None = None, most: int = LADDER) -> list[int]:
+    """Ranks to look at, from small to the full one: multiples, evenly apart where there are few and denser below.
+
+    Args:
+        limit: The full rank.
+        multiple: What ranks are multiples of; None for 8 where the limit is 64 or more.
+        most: About how many.
+    """
+    step = default_multiple(limit) if multiple is None else multiple
+    ranks = [*range(step, limit, step), limit] if limit > step else [limit]
+    if step > 1 and limit > step:
+        ranks = sorted({*ranks, *(step >> i for i in range(1, step.bit_length() - 1) if step >> i)})
+    if len(ranks) <= most:
+        return ranks
+    last = len(ranks) - 1
+    chosen = {round(last * (i / (most - 1)) ** 1.5) for i in range(most)}
+    return [ranks[i] for i in sorted(chosen)]

@@ -1,0 +1,70 @@
+"""One convolution over some spatial axes and one over the others, such as k×1 → 1×k.
+
+Jaderberg et al. 2014 and Zhang et al. 2016; in 3-D also (k,1,1) → (1,k,k) and the other way round (Tran et al. 2018).
+Optimal at every rank, see `pwrewrite.decompose.axis_split`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+from ..core.convolution import ConvSpec
+from ..core.errors import PlanError
+from ..core.plan import SkipReason
+from .form import Axes, FormPass, SplitForm, Where
+from .specs import Chain, stage_spec
+
+
+class Spatial(SplitForm):
+    """k×1 → 1×k; the axes of the first stage are a setting."""
+
+    name, widths, title = "spatial", ("rank",), "SpatialPair"
+    passes = (FormPass("factorize-spatial", "k×1 then 1×k in place of a k×k convolution", 0.25),)
+
+    def unfit(self, spec: ConvSpec) -> tuple[SkipReason, str] | None:
+        """See `Form.unfit`."""
+        if super().unfit(spec) is None and sum(k > 1 for k in spec.kernel_size) < 2:
+            return SkipReason.WRONG_FORM, "has an extent along one axis only, so there is nothing to split"
+        return super().unfit(spec)
+
+    def splits(self, spec: ConvSpec) -> Sequence[Axes]:
+        """Every way to divide the axes that have an extent; the first of them alone comes first."""
+        extended = [axis for axis, size in enumerate(spec.kernel_size) if size > 1]
+        return [axes for count in range(1, len(extended)) for axes in combinations(extended, count)] or [(0,)]
+
+    def read_axes(self, spec: ConvSpec, axes: object, where: Where) -> Axes:
+        """See `Form.read_axes`."""
+        known = range(spec.dims)
+        if axes is None:
+            axes = self.splits(spec)[0]
+        if not isinstance(axes, (list, tuple)) or any(type(axis) is not int or axis not in known for axis in axes):
+            expected = f"a list of some of {', '.join(map(str, known))}"
+            raise PlanError("axes are those of the first stage", where=where("axes"), expected=expected, got=repr(axes))
+        if not 0 < len(set(axes)) < spec.dims:
+            raise PlanError(
+                f"axes {list(axes)} do not divide the {spec.dims} spatial axes of the layer between two stages",
+                where=where("axes"),
+                expected=f"some but not all of {', '.join(map(str, known))}",
+                got=repr(axes),
+            )
+        return tuple(axes)
+
+    def first_axes(self, spec: ConvSpec, axes: Axes) -> tuple[int, ...]:
+        """See `SplitForm.first_axes`."""
+        assert axes is not None
+        return axes
+
+    def stages(self, spec: ConvSpec, widths: Mapping[str, int], axes: Axes = None) -> Chain:
+        """See `Form.stages`."""
+        first = self.splits(spec)[0] if axes is None else axes
+        assert first is not None
+        second = [axis for axis in range(spec.dims) if axis not in first]
+        middle = spec.groups * widths["rank"]
+        return (
+            ("first", stage_spec(spec, spec.in_channels, middle, first)),
+            ("second", stage_spec(spec, middle, spec.out_channels, second, bias=spec.bias)),
+        )
+
+
+FORM = Spatial()

@@ -1,0 +1,169 @@
+"""The shape facts of layers and of the chains that replace them: as JSON data, and what they cost.
+
+Stride, padding, dilation and output padding sit on the stages of a chain that own the spatial axes, everything else is
+1×1; only the last stage has a bias, so that padding commutes with the channel mixing before it and the chain is exactly
+linear in its factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from ..core.convolution import ConvSpec
+from ..core.errors import PlanError
+
+Chain = Sequence[tuple[str, ConvSpec]]
+"""The stages of a form, first to last: name and shape facts."""
+
+
+def linear_spec(in_features: int, out_features: int, bias: bool) -> ConvSpec:
+    """A linear map as a convolution without spatial axes."""
+    return ConvSpec(in_features, out_features, (), (), (), (), bias=bias)
+
+
+def pointwise_spec(dims: int, in_channels: int, out_channels: int, bias: bool = False) -> ConvSpec:
+    """A 1×1 convolution over some spatial dims; a linear map over none."""
+    ones = (1,) * dims
+    return ConvSpec(in_channels, out_channels, ones, ones, ((0, 0),) * dims, ones, 1, bias, output_padding=(0,) * dims)
+
+
+def spec_to_dict(spec: ConvSpec) -> dict[str, Any]:
+    """A spec as JSON data."""
+    return {
+        "in_channels": spec.in_channels,
+        "out_channels": spec.out_channels,
+        "kernel_size": list(spec.kernel_size),
+        "stride": list(spec.stride),
+        "padding": [list(p) for p in spec.padding],
+        "dilation": list(spec.dilation),
+        "groups": spec.groups,
+        "bias": spec.bias,
+        "padding_mode": spec.padding_mode,
+        "transposed": spec.transposed,
+        "output_padding": list(spec.output_padding),
+    }
+
+
+def spec_from_dict(data: Any, where: str) -> ConvSpec:
+    """Reads what `spec_to_dict` wrote.
+
+    Raises:
+        PlanError: If it is not that.
+    """
+    try:
+        spec = ConvSpec(
+            int(data["in_channels"]),
+            int(data["out_channels"]),
+            tuple(map(int, data["kernel_size"])),
+            tuple(map(int, data["stride"])),
+            tuple((int(left), int(right)) for left, right in data["padding"]),
+            tuple(map(int, data["dilation"])),
+            int(data["groups"]),
+            bool(data["bias"]),
+            str(data["padding_mode"]),
+            bool(data["transposed"]),
+            tuple(map(int, data["output_padding"])),
+        )
+        _check_spec(spec)
+    except (KeyError, TypeError, ValueError) as error:
+        raise PlanError(
+            "not the shape facts of a layer",
+            where=where,
+            expected="what `pwrewrite plan` writes under 'layer'",
+            got=repr(error),
+        ) from None
+    return spec
+
+
+def _check_spec(spec: ConvSpec) -> None:
+    counts = (spec.in_channels, spec.out_channels, spec.groups, *spec.kernel_size, *spec.stride, *spec.dilation)
+    per_dim = (spec.stride, spec.padding, spec.dilation, spec.output_padding)
+    if any(n < 1 for n in counts):
+        raise ValueError("channels, groups, kernel size, stride and dilation are at least 1")
+    if spec.dims > 3 or any(len(values) != spec.dims for values in per_dim):
+        raise ValueError("kernel size, stride, padding, dilation and output padding have one entry per spatial dim")
+    if spec.in_channels % spec.groups or spec.out_channels % spec.groups:
+        raise ValueError("groups divide the channels")
+
+
+def stage_spec(
+    spec: ConvSpec, inputs: int, outputs: int, axes: Sequence[int], *, groups: int | None = None, bias: bool = False
+) -> ConvSpec:
+    """One stage of a chain: the layer's settings on some axes, 1×1 elsewhere; transposed only where it owns an axis.
+
+    Args:
+        spec: The layer.
+        inputs: Input channels of the stage.
+        outputs: Output channels of the stage.
+        axes: The spatial axes that it owns.
+        groups: Its groups; those of the layer where None.
+        bias: Whether it has a bias.
+    """
+    dims = range(spec.dims)
+    transposed = spec.transposed and bool(axes)
+    return ConvSpec(
+        inputs,
+        outputs,
+        tuple(spec.kernel_size[i] if i in axes else 1 for i in dims),
+        tuple(spec.stride[i] if i in axes else 1 for i in dims),
+        tuple(spec.padding[i] if i in axes else (0, 0) for i in dims),
+        tuple(spec.dilation[i] if i in axes else 1 for i in dims),
+        groups or spec.groups,
+        bias,
+        spec.padding_mode if axes else "zeros",
+        transposed,
+        tuple(spec.output_padding[i] if transposed and i in axes else 0 for i in dims),
+    )
+
+
+def chain_params(chain: Chain) -> int:
+    """Parameters of a chain."""
+    return sum(spec.params for _, spec in chain)
+
+
+def chain_macs(chain: Chain, input_shape: Sequence[int], output_shape: Sequence[int]) -> int:
+    """MACs of a chain on one input.
+
+    Args:
+        chain: Its stages.
+        input_shape: Shape of the layer's input.
+        output_shape: Shape of the layer's output; decides the size that a transposed stage makes.
+    """
+    total, shape = 0, tuple(input_shape)
+    for _, spec in chain:
+        out = stage_output(spec, shape, output_shape)
+        if spec.dims:
+            total += spec.macs(shape, out)
+        else:
+            total += prod(shape) * spec.out_channels
+        shape = out
+    return total
+
+
+def stage_output(spec: ConvSpec, shape: Sequence[int], output_shape: Sequence[int]) -> tuple[int, ...]:
+    """The output shape of one stage.
+
+    Args:
+        spec: The stage.
+        shape: Shape of its input.
+        output_shape: Shape of the whole layer's output; decides the size that a transposed stage makes.
+    """
+    if not spec.dims:
+        return (*shape[:-1], spec.out_channels)
+    wanted = None
+    if spec.transposed:
+        here, there = shape[-spec.dims :], output_shape[-spec.dims :]
+        wanted = tuple(m if owns_axis(spec, i) else n for i, (n, m) in enumerate(zip(here, there)))
+    return spec.output_shape(shape, wanted)
+
+
+def owns_axis(spec: ConvSpec, axis: int) -> bool:
+    """Whether a stage changes the size along an axis, so that a wanted output size is its business."""
+    return (
+        spec.kernel_size[axis] > 1
+        or spec.stride[axis] > 1
+        or spec.padding[axis] != (0, 0)
+        or spec.output_padding[axis] != 0
+    )

@@ -1,0 +1,189 @@
+"""One layer in the norm of its statistics, and pairs of factors at every rank in that norm.
+
+The norm is ``positions · ½ · tr(G Δ C Δᵀ)``: ``C`` over whole input patches, ``G`` over outputs
+(`pwrewrite.planning.statistics`). In it a pair of factors is
+
+* solved exactly at every rank by one factorisation, where its last factor is 1×1 and the first one owns all of the
+  patch;
+* otherwise its first factor comes from a Kronecker approximation of ``C`` (partial traces,
+  `pwrewrite.decompose.split_moment`), and its last one is exact (`pwrewrite.decompose.last_factor`).
+
+So every loss is one of the full norm, whatever approximation the factors came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from copy import copy
+from math import prod
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from .. import decompose
+from ..core.convolution import ConvSpec
+from ..decompose import Nested, PairFactors, Spectrum, solve_last
+from ..decompose.weighting import Weight
+
+_T = TypeVar("_T")
+
+
+class WeightedLayer:
+    """A layer's kernel in the norm of its statistics.
+
+    Args:
+        weight: The layer's weight, in the module's own layout.
+        spec: The layer.
+        inputs: ``C (groups, d, d)`` over patches (over channels where transposed); the identity where None, in which
+            norm every form is factorised exactly, up to HOOI.
+        gradients: ``G (groups, o, o)``; the identity where None.
+        positions: Positions per sample.
+        multiple: What ranks are rounded to; None for 8 where the channels are 64 or more.
+
+    Attributes:
+        kernel: The weight in forward layout and the compute dtype.
+        rows: The kernel as ``(groups, out/groups, patch)``.
+        spatial: The kernel's spatial sizes.
+        scale: Loss of an all-zero kernel.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        spec: ConvSpec,
+        inputs: Tensor | None,
+        gradients: Tensor | None,
+        positions: float = 1.0,
+        multiple: int | None = None,
+    ) -> None:
+        self.spec, self.multiple = spec, multiple
+        wide = torch.float32 if weight.device.type == "mps" else torch.float64
+        self.kernel = decompose.to_forward_layout(weight.detach(), spec.groups, spec.transposed).to(wide)
+        self.spatial = tuple(self.kernel.shape[2:])
+        self.rows = self.kernel.reshape(spec.groups, self.kernel.shape[0] // spec.groups, -1)
+        taps, device = prod(self.spatial), self.kernel.device
+        if inputs is not None and taps > 1 and inputs.shape[-1] * taps == self.rows.shape[2]:
+            eye = torch.eye(taps, dtype=wide, device=device)  # transposed: the same moment under every tap
+            inputs = torch.stack([torch.kron(moment.to(wide), eye) for moment in inputs])
+        self.inputs = None if inputs is None else inputs.to(device=device, dtype=wide)
+        self.gradients = None if gradients is None else gradients.to(device=device, dtype=wide)
+        self.factor = positions / 2
+        self.scale = self.loss_of(self.kernel)
+        self._cache: dict[Hashable, object] = {}
+
+    def normalise(self, scale: float) -> None:
+        """Changes the unit of the loss, so that an all-zero kernel loses ``scale``."""
+        if self.scale > 0:
+            self.factor *= scale / self.scale
+            self.scale = scale
+
+    def with_kernel(self, rows: Tensor) -> WeightedLayer:
+        """The same norm of another kernel ``(groups, out/groups, patch)``."""
+        other = copy(self)
+        other.rows, other.kernel, other._cache = rows, rows.reshape(self.kernel.shape), {}
+        other.scale = other.loss_of(other.kernel)
+        return other
+
+    def once(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        """What a form makes of this layer, made when it is first asked for."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return cast(_T, self._cache[key])
+
+    def error(self, loss: float) -> float:
+        """A loss as a relative error in the norm."""
+        return (max(loss, 0.0) / self.scale) ** 0.5 if self.scale > 0 else 0.0
+
+    def loss_of(self, delta: Tensor) -> float:
+        """The loss of a change of the kernel, in forward layout."""
+        rows = delta.reshape(self.rows.shape).to(self.rows)
+        moved = rows if self.inputs is None else rows @ self.inputs
+        return max(self.trace(moved @ rows.mT) * self.factor, 0.0)
+
+    def trace(self, square: Tensor) -> float:
+        """``tr(G X)`` over the groups, for ``X (groups, out/groups, out/groups)``."""
+        if self.gradients is None:
+            return float(square.diagonal(dim1=-2, dim2=-1).sum())
+        return float((self.gradients * square.mT).sum())
+
+    def gradient_root(self) -> Tensor | None:
+        """``G^½``."""
+        if self.gradients is None:
+            return None
+        values, vectors = torch.linalg.eigh(self.gradients)
+        root: Tensor = (vectors * values.clamp(min=0).sqrt()[:, None, :]) @ vectors.mT
+        return root
+
+    def sides(self, axes: Sequence[int]) -> tuple[Tensor | None, Weight | None, bool]:
+        """The weights of the channels with some axes, and of the outputs with the others; and whether that is exact.
+
+        Args:
+            axes: The spatial axes that stay with the input channels.
+        """
+        if self.inputs is None:
+            return None, self.gradients, True
+        if all(axis in axes or size == 1 for axis, size in enumerate(self.spatial)):
+            return self.inputs, self.gradients, True
+        near, far = decompose.split_moment(self.inputs, self.kernel.shape[1], self.spatial, axes)
+        if self.gradients is not None:
+            return near, (self.gradients, far), False
+        eye = torch.eye(self.rows.shape[1], dtype=far.dtype, device=far.device)
+        return near, (eye.expand(len(far), -1, -1), far), False
+
+
+class Cuts:
+    """Pairs of factors of a layer at every rank, in the norm of its statistics.
+
+    Args:
+        layer: The layer.
+        spectrum: The pairs at every rank.
+        exact: Whether the spectrum's norm is that of the layer, so that its factors are the best.
+
+    Attributes:
+        max_rank: The rank at which they are exact.
+    """
+
+    def __init__(self, layer: WeightedLayer, spectrum: Spectrum[PairFactors], exact: bool) -> None:
+        self._layer, self._spectrum, self._exact = layer, spectrum, exact
+        self._nested: Nested | None = None
+        self.max_rank = spectrum.max_rank
+
+    def losses(self, ranks: Sequence[int]) -> list[float]:
+        """The loss at some ranks."""
+        layer = self._layer
+        if self._exact:
+            return [float(self._spectrum.losses[rank]) * layer.factor for rank in ranks]
+        below = [rank for rank in ranks if rank < self.max_rank]
+        explained = self.nested(max(below)).explained(layer.gradients) if below else layer.rows.new_zeros(0)
+        return [
+            layer.scale - float(explained[rank]) * layer.factor if rank < min(len(explained), self.max_rank) else 0.0
+            for rank in ranks
+        ]
+
+    def factors(self, rank: int) -> PairFactors:
+        """The factors of one rank, the last one exact."""
+        factors = self._spectrum.truncate(rank)
+        if self._exact or self._layer.scale == 0:
+            return factors
+        return self.solved(factors)[0]
+
+    def solved(self, factors: PairFactors) -> tuple[PairFactors, Tensor]:
+        """Factors with the best last one for their first, and the moment of what it reads."""
+        layer = self._layer
+        assert layer.inputs is not None
+        half, normal = factors.normal(layer.inputs, layer.spatial)
+        last = solve_last(normal, layer.rows @ half.mT, towards=factors.last_matrix())
+        return factors.with_last(last), normal
+
+    def truncate(self, rank: int) -> PairFactors:
+        """The factors of one rank in the norm of the spectrum."""
+        return self._spectrum.truncate(rank)
+
+    def nested(self, rank: int) -> Nested:
+        """The pairs at every rank up to one in the layer's norm."""
+        layer = self._layer
+        assert layer.inputs is not None
+        if self._nested is None or self._nested.rank < rank:
+            self._nested = Nested(self._spectrum, rank, layer.rows, layer.inputs, layer.spatial)
+        return self._nested
