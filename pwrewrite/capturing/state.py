@@ -2,9 +2,9 @@
 
 Capturing runs the model's own code, which may store tensors (``self.last = x``), count calls, grow lists or draw
 random numbers. Restored are every module's ``__dict__`` (by identity, so training flags, hooks, replaced submodules
-and new attributes are covered), the contents of plain containers in it, the buffers where real values ran, and the
-random states of torch, Python and NumPy. Objects that the model only refers to (a config object's attributes) are not
-followed.
+and new attributes are covered), the contents of plain containers in it, the values of its tensors where real values
+ran, and the random states of torch, Python and NumPy. Objects that the model only refers to (a config object's
+attributes) are not followed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from operator import is_
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ..core.random_state import keeping_random_state
 from .inventory import Inventory
@@ -54,13 +56,32 @@ def _same(container: Any, saved: Any) -> bool:
     return all(map(is_, container, saved))
 
 
+class _Kept:
+    """A tensor with its values, however forward may change them: in place, or by another ``data``."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.data, self.values = tensor, tensor.data, tensor.detach().clone()
+
+    def put_back(self) -> None:
+        """Puts the values back where they changed."""
+        with torch.no_grad():
+            if self.tensor.layout is not torch.strided:  # it has no place of its own, and no comparison
+                self.tensor.copy_(self.values)
+                return
+            if self.tensor.data_ptr() != self.data.data_ptr() or self.tensor.shape != self.data.shape:
+                self.tensor.data = self.data
+            if not torch.equal(self.tensor, self.values):
+                self.tensor.copy_(self.values)
+
+
 @contextmanager
 def untouched(inventory: Inventory, *, values: bool) -> Iterator[None]:
     """Restores a model and the random states on leaving, whatever happened in between.
 
     Args:
         inventory: The parts of the model.
-        values: Whether real values will run through it, so that buffers may change too.
+        values: Whether real values will run through it, so that its tensors may change too: buffers, and parameters
+            and tensor attributes that forward writes into.
     """
     dicts: list[tuple[dict[str, Any], dict[str, Any]]] = []
     containers: list[tuple[Any, Any]] = []
@@ -75,7 +96,7 @@ def untouched(inventory: Inventory, *, values: bool) -> Iterator[None]:
                     _contents(value, containers, _DEPTH)
                 else:
                     empty.append(value)
-    buffers = [(b, b.detach().clone()) for b in inventory.buffers if not b.is_meta] if values else []
+    tensors = [_Kept(t) for _, t in inventory.owned.values() if not t.is_meta and not is_lazy(t)] if values else []
     try:
         with keeping_random_state():
             yield
@@ -90,7 +111,5 @@ def untouched(inventory: Inventory, *, values: bool) -> Iterator[None]:
         if any(empty):
             for container in empty:
                 container.clear()
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+        for tensor in tensors:
+            tensor.put_back()

@@ -194,3 +194,40 @@ print(peak() - before)
 def test_seven_billion_parameters_take_no_memory() -> None:
     done = subprocess.run([sys.executable, "-c", BIG], capture_output=True, text=True, check=True, timeout=300)
     assert int(done.stdout) < 400, f"{done.stdout} MiB"
+
+
+class Writes(nn.Module):
+    """Its forward writes into its own tensors, as max-norm constraints do."""
+
+    def __init__(self, way: str, *, needs_values: bool) -> None:
+        super().__init__()
+        self.conv, self.way, self.needs_values = nn.Conv2d(4, 4, 3), way, needs_values
+        self.table = [torch.ones(4)]
+        self.scale = torch.ones(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            if self.way == "in place":
+                self.conv.weight.mul_(0.5)
+            elif self.way == "by data":
+                self.conv.weight.data = torch.renorm(self.conv.weight.data, p=2, dim=0, maxnorm=0.1)
+            elif self.way == "by data of data":
+                self.conv.weight.data.mul_(0.5)
+            elif self.way == "a view":
+                self.conv.weight[0].zero_()
+            else:
+                self.scale += 1
+                self.table[0] += 1
+        y = self.conv(x) * self.scale
+        return y if not self.needs_values or y.sum() > -1e9 else -y
+
+
+@pytest.mark.parametrize("needs_values", [False, True])
+@pytest.mark.parametrize("way", ["in place", "by data", "by data of data", "a view", "attributes"])
+def test_what_a_forward_writes_into_its_own_tensors_is_put_back(way: str, needs_values: bool) -> None:
+    model = Writes(way, needs_values=needs_values)
+    weight, place = model.conv.weight.detach().clone(), model.conv.weight.data_ptr()
+    capture(model, X)
+    assert torch.equal(model.conv.weight, weight)
+    assert model.conv.weight.data_ptr() == place
+    assert model.scale.item() == model.table[0][0].item() == 1
