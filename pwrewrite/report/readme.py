@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+from pathlib import Path
+
 from ..analysis.records import versions
 from ..core.plan import Plan
 from . import rewrite
@@ -10,15 +14,16 @@ from .records import Report
 from .to_markdown import code, markdown, sentence
 
 
-def readme(report: Report, plan: Plan, folder: str) -> str:
-    """The text.
+def readme(report: Report, plan: Plan, folder: str | Path) -> str:
+    """The text. Paths in it are relative to the folder, so that it says nothing of the machine it was written on.
 
     Args:
         report: The report of the rewrite.
         plan: The plan from the original model.
-        folder: Name of the folder, for the example.
+        folder: Where it will lie.
     """
-    blocks = [f"# {code(report.target)}, rewritten", sentence(rows.headline(report))]
+    target = _relative(report.target, None)
+    blocks = [f"# {code(target)}, rewritten", sentence(rows.headline(report))]
     if not report.passed:
         what = "FAILED VERIFICATION" if report.verification is not None else "WAS NOT VERIFIED"
         blocks.append(
@@ -29,31 +34,41 @@ def readme(report: Report, plan: Plan, folder: str) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _loading(plan: Plan, folder: str) -> str:
-    target, args = plan.model.get("target"), plan.model.get("args") or {}
-    given = f", args={args!r}" if args else ""
-    made = f"pwrewrite.load_target({target!r}{given}).model" if target else "...  # the model that was rewritten"
-    described = f"its class is {code(str(plan.model.get('class')))}"
+def _loading(plan: Plan, folder: str | Path) -> str:
+    recorded, args = plan.model.get("target"), plan.model.get("args") or {}
+    target = _relative(str(recorded), folder) if recorded else ""
+    arguments = f", args={args!r}" if args else ""
+    original = (
+        f"pwrewrite.load_target({target!r}{arguments}).model" if target else "...  # the model that was rewritten"
+    )
     lines = [
         "## Loading",
         "This folder holds weights and a plan, no code. Loading takes the original model, with any weights; "
-        f"{described}.",
-        f"```python\nimport pwrewrite\n\noriginal = {made}\nmodel = pwrewrite.load({folder!r}, original)\n```",
+        f"its class is {code(str(plan.model.get('class')))}. Paths are those from inside this folder: go there first, "
+        "or put its path before them.",
+        f"```python\nimport pwrewrite\n\noriginal = {original}\nmodel = pwrewrite.load('.', original)\n```",
     ]
     if target:
         lines.append(
             "On the command line, the folder is a target like any other:\n\n"
-            f"```sh\npwrewrite analyze {_quoted(folder)} --model {_quoted(str(target))}\n```"
+            f"```sh\npwrewrite analyze . --model {shlex.quote(target)}\n```"
         )
     return "\n\n".join(lines)
 
 
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)
+def _relative(target: str, folder: str | Path | None) -> str:
+    """A target whose file is given by its path from a folder, or by its name alone; other targets as they are."""
+    head, colon, name = target.rpartition(":")
+    file, suffix = (head, colon + name) if colon and head.endswith(".py") else (target, "")
+    if not file.endswith(".py") and not os.path.isabs(file):
+        return target
+    try:
+        path = os.path.basename(file) if folder is None else os.path.relpath(file, os.path.realpath(folder))
+    except ValueError:  # on another drive
+        path = os.path.basename(file)
+    return path.replace(os.sep, "/") + suffix
 
 
 def _footer() -> str:
-    made = ", ".join(f"{name} {version}" for name, version in versions().items())
-    return f"Made with {made}. The full report is in `report.json`, what was done in `plan.json`."
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return f"Made with {packages}. The full report is in `report.json`, what was done in `plan.json`."

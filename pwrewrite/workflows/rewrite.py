@@ -72,7 +72,7 @@ class Rewritten(Shown):
             raise unverified_error(self.report)
         # What the folder's map of names is made from: all edits in one, since later ones may rename what earlier made.
         edits = [replace(self.edits[0], renamed=self.names)] if self.edits else []
-        text = readme(self.report, self.plan, Path(folder).name)
+        text = readme(self.report, self.plan, folder)
         return save(folder, self.model, self.plan, edits=edits, report=self.report.to_dict(), readme=text, force=force)
 
 

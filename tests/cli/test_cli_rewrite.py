@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -108,14 +109,28 @@ def test_the_table_fits(run: Run, width: str, monkeypatch: pytest.MonkeyPatch) -
     assert result.stderr == "nothing was saved: give --out DIR\n"
 
 
-def test_the_readme_loads_the_model_as_it_says(run: Run, folder: Path) -> None:
-    run("rewrite", "net.py", *HALF, "--out", "out")
-    text = (folder / "out" / "README.md").read_text()
+@pytest.mark.parametrize("target", ["net.py", "absolute", "saved"])
+def test_the_readme_loads_the_model_as_it_says(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    typed = str(folder / "net.py") if target == "absolute" else "net.py"
+    run("rewrite", typed, "--set", "stem=reduce:2", "--out", "deeper/out")
+    saved = folder / "deeper" / "out"
+    if target == "saved":
+        run("rewrite", "deeper/out", "--model", typed, *HALF, "--out", "deeper/again")
+        saved = folder / "deeper" / "again"
+    text = (saved / "README.md").read_text()
+    assert str(folder) not in text
+    assert str(folder.resolve()) not in text
+    monkeypatch.chdir(saved)
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert code is not None
-    found: dict[str, object] = {}
-    exec(code[1], found)
-    assert isinstance(found["model"], torch.nn.Module)
+    names: dict[str, object] = {}
+    exec(code[1], names)
+    assert isinstance(names["model"], torch.nn.Module)
+    command = re.search(r"```sh\npwrewrite (.*?)\n```", text)
+    assert command is not None
+    assert run(*shlex.split(command[1])).exit_code == 0
     assert f"pwrewrite {pwrewrite.__version__}" in text
     assert f"torch {torch.__version__}" in text
     assert "Warning" not in text
