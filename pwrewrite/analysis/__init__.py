@@ -18,36 +18,17 @@ from .critical_path import critical_path
 from .hotspots import HOTSPOT_SHARE, hotspots
 from .memory import peak_memory
 from .receptive_field import receptive_fields
-from .records import (
-    SCHEMA,
-    Analysis,
-    BreakEven,
-    CriticalPath,
-    LayerReport,
-    LiveTensor,
-    OpTotal,
-    Peak,
-    Roofline,
-    TreeNode,
-)
+from .records import Analysis
 from .roofline import DEVICES, DeviceProfile, device_profile, roofline
 from .tree import module_tree
 
 __all__ = [
     "DEVICES",
     "HOTSPOT_SHARE",
-    "SCHEMA",
     "Analysis",
-    "BreakEven",
-    "CriticalPath",
     "DeviceProfile",
-    "LayerReport",
-    "LiveTensor",
-    "OpTotal",
-    "Peak",
-    "Roofline",
-    "TreeNode",
     "analyze_capture",
+    "device_profile",
     "receptive_fields",
 ]
 

@@ -15,7 +15,6 @@ bottleneck) is judged like any other.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -106,12 +105,6 @@ def squeeze(capture: Capture, layer: Layer, owners: Owners | None = None) -> Bre
     return refused if refused is not None else break_even(layer)
 
 
-@dataclass(frozen=True, slots=True)
-class _Ranks:
-    macs: tuple[int, int]
-    params: tuple[int, int]
-
-
 def break_even(layer: Layer) -> BreakEven | Skip:
     """Break-even of a dense k×k layer over all its calls, or the skip of one where no rank gains anything.
 
@@ -122,19 +115,12 @@ def break_even(layer: Layer) -> BreakEven | Skip:
     assert spec is not None
     macs = BottleneckCost.of_macs(spec, [(call.input_shape, call.output_shape) for call in layer.calls])
     params = BottleneckCost.of_params(spec)
-    ranks = _Ranks(macs.break_even(), params.break_even())
-    if not any(ranks.macs) and not any(ranks.params):
+    by_macs, by_params = macs.break_even(), params.break_even()
+    if not any(by_macs) and not any(by_params):
         return Skip(
             layer.path,
             SkipReason.TOO_SMALL,
             f"even a bottleneck of rank {spec.groups} has {macs.at(1, 1):,} MACs and {params.at(1, 1):,} weights, "
             f"the layer {macs.original:,} and {params.original:,}",
         )
-    return BreakEven(
-        macs_rank_in=ranks.macs[0],
-        macs_rank_out=ranks.macs[1],
-        params_rank_in=ranks.params[0],
-        params_rank_out=ranks.params[1],
-        half_macs=macs.half,
-        half_params=params.half + (spec.out_channels if spec.bias else 0),
-    )
+    return BreakEven(*by_macs, *by_params, macs.half, params.half + (spec.out_channels if spec.bias else 0))

@@ -99,6 +99,16 @@ def parse_count(text: str, what: str = "count") -> int:
     return int(Decimal(digits.replace(",", "").replace("_", "")).scaleb(int(power or 0)) * _FACTORS[suffix.lower()])
 
 
+def ratio(text: str) -> float:
+    """Reads ``0.5`` or ``50%``.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    stripped = text.strip()
+    return float(stripped[:-1]) / 100 if stripped.endswith("%") else float(stripped)
+
+
 def parse_share(text: str, what: str = "share") -> float:
     """Reads ``1%`` or ``0.01``.
 
@@ -117,7 +127,7 @@ def parse_share(text: str, what: str = "share") -> float:
     expected = "a part of the whole such as 1% or 0.01"
     if not re.fullmatch(r"[0-9]+\.?[0-9]*|\.[0-9]+", number.strip()):
         raise UsageError(f"{what} is not a share", expected=expected, got=repr(text))
-    share = float(number) / 100 if stripped.endswith("%") else float(number)
+    share = ratio(stripped)
     if share > 1:
         hint = f"write {number}%" if float(number) <= 100 and not stripped.endswith("%") else None
         raise UsageError(f"{what} is more than the whole", expected=expected, got=repr(text), hint=hint)
@@ -130,9 +140,8 @@ def parse_error(text: str, what: str = "error") -> float:
     Raises:
         UsageError: If it is no number from 0.
     """
-    stripped = text.strip()
     try:
-        value = float(stripped[:-1]) / 100 if stripped.endswith("%") else float(stripped)
+        value = ratio(text)
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):

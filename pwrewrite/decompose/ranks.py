@@ -15,6 +15,7 @@ from typing import SupportsIndex
 import torch
 
 from ..core.errors import UsageError
+from ..core.numbers import ratio
 from .evbmf import evbmf_rank
 from .layout import Factors
 from .spectrum import Spectrum
@@ -99,9 +100,7 @@ def _parse(spec: RankSpec, name: str) -> int | float:
     if isinstance(spec, str):
         text = spec.strip()
         try:
-            if text.endswith("%"):
-                return float(text[:-1]) / 100
-            return int(text) if _INTEGER.fullmatch(text) else float(text)
+            return int(text) if _INTEGER.fullmatch(text) else ratio(text)
         except ValueError:
             raise _unreadable(spec, name) from None
     try:

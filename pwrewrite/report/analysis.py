@@ -60,20 +60,23 @@ def _title(analysis: Analysis, counts: Counts) -> Title:
 def layer_columns(selection: Selection, *, receptive_field: bool = False) -> list[Column]:
     """What is said of each layer: of hotspots where a bottleneck gains, of all layers what bounds them, too."""
     reports, hotspots = selection.reports, selection.hotspots
+    layers = [report.layer for report in reports]
     columns = [
         Column("layer", [rows.path_text(r) for r in reports], right=False, style="cyan", shrink=22, code=True),
         Column("kernel", [rows.kernel_text(r) for r in reports], right=False, shrink=9),
-        Column("channels", [rows.channels_text(r) for r in reports], right=False, keep=6),
+        Column("channels", [f"{layer.in_channels}→{layer.out_channels}" for layer in layers], right=False, keep=6),
         Column("output", [rows.output_text(r) for r in reports], keep=4),
-        Column("params", [count(r.layer.params) for r in reports], keep=5),
-        Column("MACs", [count(r.layer.macs) for r in reports]),
+        Column("params", [count(layer.params) for layer in layers], keep=5),
+        Column("MACs", [count(layer.macs) for layer in layers]),
         Column("share", [percent(r.share) for r in reports], style="bold"),
     ]
     if hotspots:
         columns += [
             Column("cum.", [percent(s) for s in selection.cumulative], style="dim", keep=3, long="cumulative"),
-            Column("≤ MACs", [rows.macs_ranks(r) for r in reports], keep=7, long="break-even rank (MACs)"),
-            Column("≤ params", [rows.params_ranks(r) for r in reports], keep=1, long="break-even rank (params)"),
+            Column("≤ MACs", [rows.ranks_text(r, "macs") for r in reports], keep=7, long="break-even rank (MACs)"),
+            Column(
+                "≤ params", [rows.ranks_text(r, "params") for r in reports], keep=1, long="break-even rank (params)"
+            ),
         ]
     else:
         columns += [

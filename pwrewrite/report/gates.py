@@ -22,22 +22,21 @@ def check(
     Raises:
         GateError: If a limit is exceeded; it names all that are.
     """
-    over, expected, got = [], [], []
+    failures: list[tuple[str, str, str]] = []
     for what, limit, value in (("parameters", max_params, analysis.params), ("MACs", max_macs, analysis.macs)):
         if limit is not None and value > limit:
-            over.append(f"too many {what}")
-            expected.append(f"at most {exact(limit)} {what}")
-            got.append(f"{exact(value)} {what} ({exact(value - limit)} too many)")
+            told = f"{exact(value)} {what} ({exact(value - limit)} too many)"
+            failures.append((f"too many {what}", f"at most {exact(limit)} {what}", told))
     if strict and analysis.coverage.unpriced:
-        over.append("operations without a cost formula")
-        expected.append("every operation priced (--strict)")
-        got.append(unpriced_text(analysis))
-    if over:
-        hint = (
+        told = unpriced_text(analysis)
+        failures.append(("operations without a cost formula", "every operation priced (--strict)", told))
+    if failures:
+        over, expected, got = zip(*failures, strict=True)
+        unpriced = failures[0][0].startswith("operations")  # and so the only one
+        hint = "pwrewrite.register_formula gives an operation its cost" if unpriced else None
             "pwrewrite.register_formula gives an operation its cost"
-            if strict and not (max_params or max_macs)
+            if over[-1].startswith("operations") and len(over) == 1
             else None
         )
-        raise GateError(
-            f"{analysis.target}: {' and '.join(over)}", expected="; ".join(expected), got="; ".join(got), hint=hint
-        )
+        message = f"{analysis.target}: {' and '.join(over)}"
+        raise GateError(message, expected="; ".join(expected), got="; ".join(got), hint=hint)

@@ -5,12 +5,11 @@ What a kernel or a saving is called is decided here, once, for every form of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..analysis.conventions import Count
 from ..analysis.records import Analysis, LayerReport, OpTotal
-from ..core.convolution import ConvSpec
 from ..core.errors import UsageError
 from ..core.numbers import count, dims, duration, exact, percent, plural, size
 
@@ -96,22 +95,16 @@ def select(analysis: Analysis, view: View) -> Selection:
     return Selection(shown, tuple(cumulative), len(ordered) - len(shown), hotspots)
 
 
-def sort_layers(analysis: Analysis, reports: Iterable[LayerReport], sort: str) -> list[LayerReport]:
+def sort_layers(analysis: Analysis, reports: Sequence[LayerReport], sort: str) -> list[LayerReport]:
     """The layers of an analysis by one of `SORTS`; ties keep their order."""
     if sort == "order":
         positions = {node.path: i for i, (_, node) in enumerate(analysis.tree.walk())}
-        return sorted(reports, key=lambda r: positions.get(r.layer.path, positions.get(_parent(r.layer.path), -1)))
+        parent = {r.layer.path: r.layer.path.rpartition(".")[0] for r in reports}
+        return sorted(reports, key=lambda r: positions.get(r.layer.path, positions.get(parent[r.layer.path], -1)))
     if sort == "name":
         return sorted(reports, key=lambda r: natural(r.layer.path))
-    if sort == "params":
-        return sorted(reports, key=lambda r: -r.layer.params)
-    if sort == "memory":
-        return sorted(reports, key=lambda r: -r.activation_bytes)
-    return sorted(reports, key=lambda r: -r.layer.macs)
-
-
-def _parent(path: str) -> str:
-    return path.rpartition(".")[0]
+    amounts = {"params": lambda r: r.layer.params, "memory": lambda r: r.activation_bytes}
+    return sorted(reports, key=amounts.get(sort, lambda r: r.layer.macs), reverse=True)
 
 
 def natural(path: str) -> list[tuple[int, int, str]]:
@@ -132,34 +125,20 @@ def path_text(report: LayerReport) -> str:
 
 
 def kernel_text(report: LayerReport) -> str:
-    """Kernel, stride, dilation and groups: ``3×3 /2 d2 g32``; ``linear`` where there is no kernel."""
+    """Kernel, stride, dilation and groups: ``3×3 /2 d2 g32``; a transposed one starts with ``T``; or ``linear``."""
     spec = report.layer.spec
-    return kernel_of(spec) if spec is not None else report.layer.op
-
-
-def kernel_of(spec: ConvSpec) -> str:
-    """Kernel, stride, dilation and groups of a convolution: ``3×3 /2 d2 g32``; a transposed one starts with ``T``."""
-    parts = [
-        ("T" if spec.transposed else "") + (dims(spec.kernel_size) if spec.dims > 1 else f"k{spec.kernel_size[0]}")
-    ]
-    if any(s != 1 for s in spec.stride):
-        parts.append("/" + _short(spec.stride))
-    if any(d != 1 for d in spec.dilation):
-        parts.append("d" + _short(spec.dilation))
+    if spec is None:
+        return report.layer.op
+    kernel = dims(spec.kernel_size) if spec.dims > 1 else f"k{spec.kernel_size[0]}"
+    parts = [f"T{kernel}" if spec.transposed else kernel]
+    for mark, values in (("/", spec.stride), ("d", spec.dilation)):
+        if any(n != 1 for n in values):
+            parts.append(mark + (str(values[0]) if len(set(values)) == 1 else dims(values)))
     if spec.is_depthwise:
         parts.append("dw")
     elif spec.groups > 1:
         parts.append(f"g{spec.groups}")
     return " ".join(parts)
-
-
-def _short(values: Sequence[int]) -> str:
-    return str(values[0]) if len(set(values)) == 1 else dims(values)
-
-
-def channels_text(report: LayerReport) -> str:
-    """``64→128``."""
-    return f"{report.layer.in_channels}→{report.layer.out_channels}"
 
 
 def output_text(report: LayerReport) -> str:
@@ -172,21 +151,12 @@ def output_text(report: LayerReport) -> str:
     return dims(spatial) if spatial else "–"
 
 
-def rank_text(rank_in: int, rank_out: int) -> str:
-    """Ranks of a bottleneck: ``341``, or ``170→341`` where the two sides differ."""
+def ranks_text(report: LayerReport, of: str) -> str:
+    """Break-even ranks in ``macs`` or ``params``: ``341``, ``170→341`` where the two sides differ, or ``–``."""
+    if report.break_even is None:
+        return "–"
+    rank_in, rank_out = (getattr(report.break_even, f"{of}_rank_{side}") for side in ("in", "out"))
     return str(rank_in) if rank_in == rank_out else f"{rank_in}→{rank_out}"
-
-
-def macs_ranks(report: LayerReport) -> str:
-    """Break-even ranks in MACs, or ``–``."""
-    ranks = report.break_even
-    return rank_text(ranks.macs_rank_in, ranks.macs_rank_out) if ranks else "–"
-
-
-def params_ranks(report: LayerReport) -> str:
-    """Break-even ranks in parameters, or ``–``."""
-    ranks = report.break_even
-    return rank_text(ranks.params_rank_in, ranks.params_rank_out) if ranks else "–"
 
 
 def field_text(report: LayerReport) -> str:
@@ -253,18 +223,10 @@ def peak_text(analysis: Analysis) -> str:
     place = peak.path or peak.node
     text = size(peak.nbytes) + (f" at {place}" if place else "")
     text += f" ({size(analysis.activation_bytes)} written in all)"
-    tensors = peak_tensors(analysis)
-    return f"{text}: {' + '.join(tensors)}" if tensors else text
-
-
-def peak_tensors(analysis: Analysis, most: int = 3) -> list[str]:
-    """The largest tensors alive at the peak, and how much the others hold."""
-    tensors = analysis.peak.tensors
-    texts = [f"{t.path or t.node} {dims(t.shape)} {size(t.nbytes)}" for t in tensors[:most]]
-    rest = tensors[most:]
-    if rest:
+    texts = [f"{t.path or t.node} {dims(t.shape)} {size(t.nbytes)}" for t in peak.tensors[:3]]
+    if rest := peak.tensors[3:]:
         texts.append(f"{len(rest)} more {size(sum(t.nbytes for t in rest))}")
-    return texts
+    return f"{text}: {' + '.join(texts)}" if texts else text
 
 
 def critical_path_text(analysis: Analysis) -> str:

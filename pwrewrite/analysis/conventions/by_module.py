@@ -38,8 +38,6 @@ def uncounted(unit: Unit, tool: str) -> Share:
     return Share(unit.kind, rule, 0, unit.ours)
 
 
-# ------------------------------------------------------------------------------------------------------- thop
-
 _Rule = Callable[[Any, Unit], tuple[int, str]]
 
 
@@ -80,14 +78,6 @@ def _thop_norm(m: Any, unit: Unit) -> tuple[int, str]:
     return each * unit.input.numel, f"{each} per element"
 
 
-def _thop_linear(m: Any, unit: Unit) -> tuple[int, str]:
-    return m.in_features * unit.output.numel, ""
-
-
-def _thop_pool(m: Any, unit: Unit) -> tuple[int, str]:
-    return unit.output.numel, "1 per output element"
-
-
 def _thop_adaptive_pool(m: Any, unit: Unit) -> tuple[int, str]:
     window = prod(n / out for n, out in zip(unit.input.shape[2:], unit.output.shape[2:]))
     return int((window + 1) * unit.output.numel), "its window + 1 per output element"
@@ -96,10 +86,6 @@ def _thop_adaptive_pool(m: Any, unit: Unit) -> tuple[int, str]:
 def _thop_softmax(m: Any, unit: Unit) -> tuple[int, str]:
     features = unit.input.shape[m.dim]
     return unit.input.numel // features * (3 * features - 1), "3 per element, less 1 per row"
-
-
-def _thop_prelu(m: Any, unit: Unit) -> tuple[int, str]:
-    return unit.input.numel, "1 per element"
 
 
 def _thop_upsample(m: Any, unit: Unit) -> tuple[int, str]:
@@ -113,21 +99,22 @@ def _nothing(m: Any, unit: Unit) -> tuple[int, str]:
 
 _THOP: dict[type[nn.Module], _Rule] = {
     **dict.fromkeys(_STOCK_CONVOLUTIONS, _thop_convolution),
-    nn.Linear: _thop_linear,
+    nn.Linear: lambda m, unit: (m.in_features * unit.output.numel, ""),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm), _thop_norm),
     **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _thop_norm),
-    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), _thop_pool),
+    **dict.fromkeys(
+        (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), lambda m, unit: (unit.output.numel, "1 per output element")
+    ),
     **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), _thop_adaptive_pool),
     **dict.fromkeys((nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d), _thop_upsample),
     nn.Softmax: _thop_softmax,
-    nn.PReLU: _thop_prelu,
-    **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Dropout, nn.Sequential, nn.PixelShuffle), _nothing),
+    nn.PReLU: lambda m, unit: (unit.input.numel, "1 per element"),
+    **dict.fromkeys(
+        (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Dropout, nn.Sequential, nn.PixelShuffle), lambda m, unit: (0, "")
+    ),
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.ZeroPad2d), _nothing),
     **dict.fromkeys((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), _nothing),
 }
-
-
-# -------------------------------------------------------------------------------------------------- torchinfo
 
 
 def torchinfo_shares(capture: Capture, found: Sequence[Unit]) -> tuple[list[Share], list[str]]:

@@ -50,8 +50,6 @@ def _without_formula(node: fx.Node, registry: dict[Any, Any]) -> bool:
     return isinstance(packet, torch._ops.OpOverloadPacket) and packet not in registry
 
 
-# ----------------------------------------------------------------------------------------------------- fvcore
-
 _FAILS = "matrix-vector products counted as 0"
 _Handle = Callable[[fx.Node, NodeInfo, Any], tuple[float, str]]
 

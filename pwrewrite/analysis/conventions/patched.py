@@ -76,8 +76,6 @@ def _supported(module: nn.Module) -> bool:
     return type(module) in _HOOKS or isinstance(module, (*RECURRENT, nn.MultiheadAttention))
 
 
-# ------------------------------------------------------------------------------------------------------ hooks
-
 _Hook = Callable[[Any, Unit], list[Share]]
 
 
@@ -129,9 +127,6 @@ def _hooks() -> dict[type[nn.Module], _Hook]:
 
 
 _HOOKS = _hooks()
-
-
-# -------------------------------------------------------------------------------------------------- functions
 
 
 def _function(node: fx.Node, unit: Unit) -> Share | None:
