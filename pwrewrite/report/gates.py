@@ -34,9 +34,5 @@ def check(
         over, expected, got = zip(*failures, strict=True)
         unpriced = failures[0][0].startswith("operations")  # and so the only one
         hint = "pwrewrite.register_formula gives an operation its cost" if unpriced else None
-            "pwrewrite.register_formula gives an operation its cost"
-            if over[-1].startswith("operations") and len(over) == 1
-            else None
-        )
         message = f"{analysis.target}: {' and '.join(over)}"
         raise GateError(message, expected="; ".join(expected), got="; ".join(got), hint=hint)
