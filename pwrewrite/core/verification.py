@@ -30,6 +30,9 @@ class Verification(Shown, Record):
         checks: What was checked, in order.
         relative_error: ``‖y − ŷ‖ / ‖y‖`` over all floating outputs in eval mode; None where no run was possible.
         agreement: Part of the inputs for which a classifier's largest output is the same; None for other models.
+        samples: How many inputs that was counted on.
+        exact: Whether the outputs had to agree up to rounding, as those of an exact rewrite must.
+        max_error: Largest relative error that passed, for a rewrite that is not exact; None where no limit was set.
         diverges_at: Path of the first layer where the two models differ by more than a check allows; ``(root)`` where
             they differ in the model's own code, None where no check failed so.
         notes: What was not checked, and why; what was left out of a comparison.
@@ -40,7 +43,20 @@ class Verification(Shown, Record):
     agreement: float | None = None
     diverges_at: str | None = None
     notes: tuple[str, ...] = ()
+    samples: int = 0
+    exact: bool = False
+    max_error: float | None = None
     also = ("passed",)
+
+    @property
+    def agreeing(self) -> int:
+        """For how many of the samples a classifier's largest output is the same."""
+        return round((self.agreement or 0.0) * self.samples)
+
+    @property
+    def changed(self) -> bool:
+        """Whether the outputs differ by more than rounding: the structure may be verified all the same."""
+        return not self.exact and bool(self.relative_error)
 
     @property
     def passed(self) -> bool:

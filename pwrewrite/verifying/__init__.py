@@ -74,7 +74,16 @@ def verify(original: nn.Module, rewritten: nn.Module, example_inputs: Inputs, **
         agreement = results.agree / results.samples
         words = f"; the largest output agrees on {results.agree} of {results.samples} samples"
         checks = tuple(replace(c, detail=c.detail + words) if c.name == "numerics (eval)" else c for c in checks)
-    return Verification(checks, results.error, agreement, results.diverges_at, tuple(results.notes))
+    return Verification(
+        checks,
+        results.error,
+        agreement,
+        results.diverges_at,
+        tuple(results.notes),
+        results.samples,
+        known.exact_in("eval"),
+        bound,
+    )
 
 
 def _checked(context: Context) -> Results:

@@ -37,8 +37,26 @@ def check_evaluation(context: Context) -> tuple[Results, Context, bool]:
     results.error = verdict.error
     if context.options.exact_in("eval") and verdict.allowed < inf and not verdict.scrambled:
         context = replace(context, pair=verdict.allowed)
+    _check_inputs(results, before, after)
     results.count_agreeing(context, before.output, after.output)
     return results, context, True
+
+
+def _check_inputs(results: Results, before: Outcome, after: Outcome) -> None:
+    """Whether the rewritten model writes into the caller's inputs where the original does, and nowhere else."""
+    if gone := sorted(set(before.written) - set(after.written)):
+        results.notes.append(
+            f"the original writes into its inputs ({', '.join(map(_input_name, gone))}), the rewritten model does not: "
+            "code that reads them afterwards sees what it passed"
+        )
+    if new := sorted(set(after.written) - set(before.written)):
+        results.check("inputs (eval)", [f"{_input_name(path)} is written into, and was not before" for path in new])
+
+
+def _input_name(path: str) -> str:
+    """``[0][1]['mask']`` is input 1.mask: by position, then by key; ``[1]['mask']`` is the input mask."""
+    keys = path.replace("'", "").strip("[]").split("][")
+    return f"input {'.'.join(keys[1:])}"
 
 
 def _first_run(context: Context, results: Results) -> tuple[Arguments, Outcome, Context]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.errors import first_line
 from ..core.random_state import seed_all
@@ -26,12 +26,14 @@ class Outcome:
         error: The first line of the exception; empty where it ran.
         random_state: The random state that the run left, of torch and of Python.
         drew: Whether it drew random numbers.
+        written: Paths of the inputs that it wrote into.
     """
 
     output: Flat | None
     error: str
     random_state: tuple[bytes, object]
     drew: bool
+    written: tuple[str, ...] = ()
 
     @property
     def ran(self) -> bool:
@@ -96,4 +98,13 @@ def run(model: nn.Module, inputs: Arguments, *, seed: int, training: bool = Fals
     if not grad:
         flat.tensors = {path: t.detach().clone() for path, t in flat.tensors.items()}
     after = _random_state(model)
-    return Outcome(flat, "", after, before != after)
+    used, given = flatten((args, kwargs)).tensors, flatten(inputs).tensors
+    written = tuple(path for path, t in used.items() if not _same(t, given[path]))
+    return Outcome(flat, "", after, before != after, written)
+
+
+def _same(written: Tensor, before: Tensor) -> bool:
+    """Whether a tensor holds what it held; NaN stays NaN."""
+    if written.shape != before.shape or torch.equal(written, before):
+        return written.shape == before.shape
+    return bool(((written == before) | ((written != written) & (before != before))).all())

@@ -183,3 +183,45 @@ def test_an_output_without_gradient_is_no_failure() -> None:
     result = verify(model, edited(model, "net.conv"), X, edits=(edit("net.conv"),))
     assert result.passed, result.failures
     assert any("gradients were not checked" in note for note in result.notes)
+
+
+class First(nn.Module):
+    """An activation before the first layer, which may write into the caller's input."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.relu, self.conv = nn.ReLU(inplace), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor, more: dict[str, Tensor]) -> Tensor:
+        y: Tensor = self.conv(self.relu(x)) + self.relu(more["mask"])
+        return y
+
+
+def test_who_writes_into_the_callers_inputs_is_told() -> None:
+    writes, keeps = First(True), First(False)
+    keeps.load_state_dict(writes.state_dict())
+    inputs = (torch.randn(1, 3, 8, 8), {"mask": torch.randn(1)})
+    gone = verify(writes, keeps, inputs)
+    assert gone.passed
+    assert any("the original writes into its inputs (input 0, input 1.mask)" in note for note in gone.notes)
+    new = verify(keeps, writes, inputs)
+    assert "input 0 is written into, and was not before" in new.failures[0].detail
+    assert not any("writes into its inputs" in note for note in verify(writes, writes, inputs).notes)
+    nan = (torch.full((1, 3, 8, 8), torch.nan), {"mask": torch.randn(1)})
+    assert not any("written" in check.detail for check in verify(keeps, keeps, nan).checks)
+
+
+def test_a_rewrite_that_changes_outputs_says_so_beside_its_checks() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    other = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    x = torch.randn(2, 3, 8, 8)
+    result = verify(model, other, x)
+    assert result.passed
+    assert result.changed
+    assert not result.exact
+    assert result.max_error is None
+    assert 0 <= result.agreeing <= result.samples >= 8
+    data = result.to_dict()
+    assert (data["samples"], data["exact"], data["max_error"]) == (result.samples, False, None)
+    assert not verify(model, model, x).changed
+    assert verify(model, other, x, max_error=9.0).max_error == 9.0
