@@ -46,15 +46,21 @@ def _summary(result: object) -> str:
             layers_ = f"{plural(len(layers), 'layer')}, {plural(len(hotspots), 'hotspot')}"
             return f" of {target}: {count(params)} params, {count(macs)} MACs, {layers_}"
         case Report(target=target):
-            return f" of {target}: {rows.headline(result)}; {rows.verdict(result)[0]}"
+            return f" of {target}: {rows.headline(result)}; {_proof(result.verification)}"
         case Verification():
-            return f": {rows.proof_text(result)}"
+            return f": {_proof(result)}"
         case Plan(ops=ops, skips=skips):
             return f": {plural(len(ops), 'op')}, {plural(len(skips), 'skip')}"
         case Frontier(target=target, kind=kind, points=points):
             return f" of {target}: {plural(len(points), 'point')} by {kind}"
     report = getattr(result, "report", None)
     return _summary(report) if isinstance(report, Report) else ""
+
+
+def _proof(proof: Verification | None) -> str:
+    return (
+        "not verified" if proof is None else f"structure {rows.verdict(proof)}; outputs {rows.outputs_text(proof)[0]}"
+    )
 
 
 def text(result: object) -> str:

@@ -9,7 +9,7 @@ from ..core.numbers import exact, plural, size
 from . import rewrite_rows as rows
 from .page import Block, Column, Line, Listing, Page, Section, Table, Title, notes_part
 from .records import FusingReport, Report
-from .rewrite import proof
+from .rewrite import verdicts
 
 _SHOWN = 5
 _WORDS = {"fold": "batch norm folded", "remove": "module without effect removed", "channels-last": "channels_last"}
@@ -25,7 +25,7 @@ def page(report: Report, *, everything: bool = False) -> Page:
     fusing = report.fusing
     assert fusing is not None
     blocks: list[Block] = [Title(report.target, [_headline(report)]), Line(""), _saving(report, fusing)]
-    blocks += [*proof(report), Section("Fused"), _groups(_done(report), everything)]
+    blocks += [*verdicts(report.verification), Section("Fused"), _groups(_done(report), everything)]
     if report.skips:
         blocks.append(Section("Left as they are", plural(len(report.skips), "place")))
         blocks.append(_groups(_left(report), everything))
@@ -42,7 +42,7 @@ def _headline(report: Report) -> str:
         parts.append(f"{plural(done['merge'], 'pair')} merged")
     if done["channels-last"]:
         parts.append("channels_last")
-    return ", ".join(parts)
+    return ", ".join(parts) + rows.and_outputs(report.verification)
 
 
 def _saving(report: Report, fusing: FusingReport) -> Table:

@@ -15,6 +15,11 @@ from . import rewrite_rows as rows
 from .page import Block, Column, Facts, Line, Listing, Page, Section, Table, Title, notes_part
 from .records import EditRow, Report
 
+_ERROR = (
+    "error: how far a layer's weights moved, ‖W − Ŵ‖ / ‖W‖; factors fitted to activations may move them far, even "
+    "above 1, and the outputs little"
+)
+
 
 def page(report: Report, *, everything: bool = False, planned: bool = False) -> Page:
     """The whole report.
@@ -35,12 +40,14 @@ def body(report: Report, *, everything: bool = False, planned: bool = False) -> 
         blocks += [Section("Budget"), Facts([(*line, "") for line in budget_rows.lines(report.budget)])]
     blocks += [Line(f"{line}, as allowed", "yellow") for line in report.output_changes]
     if not planned:
-        blocks += proof(report)
+        blocks += verdicts(report.verification)
     if report.edits:
         shown, more = rows.ordered(report.edits, everything)
         blocks += [Section("Layers", rows.shares(report)), _edits(shown)]
         if more:
             blocks.append(Line(f"… and {exact(more)} more that save less (--all)", "dim"))
+        if any(row.edit.relative_error is not None for row in shown):
+            blocks.append(Line(_ERROR, "dim"))
     blocks += _left_parts(report.skips, everything=everything)
     notes = rows.notes(report)
     return (*blocks, *notes_part(notes))
@@ -70,15 +77,16 @@ def verification_page(proof: Verification, names: tuple[str, str] | None = None)
         names: What the two models are called.
     """
     blocks: list[Block] = [Title(names[0], [f"against {names[1]}"])] if names else []
-    blocks += [Section("Proof", rows.proof_text(proof), verdict=proof.passed), checks(proof)]
-    return (*blocks, *notes_part(proof.notes))
+    return (*blocks, *verdicts(proof), *notes_part(proof.notes))
 
 
-def proof(report: Report) -> list[Block]:
-    """The verdict and each check."""
-    text, good = rows.verdict(report)
-    checked = [checks(report.verification)] if report.verification is not None else []
-    return [Section("Proof", text, verdict=good), *checked]
+def verdicts(proof: Verification | None) -> list[Block]:
+    """The two verdicts, on the outputs and on the structure, and each check; failures first."""
+    if proof is None:
+        return [Section("Proof", "NOT VERIFIED: nothing here is proven", verdict=False)]
+    text, good = rows.outputs_text(proof)
+    outputs = Section("Outputs", text, verdict=good)
+    return [outputs, Section("Structure", rows.verdict(proof), verdict=proof.passed), checks(proof)]
 
 
 def checks(proof: Verification) -> Listing:
@@ -121,7 +129,7 @@ def _edits(shown: Sequence[EditRow]) -> Table:
         Column("change", changes, styles=["green" if text.startswith(("-", "<-")) else "yellow" for text in changes]),
     ]
     if any(e.relative_error is not None for e in edits):
-        columns.append(Column("error", [rows.error_text(e.relative_error) for e in edits], keep=5))
+        columns.append(Column("error", [rows.error_text(e.relative_error) for e in edits], keep=5, long="weight error"))
     if any(e.exact for e in edits):
         columns.append(Column("exact in", [e.exact or "–" for e in edits], right=False, keep=2))
     columns.append(Column("kind", [e.kind for e in edits], right=False, keep=1))

@@ -11,6 +11,9 @@ from ..core.verification import Verification
 from .records import EditRow, Report
 from .rows import natural
 
+_ROUNDING = 1e-6
+"""Relative output error up to which outputs count as the same where nothing says that they should be."""
+
 TOP = 20
 """Layers shown unless all are asked for."""
 
@@ -81,13 +84,18 @@ def error_text(error: float | None) -> str:
 
 
 def headline(report: Report, *, planned: bool = False) -> str:
-    """What was done, in a sentence."""
+    """What was done and what became of the outputs, in a sentence."""
     done = "would be rewritten" if planned else "rewritten"
     if not report.edits:
         return f"nothing {done}"
     passes = list(dict.fromkeys(row.edit.op.pass_name for row in report.edits))
     by = f" by {', '.join(passes)}" if passes else ""
-    return f"{plural(len(report.edits), 'layer')} {done}{by}"
+    return f"{plural(len(report.edits), 'layer')} {done}{by}{and_outputs(report.verification)}"
+
+
+def and_outputs(proof: Verification | None) -> str:
+    """What a headline says of the outputs, where they were compared."""
+    return f"; {change_text(proof)}" if proof is not None and proof.relative_error is not None else ""
 
 
 def shares(report: Report) -> str:
@@ -98,24 +106,46 @@ def shares(report: Report) -> str:
     return f"they did {percent(min(done / total, 1.0))} of the MACs"
 
 
-def verdict(report: Report) -> tuple[str, bool]:
-    """Whether the result is proven, in a few words, and whether that is good."""
-    proof = report.verification
-    if proof is None:
-        return "NOT VERIFIED: nothing here is proven", False
-    return proof_text(proof), proof.passed
-
-
-def proof_text(proof: Verification) -> str:
-    """How a verification went, in one line."""
+def verdict(proof: Verification) -> str:
+    """Whether all that was checked held, in a few words."""
     checks = plural(len(proof.checks), "check")
-    place = f", from {proof.diverges_at} on" if proof.diverges_at else ""
-    parts = [f"passed: {checks}" if proof.passed else f"FAILED: {len(proof.failures)} of {checks}{place}"]
-    if proof.relative_error is not None:
-        parts.append(f"relative output error {error_text(proof.relative_error)}")
+    if proof.passed:
+        return f"verified: {checks} passed"
+    return f"FAILED: {len(proof.failures)} of {checks}" + (
+        f", from {proof.diverges_at} on" if proof.diverges_at else ""
+    )
+
+
+def change_text(proof: Verification) -> str:
+    """How far the outputs moved: ``same prediction for 3 of 9 inputs``, or the relative error."""
     if proof.agreement is not None:
-        parts.append(f"same prediction for {percent(proof.agreement)} of the inputs")
-    return " · ".join(parts)
+        agreed = proof.agreeing
+        return f"same prediction for {exact(agreed)} of {plural(proof.samples, 'input')}"
+    return "outputs the same up to rounding" if _same(proof) else f"outputs off by {error_text(proof.relative_error)}"
+
+
+def outputs_text(proof: Verification) -> tuple[str, bool | None]:
+    """How far the outputs moved, against what limit, and whether that is good; None where no limit says so."""
+    broken = any(check.name.startswith(("numerics", "finite")) for check in proof.failures)
+    if proof.relative_error is None:
+        return "not compared", False if broken else None
+    moved = "the same up to rounding" if _same(proof) and not broken else "changed"
+    parts = [f"{moved}: relative error {error_text(proof.relative_error)}"]
+    if proof.agreement is not None:
+        parts.append(f"{change_text(proof)} ({percent(proof.agreement)})")
+    if proof.max_error is not None:
+        parts.append(
+            f"{'above' if proof.relative_error > proof.max_error else 'within'} the limit of {proof.max_error:g}"
+        )
+    elif not _same(proof):
+        parts.append("no limit set (--max-error)")
+    good = True if proof.max_error is not None or _same(proof) else None
+    return " · ".join(parts), False if broken else good
+
+
+def _same(proof: Verification) -> bool:
+    """Whether the outputs are held to rounding, or come out so."""
+    return proof.exact or (proof.relative_error is not None and proof.relative_error <= _ROUNDING)
 
 
 def path_text(path: str) -> str:

@@ -104,7 +104,7 @@ def test_the_table_fits(run: Run, width: str, monkeypatch: pytest.MonkeyPatch) -
     text = result.stdout
     assert re.search(r"^parameters +.* -\d+\.\d%$", text, re.MULTILINE)
     # the saving, the proof, the layers, in this order
-    assert text.index("parameters") < text.index("Proof  passed") < text.index("✓") < text.index("Layers")
+    assert text.index("parameters") < text.index("Structure  verified") < text.index("✓") < text.index("Layers")
     assert "no --weights" in text
     assert result.stderr == "nothing was saved: give --out DIR\n"
 

@@ -209,7 +209,7 @@ def test_a_full_disk(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, ea
     result = run("rewrite", "net.py", *HALF, "--out", "out", "--force")
     assert result.exit_code == 2
     assert "no space left on device" in result.stderr
-    assert "Proof  passed" in result.stdout  # the work is not lost without a trace
+    assert "Structure  verified" in result.stdout  # the work is not lost without a trace
     after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     assert after == before
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]

@@ -38,6 +38,7 @@ PROOF = Verification(
     1 / 3,
     None,
     ("no other batch sizes could be tried",),
+    samples=9,
 )
 
 
@@ -102,18 +103,18 @@ def test_no_line_is_wider_than_asked(names: tuple[str, ...], everything: bool, w
 
 def test_the_order_is_saving_proof_layers_rest() -> None:
     for text in (text_of(rewrite.page(report())), markdown(rewrite.page(report()))):
-        places = [text.index(word) for word in ("parameters", "Proof", "Layers", "Left as they are", "random")]
+        places = [text.index(word) for word in ("parameters", "Structure", "Layers", "Left as they are", "random")]
         assert places == sorted(places)
 
 
 def test_failures_come_first_and_name_the_place() -> None:
     checks = (*PROOF.checks, Check("gradients", False, "stem.weight gets none"))
     failed = Verification(checks, 0.5, None, "stem")
-    assert rows.proof_text(failed) == "FAILED: 1 of 4 checks, from stem on · relative output error 0.500"
+    assert rows.verdict(failed) == "FAILED: 1 of 4 checks, from stem on"
     page = rewrite.verification_page(failed, ("one", "two"))
     text = text_of(page)
     assert text.startswith("one\nagainst two\n")
-    assert re.search("Proof .*\n✗  gradients", text)
+    assert re.search("Structure .*\n✗  gradients", text)
     assert "✗ | gradients" in markdown(page)
 
 
@@ -150,3 +151,41 @@ def test_the_readme_shouts_where_nothing_is_proven() -> None:
     failed = replace(PROOF, checks=(Check("cost", False, "off"),))
     assert "FAILED VERIFICATION" in readme(report(verification=failed), plan, "out")
     assert "..." in readme(report(), Plan(), "out")
+
+
+MOVED = "changed: relative error 0.478 · same prediction"
+NUMERICS = Check("numerics (eval)", False, "relative error 0.5, allowed 0.1")
+
+
+@pytest.mark.parametrize(
+    ("proof", "told", "good"),
+    [
+        (Verification((), 0.478, 1 / 3, samples=9),
+         f"{MOVED} for 3 of 9 inputs (33.3%) · no limit set (--max-error)", None),
+        (Verification((), 0.478, 0.0, samples=9, max_error=0.5),
+         f"{MOVED} for 0 of 9 inputs (0.0%) · within the limit of 0.5", True),
+        (Verification((NUMERICS,), 0.5, max_error=0.1), "changed: relative error 0.500 · above the limit of 0.1", False),
+        (Verification((), 3e-7, 1.0, samples=1, exact=True),
+         "the same up to rounding: relative error 3e-07 · same prediction for 1 of 1 input (100.0%)", True),
+        (Verification((NUMERICS,), 0.5, exact=True), "changed: relative error 0.500", False),
+        (Verification((), 0.0), "the same up to rounding: relative error 0.000", True),
+        (Verification(()), "not compared", None),
+    ],
+)  # fmt: skip
+def test_the_outputs_have_a_verdict_of_their_own(proof: Verification, told: str, good: bool | None) -> None:
+    assert rows.outputs_text(proof) == (told, good)
+
+
+def test_a_changed_model_is_not_called_proven() -> None:
+    text = text_of(rewrite.page(report()))
+    assert "Proof" not in text
+    assert "passed" not in text.partition("Structure")[0]
+    assert text.splitlines()[1].endswith("; same prediction for 3 of 9 inputs")  # in the headline
+    assert "Proof  NOT VERIFIED" in text_of(rewrite.page(report(verification=None)))
+
+
+def test_the_error_column_is_explained() -> None:
+    assert "error: how far a layer's weights moved" in text_of(rewrite.page(report()))
+    assert "| weight error |" in markdown(rewrite.page(report()))
+    fresh = tuple(row for row in report().edits if row.edit.relative_error is None)
+    assert "error:" not in text_of(rewrite.page(report(edits=fresh)))

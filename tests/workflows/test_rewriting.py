@@ -31,7 +31,7 @@ def test_one_bottleneck() -> None:
     assert [edit.path for edit in made.edits] == ["0", "2"]
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert made.report.after["params"] == sum(p.numel() for p in made.model.parameters())
-    assert "Proof  passed" in str(made.report)
+    assert "Structure  verified" in str(made.report)
 
 
 def test_the_default_is_a_bottleneck() -> None:
