@@ -119,8 +119,7 @@ def verdict(proof: Verification) -> str:
 def change_text(proof: Verification) -> str:
     """How far the outputs moved: ``same prediction for 3 of 9 inputs``, or the relative error."""
     if proof.agreement is not None:
-        agreed = proof.agreeing
-        return f"same prediction for {exact(agreed)} of {plural(proof.samples, 'input')}"
+        return f"same prediction for {exact(proof.agreeing)} of {plural(proof.samples, 'input')}"
     return "outputs the same up to rounding" if _same(proof) else f"outputs off by {error_text(proof.relative_error)}"
 
 
@@ -134,9 +133,8 @@ def outputs_text(proof: Verification) -> tuple[str, bool | None]:
     if proof.agreement is not None:
         parts.append(f"{change_text(proof)} ({percent(proof.agreement)})")
     if proof.max_error is not None:
-        parts.append(
-            f"{'above' if proof.relative_error > proof.max_error else 'within'} the limit of {proof.max_error:g}"
-        )
+        side = "above" if proof.relative_error > proof.max_error else "within"
+        parts.append(f"{side} the limit of {proof.max_error:g}")
     elif not _same(proof):
         parts.append("no limit set (--max-error)")
     good = True if proof.max_error is not None or _same(proof) else None
