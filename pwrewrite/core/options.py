@@ -182,6 +182,8 @@ class Budget(LayerOptions):
             same as ``macs=0.5`` texts; or a single number, which limits the MACs.
         calibration: A few hundred unlabelled inputs: any iterable of batches, or what names one: a file, a folder of
             images, ``file.py:NAME``. Without it the weights' own errors count, which is a much poorer guide.
+        batch: A function, or ``file.py:NAME`` of one, from a batch as it comes to the inputs, or to inputs and labels:
+            for loaders whose batches are anything else.
         preprocess: ``file.py:NAME`` of a function from a stored batch, or an image, to what the model takes.
         calibration_size: Use at most so many calibration inputs.
         forms: Forms to choose from: ``all``, ``1x1``, or some of `pwrewrite.forms.FORMS`.
@@ -191,6 +193,10 @@ class Budget(LayerOptions):
             two alone, ``none`` nothing; everything by default.
         max_layer_error: Largest relative error of one layer, in the norm of ``sensitivity``.
         gate: ``latency`` to use only what is measured to be faster than the layer on this device.
+        outputs: ``logits``, ``probabilities`` or ``values``; told by their values by default.
+        threads: Threads of torch while latencies are measured; as many as it uses by default.
+        best_effort: Whether a result that misses a limit, as measured in the end, is taken all the same.
+        bake: Whether parametrizations and old weight norms are baked into plain weights first.
         metric: Called with a model, larger is better, or ``file.py:NAME`` of such a function; measured before and
             after.
         labels: File with the class of each calibration input.
@@ -213,6 +219,12 @@ class Budget(LayerOptions):
         "iterable of batches.",
         "--calibration",
         metavar="DATA",
+    )
+    batch: str | Callable[[Any], Any] | None = _of_budget(
+        None,
+        "Function from a batch as --calibration gives it to the model's inputs, or to (inputs, labels).",
+        "--batch",
+        metavar="file.py:NAME",
     )
     preprocess: str | None = _of_budget(
         None,
@@ -251,11 +263,30 @@ class Budget(LayerOptions):
         metavar="E",
         read=parse_share,
     )
+    outputs: str | None = _of_budget(
+        None,
+        r"What the model's outputs are; class scores are compared as predictions. [dim]\[default: by their values][/]",
+        "--outputs",
+        choices=("logits", "probabilities", "values"),
+    )
     gate: str | None = _of_budget(
         None,
         "Use only candidates that are measured to be faster than the layer on this device.",
         "--gate",
         choices=("latency",),
+    )
+    threads: int | None = _of_budget(
+        None,
+        r"Threads while latencies are measured. [dim]\[default: as torch has them][/]",
+        "--threads",
+        metavar="N",
+        least=1,
+    )
+    best_effort: bool = _of_budget(
+        False, "Take the nearest result where a limit is missed, as measured in the end.", "--best-effort"
+    )
+    bake: bool = _of_budget(
+        False, "Bake parametrizations and old weight norms into plain weights first; they end as such.", "--bake"
     )
     metric: str | Callable[[Any], float] | None = _of_budget(
         None, "Function of a model, larger is better; told before and after.", "--metric", metavar="file.py:NAME"

@@ -1,16 +1,19 @@
 """How long things take: runs that take turns, so that what else the machine does hits all of them alike.
 
-What counts is the median of the ratio to the first run in the same turn: a slow moment of the machine, or a clock that
-steps down, lasts longer than a turn and leaves the ratio as it is.
+What counts is the median of the ratio to the first run in the same turn; half the distance between the quartiles of
+these ratios, as a share, says how far to trust it. Within a turn a short run is repeated, since clocks are coarse.
 """
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,26 +22,41 @@ from torch import nn
 from ..capturing.inventory import Inventory
 from ..capturing.state import untouched
 
+NOISY = 0.1
+"""From this spread on, times are noise more than anything else."""
 _SLOWER = 1.15
-"""What takes this many times as long as the first in the first turns runs no more, where that is wanted."""
+"""A run that takes this many times as long as the first one in the first turns runs no more."""
 _LEAST = 2e-3
 """A timing lasts at least so many seconds; short runs are repeated within it."""
 
 
-def interleaved(
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How long a run takes.
+
+    Attributes:
+        seconds: The median.
+        spread: Half the distance between the quartiles, as a share of the median.
+    """
+
+    seconds: float
+    spread: float
+
+
+def time_in_turns(
     runs: Sequence[Callable[[], object]],
     device: torch.device,
     *,
-    rounds: tuple[int, int] = (5, 40),
+    turns: tuple[int, int] = (5, 40),
     seconds: float = 1.0,
-    drop: bool = True,
-) -> list[float]:
-    """Median seconds of several runs that take turns: of the first, and of the ratios to it in the same turn.
+    drop: bool = False,
+) -> list[Timing]:
+    """Times several runs that take turns.
 
     Args:
         runs: What to time.
         device: Where they run; waited for.
-        rounds: How many turns, at least and at most.
+        turns: How many turns, at least and at most.
         seconds: Stop between the two after about so long.
         drop: Whether those much slower than the first are given up early.
     """
@@ -49,37 +67,52 @@ def interleaved(
     times: list[list[float]] = [[] for _ in runs]
     dropped: set[int] = set()
     start = time.perf_counter()
-    for turn in range(rounds[1]):
-        if turn >= rounds[0] and time.perf_counter() - start > seconds:
+    for turn in range(turns[1]):
+        if turn >= turns[0] and time.perf_counter() - start > seconds:
             break
         for i, run in enumerate(runs):
             if i not in dropped:
                 times[i].append(_once(run, repeats[i], device))
         if drop and turn == 1:
-            dropped = {i for i, taken in enumerate(times) if min(taken) > _SLOWER * max(times[0])}
+            dropped = {i for i, own in enumerate(times) if min(own) > _SLOWER * max(times[0])}
     base = statistics.median(times[0])
-    return [base * statistics.median(t / first for t, first in zip(taken, times[0])) for taken in times]
+    first = Timing(base, _spread([t / base for t in times[0]]))
+    ratios = [[t / reference for t, reference in zip(own, times[0])] for own in times[1:]]
+    return [first, *(Timing(base * statistics.median(own), _spread(own)) for own in ratios)]
 
 
 def time_models(
-    models: Sequence[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, seconds: float = 4.0
-) -> list[float]:
-    """Median seconds of a forward of each of several models, in turns, in eval mode, without gradients.
+    models: Sequence[nn.Module],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    seconds: float = 4.0,
+    threads: int | None = None,
+) -> list[Timing]:
+    """Times a forward of each of several models, in eval mode, in turns.
 
     Args:
-        models: The models; afterwards they are as they were.
+        models: The models.
         args: Positional inputs.
         kwargs: Keyword inputs.
-        seconds: About how long this takes.
+        seconds: About how long.
+        threads: Threads of torch meanwhile; as they are where None.
     """
     device = next((p.device for p in models[0].parameters()), torch.device("cpu"))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        stack.enter_context(with_threads(threads))
         for model in models:
             stack.enter_context(untouched(Inventory(model), values=True))
             model.eval()
-        runs = [partial(model, *args, **kwargs) for model in models]
-        return interleaved(runs, device, rounds=(7, 60), seconds=seconds, drop=False)
+        return time_in_turns([partial(m, *args, **kwargs) for m in models], device, turns=(7, 60), seconds=seconds)
+
+
+def _spread(ratios: Sequence[float]) -> float:
+    if len(ratios) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(ratios, method="inclusive")
+    return (high - low) / 2 / middle
 
 
 def _once(run: Callable[[], object], repeats: int, device: torch.device) -> float:
@@ -91,3 +124,27 @@ def _once(run: Callable[[], object], repeats: int, device: torch.device) -> floa
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return (time.perf_counter() - start) / repeats
+
+
+@contextmanager
+def with_threads(threads: int | None) -> Iterator[None]:
+    """With so many threads in torch; as they are where None."""
+    before = torch.get_num_threads()
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        yield
+    finally:
+        if threads is not None:
+            torch.set_num_threads(before)
+
+
+def device_name(device: torch.device) -> str:
+    """Names a device for a person and for a cache."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -99,6 +99,11 @@ class Batches:
         """The chunks kept for measuring."""
         return self._read("held_out")
 
+    def first(self) -> tuple[Chunk, Tensor | None]:
+        """The first chunk and its labels, where it has any."""
+        batch = next(self._chunks())
+        return self._reader.read(self._prepared(batch)), batch.labels
+
     @property
     def samples(self) -> int:
         """How many samples there are, as far as a pass has come yet."""

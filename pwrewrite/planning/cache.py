@@ -27,7 +27,7 @@ from .statistics import LayerStatistics, Statistics
 LIMIT = 8 * 1024**3
 """Bytes that the statistics in the cache may take."""
 
-_VERSION = "1"
+_VERSION = "2"
 
 
 def content_key(capture: Capture, layers: Mapping[str, ConvSpec], inputs: str, settings: Mapping[str, object]) -> str:
@@ -65,7 +65,7 @@ def read_statistics(folder: Path | None, key: str, device: torch.device) -> tupl
     try:
         with safe_open(file, framework="pt", device=str(device)) as opened:
             facts = json.loads(opened.metadata()["pwrewrite"])
-            found = Statistics({}, facts["samples"], facts["chunks"], facts["kind"], facts["outcome"])
+            found = Statistics({}, facts["samples"], facts["chunks"], facts["kind"], facts["outcome"], facts["outputs"])
             for number, one in enumerate(facts["layers"]):
                 gradients = opened.get_tensor(f"{number}.gradients") if one["gradients"] else None
                 found.layers[one["path"]] = LayerStatistics(
@@ -101,6 +101,7 @@ def write_statistics(folder: Path | None, key: str, found: Statistics, *, comple
         "chunks": found.chunks,
         "kind": found.kind,
         "outcome": found.outcome,
+        "outputs": found.outputs,
         "complete": complete,
         "layers": layers,
     }

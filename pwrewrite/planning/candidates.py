@@ -27,7 +27,7 @@ from ..forms.specs import Chain, stage_output
 from ..forms.weighted import WeightedLayer
 from ..passes import FORM_PASSES, LayerPass
 from ..passes.base import chosen, estimate_chain, scope_of, spec_of, weight_of
-from .latency import Contestant, LatencyTable
+from .latency import LatencyTable, Variant
 from .statistics import Statistics
 
 FORM_SETS: dict[str, tuple[str, ...]] = {
@@ -263,10 +263,10 @@ def timed(layer: LayerCandidates, table: LatencyTable) -> list[Candidate]:
         table: Measures.
     """
     some = _few(layer.candidates[1:])
-    contestants = [Contestant(layer.spec), *(_contestant(layer.spec, c.op) for c in some if c.op is not None)]
-    total = [0.0] * len(contestants)
+    variants = [Variant(layer.spec), *(_variant(layer.spec, c.op) for c in some if c.op is not None)]
+    total = [0.0] * len(variants)
     for call in layer.layer.calls:
-        total = [a + b for a, b in zip(total, table.times(call.input_shape, contestants))]
+        total = [a + b for a, b in zip(total, table.times(call.input_shape, variants))]
     keep = replace(layer.candidates[0], costs={**layer.candidates[0].costs, "latency": total[0]})
     faster = [
         replace(c, costs={**c.costs, "latency": seconds})
@@ -294,10 +294,10 @@ def _few(candidates: Sequence[Candidate]) -> list[Candidate]:
     return selected
 
 
-def _contestant(spec: ConvSpec, op: Op) -> Contestant:
+def _variant(spec: ConvSpec, op: Op) -> Variant:
     axes = op.settings.get("axes")
     widths = tuple(sorted(op.settings["widths"].items()))
-    return Contestant(spec, op.settings["form"], widths, None if axes is None else tuple(axes))
+    return Variant(spec, op.settings["form"], widths, None if axes is None else tuple(axes))
 
 
 def _bytes(layer: Layer, chain: Chain) -> float:

@@ -2,9 +2,8 @@
 
 Fewer MACs are not always faster: three small convolutions can take longer than one large one. Each distinct layer (its
 shape facts, its input's shape) and its candidates run alone, in eval mode, on the model's device, in its dtype and
-memory format and with its number of threads. The contestants of a layer take turns, so that what else the machine does
-hits all of them alike; what counts is the median of the ratio to the layer in the same turn. Results are kept on disk
-by device and shape.
+memory format and with as many threads, in turns (`pwrewrite.engines.timing`). Results are stored on disk by device and
+shape.
 """
 
 from __future__ import annotations
@@ -12,13 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +26,19 @@ from ..core.convolution import ConvSpec
 from ..core.files import cache_folder, write_file
 from ..core.plan import Plan
 from ..edit.apply import carry_out
-from ..engines.timing import interleaved, time_models
+from ..engines.timing import device_name, time_in_turns, time_models, with_threads
 from ..forms.specs import spec_to_dict
 from ..layers.factorized import Factorized, build, make_layer
 
+_SECONDS = 1.0
+"""About how long one layer and its candidates run."""
+MEASURED = 1.05
+"""A time within this factor of its limit meets it: as far may two measurements of one model be apart."""
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 
 @dataclass(frozen=True, slots=True)
-class Contestant:
+class Variant:
     """A layer, or what could replace it.
 
     Attributes:
@@ -57,8 +61,8 @@ class Contestant:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where and how things are timed.
+class Conditions:
+    """Where and how layers are timed.
 
     Attributes:
         device: The device.
@@ -73,76 +77,71 @@ class Place:
     threads: int
 
     @classmethod
-    def of(cls, model: nn.Module) -> Place:
-        """That of a model, by its weights."""
+    def of(cls, model: nn.Module, threads: int | None = None) -> Conditions:
+        """Those of a model, by its weights, with so many threads (those that torch uses where None)."""
         weights = [p for p in model.parameters() if p.is_floating_point()]
         first = weights[0] if weights else torch.zeros(())
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         last = any(
-            p.dim() in formats and not p.is_contiguous() and p.is_contiguous(memory_format=formats[p.dim()])
+            p.dim() in _FORMATS and not p.is_contiguous() and p.is_contiguous(memory_format=_FORMATS[p.dim()])
             for p in weights
         )
-        return cls(first.device, first.dtype, last, torch.get_num_threads())
+        return cls(first.device, first.dtype, last, threads or torch.get_num_threads())
 
-    def name(self) -> str:
-        """Names the device for a person and for the cache."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return _processor()
+    def arranged(self, tensor: Tensor) -> Tensor:
+        """A tensor in the memory format."""
+        wanted = _FORMATS.get(tensor.dim()) if self.channels_last else None
+        return tensor if wanted is None else tensor.contiguous(memory_format=wanted)
 
-    def arrange(self, value: Any) -> Any:
-        """A module or tensor in the memory format."""
-        if not self.channels_last:
-            return value
-        if isinstance(value, Tensor):
-            formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-            return value.contiguous(memory_format=formats[value.dim()]) if value.dim() in formats else value
-        for parameter in value.parameters():
-            parameter.data = self.arrange(parameter.data)
-        return value
+    def make(self, variant: Variant) -> nn.Module:
+        """A layer or replacement in the memory format, with weights of no matter."""
+        module = variant.make(self.device, self.dtype)
+        for parameter in module.parameters():
+            parameter.data = self.arranged(parameter.data)
+        return module
 
 
 class LatencyTable:
-    """Times of contestants, measured once and kept.
+    """Times of layers and replacements, measured once and stored.
 
     Args:
-        place: Where they run.
+        conditions: Where and how they run.
 
     Attributes:
-        measured: How many were measured and not found in the cache.
+        measured: How many were measured and not in the cache.
     """
 
-    def __init__(self, place: Place) -> None:
-        self.place, self.measured = place, 0
+    def __init__(self, conditions: Conditions) -> None:
+        self.conditions, self.measured = conditions, 0
         folder = cache_folder("latency")
-        about = f"{place.name()}|{place.dtype}|{place.channels_last}|{place.threads}|{torch.__version__}"
-        name = hashlib.sha256(about.encode()).hexdigest()[:24]
+        facts = (device_name(conditions.device), conditions.dtype, conditions.channels_last, conditions.threads)
+        name = hashlib.sha256("|".join(map(str, (*facts, torch.__version__))).encode()).hexdigest()[:24]
         self._file = None if folder is None else folder / f"{name}.json"
-        self._known = _read(self._file, say=True)
+        self._known = _read(self._file, warn=True)
 
-    def times(self, shape: Sequence[int], contestants: Sequence[Contestant]) -> list[float]:
-        """Seconds that each of a layer's contestants takes on inputs of one shape.
+    def times(self, shape: Sequence[int], variants: Sequence[Variant]) -> list[float]:
+        """Seconds that a layer and each of its replacements take on inputs of one shape.
 
         Args:
             shape: The layer's input shape, batch included.
-            contestants: The layer itself first.
+            variants: The layer itself first.
 
         Returns:
-            Seconds, infinite for a contestant that does not run here.
+            Seconds, infinite for one that does not run here.
 
         Raises:
             RuntimeError: If the layer itself does not run.
         """
-        keys = [_key(shape, one) for one in contestants]
+        keys = [_key(shape, variant) for variant in variants]
         if any(key not in self._known for key in keys):
-            with torch.no_grad(), _undisturbed(self.place):
-                found = self._measure(shape, contestants)
-            self._known.update(zip(keys, found))
+            conditions = self.conditions
+            devices = [conditions.device] if conditions.device.type == "cuda" else []
+            with torch.no_grad(), with_threads(conditions.threads), torch.random.fork_rng(devices):
+                self._known.update(zip(keys, self._measure(shape, variants)))
             self.measured += len(keys)
         return [self._known[key] for key in keys]
 
     def save(self) -> None:
-        """Keeps what was measured, beside what others kept meanwhile; if it cannot, that is no error."""
+        """Stores what was measured, beside what others stored meanwhile; if it cannot, that is no error."""
         if self._file is None or not self.measured:
             return
         runs = {key: seconds for key, seconds in self._known.items() if math.isfinite(seconds)}
@@ -150,84 +149,62 @@ class LatencyTable:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_file(self._file, json.dumps({**_read(self._file), **runs}))
 
-    def _measure(self, shape: Sequence[int], contestants: Sequence[Contestant]) -> list[float]:
-        place = self.place
-        x = place.arrange(torch.randn(tuple(shape), device=place.device).to(place.dtype))
+    def _measure(self, shape: Sequence[int], variants: Sequence[Variant]) -> list[float]:
+        conditions = self.conditions
+        x = conditions.arranged(torch.randn(tuple(shape), device=conditions.device).to(conditions.dtype))
         runs: dict[int, Callable[[], object]] = {}
-        for i, one in enumerate(contestants):
+        for i, variant in enumerate(variants):
             try:
-                run = _call(place.arrange(one.make(place.device, place.dtype)), x)
+                run = partial(conditions.make(variant), x)
                 run()
             except RuntimeError:  # no kernel for this dtype, or too little memory
                 if i == 0:
                     raise
                 continue
             runs[i] = run
-        found = dict(zip(runs, interleaved(list(runs.values()), place.device)))
-        return [found.get(i, math.inf) for i in range(len(contestants))]
+        timings = time_in_turns(list(runs.values()), conditions.device, seconds=_SECONDS, drop=True)
+        seconds = {i: timing.seconds for i, timing in zip(runs, timings)}
+        return [seconds.get(i, math.inf) for i in range(len(variants))]
 
 
-@contextmanager
-def _undisturbed(place: Place) -> Iterator[None]:
-    """With the number of threads of a place; random numbers that are drawn meanwhile count for nothing outside."""
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng([place.device] if place.device.type == "cuda" else []):
-        try:
-            torch.set_num_threads(place.threads)
-            yield
-        finally:
-            torch.set_num_threads(threads)
-
-
-def _call(module: nn.Module, x: Tensor) -> Callable[[], object]:
-    return lambda: module(x)
-
-
-def time_plan(model: nn.Module, inputs: Inputs, plan: Plan) -> float:
+def time_plan(model: nn.Module, inputs: Inputs, plan: Plan, threads: int | None = None) -> float:
     """The time of a model with a plan carried out, as a share of its time before.
 
     Args:
         model: The model; stays as it is.
         inputs: What it runs on.
         plan: The plan; its weights do not matter here.
+        threads: Threads of torch meanwhile; as they are where None.
     """
     if not plan.ops:
         return 1.0
-    made = carry_out(model, plan, fill=False).model
+    rewritten = carry_out(model, plan, fill=False).model
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for module in made.modules():
+        for module in rewritten.modules():
             if isinstance(module, Factorized):
                 for parameter in module.parameters():
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
     args, kwargs = split_inputs(inputs)
-    before, after = time_models([model, made], args, kwargs)
-    return after / before
+    before, after = time_models([model, rewritten], args, kwargs, threads=threads)
+    return after.seconds / before.seconds
 
 
-def _key(shape: Sequence[int], one: Contestant) -> str:
-    facts = {"shape": list(shape), "layer": spec_to_dict(one.spec), "form": one.form, "widths": one.widths}
-    return hashlib.sha256(json.dumps({**facts, "axes": one.axes}, sort_keys=True).encode()).hexdigest()[:32]
+def _key(shape: Sequence[int], variant: Variant) -> str:
+    facts = {"shape": list(shape), "layer": spec_to_dict(variant.spec), "form": variant.form, "widths": variant.widths}
+    return hashlib.sha256(json.dumps({**facts, "axes": variant.axes}, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _read(file: Path | None, *, say: bool = False) -> dict[str, float]:
-    """What is kept in a file: nothing where there is none or it is damaged, which is then said if asked."""
+def _read(file: Path | None, *, warn: bool = False) -> dict[str, float]:
+    """The times in a file: none where there is no file or it is damaged, with a warning if asked for."""
     if file is None:
         return {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return {str(key): float(value) for key, value in found.items() if 0 < float(value) < math.inf}
+        times = json.loads(file.read_text(encoding="utf-8"))
+        return {str(key): float(value) for key, value in times.items() if 0 < float(value) < math.inf}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        if say:
+        if warn:
             warnings.warn(f"measured latencies in {file} cannot be read and are measured anew: {error}", stacklevel=3)
         return {}
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

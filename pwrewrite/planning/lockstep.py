@@ -38,6 +38,7 @@ class Forward:
         model: The model, in the mode in which it is to run.
         chunk: Its inputs.
         watching: A context in which it runs.
+        seed: Of the random numbers that the model draws on the CPU; forwards do not disturb each other's.
 
     Attributes:
         path: The layer it has reached; None when it is finished or has not begun.
@@ -46,7 +47,7 @@ class Forward:
         recorded: Tensors recorded in passing, by path and side.
     """
 
-    def __init__(self, model: nn.Module, chunk: Chunk, watching: AbstractContextManager[object]) -> None:
+    def __init__(self, model: nn.Module, chunk: Chunk, watching: AbstractContextManager[object], seed: int) -> None:
         self._model, self._chunk, self._watching = model, chunk, watching
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
@@ -56,6 +57,7 @@ class Forward:
         self.finished = False
         self.recorded: dict[tuple[str, str], Tensor] = {}
         self._threads = torch.get_num_threads()
+        self._random = torch.Generator().manual_seed(seed).get_state()
         cuda = any(parameter.is_cuda for parameter in model.parameters())
         self._device = torch.cuda.current_device() if cuda else None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -99,10 +101,12 @@ class Forward:
         """Called from within, by a hook: stands still until told to go on."""
         self.path, self.value = path, value
         del value
+        self._random = torch.get_rng_state()
         self._back.release()
         self._go.acquire()
         if self._ended:
             raise _Ended
+        torch.set_rng_state(self._random)
 
     def _leave(self) -> None:
         self.path, self.value = None, torch.empty(0)
@@ -113,6 +117,7 @@ class Forward:
             if self._ended:
                 return
             torch.set_num_threads(self._threads)
+            torch.set_rng_state(self._random)
             if self._device is not None:
                 torch.cuda.set_device(self._device)
             _CURRENT.set(self)
@@ -157,7 +162,7 @@ class Lockstep:
         places = [(*place, False) for place in record] + [(*place, True) for place in stops]
         self._handles = [self._hook(model.get_submodule(path), path, side, stops) for path, side, stops in places]
         self.forwards = [
-            Forward(model, chunk, nullcontext() if spill is None else spill.watch(number))
+            Forward(model, chunk, nullcontext() if spill is None else spill.watch(number), number)
             for number, chunk in enumerate(chunks)
         ]
 

@@ -1,19 +1,22 @@
-"""What a rewritten model really loses, on inputs that nothing was fitted to: `compare`.
+"""What a rewritten model really loses, on inputs that nothing was fitted to: `compare`, and `accuracy` with labels.
 
-For a classifier (one output ``(N, classes)``): the mean KL divergence of its predictions from the original's, which is
-what the prediction predicts, and how often both name the same class. For other outputs: half the squared relative error
-of each output tensor, summed over them, which is what the prediction predicts there.
+For class scores: the mean KL divergence of the predictions from the original's, and how often both name the same class.
+For other outputs: half the squared relative error of each output tensor, summed over them. Both are what the prediction
+predicts. A model that draws random numbers draws the same ones as the model that it is compared with.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .running import evaluating, is_classifier, tensors_in
+from .outputs import Scoring, class_scores, floating, log_probabilities, scoring
+from .running import evaluating
 from .statistics import Chunk, samples_of
 
 FAR = 4.0
@@ -36,49 +39,79 @@ class Measured:
     samples: int
     kind: str
 
-    def to_dict(self) -> dict[str, float | int | str | None]:
-        """The same as plain JSON data."""
-        return {"loss": self.loss, "agreement": self.agreement, "samples": self.samples, "kind": self.kind}
 
+def compare(original: nn.Module, rewritten: nn.Module, chunks: Iterable[Chunk], outputs: str = "logits") -> Measured:
+    """Runs both models in eval mode and compares their outputs.
 
-def compare(original: nn.Module, rewritten: nn.Module, chunks: Iterable[Chunk]) -> Measured:
-    """Runs both models in eval mode and compares their outputs."""
+    Args:
+        original: The original.
+        rewritten: The rewritten model.
+        chunks: Inputs.
+        outputs: What the outputs are, as `pwrewrite.planning.outputs` says.
+    """
     loss, same, samples, kind = 0.0, 0, 0, "values"
     errors: list[float] = []
     powers: list[float] = []
     with torch.no_grad(), evaluating(original), evaluating(rewritten):
-        for args, kwargs in chunks:
-            first, second = original(*args, **kwargs), rewritten(*args, **kwargs)
-            samples += samples_of(args, kwargs)
-            if is_classifier(first):
+        for number, chunk in enumerate(chunks):
+            first, second = run_seeded(original, chunk, number), run_seeded(rewritten, chunk, number)
+            samples += samples_of(*chunk)
+            before, after = class_scores(first, outputs), class_scores(second, outputs)
+            if before is not None and after is not None:
                 kind = "classes"
-                p, q = first.double().log_softmax(-1), second.double().log_softmax(-1)
+                p, q = log_probabilities(before.double(), outputs), log_probabilities(after.double(), outputs)
                 loss += float((p.exp() * (p - q)).sum())
                 same += int((p.argmax(-1) == q.argmax(-1)).sum())
                 continue
-            pairs = [(a, b) for a, b in zip(tensors_in(first), tensors_in(second)) if a.is_floating_point()]
+            pairs = list(zip(floating(first), floating(second)))
             errors += [0.0] * (len(pairs) - len(errors))
             powers += [0.0] * (len(pairs) - len(powers))
             for i, (a, b) in enumerate(pairs):
                 if a.shape == b.shape:
-                    errors[i] += _square(a - b)
-                    powers[i] += _square(a)
+                    errors[i] += float((a - b).double().square().sum())
+                    powers[i] += float(a.double().square().sum())
     if kind == "classes":
         return Measured(loss / max(samples, 1), same / max(samples, 1), samples, kind)
     relative = sum(error / power for error, power in zip(errors, powers) if power > 0)
     return Measured(relative / 2, None, samples, kind)
 
 
-def accuracy(model: nn.Module, chunks: Iterable[Chunk], labels: Tensor) -> float:
-    """Share of inputs whose label is the class that a model names."""
-    right, at = 0, 0
-    with torch.no_grad(), evaluating(model):
-        for args, kwargs in chunks:
-            found = next(tensors_in(model(*args, **kwargs))).argmax(1).cpu()
-            right += int((found == labels[at : at + len(found)]).sum())
-            at += len(found)
-    return right / max(at, 1)
+def accuracy(
+    models: tuple[nn.Module, nn.Module], chunks: Iterable[Chunk], labels: Tensor, outputs: str
+) -> tuple[str, tuple[float, float]] | str:
+    """The share of labels that two models get right.
+
+    Args:
+        models: The original and the rewritten model.
+        chunks: Inputs.
+        labels: All their labels, in order.
+        outputs: What the outputs are.
+
+    Returns:
+        The name of the score and both values; or why there is none.
+    """
+    right, total, at = [0, 0], 0, 0
+    how: Scoring | str = "there are no inputs"
+    with torch.no_grad(), evaluating(models[0]), evaluating(models[1]):
+        for number, chunk in enumerate(chunks):
+            results = [run_seeded(model, chunk, number) for model in models]
+            if not number:
+                how = scoring(results[0], labels, outputs)
+            if isinstance(how, str):
+                return how
+            of_chunk = labels[at : at + samples_of(*chunk)]
+            counts = [how.count_right(result, of_chunk) for result in results]
+            right = [so_far + count for so_far, (count, _) in zip(right, counts)]
+            total, at = total + counts[0][1], at + len(of_chunk)
+    if isinstance(how, str):
+        return how
+    return how.name, (right[0] / max(total, 1), right[1] / max(total, 1))
 
 
-def _square(tensor: Tensor) -> float:
-    return float(tensor.double().square().sum())
+def run_seeded(model: nn.Module, chunk: Chunk, seed: int) -> object:
+    """A forward that draws the random numbers that go with a seed; inside `evaluating`, which puts the states back."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    args, kwargs = chunk
+    return model(*args, **kwargs)

@@ -8,8 +8,10 @@ and `Planner.refit` fits them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,56 +19,37 @@ from torch import Tensor, nn
 
 from ..capturing import Inputs, capture, split_inputs
 from ..capturing.records import Capture, info
-from ..core.errors import RefusedError
+from ..core.convolution import ConvSpec
+from ..core.errors import RefusedError, UsageError
 from ..core.files import cache_folder
 from ..core.options import Budget
-from ..core.plan import Op, Plan, Skip, SkipReason
+from ..core.plan import Op, Plan
 from ..decompose import Factors
-from ..engines.timing import time_models
+from ..engines.timing import NOISY, time_models
 from ..forms import FORMS
-from .allocate import Allocation, Infeasible, Option, allocate, frontier
+from .allocator import Allocator, Choice
 from .batches import Batches
 from .budget import Limit
 from .cache import content_key, read_statistics, write_statistics
-from .candidates import (
-    Candidate,
-    LayerCandidates,
-    ReplaceableLayers,
-    forms_named,
-    make_candidates,
-    timed,
-    weighted_layer,
-)
+from .candidates import LayerCandidates, ReplaceableLayers, forms_named, make_candidates, timed, weighted_layer
 from .fitting import fit_steps, shift_biases
-from .latency import LatencyTable, Place, time_plan
+from .latency import MEASURED, Conditions, LatencyTable, time_plan
+from .measure import run_seeded
+from .outputs import kind_of_outputs, scoring
 from .refit import refit
-from .room import Limited, Room, room_in_lockstep, samples_in_run
+from .room import Capacity, Limited, capacity_in_lockstep, samples_in_run
+from .running import evaluating
 from .settings import checked
 from .spill import Spill
-from .statistics import Statistics, gather
+from .statistics import Gathering, Statistics, gather
 
 Say = Callable[[str, float | None], None]
 
 _ATTEMPTS = 4
 """How often a latency budget is tightened at most."""
-_NEAR, _FAR = 1.01, 1.05
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One allocation as a plan.
-
-    Attributes:
-        plan: What to do.
-        loss: Predicted loss, the sum over the layers.
-        gap: How far at most the loss is from the least one, as a share, as the solver proved.
-        costs: What the whole model then costs, by kind.
-    """
-
-    plan: Plan
-    loss: float
-    gap: float
-    costs: Mapping[str, float]
+_NEAR = 1.01
+"""How near to its limit a time is near enough."""
+_log = logging.getLogger(__name__)
 
 
 class Planner:
@@ -117,7 +100,8 @@ class Planner:
         )
         self.batches: Batches | None = None
         if calibration is not None:
-            self.batches = _batches(calibration, inputs, size, samples_in_run(self.captured))
+            self.batches = _batches(calibration, inputs, self.settings, size, samples_in_run(self.captured))
+        self.outputs = "values"
         self.statistics = self._calibrate()
         self.layers: list[LayerCandidates] = self._candidates()
         self.original = {
@@ -125,73 +109,102 @@ class Planner:
             "macs": float(sum(info(node).cost.macs for node in self.captured.graph.nodes)),
             "bytes": float(sum(info(node).cost.bytes for node in self.captured.graph.nodes)),
         }
-        self._timed = False
+        facts = {
+            "sensitivity": self.settings.sensitivity,
+            "refit": self.settings.refit,
+            "samples": self.statistics.samples if self.statistics is not None else 0,
+            "seed": self.settings.seed,
+        }
+        self.allocator = Allocator(self.layers, self.original, self.replaceable.skips, facts)
         if self.settings.gate == "latency":
             self._time()
 
     # ----------------------------------------------------------------------------------------- calibrating
 
-    def _calibrate(self) -> Statistics | None:
-        if self.batches is None or self.settings.sensitivity == "weights":
-            return None
-        import torch.distributed as dist
+    def _look_at_outputs(self, batches: Batches, known: str = "") -> str:
+        """What the outputs are, by the first calibration inputs unless it is known; notes labels that do not fit."""
+        kind = self.settings.outputs or known
+        if not known or batches.labels() is not None:
+            chunk, labels = batches.first()
+            with torch.no_grad(), evaluating(self.model):
+                outputs = run_seeded(self.model, chunk, self.settings.seed)
+            kind = kind or kind_of_outputs(outputs, labels)
+            why = None if labels is None else scoring(outputs, labels, kind)
+            if isinstance(why, str):
+                self._warn(f"no accuracy is measured, since the labels do not fit: {why}")
+        if self.settings.outputs is None and kind != "values":
+            self.notes.append(f"the outputs are taken for {kind}, by their values (--outputs says otherwise)")
+        return kind
 
+    def _warn(self, note: str) -> None:
+        """Notes what a reader should know before the work is done."""
+        _log.warning(note)
+        self.notes.append(note)
+
+    def _calibrate(self) -> Statistics | None:
         batches, settings = self.batches, self.settings
-        apart = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        folder = None if apart else cache_folder("statistics")
+        if batches is None:
+            return None
+        if settings.sensitivity == "weights":
+            self.outputs = self._look_at_outputs(batches)
+            return None
+        folder = cache_folder("statistics")
         specs = self.replaceable.specs()
-        facts = {"seed": settings.seed, "kind": settings.sensitivity, "chunk": batches.chunk}
+        facts = {
+            "seed": settings.seed,
+            "kind": settings.sensitivity,
+            "chunk": batches.chunk,
+            "outputs": settings.outputs,
+        }
         self.say("reading the calibration inputs", None)
         key = content_key(self.captured, specs, batches.fingerprint(), facts) if folder is not None else ""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        start, complete = read_statistics(folder, key, device)
-        if start is None or not complete:
-            start = self._gather(start, folder, key, specs)
-            start.round()
-        start.all_reduce()
+        statistics, complete = read_statistics(folder, key, device)
+        self.outputs = self._look_at_outputs(batches, "" if statistics is None else statistics.outputs)
+        if statistics is None or not complete:
+            statistics = self._gather(statistics, folder, key, specs)
+            statistics.round()
         self.notes += batches.notes
-        self._tell_sparse(start)
-        return start
+        self._note_sparse(statistics)
+        return statistics
 
-    def _gather(self, start: Statistics | None, folder: Any, key: str, specs: Mapping[str, Any]) -> Statistics:
+    def _gather(
+        self, start: Statistics | None, folder: Path | None, key: str, specs: Mapping[str, ConvSpec]
+    ) -> Statistics:
         batches = self.batches
         assert batches is not None
         expected = batches.expected or batches.samples or None
-        found = start or Statistics(kind=str(self.settings.sensitivity))
+        statistics = start or Statistics(kind=str(self.settings.sensitivity), outputs=self.outputs)
+        how = Gathering(
+            self.outputs if self.settings.sensitivity == "loss" else None,
+            self.settings.seed,
+            expected,
+            self.replaceable.functions(),
+        )
 
         def each(now: Statistics) -> None:
             self.say("calibrating", min(1.0, now.samples / expected) if expected else None)
 
         try:
-            gather(
-                self.model,
-                specs,
-                batches.calibration(),
-                gradients=self.settings.sensitivity == "loss",
-                seed=self.settings.seed,
-                expected=expected,
-                start=found,
-                functions=self.replaceable.functions(),
-                each=each,
-            )
+            gather(self.model, specs, batches.calibration(), how, start=statistics, each=each)
         except BaseException:
-            write_statistics(folder, key, found, complete=False)
+            write_statistics(folder, key, statistics, complete=False)
             raise
-        self.say("keeping the statistics", None)
-        write_statistics(folder, key, found, complete=True)
-        return found
+        self.say("storing the statistics", None)
+        write_statistics(folder, key, statistics, complete=True)
+        return statistics
 
-    def _tell_sparse(self, found: Statistics) -> None:
-        """Says where the inputs were too few."""
-        sparse = [path for path, one in found.layers.items() if one.rows < 2 * one.means.shape[1]]
+    def _note_sparse(self, statistics: Statistics) -> None:
+        """Notes where the inputs were too few."""
+        sparse = [path for path, sums in statistics.layers.items() if sums.rows < 2 * sums.means.shape[1]]
         if sparse:
             self.notes.append(
                 f"too few calibration inputs for {_few(sparse)}: fewer than two patches per patch element; their "
                 "statistics are drawn to the identity, and more inputs would serve better"
             )
-        blind = [path for path, one in found.layers.items() if found.kind == "loss" and one.gradients is None]
-        if blind:
-            self.notes.append(f"no gradient reaches {', '.join(blind[:3])}: their errors count without a weight")
+        blind = [path for path, sums in statistics.layers.items() if sums.gradients is None]
+        if blind and statistics.kind == "loss":
+            self.notes.append(f"no gradient reaches {_few(blind)}: their errors count without a weight")
 
     def _candidates(self) -> list[LayerCandidates]:
         settings = self.settings
@@ -206,142 +219,86 @@ class Planner:
 
     def _time(self) -> None:
         """Measures the model, its layers and their candidates; those that are not faster are given up."""
-        if self._timed:
+        if "latency" in self.original:
             return
-        place = Place.of(self.model)
-        table = LatencyTable(place)
+        table = LatencyTable(Conditions.of(self.model, self.settings.threads))
         args, kwargs = split_inputs(self.inputs)
         self.say("timing the model", None)
-        (self.original["latency"],) = time_models([self.model], args, kwargs)
+        (timing,) = time_models([self.model], args, kwargs, threads=self.settings.threads)
+        if timing.spread > NOISY:
+            self._warn(
+                f"this machine is noisy: times of the same run are {timing.spread:.0%} apart; close what runs "
+                "beside, or give it --threads of its own"
+            )
         try:
-            for i, one in enumerate(self.layers):
-                self.say(f"timing {one.layer.path}", i / len(self.layers))
-                one.candidates = timed(one, table)
+            for i, layer in enumerate(self.layers):
+                self.say(f"timing {layer.layer.path}", i / len(self.layers))
+                layer.candidates = timed(layer, table)
         finally:
             table.save()
-        self._timed = True
+        self.original["latency"] = timing.seconds
 
     # ------------------------------------------------------------------------------------------ allocating
 
-    def choose(self, budgets: Sequence[Limit]) -> Choice:
-        """The allocation that loses least within budgets.
+    def choose(self, limits: Sequence[Limit]) -> Choice:
+        """The allocation that loses least within limits.
 
         Raises:
-            RefusedError: If a budget cannot be met; says what the smallest one is.
+            RefusedError: If a limit cannot be met; says what the smallest one is, and why layers were left.
         """
-        if any(b.kind == "latency" for b in budgets):
-            self._time()
-        limits: dict[str, float] = {b.kind: b.absolute(self.original[b.kind]) for b in budgets}
-        if "latency" not in limits:
-            return self._allocated(limits, budgets)
-        return self._within_latency(limits, budgets)
+        if not any(limit.kind == "latency" for limit in limits):
+            return self.allocator.choose(limits, self.allocator.absolute(limits))
+        self._time()
+        return self._within_latency(limits)
 
-    def _allocated(self, limits: Mapping[str, float], budgets: Sequence[Limit]) -> Choice:
-        fixed = self._fixed(limits)
-        groups = self._options(tuple(limits))
-        try:
-            found = allocate(groups, {kind: limit - fixed[kind] for kind, limit in limits.items()})
-        except Infeasible as error:
-            raise self._unmet(error, budgets, fixed) from None
-        return self._choice(found, budgets)
-
-    def _within_latency(self, limits: dict[str, float], budgets: Sequence[Limit]) -> Choice:
+    def _within_latency(self, limits: Sequence[Limit]) -> Choice:
         """Allocates by the layers' own times, and tightens the limit until the whole model meets it.
 
-        Layers do not add up to the model, and the best of many measured candidates is partly lucky.
+        Layers do not add up to the model, and the best of many measured candidates is partly lucky. Where no allocation
+        is tight enough, the tightest one decides.
         """
-        wanted = limits["latency"] / self.original["latency"]
-        aim, best = wanted, None
+        absolute, original = self.allocator.absolute(limits), self.original["latency"]
+        wanted = aim = absolute["latency"] / original
+        best: tuple[float, Choice] | None = None
         for attempt in range(_ATTEMPTS):
             try:
-                choice = self._allocated({**limits, "latency": aim * self.original["latency"]}, budgets)
+                choice = self.allocator.choose(limits, {**absolute, "latency": aim * original})
             except RefusedError:
-                if best is None:
+                if best is None and not self.settings.best_effort:
                     raise
-                break
-            self.say("timing the plan", attempt / _ATTEMPTS)
-            reached = time_plan(self.model, self.inputs, choice.plan)
+                others = {kind: limit for kind, limit in absolute.items() if kind != "latency"}
+                choice, attempt = self.allocator.cheapest("latency", limits, others), _ATTEMPTS
+            self.say("timing the plan", min(1.0, attempt / _ATTEMPTS))
+            reached = time_plan(self.model, self.inputs, choice.plan, self.settings.threads)
             if best is None or reached < best[0]:
                 best = (reached, choice)
-            if reached <= wanted * _NEAR:
+            if reached <= wanted * _NEAR or attempt == _ATTEMPTS:
                 break
             aim *= wanted / reached
         assert best is not None
         reached, choice = best
-        if reached > wanted * _FAR:
-            self.notes.append(
-                f"the whole model is expected to take {reached:.2f} of its time, above the budget of {wanted:.2f}: "
-                "what is not a convolution or linear map takes the rest"
+        if reached > wanted * MEASURED and not self.settings.best_effort:
+            limit = next(limit for limit in limits if limit.kind == "latency")
+            raise RefusedError(
+                f"the budget {limit} cannot be met: what is not a convolution or linear map takes the rest",
+                expected=f"at least latency={reached:.2f}, {1000 * reached * original:.3g} ms of "
+                f"{1000 * original:.3g} ms, as measured for the whole model",
+                got=str(limit),
+                hint="loosen it, allow more --forms or layers, or take the fastest there is with --best-effort",
             )
-        return replace(choice, costs={**choice.costs, "latency": reached * self.original["latency"]})
+        return replace(choice, costs={**choice.costs, "latency": reached * original})
 
-    def frontier(self, kind: str, budgets: Sequence[Limit] = (), points: int = 25) -> list[Choice]:
-        """The least losses for budgets of one kind, from the original down to the smallest."""
-        if kind == "latency" or any(b.kind == "latency" for b in budgets):
+    def frontier(self, kind: str, limits: Sequence[Limit] = (), points: int = 25) -> list[Choice]:
+        """The least losses for limits of one kind, from the original down to the smallest.
+
+        Args:
+            kind: What is limited.
+            limits: Limits of other kinds, which hold beside it.
+            points: How many limits.
+        """
+        if kind == "latency" or any(limit.kind == "latency" for limit in limits):
             self._time()
-        limits: dict[str, float] = {b.kind: b.absolute(self.original[b.kind]) for b in budgets}
-        fixed = self._fixed({**limits, kind: 0.0})
-        groups = self._options((*limits, kind))
-        left = {k: limit - fixed[k] for k, limit in limits.items()}
-        try:
-            found = frontier(groups, kind, limits=left, points=points)
-        except Infeasible as error:
-            raise self._unmet(error, budgets, fixed) from None
-        return [self._choice(one, budgets) for one in found]
-
-    def _fixed(self, kinds: Mapping[str, float]) -> dict[str, float]:
-        """What the part of the model that cannot change costs."""
-        return {kind: self.original[kind] - sum(one.candidates[0].costs[kind] for one in self.layers) for kind in kinds}
-
-    def _options(self, kinds: Sequence[str]) -> list[list[Option]]:
-        return [
-            [Option(c.loss, {kind: c.costs[kind] for kind in kinds}) for c in one.candidates] for one in self.layers
-        ]
-
-    def _choice(self, found: Allocation, budgets: Sequence[Limit]) -> Choice:
-        picked: list[Candidate] = [one.candidates[i] for one, i in zip(self.layers, found.chosen)]
-        ops = tuple(c.op for c in picked if c.op is not None)
-        kept = [
-            Skip(one.layer.path, SkipReason.NO_GAIN, "kept: the budget is met at less loss elsewhere")
-            for one, c in zip(self.layers, picked)
-            if c.op is None
-        ]
-        costs = {
-            kind: before + sum(c.costs[kind] - one.candidates[0].costs[kind] for one, c in zip(self.layers, picked))
-            for kind, before in self.original.items()
-        }
-        samples = self.statistics.samples if self.statistics is not None else 0
-        facts: dict[str, Any] = {
-            "limits": {b.kind: str(b).partition("=")[2] for b in budgets},
-            "predicted_loss": found.loss,
-            "gap": found.gap,
-            "sensitivity": self.settings.sensitivity,
-            "refit": self.settings.refit,
-            "samples": samples,
-            "seed": self.settings.seed,
-        }
-        plan = Plan(ops, (*self.replaceable.skips, *kept), {}, facts)
-        return Choice(plan, found.loss, found.gap, costs)
-
-    def _unmet(self, error: Infeasible, budgets: Sequence[Limit], fixed: Mapping[str, float]) -> RefusedError:
-        kind = error.kind
-        if kind is None:
-            asked = " and ".join(map(str, budgets))
-            each = [f"{k}={_amount(k, least + fixed[k])}" for k, least in error.together.items()]
-            return RefusedError(
-                f"the budgets {asked} cannot be met together",
-                expected=f"within the others, at least {' or '.join(each)}" if each else None,
-                hint="loosen one of them, or allow more --forms or layers",
-            )
-        least = error.smallest + fixed[kind]
-        budget = next(b for b in budgets if b.kind == kind)
-        share = least / self.original[kind] if self.original[kind] else 1.0
-        return RefusedError(
-            f"the budget {budget} cannot be met",
-            expected=f"at least {kind}={share:.4f}, {_amount(kind, least)} of {_amount(kind, self.original[kind])}",
-            got=str(budget),
-            hint="allow more --forms or layers, or ask for less",
-        )
+        return self.allocator.frontier(kind, limits, points)
 
     # ---------------------------------------------------------------------------------------------- weights
 
@@ -378,7 +335,7 @@ class Planner:
         steps = fit_steps(self.captured, rewritten, plan, specs, self.statistics, factors=factors)
         if not steps:
             return {}
-        room = room_in_lockstep(self.captured, self.batches.expected)
+        room = capacity_in_lockstep(self.captured, self.batches.expected)
         chunks = Limited(self.batches.calibration(), room.samples)
         errors = refit(
             self.model,
@@ -394,27 +351,25 @@ class Planner:
         return errors
 
 
-def _batches(calibration: Iterable[Any], inputs: Inputs, size: int | None, chunk: int) -> Batches:
+def _batches(calibration: Iterable[Any], inputs: Inputs, settings: Budget, size: int | None, chunk: int) -> Batches:
     if isinstance(calibration, Batches):
         return calibration
-    return Batches(calibration, inputs, size=size, chunk=chunk)
+    if isinstance(settings.batch, str):
+        raise UsageError(f"batch={settings.batch!r} is a name", hint="give the function itself")
+    return Batches(calibration, inputs, size=size, chunk=chunk, batch=settings.batch)
 
 
-def _left_out(chunks: Limited, samples: int, room: Room) -> str:
+def _left_out(chunks: Limited, samples: int, room: Capacity) -> str:
     """That not all inputs were fitted to, and why."""
-    told = f"fitted on the first {chunks.samples} of {samples} calibration inputs (held-out ones included)"
+    note = f"fitted on the first {chunks.samples} of {samples} calibration inputs (held-out ones included)"
     if chunks.many:
-        return f"{told}: they come in more batches than run together"
-    memory, disk, all_of_them = (n / 1024**3 for n in (room.memory, room.disk, samples * room.each))
+        return f"{note}: they come in more batches than run together"
+    memory, disk, all_of_them = (n / 1024**3 for n in (room.memory, room.disk, samples * room.sample_bytes))
     return (
-        f"{told}: the activations of all may take {all_of_them:.3g} GiB, and there are {memory:.3g} GiB of memory "
+        f"{note}: the activations of all may take {all_of_them:.3g} GiB, and there are {memory:.3g} GiB of memory "
         f"for them and {disk:.3g} GiB of disk ({room.folder}; TMPDIR names another folder)"
     )
 
 
 def _few(paths: Sequence[str]) -> str:
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-
-
-def _amount(kind: str, value: float) -> str:
-    return f"{1000 * value:.3g} ms" if kind == "latency" else f"{value:,.0f}"

@@ -24,13 +24,13 @@ _DISK_SHARE = 0.9
 
 
 @dataclass(frozen=True)
-class Room:
-    """What there is for the live activations of two models in lock-step.
+class Capacity:
+    """The memory and disk for the live activations of two models in lock-step.
 
     Attributes:
         samples: For how many samples there is room, 1 or more.
         spilled: Whether some of it is on disk.
-        each: About how many bytes a sample takes.
+        sample_bytes: About how many bytes a sample takes.
         memory: Bytes that may be taken in memory.
         disk: Bytes that may be taken on the disk.
         folder: Where.
@@ -38,7 +38,7 @@ class Room:
 
     samples: int
     spilled: bool
-    each: int
+    sample_bytes: int
     memory: int
     disk: int
     folder: str
@@ -46,17 +46,17 @@ class Room:
 
 def samples_in_run(captured: Capture) -> int:
     """Samples of one calibration run: a backward pass keeps all activations."""
-    made = sum(
+    produced = sum(
         tensor.nbytes
         for node in captured.graph.nodes
         if info(node).alias_of is None and node.op not in ("placeholder", "get_attr", "output")
         for tensor in info(node).outputs
     )
-    return int(min(_MOST, max(1, _RUN_BYTES * samples_of_example(captured) // max(1, made))))
+    return int(min(_MOST, max(1, _RUN_BYTES * samples_of_example(captured) // max(1, produced))))
 
 
-def room_in_lockstep(captured: Capture, samples: int | None) -> Room:
-    """What there is for the live activations of two models that run in lock-step.
+def capacity_in_lockstep(captured: Capture, samples: int | None) -> Capacity:
+    """The memory and disk for the live activations of two models that run in lock-step.
 
     Args:
         captured: The model.
@@ -74,7 +74,9 @@ def room_in_lockstep(captured: Capture, samples: int | None) -> Room:
     except OSError:
         folder, disk = "no temporary folder", 0
     spilled = samples is None or samples * each > MEMORY
-    return Room(max(1, (MEMORY + (disk if spilled else 0)) // each), spilled and disk > 0, each, MEMORY, disk, folder)
+    return Capacity(
+        max(1, (MEMORY + (disk if spilled else 0)) // each), spilled and disk > 0, each, MEMORY, disk, folder
+    )
 
 
 def most_chunks() -> int:

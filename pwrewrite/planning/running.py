@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..capturing.inventory import Inventory
 from ..capturing.state import untouched
-
-
-def is_classifier(outputs: Any) -> bool:
-    """Whether a model's outputs are one tensor of class scores ``(N, classes)``."""
-    return isinstance(outputs, Tensor) and outputs.dim() == 2 and outputs.shape[1] > 1 and outputs.is_floating_point()
-
-
-def tensors_in(outputs: Any) -> Iterator[Tensor]:
-    """The tensors in a nest of tuples, lists, dicts and dataclasses, in order."""
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, Mapping):
-        for value in outputs.values():
-            yield from tensors_in(value)
-    elif isinstance(outputs, (list, tuple)):
-        for value in outputs:
-            yield from tensors_in(value)
-    elif hasattr(outputs, "__dataclass_fields__"):
-        for name in outputs.__dataclass_fields__:
-            yield from tensors_in(getattr(outputs, name))
 
 
 @contextmanager

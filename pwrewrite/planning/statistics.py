@@ -1,15 +1,14 @@
 """What calibration inputs say about each layer: second moments of its input and of the loss's gradient at its output.
 
-`gather` runs a model over calibration inputs once and keeps, per layer, sums only: memory is bounded by the layers and
-not by the data. Two sums over disjoint data add up, so several processes may each see a part (`Statistics.add`,
-`Statistics.all_reduce`).
+`gather` runs a model over calibration inputs once and holds, per layer, sums only: memory is bounded by the layers and
+not by the data.
 
 **Inputs.** ``C = E[x xᵀ]`` over the patches ``x`` under the output positions (`pwrewrite.planning.patches`), with their
 mean. Large maps are sampled: enough positions of every input that the patches outnumber their size several times.
 
 **Gradients.** ``G = E[g gᵀ]``, ``g`` the gradient at one output position of the loss of one sample. The loss needs no
-labels. Where the model has one output of shape ``(N, classes)`` it is the cross-entropy of a label drawn from the
-model's own softmax, so that ``G`` is a diagonal block of the Fisher information (Martens 2014, *New insights and
+labels. Where the outputs are class scores (`pwrewrite.planning.outputs`) it is the cross-entropy of a label drawn from
+the model's own prediction, so that ``G`` is a diagonal block of the Fisher information (Martens 2014, *New insights and
 perspectives on the natural gradient method*; Martens & Grosse 2015): a change of the layer's outputs then changes the
 predicted distribution, in KL divergence, by half its square in that norm, to second order. For any other outputs
 (feature maps, boxes, segmentations) it is the inner product with Gaussian noise, scaled per output tensor to
@@ -22,10 +21,10 @@ that misses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, prod
 from operator import attrgetter
 from typing import Any
 
@@ -36,8 +35,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..core.convolution import ConvSpec
 from ..core.errors import RefusedError
+from .outputs import class_scores, floating, log_probabilities
 from .patches import batched, input_rows, output_rows, position_count, row_size
-from .running import evaluating, frozen, is_classifier, tensors_in
+from .running import evaluating, frozen
 
 Chunk = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Positional and keyword inputs of one run of the model."""
@@ -100,16 +100,6 @@ class LayerStatistics:
         self.gradients.add_(product, alpha=weight)
         self.gradient_weight += weight * rows.shape[1]
 
-    def add(self, other: LayerStatistics) -> None:
-        """Adds what another process or part of the data gave."""
-        self.inputs += other.inputs.to(self.inputs)
-        self.means += other.means.to(self.means)
-        self.weight += other.weight
-        self.rows += other.rows
-        if other.gradients is not None:
-            self.gradients = other.gradients.to(self.inputs) + (0 if self.gradients is None else self.gradients)
-            self.gradient_weight += other.gradient_weight
-
     def input_moment(self, *, centred: bool = False) -> Tensor | None:
         """``C (groups, d, d)``, the mean of ``x xᵀ``; None where ``d`` is larger than `LARGEST_ROW`.
 
@@ -124,9 +114,9 @@ class LayerStatistics:
             return moment
         # Where the mean is nearly all there is, what products and rounding in float32 left could be negative.
         noise = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(moment)
-        found = moment - mean[:, :, None] * mean[:, None, :]
-        found.diagonal(dim1=-2, dim2=-1).add_(noise[:, None])
-        return found
+        centred_moment = moment - mean[:, :, None] * mean[:, None, :]
+        centred_moment.diagonal(dim1=-2, dim2=-1).add_(noise[:, None])
+        return centred_moment
 
     def level(self, centred: bool = False) -> float:
         """The mean square of an element of ``x``; its variance where centred."""
@@ -151,6 +141,7 @@ class Statistics:
         chunks: How many chunks were seen.
         kind: ``loss`` with gradients, ``activations`` without.
         outcome: What the gradients are of: ``classes`` or ``values``; ``""`` without.
+        outputs: What the model's outputs are, as `pwrewrite.planning.outputs` says.
     """
 
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
@@ -158,62 +149,43 @@ class Statistics:
     chunks: int = 0
     kind: str = "loss"
     outcome: str = ""
+    outputs: str = ""
 
     def positions(self, path: str) -> float:
         """How many positions of a layer one sample has, over all its calls."""
         return self.layers[path].weight / max(self.samples, 1)
 
-    def add(self, other: Statistics) -> None:
-        """Adds statistics of the same model over other data."""
-        for path, one in other.layers.items():
-            if path in self.layers:
-                self.layers[path].add(one)
-            else:
-                self.layers[path] = one
-        self.samples += other.samples
-        self.chunks += other.chunks
-        self.outcome = self.outcome or other.outcome
-
     def round(self) -> None:
         """Rounds the moments of inputs as the cache does, so that a first plan equals those that come after it."""
-        for one in self.layers.values():
-            one.inputs.copy_(one.inputs.float())
+        for sums in self.layers.values():
+            sums.inputs.copy_(sums.inputs.float())
 
-    def all_reduce(self) -> None:
-        """Adds up the statistics of all processes of `torch.distributed`, where it is initialised."""
-        import torch.distributed as dist
 
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return
-        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-        for one in self.layers.values():
-            some = torch.tensor(float(one.gradients is not None), device=device)
-            dist.all_reduce(some)
-            if some and one.gradients is None:
-                raise RefusedError("some processes have gradients of a layer and others have none")
-            for tensor in (one.inputs, one.means, one.gradients):
-                if tensor is not None:
-                    there = tensor.to(device)
-                    dist.all_reduce(there)
-                    tensor.copy_(there)
-            one.weight, rows, one.gradient_weight = _summed(
-                (one.weight, one.rows, one.gradient_weight), device, dist.all_reduce
-            )
-            one.rows = round(rows)
-        samples, chunks = _summed((self.samples, self.chunks), device, dist.all_reduce)
-        self.samples, self.chunks = round(samples), round(chunks)
+@dataclass(frozen=True)
+class Gathering:
+    """How statistics are gathered.
+
+    Attributes:
+        outputs: What the model's outputs are, as `pwrewrite.planning.outputs` says; None to gather no gradients.
+        seed: Of the positions sampled, of the labels and the noise drawn, and of what the model draws itself; a chunk's
+            draw depends on it and on its number.
+        expected: About how many samples there will be; decides how many positions of each are sampled.
+        functions: Path and name of the weight of those layers that are called as functions and are no modules.
+    """
+
+    outputs: str | None = "logits"
+    seed: int = 0
+    expected: int | None = None
+    functions: Mapping[str, str] = field(default_factory=dict)
 
 
 def gather(
     model: nn.Module,
     layers: Mapping[str, ConvSpec],
     chunks: Iterable[Chunk],
+    how: Gathering = Gathering(),
     *,
-    gradients: bool = True,
-    seed: int = 0,
-    expected: int | None = None,
     start: Statistics | None = None,
-    functions: Mapping[str, str] | None = None,
     each: Callable[[Statistics], None] | None = None,
 ) -> Statistics:
     """Runs a model over calibration inputs once and sums up what its layers see.
@@ -222,12 +194,9 @@ def gather(
         model: The model; runs in eval mode and stays as it is.
         layers: Path and shape facts of the layers.
         chunks: Inputs, run by run.
-        gradients: Whether to go backward too.
-        seed: Of the positions sampled, the labels and the noise drawn; a chunk's draw depends on it and on its number.
-        expected: About how many samples there will be; decides how many positions of each are sampled.
+        how: What is gathered, and from how much.
         start: Statistics of the first chunks, which are then passed over.
-        functions: Path and name of the weight of those layers that are called as functions and are no modules.
-        each: Called after every chunk with what there is by then.
+        each: Called after every chunk with the statistics by then.
 
     Returns:
         The statistics.
@@ -236,20 +205,21 @@ def gather(
         RefusedError: If an activation or a gradient holds NaN or Inf.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    found = start or Statistics(kind="loss" if gradients else "activations")
+    gradients = how.outputs is not None
+    statistics = start or Statistics(kind="loss" if gradients else "activations")
     for path, spec in layers.items():
-        if path not in found.layers:
-            found.layers[path] = LayerStatistics.empty(spec, device)
-    watch = _Watch(found, expected, gradients)
-    skip = found.chunks
+        if path not in statistics.layers:
+            statistics.layers[path] = LayerStatistics.empty(spec, device)
+    watch = _Watch(statistics, how)
+    skip = statistics.chunks
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         if gradients:
             stack.enter_context(frozen(model))
-        hooks: list[tuple[Tensor, Callable[..., Any]]] = []
+        hooks: list[tuple[Tensor, Callable[..., Tensor | None]]] = []
         for path, spec in layers.items():
-            if functions and path in functions:
-                hooks.append((attrgetter(functions[path])(model), watch.hook(path, spec)))
+            if path in how.functions:
+                hooks.append((attrgetter(how.functions[path])(model), watch.hook(path, spec)))
                 continue
             handle = model.get_submodule(path).register_forward_hook(watch.hook(path, spec), with_kwargs=True)
             stack.callback(handle.remove)
@@ -258,17 +228,19 @@ def gather(
         for number, (args, kwargs) in enumerate(chunks):
             if number < skip:
                 continue
-            watch.begin(samples_of(args, kwargs), torch.Generator().manual_seed(seed * 1_000_003 + number))
+            seed = how.seed * 1_000_003 + number
+            torch.manual_seed(seed)
+            watch.begin(samples_of(args, kwargs), torch.Generator().manual_seed(seed))
             with torch.set_grad_enabled(gradients):
                 outputs = model(*args, **kwargs)
                 if gradients:
-                    found.outcome = watch.backward(outputs)
+                    statistics.outcome = watch.backward(outputs)
             watch.end()
-            found.samples += watch.samples
-            found.chunks += 1
+            statistics.samples += watch.samples
+            statistics.chunks += 1
             if each is not None:
-                each(found)
-    return found
+                each(statistics)
+    return statistics
 
 
 def samples_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -288,9 +260,9 @@ class _Functions(TorchFunctionMode):
         hooks: Weights and forward hooks.
     """
 
-    def __init__(self, hooks: Iterable[tuple[Tensor, Callable[..., Any]]]) -> None:
+    def __init__(self, hooks: Sequence[tuple[Tensor, Callable[..., Tensor | None]]]) -> None:
         super().__init__()
-        self._hooks = list(hooks)
+        self._hooks = hooks
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs a function, and the hook that waits for its weight."""
@@ -308,8 +280,8 @@ class _Functions(TorchFunctionMode):
 class _Watch:
     """The hooks of one gathering: adds rows of inputs as layers run and rows of gradients as they come back."""
 
-    def __init__(self, found: Statistics, expected: int | None, gradients: bool) -> None:
-        self.found, self.expected, self.gradients = found, expected, gradients
+    def __init__(self, statistics: Statistics, how: Gathering) -> None:
+        self.statistics, self.how = statistics, how
         self.roots: list[Tensor] = []
         self.pending: list[Callable[[], None]] = []
 
@@ -318,7 +290,7 @@ class _Watch:
         self.samples, self.generator = samples, generator
 
     def end(self) -> None:
-        """Ends a chunk: what it gave counts only now, so that an interruption leaves whole chunks."""
+        """Ends a chunk: its rows count only now, so that an interruption leaves whole chunks."""
         for add in self.pending:
             add()
         self.pending.clear()
@@ -326,22 +298,22 @@ class _Watch:
 
     def hook(self, path: str, spec: ConvSpec) -> Callable[..., Any]:
         """The forward hook of a layer."""
-        one = self.found.layers[path]
+        sums = self.statistics.layers[path]
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             x = batched((args[0] if args else kwargs["input"]).detach(), spec)
             size = tuple(output.shape[output.dim() - spec.dims :])
             count = position_count(x, spec, size)
             taken, share = self._sampled(count, row_size(spec), spec)
-            # The rows are made now, since a later in-place operation may change what was read.
+            # The rows are taken now, since a later in-place operation may change what was read.
             rows = input_rows(x, spec, taken)
             rows = _checked(rows if rows.dtype.itemsize >= 4 else rows.float(), path, "the input")
-            self.pending.append(lambda: one.add_inputs(rows, share))
-            return self._follow(path, spec, one, output) if self.gradients else None
+            self.pending.append(lambda: sums.add_inputs(rows, share))
+            return None if self.how.outputs is None else self._follow(path, spec, sums, output)
 
         return after
 
-    def _follow(self, path: str, spec: ConvSpec, one: LayerStatistics, output: Tensor) -> Tensor | None:
+    def _follow(self, path: str, spec: ConvSpec, sums: LayerStatistics, output: Tensor) -> Tensor | None:
         """Makes sure that the gradient of an output comes back, and says what to do with it."""
         replaced = None
         if not output.requires_grad:
@@ -349,24 +321,20 @@ class _Watch:
             self.roots.append(output)
             replaced = output.clone()  # a leaf must not be changed in place
         shape = tuple(output.shape)
-        count = shape[0] if not spec.dims else int(torch.Size(shape[len(shape) - spec.dims :]).numel())
-        taken, share = self._sampled(count, spec.out_channels // spec.groups, spec, linear_rows=_rows(shape))
+        count = prod(shape[len(shape) - spec.dims :] if spec.dims else shape[:-1])
+        taken, share = self._sampled(count, spec.out_channels // spec.groups, spec)
 
         def back(gradient: Tensor) -> None:
             rows = output_rows(batched(gradient.detach(), spec), spec, taken)
             rows = _checked(rows if rows.dtype.itemsize >= 4 else rows.float(), path, "the gradient")
-            self.pending.append(lambda: one.add_gradients(rows, share))
+            self.pending.append(lambda: sums.add_gradients(rows, share))
 
         output.register_hook(back)  # type: ignore[no-untyped-call]
         return replaced
 
-    def _sampled(
-        self, count: int, size: int, spec: ConvSpec, *, linear_rows: int | None = None
-    ) -> tuple[Tensor | None, float]:
+    def _sampled(self, count: int, size: int, spec: ConvSpec) -> tuple[Tensor | None, float]:
         """Positions to take of those there are, and how many each stands for."""
-        if not spec.dims and linear_rows is not None:
-            count = linear_rows
-        per_sample = max(_LEAST_POSITIONS, ceil(_ROWS_PER_SIZE * size / (self.expected or 64)))
+        per_sample = max(_LEAST_POSITIONS, ceil(_ROWS_PER_SIZE * size / (self.how.expected or 64)))
         limit = per_sample if spec.dims else per_sample * self.samples
         if count <= limit + limit // 4:
             return None, 1.0
@@ -379,13 +347,15 @@ class _Watch:
         Returns:
             What the loss is of: ``classes`` or ``values``.
         """
-        tensors = [t for t in tensors_in(outputs) if t.is_floating_point() and t.requires_grad]
+        tensors = [tensor for tensor in floating(outputs) if tensor.requires_grad]
         if not tensors:
             return ""
-        if is_classifier(outputs):
-            logits = tensors[0].float()
-            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=self.generator)
-            loss = F.cross_entropy(logits, drawn[:, 0].to(logits.device), reduction="sum")
+        kind = self.how.outputs or "values"
+        scores = class_scores(outputs, kind)
+        if scores is not None:
+            predicted = log_probabilities(scores.float(), kind)
+            drawn = torch.multinomial(predicted.detach().exp().cpu(), 1, generator=self.generator)
+            loss = F.nll_loss(predicted, drawn[:, 0].to(predicted.device), reduction="sum")
             outcome = "classes"
         else:
             loss = torch.stack([self._noisy(t) for t in tensors]).sum()
@@ -407,10 +377,6 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _rows(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape[:-1]).numel())
-
-
 def _checked(rows: Tensor, path: str, what: str) -> Tensor:
     if not bool(torch.isfinite(rows).all()):
         raise RefusedError(
@@ -420,9 +386,3 @@ def _checked(rows: Tensor, path: str, what: str) -> Tensor:
             hint="look at the calibration inputs, and at the model in this dtype",
         )
     return rows
-
-
-def _summed(numbers: tuple[float, ...], device: torch.device, reduce: Callable[[Tensor], Any]) -> list[float]:
-    tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
-    reduce(tensor)
-    return [float(n) for n in tensor]

@@ -29,7 +29,9 @@ def lines(budget: BudgetReport) -> list[Line]:
     ]
     if budget.latency is not None:
         before, after = budget.latency
-        facts.append(("latency", f"{1000 * before:.3g} ms → {1000 * after:.3g} ms ({after / before:.2f}×)"))
+        threads = f", {plural(budget.threads, 'thread')}" if budget.threads else ""
+        how = f"{after / before:.2f}×, ±{percent(budget.spread)}{threads}"
+        facts.append(("latency", f"{1000 * before:.3g} ms → {1000 * after:.3g} ms ({how})"))
     return facts
 
 

@@ -58,6 +58,8 @@ class BudgetReport(Record):
         kind: ``classes``, a KL divergence in nats, or ``values``, half the squared relative error of the outputs.
         metrics: Name of a metric to its value before and after.
         latency: Seconds before and after, measured in one run; None where it was not asked for.
+        spread: Half the distance between the quartiles of these times, as a share.
+        threads: Threads of torch meanwhile.
     """
 
     limits: Mapping[str, str]
@@ -73,6 +75,8 @@ class BudgetReport(Record):
     kind: str = field(default="classes", metadata=key("loss_kind"))
     metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     latency: tuple[float, float] | None = None
+    spread: float = 0.0
+    threads: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON data."""

@@ -37,6 +37,7 @@ class Options:
             otherwise the error is reported. Without edits the models are taken for approximately equal.
         expected: Predicted parameters and MACs of the rewritten model, to be met by a recount; its bytes are
             not compared.
+        expected_at: The inputs that this is predicted for, where they are not the example inputs.
         allow_output_change: Whether outputs may differ in structure, shape and dtype; what differs is then told.
         max_error: Largest relative output error ``‖y − ŷ‖ / ‖y‖`` that an approximate rewrite may have; None for any.
         seed: Of drawn inputs and of the models' own randomness.
@@ -46,6 +47,7 @@ class Options:
 
     edits: Sequence[Edit] = ()
     expected: Cost | None = None
+    expected_at: Inputs | None = None
     allow_output_change: bool = False
     max_error: float | None = None
     seed: int = 0

@@ -54,10 +54,12 @@ def check_cost(context: Context) -> Results:
     results, expected = Results(), context.options.expected
     if expected is None:
         return results
-    if context.captures is None:
+    at = context.options.expected_at
+    rewritten = capture(context.rewritten, at) if at is not None else context.captures and context.captures[1]
+    if rewritten is None:
         results.check("cost", ["nothing to recount: the rewritten model cannot be captured"])
         return results
-    cost = recounted(context.captures[1])
+    cost = recounted(rewritten)
     problems = []
     if cost.params != expected.params:
         problems.append(f"{cost.params:,} parameters, predicted {expected.params:,}")

@@ -13,7 +13,7 @@ from torch import nn
 from ..capturing import Inputs, split_inputs
 from ..core.errors import InputError, RefusedError, UsageError
 from ..engines.frozen import Frozen, freeze
-from ..engines.timing import interleaved
+from ..engines.timing import time_in_turns
 from ..layers.partitions import CALLS
 from ..passes import Pass
 from ..report.records import FusingReport
@@ -135,4 +135,5 @@ def latencies(models: Sequence[nn.Module], inputs: Inputs) -> list[float]:
             for _ in range(CALLS):  # after which fused layers are as fast as they get
                 run()
         device = tensors[0].device if tensors else torch.device("cpu")
-        return interleaved(runs, device, rounds=(3, 1000), seconds=_SECONDS, drop=False)
+        timings = time_in_turns(runs, device, turns=(3, 1000), seconds=_SECONDS)
+    return [timing.seconds for timing in timings]

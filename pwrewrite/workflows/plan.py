@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from ..capturing import Inputs
 from ..core.errors import UsageError
 from ..core.options import Budget
 from ..core.plan import Plan
 from ..core.records import Shown
+from ..planning.allocator import Choice
 from ..planning.budget import budgets_of
-from ..planning.planner import Choice, Planner
+from ..planning.planner import Planner
 from ..report.frontier import Frontier, Point
 from ..report.records import BudgetReport, Report
 from ..targets import LoadedModel, describe_inputs
-from .budget import metrics_of, search
+from .budget import metrics_of, planner_of, search
 from .steps import Progress, Run, model_facts, silent
 from .subject import Subject, loaded_of, origin_of, with_notes_of
 from .what import What, opened, what_from_keywords
@@ -109,9 +110,10 @@ def plan(
     if not isinstance(what, Budget):
         raise UsageError("there is no budget", expected='such as {"macs": 0.5}')
     loaded = loaded_of(model, example_inputs)
-    planner = planner_of(opened(what, loaded), loaded, progress)
-    chosen = planner.choose(budgets_of(what.limits)).plan
-    return replace(chosen, model=model_facts(planner.captured, inputs=describe_inputs(loaded.example_inputs)))
+    run = Run(loaded.model, loaded.example_inputs, progress or silent)
+    planner = planner_of(run, opened(what, loaded))
+    chosen = run.plan + planner.choose(budgets_of(what.limits)).plan
+    return replace(chosen, model=model_facts(run.first, inputs=describe_inputs(loaded.example_inputs)))
 
 
 def frontier(
@@ -140,16 +142,10 @@ def frontier(
             "--pareto goes through every budget of MACs", hint="leave that --budget out; those of other kinds hold"
         )
     loaded = loaded_of(model, example_inputs)
-    planner = planner_of(opened(budget, loaded), loaded, progress)
+    planner = planner_of(Run(loaded.model, loaded.example_inputs, progress or silent), opened(budget, loaded))
     choices = planner.frontier("macs", limits, points)
     rows = tuple(Point(dict(choice.costs), choice.loss, len(choice.plan.ops)) for choice in choices)
     return Frontier(loaded.target, "macs", dict(planner.original), str(planner.settings.sensitivity), rows)
-
-
-def planner_of(budget: Budget, loaded: LoadedModel, progress: Progress | None) -> Planner:
-    """A calibrated planner for an opened budget."""
-    data = cast("Iterable[Any] | None", budget.calibration)
-    return Planner(loaded.model, loaded.example_inputs, data, budget, size=budget.calibration_size, say=progress)
 
 
 def _within(
@@ -159,15 +155,17 @@ def _within(
     if budget.plan is not None:
         return budget.plan, None, ()
     budget = opened(budget, loaded)
-    planner, limits = planner_of(budget, loaded, progress), budgets_of(budget.limits)
+    run, limits = Run(loaded.model, loaded.example_inputs, progress or silent), budgets_of(budget.limits)
+    planner = planner_of(run, budget)
     if budget.max_drop is None:
         choice = planner.choose(limits)
-        return choice.plan, _predicted(planner, choice, {}), tuple(planner.notes)
+        return run.plan + choice.plan, _predicted(planner, choice, {}), tuple(planner.notes)
     ((name, metric),) = metrics_of(budget).items()
     result = search(planner, metric, budget.max_drop, budgets=limits)
     tried = ", ".join(f"{share:.1%} of the MACs: {name} {value:.4g}" for share, value in result.tried)
     metrics = {name: (result.before, result.after)}
-    return result.choice.plan, _predicted(planner, result.choice, metrics), (*planner.notes, f"tried {tried}")
+    whole = run.plan + result.choice.plan
+    return whole, _predicted(planner, result.choice, metrics), (*planner.notes, f"tried {tried}")
 
 
 def _predicted(planner: Planner, choice: Choice, metrics: dict[str, tuple[float, float]]) -> BudgetReport:

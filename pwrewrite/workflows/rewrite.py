@@ -195,6 +195,7 @@ def _verified(run: Run, inputs: Inputs, before: Analysis, proof: Proof) -> Verif
         inputs,
         edits=[row.edit for row in run.rows],
         expected=run.expected(before),
+        expected_at=None if inputs is run.inputs else run.inputs,
         allow_output_change=proof.allow_output_change,
         max_error=proof.max_error,
         thorough=proof.thorough,

@@ -60,7 +60,7 @@ def row(name: str, batch: int, ratio: float, seconds: float) -> str:
     captured = capture(model, x)
     uniform = filled(carry_out(model, propose(captured, [InsertBottleneck(0.5)]), fill=False).model)
     end = time.perf_counter()
-    first, second, third = time_models([model, planned, uniform], (x,), {}, seconds=seconds)
+    first, second, third = (t.seconds for t in time_models([model, planned, uniform], (x,), {}, seconds=seconds))
     macs = [sum(info(n).cost.macs for n in capture(one, x).graph.nodes) for one in (model, planned, uniform)]
     forms = Counter(op.settings["form"] for op in choice.plan.ops)
     limit = TARGET.get((name, batch), 1.0)

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.core.errors import RefusedError
 from pwrewrite.decompose.weighting import SideWeight
-from pwrewrite.planning.running import is_classifier
-from pwrewrite.planning.statistics import LayerStatistics, Statistics, gather, samples_of
+from pwrewrite.planning.statistics import Gathering, LayerStatistics, Statistics, gather, samples_of
 
 
 class Net(nn.Module):
@@ -60,7 +59,7 @@ def chunks(count: int = 3) -> list[tuple[tuple[Tensor], dict[str, Tensor]]]:
 
 
 def test_inputs_are_second_moments_of_all_patches(model: Net) -> None:
-    found = gather(model, specs(model), chunks(), gradients=False)
+    found = gather(model, specs(model), chunks(), Gathering(None))
     rows = torch.cat([F.unfold(x, 3, padding=1).transpose(1, 2).reshape(-1, 27) for (x,), _ in chunks()]).double()
     one = found.layers["first"]
     torch.testing.assert_close(moment(one)[0], rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
@@ -89,9 +88,12 @@ class InCode(nn.Module):
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_functions_are_seen_as_modules_are(model: Net, gradients: bool) -> None:
-    expected = gather(model, specs(model), chunks(), gradients=gradients, seed=5)
+    how = Gathering("logits" if gradients else None, seed=5)
+    expected = gather(model, specs(model), chunks(), how)
     functions = {"first": "first", "twice": "twice", "head": "head.weight"}
-    found = gather(InCode(model), specs(model), chunks(), gradients=gradients, seed=5, functions=functions)
+    found = gather(
+        InCode(model), specs(model), chunks(), Gathering("logits" if gradients else None, 5, functions=functions)
+    )
     for path, one in expected.layers.items():
         other = found.layers[path]
         assert torch.equal(one.inputs, other.inputs)
@@ -104,7 +106,7 @@ def test_functions_are_seen_as_modules_are(model: Net, gradients: bool) -> None:
 
 
 def test_gradients_are_those_of_autograd(model: Net) -> None:
-    found = gather(model, {"first": specs(model)["first"]}, chunks(), seed=5)
+    found = gather(model, {"first": specs(model)["first"]}, chunks(), Gathering(seed=5))
     total = torch.zeros(4, 4, dtype=torch.float64)
     for number, ((x,), _) in enumerate(chunks()):
         generator = torch.Generator().manual_seed(5 * 1_000_003 + number)
@@ -206,15 +208,6 @@ def test_what_the_model_keeps_goes() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_statistics_of_parts_add_up(model: Net) -> None:
-    whole = gather(model, specs(model), chunks(4), gradients=False)
-    first = gather(model, specs(model), chunks(4)[:2], gradients=False)
-    first.add(gather(model, specs(model), chunks(4)[2:], gradients=False))
-    for path, one in whole.layers.items():
-        torch.testing.assert_close(first.layers[path].input_moment(), one.input_moment())
-    assert first.samples == whole.samples
-
-
 def test_an_interrupted_gathering_goes_on_where_it_was(model: Net) -> None:
     whole = gather(model, specs(model), chunks(4))
 
@@ -237,7 +230,7 @@ def test_large_maps_are_sampled_and_still_counted_whole() -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(2, 3, 3, padding=1)
     x = torch.randn(8, 2, 40, 40)
-    found = gather(layer, {"": ConvSpec.of_module(layer)}, [((x,), {})], expected=8)
+    found = gather(layer, {"": ConvSpec.of_module(layer)}, [((x,), {})], Gathering(expected=8))
     one = found.layers[""]
     assert one.rows < 8 * 1600
     assert found.positions("") == pytest.approx(1600)
@@ -252,11 +245,7 @@ def test_values_that_are_not_finite_are_refused(model: Net) -> None:
         gather(model, specs(model), chunks())
 
 
-def test_what_counts_as_a_classifier_and_a_sample() -> None:
-    assert is_classifier(torch.zeros(4, 10))
-    assert not is_classifier(torch.zeros(4, 1))
-    assert not is_classifier(torch.zeros(4, 10, 8, 8))
-    assert not is_classifier({"logits": torch.zeros(4, 10)})
+def test_what_counts_as_a_sample() -> None:
     assert samples_of(([torch.zeros(3, 8, 8)] * 2,), {}) == 2
     assert samples_of((), {"x": torch.zeros(5, 3)}) == 5
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ...core.plan import Edit, Op
+from .bake import bake_weights
 from .bench import Bench, Decomposer, Refused
 from .channels_last import use_channels_last
 from .factorize import factorize_layer
@@ -18,6 +19,7 @@ from .project import project_branch
 from .remove import remove_module
 
 ACTIONS: dict[str, Callable[[Bench, Op], Edit]] = {
+    "bake": bake_weights,
     "factorize": factorize_layer,
     "project": project_branch,
     "fold": fold_norm,

@@ -1,0 +1,39 @@
+"""`BakeWeights`: weights that are computed before each call become plain ones. Exact in evaluation.
+
+Audio and temporal networks are weight-normed throughout, and no pass replaces a layer whose weight something else
+computes. Parametrizations, ``weight_norm``, ``spectral_norm`` and pruning masks are gone afterwards: train on without
+them.
+"""
+
+from __future__ import annotations
+
+from ..capturing.records import Capture, info
+from ..core.plan import Estimate, Op
+from ..edit.actions.bake import computed_weights
+from .base import Pass, Proposal
+
+
+class BakeWeights(Pass):
+    """Makes plain parameters of weights that are computed before each call."""
+
+    name = "bake-weights"
+    summary = "parametrizations, weight norms, spectral norms and pruning masks become plain weights"
+    exact = "eval"
+
+    def propose(self, capture: Capture) -> list[Proposal]:
+        """See `Pass.propose`."""
+        ops: list[Proposal] = []
+        for path, module in capture.model.named_modules():
+            computed = computed_weights(module)
+            if not computed:
+                continue
+            inner = f"{path}." if path else ""
+            nodes = [info(node) for node in capture.graph.nodes]
+            macs = sum(node.cost.macs for node in nodes if node.path == path or node.path.startswith(inner))
+            own = sum(layer.macs for layer in capture.layers if layer.path == path or layer.path.startswith(inner))
+            before = sum(parameter.numel() for parameter in module.parameters())
+            plain = [name for name, _ in module.named_parameters() if not any(key in name for key in computed)]
+            after = sum(module.get_parameter(name).numel() for name in plain)
+            after += sum(getattr(module, name).numel() for name in computed)
+            ops.append(Op("bake", path, self.name, {"weights": list(computed)}, Estimate(before, after, macs, own)))
+        return ops

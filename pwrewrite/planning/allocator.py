@@ -1,0 +1,171 @@
+"""What each layer becomes within limits, as a plan: `Allocator`, between candidates and the knapsack (`allocate`)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..core.errors import RefusedError
+from ..core.plan import Plan, Skip, SkipReason
+from .allocate import Allocation, Infeasible, Option, allocate, frontier
+from .budget import Limit
+from .candidates import LayerCandidates
+
+_REMEDIES = {
+    SkipReason.PARAMETRIZED: "bake the parametrizations into plain weights first (--bake)",
+    SkipReason.EXCLUDED: "include more layers",
+    SkipReason.HOOKS: "take the hooks off the layers first",
+}
+"""What helps against a reason for which a layer is left."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One allocation as a plan.
+
+    Attributes:
+        plan: What to do.
+        loss: Predicted loss, the sum over the layers.
+        gap: How far at most the loss is from the least one, as a share, as the solver proved.
+        costs: What the whole model then costs, by kind.
+    """
+
+    plan: Plan
+    loss: float
+    gap: float
+    costs: Mapping[str, float]
+
+
+class Allocator:
+    """Chooses among the candidates of layers.
+
+    Args:
+        layers: The layers that may change, with their candidates.
+        original: What the model costs now, by kind.
+        skips: The layers that may not change, and why.
+        facts: What a plan records beside its limits and loss.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerCandidates],
+        original: Mapping[str, float],
+        skips: Sequence[Skip],
+        facts: Mapping[str, object],
+    ) -> None:
+        self.layers, self.original, self.skips, self.facts = layers, original, skips, facts
+
+    def absolute(self, limits: Sequence[Limit]) -> dict[str, float]:
+        """Limits in the units of what the model costs, by kind."""
+        return {limit.kind: limit.absolute(self.original[limit.kind]) for limit in limits}
+
+    def choose(self, limits: Sequence[Limit], absolute: Mapping[str, float]) -> Choice:
+        """The allocation that loses least within limits, given as such for the message and as numbers.
+
+        Raises:
+            RefusedError: If a limit cannot be met; says what the smallest one is, and why layers were left.
+        """
+        fixed = self._fixed(absolute)
+        try:
+            allocation = allocate(
+                self._options(absolute), {kind: limit - fixed[kind] for kind, limit in absolute.items()}
+            )
+        except Infeasible as error:
+            raise self._unmet(error, limits, fixed) from None
+        return self._choice(allocation, limits)
+
+    def cheapest(self, kind: str, limits: Sequence[Limit], others: Mapping[str, float]) -> Choice:
+        """The choice that costs least of one kind, within limits of others."""
+        fixed = self._fixed({**others, kind: 0.0})
+        within = {other: limit - fixed[other] for other, limit in others.items()}
+        return self._choice(frontier(self._options({**others, kind: 0.0}), kind, limits=within, points=2)[-1], limits)
+
+    def frontier(self, kind: str, limits: Sequence[Limit] = (), points: int = 25) -> list[Choice]:
+        """The least losses for limits of one kind, from the original down to the smallest.
+
+        Args:
+            kind: What is limited.
+            limits: Limits of other kinds, which hold beside it.
+            points: How many limits.
+        """
+        absolute = self.absolute(limits)
+        fixed = self._fixed({**absolute, kind: 0.0})
+        left = {k: limit - fixed[k] for k, limit in absolute.items()}
+        try:
+            allocations = frontier(self._options({**absolute, kind: 0.0}), kind, limits=left, points=points)
+        except Infeasible as error:
+            raise self._unmet(error, limits, fixed) from None
+        return [self._choice(allocation, limits) for allocation in allocations]
+
+    def _fixed(self, kinds: Iterable[str]) -> dict[str, float]:
+        """What the part of the model that cannot change costs."""
+        return {k: self.original[k] - sum(layer.candidates[0].costs[k] for layer in self.layers) for k in kinds}
+
+    def _options(self, kinds: Iterable[str]) -> list[list[Option]]:
+        kinds = tuple(kinds)
+        return [
+            [Option(c.loss, {kind: c.costs[kind] for kind in kinds}) for c in each.candidates] for each in self.layers
+        ]
+
+    def _choice(self, allocation: Allocation, limits: Sequence[Limit]) -> Choice:
+        picked = [(layer, layer.candidates[i]) for layer, i in zip(self.layers, allocation.chosen)]
+        ops = tuple(candidate.op for _, candidate in picked if candidate.op is not None)
+        unchanged = [
+            Skip(layer.layer.path, SkipReason.NO_GAIN, "kept: the budget is met at less loss elsewhere")
+            for layer, candidate in picked
+            if candidate.op is None
+        ]
+        costs = {
+            kind: before + sum(candidate.costs[kind] - layer.candidates[0].costs[kind] for layer, candidate in picked)
+            for kind, before in self.original.items()
+        }
+        facts: dict[str, object] = {
+            "limits": {limit.kind: str(limit).partition("=")[2] for limit in limits},
+            "predicted_loss": allocation.loss,
+            "gap": allocation.gap,
+            **self.facts,
+        }
+        plan = Plan(ops, (*self.skips, *unchanged), {}, facts)
+        return Choice(plan, allocation.loss, allocation.gap, costs)
+
+    def _unmet(self, error: Infeasible, limits: Sequence[Limit], fixed: Mapping[str, float]) -> RefusedError:
+        left, hint = reasons_of(self.skips), remedy_for(self.skips)
+        kind = error.kind
+        if kind is None:
+            each = [f"{k}={_amount(k, least + fixed[k])}" for k, least in error.together.items()]
+            return RefusedError(
+                f"the budgets {' and '.join(map(str, limits))} cannot be met together{left}",
+                expected=f"within the others, at least {' or '.join(each)}" if each else None,
+                hint=f"loosen one of them, {hint}",
+            )
+        least = error.smallest + fixed[kind]
+        limit = next(limit for limit in limits if limit.kind == kind)
+        share = least / self.original[kind] if self.original[kind] else 1.0
+        return RefusedError(
+            f"the budget {limit} cannot be met{left}",
+            expected=f"at least {kind}={share:.4f}, {_amount(kind, least)} of {_amount(kind, self.original[kind])}",
+            got=str(limit),
+            hint=f"loosen it, {hint}",
+        )
+
+
+def reasons_of(skips: Sequence[Skip]) -> str:
+    """Why layers were left, counted: ``: 3 layers were left (2 parametrized, 1 hooked)``; empty where none was."""
+    counts = Counter(str(skip.reason) for skip in skips if skip.reason is not SkipReason.POINTWISE)
+    if not counts:
+        return ""
+    each = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    return f": {sum(counts.values())} layers are left as they are ({each})"
+
+
+def remedy_for(skips: Sequence[Skip]) -> str:
+    """What helps against the most frequent reason."""
+    reasons = Counter(skip.reason for skip in skips if skip.reason in _REMEDIES)
+    if not reasons:
+        return "or allow more --forms or layers"
+    return f"or {_REMEDIES[reasons.most_common(1)[0][0]]}"
+
+
+def _amount(kind: str, value: float) -> str:
+    return f"{1000 * value:.3g} ms" if kind == "latency" else f"{value:,.0f}"

@@ -1,0 +1,129 @@
+"""What a model's outputs are, by value: class scores as logits or as probabilities, or any other values.
+
+A single output ``(N, classes)`` holds class scores. They are probabilities where the rows are not negative and sum to
+1; logits else, log-probabilities included. Values from 0 to 1 whose rows sum to something else (sigmoids), and rows of
+length 1 (embeddings), are no class scores. An unscaled embedding or a vector of coordinates looks like logits: there
+``--outputs values`` helps. With scores, a loss is the KL divergence of the predictions; else half the squared relative
+error.
+
+An accuracy exists where labels fit the outputs (`scoring`): a class each and class scores, 0 or 1 and a single score
+each, or 0 and 1 for every column.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..core.nested import tensors_of
+
+OUTPUTS = ("logits", "probabilities", "values")
+"""What outputs may be."""
+
+_ROUNDING = {2: 2e-2, 4: 1e-3, 8: 1e-3}
+"""How far sums of probabilities, and lengths, may be from 1, by the bytes of a number."""
+
+
+def floating(outputs: object) -> list[Tensor]:
+    """The floating tensors in a model's outputs, in order."""
+    return [tensor for tensor in tensors_of(outputs) if tensor.is_floating_point()]
+
+
+def class_scores(outputs: object, kind: str = "logits") -> Tensor | None:
+    """The class scores ``(N, classes)`` in outputs of a kind; None where there are none."""
+    tensors = floating(outputs)
+    if kind == "values" or len(tensors) != 1 or tensors[0].dim() != 2 or tensors[0].shape[1] < 2:
+        return None
+    return tensors[0]
+
+
+def kind_of_outputs(outputs: object, labels: Tensor | None = None) -> str:
+    """Whether outputs are ``logits``, ``probabilities`` or other ``values``.
+
+    Args:
+        outputs: What the model gives for some inputs.
+        labels: The labels of these inputs; several classes for one input speak against class scores.
+    """
+    scores = class_scores(outputs)
+    if scores is None or (labels is not None and labels.dim() == 2 and not _one_hot(labels)):
+        return "values"
+    rows, near = scores.detach().double().cpu(), _ROUNDING[scores.dtype.itemsize]
+    if bool((rows >= 0).all()) and float((rows.sum(1) - 1).abs().max()) <= near:
+        return "probabilities"
+    bounded = bool(((rows >= 0) & (rows <= 1)).all())
+    unit = float((rows.norm(dim=1) - 1).abs().max()) <= near
+    return "values" if bounded or unit else "logits"
+
+
+def log_probabilities(scores: Tensor, kind: str) -> Tensor:
+    """The logarithms of what class scores predict ``(N, classes)``."""
+    return (scores.clamp_min(1e-12).log() if kind == "probabilities" else scores).log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How outputs are held against labels.
+
+    Attributes:
+        name: What the score is called in a report.
+        kind: ``classes``: the largest score names the class; ``single``: one score, above the threshold for label 1;
+            ``columns``: the same for each column.
+        threshold: From where on a score stands for 1.
+    """
+
+    name: str
+    kind: str
+    threshold: float = 0.0
+
+    def count_right(self, outputs: object, labels: Tensor) -> tuple[int, int]:
+        """How many labels outputs get right, and of how many."""
+        scores = floating(outputs)[0].detach().float().cpu()
+        if self.kind == "classes":
+            right = scores.argmax(1) == (labels.argmax(1) if labels.dim() == 2 else labels)
+        else:
+            right = (scores.reshape(labels.shape) > self.threshold) == labels.bool()
+        return int(right.sum()), right.numel()
+
+
+def scoring(outputs: object, labels: Tensor, kind: str) -> Scoring | str:
+    """How outputs are held against labels.
+
+    Args:
+        outputs: What the model gives for some inputs.
+        labels: Labels of these and more inputs, ``(M,)`` or, 0 and 1, ``(M, columns)``.
+        kind: What the outputs are.
+
+    Returns:
+        The scoring, or why there is none.
+    """
+    tensors = floating(outputs)
+    if len(tensors) != 1:
+        return f"the model gives {len(tensors)} outputs, and a label is for one"
+    shape, shown = tuple(tensors[0].shape), "×".join(("N", *map(str, tensors[0].shape[1:])))
+    within = bool(((tensors[0] >= 0) & (tensors[0] <= 1)).all())
+    threshold = 0.5 if kind == "probabilities" or within else 0.0
+    single = shape[1:] in ((), (1,))
+    if labels.dim() == 1 and single:
+        if not _binary(labels):
+            return f"the model gives one score for each input, and the labels go up to {int(labels.max())}"
+        return Scoring("accuracy on held-out inputs", "single", threshold)
+    columns = labels.dim() == len(shape) == 2 and shape[1] == labels.shape[1]
+    if columns and (kind == "values" or not _one_hot(labels)):
+        return Scoring("accuracy over all labels of held-out inputs", "columns", threshold)
+    if len(shape) != 2 or shape[1] < 2:
+        return f"there is one label for each input, and the outputs are {shown}: no class scores"
+    classes = labels.shape[1] - 1 if labels.dim() == 2 else int(labels.max())
+    if classes >= shape[1] or int(labels.min()) < 0 or (labels.dim() == 2 and labels.shape[1] != shape[1]):
+        return f"the labels go from {int(labels.min())} to {classes}, and the outputs have {shape[1]} classes"
+    if kind == "values":
+        return f"the outputs, {shown}, are no class scores by their values (--outputs logits says that they are)"
+    return Scoring("accuracy on held-out inputs", "classes")
+
+
+def _binary(labels: Tensor) -> bool:
+    return bool(((labels == 0) | (labels == 1)).all())
+
+
+def _one_hot(labels: Tensor) -> bool:
+    return bool((labels.sum(1) == 1).all())
