@@ -20,10 +20,11 @@ class Bookkeeper:
     Args:
         origins: Where tensors come from.
         liveness: When storages are born and die.
+        running: Paths of the modules whose forward runs, outermost first; changes while the model runs.
     """
 
-    def __init__(self, origins: Origins, liveness: Liveness) -> None:
-        self.origins, self.liveness = origins, liveness
+    def __init__(self, origins: Origins, liveness: Liveness, running: list[str]) -> None:
+        self.origins, self.liveness, self.running = origins, liveness, running
         self._counted: set[int] = set()
 
     def record(
@@ -88,6 +89,7 @@ class Bookkeeper:
                 read += i.nbytes
         cost = Cost(params, macs, read, written)
         facts = NodeInfo(op, path, tuple(inputs.values()), tuple(outputs), cost, alias, window, spec, unpriced)
+        facts.callers = tuple(self.running)
         set_info(node, facts)
 
     def count(self, t: Tensor) -> int:

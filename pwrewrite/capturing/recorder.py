@@ -82,7 +82,7 @@ class Recorder(TorchFunctionMode):
         self.busy = 0
         self._scope: list[str] = []
         self._thread = threading.get_ident()
-        self._books = Bookkeeper(self.origins, self.liveness)
+        self._books = Bookkeeper(self.origins, self.liveness, self._scope)
         self._evaluator = Evaluator()
         self._specs: dict[int, ConvSpec] = {}
         self._paths = {key: names[0] for key, names in inventory.names.items()}

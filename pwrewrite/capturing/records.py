@@ -63,6 +63,7 @@ class NodeInfo:
         window: For convolutions and local pooling.
         spec: For convolutions.
         unpriced: Operations inside that have no cost formula, one entry per occurrence.
+        callers: Paths of the modules whose code was running, outermost first; the last one's code made the call.
     """
 
     op: str
@@ -74,6 +75,7 @@ class NodeInfo:
     window: Window | None = None
     spec: ConvSpec | None = None
     unpriced: tuple[str, ...] = ()
+    callers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

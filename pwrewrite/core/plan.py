@@ -55,6 +55,8 @@ class SkipReason(StrEnum):
     NO_KERNEL = "no-kernel"
     NO_STATISTICS = "no-statistics"
     PADDING = "padding"
+    DATA_DEPENDENT = "data-dependent"
+    WRITTEN = "written"
 
 
 @dataclass(frozen=True, slots=True)

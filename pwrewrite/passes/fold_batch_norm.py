@@ -247,6 +247,8 @@ def _before(graph: Graph, norm: _Norm, channels: int, calls: int = 1) -> Layer |
         return _far(norm.path, "a linear map over an axis that it does not normalise")
     if layer.out_channels != channels or (layer.spec is not None and len(facts.outputs[0].shape) < layer.spec.dims + 2):
         return _far(norm.path, "an unbatched convolution")
+    if isinstance(norm.source, fx.Node) and (why := graph.unfixed(source, next(iter(norm.source.users)))) is not None:
+        return Skip(norm.path, SkipReason.DATA_DEPENDENT, why)
     return _usable(graph, norm, layer, calls) or layer
 
 
@@ -269,6 +271,11 @@ def _behind(graph: Graph, norm: _Norm, channels: int) -> Layer | Skip:
     elif spec.transposed or (spec.padding_mode == "zeros" and any(map(any, spec.padding))) or layer.functional:
         detail = f"{layer.path} pads with zeros, which the norm's shift would not reach"
         return Skip(norm.path, SkipReason.PADDING, detail)
+    held = norm.source
+    if not isinstance(held, fx.Node) or graph.written(held, norm.last, reader):
+        return Skip(norm.path, SkipReason.WRITTEN, f"what it reads is written into before {layer.path} runs")
+    if (why := graph.unfixed(norm.last, reader)) is not None:
+        return Skip(norm.path, SkipReason.DATA_DEPENDENT, why)
     return _usable(graph, norm, layer) or layer
 
 

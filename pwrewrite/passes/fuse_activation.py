@@ -12,6 +12,7 @@ code of the smallest enclosing module becomes a graph in which the call is missi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -24,6 +25,7 @@ from ..layers.known import hooked
 from .base import Pass, Proposal, spec_of
 from .patterns import UNFUSED, Graph, passes_on
 
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _IN_PLACE_ADDS = frozenset({"add_", "iadd", "__iadd__"})
 
 
@@ -79,6 +81,9 @@ class FusePointwiseActivation(Pass):
             settings = self._addition(graph, layer, node, last, reader, fused)
         if settings is None:
             return None
+        why = next((why for end in settings["nodes"] if (why := graph.unfixed(node, end)) is not None), None)
+        if why is not None:
+            return Skip(layer.path, SkipReason.DATA_DEPENDENT, why)
         if pads_itself(graph, layer, node):
             settings["same"] = True
         else:
@@ -110,12 +115,17 @@ class FusePointwiseActivation(Pass):
         refusal = self._refused(capture, graph, layer)
         if refusal is not None:
             return refusal
+        for call, reader in zip(calls, behind):
+            if (why := graph.unfixed(call, reader)) is not None:
+                return Skip(layer.path, SkipReason.DATA_DEPENDENT, why)
         (name, numbers), path = acts[0]
         if path and hooked(graph.modules[path]):
             return None
         settings: dict[str, Any] = {"activation": name, "scalars": list(numbers), "nodes": set(behind)}
         if path and graph.calls_of(path) == len(behind):
             return self._op(layer, settings | {"remove": path}, fused)
+        if path and (item := _item(graph, path, behind)) is not None:
+            return self._op(layer, settings | {"remove": item, "called": path, "alias": True}, fused)
         return self._op(layer, settings | {"scope": scopes.pop(), "called": path}, fused)
 
     def _activation(
@@ -128,6 +138,8 @@ class FusePointwiseActivation(Pass):
         settings: dict[str, Any] = {"activation": name, "scalars": list(numbers), "nodes": {node}}
         if path and graph.calls_of(path) == 1:
             return settings | {"remove": path}
+        if path and (item := _item(graph, path, [node])) is not None:
+            return settings | {"remove": item, "called": path, "alias": True}
         scope = _scope(graph, node)
         outside = scope and not f"{layer.path}.".startswith(f"{scope}.")
         if not path and outside and sum(graph.activation(n) == act for n in graph.code.get(scope, ())) == 1:
@@ -199,16 +211,37 @@ def _is_add(node: fx.Node) -> bool:
 
 
 def _scope(graph: Graph, node: fx.Node) -> str:
-    """The module whose code makes a call; of a module the nearest above it that is no container."""
-    path = info(node).path
+    """The module whose code makes a call, where that is a container the nearest that runs it and is none."""
     found = graph.activation(node)
     if node.op != "call_module" and not (found is not None and found[1]):
-        return path
-    while path:
-        path = path.rpartition(".")[0]
-        if not isinstance(graph.modules.get(path), (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-            break
-    return path
+        return info(node).path
+    callers = _callers(node)
+    while callers and isinstance(graph.modules.get(callers[-1]), _CONTAINERS):
+        callers.pop()
+    return callers[-1] if callers else ""
+
+
+def _callers(node: fx.Node) -> list[str]:
+    """Paths of the modules that run an activation, outermost first; not that of a module that only wraps a function."""
+    callers = list(info(node).callers)
+    return callers if node.op == "call_module" else callers[:-1]
+
+
+def _item(graph: Graph, path: str, calls: Sequence[fx.Node]) -> str | None:
+    """The name under which a ``Sequential`` holds an activation that others share, where these are all its calls of it.
+
+    That item may become an identity while the others keep the activation.
+    """
+    owners = {callers[-1] if (callers := _callers(node)) else None for node in calls}
+    owner = owners.pop()
+    container = None if owner is None else graph.modules.get(owner)
+    if owners or type(container) is not nn.Sequential:
+        return None
+    names = [name for name, child in container._modules.items() if child is graph.modules[path]]
+    made = [n for n in graph.nodes if graph.is_call_of(n, path) and _callers(n)[-1:] == [owner]]
+    if len(names) != 1 or set(made) != set(calls) or len(set(graph.names_of(container))) != 1:
+        return None
+    return f"{owner}.{names[0]}" if owner else names[0]
 
 
 def _left(graph: Graph, node: fx.Node) -> Skip | None:

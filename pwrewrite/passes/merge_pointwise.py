@@ -13,6 +13,8 @@ inserted expand before the pointwise layer behind it, neighbours left when a nor
 
 from __future__ import annotations
 
+from torch import fx
+
 from ..capturing.eligibility import eligible
 from ..capturing.records import Capture, Layer
 from ..core.plan import Estimate, Op, Skip, SkipReason
@@ -45,10 +47,22 @@ class MergePointwise(Pass):
                 continue
             found = _pair(capture, graph, first, second)
             if isinstance(found, Op):
+                found = _unsafe(graph, second, node, reader) or found
+            if isinstance(found, Op):
                 taken |= {first.path, second.path}
             if found is not None:
                 proposals.append(found)
         return proposals
+
+
+def _unsafe(graph: Graph, second: Layer, node: fx.Node, reader: fx.Node) -> Skip | None:
+    """Why the first of two layers may not be computed where the second one is."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or graph.written(source, node, reader):
+        detail = "what the layer before reads is written into before this one runs"
+        return Skip(second.path, SkipReason.WRITTEN, detail)
+    why = graph.unfixed(node, reader)
+    return None if why is None else Skip(second.path, SkipReason.DATA_DEPENDENT, why)
 
 
 def _pair(capture: Capture, graph: Graph, first: Layer, second: Layer) -> Proposal | None:

@@ -13,14 +13,22 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from ..capturing.control_flow import always_follows
 from ..capturing.eligibility import Owners
 from ..capturing.records import Capture, Layer, info
 from ..core.operations import OPERATIONS
-from ..layers.known import Found, call_activation, module_activation
+from ..layers.known import Found, call_activation, drops, is_identity, module_activation
 
 _PASSES_ON = frozenset({"identity", "dropout"})
 UNFUSED = frozenset(name for row in OPERATIONS if row.kind == "activation" and row.kernel is None for name in row.names)
 """Activations without a fused kernel."""
+
+
+_Callee = str | fx.Node
+"""What code calls: a module, by its path, or a function, by its node."""
+
+_Link = tuple[_Callee, _Callee | None, _Callee | None]
+"""A module whose code hands what the second returns (its own input where None) to the third (its output where None)."""
 
 
 class Graph:
@@ -47,6 +55,7 @@ class Graph:
             if node.op in ("call_function", "call_method"):
                 self.code.setdefault(info(node).path, []).append(node)
         self.inside = Counter({path: len(nodes) for path, nodes in self.code.items()})
+        self._links: dict[_Link, str | None] = {}
 
     def sole_reader(self, node: fx.Node) -> fx.Node | None:
         """The one node that reads another, once."""
@@ -102,6 +111,14 @@ class Graph:
         """How many nodes a module made: its calls where it is a leaf, the calls inside where it is not."""
         return self.calls[path] + self.inside[path]
 
+    def is_call_of(self, node: fx.Node, path: str) -> bool:
+        """Whether a node is a call of a module, or of the function that is all its code does."""
+        return str(node.target) == path if node.op == "call_module" else node in self.code.get(path, ())
+
+    def names_of(self, module: nn.Module) -> list[str]:
+        """Every path of a module."""
+        return [path for path, other in self.modules.items() if other is module]
+
     def root_of(self, node: fx.Node) -> str:
         """Name of the node that made the storage of a node's output."""
         seen = set[str]()
@@ -114,8 +131,9 @@ class Graph:
     def written(self, held: fx.Node, first: fx.Node, last: fx.Node) -> bool:
         """Whether a node between two others may write into what a third holds: shares its storage, is no identity."""
         root = self.root_of(held)
-        between = self.nodes[self.order[first] + 1 : self.order[last]]
-        return any(self.root_of(node) == root for node in between if not passes_on(node))
+        between = [node for node in self.nodes[self.order[first] + 1 : self.order[last]] if not passes_on(node)]
+        items = [node.args[0] for node in between if info(node).op == "setitem"]  # returns nothing that shares storage
+        return any(self.root_of(node) == root for node in (*between, *items) if isinstance(node, fx.Node))
 
     def private(self, node: fx.Node) -> bool:
         """Whether what a node makes, and all that shares its storage, is read by one node only, each by the next.
@@ -128,6 +146,51 @@ class Graph:
                 return True
             node = self.named[held]
         return False
+
+    def unfixed(self, first: fx.Node, then: fx.Node) -> str | None:
+        """Why code may connect two nodes for some inputs only: on other values or sizes it takes another way.
+
+        Asked of every module whose code passes the result on. A call in such code itself (a function) is not asked
+        about: that code becomes a graph, which only code without decisions can.
+
+        Args:
+            first: The node that makes a tensor.
+            then: The node that reads it.
+
+        Returns:
+            A clause for a message; None where the two are connected for every input.
+        """
+        up, down = self._stack(first), self._stack(then)
+        shared = 0
+        while shared < min(len(up), len(down)) - 1 and up[shared] == down[shared]:
+            shared += 1
+        links: list[_Link] = [(up[shared - 1], up[shared], down[shared])] if shared else []
+        links += [(owner, callee, None) for owner, callee in zip(up[shared:], up[shared + 1 :])]
+        links += [(owner, None, callee) for owner, callee in zip(down[shared:], down[shared + 1 :])]
+        for link in links:
+            if link not in self._links:
+                self._links[link] = self._link(*link)
+            if self._links[link] is not None:
+                return self._links[link]
+        return None
+
+    def _stack(self, node: fx.Node) -> list[_Callee]:
+        """Paths of the modules whose code was running, and what was called in the end: a path, or a function's node."""
+        callers: list[_Callee] = list(info(node).callers)
+        return [*callers, str(node.target) if node.op == "call_module" else node]
+
+    def _link(self, owner: _Callee, first: _Callee | None, then: _Callee | None) -> str | None:
+        module = self.modules.get(owner) if isinstance(owner, str) else None
+        if module is None or isinstance(first, fx.Node) or isinstance(then, fx.Node):
+            return None
+        before, behind = (None if end is None else self.modules[end] for end in (first, then))
+        fixed = always_follows(module, before, behind, lambda m: is_identity(m) or drops(m))
+        if fixed:
+            return None
+        where = f"the code of {owner}" if owner else "the model's own code"
+        if fixed is None:
+            return f"{where} decides by values or sizes in a way that cannot be followed"
+        return f"{where} connects them for some inputs only"
 
     def where(self, node: fx.Node) -> str:
         """A path for what a node does: its module's, or its scope's and its name."""

@@ -129,6 +129,11 @@ class Bench:
         """Puts a module in another's place, under every name."""
         self.model = replace_module(self.model, old, new)
 
+    def replace_item(self, path: str, new: nn.Module) -> None:
+        """Puts a module under one name only; what stood there keeps its other names."""
+        owner, _, name = path.rpartition(".")
+        self.model.get_submodule(owner)._modules[name] = new
+
     def names_of(self, module: nn.Module) -> tuple[str, ...]:
         """Every path of a module, first name first."""
         return names_of(self.model, module)

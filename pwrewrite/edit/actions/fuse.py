@@ -71,7 +71,10 @@ def fuse_layer(bench: Bench, op: Op) -> Edit:
     if act is not None:
         identity = nn.Identity()
         identity.train(act.training)
-        bench.replace(act, identity)
+        if settings.get("alias") is True and isinstance(remove, str):
+            bench.replace_item(remove, identity)
+        else:
+            bench.replace(act, identity)
     params = sum(p.numel() for p in new.parameters())
     return Edit(
         op=op,

@@ -1,0 +1,215 @@
+"""Whether a module's own code hands one child's result to another child whatever its input is: `always_follows`.
+
+A capture is one run. Where code branches on a value or a size, another run may take another way: a norm behind two
+convolutions of which one was called is still behind both. So before an exact pass takes a norm or an activation out, it
+asks the code. The code is traced on proxies, once for every way in which its decisions can go: each time a proxy is
+asked for its truth value or its length, the trace is repeated with the other answers. What holds in every trace holds
+for every input.
+
+Limits: at most `MOST_PATHS` ways are tried, and code that loops over a length, converts to a number or asks for a type
+of its input cannot be followed at all; the answer is then None, "unknown".
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+from .code_trace import ShallowTracer
+
+MOST_PATHS = 64
+"""Ways through one module's code that are tried."""
+
+_STOCK = (nn.Sequential.forward, nn.Identity.forward)
+
+
+_FACTS = ("shape", "ndim", "dtype", "device", "is_cuda", "is_meta", "layout", "requires_grad")
+_FACT_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "get_device")
+
+
+_RANKS = (4, 3, 2, 5)
+"""What ``len(x.shape)`` may be."""
+
+
+class _Value(fx.Proxy):
+    """A value in a trace whose length is a decision."""
+
+    def __len__(self) -> int:
+        tracer = self.tracer
+        assert isinstance(tracer, _PathTracer)
+        return _RANKS[tracer.decide(len(_RANKS))]
+
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+class _Attribute(fx.proxy.Attribute):
+    """An attribute of a value, such as its shape."""
+
+    __len__ = _Value.__len__
+
+
+class _PathTracer(ShallowTracer):
+    """Traces one way through a module's code.
+
+    Args:
+        answers: Which option the first decisions take; later ones take their first option, and are appended.
+
+    Attributes:
+        options: How many options each decision had.
+    """
+
+    def __init__(self, answers: list[int]) -> None:
+        super().__init__()
+        self.answers = answers
+        self.options: list[int] = []
+
+    def decide(self, options: int) -> int:
+        """The scheduled option of the next decision."""
+        self.options.append(options)
+        if len(self.options) > len(self.answers):
+            self.answers.append(0)
+        return self.answers[len(self.options) - 1]
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """The truth value of a proxy, which is a decision."""
+        return self.decide(2) == 0
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A value whose length is a decision."""
+        return _Value(node, self)
+
+
+class _NotFollowed(RuntimeError):
+    """Code that proxies cannot follow."""
+
+
+def paths(module: nn.Module) -> list[fx.Graph] | None:
+    """The graphs of all ways through a module's own code, its children being leaves.
+
+    Ways that end in an exception, such as failed assertions, are left out.
+
+    Args:
+        module: The module; its attributes are as before afterwards.
+
+    Returns:
+        The graphs; None where the code cannot be followed or has more than `MOST_PATHS` ways.
+    """
+    graphs: list[fx.Graph] = []
+    pending: list[list[int]] = [[]]
+    for _ in range(MOST_PATHS):
+        scheduled = pending.pop()
+        tracer = _PathTracer(list(scheduled))
+        try:
+            graph = _trace_once(tracer, module)
+        except _NotFollowed:
+            return None
+        if graph is not None:
+            graphs.append(graph)
+        for i in range(len(scheduled), len(tracer.options)):
+            pending += [[*tracer.answers[:i], option] for option in range(1, tracer.options[i])]
+        if not pending:
+            return graphs
+    return None
+
+
+def _trace_once(tracer: _PathTracer, module: nn.Module) -> fx.Graph | None:
+    before = dict(vars(module))
+    try:
+        return tracer.trace(module)
+    except (AssertionError, ValueError, NotImplementedError):
+        return None  # this way ends in an error of the code's own
+    except Exception as error:
+        raise _NotFollowed from error
+    finally:
+        for name in [name for name, value in vars(module).items() if name not in before or before[name] is not value]:
+            if name in before:
+                vars(module)[name] = before[name]
+            else:
+                del vars(module)[name]
+
+
+def always_follows(
+    module: nn.Module, first: nn.Module | None, then: nn.Module | None, passes_on: Callable[[nn.Module], bool]
+) -> bool | None:
+    """Whether ``then`` reads what ``first`` returns and nothing else does, in every way through a module's own code.
+
+    Args:
+        module: Whose code is asked.
+        first: A module that the code calls; the code's own input where None.
+        then: Another one; the code's output where None.
+        passes_on: Whether a module returns what it is given.
+
+    Returns:
+        None where the code cannot be followed, or no way through it shows the connection.
+    """
+    if type(module).forward in _STOCK:
+        return True
+    graphs = paths(module)
+    if graphs is None:
+        return None
+    places: set[Any] = set()
+    for graph in graphs:
+        readers = [n for n in graph.nodes if (n.op == "output" if then is None else _calls(module, n, then))]
+        sources = [n for n in graph.nodes if first is not None and _calls(module, n, first)]
+        for reader in readers:
+            read = _elements(reader) if then is None else [_first_argument(reader)]
+            read = [_before(module, node, passes_on) for node in read]
+            hits = [i for i, n in enumerate(read) if (n in sources if first is not None else _is_input(n))]
+            if not hits:
+                return False
+            places.add(tuple(hits))
+        if any(not _only_read_by(module, source, readers, passes_on) for source in sources):
+            return False
+    return len(places) == 1 if places else None
+
+
+def _calls(owner: nn.Module, node: fx.Node, module: nn.Module) -> bool:
+    return node.op == "call_module" and owner.get_submodule(str(node.target)) is module
+
+
+def _is_input(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "placeholder"
+
+
+def _first_argument(node: fx.Node) -> Any:
+    return node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+
+
+def _elements(output: fx.Node) -> list[Any]:
+    """What code returns, out of its containers."""
+    elements: list[Any] = []
+    fx.node.map_aggregate(output.args, elements.append)
+    return elements
+
+
+def _before(owner: nn.Module, node: Any, passes_on: Callable[[nn.Module], bool]) -> Any:
+    """A node, or the one before the modules that return what they are given."""
+    while isinstance(node, fx.Node) and node.op == "call_module" and passes_on(owner.get_submodule(str(node.target))):
+        node = _first_argument(node)
+    return node
+
+
+def _asks_for_facts(node: fx.Node) -> bool:
+    """Whether a node reads a tensor's shape, dtype or the like, and none of its values."""
+    if node.op == "call_method":
+        return node.target in _FACT_METHODS
+    return node.op == "call_function" and node.target is getattr and node.args[1] in _FACTS
+
+
+def _only_read_by(
+    owner: nn.Module, node: fx.Node, readers: list[fx.Node], passes_on: Callable[[nn.Module], bool]
+) -> bool:
+    for user in node.users:
+        if user in readers or _asks_for_facts(user):
+            continue
+        passing = user.op == "call_module" and passes_on(owner.get_submodule(str(user.target)))
+        if not passing or not _only_read_by(owner, user, readers, passes_on):
+            return False
+    return True

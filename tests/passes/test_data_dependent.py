@@ -1,0 +1,195 @@
+"""Exact passes leave what is behind a branch: one recorded run decides nothing about the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pwrewrite
+from pwrewrite.capturing.control_flow import MOST_PATHS, always_follows, paths
+from pwrewrite.core.plan import SkipReason
+
+
+def conv(stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(4, 4, 3, padding=1, stride=stride)
+
+
+class Branches(nn.Module):
+    """One of two convolutions, then what is behind both."""
+
+    def __init__(self, decide: Callable[[Tensor], bool], behind: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.behind = conv(), conv(), behind
+        self.decide = [decide]  # in a list, so that it is no part of the module
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.behind(self.a(x) if self.decide[0](x) else self.b(x))
+        return y
+
+
+class Nested(nn.Module):
+    """The branch is in another module's code than the norm."""
+
+    def __init__(self, behind: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.behind = Branches(lambda x: x.shape[-1] < 100, nn.Identity()), behind
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.behind(self.inner(x))
+        return y
+
+
+class Functional(Nested):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.inner(x))
+
+
+class Sum(Nested):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.behind(self.inner(x) + x)
+        return y
+
+
+class Loop(nn.Module):
+    """Runs as often as the input is wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n = conv(), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for _ in range(x.shape[-1] // 32):
+            y = self.a(y)
+        return F.relu(self.n(y))
+
+
+class Early(nn.Module):
+    """Returns before the norm where values are large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n = conv(), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x)
+        if y.abs().max() > 1e3:
+            return y
+        z: Tensor = self.n(y)
+        return z
+
+
+class Chosen(nn.Module):
+    """Chooses a layer from a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.n = nn.ModuleList(conv() for _ in range(3)), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.n(self.layers[int(x.mean().item() > 0)](x))
+        return y
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "norm by value": lambda: Branches(lambda x: bool(x.mean() > 0), nn.BatchNorm2d(4)),
+    "activation by value": lambda: Branches(lambda x: bool(x.mean() > 0), nn.ReLU()),
+    "norm by size": lambda: Branches(lambda x: x.shape[-1] < 100, nn.BatchNorm2d(4)),
+    "activation by size": lambda: Branches(lambda x: x.shape[-1] < 100, nn.ReLU()),
+    "1×1 by size": lambda: Branches(lambda x: x.shape[-1] < 100, nn.Conv2d(4, 2, 1)),
+    "area as a number": lambda: Branches(lambda x: int(x.shape[-1]) * int(x.shape[-2]) < 9000, nn.BatchNorm2d(4)),
+    "norm outside": lambda: Nested(nn.BatchNorm2d(4)),
+    "activation outside": lambda: Nested(nn.ReLU()),
+    "function outside": lambda: Functional(nn.Identity()),
+    "sum outside": lambda: Sum(nn.ReLU()),
+    "loop": Loop,
+    "early return": Early,
+    "chosen from a list": Chosen,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fuse_is_right_on_every_way_through_the_code(name: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
+    fused = pwrewrite.fuse(model, torch.rand(1, 4, 48, 48), thorough=False)
+    assert fused.report.passed
+    assert any(
+        skip.reason in (SkipReason.DATA_DEPENDENT, SkipReason.SEVERAL_READERS, SkipReason.NOT_TRACED)
+        for skip in fused.plan.skips
+    )
+    for x in (
+        torch.rand(1, 4, 48, 48),
+        -torch.rand(1, 4, 48, 48),
+        torch.rand(1, 4, 160, 160),
+        1e5 * torch.rand(1, 4, 48, 48),
+    ):
+        with torch.no_grad():
+            expected, got = model(x), fused.model(x)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+class Harmless(nn.Module):
+    """Decides by size, but not about what is behind the convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n, self.relu = conv(), nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == 4, "four channels"
+        if x.shape[-1] % 2:
+            x = F.pad(x, (0, 1))
+        return self.relu(self.n(self.a(x)))
+
+
+def test_decisions_about_something_else_do_not_matter() -> None:
+    fused = pwrewrite.fuse(Harmless().eval(), torch.rand(1, 4, 16, 16), thorough=False)
+    assert {edit.method for edit in fused.edits} >= {"fold", "relu"}
+
+
+def test_all_ways_are_found_and_the_module_stays_as_it_was() -> None:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.seen = nn.Linear(2, 2), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += 1
+            if x.sum() > 0:
+                return self.a(x) if x.shape[0] > 1 else x  # type: ignore[no-any-return]
+            raise ValueError("negative")
+
+    module = Three()
+    graphs = paths(module)
+    assert graphs is not None
+    assert len(graphs) == 2
+    assert module.seen == 0
+    assert always_follows(module, None, module.a, lambda m: False) is True
+    assert always_follows(module, module.a, None, lambda m: False) is False  # the other way returns the input
+
+
+def test_too_many_ways_are_unknown() -> None:
+    class Many(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for i in range(MOST_PATHS.bit_length()):
+                if x.shape[0] > i:
+                    x = x + 1
+            y: Tensor = self.a(x)
+            return y
+
+    many = Many()
+    assert paths(many) is None
+    assert always_follows(many, many.a, None, lambda m: False) is None
