@@ -39,6 +39,7 @@ from ..report.records import FusingReport
 from ..verifying.rounding import noisy_copy
 from .rewrite import Rewritten
 from .steps import Progress, Run, State, propose, silent
+from .subject import check_editable, loaded_of
 
 DEFAULT = FUSING
 """The passes of `fuse`, in order."""
@@ -96,6 +97,7 @@ def fuse(
             complex, quantized or on several devices.
         CaptureError: If the model does not run on the inputs.
     """
+    check_editable(loaded_of(model, example_inputs).model)
     chosen = [one() for one in DEFAULT] if passes is None else list(passes)
     _check(model, chosen)
     run = Run(model, example_inputs, progress or silent)

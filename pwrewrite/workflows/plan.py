@@ -19,7 +19,7 @@ from ..report.records import BudgetReport, Report
 from ..targets import LoadedModel, describe_inputs
 from .budget import metrics_of, planner_of, search
 from .steps import Progress, Run, model_facts, silent
-from .subject import Subject, loaded_of, origin_of, with_notes_of
+from .subject import Subject, check_editable, loaded_of, origin_of, with_notes_of
 from .what import What, opened, what_from_keywords
 
 
@@ -70,6 +70,8 @@ def make_plan(
         what, budget_report, notes = _within(what, loaded, progress)
     run = Run(loaded.model, loaded.example_inputs, progress or silent, fill=False)
     run.all(what)
+    if not run.rows:
+        check_editable(loaded.model)
     report = with_notes_of(loaded, run.report(*run.analyses(target), target, None))
     report = replace(report, budget=budget_report, notes=tuple(dict.fromkeys((*report.notes, *notes))))
     plan = run.finished(target)

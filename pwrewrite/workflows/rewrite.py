@@ -31,7 +31,7 @@ from ..verifying import verify
 from .budget import Budgeted
 from .pass_names import check_forms
 from .steps import Progress, Run, join_names, silent
-from .subject import Subject, loaded_of, plan_from_original, with_notes_of
+from .subject import Subject, check_editable, loaded_of, plan_from_original, with_notes_of
 from .what import What, opened, what_from_keywords
 
 
@@ -145,6 +145,8 @@ def rewrite(
         budgeted.carry_out()
     elif not isinstance(what, Budget):
         run.all(what)
+    if not run.rows:
+        check_editable(loaded.model)
     target = target or loaded.target or None
     before, after = run.analyses(target)
     verification = None

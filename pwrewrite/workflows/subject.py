@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import fx, nn
 
 from ..capturing import Inputs
-from ..core.errors import InputError
+from ..core.errors import InputError, RefusedError
 from ..core.plan import Plan
 from ..report.records import Report
 from ..targets import LoadedModel, class_name
 
 Subject = nn.Module | LoadedModel
 """A model, or a model with its inputs as `pwrewrite.load_target` gives them."""
+
+
+_OPERATOR = type(torch.ops.aten.relu.default)
+"""What an exported program calls, where a module's own graph calls functions and modules."""
 
 
 def loaded_of(model: Subject, example_inputs: Inputs | None) -> LoadedModel:
@@ -30,13 +35,53 @@ def loaded_of(model: Subject, example_inputs: Inputs | None) -> LoadedModel:
         InputError: If it is no model, or there are no inputs.
     """
     if isinstance(model, LoadedModel):
-        return model if example_inputs is None else replace(model, example_inputs=example_inputs)  # type: ignore[arg-type]
+        loaded = model if example_inputs is None else replace(model, example_inputs=cast(Any, example_inputs))
+        return replace(loaded, notes=(*loaded.notes, *_compiled_notes(loaded.model)))
     if not isinstance(model, nn.Module):
         hint = "pwrewrite.load_target opens what a text names" if isinstance(model, str) else None
+        if isinstance(model, torch.export.ExportedProgram):
+            hint = "rewrite the module before torch.export; analyze takes the program's .module()"
         raise InputError("this is not a model", expected="a torch.nn.Module", got=type(model).__name__, hint=hint)
     if example_inputs is None:
         raise InputError("there are no example inputs", expected="a tensor, a tuple of inputs or a dict of them")
-    return LoadedModel(model, example_inputs, "")  # type: ignore[arg-type]
+    return LoadedModel(model, cast(Any, example_inputs), "", _compiled_notes(model))
+
+
+def _compiled_notes(model: nn.Module) -> tuple[str, ...]:
+    parts = compiled_parts(model).items()
+    return tuple(f"{path} is {kind}: nothing in it is rewritten" for path, kind in parts if path)
+
+
+def compiled_parts(model: nn.Module) -> dict[str, str]:
+    """Parts of a model that are graphs without layers to replace, by path.
+
+    Returns:
+        Path to what the part is: ``an exported program``, or ``a TorchScript module``.
+    """
+    parts: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{outer}." if outer else "") for outer in parts):
+            continue
+        if isinstance(module, torch.jit.ScriptModule):
+            parts[path] = "a TorchScript module"
+        elif isinstance(module, fx.GraphModule) and any(isinstance(n.target, _OPERATOR) for n in module.graph.nodes):
+            parts[path] = "an exported program"
+    return parts
+
+
+def check_editable(model: nn.Module) -> None:
+    """Refuses a model that is a graph without layers as a whole.
+
+    Raises:
+        RefusedError: If it is one.
+    """
+    kind = compiled_parts(model).get("")
+    if kind is not None:
+        raise RefusedError(
+            f"the model is {kind}: a graph without layers that could be replaced",
+            expected="the module that it was made from",
+            hint="rewrite or fuse that module first, and export, script or trace the result",
+        )
 
 
 def origin_of(loaded: LoadedModel) -> dict[str, Any]:
