@@ -128,12 +128,13 @@ def device_profile(device: str | DeviceProfile) -> DeviceProfile:
     """
     if isinstance(device, DeviceProfile):
         return device
-    profile = DEVICES.get(device.lower())
+    profile = DEVICES.get(str(device).lower())
     if profile is None:
         raise UsageError(
-            f"no device profile is called {device!r}",
+            f"no device profile is called {str(device)!r}",
             expected=", ".join(DEVICES),
-            hint="give one of these, or a DeviceProfile of your own",
+            hint="take the one that is nearest in operations per byte; in Python, analyze(model, inputs, "
+            "device=DeviceProfile(...)) takes a profile of your own",
         )
     return profile
 

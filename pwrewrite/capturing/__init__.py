@@ -67,7 +67,9 @@ def capture(
         CaptureError: If the model does not run on these inputs; says which layer refused them.
     """
     if not isinstance(model, nn.Module):
-        raise InputError("not a model", expected="a torch.nn.Module", got=type(model).__name__)
+        hints = {str: "pwrewrite.load_target opens what a text names", type: "make one of it: it is a class"}
+        hint = hints.get(type(model)) or ("its .module() is one" if hasattr(model, "module") else None)
+        raise InputError("not a model", expected="a torch.nn.Module", got=type(model).__name__, hint=hint)
     args, kwargs = split_inputs(example_inputs)
     attempts = {"auto": ("meta", "real"), "meta": ("meta",), "real": ("real",)}.get(values)
     if attempts is None:
@@ -125,6 +127,25 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def tensors_for(inputs: Any) -> Any:
+    """Example inputs with a tensor where something else plainly stands for one: zeros for a shape, or a NumPy array's.
+
+    ``(1, 3, 224, 224)`` is a shape, and so is every item of ``[(1, 3, 64, 64), (1, 10)]``; other values stay.
+    """
+    if isinstance(inputs, Tensor):
+        return inputs
+    if hasattr(inputs, "__array__"):
+        return torch.as_tensor(inputs)
+    if isinstance(inputs, Mapping):
+        return {name: tensors_for(value) for name, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)) and inputs:
+        if len(inputs) > 1 and all(type(n) is int and n > 0 for n in inputs):
+            return torch.zeros(tuple(inputs))
+        if all(isinstance(value, (tuple, list)) or hasattr(value, "__array__") for value in inputs):
+            return tuple(tensors_for(value) for value in inputs)
+    return inputs
+
+
 def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Example inputs as positional and keyword arguments.
 
@@ -133,6 +154,7 @@ def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any
     """
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
+    example_inputs = tensors_for(example_inputs)
     if isinstance(example_inputs, Tensor):
         args = (example_inputs,)
     elif isinstance(example_inputs, Mapping):
@@ -146,7 +168,11 @@ def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any
             got=type(example_inputs).__name__,
         )
     if not tensors_of((args, kwargs)):
-        raise InputError("no tensor among the example inputs", got=repr(example_inputs)[:80])
+        raise InputError(
+            "no tensor among the example inputs",
+            expected="a tensor, a tuple of positional inputs, a dict of keyword ones, or a shape: (1, 3, 64, 64)",
+            got=repr(example_inputs)[:80],
+        )
     return args, kwargs
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, cast, get_type_hints
 
 import typer
 
-from ..core.option import T, Typed, default_of, typed_fields
+from ..core.option import T, Typed, default_of, read_typed, typed_fields
 from .running import handled
 
 
@@ -67,7 +67,8 @@ def read_record(record: type[T], texts: dict[str, Any]) -> T:
         if isinstance(default_of(each), bool):
             values[each.name] = default_of(each) != bool(text)
         elif text is not None and text != []:
-            values[each.name] = _read(typed, text)
+            text = str(text) if typed.choices else text
+            values[each.name] = read_typed(typed, text, typed.flags[0] if typed.flags else "")
     return record(**values)
 
 
@@ -75,15 +76,6 @@ def _fields(record: type, only: Only | None = None) -> Iterator[tuple[Field[Any]
     for each, typed in typed_fields(record):
         if only is None or (each.name in only.names) != only.but:
             yield each, typed
-
-
-def _read(typed: Typed, text: Any) -> Any:
-    what = typed.flags[0] if typed.flags else ""
-    if typed.gather is None:
-        text = str(text) if typed.choices else text
-        return typed.read(text, what) if typed.read is not None else text
-    texts = [part.strip() for each in text for part in each.split(",")] if typed.split else text
-    return typed.gather(typed.read(each, what) if typed.read is not None else each for each in texts)
 
 
 def _parameter(each: Field[Any], typed: Typed) -> Parameter:

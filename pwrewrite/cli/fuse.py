@@ -27,10 +27,10 @@ def fuse(
     """
     with working(reported) as progress:
         from ..report.fused import page
-        from ..workflows.fuse_by_target import fuse_target, passes_named
+        from ..workflows.fuse_by_target import fuse_target
 
         check_saving(proof, saved)
-        passes = passes_named(options.passes) if options.passes else None
+        passes = options.passes or None
         check_places(saved, reported)
         result = fuse_target(target, passes, verify=proof.verify, benchmark=options.benchmark, progress=progress)
     show(reported, page(result.report, everything=reported.everything), json=result.report.to_json)

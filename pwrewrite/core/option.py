@@ -96,9 +96,26 @@ def _differs(value: Any, default: Any) -> bool:
 
 
 def from_keywords(record: type[T], options: dict[str, Any]) -> T:
-    """A record of those keywords that it has; takes them out of ``options``."""
-    names = [each.name for each in fields(record) if each.name in options]  # type: ignore[arg-type]
-    return record(**{name: options.pop(name) for name in names})
+    """A record of those keywords that it has, taken out of ``options``; texts are read as on the command line."""
+    values = {each.name: options.pop(each.name) for each in fields(record) if each.name in options}  # type: ignore[arg-type]
+    for each, typed in typed_fields(record):
+        text = values.get(each.name)
+        if isinstance(text, str) and (typed.gather is not None or typed.read is not None):
+            texts = (text,) if typed.gather is not None else text
+            values[each.name] = read_typed(typed, texts, each.name)
+    return record(**values)
+
+
+def read_typed(typed: Typed, text: Any, what: str) -> Any:
+    """The value of what was typed for an option: a text, or several where it may be given several times.
+
+    Raises:
+        UsageError: If it cannot be read; ``what`` names the option.
+    """
+    if typed.gather is None:
+        return typed.read(text, what) if typed.read is not None else text
+    texts = [part.strip() for each in text for part in each.split(",")] if typed.split else text
+    return typed.gather(typed.read(each, what) if typed.read is not None else each for each in texts)
 
 
 def refuse_unknown(function: str, options: Mapping[str, object], *records: type) -> None:

@@ -75,7 +75,7 @@ class TargetOptions:
     seed: int = _seed()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerOptions:
     """Which layers are rewritten.
 

@@ -55,6 +55,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: If the plan does not fit the model.
         RefusedError: If an op cannot be carried out.
     """
+    if not isinstance(plan, Plan):
+        raise PlanError("this is no plan", got=repr(plan)[:80], hint="Plan.read reads one from a file")
     applied = carry_out(model, plan)
     if applied.skips:
         first = applied.skips[0]

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from ..core.errors import InputError, TargetError, UsageError
+from ..core.option import from_keywords
 from ..core.options import TargetOptions
 from ..core.plan import Plan
 from . import storage
@@ -143,7 +144,8 @@ def load_target(
     Raises:
         PwrewriteError: As for `open_target`.
     """
-    options = TargetOptions(target, args or {}, weights, weights_lenient, inputs, base, trust_target)
+    opening = {"target": target, "args": args or {}, "weights": weights, "weights_lenient": weights_lenient}
+    options = from_keywords(TargetOptions, {**opening, "inputs": inputs, "base": base, "trust_target": trust_target})
     return open_target(options, empty=empty, need_inputs=need_inputs, seeded=False)
 
 

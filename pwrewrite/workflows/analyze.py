@@ -13,6 +13,8 @@ from ..analysis.roofline import DeviceProfile, device_profile
 from ..capturing import Capture, Inputs, capture
 from ..capturing.shapes import ShapeError
 from ..core.errors import CaptureError
+from ..core.numbers import parse_share
+from ..core.option import from_keywords, refuse_unknown
 from ..core.options import TargetOptions
 from ..targets import LoadedModel, class_name, open_target
 
@@ -21,7 +23,7 @@ def analyze(
     model: nn.Module,
     example_inputs: Inputs,
     *,
-    hotspot_share: float = 0.01,
+    hotspot_share: float | str = 0.01,
     device: str | DeviceProfile = "cpu",
     target: str = "",
 ) -> Analysis:
@@ -40,6 +42,8 @@ def analyze(
     Raises:
         PwrewriteError: If the model does not run on these inputs, or a setting makes no sense.
     """
+    if isinstance(hotspot_share, str):
+        hotspot_share = parse_share(hotspot_share, "hotspot_share")
     return analyze_capture(capture(model, example_inputs), target=target, hotspot_share=hotspot_share, device=device)
 
 
@@ -66,7 +70,8 @@ def analyze_target(
     """
     device_profile(device)  # what is cheap to refuse is refused before a model is built
     if isinstance(target, str):
-        target = TargetOptions(target, **opening)
+        target = from_keywords(TargetOptions, opening | {"target": target})
+        refuse_unknown("analyze_target", {name: 0 for name in opening if not hasattr(target, name)}, TargetOptions)
     return analyze_captured(capture_target(target), hotspot_share=hotspot_share, device=device)
 
 

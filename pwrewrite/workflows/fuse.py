@@ -37,6 +37,7 @@ from ..passes.fold_batch_norm import FoldBatchNorm
 from ..passes.merge_pointwise import MergePointwise
 from ..report.records import FusingReport
 from ..verifying.rounding import noisy_copy
+from .pass_names import as_list, named_pass
 from .rewrite import Rewritten
 from .steps import Progress, Run, State, propose, silent
 from .subject import check_editable, loaded_of
@@ -71,7 +72,7 @@ _REFERENCE_LIMIT = 300_000_000
 def fuse(
     model: nn.Module,
     example_inputs: Inputs,
-    passes: Sequence[Pass] | None = None,
+    passes: Sequence[Pass | str] | None = None,
     *,
     verify: bool = True,
     thorough: bool = True,
@@ -97,8 +98,11 @@ def fuse(
             complex, quantized or on several devices.
         CaptureError: If the model does not run on the inputs.
     """
-    check_editable(loaded_of(model, example_inputs).model)
-    chosen = [one() for one in DEFAULT] if passes is None else list(passes)
+    loaded = loaded_of(model, example_inputs)
+    check_editable(loaded.model)
+    example_inputs = loaded.example_inputs
+    kinds = DEFAULT if passes is None else [named_pass(each, DEFAULT) for each in as_list(passes)]
+    chosen = [kind() if isinstance(kind, type) else kind for kind in kinds]
     _check(model, chosen)
     run = Run(model, example_inputs, progress or silent)
     last: tuple[State, Plan] | None = None  # before a change of the memory format, where the last pass made one

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from ..capturing import Inputs, split_inputs
-from ..core.errors import InputError, RefusedError, UsageError
+from ..core.errors import InputError, RefusedError
 from ..engines.frozen import Frozen, freeze
 from ..engines.timing import time_in_turns
 from ..layers.partitions import CALLS
 from ..passes import Pass
 from ..report.records import FusingReport
 from ..targets import TargetOptions, open_target
-from .fuse import DEFAULT, Fused, drawn_inputs, fuse
+from .fuse import Fused, drawn_inputs, fuse
 from .steps import Progress, join_names
 from .subject import plan_from_original, with_notes_of
 
@@ -42,22 +42,9 @@ class Measured(Fused):
     not_frozen: str = ""
 
 
-def passes_named(names: Sequence[str]) -> list[Pass]:
-    """The fusing passes of these names, in order.
-
-    Raises:
-        UsageError: If there is no such pass.
-    """
-    known = {kind.name: kind for kind in DEFAULT}
-    for name in names:
-        if name.strip() not in known:
-            raise UsageError(f"unknown pass {name.strip()!r}", where="--passes", expected=f"one of {', '.join(known)}")
-    return [known[name.strip()]() for name in names]
-
-
 def fuse_target(
     request: TargetOptions,
-    passes: Sequence[Pass] | None = None,
+    passes: Sequence[Pass | str] | None = None,
     *,
     verify: bool = True,
     benchmark: bool = False,

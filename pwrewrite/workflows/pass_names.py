@@ -115,7 +115,7 @@ def passes_of(options: PassOptions, allow_output_change: bool = False) -> list[P
         UsageError: If the options make no sense together.
     """
     forms = tuple(parse_set(each) if isinstance(each, str) else each for each in as_list(options.settings))
-    chosen = [_named(each) for each in as_list(options.passes)] or ([] if forms else [InsertBottleneck])
+    chosen = [named_pass(each) for each in as_list(options.passes)] or ([] if forms else [InsertBottleneck])
     kinds = [kind for kind in chosen if isinstance(kind, type)]
     _check(options, forms, kinds)
     common: dict[str, Any] = {name: getattr(options, name) for name in _COMMON}
@@ -141,11 +141,19 @@ def as_list(values: Any) -> tuple[Any, ...]:
     return tuple(values) if isinstance(values, Sequence) and not isinstance(values, str) else (values,)
 
 
-def _named(name: Any) -> type[Pass] | Pass:
-    """A pass, or the class of this name."""
+def named_pass(name: Any, kinds: Sequence[type[Pass]] | None = None) -> type[Pass] | Pass:
+    """A pass, or the class of this name.
+
+    Args:
+        name: A pass, its class or its name.
+        kinds: The classes there are; those of `pwrewrite.passes.ALL` by default.
+
+    Raises:
+        UsageError: If there is no such pass.
+    """
     if isinstance(name, Pass) or (isinstance(name, type) and issubclass(name, Pass)):
         return name
-    by_name: dict[str, type[Pass]] = {kind.name: kind for kind in ALL}
+    by_name: dict[str, type[Pass]] = {kind.name: kind for kind in kinds or ALL}
     kind = by_name.get(name) if isinstance(name, str) else None
     if kind is ProjectBranch:
         raise UsageError(f"{name} needs to know the branch and the width", hint="--set 'PATH=project:32'")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
 
-from ..capturing import Inputs
+from ..capturing import Inputs, tensors_for
 from ..core.errors import InputError, RefusedError
 from ..core.plan import Plan
 from ..report.records import Report
@@ -35,7 +35,7 @@ def loaded_of(model: Subject, example_inputs: Inputs | None) -> LoadedModel:
         InputError: If it is no model, or there are no inputs.
     """
     if isinstance(model, LoadedModel):
-        loaded = model if example_inputs is None else replace(model, example_inputs=cast(Any, example_inputs))
+        loaded = model if example_inputs is None else replace(model, example_inputs=tensors_for(example_inputs))
         return replace(loaded, notes=(*loaded.notes, *_compiled_notes(loaded.model)))
     if not isinstance(model, nn.Module):
         hint = "pwrewrite.load_target opens what a text names" if isinstance(model, str) else None
@@ -44,7 +44,7 @@ def loaded_of(model: Subject, example_inputs: Inputs | None) -> LoadedModel:
         raise InputError("this is not a model", expected="a torch.nn.Module", got=type(model).__name__, hint=hint)
     if example_inputs is None:
         raise InputError("there are no example inputs", expected="a tensor, a tuple of inputs or a dict of them")
-    return LoadedModel(model, cast(Any, example_inputs), "", _compiled_notes(model))
+    return LoadedModel(model, tensors_for(example_inputs), "", _compiled_notes(model))
 
 
 def _compiled_notes(model: nn.Module) -> tuple[str, ...]:

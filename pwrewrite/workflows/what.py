@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ..core.errors import UsageError
@@ -38,19 +39,26 @@ def what_from_keywords(function: str, what: Any, options: Mapping[str, Any]) -> 
     proof = from_keywords(Proof, rest)
     plan, budget = rest.pop("plan", None), rest.pop("budget", None)
     passes = rest.pop("passes", None)
+    if isinstance(plan, (str, Path)):
+        plan = Plan.read(plan)
     if isinstance(what, Plan):
         plan, what = _only(what, plan, "plan"), None
-    elif isinstance(what, (Budget, Mapping, float)):
+    elif isinstance(what, (Budget, Mapping, float)) or (isinstance(what, str) and "=" in what):
         budget, what = _only(what, budget, "budget"), None
     passes = passes if what is None else _only(what, passes, "passes")
     if passes is not None and len(as_list(passes)) == 0:
         return (), proof
-    planned = {name: rest[name] for name in rest if name in Budget.__dataclass_fields__}
-    named = {name: rest.pop(name) for name in list(rest) if name in PassOptions.__dataclass_fields__}
-    base = budget if isinstance(budget, Budget) else Budget(limits=() if budget is None else budget)
-    refuse_unknown(function, {name: 0 for name in rest if name not in planned}, PassOptions, Budget, Proof)
-    pass_options = PassOptions(passes=() if passes is None else as_list(passes), **named)
-    return what_of(pass_options, replace(base, **planned), plan, proof.allow_output_change), proof
+    for_budget = dict(rest)
+    pass_options = from_keywords(PassOptions, {**rest, "passes": () if passes is None else as_list(passes)})
+    within = from_keywords(Budget, for_budget)
+    unknown = {name: rest[name] for name in for_budget if name not in PassOptions.__dataclass_fields__}
+    refuse_unknown(function, unknown, PassOptions, Budget, Proof)
+    if isinstance(budget, Budget):
+        own = {name: getattr(within, name) for name in rest if name in Budget.__dataclass_fields__}
+        within = replace(budget, **own)
+    elif budget is not None:
+        within = replace(within, limits=budget)
+    return what_of(pass_options, within, plan, proof.allow_output_change), proof
 
 
 def _only(value: Any, keyword: Any, name: str) -> Any:
