@@ -117,8 +117,8 @@ def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Gra
         NotTraceable: If it does not trace, sets attributes, or is another one in training.
     """
     kind = type(module).__name__
-    before = dict(vars(module))
     flags = {child: child.training for child in module.modules()}
+    before = [(store, dict(store)) for child in flags for store in _stores(child)]
     graphs = []
     try:
         for training in (not module.training, module.training):
@@ -133,17 +133,23 @@ def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Gra
     finally:
         for child, training in flags.items():
             child.training = training
-        changed = [name for name, value in vars(module).items() if name not in before or before[name] is not value]
-        for name in changed:
-            if name in before:
-                vars(module)[name] = before[name]
-            else:
-                del vars(module)[name]
+        changed = []
+        for store, values in before:
+            if differing := [n for n in {*store, *values} if store.get(n, store) is not values.get(n, store)]:
+                changed += differing
+                store.clear()
+                store.update(values)
     if changed:
         raise NotTraceable(f"{kind}.forward sets {', '.join(changed[:3])}, which a graph would not")
     if _text(graphs[0]) != _text(graphs[1]):
         raise NotTraceable(f"{kind}.forward does something else in training, which a graph cannot hold")
     return graphs[1]
+
+
+def _stores(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Where a module's attributes lie: its own, and its parameters, buffers and submodules."""
+    own = vars(module)
+    return own, *(own[name] for name in ("_parameters", "_buffers", "_modules") if name in own)
 
 
 def _merge(graph: fx.Graph, without: fx.Graph, name: str) -> None:

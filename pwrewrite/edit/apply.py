@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..core.errors import PlanError, RefusedError, first_line
@@ -64,6 +65,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     return applied.model
 
 
+@torch.inference_mode(False)  # parameters made inside it could not be trained
 def carry_out(
     model: nn.Module,
     plan: Plan,

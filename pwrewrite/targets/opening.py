@@ -149,6 +149,7 @@ def load_target(
     return open_target(options, empty=empty, need_inputs=need_inputs, seeded=False)
 
 
+@torch.inference_mode(False)  # parameters made inside it could not be trained
 def load(folder: str | Path, model: nn.Module | None = None, *, trust_target: bool = False) -> nn.Module:
     """A rewritten model from its folder.
 

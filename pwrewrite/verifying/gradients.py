@@ -3,19 +3,21 @@
 One backward pass of a scalar that depends on every floating output: their means with fixed random weights. A
 plain sum would do for reachability, but the gradient of a sum behind a softmax or a norm is nothing but rounding.
 
-A new parameter may go without where the layer it belongs to got none before: its layer is the innermost module
-around it that the original has too, with parameters of its own.
+A new parameter may go without where the parameters that became it got none before, by the edits' own account; where
+no edit tells, where it is frozen or the layer it belongs to got none: the innermost module around it that the original
+has too, with parameters of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import first_line
+from ..core.plan import Edit
 from .outputs import Flat
 
 
@@ -54,12 +56,36 @@ def backward(model: nn.Module, output: Flat) -> Gradients:
     return Gradients(gradients)
 
 
-def complaints(before: Mapping[str, Tensor | None], after: Mapping[str, Tensor | None]) -> list[str]:
+def origins(edits: Iterable[Edit]) -> dict[str, set[str]]:
+    """Names of parameters of a rewritten model to the original's parameters that became them.
+
+    Args:
+        edits: What was done, in order; a later edit may rename what an earlier one made.
+    """
+    sources: dict[str, set[str]] = {}
+    for edit in edits:
+        became: dict[str, set[str]] = {}
+        for old, names in edit.renamed.items():
+            for name in names:
+                became.setdefault(name, set()).update(sources.get(old, {old}))
+        for name, olds in became.items():
+            sources[name] = sources.get(name, set()) | olds
+    return sources
+
+
+def complaints(
+    before: Mapping[str, Tensor | None],
+    after: Mapping[str, Tensor | None],
+    sources: Mapping[str, set[str]] | None = None,
+    frozen: Container[str] = (),
+) -> list[str]:
     """What is wrong with the rewritten model's gradients, given the original's.
 
     Args:
         before: Parameter name to gradient in the original.
         after: The same in the rewritten model.
+        sources: From `origins`.
+        frozen: Parameters of the rewritten model that need no gradient.
 
     Returns:
         One sentence per parameter.
@@ -67,12 +93,13 @@ def complaints(before: Mapping[str, Tensor | None], after: Mapping[str, Tensor |
     problems = []
     for name, gradient in after.items():
         old = name in before
-        if old and before[name] is None:
+        became = {source for source in (sources or {}).get(name, ()) if source in before}
+        if old and before[name] is None and all(before[source] is None for source in became):
             continue
         if gradient is None:
             if old:
                 problems.append(f"{name} got a gradient before and gets none now")
-            elif _layer_learned(name, before):
+            elif any(before[s] is not None for s in became) if became else _should_learn(name, before, frozen):
                 problems.append(f"{name} is new and gets no gradient")
         elif not _finite(gradient) and (not old or _finite(before[name])):
             problems.append(f"{name} gets a gradient that is not finite")
@@ -85,9 +112,11 @@ def _finite(gradient: Tensor | None) -> bool:
     return bool(torch.isfinite(gradient.sum())) or bool(torch.isfinite(gradient).all())
 
 
-def _layer_learned(name: str, before: Mapping[str, Tensor | None]) -> bool:
-    """Whether anything around a new parameter got a gradient in the original."""
-    place = name
+def _should_learn(name: str, before: Mapping[str, Tensor | None], frozen: Container[str]) -> bool:
+    """Whether a new parameter of unknown origin is trained, and something around it got a gradient in the original."""
+    place = "" if name in frozen else name
+    if not place:
+        return False
     while place:
         place = place.rpartition(".")[0]
         prefix = f"{place}." if place else ""

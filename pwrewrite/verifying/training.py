@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .context import Context, Results
 from .evaluation import check_form
-from .gradients import backward, complaints, gradient_difference
+from .gradients import backward, complaints, gradient_difference, origins
 from .inputs import Arguments
 from .outputs import Flat
 from .runs import Outcome
@@ -131,7 +131,8 @@ def _check_gradients(context: Context, results: Results, before: Flat, after: Fl
     if new.error:
         results.check("gradients", [f"the rewritten model has no backward pass: {new.error}"])
         return
-    problems = complaints(old.of, new.of)
+    frozen = {name for name, p in context.rewritten.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    problems = complaints(old.of, new.of, origins(context.options.edits), frozen)
     detail = f"{sum(g is not None for g in new.of.values())} parameters get one"
     difference = gradient_difference(old.of, new.of) if rounding is not None else None
     if rounding is not None and difference is not None:

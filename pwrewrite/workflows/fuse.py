@@ -69,6 +69,7 @@ _REFERENCE_LIMIT = 300_000_000
 """Parameters above which no copy in float64 is made."""
 
 
+@torch.inference_mode(False)  # parameters made inside it could not be trained
 def fuse(
     model: nn.Module,
     example_inputs: Inputs,

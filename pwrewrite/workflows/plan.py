@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from ..capturing import Inputs
 from ..core.errors import UsageError
 from ..core.options import Budget
@@ -36,6 +38,7 @@ class Planned(Shown):
     report: Report
 
 
+@torch.inference_mode(False)  # parameters made inside it could not be trained
 def make_plan(
     model: Subject,
     example_inputs: Inputs | None = None,
@@ -78,6 +81,7 @@ def make_plan(
     return Planned(replace(plan, model={**plan.model, **origin_of(loaded)}), report)
 
 
+@torch.inference_mode(False)  # parameters made inside it could not be trained
 def plan(
     model: Subject,
     example_inputs: Inputs | None,
@@ -118,6 +122,7 @@ def plan(
     return replace(chosen, model=model_facts(run.first, inputs=describe_inputs(loaded.example_inputs)))
 
 
+@torch.inference_mode(False)  # parameters made inside it could not be trained
 def frontier(
     model: Subject,
     example_inputs: Inputs | None,

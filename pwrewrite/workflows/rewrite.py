@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..analysis.records import Analysis
@@ -95,6 +96,7 @@ def unverified_error(report: Report) -> VerificationError:
     )
 
 
+@torch.inference_mode(False)  # parameters made inside it could not be trained
 def rewrite(
     model: Subject,
     example_inputs: Inputs | None = None,

@@ -13,6 +13,7 @@ from torch import fx, nn
 from ..capturing import Inputs, tensors_for
 from ..core.errors import InputError, RefusedError
 from ..core.plan import Plan
+from ..edit.apply import copy_of
 from ..report.records import Report
 from ..targets import LoadedModel, class_name
 
@@ -36,7 +37,9 @@ def loaded_of(model: Subject, example_inputs: Inputs | None) -> LoadedModel:
     """
     if isinstance(model, LoadedModel):
         loaded = model if example_inputs is None else replace(model, example_inputs=tensors_for(example_inputs))
-        return replace(loaded, notes=(*loaded.notes, *_compiled_notes(loaded.model)))
+        return replace(
+            loaded, model=out_of_inference_mode(loaded.model), notes=(*loaded.notes, *_compiled_notes(loaded.model))
+        )
     if not isinstance(model, nn.Module):
         hint = "pwrewrite.load_target opens what a text names" if isinstance(model, str) else None
         if isinstance(model, torch.export.ExportedProgram):
@@ -44,7 +47,7 @@ def loaded_of(model: Subject, example_inputs: Inputs | None) -> LoadedModel:
         raise InputError("this is not a model", expected="a torch.nn.Module", got=type(model).__name__, hint=hint)
     if example_inputs is None:
         raise InputError("there are no example inputs", expected="a tensor, a tuple of inputs or a dict of them")
-    return LoadedModel(model, tensors_for(example_inputs), "", _compiled_notes(model))
+    return LoadedModel(out_of_inference_mode(model), tensors_for(example_inputs), "", _compiled_notes(model))
 
 
 def _compiled_notes(model: nn.Module) -> tuple[str, ...]:
@@ -82,6 +85,14 @@ def check_editable(model: nn.Module) -> None:
             expected="the module that it was made from",
             hint="rewrite or fuse that module first, and export, script or trace the result",
         )
+
+
+def out_of_inference_mode(model: nn.Module) -> nn.Module:
+    """The model itself, or a copy whose tensors can be trained where it was built under ``torch.inference_mode()``."""
+    if not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        return model
+    with torch.inference_mode(False):
+        return copy_of(model)
 
 
 def origin_of(loaded: LoadedModel) -> dict[str, Any]:

@@ -162,6 +162,11 @@ def brief(spec: ConvSpec) -> str:
     return f"a {kernel} {spec.in_channels}→{spec.out_channels}{settings}, {'a' if spec.bias else 'no'} bias"
 
 
+def train_like(parameter: nn.Parameter, *sources: Tensor | None) -> None:
+    """Makes a parameter need a gradient where any of what it was made of does."""
+    parameter.requires_grad_(any(source is not None and source.requires_grad for source in sources))
+
+
 def make_like(weight: Tensor, path: str, make: Callable[[Any], nn.Module], *, initialised: bool) -> nn.Module:
     """A new module with the device, dtype and memory format of a weight.
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ...core.errors import PlanError, RefusedError
 from ...core.plan import Edit, Op, Skip, SkipReason
 from ...forms.specs import spec_from_dict
-from .bench import Bench, Refused, brief, spec_of_module
+from .bench import Bench, Refused, brief, spec_of_module, train_like
 from .code_norm import CodeNorm
 from .fold_weight import WEIGHT, fold_weight
 
@@ -79,10 +79,12 @@ def fold_norm(bench: Bench, op: Op) -> Edit:
                 )
     else:
         new_weight, new_bias = weight.detach(), torch.empty(spec.out_channels, dtype=weight.dtype, device=weight.device)
+    gain, shift = (getattr(norm, name, None) for name in ("weight", "bias"))
+    old_bias = layer.bias
     with torch.no_grad():
-        trained = weight.requires_grad
-        layer.weight = nn.Parameter(new_weight, requires_grad=trained)
-        layer.bias = nn.Parameter(new_bias, requires_grad=trained)
+        layer.weight, layer.bias = nn.Parameter(new_weight), nn.Parameter(new_bias)
+    train_like(layer.weight, weight, gain)
+    train_like(layer.bias, old_bias if had_bias else weight, shift)
     stem = f"{path}." if path else ""
     bias = f"{stem}bias"
     renamed = {old: (stem + key,) for key, old in _names(op, norm, code).items()}

@@ -18,7 +18,7 @@ from ...core.plan import Edit, Op
 from ...forms.specs import spec_from_dict
 from ...layers.factorized import make_layer
 from ...layers.merging import merged_spec
-from .bench import Bench, make_like
+from .bench import Bench, make_like, train_like
 
 
 def merge_layers(bench: Bench, op: Op) -> Edit:
@@ -47,14 +47,16 @@ def merge_layers(bench: Bench, op: Op) -> Edit:
     new: Any = make_like(weight, op.path, make, initialised=False)
     if bench.fill and not (weight.is_meta or first.weight.is_meta):
         _fill(new, first, second, before, op)
-    for parameter in new.parameters():
-        parameter.requires_grad_(weight.requires_grad)
+    train_like(new.weight, first.weight, weight)
+    if new.bias is not None:
+        train_like(new.bias, first.bias, second.bias, None if first.bias is None else weight)
     new.train(second.training)
     identity = nn.Identity()
     identity.train(first.training)
     names = bench.names_of(second)
     bench.replace(second, new)
     bench.replace(first, identity)
+    mixed = {path: False, op.path: first.bias is not None}  # whose weight the new bias is made of
     made = tuple(f"{op.path}.{name}" for name, _ in new.named_parameters())
     old = [(owner, name) for owner, layer in ((path, first), (op.path, second)) for name, _ in layer.named_parameters()]
     return Edit(
@@ -67,7 +69,10 @@ def merge_layers(bench: Bench, op: Op) -> Edit:
         params_after=merged.params,
         relative_error=None,
         exact="eval",
-        renamed={f"{owner}.{name}": made if name == "weight" else made[-1:] for owner, name in old},
+        renamed={
+            f"{owner}.{name}": made[-1:] if name == "bias" else made if mixed[owner] else made[:1]
+            for owner, name in old
+        },
         aliases=tuple(name for name in names if name != op.path),
         adapted=(path,),
     )
