@@ -179,7 +179,7 @@ def _search(
     """Looks for the best choice within finite limits, each of which can be met alone.
 
     Returns:
-        What was found, its bound above the second: the sum of the least losses of the groups.
+        The answer, its bound above the second: the sum of the least losses of the groups.
     """
     kinds = tuple(limits)
     left = [_undominated(group, kinds) for group in groups]

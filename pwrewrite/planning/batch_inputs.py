@@ -103,7 +103,7 @@ def sort_out(
         if kwargs and not args:
             values, named = (), dict(zip(kwargs, values, strict=True))
     samples, whole = _count([*values, *named.values()])
-    labels = next((found for value in beside if (found := _labels(value, samples)) is not None), None)
+    labels = next((labels for value in beside if (labels := _labels(value, samples)) is not None), None)
     note = None
     if beside and labels is None and samples:
         note = f"{described(beside[0])} beside the inputs was taken for targets and left out"

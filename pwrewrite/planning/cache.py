@@ -1,7 +1,7 @@
 """Statistics on disk, by content: a second plan for the same model and inputs need not calibrate again.
 
-A file is named by a hash of the model's weights and operations, the inputs and the settings. What was gathered when a
-calibration was interrupted is kept too, and the next one goes on from there. Files are safetensors; the oldest go when
+A file is named by a hash of the model's weights and operations, the inputs and the settings. What an interrupted
+calibration has gathered is stored too, and the next one goes on from there. Files are safetensors; the oldest go when
 the folder outgrows `LIMIT`.
 """
 
@@ -28,6 +28,7 @@ LIMIT = 8 * 1024**3
 """Bytes that the statistics in the cache may take."""
 
 _VERSION = "2"
+_FACTS = ("samples", "chunks", "kind", "outcome", "outputs")
 
 
 def content_key(capture: Capture, layers: Mapping[str, ConvSpec], inputs: str, settings: Mapping[str, object]) -> str:
@@ -65,46 +66,38 @@ def read_statistics(folder: Path | None, key: str, device: torch.device) -> tupl
     try:
         with safe_open(file, framework="pt", device=str(device)) as opened:
             facts = json.loads(opened.metadata()["pwrewrite"])
-            found = Statistics({}, facts["samples"], facts["chunks"], facts["kind"], facts["outcome"], facts["outputs"])
-            for number, one in enumerate(facts["layers"]):
-                gradients = opened.get_tensor(f"{number}.gradients") if one["gradients"] else None
-                found.layers[one["path"]] = LayerStatistics(
+            statistics = Statistics(**{name: facts[name] for name in _FACTS})
+            for number, layer in enumerate(facts["layers"]):
+                gradients = opened.get_tensor(f"{number}.gradients") if layer["gradients"] else None
+                statistics.layers[layer["path"]] = LayerStatistics(
                     opened.get_tensor(f"{number}.inputs").to(torch.float64 if device.type != "mps" else torch.float32),
                     opened.get_tensor(f"{number}.means"),
-                    one["weight"],
-                    one["rows"],
+                    layer["weight"],
+                    layer["rows"],
                     gradients,
-                    one["gradient_weight"],
+                    layer["gradient_weight"],
                 )
         with suppress(OSError):
             os.utime(file)
-        return found, bool(facts["complete"])
+        return statistics, bool(facts["complete"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None, False
 
 
-def write_statistics(folder: Path | None, key: str, found: Statistics, *, complete: bool) -> None:
+def write_statistics(folder: Path | None, key: str, statistics: Statistics, *, complete: bool) -> None:
     """Caches statistics, if it can; a full disk or a folder that cannot be written is no error."""
-    if folder is None or not found.chunks:
+    if folder is None or not statistics.chunks:
         return
     tensors: dict[str, Tensor] = {}
     layers = []
-    for number, (path, one) in enumerate(found.layers.items()):
-        tensors[f"{number}.inputs"] = one.inputs.float().contiguous()
-        tensors[f"{number}.means"] = one.means.contiguous()
-        if one.gradients is not None:
-            tensors[f"{number}.gradients"] = one.gradients.contiguous()
-        facts = {"path": path, "weight": one.weight, "rows": one.rows, "gradient_weight": one.gradient_weight}
-        layers.append({**facts, "gradients": one.gradients is not None})
-    about = {
-        "samples": found.samples,
-        "chunks": found.chunks,
-        "kind": found.kind,
-        "outcome": found.outcome,
-        "outputs": found.outputs,
-        "complete": complete,
-        "layers": layers,
-    }
+    for number, (path, sums) in enumerate(statistics.layers.items()):
+        tensors[f"{number}.inputs"] = sums.inputs.float().contiguous()
+        tensors[f"{number}.means"] = sums.means.contiguous()
+        if sums.gradients is not None:
+            tensors[f"{number}.gradients"] = sums.gradients.contiguous()
+        facts = {"path": path, "weight": sums.weight, "rows": sums.rows, "gradient_weight": sums.gradient_weight}
+        layers.append({**facts, "gradients": sums.gradients is not None})
+    about = {name: getattr(statistics, name) for name in _FACTS} | {"complete": complete, "layers": layers}
     file = folder / f"{key}.safetensors"
     with suppress(OSError, SafetensorError):
         folder.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ class Planner:
         model: The model; stays as it is.
         inputs: Example inputs.
         calibration: Any iterable of inputs, or `Batches`; None to plan by the weights alone.
-        settings: What is asked.
+        settings: Which limits, calibration inputs and forms, and how to fit.
         size: Use at most so many calibration inputs.
         say: Called at each step.
         captured: The model's capture, where it is at hand.
@@ -67,7 +67,7 @@ class Planner:
     Attributes:
         layers: The layers that may change, with their candidates.
         original: What the model costs now, by kind.
-        notes: What a reader should be told.
+        notes: What a reader should know.
 
     Raises:
         UsageError: If a setting or the calibration makes no sense.

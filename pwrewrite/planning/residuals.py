@@ -50,7 +50,7 @@ def residuals(capture: Capture, paths: Collection[str]) -> dict[str, Residual]:
     same: dict[fx.Node, list[fx.Node]] = {}
     for node in place:
         same.setdefault(_source(node), []).append(node)
-    found = {}
+    sums = {}
     for node in place:
         path = str(node.target)
         if node.op != "call_module" or path not in paths or calls[path] != 1:
@@ -67,8 +67,8 @@ def residuals(capture: Capture, paths: Collection[str]) -> dict[str, Residual]:
             continue
         anchor = _anchor(same[_source(others[0])], place, place[node], calls)
         if anchor is not None:
-            found[path] = Residual(norm, *anchor)
-    return found
+            sums[path] = Residual(norm, *anchor)
+    return sums
 
 
 def _is_leaf(node: fx.Node) -> bool:

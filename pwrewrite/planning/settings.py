@@ -1,4 +1,4 @@
-"""What a planner can do with what it is asked: `checked` fills in what was left open, or refuses."""
+"""The options of a planner, checked: `checked` fills in what was left open, or refuses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def checked(budget: Budget, calibrated: bool) -> Budget:
     """The same, with what was left open filled in.
 
     Args:
-        budget: What is asked.
+        budget: The options.
         calibrated: Whether there are calibration inputs.
 
     Raises:

@@ -120,10 +120,10 @@ class Spill:
     def wake(self, number: int) -> None:
         """Brings back all that a forward holds."""
         with self._lock:
-            for one in self._of.get(number, ()):
-                storage = one.storage()
+            for held in self._of.get(number, ()):
+                storage = held.storage()
                 if storage is not None:
-                    self._restore(one, storage)
+                    self._restore(held, storage)
 
     def settle(self, number: int) -> None:
         """Spills what a forward holds, the oldest first, as far as memory holds more than is allowed.
@@ -133,62 +133,62 @@ class Spill:
         """
         with self._lock:
             alive = []
-            for one in self._of.get(number, ()):
-                storage = one.storage()
+            for held in self._of.get(number, ()):
+                storage = held.storage()
                 if storage is None:
-                    self._forget(one)
+                    self._forget(held)
                 else:
-                    alive.append((one, storage))
-            self._of[number] = [one for one, _ in alive]
-            for one, storage in alive:
+                    alive.append((held, storage))
+            self._of[number] = [held for held, _ in alive]
+            for held, storage in alive:
                 if self.held <= self.allowance:
                     break
-                self._spill(one, storage)
+                self._spill(held, storage)
         if self.written - self._trimmed_at > _TRIMMED:
             self._trimmed_at = self.written
             give_back_memory()
 
-    def made(self, number: int, storages: list[UntypedStorage]) -> None:
-        """Notes new storages of a forward."""
+    def note(self, number: int, storages: list[UntypedStorage]) -> None:
+        """Takes note of new storages of a forward."""
         with self._lock:
             for storage in storages:
                 if storage.nbytes() >= SMALLEST and storage not in self._known:
-                    one = self._known[storage] = _Held(weakref.ref(storage), storage.nbytes())
-                    self._of.setdefault(number, []).append(one)
-                    self.held += one.nbytes
+                    held = self._known[storage] = _Held(weakref.ref(storage), storage.nbytes())
+                    self._of.setdefault(number, []).append(held)
+                    self.held += held.nbytes
 
     def bring(self, storages: list[UntypedStorage]) -> None:
         """Brings back what is about to be read, whosever it is."""
         with self._lock:
             for storage in storages:
-                one = self._known.get(storage)
-                if one is not None:
-                    self._restore(one, storage)
+                held = self._known.get(storage)
+                if held is not None:
+                    self._restore(held, storage)
 
-    def _spill(self, one: _Held, storage: UntypedStorage) -> None:
-        if one.place is not None or not storage.resizable():  # numpy may look at it
+    def _spill(self, held: _Held, storage: UntypedStorage) -> None:
+        if held.place is not None or not storage.resizable():  # numpy may look at it
             return
-        self.held += storage.nbytes() - one.nbytes  # the code may have resized it
-        one.nbytes = storage.nbytes()
-        one.place = self._file.write(storage)
-        self.written += one.nbytes
+        self.held += storage.nbytes() - held.nbytes  # the code may have resized it
+        held.nbytes = storage.nbytes()
+        held.place = self._file.write(storage)
+        self.written += held.nbytes
         storage.resize_(0)
-        self.held -= one.nbytes
+        self.held -= held.nbytes
 
-    def _restore(self, one: _Held, storage: UntypedStorage) -> None:
-        if one.place is None:
+    def _restore(self, held: _Held, storage: UntypedStorage) -> None:
+        if held.place is None:
             return
-        place, one.place = one.place, None  # first, since reading it back is an operation on it too
-        storage.resize_(one.nbytes)
-        self.held += one.nbytes
+        place, held.place = held.place, None  # first, since reading it back is an operation on it too
+        storage.resize_(held.nbytes)
+        self.held += held.nbytes
         self._file.read(place, storage)
-        self._file.free(place, one.nbytes)
+        self._file.free(place, held.nbytes)
 
-    def _forget(self, one: _Held) -> None:
-        if one.place is None:
-            self.held -= one.nbytes
+    def _forget(self, held: _Held) -> None:
+        if held.place is None:
+            self.held -= held.nbytes
         else:
-            self._file.free(one.place, one.nbytes)
+            self._file.free(held.place, held.nbytes)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -215,7 +215,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         if self._number is not None:
             before = set(map(id, read))  # parameters, buffers and views of them are nobody's to spill
-            self._spill.made(self._number, [storage for storage in _storages(out) if id(storage) not in before])
+            self._spill.note(self._number, [storage for storage in _storages(out) if id(storage) not in before])
         return out
 
 
@@ -299,7 +299,7 @@ class _File:
 
 
 def _storages(value: Any) -> Iterator[UntypedStorage]:
-    """The storages behind the tensors in a nest, of those that have one."""
+    """The storages behind the tensors in a nest, of those that have held."""
     for tensor in tensors_of(value):
         if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.device.type != "meta":
             try:

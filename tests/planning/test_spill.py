@@ -46,8 +46,8 @@ class Recorded(Spill):
         """Bytes in memory, one by one."""
         return sum(storage.nbytes() for storage in list(self._known.keys()))
 
-    def made(self, number: int, storages: list[torch.UntypedStorage]) -> None:
-        super().made(number, storages)
+    def note(self, number: int, storages: list[torch.UntypedStorage]) -> None:
+        super().note(number, storages)
         self.most = max(self.most, self.counted())
 
     def settle(self, number: int) -> None:
@@ -386,6 +386,7 @@ from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.layers.factorized import build
 from pwrewrite.planning.refit import Target, refit
 from pwrewrite.planning.spill import Spill
+from pwrewrite.forms import FORMS
 from pwrewrite.forms.weighted import WeightedLayer
 
 torch.set_num_threads(1)
