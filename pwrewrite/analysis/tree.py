@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..capturing.records import NodeInfo
+from ..capturing.tensors import element_count
 from .records import TreeNode
 
 
@@ -36,7 +37,7 @@ def module_tree(model: nn.Module, infos: Iterable[NodeInfo]) -> TreeNode:
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
-                params[path] += parameter.numel()
+                params[path] += element_count(parameter)
     children: dict[str, list[TreeNode]] = {path: [] for path in modules}
     for path in reversed(modules):  # children come after their parents, so from the end they are complete first
         node = TreeNode(path, type(modules[path]).__name__, params[path], macs[path], tuple(reversed(children[path])))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import CaptureError, InputError
+from ..core.errors import CaptureError, InputError, first_line, shortened
 from ..core.nested import map_tensors, tensors_of
 from .inventory import Inventory
 from .layers import find_layers
@@ -25,6 +25,7 @@ from .recorder import Recorder
 from .records import Call, Capture, Coverage, Layer, MemoryEvent, NodeInfo, TensorSpec, Window, info
 from .shapes import ShapeError
 from .state import untouched
+from .tensors import byte_count, conventions, element_count
 
 __all__ = [
     "Call",
@@ -171,7 +172,7 @@ def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any
         raise InputError(
             "no tensor among the example inputs",
             expected="a tensor, a tuple of positional inputs, a dict of keyword ones, or a shape: (1, 3, 64, 64)",
-            got=repr(example_inputs)[:80],
+            got=shortened(repr(example_inputs), 80),
         )
     return args, kwargs
 
@@ -234,11 +235,22 @@ def _finish(recorder: Recorder, values: str, failure: Exception | None) -> Captu
         kind = "islands" if any(layer.calls for layer in layers) else "eager"
     notes = []
     if failure is not None:
-        notes.append(f"the model needs values ({_first_line(failure)}): figures are those of one seeded real run")
+        notes.append(f"the model needs values ({first_line(failure)}): figures are those of one seeded real run")
     if recorder.opaque:
         notes.append(f"TorchScript modules are opaque: {', '.join(p or '(root)' for p in recorder.opaque[:5])}")
     if origins.lost:
-        notes.append(f"{origins.lost} tensors come from code that torch functions do not show")
+        unpriced["unseen code"] += origins.lost
+        notes.append(
+            f"{origins.lost} tensors come from code that torch functions do not show: the totals may be too low"
+        )
+    if origins.outside:
+        size = sum(map(element_count, origins.outside))
+        notes.append(
+            f"{len(origins.outside)} weights ({size:,} elements) outside model.parameters(), which no column of "
+            "parameters counts: a list instead of a ModuleList, or modules made in forward?"
+        )
+    notes += recorder.notes
+    notes += conventions(inventory.kinds)
     return Capture(
         model=inventory.model,
         inputs=tuple(inputs),
@@ -248,15 +260,15 @@ def _finish(recorder: Recorder, values: str, failure: Exception | None) -> Captu
             kind, len(convolutions), sum(layer.called for layer in convolutions), tuple(unpriced.most_common()), values
         ),
         memory=tuple(recorder.liveness.events),
-        params=sum(p.numel() for p in inventory.parameters),
-        weight_bytes=sum(t.nbytes for t in inventory.parameters) + sum(t.nbytes for t in inventory.buffers),
+        params=inventory.size,
+        weight_bytes=sum(map(byte_count, (*inventory.parameters, *inventory.buffers))),
         notes=tuple(notes),
         constants=origins.constants,
     )
 
 
 def _too_large(inventory: Inventory) -> bool:
-    return sum(p.nbytes for p in inventory.parameters if p.is_meta) > _REAL_LIMIT
+    return sum(byte_count(p) for p in inventory.parameters if p.is_meta) > _REAL_LIMIT
 
 
 def _refuse_lazy(inventory: Inventory) -> None:
@@ -267,11 +279,6 @@ def _refuse_lazy(inventory: Inventory) -> None:
                 where=inventory.path(module) or type(module).__name__,
                 hint="run the model once on real inputs first: model(*example_inputs)",
             )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
 
 
 def _refused(error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CaptureError:
@@ -285,7 +292,7 @@ def _refused(error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             hint="give the shape the model was made for, such as --input 1x3x224x224",
         )
     return CaptureError(
-        f"the model does not run on this input: {_first_line(error)}",
+        f"the model does not run on this input: {first_line(error)}",
         where=where,
         got=f"inputs of shape {shapes}",
         hint="check that model(*example_inputs) runs in plain PyTorch on these inputs",

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from ..core.convolution import ConvSpec
 from ..core.cost import Cost
 from ..core.nested import tensors_of
+from .inventory import Inventory
 from .liveness import Liveness
 from .origins import Origins, spec_of
 from .records import NodeInfo, TensorSpec, Window, info, set_info
+from .tensors import byte_count
+
+
+class _Thread(Protocol):
+    @property
+    def scope(self) -> list[str]:
+        """Paths of the modules whose forward runs, outermost first; changes while the model runs."""
 
 
 class Bookkeeper:
@@ -20,11 +29,13 @@ class Bookkeeper:
     Args:
         origins: Where tensors come from.
         liveness: When storages are born and die.
-        running: Paths of the modules whose forward runs, outermost first; changes while the model runs.
+        inventory: The parts of the model.
+        thread: The modules whose forward runs in this thread.
     """
 
-    def __init__(self, origins: Origins, liveness: Liveness, running: list[str]) -> None:
-        self.origins, self.liveness, self.running = origins, liveness, running
+    def __init__(self, origins: Origins, liveness: Liveness, inventory: Inventory, thread: _Thread) -> None:
+        self.origins, self.liveness, self._thread = origins, liveness, thread
+        self._parameters = {id(p) for p in inventory.parameters if not inventory.kinds or not is_lazy(p)}
         self._counted: set[int] = set()
 
     def record(
@@ -65,37 +76,35 @@ class Bookkeeper:
         """
         origins, watch = self.origins, self.liveness.watch
         inputs: dict[int, TensorSpec] = {}
+        read = written = 0
         for t in tensors_of(given):
             if id(t) in weights or (type(t) is not Tensor and isinstance(t, nn.Parameter)):
                 params += self.count(t)
-                weight_bytes += t.nbytes
+                weight_bytes += byte_count(t)
             elif id(t) not in inputs:
                 inputs[id(t)] = _known_spec(t)
-        outputs, written, alias = [], 0, None
+                read += byte_count(t)
+        outputs: list[TensorSpec] = []
+        alias = None
         name = node.name
         for t in (out,) if isinstance(out, Tensor) else tensors_of(out):
-            made = spec_of(t)
-            outputs.append(made)
+            outputs.append(spec_of(t))
             shared = watch(t, name, known=origins.known(t))
             if shared is None or writes:
-                written += made.nbytes
+                written += byte_count(t)
             alias = alias or shared
         origins.mark(out, node)
         self.liveness.pass_by(name, temporary)
-        read = 0
-        if written or macs or unpriced:
-            read = weight_bytes
-            for i in inputs.values():
-                read += i.nbytes
-        cost = Cost(params, macs, read, written)
-        facts = NodeInfo(op, path, tuple(inputs.values()), tuple(outputs), cost, alias, window, spec, unpriced)
-        facts.callers = tuple(self.running)
+        moves = written or macs or unpriced
+        cost = Cost(params, macs, weight_bytes + read if moves else 0, written)
+        callers = tuple(self._thread.scope)
+        facts = NodeInfo(op, path, tuple(inputs.values()), tuple(outputs), cost, alias, window, spec, unpriced, callers)
         set_info(node, facts)
 
     def count(self, t: Tensor) -> int:
-        """Elements of a parameter the first time it is met, then 0."""
+        """Elements of a parameter of the model the first time it is met, then 0."""
         key = id(t)
-        if key in self._counted or not isinstance(t, nn.Parameter):
+        if key in self._counted or key not in self._parameters:
             return 0
         self._counted.add(key)
         return t.numel()

@@ -20,6 +20,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..core.errors import first_line
+
 
 class NotTraceable(RuntimeError):
     """The module's own code cannot be turned into a graph."""
@@ -126,10 +128,10 @@ def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Gra
                 child.training = training
             graphs.append(ShallowTracer(absent).trace(module))
     except Exception as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if "cannot be iterated" in said:
-            said = "it loops over an input, of which a graph would hold the length"
-        raise NotTraceable(f"{kind}.forward does not trace: {said[:160]}") from error
+        reason = first_line(error)
+        if "cannot be iterated" in reason:
+            reason = "it loops over an input, of which a graph would hold the length"
+        raise NotTraceable(f"{kind}.forward does not trace: {reason}") from error
     finally:
         for child, training in flags.items():
             child.training = training

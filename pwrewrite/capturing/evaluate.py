@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..core.cost import PricingMode
-from ..core.nested import map_tensors
+from ..core.nested import Args, Kwargs, map_tensors
 from ..core.operations import BY_FUNCTION, FREE_FUNCTIONS
 from . import functions
-from .origins import Origins
+from .origins import NeedsValues, Origins
 from .shapes import FUNCTION_RULES
-
-
-class NeedsValues(RuntimeError):
-    """The model's code asked a meta tensor for its values."""
-
 
 _IN_PLACE = frozenset(FUNCTION_RULES) | {"fill", "zero", "copy", "masked_fill"}
 """Functions whose in-place form (``add_``) returns its first argument and nothing new."""
+
+
+class Result(NamedTuple):
+    """What a function returned, its MACs, and what of it has no price."""
+
+    out: Any
+    macs: int = 0
+    unpriced: tuple[str, ...] = ()
 
 
 class Evaluator:
@@ -30,39 +33,41 @@ class Evaluator:
     def __init__(self) -> None:
         self._free: set[Any] = set()
 
-    def result(
-        self, func: Any, name: str, values: tuple[Any, ...], named: dict[str, Any], on_meta: bool
-    ) -> tuple[Any, int, tuple[str, ...]]:
+    def result(self, func: Any, name: str, args: Args, kwargs: Kwargs, on_meta: bool) -> Result:
         """What a function returns, its MACs and what of it has no price.
 
         Args:
             func: The function.
-            name: Its name; empty for a custom operation, for which no rule holds.
-            values: Positional arguments, as values stand for them here.
-            named: Keyword arguments.
+            name: Its name; empty where no rule holds, as for custom operations and wrappers of ``vmap``.
+            args: Positional arguments, as tensors stand for them here.
+            kwargs: Keyword arguments.
             on_meta: Whether the tensors are on ``meta``.
         """
         out: Any = NotImplemented
         if on_meta and name:
             rule = FUNCTION_RULES.get(name)
             if rule is not None:
-                out = rule(*values, **named)
-            elif name[-1] == "_" and name[-2] != "_" and name[0] != "_" and name[:-1] in _IN_PLACE and values:
-                out = values[0]
+                out = rule(*args, **kwargs)
+            elif name[-1] == "_" and name[-2] != "_" and name[0] != "_" and name[:-1] in _IN_PLACE and args:
+                out = args[0]
         row = BY_FUNCTION.get(name)
         macs_of = None if row is None else row.macs
-        if out is not NotImplemented or macs_of is not None or name in FREE_FUNCTIONS or func in self._free:
-            if out is NotImplemented:
-                out = func(*values, **named)
-            return out, 0 if macs_of is None else macs_of(values, named, out), ()
+        if not name:
+            return self._priced(func, args, kwargs)
+        if out is NotImplemented and macs_of is None and name not in FREE_FUNCTIONS and func not in self._free:
+            return self._priced(func, args, kwargs, remember=name not in functions.SOMETIMES_PRODUCTS)
+        if out is NotImplemented:
+            out = func(*args, **kwargs)
+        return Result(out, 0 if macs_of is None else macs_of(args, kwargs, out))
+
+    def _priced(self, func: Any, args: Args, kwargs: Kwargs, *, remember: bool = False) -> Result:
         if func is getattr:
-            return func(*values, **named), 0, ()
+            return Result(func(*args, **kwargs))
         with PricingMode() as pricing:
-            out = func(*values, **named)
-        free = not pricing.macs and not pricing.unpriced
-        if free and name not in functions.SOMETIMES_PRODUCTS and not isinstance(func, FunctionType):
+            out = func(*args, **kwargs)
+        if remember and not pricing.macs and not pricing.unpriced and not isinstance(func, FunctionType):
             self._free.add(func)
-        return out, pricing.macs, tuple(pricing.unpriced)
+        return Result(out, pricing.macs, tuple(pricing.unpriced))
 
 
 def read(func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], origins: Origins) -> Any:
@@ -76,14 +81,16 @@ def read(func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], orig
     return func(*map_tensors(args, Tensor.detach), **map_tensors(kwargs, Tensor.detach))
 
 
-def redirect(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], device: str
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Sends tensors that the model's code moves to a device to where values live here."""
-    if name in ("cuda", "cpu"):
-        return args[:1], {}
+def redirect(func: Any, name: str, args: Args, kwargs: Kwargs, device: torch.device | str) -> tuple[Any, Args, Kwargs]:
+    """Sends tensors that the model's code moves to a device to where values live here.
+
+    Returns:
+        The function to call, and its arguments.
+    """
+    if name in functions.DEVICE_METHODS:
+        return Tensor.to, (args[0], device), {}
     rest = tuple(torch.device(device) if functions.is_device(a) else a for a in args[1:])
-    return (*args[:1], *rest), {**kwargs, "device": device} if "device" in kwargs else kwargs
+    return func, (*args[:1], *rest), {**kwargs, "device": device} if kwargs.get("device") is not None else kwargs
 
 
 def without_masks(given: Any, index: Any, origins: Origins) -> Any:

@@ -17,8 +17,8 @@ def words(text: str) -> frozenset[str]:
 
 
 VALUE_READS = words(
-    """item tolist __bool__ __int__ __float__ __index__ __complex__ numpy __array__ nonzero masked_select unique
-    unique_consecutive bincount __contains__ equal allclose data_ptr"""
+    """item _local_scalar_dense tolist __bool__ __int__ __float__ __index__ __complex__ numpy __array__ nonzero
+    masked_select unique unique_consecutive bincount __contains__ equal allclose data_ptr"""
 )
 """They need a tensor's values."""
 
@@ -38,7 +38,10 @@ SILENT = words(
 )
 """They ask about a tensor and compute nothing."""
 
-CASTS = words("to cuda cpu type")
+DEVICE_METHODS = words("cuda cpu xpu npu mtia ipu hpu")
+"""They move a tensor to the device that they are named after."""
+
+CASTS = DEVICE_METHODS | words("to type _to_copy")
 """They may move a tensor to a device."""
 
 SOMETIMES_PRODUCTS = words(

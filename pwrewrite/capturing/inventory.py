@@ -7,6 +7,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from ..core.nested import tensors_of
+from .tensors import element_count, kind_of
 
 
 class Inventory:
@@ -60,6 +61,33 @@ class Inventory:
         """Every buffer once."""
         found = {id(b): b for m in self.modules if m._buffers for b in m._buffers.values() if b is not None}
         return list(found.values())
+
+    @cached_property
+    def kinds(self) -> set[str]:
+        """Kinds of its parameters and buffers that are no plain tensors."""
+        alike = {(type(t), t.layout, t.dtype, t.is_nested): t for t in (*self.parameters, *self.buffers)}
+        return set(map(kind_of, alike.values())) - {""}
+
+    @cached_property
+    def size(self) -> int:
+        """Elements of all parameters, each tensor once."""
+        return sum(map(element_count if "uninitialized" in self.kinds else Tensor.numel, self.parameters))
+
+    @cached_property
+    def strays(self) -> dict[int, str]:
+        """Modules that a module holds in a plain list, tuple or dict, and theirs, by identity, with a name for each."""
+        strays: dict[int, str] = {}
+        for module in self.modules:
+            path = self.names[id(module)][0]
+            for name, value in module.__dict__.items():
+                if name[:1] != "_" and isinstance(value, (list, tuple, dict)):
+                    prefix = f"{path}.{name}" if path else name
+                    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                        if isinstance(item, nn.Module):
+                            for inner, part in item.named_modules(prefix=f"{prefix}.{key}"):
+                                if id(part) not in self.names:
+                                    strays.setdefault(id(part), inner)
+        return strays
 
     @cached_property
     def owned(self) -> dict[int, tuple[str, Tensor]]:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from .records import MemoryEvent
 
+_NO_STORAGE = (NotImplementedError, RuntimeError, ValueError)
+"""What wrappers, sparse and uninitialized tensors raise that have none."""
+
 
 class _Birth(weakref.ref):  # type: ignore[type-arg]
     """A weak reference that remembers which storage its tensor belongs to."""
@@ -55,7 +58,7 @@ class Liveness:
         """
         try:
             untyped = t.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # functorch's and sparse tensors have none
+        except _NO_STORAGE:
             return None
         key = untyped._cdata
         storage = self._storages.get(key)
@@ -75,6 +78,14 @@ class Liveness:
         self._births.add(birth)
         return maker
 
+    def maker(self, t: Tensor) -> str:
+        """Name of the node that made a tensor's storage; empty where none did."""
+        try:
+            storage = self._storages.get(t.untyped_storage()._cdata)
+        except _NO_STORAGE:
+            return ""
+        return "" if storage is None else storage.node
+
     def pass_by(self, node: str, nbytes: int) -> None:
         """Notes memory that an operation holds beside its result while it runs."""
         if nbytes:
@@ -85,7 +96,7 @@ class Liveness:
         """Takes a tensor's storage for no activation: it belongs to the model or to the user's code."""
         try:
             key = t.untyped_storage()._cdata
-        except (NotImplementedError, RuntimeError):
+        except _NO_STORAGE:
             return
         self._storages.setdefault(key, _Storage("", 0)).users += 1
 

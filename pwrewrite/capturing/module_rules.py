@@ -23,11 +23,13 @@ class Leaf(NamedTuple):
     Attributes:
         op: Canonical name; that of a convolution comes from its spec.
         output: ``output(module, x, *args, **kwargs) -> Tensor``.
+        product: Whether it has a weight that it multiplies with.
         convolution: Whether it is a convolution.
     """
 
     op: str
     output: Callable[..., Any]
+    product: bool = False
     convolution: bool = False
 
 
@@ -92,7 +94,7 @@ _RULES: dict[str, Callable[..., Any]] = {
 """Name of a shape rule in `pwrewrite.core.operations` to what it is for modules."""
 
 MODULE_RULES: dict[Any, Leaf] = {
-    kind.forward: Leaf(row.name, _RULES.get(row.shape, _on_meta), row.shape == "convolution")
+    kind.forward: Leaf(row.name, _RULES.get(row.shape, _on_meta), row.kind == "product", row.shape == "convolution")
     for row in OPERATIONS
     for kind in row.modules
 }

@@ -1,8 +1,9 @@
 """The graph under construction, and where every tensor in it comes from.
 
-A tensor's origin is the attribute ``_pw_node`` on the tensor object, so that nothing here keeps an activation alive.
-Tensors that the run did not make (parameters, buffers, constants of the user's code) carry no mark: they are stood
-for by an alias that does.
+A tensor's origin is an attribute on the tensor object, so that nothing here keeps an activation alive. Tensors that the
+run did not make (parameters, buffers, constants of the user's code) carry no mark: they are stood for by an alias that
+does. A wrapper of ``vmap`` or ``grad`` comes from where the tensor in it comes from, and what a transform returns comes
+from what made its memory.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from ..core.nested import map_tensors, tensors_of, to_meta
 from .inventory import Inventory
 from .liveness import Liveness
 from .records import NodeInfo, TensorSpec, info, set_info
+from .tensors import has_shape_only, kind_of, shape_of
+from .transforms import rewrapped, unwrapped
+
+_ORIGIN = "_pw_node"
 
 _CONSTANT_LIMIT = 1_000_000
 """Elements above which a tensor of the user's stands on ``meta``, its values unread."""
@@ -26,7 +31,11 @@ _CONSTANT_LIMIT = 1_000_000
 
 def spec_of(t: Tensor) -> TensorSpec:
     """Shape and dtype of a tensor."""
-    return TensorSpec(tuple(t.shape), t.dtype)
+    return TensorSpec(shape_of(t), t.dtype)
+
+
+class NeedsValues(RuntimeError):
+    """The model's code asked a meta tensor for its values."""
 
 
 class Piece:
@@ -53,6 +62,8 @@ class Origins:
         graph: The graph so far.
         constants: Tensors that the graph reads and no module owns, by their name in the graph.
         lost: How many tensors came from code that torch functions do not show.
+        outside: Weights that the graph reads and that are no parameters of the model.
+        transformed: Whether a function transform ran.
     """
 
     def __init__(
@@ -61,6 +72,8 @@ class Origins:
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
         self.lost = 0
+        self.outside: list[Tensor] = []
+        self.transformed = False
         self._inventory = inventory
         self._liveness = liveness
         self._real = real
@@ -126,16 +139,36 @@ class Origins:
     def mark(self, out: Any, node: fx.Node) -> None:
         """Notes that ``node`` made a tensor, or the tensors in a container."""
         if isinstance(out, Tensor):
-            out._pw_node = node  # type: ignore[attr-defined]
+            setattr(out, _ORIGIN, node)
+            if self.transformed:
+                self._set_origin(out, node)
         elif self._items:
             self._mark_pieces(out, node, ())
         else:
             for t in tensors_of(out):
-                t._pw_node = node  # type: ignore[attr-defined]
+                self._set_origin(t, node)
+
+    def _set_origin(self, t: Tensor, origin: fx.Node | Piece) -> None:
+        setattr(t, _ORIGIN, origin)
+        if self.transformed:
+            setattr(unwrapped(t), _ORIGIN, origin)
+
+    def _origin(self, t: Tensor) -> fx.Node | Piece | None:
+        """The node of this recording that made a tensor."""
+        origin: fx.Node | Piece | None = getattr(t, _ORIGIN, None)
+        if origin is not None and origin.graph is self.graph:
+            return origin
+        inner = unwrapped(t) if self.transformed else t
+        return None if inner is t else self._origin(inner)
+
+    def _maker(self, t: Tensor) -> fx.Node | None:
+        """The node that made the memory of a tensor which a function transform moved the lanes of."""
+        name = self._liveness.maker(t) if self.transformed else ""
+        return next((node for node in self.graph.nodes if node.name == name), None) if name else None
 
     def _mark_pieces(self, value: Any, node: fx.Node, where: tuple[Any, ...]) -> None:
         if isinstance(value, Tensor):
-            value._pw_node = Piece(node, where) if where else node  # type: ignore[attr-defined]
+            self._set_origin(value, Piece(node, where) if where else node)
         elif isinstance(value, (tuple, list)):
             for i, item in enumerate(value):
                 self._mark_pieces(item, node, (*where, i))
@@ -145,14 +178,15 @@ class Origins:
 
     def known(self, t: Tensor) -> bool:
         """Whether this recording made the tensor object."""
-        origin = getattr(t, "_pw_node", None)
-        return origin is not None and origin.graph is self.graph
+        origin = getattr(t, _ORIGIN, None)
+        return (origin is not None and origin.graph is self.graph) or self._origin(t) is not None
 
     def node(self, t: Tensor) -> fx.Node:
         """The node a tensor comes from; a ``get_attr`` for parameters, buffers and constants."""
-        origin: Any = getattr(t, "_pw_node", None)
+        origin: Any = getattr(t, _ORIGIN, None)
         if origin is None or self._aliases or origin.graph is not self.graph:
-            origin = getattr(self.value(t), "_pw_node")  # noqa: B009
+            value = self.value(t)
+            origin = getattr(value, _ORIGIN, None) or self._origin(value)
         if type(origin) is Piece:
             return self._resolve(origin, t)
         assert isinstance(origin, fx.Node)
@@ -172,31 +206,61 @@ class Origins:
         return piece.node
 
     def value(self, t: Tensor) -> Tensor:
-        """What stands for a tensor here: itself, or an alias for one that the run did not make."""
+        """What stands for a tensor here: itself, or an alias for one that the run did not make.
+
+        Raises:
+            NeedsValues: If it has no form without values, or gradients flow to it through a function transform.
+        """
         if self._aliases:
             alias = self._aliases.get(id(t))
             if alias is not None:
                 return alias
-        origin = getattr(t, "_pw_node", None)
+        origin = getattr(t, _ORIGIN, None)
         if origin is not None and origin.graph is self.graph:
             return t
+        inner = unwrapped(t)
+        if inner is not t:
+            value = self.value(inner)
+            wrapper = t if self._real or value is inner else rewrapped(t, value)
+            if wrapper is None:
+                raise NeedsValues("a function transform takes gradients of the model's own weights")
+            return wrapper
         name, known = self._inventory.owned.get(id(t), ("", None))
-        if self._real:
-            values = self._materialized(name, t) if t.is_meta else t.detach()
-            alias = values if isinstance(t, nn.Parameter) else values.clone()
-        elif t.is_meta or isinstance(t, nn.Parameter) or t.numel() > _CONSTANT_LIMIT:
-            alias = to_meta(t.detach()) if not t.is_meta else t.detach()
-        else:
-            alias = t.detach().clone()
+        if known is None and not isinstance(t, nn.Parameter):
+            maker = self._maker(t)
+            if maker is not None:
+                self._set_origin(t, maker)
+                return t
+        alias = self._alias(name, t)
         self._aliases[id(t)] = alias
         self._held.append(t)
         self._liveness.ignore(alias)
-        alias._pw_node = self._attribute(name, t, lost=known is None and t.is_meta)  # type: ignore[attr-defined]
+        lost = known is None and t.is_meta and not isinstance(t, nn.Parameter)
+        self._set_origin(alias, self._attribute(name, t, lost=lost))
         return alias
+
+    def _alias(self, name: str, t: Tensor) -> Tensor:
+        if self._real:
+            values = self._materialized(name, t) if t.is_meta else t.detach()
+            return values if isinstance(t, nn.Parameter) else values.clone()
+        if t.is_meta:
+            return t.detach()
+        if has_shape_only(t) and (isinstance(t, nn.Parameter) or t.numel() > _CONSTANT_LIMIT):
+            return to_meta(t.detach())
+        return t.detach().clone()
 
     def meta_value(self, t: Tensor) -> Tensor:
         """The same, on ``meta``."""
-        return to_meta(self.value(t))
+        value = self.value(t)
+        if value.is_meta:
+            return value
+        if not has_shape_only(t):
+            raise NeedsValues(f"a {kind_of(t)} tensor has no form without values")
+        inner = unwrapped(value)
+        wrapper = to_meta(value) if inner is value else rewrapped(value, to_meta(inner))
+        if wrapper is None:
+            raise NeedsValues("a function transform takes gradients of the model's own weights")
+        return wrapper
 
     def written(self, t: Tensor, node: fx.Node, *, on_meta: bool) -> None:
         """Notes that ``node`` wrote into a tensor: it is the tensor's origin from now on.
@@ -210,7 +274,7 @@ class Origins:
         if on_meta and not value.is_meta:
             self._aliases[id(t)] = value = to_meta(value)
             self._held.append(t)
-        value._pw_node = node  # type: ignore[attr-defined]
+        self._set_origin(value, node)
 
     def overwritten(self, t: Tensor) -> bool:
         """Whether a tensor with values of its own stands for one without."""
@@ -225,6 +289,8 @@ class Origins:
         elif not name:
             name = f"_constant{len(self.constants)}"
             self.constants[name] = t
+            if isinstance(t, nn.Parameter):
+                self.outside.append(t)
         node = self._attributes.get(name)
         if node is None:
             node = self.graph.create_node("get_attr", name, (), None, self._name(name))

@@ -16,6 +16,9 @@ The recorder keeps no activation alive (see `origins`), so that the deaths it ob
 
 C++ that torch functions do not show (TorchScript functions) is recorded in a second run, one aten operation at a time.
 
+Other threads that the model starts, or hands work to, are recorded as its own; see `threads`. What stands between the
+model's code and the functions it calls (function transforms, higher-order operators) is for `transforms`.
+
 Limits: an in-place write through a view is an edge from the view, not from its base, and values that leave torch
 (through NumPy or Python numbers) and come back are constants. A TorchScript *module* is one opaque node, and starts a
 new island.
@@ -24,33 +27,55 @@ new island.
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunction
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..core.convolution import ConvSpec
-from ..core.cost import Cost, PricingMode
-from ..core.nested import map_tensors, tensors_of
+from ..core.cost import Cost
+from ..core.nested import Args, Kwargs, map_tensors, tensors_of
 from ..core.operations import convolution_call
 from . import functions
 from .bookkeeping import Bookkeeper
 from .evaluate import Evaluator, read, redirect, without_masks
 from .inventory import Inventory
+from .leaves import Leaves
 from .liveness import Liveness
-from .module_rules import Leaf, leaf_rule, module_window
+from .module_rules import Leaf, leaf_rule
 from .origins import Origins, spec_of
 from .records import NodeInfo, Window, set_info
-from .shapes import convolve, pool_call_window
+from .shapes import pool_call_window
+from .threads import recorded_threads
+from .transforms import in_python, is_wrapped, transforming, uncompiled
 
-_original_call: Any = nn.Module.__call__
+_original_call = nn.Module.__call__
 
-_running = threading.RLock()
-"""Held by the one recording that may run at a time, since it replaces ``nn.Module.__call__``."""
+
+_APART, _RECORDED, _BUSY = range(3)
+
+
+class _Here(threading.local):
+    """What a recorder knows of one thread.
+
+    Attributes:
+        state: Whether what the thread does is apart from the recording, recorded, or the recorder's own.
+        scope: Paths of the modules whose code runs, the innermost last.
+    """
+
+    state = _APART
+
+    def __init__(self) -> None:
+        self.scope: list[str] = []
+
+    @property
+    def recorded(self) -> bool:
+        """Whether what the thread does belongs to the recording."""
+        return self.state != _APART
 
 
 class Recorder(TorchFunctionMode):
@@ -66,6 +91,7 @@ class Recorder(TorchFunctionMode):
         origins: The graph and the origins of tensors.
         liveness: Births and deaths of activations.
         opaque: Paths of TorchScript modules, which are not looked into.
+        notes: What a reader should be told of how operations were recorded.
     """
 
     def __init__(self, inventory: Inventory, *, real: bool = False, deep: bool = False, items: bool = False) -> None:
@@ -78,18 +104,18 @@ class Recorder(TorchFunctionMode):
         self.liveness = Liveness()
         self.origins = Origins(inventory, self.liveness, real=real, items=items, device=self.device)
         self.opaque: list[str] = []
+        self.notes: dict[str, None] = {}
         self.deep = deep
-        self.busy = 0
-        self._scope: list[str] = []
-        self._thread = threading.get_ident()
-        self._books = Bookkeeper(self.origins, self.liveness, self._scope)
+        self.here = _Here()
+        self._lock = threading.RLock()
+        self._books = Bookkeeper(self.origins, self.liveness, inventory, self.here)
+        self._leaves = Leaves(self.origins, self._books, real=real)
         self._evaluator = Evaluator()
-        self._specs: dict[int, ConvSpec] = {}
         self._paths = {key: names[0] for key, names in inventory.names.items()}
 
     # ------------------------------------------------------------------------------------------- running
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]) -> None:
+    def run(self, args: Args, kwargs: Kwargs, names: list[str]) -> None:
         """Calls the model on prepared inputs and records the graph.
 
         Args:
@@ -102,170 +128,111 @@ class Recorder(TorchFunctionMode):
             node = origins.placeholder(name, tensor)
             self.liveness.watch(tensor, node.name, known=origins.known(tensor))
             origins.mark(tensor, node)
-        recorder = self
+        recorder, here = self, self.here
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if recorder.busy or threading.get_ident() != recorder._thread:
-                return _original_call(module, *args, **kwargs)
-            return recorder.call_module(module, args, kwargs)
+            state = here.state
+            if state == _RECORDED:
+                return recorder.call_module(module, args, kwargs)
+            if (
+                state == _APART
+                and id(module) in recorder._paths
+                and any(map(origins.known, tensors_of((args, kwargs))))
+            ):
+                return recorder.within(recorder.call_module, [])(module, args, kwargs)
+            return _original_call(module, *args, **kwargs)
 
-        with _running:
-            nn.Module.__call__ = call  # type: ignore[method-assign]
-            try:
-                with torch.no_grad(), _eager_dynamo(), _deep() if self.deep else _nothing(), self:
-                    out = self.model(*args, **kwargs)
-            finally:
-                nn.Module.__call__ = _original_call  # type: ignore[method-assign]
+        setattr(nn.Module, "__call__", call)  # noqa: B010
+        try:
+            with recorded_threads(self), uncompiled():
+                out = self.within(self.model, [])(*args, **kwargs)
+        finally:
+            setattr(nn.Module, "__call__", _original_call)  # noqa: B010
         with DisableTorchFunction():
-            found = tensors_of(out)
+            results = tensors_of(out)
             node = origins.output(out)
-            set_info(node, NodeInfo("output", "", tuple(map(spec_of, found)), (), Cost()))
+            set_info(node, NodeInfo("output", "", tuple(map(spec_of, results)), (), Cost()))
 
-    def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def within(self, function: Any, scope: list[str]) -> Any:
+        """A function that is recorded in whatever thread it is called.
+
+        Args:
+            function: The function.
+            scope: Paths of the modules whose code calls it.
+        """
+        here = self.here
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            if here.recorded:
+                return function(*args, **kwargs)
+            here.state, here.scope = _RECORDED, list(scope)
+            try:
+                with torch.no_grad(), self._depth(), self:
+                    return function(*args, **kwargs)
+            finally:
+                here.state = _APART
+
+        return recorded
+
+    def _depth(self) -> AbstractContextManager[object]:
+        return _Deep() if self.deep else nullcontext()  # type: ignore[no-untyped-call]
+
+    def call_module(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """What replaces ``nn.Module.__call__``: a leaf becomes a node, the rest runs and is looked into."""
         path = self._paths.get(id(module))
-        rule = leaf_rule(type(module)) if path is not None else None
+        rule = leaf_rule(type(module)) if path is not None and not transforming() else None
         attributes = module.__dict__
-        if rule is not None and "forward" not in attributes:
-            if not _has_hooks(attributes):
-                return self._leaf(module, path or "", rule, args, kwargs)
-            if not ((rule.convolution or rule.op == "linear") and module._parameters.get("weight") is None):
-                return self._hooked_leaf(module, path or "", rule, args, kwargs)
-        if isinstance(module, torch.jit.ScriptModule):
-            return self._script(module, path or "", args, kwargs)
-        scope = self._scope
-        scope.append(path if path is not None else self._here())
+        here = self.here
+        if path is None:
+            path = self.inventory.strays.get(id(module), self._scope())
         try:
-            return _original_call(module, *args, **kwargs)
+            if rule is not None and "forward" not in attributes:
+                if not (attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]):
+                    return self._leaf(module, path, rule, args, kwargs)
+                if not (rule.product and module._parameters.get("weight") is None):
+                    attributes["forward"] = lambda *args, **kwargs: self._leaf(module, path, rule, args, kwargs)
+                    try:  # the hooks run as ever, around the node
+                        return _original_call(module, *args, **kwargs)
+                    finally:
+                        attributes.pop("forward", None)
+            here.scope.append(path)
+            try:
+                if isinstance(module, torch.jit.ScriptModule):
+                    return self._script(module, path, args, kwargs)
+                return _original_call(module, *args, **kwargs)
+            finally:
+                here.scope.pop()
         except Exception as error:
             _blame(error, path)
             raise
-        finally:
-            scope.pop()
 
-    def _here(self) -> str:
-        return self._scope[-1] if self._scope else ""
+    def _scope(self) -> str:
+        return self.here.scope[-1] if self.here.scope else ""
 
-    # -------------------------------------------------------------------------------------------- leaves
-
-    def _hooked_leaf(self, module: Any, path: str, rule: Leaf, args: Any, kwargs: Any) -> Any:
-        """A leaf whose hooks run as ever, around the node."""
-        attributes = module.__dict__
-        attributes["forward"] = lambda *a, **k: self._leaf(module, path, rule, a, k)
-        try:
-            return _original_call(module, *args, **kwargs)
-        finally:
-            attributes.pop("forward", None)
-
-    def _leaf(self, module: Any, path: str, rule: Leaf, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with DisableTorchFunction():
-            origins, op = self.origins, rule.op
-            spec = window = None
-            macs = 0
-            self.busy += 1
+    def _leaf(self, module: nn.Module, path: str, rule: Leaf, args: Args, kwargs: Kwargs) -> Any:
+        here = self.here
+        with DisableTorchFunction(), self._lock:
+            here.state = _BUSY
             try:
-                if rule.convolution:
-                    spec = self._specs.get(id(module))
-                    if spec is None:
-                        spec = self._specs[id(module)] = ConvSpec.of_module(module)
-                out = NotImplemented
-                if not self.real:
-                    out = self._by_rule(module, rule, spec, args, kwargs)
-                if out is NotImplemented:
-                    out = self._run_leaf(module, args, kwargs)
-            except Exception as error:
-                _blame(error, path)
-                raise
+                return self._leaves.call(module, path, rule, args, kwargs)
             finally:
-                self.busy -= 1
-            if spec is not None:
-                op = spec.op
-                window = Window(spec.kernel_size, spec.stride, spec.padding, spec.dilation, spec.transposed)
-                x = args[0] if args else next(iter(kwargs.values()))
-                macs = spec.macs(x.shape, out.shape)
-            elif op == "linear":
-                macs = out.numel() * module.in_features
-            elif op in functions.WINDOWED:
-                window = module_window(module)
-            node = origins.create("call_module", path, args, kwargs, path or op)
-            params = size = 0
-            for t in module._parameters.values():
-                if t is not None:
-                    params += self._books.count(t)
-                    size += t.nbytes
-            for t in module._buffers.values():
-                if t is not None:
-                    size += t.nbytes
-            writes = bool(module.__dict__.get("inplace", False))
-            given = args if not kwargs else (args, kwargs)
-            self._books.record(
-                node, op, path, given, out,
-                macs=macs, writes=writes, params=params, weight_bytes=size, window=window, spec=spec,
-                temporary=functions.temporary_bytes(op, args, out) if op in functions.INDEXED else 0,
-            )  # fmt: skip
-            return out
+                here.state = _RECORDED
 
-    def _by_rule(self, module: Any, rule: Leaf, spec: ConvSpec | None, args: Any, kwargs: Any) -> Any:
-        convert = self.origins.meta_value
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            x = convert(args[0])
-            return rule.output(module, x) if spec is None else convolve(spec, x, module._parameters.get("weight"))
-        values, named = map_tensors(args, convert), map_tensors(kwargs, convert)
-        if values or len(named) != 1:
-            return rule.output(module, *values, **named)
-        return rule.output(module, *named.values())
-
-    def _run_leaf(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Runs a leaf's own forward, its weights replaced by what they stand for here."""
-        value = self.origins.value if self.real else self.origins.meta_value
-        values, named = map_tensors(args, value), map_tensors(kwargs, value)
-        attributes = module.__dict__
-        own = {store: attributes[store] for store in ("_parameters", "_buffers")}
-        for store, tensors in own.items():
-            attributes[store] = {name: None if t is None else value(t) for name, t in tensors.items()}
-        try:
-            return type(module).forward(module, *values, **named)
-        finally:
-            attributes.update(own)
-
-    def _script(self, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs a TorchScript module as one node, priced from inside."""
+    def _script(self, module: nn.Module, path: str, args: Args, kwargs: Kwargs) -> Any:
         self.opaque.append(path)
-        self.busy += 1
-        try:
-            with DisableTorchFunction(), PricingMode() as pricing:
-                value = self.origins.value if self.real else self.origins.meta_value
-                values, named = map_tensors(args, value), map_tensors(kwargs, value)
-                module_: Any = module
-                device = next((str(t.device) for t in tensors_of((values, named))), "cpu")
-                weights = next(module.parameters(), None)
-                if weights is not None and str(weights.device) != device:
-                    import copy
-
-                    module_ = copy.deepcopy(module).to(device)
-                out = _original_call(module_, *values, **named)
-        finally:
-            self.busy -= 1
-        with DisableTorchFunction():
-            node = self.origins.create("call_module", path, args, kwargs, path or "script")
-            weights_of = list(module.parameters())
-            params = sum(self._books.count(p) for p in weights_of)
-            size = sum(p.nbytes for p in weights_of)
-            unpriced = tuple(pricing.unpriced)
-            self._books.record(
-                node, "script", path, (args, kwargs), out,
-                macs=pricing.macs, params=params, weight_bytes=size, unpriced=unpriced,
-            )  # fmt: skip
-        return out
+        with DisableTorchFunction(), self._lock:
+            self.here.state = _BUSY
+            try:
+                return self._leaves.script(module, path, args, kwargs)
+            finally:
+                self.here.state = _RECORDED
 
     # ----------------------------------------------------------------------------------------- functions
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         """Sees every torch function and tensor method that runs outside a leaf."""
         kwargs = kwargs or {}
-        if self.busy or threading.get_ident() != self._thread:
+        if self.here.state != _RECORDED:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "function")
         if name == "__get__":
@@ -278,102 +245,117 @@ class Recorder(TorchFunctionMode):
         elif name in functions.SILENT:
             return func(*args, **kwargs)
         try:
-            return self._function(func, name, args, kwargs)
+            if isinstance(func, HigherOrderOperator):
+                return self._higher_order(func, args, kwargs)
+            if isinstance(func, (OpOverload, OpOverloadPacket)):
+                packet = func.overloadpacket if isinstance(func, OpOverload) else func
+                aten = packet._qualified_op_name.startswith("aten::")
+                name = packet.__name__ if aten else ""
+            with self._lock:
+                return self._function(func, name, args, kwargs)
         except Exception as error:
-            _blame(error, self._here())
+            _blame(error, self._scope())
             raise
 
-    def _function(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _function(self, func: Any, name: str, args: Args, kwargs: Kwargs) -> Any:
         origins = self.origins
         if not args and "input" in kwargs:
             args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
         given = tensors_of(args)
         if kwargs:
             given += tensors_of(kwargs)
+        wrapped = transforming() and any(map(is_wrapped, given))
+        origins.transformed |= wrapped
         on_meta = not self.real and any(origins.value(t).is_meta for t in given)
         if on_meta and name in functions.VALUE_READS:
             return read(func, name, args, kwargs, given, origins)
+        writes = functions.writes(name, args, kwargs) if name else False
         convert = origins.meta_value if on_meta else origins.value
-        values: tuple[Any, ...] = tuple(
-            [convert(a) if isinstance(a, Tensor) else map_tensors(a, convert) for a in args]
-        )
-        named = map_tensors(kwargs, convert) if kwargs else kwargs
-        if not self.real and (name in functions.CASTS or "device" in kwargs):
-            values, named = redirect(name, values, named, "meta" if on_meta else "cpu")
+        own_args: Args = tuple([convert(a) if isinstance(a, Tensor) else map_tensors(a, convert) for a in args])
+        own_kwargs = map_tensors(kwargs, convert) if kwargs else kwargs
+        call = func
+        if name in functions.CASTS or "device" in kwargs:
+            call, own_args, own_kwargs = redirect(func, name, own_args, own_kwargs, "meta" if on_meta else self.device)
         elif on_meta and name in ("__getitem__", "__setitem__"):
-            values = (values[0], without_masks(args[1], values[1], origins), *values[2:])
-        writes = functions.writes(name, args, kwargs)
-        ours = isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
-        self.busy += 1
+            own_args = (own_args[0], without_masks(args[1], own_args[1], origins), *own_args[2:])
+        self.here.state = _BUSY
         try:
-            out, macs, unpriced = self._evaluator.result(func, "" if ours else name, values, named, on_meta)
+            result = self._evaluator.result(call, "" if wrapped else name, own_args, own_kwargs, on_meta)
         finally:
-            self.busy -= 1
-        made = tensors_of(out)
-        if not made and not writes:
+            self.here.state = _RECORDED
+        out = result.out
+        outputs = tensors_of(out)
+        if not outputs and not writes:
             return out
         spec = window = None
-        op = name.strip("_")
+        op = name.strip("_") or getattr(func, "__name__", "function").partition(".")[0]
         weights: set[int] = set()
-        if not ours and name in functions.CONVOLUTIONS:
+        if name in functions.CONVOLUTIONS:
             spec, weight, bias = convolution_call(name, args, kwargs)
-            window = Window(spec.kernel_size, spec.stride, spec.padding, spec.dilation, spec.transposed)
+            window = Window.of(spec)
             op = spec.op
             weights = {id(weight), id(bias)}
         elif name in functions.WINDOWED:
             window = pool_call_window(name, *args, **kwargs)
-        op = _OPS.get(op, op).partition(".")[0]
-        temporary = 0 if ours else functions.temporary_bytes(name, values, out)
+        op = _OPS.get(op, op)
+        temporary = functions.temporary_bytes(name, own_args, out)
         method = functions.is_method(func)
         node = origins.create("call_method" if method else "call_function", name if method else func, args, kwargs, op)
-        inputs = args if not kwargs else (args, kwargs)
         self._books.record(
-            node, op, self._here(), inputs, out,
-            macs=macs, writes=writes, window=window, spec=spec, unpriced=unpriced, weights=weights, temporary=temporary,
+            node, op, self._scope(), args if not kwargs else (args, kwargs), out,
+            macs=result.macs, writes=writes, window=window, spec=spec, unpriced=result.unpriced, weights=weights,
+            temporary=temporary,
         )  # fmt: skip
         if writes and given:
             value = origins.value(given[0])
             origins.written(given[0], node, on_meta=on_meta)
-            if made and made[0] is value:
+            if outputs and outputs[0] is value:
                 return given[0]
         return out
+
+    # ----------------------------------------------------------------------------- higher-order operators
+
+    def _higher_order(self, operator: HigherOrderOperator, args: Args, kwargs: Kwargs) -> Any:
+        """Records what an operator calls; on ``meta`` both branches of a ``cond`` and one round of a ``while_loop``."""
+        name, values = operator.__name__, [*args, *kwargs.values()]
+        with self:
+            if not self.real and name == "cond" and isinstance(values[0], Tensor):
+                self.notes["torch.cond: both branches are in the graph and in the totals; a run takes one"] = None
+                branches = [branch(*values[3]) for branch in values[1:3]]
+                return self._join(operator, (values[0], branches), branches[0], ())
+            if not self.real and name == "while_loop":
+                self.notes["torch.while_loop: how often it runs is not known; one round is in the totals"] = None
+                carried = (*values[2], *values[3])
+                values[0](*carried)
+                return self._join(operator, (carried,), values[1](*carried), (f"higher_order::{name}",))
+            implementation = in_python(operator)
+            if implementation is not None:
+                return implementation(*args, **kwargs)
+        return self._function(operator, "", args, kwargs)
+
+    def _join(self, operator: HigherOrderOperator, args: Args, results: Any, unpriced: tuple[str, ...]) -> Any:
+        """One node behind what an operator called."""
+        with DisableTorchFunction(), self._lock:
+            out = map_tensors(results, torch.empty_like)
+            node = self.origins.create("call_function", operator, args, {}, operator.__name__)
+            self._books.record(node, operator.__name__, self._scope(), args, out, unpriced=unpriced)
+            return out
 
 
 class _Deep(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Calls every dispatched operation again as a torch function, so that a recorder sees those that came from C++."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         return func(*args, **(kwargs or {}))
 
 
-_OPS = {"multi_head_attention_forward": "attention", "scaled_dot_product_attention": "attention"}
+_OPS = {
+    "multi_head_attention_forward": "attention",
+    "scaled_dot_product_attention": "attention",
+}
 
 
-def _blame(error: Exception, path: str | None) -> None:
+def _blame(error: Exception, path: str) -> None:
     """Notes the innermost module that an exception came from."""
-    if path is not None and not hasattr(error, "_pw_where"):
-        error._pw_where = path  # type: ignore[attr-defined]
-
-
-def _has_hooks(attributes: dict[str, Any]) -> bool:
-    return bool(attributes["_forward_hooks"] or attributes["_forward_pre_hooks"])
-
-
-def _deep() -> AbstractContextManager[Any]:
-    return _Deep()  # type: ignore[no-untyped-call]
-
-
-def _nothing() -> AbstractContextManager[Any]:
-    import contextlib
-
-    return contextlib.nullcontext()
-
-
-def _eager_dynamo() -> AbstractContextManager[Any]:
-    """Runs what was wrapped with ``torch.compile`` as the code it was made from."""
-    import sys
-
-    if "torch._dynamo" not in sys.modules:
-        return _nothing()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+    if not hasattr(error, "_pw_where"):
+        setattr(error, "_pw_where", path)  # noqa: B010

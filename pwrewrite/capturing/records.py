@@ -46,6 +46,11 @@ class Window:
     dilation: tuple[int, ...]
     transposed: bool = False
 
+    @classmethod
+    def of(cls, spec: ConvSpec) -> Window:
+        """The window of a convolution."""
+        return cls(spec.kernel_size, spec.stride, spec.padding, spec.dilation, spec.transposed)
+
 
 @dataclass(slots=True)
 class NodeInfo:

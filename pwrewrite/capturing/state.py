@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from ..core.random_state import keeping_random_state
 from .inventory import Inventory
+from .tensors import kind_of
 
 _CONTAINERS = (dict, list, set, deque)
 _HELD = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))
@@ -65,7 +66,7 @@ class _Kept:
     def put_back(self) -> None:
         """Puts the values back where they changed."""
         with torch.no_grad():
-            if self.tensor.layout is not torch.strided:  # it has no place of its own, and no comparison
+            if kind_of(self.tensor) in ("sparse", "nested"):  # it has no place of its own, and no comparison
                 self.tensor.copy_(self.values)
                 return
             if self.tensor.data_ptr() != self.data.data_ptr() or self.tensor.shape != self.data.shape:

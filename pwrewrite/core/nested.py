@@ -18,6 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+Args = tuple[Any, ...]
+"""Positional arguments of a call."""
+
+Kwargs = dict[str, Any]
+"""Keyword arguments of a call."""
+
 _SCALARS = frozenset((int, float, bool, str, type(None), type(Ellipsis), torch.dtype, torch.device))
 _REGISTERED: Mapping[type, Any] = getattr(_pytree, "SUPPORTED_NODES", {})
 _CLOSED = ("torch", "numpy", "builtins")

@@ -108,10 +108,12 @@ def attention_macs(query: tuple[int, ...], key: tuple[int, ...], value: tuple[in
 
 
 def _product(position: int, *names: str) -> Formula:
-    """A product whose left operand is the argument at ``position``, or under one of ``names``."""
+    """A product whose left operand, dense or sparse, is the argument at ``position``, or under one of ``names``."""
 
     def macs(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
         left = args[position] if len(args) > position else next(kwargs[name] for name in names if name in kwargs)
+        if left.layout is not torch.strided:  # every stored element meets every column
+            return int(left._nnz() * out.shape[-1])
         return matmul_macs(tuple(left.shape), tuple(out.shape))
 
     return macs
@@ -166,6 +168,21 @@ def _recurrent(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
     """Every weight matrix is applied once per step and batch item, in every layer and direction."""
     weights = args[3] if isinstance(args[3], (list, tuple)) else args[2]  # packed sequences bring batch sizes along
     return int(args[0][..., 0].numel() * sum(w.numel() for w in weights if w.dim() == 2))
+
+
+def _convolution_backward(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    """The gradients of input and weight cost what the convolution costs, each where it is asked for."""
+    grad, x, weight, _, stride, padding, dilation, transposed, extra, groups, mask = args
+    spec = ConvSpec.of_call(
+        weight.shape, stride, padding, dilation, groups, transposed=transposed, output_padding=extra
+    )
+    return spec.macs(tuple(x.shape), tuple(grad.shape)) * (bool(mask[0]) + bool(mask[1]))
+
+
+def _attention_backward(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    """Five products: the scores once more, and the gradients of values, scores, queries and keys."""
+    query, key, value = (tuple(t.shape) for t in args[1:4])
+    return int(prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1]))
 
 
 def _convolution_pointwise(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
@@ -293,20 +310,22 @@ def _products() -> Iterator[Operation]:
         kind, d = ("conv_transpose" if "Transpose" in module.__name__ else "conv"), module.__name__[-2:]
         yield Operation(kind + d, "product", "convolution", (module,), (kind + d,), macs=_convolution(kind))
     dispatched = ("convolution", "_convolution", "convolution_overrideable")
-    yield Operation("convolution", "product", dispatched=dispatched, macs=_convolution("convolution"))
+    yield Operation("convolution", "product", "convolution", (), dispatched, dispatched, _convolution("convolution"))
     yield Operation("linear", "product", "linear", (nn.Linear,), ("linear",), macs=_linear)
     functions = ("matmul", "__matmul__", "mm", "bmm", "mv", "dot")
-    dispatched = ("mm", "bmm", "mv", "dot", "vdot", "_int_mm", "_scaled_mm")
+    dispatched = ("mm", "bmm", "mv", "dot", "vdot", "_sparse_mm", "_int_mm", "_scaled_mm")
     yield Operation("matmul", "product", "", (), functions, dispatched, _product(0, "input", "self"))
     functions = ("addmm", "baddbmm", "addmv")
-    dispatched = (*functions, "_addmm_activation")
+    dispatched = (*functions, "_addmm_activation", "_sparse_addmm")
     yield Operation("addmm", "product", "", (), functions, dispatched, _product(1, "mat1", "batch1", "mat"))
     kernels = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
-    dispatched = tuple(f"_scaled_dot_product_{kernel}" for kernel in (*kernels, "fused_attention_overrideable"))
-    yield Operation("attention", "product", "", (), ("scaled_dot_product_attention",), dispatched, _attention)
+    attention = tuple(f"_scaled_dot_product_{kernel}" for kernel in (*kernels, "fused_attention_overrideable"))
+    yield Operation("attention", "product", "", (), ("scaled_dot_product_attention",), attention, _attention)
     yield Operation("lstm", "product", "recurrent", (), ("lstm", "gru", "rnn_tanh", "rnn_relu"), (), _recurrent)
     formulas: dict[str, Formula] = {
         "addbmm": lambda args, kwargs, out: prod(args[1].shape) * int(args[2].shape[-1]),
+        "convolution_backward": _convolution_backward,
+        **{f"{kernel}_backward": _attention_backward for kernel in attention},
         "mkldnn_rnn_layer": lambda args, kwargs, out: prod(args[0].shape[:2]) * (args[1].numel() + args[2].numel()),
         "torchvision::deform_conv2d": lambda args, kwargs, out: out.numel() * prod(args[1].shape[1:]),
         "mkldnn::_convolution_pointwise": _convolution_pointwise,

@@ -35,7 +35,7 @@ def torch_shares(capture: Capture, found: Sequence[Unit]) -> tuple[list[Share], 
                 continue
             if facts.op in _VECTOR_PRODUCTS or (facts.op == "matmul" and len(operand_shapes(node)[-1]) == 1):
                 rule = "matrix-vector products counted as 0"
-            elif facts.op in ("lstm", "deform_conv2d") or _without_formula(node, flop_registry):
+            elif facts.op in ("lstm", "deform_conv2d", "sparse_mm") or _without_formula(node, flop_registry):
                 rule = "no formula: counted as 0"
             if facts.op == "lstm":
                 caveats.append("an LSTM counts as 0 where oneDNN runs it, as on most CPUs")

@@ -1,0 +1,73 @@
+"""Sizes of tensors of every kind, those that are not a plain block of memory included.
+
+- A *sparse* tensor holds its indices and its stored elements; a product with it counts the stored elements only.
+- An *uninitialized* parameter (``nn.UninitializedParameter``, lazy modules) has no shape yet, and counts as nothing.
+- A *quantized* tensor holds integers; what is computed with it has no formula here and is listed as unpriced.
+- A *nested* tensor holds what its parts hold.
+- A *complex* product counts one multiply-accumulate for a pair of complex numbers, as all tools here do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+_PLAIN = (Tensor, nn.Parameter)
+_ORDINARY = frozenset((torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64))
+_CONVENTIONS = {
+    "sparse": "sparse tensors: a product counts the stored elements, bytes are those of indices and values",
+    "uninitialized": "uninitialized parameters have no shape yet and count as nothing",
+    "quantized": "quantized tensors: what is computed with them has no formula and is unpriced",
+    "nested": "nested tensors: sizes are those of all parts together",
+    "complex": "complex tensors: a product of two complex numbers counts as one multiply-accumulate",
+}
+
+
+def kind_of(t: Tensor) -> str:
+    """``sparse``, ``uninitialized``, ``quantized``, ``nested``, ``complex``, or empty for a plain tensor."""
+    if t.dtype in _ORDINARY and type(t) in _PLAIN and t.layout is torch.strided and not t.is_nested:
+        return ""
+    if is_lazy(t):
+        return "uninitialized"
+    if t.is_nested:
+        return "nested"
+    if t.layout is not torch.strided:
+        return "sparse"
+    return "quantized" if t.is_quantized else "complex" if t.is_complex() else ""
+
+
+def has_shape_only(t: Tensor) -> bool:
+    """Whether a tensor on ``meta`` can stand for one."""
+    return kind_of(t) in ("", "complex")
+
+
+def element_count(t: Tensor) -> int:
+    """Elements of a tensor, for a sparse one as if it were dense."""
+    return 0 if is_lazy(t) else t.numel()
+
+
+def byte_count(t: Tensor) -> int:
+    """Bytes that a tensor holds."""
+    if t.layout is torch.strided or t.is_nested:
+        return t.nbytes
+    t = t.detach()
+    if t.layout is torch.sparse_coo:
+        parts = [t._indices(), t._values()]
+    elif t.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = [t.crow_indices(), t.col_indices(), t.values()]
+    else:
+        parts = [t.ccol_indices(), t.row_indices(), t.values()]
+    return sum(part.nbytes for part in parts)
+
+
+def shape_of(t: Tensor) -> tuple[int, ...]:
+    """Shape of a tensor; that of a nested one is how many elements it has."""
+    return (t.numel(),) if t.is_nested else tuple(t.shape)
+
+
+def conventions(kinds: Set[str]) -> list[str]:
+    """How tensors of these kinds count."""
+    return [text for kind, text in _CONVENTIONS.items() if kind in kinds]

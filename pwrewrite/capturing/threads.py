@@ -1,0 +1,57 @@
+"""Work that a model does in threads of its own: `recorded_threads`.
+
+A torch function mode belongs to one thread. So while a model is recorded, threads that it starts and work that it hands
+to a ``concurrent.futures`` pool run under the recorder, too, and calls of the model's modules with the recording's
+tensors are recorded in whatever thread they come.
+
+Limits: functions (not modules) that other pools run in threads started before are not seen. Tensors that come back from
+them are counted, so that the report says that the totals are too low.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+
+class _Thread(Protocol):
+    @property
+    def recorded(self) -> bool: ...
+
+    @property
+    def scope(self) -> list[str]: ...
+
+
+class _Recorder(Protocol):
+    @property
+    def here(self) -> _Thread: ...
+
+    def within(self, function: Any, scope: list[str]) -> Any: ...
+
+
+@contextmanager
+def recorded_threads(recorder: _Recorder) -> Iterator[None]:
+    """Records what a recorded thread starts or submits."""
+    start, submit = threading.Thread.start, ThreadPoolExecutor.submit
+
+    def start_recorded(thread: threading.Thread) -> None:
+        pool = getattr(thread, "_target", None)  # the workers of a pool outlive the recording; their work is recorded
+        if recorder.here.recorded and getattr(pool, "__module__", "") != "concurrent.futures.thread":
+            setattr(thread, "run", recorder.within(thread.run, recorder.here.scope))  # noqa: B010
+        start(thread)
+
+    def submit_recorded(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        if recorder.here.recorded:
+            fn = recorder.within(fn, recorder.here.scope)
+        return submit(self, fn, *args, **kwargs)
+
+    setattr(threading.Thread, "start", start_recorded)  # noqa: B010
+    setattr(ThreadPoolExecutor, "submit", submit_recorded)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(threading.Thread, "start", start)  # noqa: B010
+        setattr(ThreadPoolExecutor, "submit", submit)  # noqa: B010
