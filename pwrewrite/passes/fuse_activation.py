@@ -20,6 +20,7 @@ from torch import fx, nn
 from ..capturing.eligibility import eligible, module_refusal
 from ..capturing.records import Capture, Layer, info
 from ..core.plan import Estimate, Op, Skip, SkipReason
+from ..edit.actions.bench import spec_of_module
 from ..forms.specs import spec_to_dict
 from ..layers.known import hooked
 from .base import Pass, Proposal, spec_of
@@ -201,6 +202,8 @@ def pads_itself(graph: Graph, layer: Layer, node: fx.Node) -> bool:
     if not isinstance(module, nn.Conv2d) or not layer.functional or len(layer.calls) != 1:
         return False
     if info(node).path != layer.path or any(map(any, layer.spec.padding if layer.spec else ())):
+        return False
+    if spec_of_module(module) != layer.spec:  # its code does not call what its attributes say
         return False
     refusal = module_refusal(layer.path, module, graph.owners.holders)
     return refusal is not None and refusal.reason is SkipReason.OVERRIDDEN_FORWARD
