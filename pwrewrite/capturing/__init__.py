@@ -21,6 +21,7 @@ from ..core.errors import CaptureError, InputError, first_line, shortened
 from ..core.nested import map_tensors, tensors_of
 from .inventory import Inventory
 from .layers import find_layers
+from .lazy import materialized
 from .recorder import Recorder
 from .records import Call, Capture, Coverage, Layer, MemoryEvent, NodeInfo, TensorSpec, Window, info
 from .shapes import ShapeError
@@ -61,7 +62,7 @@ def capture(
             the graph can be executed; otherwise their users read the operation's node.
 
     Returns:
-        The capture. ``model`` is as it was before.
+        The capture. ``model`` is as it was before; one with lazy modules is captured as a copy that was run once.
 
     Raises:
         InputError: If ``example_inputs`` is of the wrong kind.
@@ -75,8 +76,7 @@ def capture(
     attempts = {"auto": ("meta", "real"), "meta": ("meta",), "real": ("real",)}.get(values)
     if attempts is None:
         raise InputError("unknown values", expected="auto, meta or real", got=repr(values))
-    inventory = Inventory(model)
-    _refuse_lazy(inventory)
+    inventory = Inventory(materialized(model, args, kwargs))
     failure: Exception | None = None
     with _one_at_a_time, _no_collection():
         for attempt in attempts:
@@ -269,16 +269,6 @@ def _finish(recorder: Recorder, values: str, failure: Exception | None) -> Captu
 
 def _too_large(inventory: Inventory) -> bool:
     return sum(byte_count(p) for p in inventory.parameters if p.is_meta) > _REAL_LIMIT
-
-
-def _refuse_lazy(inventory: Inventory) -> None:
-    for module in inventory.modules:
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
-            raise CaptureError(
-                "a lazy module has no shapes yet",
-                where=inventory.path(module) or type(module).__name__,
-                hint="run the model once on real inputs first: model(*example_inputs)",
-            )
 
 
 def _refused(error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CaptureError:

@@ -20,6 +20,10 @@ def main() -> NoReturn:
         code = leaving.code
     except KeyboardInterrupt:  # outside of a command
         code = 130
+    except OSError as error:  # the help cannot be printed
+        from .running import stdout_failed
+
+        code = stdout_failed(error)
     from .running import leave
 
     leave(code if isinstance(code, int) else int(code is not None))

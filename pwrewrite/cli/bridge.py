@@ -102,5 +102,6 @@ def _parameter(each: Field[Any], typed: Typed) -> Parameter:
         metavar=typed.metavar,
         rich_help_panel=typed.panel,
         min=typed.least,
+        max=None if typed.least is None else 2**63 - 1,
     )
     return Parameter(each.name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info], default=default)

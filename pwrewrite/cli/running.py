@@ -1,7 +1,7 @@
 """How every command runs: errors in plain words, Ctrl-C, closed pipes, quiet libraries.
 
-Exit codes: 0 done; 1 refused, a limit exceeded, or a fault of pwrewrite; 2 wrong usage or input; 130 Ctrl-C; 141 the
-reader of stdout went away.
+Exit codes: 0 done; 1 refused, a limit exceeded, or a fault of pwrewrite; 2 wrong usage or input, or no room to write;
+130 Ctrl-C, 143 SIGTERM; 141 the reader of stdout went away.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 
 from ..core.errors import PwrewriteError
+from ..core.files import same_directory
 from .progress import Say, progressing
 
 if TYPE_CHECKING:
     from .options import Common
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT."""
-
 _BROKEN_PIPE = 141
+_STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG, errno.EIO)
 
 
 @contextlib.contextmanager
@@ -46,29 +45,83 @@ def handled(debug: bool) -> Iterator[None]:
     """
     debug = debug or os.environ.get("PWREWRITE_DEBUG", "") not in ("", "0")
     try:
-        yield
+        with _terminable():
+            yield
     except typer.Exit:
         raise
-    except KeyboardInterrupt:
-        if debug:
-            traceback.print_exc()
-        _say("interrupted")
-        raise typer.Exit(INTERRUPTED) from None
-    except PwrewriteError as error:
-        if debug:
-            traceback.print_exc()
-        _say_error("error:", str(error))
-        raise typer.Exit(error.exit_code) from None
     except BaseException as error:
-        if isinstance(error, OSError) and error.errno == errno.EPIPE:
-            _silence_stdout()
-            raise typer.Exit(_BROKEN_PIPE) from None
         if debug:
             traceback.print_exc()
+        raise typer.Exit(_told(error)) from None
+
+
+def _told(error: BaseException) -> int:
+    """Says what ended a command; the exit code for it."""
+    if isinstance(error, KeyboardInterrupt):
+        number = error.number if isinstance(error, Terminated) else signal.SIGINT
+        _say("interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}")
+        return 128 + number
+    if isinstance(error, OSError) and error.errno in _STDOUT_ERRORS and error.filename is None:
+        return stdout_failed(error)
+    if not isinstance(error, PwrewriteError):
+        from ..targets.user_code import raised_in_user_code
+
         lines = str(error).strip().splitlines()
-        what = type(error).__name__ + (f": {lines[0]}" if lines else "")
-        _say_error("internal error:", f"{what} (run with --debug; please report)")
-        raise typer.Exit(1) from None
+        theirs = raised_in_user_code(error)
+        if theirs is None:
+            what = type(error).__name__ + (f": {lines[0]}" if lines else "")
+            _say_error("internal error:", f"{what} (run with --debug; please report)")
+            return 1
+        error = theirs
+    _say_error("error:", str(error))
+    return error.exit_code
+
+
+def stdout_failed(error: OSError) -> int:
+    """Says that standard output cannot be written, unless its reader just went away; the exit code for it."""
+    _silence_stdout()
+    if error.errno == errno.EPIPE:
+        return _BROKEN_PIPE
+    reason = os.strerror(error.errno or 0)
+    _say_error("error:", f"cannot write to standard output: {reason[:1].lower()}{reason[1:]}\n  try: --output FILE")
+    return 2
+
+
+class Terminated(KeyboardInterrupt):
+    """Another process asked this one to end; what is half done is cleaned up as after Ctrl-C.
+
+    Attributes:
+        number: Of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Makes SIGTERM and SIGHUP end a command as Ctrl-C does, so that nothing half written stays."""
+    signals = [s for name in ("SIGTERM", "SIGHUP") if (s := getattr(signal, name, None)) is not None]
+    if threading.current_thread() is threading.main_thread():
+        signals = [s for s in signals if signal.getsignal(s) is signal.SIG_DFL]
+    else:
+        signals = []
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() == process:
+            raise Terminated(number)
+        os.kill(os.getpid(), number)  # a process that a library forked
+
+    for number in signals:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -78,7 +131,7 @@ def quiet(debug: bool) -> Iterator[None]:
     Args:
         debug: Whether to let warnings through.
     """
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), _descriptor_to_stderr():
+    with same_directory(), warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), _descriptor_to_stderr():
         if not debug:
             warnings.simplefilter("ignore")
         yield
@@ -171,13 +224,17 @@ def leave(code: int) -> NoReturn:
         code: The exit code.
     """
     if "torch" not in sys.modules:
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            code = code or stdout_failed(error)
         sys.exit(code)
     try:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-    except OSError:  # the reader went away
-        code = code or _BROKEN_PIPE
+    except OSError as error:
+        code = code or stdout_failed(error)
     finally:
         os._exit(code)
 

@@ -85,6 +85,21 @@ def check_writable(path: Path) -> None:
         )
 
 
+@contextlib.contextmanager
+def same_directory() -> Iterator[None]:
+    """Changes the working directory back that other people's code changes, so that paths still mean what they meant."""
+    try:
+        folder = os.getcwd()
+    except OSError:  # it is gone, and there is no way back
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.chdir(folder)
+
+
 def read_bytes(path: str | Path, limit: int = LARGEST_TEXT) -> bytes:
     """All of a file that should be small: a plan, a table, source code.
 

@@ -24,10 +24,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..capturing import split_inputs
+from ..capturing.lazy import has_lazy_modules, materialized
 from ..core.errors import InputError, TargetError, UsageError
 from ..core.option import from_keywords
 from ..core.options import TargetOptions
 from ..core.plan import Plan
+from ..core.random_state import check_seed
 from . import storage
 from .checkpoints import check_checkpoint
 from .inputs import ExampleInputs, describe_inputs, parse_input, resolve_inputs
@@ -167,7 +170,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, trust_target: bo
         WeightsError: If the saved weights are damaged or do not fit.
     """
     if model is not None:
-        return storage.restore(folder, model)
+        return storage.restore(folder, _with_shapes(model, storage.read_plan(folder)))
     storage.read_plan(folder)
     return load_target(str(folder), trust_target=trust_target, need_inputs=False).model
 
@@ -199,6 +202,7 @@ def _open_folder(options: TargetOptions, need_inputs: bool, seeded: bool) -> Loa
     args = dict(options.args or plan.model.get("args") or {})
     with _seeded(options.seed if seeded else None):
         original, info = resolve_model(origin, args)
+    original = _with_shapes(original, plan)
     model = storage.restore(folder, original)
     inputs: ExampleInputs = ()
     notes: tuple[str, ...] = ()
@@ -235,11 +239,23 @@ def _inputs(original: nn.Module, info: TargetInfo, plan: Plan) -> tuple[ExampleI
     except InputError:
         if not recorded:
             raise
+    return _recorded_inputs(original, plan)
+
+
+def _recorded_inputs(model: nn.Module, plan: Plan) -> tuple[ExampleInputs, tuple[str, ...]]:
+    """Inputs of the shapes that a plan records."""
     texts = [
         (f"{item['name']}=" if item.get("name") else "") + f"{'x'.join(map(str, item['shape']))}:{item['dtype']}"
-        for item in recorded
+        for item in plan.model.get("inputs") or []
     ]
-    return resolve_inputs(original, None, texts)
+    return resolve_inputs(model, None, texts)
+
+
+def _with_shapes(original: nn.Module, plan: Plan) -> nn.Module:
+    """The original model; a copy, run on inputs of the recorded shapes, where it has lazy modules."""
+    if not has_lazy_modules(original):
+        return original
+    return materialized(original, *split_inputs(_recorded_inputs(original, plan)[0]))
 
 
 def _shapes(described: Sequence[Mapping[str, Any]]) -> list[tuple[Any, Any]]:
@@ -255,6 +271,7 @@ def _seeded(seed: int | None) -> Iterator[None]:
     state = random.getstate()
     try:
         with torch.random.fork_rng(devices=[]):
+            check_seed(seed)
             torch.default_generator.manual_seed(seed)
             random.seed(seed)
             yield

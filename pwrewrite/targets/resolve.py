@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ..capturing.lazy import has_lazy_modules
 from ..core.errors import TargetError, TargetNotFound
 from .empty import empty_weights
 from .factories import as_model, construct, kind_of
@@ -168,7 +169,9 @@ def resolve_model(
     for building in buildings:
         try:
             with building:
-                return _resolve(target, args or {})
+                resolved = _resolve(target, args or {})
+            if not has_lazy_modules(resolved[0]):  # which cannot learn their shapes from weights without values
+                return resolved
         except TargetError as error:
             if error.__cause__ is None:  # it was not the model's code that raised
                 raise

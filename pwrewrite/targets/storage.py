@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,18 @@ def check_place(folder: str | Path, *, force: bool = False) -> None:
             got=", ".join(strange[:5]) or f"no {PLAN} of pwrewrite",
             hint="give another place, or remove it yourself",
         )
-    parent = target.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        why = "no write permission in" if parent.is_dir() else "not a folder:"
-        raise OutputError("the output folder cannot be written", where=str(folder), got=f"{why} {parent}")
+    try:
+        parent = next(p for p in target.parents if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            why = "no write permission in" if parent.is_dir() else "not a folder:"
+            raise OutputError("the output folder cannot be written", where=str(folder), got=f"{why} {parent}")
+        for name in target.relative_to(parent).parts:
+            with suppress(FileNotFoundError):
+                os.lstat(parent / name)  # which says that a name is too long
+    except OutputError:
+        raise
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 def _is_plan(path: Path) -> bool:

@@ -23,7 +23,6 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-import os
 import re
 import sys
 import traceback
@@ -93,23 +92,24 @@ def running_user_code(what: str, origin: Path | None, hint: str | None = None) -
         TargetError: The code raised, even what is no ``Exception``; Ctrl-C passes through.
     """
     argv, sys.argv = sys.argv, [str(origin or what)]
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # a working directory that is gone cannot be returned to
-            stack.callback(_return_to, os.getcwd())
-        try:
-            with contextlib.redirect_stdout(sys.stderr):
-                yield
-        except (PwrewriteError, KeyboardInterrupt, GeneratorExit):
-            raise
-        except BaseException as error:
-            raise user_error(error, what, origin, hint) from error
-        finally:
-            sys.argv = argv
+    try:
+        with files.same_directory(), contextlib.redirect_stdout(sys.stderr):
+            yield
+    except (PwrewriteError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise user_error(error, what, origin, hint) from error
+    finally:
+        sys.argv = argv
 
 
-def _return_to(folder: str) -> None:
-    with contextlib.suppress(OSError):
-        os.chdir(folder)
+def raised_in_user_code(error: BaseException) -> TargetError | None:
+    """The error to tell for an exception that nobody expected, if the user's own code raised it; else None."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or not _is_in(Path(frames[-1].filename), _target_roots):
+        return None
+    file = Path(frames[-1].filename)
+    return user_error(error, "the model's code", file)
 
 
 def locate(error: BaseException, origin: Path | None) -> str | None:
@@ -134,9 +134,9 @@ def user_error(error: BaseException, what: str, origin: Path | None, hint: str |
         return _syntax_error(error)
     if isinstance(error, SystemExit):
         return TargetError(
-            f"{what} calls sys.exit({error.code!r}) when it is loaded",
+            f"{what} calls sys.exit({error.code!r})",
             where=where,
-            hint='put the part that is a script under if __name__ == "__main__":',
+            hint='put the part that is a script under if __name__ == "__main__": and raise errors elsewhere',
         )
     if isinstance(error, ModuleNotFoundError) and error.name:
         top = error.name.partition(".")[0]
@@ -355,9 +355,14 @@ def _on_path(first: list[Path], last: list[Path]) -> Iterator[None]:
 
 
 def _lies_in(module: ModuleType, roots: list[Path]) -> bool:
-    """Whether a module's file lies in one of these folders, and is no installed package."""
-    path = Path(getattr(module, "__file__", None) or "/")
-    return any(path.is_relative_to(root) for root in roots) and not {"site-packages", "dist-packages"} & set(path.parts)
+    """Whether a module's file lies in one of these folders, and in no installed package."""
+    return _is_in(Path(getattr(module, "__file__", None) or "/"), roots)
+
+
+def _is_in(path: Path, roots: list[Path]) -> bool:
+    """Whether a file lies in one of these folders, and in no installed package and not in this one."""
+    installed = {"site-packages", "dist-packages"} & set(path.parts)
+    return any(path.is_relative_to(root) for root in roots) and not installed and not path.is_relative_to(_OURS)
 
 
 def _forget_namesakes(root: Path) -> None:

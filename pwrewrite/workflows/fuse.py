@@ -101,7 +101,7 @@ def fuse(
     """
     loaded = loaded_of(model, example_inputs)
     check_editable(loaded.model)
-    example_inputs = loaded.example_inputs
+    model, example_inputs = loaded.model, loaded.example_inputs
     kinds = DEFAULT if passes is None else [named_pass(each, DEFAULT) for each in as_list(passes)]
     chosen = [kind() if isinstance(kind, type) else kind for kind in kinds]
     _check(model, chosen)

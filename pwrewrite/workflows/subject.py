@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..capturing import Inputs, tensors_for
+from ..capturing import Inputs, split_inputs, tensors_for
+from ..capturing.lazy import materialized
 from ..core.errors import InputError, RefusedError
 from ..core.plan import Plan
 from ..edit.apply import copy_of
@@ -26,7 +27,7 @@ _OPERATOR = type(torch.ops.aten.relu.default)
 
 
 def loaded_of(model: Subject, example_inputs: Inputs | None) -> LoadedModel:
-    """A model with its example inputs.
+    """A model with its example inputs; a copy, run once on them, where it has lazy modules.
 
     Args:
         model: The model.
@@ -38,7 +39,9 @@ def loaded_of(model: Subject, example_inputs: Inputs | None) -> LoadedModel:
     if isinstance(model, LoadedModel):
         loaded = model if example_inputs is None else replace(model, example_inputs=tensors_for(example_inputs))
         return replace(
-            loaded, model=out_of_inference_mode(loaded.model), notes=(*loaded.notes, *_compiled_notes(loaded.model))
+            loaded,
+            model=_prepared(loaded.model, loaded.example_inputs),
+            notes=(*loaded.notes, *_compiled_notes(loaded.model)),
         )
     if not isinstance(model, nn.Module):
         hint = "pwrewrite.load_target opens what a text names" if isinstance(model, str) else None
@@ -47,7 +50,13 @@ def loaded_of(model: Subject, example_inputs: Inputs | None) -> LoadedModel:
         raise InputError("this is not a model", expected="a torch.nn.Module", got=type(model).__name__, hint=hint)
     if example_inputs is None:
         raise InputError("there are no example inputs", expected="a tensor, a tuple of inputs or a dict of them")
-    return LoadedModel(out_of_inference_mode(model), tensors_for(example_inputs), "", _compiled_notes(model))
+    inputs = tensors_for(example_inputs)
+    return LoadedModel(_prepared(model, inputs), inputs, "", _compiled_notes(model))
+
+
+def _prepared(model: nn.Module, example_inputs: Inputs) -> nn.Module:
+    """The model, or a copy of it that has shapes and can be trained."""
+    return out_of_inference_mode(materialized(model, *split_inputs(example_inputs)))
 
 
 def _compiled_notes(model: nn.Module) -> tuple[str, ...]:

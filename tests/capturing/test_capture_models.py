@@ -468,13 +468,40 @@ def test_not_a_model() -> None:
         capture(nn.ReLU(), X, values="fake")
 
 
-def test_lazy_modules() -> None:
-    with pytest.raises(CaptureError, match="lazy") as caught:
-        capture(nn.Sequential(nn.ReLU(), nn.LazyConv2d(4, 3)), X)
-    assert caught.value.where == "1"
-    model = nn.Sequential(nn.LazyConv2d(4, 3))
+def test_lazy_modules_take_their_shapes_on_a_copy() -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Dropout(), nn.Flatten(), nn.LazyLinear(5))
+    state = torch.get_rng_state()
+    captured = capture(model, X)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model[0].has_uninitialized_params()
+    assert captured.layers[0].in_channels == 4
+    assert [type(m).__name__ for m in model] == ["LazyConv2d", "LazyBatchNorm2d", "Dropout", "Flatten", "LazyLinear"]
+    assert capture(model, X.to("meta")).params == captured.params
     model(X)
     assert capture(model, X).layers[0].in_channels == 4
+
+
+class Uncalled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = nn.LazyConv2d(4, 3), nn.LazyConv2d(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "got", "where"),
+    [
+        (Uncalled(), "does not call it", "spare"),
+        (nn.Sequential(nn.LazyConv2d(4, 30)), "does not run", "0"),
+    ],
+)
+def test_lazy_modules_without_shapes(model: nn.Module, got: str, where: str) -> None:
+    with pytest.raises(CaptureError, match="lazy") as caught:
+        capture(model, X)
+    assert got in str(caught.value)
+    assert caught.value.where == where
 
 
 # ------------------------------------------------------------------------------------------------------ threads

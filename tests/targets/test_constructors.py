@@ -167,3 +167,30 @@ def test_files_that_are_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(TargetError, match=said) as caught:
         load_target(target)
     assert "timm:" not in (caught.value.hint or "")
+
+
+def test_lazy_modules_by_every_way(tmp_path: Path) -> None:
+    text = """
+    import torch
+    from torch import nn
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.second = nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.LazyConv2d(8, 3)
+            self.head = nn.LazyLinear(4)
+        def forward(self, x): return self.head(self.second(self.norm(self.first(x)).relu()).mean((2, 3)))
+    example_inputs = torch.zeros(2, 3, 8, 8)
+    """
+    file = write(tmp_path, text)
+    assert pwrewrite.analyze_target(file).params == 224 + 16 + 584 + 36
+    loaded = load_target(file)
+    result = pwrewrite.rewrite(loaded, what=[pwrewrite.passes.InsertReduction(0.5)])
+    assert loaded.model.first.has_uninitialized_params()
+    assert result.edits
+    result.save(tmp_path / "out", unverified=True)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = result.model(x)
+        assert torch.equal(pwrewrite.load(tmp_path / "out", load_target(file).model)(x), expected)
+        assert torch.equal(load_target(str(tmp_path / "out"), base=file).model(x), expected)
+    assert pwrewrite.fuse(load_target(file).model.eval(), x, verify=False).edits
