@@ -162,11 +162,11 @@ class Edit:
     op: Op
     kind: str
     method: str
-    rank_in: int | None
-    rank_out: int | None
-    params_before: int
-    params_after: int
-    relative_error: float | None
+    rank_in: int | None = None
+    rank_out: int | None = None
+    params_before: int = 0
+    params_after: int = 0
+    relative_error: float | None = None
     exact: str | None = None
     renamed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()

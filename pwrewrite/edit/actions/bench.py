@@ -9,15 +9,19 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from ...capturing.code_trace import NotTraceable
 from ...capturing.eligibility import find_holders, module_refusal
 from ...core.convolution import CONV_MODULES, ConvSpec
 from ...core.errors import PlanError
 from ...core.plan import Op, Skip, SkipReason
 from ...decompose import Factors
 from ...forms.specs import linear_spec
+from ..graph_edit import Regraphed
 from ..swap import held_elsewhere, names_of, replace_module
+from .evaluation import code_graph
 
 _T = TypeVar("_T")
+_M = TypeVar("_M", bound=nn.Module)
 
 Decomposer = Callable[[Op, Tensor], Factors | None]
 """From an op and the layer's weight to factors of the form and widths that the op names; None for the plain ones."""
@@ -77,6 +81,19 @@ class Bench:
                 hint="the plan was made for another model, or for this one before another rewrite",
             ) from None
 
+    def tensor(self, op: Op, name: str, key: str) -> Tensor:
+        """The parameter or buffer of a full name.
+
+        Raises:
+            PlanError: If there is none.
+        """
+        owner, _, attribute = name.rpartition(".")
+        tensor = getattr(self.find(op, owner, key), attribute, None)
+        if not isinstance(tensor, Tensor):
+            expected = "a parameter or buffer"
+            raise PlanError("the model has no such tensor", where=op.where(key), expected=expected, got=name)
+        return tensor
+
     def layer(self, op: Op, path: str, spec: ConvSpec, key: str = "path") -> Any:
         """A convolution or linear module that an op was made for and that may be replaced.
 
@@ -90,9 +107,22 @@ class Bench:
             PlanError: If there is no such module.
             Refused: If it may not be replaced.
         """
+        module = self.same_layer(op, path, spec, key)
+        skip = module_refusal(path, module, self._holders)
+        if skip is not None:
+            raise Refused(skip)
+        return module
+
+    def same_layer(self, op: Op, path: str, spec: ConvSpec, key: str = "path") -> Any:
+        """As `layer`, for one whose code may be its own.
+
+        Raises:
+            PlanError: If there is no such module.
+            Refused: If something other than the model's registrations refers to it.
+        """
         module = self.find(op, path, key)
-        found = spec_of_module(module)
-        if found is None:
+        actual = spec_of_module(module)
+        if actual is None:
             raise PlanError(
                 "the plan replaces a layer that is none here",
                 where=op.where(key),
@@ -100,17 +130,7 @@ class Bench:
                 got=f"{path} is a {type(module).__name__}",
                 hint="the plan was made for another model, or was carried out already",
             )
-        if found != spec:
-            raise PlanError(
-                "the plan was made for another layer",
-                where=op.where("layer"),
-                expected=f"{path} is {brief(found)}",
-                got=brief(spec),
-                hint="make the plan anew for this model",
-            )
-        skip = module_refusal(path, module, self._holders)
-        if skip is not None:
-            raise Refused(skip)
+        check_spec(op, actual, spec, path)
         self.check_held(path, module)
         return module
 
@@ -125,18 +145,32 @@ class Bench:
             detail = f"also held by {holder}, which would keep calling the old one; register it as a submodule only"
             raise Refused(Skip(path, SkipReason.HELD_ELSEWHERE, detail))
 
-    def replace(self, old: nn.Module, new: nn.Module) -> None:
-        """Puts a module in another's place, under every name."""
+    def graph(self, op: Op, module: nn.Module, functions: frozenset[Any] = frozenset()) -> Regraphed:
+        """A module's own code as a graph, to be changed and put in its place (see `code_graph`).
+
+        Raises:
+            Refused: If something else refers to the module, or a graph cannot hold its code.
+        """
+        self.check_held(op.path, module)
+        try:
+            return code_graph(module, functions)
+        except NotTraceable as error:
+            raise not_traced(op, error) from error
+
+    def replace(self, old: nn.Module, new: nn.Module, path: str = "") -> tuple[str, ...]:
+        """Puts a module in another's place, under every name; the names beside ``path``."""
+        names = names_of(self.model, old)
         self.model = replace_module(self.model, old, new)
+        return tuple(name for name in names if name != path)
+
+    def remove(self, module: nn.Module, path: str = "") -> tuple[str, ...]:
+        """Puts an identity in a module's place, under every name; the names beside ``path``."""
+        return self.replace(module, nn.Identity().train(module.training), path)
 
     def replace_item(self, path: str, new: nn.Module) -> None:
         """Puts a module under one name only; what stood there keeps its other names."""
         owner, _, name = path.rpartition(".")
         self.model.get_submodule(owner)._modules[name] = new
-
-    def names_of(self, module: nn.Module) -> tuple[str, ...]:
-        """Every path of a module, first name first."""
-        return names_of(self.model, module)
 
     def once(self, op: Op, work: Callable[[], _T]) -> _T:
         """The result of the one long computation of an op, made on the first copy and kept for the next."""
@@ -146,11 +180,37 @@ class Bench:
         return result
 
 
+def not_traced(op: Op, why: object) -> Refused:
+    """An op that the code around its layer does not let happen."""
+    return Refused(Skip(op.path, SkipReason.NOT_TRACED, str(why)))
+
+
+def param_count(*modules: nn.Module) -> int:
+    """Parameters of some modules."""
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
 def spec_of_module(module: nn.Module) -> ConvSpec | None:
     """Shape facts of a convolution or linear module; None for anything else."""
     if isinstance(module, nn.Linear):
         return linear_spec(module.in_features, module.out_features, module.bias is not None)
     return ConvSpec.of_module(module) if isinstance(module, CONV_MODULES) else None
+
+
+def check_spec(op: Op, actual: ConvSpec, spec: ConvSpec, name: str) -> None:
+    """Checks that an op was made for this layer.
+
+    Raises:
+        PlanError: If it was made for another one.
+    """
+    if actual != spec:
+        raise PlanError(
+            "the plan was made for another layer",
+            where=op.where("layer"),
+            expected=f"{name} is {brief(actual)}",
+            got=brief(spec),
+            hint="make the plan anew for this model",
+        )
 
 
 def brief(spec: ConvSpec) -> str:
@@ -167,7 +227,7 @@ def train_like(parameter: nn.Parameter, *sources: Tensor | None) -> None:
     parameter.requires_grad_(any(source is not None and source.requires_grad for source in sources))
 
 
-def make_like(weight: Tensor, path: str, make: Callable[[Any], nn.Module], *, initialised: bool) -> nn.Module:
+def make_like(weight: Tensor, path: str, make: Callable[[Any], _M], *, initialised: bool) -> _M:
     """A new module with the device, dtype and memory format of a weight.
 
     Args:
@@ -190,5 +250,5 @@ def make_like(weight: Tensor, path: str, make: Callable[[Any], nn.Module], *, in
     if not weight.is_contiguous():
         for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
             if weight.dim() == dims and weight.is_contiguous(memory_format=memory_format):
-                new = new.to(memory_format=memory_format)
+                new = new.to(memory_format=memory_format)  # type: ignore[call-overload]
     return new

@@ -1,14 +1,26 @@
-"""``channels-last``: 2-D convolutions compute in channels_last. Settings: ``layers``, path to shape facts."""
+"""``channels-last``: 2-D convolutions compute in channels_last."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from ...core.errors import PlanError
+from ...core.convolution import ConvSpec
 from ...core.plan import Edit, Op
-from ...forms.specs import spec_from_dict
 from ...layers import PointwiseActivation
-from .bench import Bench
+from .bench import Bench, check_spec
+from .settings import read
+
+
+@dataclass(frozen=True)
+class ChannelsLastSettings:
+    """Settings of ``channels-last``.
+
+    Attributes:
+        layers: Path of a layer to its shape facts.
+    """
+
+    layers: Mapping[str, ConvSpec]
 
 
 def use_channels_last(bench: Bench, op: Op) -> Edit:
@@ -18,34 +30,16 @@ def use_channels_last(bench: Bench, op: Op) -> Edit:
         PlanError: If a layer is none, or another one.
         Refused: If a layer must stay as it is.
     """
-    layers = op.settings.get("layers")
-    if not isinstance(layers, dict):
-        raise PlanError(
-            "layers is an object", where=op.where("layers"), expected="path to shape facts", got=repr(layers)
-        )
-    chosen: list[tuple[Any, Any]] = []
-    for path, facts in layers.items():
-        spec = spec_from_dict(facts, op.where("layers"))
-        module: Any = bench.find(op, path, "layers")
+    fused, plain = [], []
+    for path, spec in read(ChannelsLastSettings, op).layers.items():
+        module = bench.find(op, path, "layers")
         if isinstance(module, PointwiseActivation):
-            if module.spec != spec:
-                raise PlanError("the plan was made for another layer", where=op.where("layers"), got=path)
+            check_spec(op, module.spec, spec, path)
+            fused.append(module)
         else:
-            module = bench.layer(op, path, spec, "layers")
-        chosen.append((module, spec))
-    for module, spec in chosen:
-        if isinstance(module, PointwiseActivation):
-            module.channels_last = True
-        else:
-            bench.replace(module, PointwiseActivation.of_layer(module, spec, "none", channels_last=True))
-    return Edit(
-        op=op,
-        kind="module",
-        method="channels-last",
-        rank_in=None,
-        rank_out=None,
-        params_before=0,
-        params_after=0,
-        relative_error=None,
-        exact="both",
-    )
+            plain.append((bench.layer(op, path, spec, "layers"), spec))
+    for module in fused:
+        module.channels_last = True
+    for layer, spec in plain:
+        bench.replace(layer, PointwiseActivation.of_layer(layer, spec, "none", channels_last=True))
+    return Edit(op, "module", "channels-last", exact="both")

@@ -9,6 +9,7 @@ float64, and tried out at two sizes.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,16 +18,16 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ...core.convolution import ConvSpec
-from ...core.errors import PlanError
 from ...core.plan import Edit, Op, Skip, SkipReason
-from ...forms.specs import spec_from_dict
 from ...layers.factorized import make_layer
 from ...layers.known import hooked
-from .bench import Bench, Refused, brief, spec_of_module
+from .bench import Bench, Refused, param_count
+from .settings import read
 
 WEIGHT = "weight"
 """The side of such an op."""
 
+_DOES_MORE = "has a forward of its own that does more than normalise its weight"
 _SIZES = ((13, 16), (18, 15))
 
 
@@ -43,7 +44,7 @@ class SamePadded(nn.Conv2d):
         return F.conv2d(F.pad(x, pads), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
-class _Seen(TorchFunctionMode):
+class _ConvolutionWeights(TorchFunctionMode):
     """Keeps the weights that convolutions are called with."""
 
     def __init__(self) -> None:
@@ -56,6 +57,23 @@ class _Seen(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@dataclass(frozen=True)
+class FoldWeightSettings:
+    """Settings of a ``fold`` with the side ``weight``.
+
+    Attributes:
+        side: ``weight``.
+        layer: Path of the layer.
+        spec: Its shape facts.
+        same: Whether its code pads as TensorFlow does.
+    """
+
+    side: str
+    spec: ConvSpec
+    layer: str = ""
+    same: bool = False
+
+
 def fold_weight(bench: Bench, op: Op) -> Edit:
     """Carries out a ``fold`` op with the side ``weight``.
 
@@ -63,46 +81,35 @@ def fold_weight(bench: Bench, op: Op) -> Edit:
         PlanError: If the op makes no sense or was made for another model.
         Refused: If the layer's code does something else.
     """
-    spec = spec_from_dict(op.settings.get("spec"), op.where("spec"))
-    same = op.settings.get("same") is True
-    layer: Any = bench.find(op, op.path)
-    found = spec_of_module(layer)
-    if not isinstance(layer, nn.Conv2d) or found != spec:
-        got = brief(found) if found is not None else type(layer).__name__
-        raise PlanError("the plan was made for another layer", where=op.where("spec"), expected=brief(spec), got=got)
-    bench.check_held(op.path, layer)
-    if hooked(layer) or layer._parameters.get("weight") is None:
-        raise _refused(op, layer)
-    new = _empty(layer, spec, same)
-    values = _weight(op, layer) if bench.fill and not layer.weight.is_meta else torch.empty_like(layer.weight)
-    with torch.no_grad():
+    settings = read(FoldWeightSettings, op)
+    layer = bench.same_layer(op, op.path, settings.spec)
+    refused = Refused(Skip(op.path, SkipReason.OVERRIDDEN_FORWARD, f"{type(layer).__qualname__} {_DOES_MORE}"))
+    if not isinstance(layer, nn.Conv2d) or hooked(layer) or layer._parameters.get("weight") is None:
+        raise refused
+    new = _empty(layer, settings.spec, settings.same)
+    fill = bench.fill and not layer.weight.is_meta
+    try:
+        values = _weight(layer) if fill else torch.empty_like(layer.weight)
         new.weight = nn.Parameter(values, requires_grad=layer.weight.requires_grad)
         new._parameters["bias"] = layer._parameters.get("bias")
-    new.train(layer.training)
-    if bench.fill and not layer.weight.is_meta:
-        _compare(op, layer, new)
-    names = bench.names_of(layer)
-    bench.replace(layer, new)
-    gone = [name for name, _ in layer.named_parameters() if name not in ("weight", "bias")]
+        new.train(layer.training)
+        same = not fill or _agree(layer, new)
+    except Exception as error:
+        raise refused from error
+    if not same:
+        raise refused
     inner = f"{op.path}." if op.path else ""
+    gone = [name for name, _ in layer.named_parameters() if name not in ("weight", "bias")]
     return Edit(
-        op=op,
-        kind="module",
-        method="fold",
-        rank_in=None,
-        rank_out=None,
-        params_before=sum(p.numel() for p in layer.parameters()),
-        params_after=sum(p.numel() for p in new.parameters()),
-        relative_error=None,
+        op,
+        "module",
+        "fold",
+        params_before=param_count(layer),
+        params_after=param_count(new),
         exact="eval",
         renamed={f"{inner}{name}": (f"{inner}weight",) for name in gone},
-        aliases=tuple(name for name in names if name != op.path),
+        aliases=bench.replace(layer, new, op.path),
     )
-
-
-def _refused(op: Op, layer: nn.Module) -> Refused:
-    detail = f"{type(layer).__qualname__} has a forward of its own that does more than normalise its weight"
-    return Refused(Skip(op.path, SkipReason.OVERRIDDEN_FORWARD, detail))
 
 
 def _empty(layer: nn.Conv2d, spec: ConvSpec, same: bool) -> Any:
@@ -113,37 +120,40 @@ def _empty(layer: nn.Conv2d, spec: ConvSpec, same: bool) -> Any:
     return SamePadded(*facts, bias=layer.bias is not None, device="meta", dtype=layer.weight.dtype)  # type: ignore[arg-type]
 
 
-def _inputs(layer: nn.Conv2d) -> list[Tensor]:
+def _weight(layer: nn.Conv2d) -> Tensor:
+    """The weight that a layer calls its convolution with.
+
+    Raises:
+        ValueError: If it is not one of the layer's shape, always the same.
+    """
+    wide, calls = copy.deepcopy(layer).double().eval(), _ConvolutionWeights()
+    with torch.no_grad(), calls:
+        for x in random_inputs(wide):
+            wide(x)
+    first, *others = calls.weights
+    if len(others) + 1 != len(_SIZES) or first.shape != layer.weight.shape or not torch.equal(first, others[0]):
+        raise ValueError("not one convolution with always the same weight")
+    return torch.empty_like(layer.weight).copy_(first)
+
+
+def _agree(layer: nn.Conv2d, new: nn.Module) -> bool:
+    """Whether two layers give the same in evaluation."""
+    training = layer.training
+    try:
+        with torch.no_grad():
+            pairs = [(layer.eval()(x), new(x)) for x in random_inputs(layer)]
+    finally:
+        layer.training = training
+    return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-2, atol=1e-3) for a, b in pairs)
+
+
+def randomrandom_inputs(layer: nn.Conv2d) -> list[Tensor]:
+    """Inputs of two sizes, on which the code of a layer is tried out."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(1, layer.in_channels, *size, generator=generator).to(layer.weight) for size in _SIZES]
 
 
-def _weight(op: Op, layer: nn.Conv2d) -> Tensor:
-    """The weight that a layer calls its convolution with."""
-    wide = copy.deepcopy(layer).double().eval()
-    seen = _Seen()
-    try:
-        with torch.no_grad(), seen:
-            for x in _inputs(wide):
-                wide(x)
-    except Exception as error:
-        raise _refused(op, layer) from error
-    if len(seen.weights) != len(_SIZES) or not all(isinstance(w, Tensor) for w in seen.weights):
-        raise _refused(op, layer)
-    first, second = seen.weights
-    if first.shape != layer.weight.shape or not torch.equal(first, second):
-        raise _refused(op, layer)
-    return torch.empty_like(layer.weight).copy_(first)
-
-
-def _compare(op: Op, layer: nn.Conv2d, new: nn.Module) -> None:
-    training = layer.training
-    try:
-        with torch.no_grad():
-            pairs = [(layer.eval()(x), new(x)) for x in _inputs(layer)]
-    except Exception as error:
-        raise _refused(op, layer) from error
-    finally:
-        layer.training = training
-    if any(a.shape != b.shape or not torch.allclose(a, b, rtol=1e-2, atol=1e-3) for a, b in pairs):
-        raise _refused(op, layer)
+def random_inputs(layer: nn.Conv2d) -> list[Tensor]:
+    """Inputs of two sizes, on which the code of a layer is tried out."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, layer.in_channels, *size, generator=generator).to(layer.weight) for size in _SIZES]

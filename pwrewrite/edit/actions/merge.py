@@ -1,24 +1,37 @@
 """``merge``: two linear layers in a row become one, in the place of the second; the first becomes an identity.
 
-Settings: ``first`` (path of the first layer), ``first_layer`` and ``layer`` (shape facts of both).
-
 Computed in float64 and rounded once.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...core.convolution import ConvSpec
 from ...core.errors import PlanError, RefusedError
 from ...core.plan import Edit, Op
-from ...forms.specs import spec_from_dict
 from ...layers.factorized import make_layer
 from ...layers.merging import merged_spec
-from .bench import Bench, make_like, train_like
+from .bench import Bench, make_like, param_count, train_like
+from .settings import read
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """Settings of ``merge``.
+
+    Attributes:
+        first: Path of the first layer.
+        first_layer: Its shape facts.
+        layer: Shape facts of the second.
+    """
+
+    first: str
+    first_layer: ConvSpec
+    layer: ConvSpec
 
 
 def merge_layers(bench: Bench, op: Op) -> Edit:
@@ -29,51 +42,39 @@ def merge_layers(bench: Bench, op: Op) -> Edit:
         RefusedError: If the merged weight does not fit into its dtype.
         Refused: If a layer must stay as it is.
     """
-    path = op.settings.get("first")
-    if not isinstance(path, str):
-        raise PlanError("first is no path", where=op.where("first"), expected="a string", got=repr(path))
-    before = spec_from_dict(op.settings.get("first_layer"), op.where("first_layer"))
-    after = spec_from_dict(op.settings.get("layer"), op.where("layer"))
+    settings = read(MergeSettings, op)
+    path, before, after = settings.first, settings.first_layer, settings.layer
     merged = merged_layer(before, after)
     if isinstance(merged, str) or before.out_channels != after.in_channels:
         raise PlanError("these layers cannot be merged", where=op.where("layer"), got=str(merged))
     first, second = bench.layer(op, path, before, "first"), bench.layer(op, op.path, after)
-    params = sum(p.numel() for layer in (first, second) for p in layer.parameters())
     weight = second.weight
-
-    def make(device: Any) -> nn.Module:
-        return make_layer(merged, device=device, dtype=weight.dtype)
-
-    new: Any = make_like(weight, op.path, make, initialised=False)
+    new: Any = make_like(
+        weight, op.path, lambda device: make_layer(merged, device=device, dtype=weight.dtype), initialised=False
+    )
     if bench.fill and not (weight.is_meta or first.weight.is_meta):
         _fill(new, first, second, before, op)
     train_like(new.weight, first.weight, weight)
     if new.bias is not None:
         train_like(new.bias, first.bias, second.bias, None if first.bias is None else weight)
     new.train(second.training)
-    identity = nn.Identity()
-    identity.train(first.training)
-    names = bench.names_of(second)
-    bench.replace(second, new)
-    bench.replace(first, identity)
     mixed = {path: False, op.path: first.bias is not None}  # whose weight the new bias is made of
-    made = tuple(f"{op.path}.{name}" for name, _ in new.named_parameters())
+    names = tuple(f"{op.path}.{name}" for name, _ in new.named_parameters())
     old = [(owner, name) for owner, layer in ((path, first), (op.path, second)) for name, _ in layer.named_parameters()]
+    aliases = bench.replace(second, new, op.path)
+    bench.remove(first)
     return Edit(
-        op=op,
-        kind="module",
-        method="merge",
-        rank_in=None,
-        rank_out=None,
-        params_before=params,
+        op,
+        "module",
+        "merge",
+        params_before=param_count(first, second),
         params_after=merged.params,
-        relative_error=None,
         exact="eval",
         renamed={
-            f"{owner}.{name}": made[-1:] if name == "bias" else made if mixed[owner] else made[:1]
+            f"{owner}.{name}": names[-1:] if name == "bias" else names if mixed[owner] else names[:1]
             for owner, name in old
         },
-        aliases=tuple(name for name in names if name != op.path),
+        aliases=aliases,
         adapted=(path,),
     )
 

@@ -1,11 +1,5 @@
 """``project``: a 1×1 goes behind a branch of a concatenation, and all that reads the branch's channels takes fewer.
 
-Settings: ``channels`` (that leave the projection), ``branch_channels`` (that the branch makes), ``dims`` (spatial
-dims), ``init``; ``consumers``, each with ``path``, ``layer`` (its shape facts), ``offset`` (its first input channel
-that comes from the branch) and ``repeat`` (inputs per channel: above 1 behind a flatten); ``norms``, each with
-``path``, ``channels`` and ``offset``. ``dtype`` is that of the branch's output, for a model without parameters.
-``outputs`` says which outputs change their width, for the reader.
-
 With ``init: weights`` the consumers' slices ``W_j``, reshaped to ``(out · k, branch_channels)`` and stacked, are
 factorised jointly into ``A · P``, the truncated SVD: the projection gets ``P`` and each consumer its rows of ``A``.
 With ``init: fresh`` projection and slices are initialised anew; all other channels keep their weights and statistics.
@@ -17,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +20,10 @@ from ... import decompose
 from ...core.convolution import ConvSpec
 from ...core.errors import PlanError, RefusedError
 from ...core.plan import Edit, Op
-from ...forms.specs import pointwise_spec, spec_from_dict
+from ...forms.specs import pointwise_spec
 from ...layers.factorized import Factorized, Projected, make_layer
-from .bench import Bench, make_like
+from .bench import Bench, make_like, param_count
+from .settings import Allowed, Count, Offset, one_of, read
 
 CHANNEL_NORMS = (
     nn.BatchNorm1d,
@@ -42,26 +37,75 @@ CHANNEL_NORMS = (
 
 
 @dataclass(frozen=True)
-class _Consumer:
-    """A layer that reads the branch's channels."""
+class Consumer:
+    """A layer that reads the branch's channels.
+
+    Attributes:
+        path: Its path.
+        layer: Its shape facts.
+        offset: Its first input channel that comes from the branch.
+        repeat: Inputs per channel: above 1 behind a flatten.
+    """
 
     path: str
-    layer: Any
-    spec: ConvSpec
-    offset: int
-    repeat: int
+    layer: ConvSpec
+    offset: Offset
+    repeat: Count
+
+    @property
+    def rows(self) -> int:
+        """Rows of its slice, one per output, tap and repeated input."""
+        return self.layer.out_channels * self.repeat * prod(self.layer.kernel_size)
 
 
 @dataclass(frozen=True)
-class _Request:
-    """The settings of an op, checked."""
+class Norm:
+    """A norm of the branch's channels on their way to a consumer: its path and width, and its first such channel."""
 
-    channels: int
-    branch_channels: int
-    dims: int
-    fresh: bool
-    consumers: tuple[_Consumer, ...]
-    norms: tuple[tuple[str, Any, int], ...]
+    path: str
+    channels: Count
+    offset: Offset
+
+
+@dataclass(frozen=True)
+class OutputWidth:
+    """An output of the model that changes its width."""
+
+    output: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class ProjectSettings:
+    """Settings of ``project``.
+
+    Attributes:
+        channels: What leaves the projection.
+        branch_channels: What the branch makes.
+        dims: Spatial dims.
+        init: ``weights`` (a joint factorisation of the consumers') or ``fresh``.
+        consumers: The layers that read the branch's channels.
+        norms: Norms on the way there.
+        dtype: That of the branch's output, for a model without parameters.
+        outputs: Which outputs change their width, for the reader.
+        exact: In which modes the projection is exact at full width.
+    """
+
+    channels: Count
+    branch_channels: Count
+    dims: Annotated[int, Allowed(range(4).__contains__, "0 to 3")]
+    init: Annotated[str, one_of("weights", "fresh")]
+    consumers: tuple[Consumer, ...] = ()
+    norms: tuple[Norm, ...] = ()
+    dtype: str | None = None
+    outputs: tuple[OutputWidth, ...] = ()
+    exact: Annotated[str, one_of("eval", "train", "both")] = "eval"
+
+    @property
+    def rows(self) -> int:
+        """Rows of all consumers' slices: the largest useful number of channels."""
+        return sum(consumer.rows for consumer in self.consumers)
 
 
 def project_branch(bench: Bench, op: Op) -> Edit:
@@ -72,230 +116,194 @@ def project_branch(bench: Bench, op: Op) -> Edit:
         RefusedError: If a weight holds NaN or Inf.
         Refused: If the branch or a consumer must stay as it is.
     """
-    branch = bench.find(op, op.path)
+    branch, settings = bench.find(op, op.path), read(ProjectSettings, op)
     bench.check_held(op.path, branch)
-    request = _read(bench, op)
-    weight = _weight_for(op, request, branch, bench.model)
-    dims, before, after = request.dims, request.branch_channels, request.channels
-
-    def make(device: Any) -> nn.Module:
-        return make_layer(pointwise_spec(dims, before, after), device=device, dtype=weight.dtype)
-
-    projection: Any = make_like(weight, op.path, make, initialised=True)
-    fill = bench.fill and not weight.is_meta
-    slices, error = _joint(bench, op, request, projection) if fill and not request.fresh else ([], None)
-    params_before = sum(_params(layer) for layer in _changed(request))
-    for i, consumer in enumerate(request.consumers):
-        _narrow_layer(consumer, request, slices[i] if slices else None)
-        _tell_parent(bench, consumer, request)
-    for _, norm, offset in request.norms:
-        _narrow_norm(norm, request, offset)
-    full = after == min(before, sum(_row_count(consumer) for consumer in request.consumers))
-    paths = bench.names_of(branch)
+    layers = [_consumer_layer(bench, op, settings, consumer) for consumer in settings.consumers]
+    norms = [_norm_module(bench, op, settings, norm) for norm in settings.norms]
+    _check_init(op, settings)
+    weight = _weight_for(op, settings, layers, branch, bench.model)
+    dims, before, after = settings.dims, settings.branch_channels, settings.channels
+    spec = pointwise_spec(dims, before, after)
+    projection: Any = make_like(
+        weight, op.path, lambda device: make_layer(spec, device=device, dtype=weight.dtype), initialised=True
+    )
+    slices: list[Tensor | None] = [None] * len(layers)
+    error = None
+    if settings.init == "weights" and bench.fill and not weight.is_meta:
+        slices[:], error = _joint_factors(bench, op, settings, layers, projection)
+    params_before = param_count(*layers, *norms)
+    for consumer, layer, new in zip(settings.consumers, layers, slices, strict=True):
+        _narrow_layer(bench, settings, consumer, layer, new)
+    for norm, module in zip(settings.norms, norms, strict=True):
+        _narrow_norm(module, settings, norm.offset)
+    full = after == min(before, settings.rows)
     inside = [name for name, _ in (*branch.named_parameters(), *branch.named_buffers())]
     projected = Projected(branch, before, after, dims, device="meta")
     projected.project = projection
     projected.training = projection.training = branch.training
-    bench.replace(branch, projected)
     weights: dict[str, tuple[str, ...]] = {
-        f"{c.path}.weight": (f"{c.path}.weight", f"{op.path}.project.weight") for c in request.consumers
+        f"{c.path}.weight": (f"{c.path}.weight", f"{op.path}.project.weight") for c in settings.consumers
     }
     return Edit(
-        op=op,
-        kind="module",
-        method="project",
+        op,
+        "module",
+        "project",
         rank_in=after,
         rank_out=after,
         params_before=params_before,
-        params_after=sum(_params(layer) for layer in (*_changed(request), projection)),
+        params_after=param_count(*layers, *norms, projection),
         relative_error=error,
-        exact=str(op.settings.get("exact", "eval")) if full and not request.fresh else None,
+        exact=settings.exact if full and settings.init == "weights" else None,
         renamed={**{f"{op.path}.{name}": (f"{op.path}.branch.{name}",) for name in inside}, **weights},
-        aliases=tuple(path for path in paths if path != op.path),
-        adapted=tuple(c.path for c in request.consumers) + tuple(path for path, _, _ in request.norms),
+        aliases=bench.replace(branch, projected, op.path),
+        adapted=tuple(changed.path for changed in (*settings.consumers, *settings.norms)),
     )
 
 
-# --------------------------------------------------------------------------------------------------- settings
+def _consumer_layer(bench: Bench, op: Op, settings: ProjectSettings, consumer: Consumer) -> Any:
+    """The layer of a consumer.
+
+    Raises:
+        PlanError: If it does not take the branch's channels.
+        Refused: If it must stay as it is.
+    """
+    layer, before, spec = (
+        bench.layer(op, consumer.path, consumer.layer, "consumers"),
+        settings.branch_channels,
+        consumer.layer,
+    )
+    if consumer.offset + before * consumer.repeat > spec.in_channels or spec.groups != 1:
+        raise PlanError(
+            f"the branch's channels are not among the inputs of {consumer.path}",
+            where=op.where("consumers"),
+            expected=f"offset + {before} × repeat up to {spec.in_channels}, and one group",
+            got=f"offset {consumer.offset}, repeat {consumer.repeat}, {spec.groups} groups",
+        )
+    return layer
 
 
-def _read(bench: Bench, op: Op) -> _Request:
-    settings = op.settings
-    channels, before = _count(op, settings, "channels"), _count(op, settings, "branch_channels")
-    if channels > before:
+def _norm_module(bench: Bench, op: Op, settings: ProjectSettings, norm: Norm) -> nn.Module:
+    """The module of a norm.
+
+    Raises:
+        PlanError: If it does not have the branch's channels.
+    """
+    module, count = bench.find(op, norm.path, "norms"), norm.channels
+    fits = isinstance(module, CHANNEL_NORMS) and module.num_features == count
+    if not fits or norm.offset + settings.branch_channels > count:
+        expected = f"a norm of {count} channels at {norm.path}"
         raise PlanError(
-            "a projection makes no more channels than it gets",
+            "the plan was made for another norm", where=op.where("norms"), expected=expected, got=str(module)
+        )
+    return module
+
+
+def _check_init(op: Op, settings: ProjectSettings) -> None:
+    """Checks that there is a projection of this width.
+
+    Raises:
+        PlanError: If there is none.
+    """
+    channels, joint = settings.channels, settings.init == "weights"
+    most = min(settings.branch_channels, settings.rows) if joint and settings.consumers else settings.branch_channels
+    if channels > most:
+        raise PlanError(
+            "a projection has no more channels than it gets, and than what its readers make of them",
             where=op.where("channels"),
-            expected=f"an integer from 1 to {before}",
+            expected=f"an integer from 1 to {most}",
             got=str(channels),
         )
-    dims, init = settings.get("dims"), settings.get("init")
-    if type(dims) is not int or not 0 <= dims <= 3:
-        raise PlanError("not a number of spatial dims", where=op.where("dims"), expected="0 to 3", got=repr(dims))
-    if init not in ("weights", "fresh"):
-        raise PlanError("unknown init", where=op.where("init"), expected="one of weights, fresh", got=repr(init))
-    consumers, norms = [], []
-    for entry in _entries(op, "consumers"):
-        spec = spec_from_dict(entry.get("layer"), op.where("consumers"))
-        path, offset, repeat = _path(op, entry), _count(op, entry, "offset", 0), _count(op, entry, "repeat")
-        layer = bench.layer(op, path, spec, "consumers")
-        if offset + before * repeat > spec.in_channels or spec.groups != 1:
-            raise PlanError(
-                f"the branch's channels are not among the inputs of {path}",
-                where=op.where("consumers"),
-                expected=f"offset + {before} × repeat up to {spec.in_channels}, and one group",
-                got=f"offset {offset}, repeat {repeat}, {spec.groups} groups",
-            )
-        consumers.append(_Consumer(path, layer, spec, offset, repeat))
-    for entry in _entries(op, "norms"):
-        path, offset, count = _path(op, entry), _count(op, entry, "offset", 0), _count(op, entry, "channels")
-        norm: Any = bench.find(op, path, "norms")
-        if not isinstance(norm, CHANNEL_NORMS) or norm.num_features != count or offset + before > count:
-            raise PlanError(
-                "the plan was made for another norm",
-                where=op.where("norms"),
-                expected=f"a norm of {count} channels at {path}",
-                got=str(norm),
-            )
-        norms.append((path, norm, offset))
-    rows = sum(_row_count(consumer) for consumer in consumers)
-    if init == "weights" and consumers and channels > rows:
-        raise PlanError(
-            "a projection has no more channels than what its readers make of them",
-            where=op.where("channels"),
-            expected=f"up to {rows}",
-            got=str(channels),
-        )
-    if init == "weights" and (norms or not consumers):
+    if joint and (settings.norms or not settings.consumers):
         raise PlanError(
             "a joint factorisation needs consumers that are reached without a norm",
             where=op.where("init"),
             expected="fresh",
             got="weights",
         )
-    return _Request(channels, before, dims, init == "fresh", tuple(consumers), tuple(norms))
 
 
-def _count(op: Op, settings: Any, key: str, least: int = 1) -> int:
-    value = settings.get(key)
-    if type(value) is not int or value < least:
-        raise PlanError(
-            f"{key} makes no sense", where=op.where(key), expected=f"an integer from {least}", got=repr(value)
-        )
-    return value
-
-
-def _path(op: Op, entry: Any) -> str:
-    path = entry.get("path")
-    if not isinstance(path, str):
-        raise PlanError("an entry without a path", where=op.where("path"), expected="a string", got=repr(path))
-    return path
-
-
-def _entries(op: Op, key: str) -> list[Any]:
-    entries = op.settings.get(key, [])
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise PlanError(f"{key} is a list of objects", where=op.where(key), expected="a list", got=repr(entries))
-    return entries
-
-
-def _weight_for(op: Op, request: _Request, branch: nn.Module, model: nn.Module) -> Tensor:
-    """A weight whose device and dtype the projection takes."""
-    if request.consumers:
-        weight: Tensor = request.consumers[0].layer.weight
+def _weight_for(op: Op, settings: ProjectSettings, layers: list[Any], *modules: nn.Module) -> Tensor:
+    """A weight whose device and dtype the projection takes: of the layers, else of the first module that has one."""
+    if layers:
+        weight: Tensor = layers[0].weight
         return weight
-    for module in (branch, model):
+    for module in modules:
         for parameter in module.parameters():
             if parameter.is_floating_point():
                 return parameter
-    dtype = getattr(torch, str(op.settings.get("dtype")), None)
+    dtype = getattr(torch, str(settings.dtype), None)
     if not isinstance(dtype, torch.dtype):
-        raise PlanError("unknown dtype", where=op.where("dtype"), expected="such as float32", got=str(dtype))
+        expected = "such as float32"
+        raise PlanError("unknown dtype", where=op.where("dtype"), expected=expected, got=str(settings.dtype))
     return torch.zeros((), dtype=dtype)
 
 
-# --------------------------------------------------------------------------------------------------- weights
-
-
-def _joint(bench: Bench, op: Op, request: _Request, projection: Any) -> tuple[list[Tensor], float]:
+def _joint_factors(
+    bench: Bench, op: Op, settings: ProjectSettings, layers: list[Any], projection: Any
+) -> tuple[list[Tensor], float]:
     """Fills the projection from the joint factorisation; the consumers' new slices and the relative error."""
-    c, r = request.branch_channels, request.channels
+    consumers, channels = settings.consumers, settings.channels
 
-    def work() -> decompose.AxisSplit:
-        stacked = torch.cat([_rows(consumer, c) for consumer in request.consumers])
+    def factorise() -> decompose.LowRank:
+        slices = [_rows(c, layer.weight.detach(), settings.branch_channels) for c, layer in zip(consumers, layers)]
         try:
-            return decompose.split_spectrum(stacked).truncate(r)
+            return decompose.low_rank(torch.cat(slices), channels)
         except RefusedError as error:
-            paths = ", ".join(consumer.path for consumer in request.consumers)
+            paths = ", ".join(consumer.path for consumer in consumers)
             raise RefusedError(error.message, where=paths, got=error.got, hint=error.hint) from None
 
-    factors = bench.once(op, work)
+    factors = bench.once(op, factorise)
     with torch.no_grad():
-        projection.weight.copy_(factors.first.reshape(projection.weight.shape))
-    counts = [_row_count(consumer) for consumer in request.consumers]
-    pieces = torch.split(factors.second, counts)
-    slices = [_from_rows(rows, consumer, r) for rows, consumer in zip(pieces, request.consumers, strict=True)]
-    trained = any(consumer.layer.weight.requires_grad for consumer in request.consumers)
-    projection.weight.requires_grad_(trained)
+        projection.weight.copy_(factors.reduce.reshape(projection.weight.shape))
+    projection.weight.requires_grad_(any(layer.weight.requires_grad for layer in layers))
+    pieces = torch.split(factors.expand, [consumer.rows for consumer in consumers])
+    slices = [_from_rows(rows, consumer, channels) for rows, consumer in zip(pieces, consumers, strict=True)]
     return slices, factors.relative_error
 
 
-def _rows(consumer: _Consumer, channels: int) -> Tensor:
+def _rows(consumer: Consumer, weight: Tensor, channels: int) -> Tensor:
     """A consumer's slice as ``(out · k · repeat, channels)``."""
-    weight = consumer.layer.weight.detach()
-    kernel = decompose.to_forward_layout(weight, 1, consumer.spec.transposed)
+    kernel = decompose.to_forward_layout(weight, 1, consumer.layer.transposed)
     own = kernel[:, consumer.offset : consumer.offset + channels * consumer.repeat]
     return own.reshape(own.shape[0], channels, -1).transpose(1, 2).reshape(-1, channels)
 
 
-def _row_count(consumer: _Consumer) -> int:
-    return consumer.spec.out_channels * consumer.repeat * prod(consumer.spec.kernel_size)
-
-
-def _from_rows(rows: Tensor, consumer: _Consumer, channels: int) -> Tensor:
+def _from_rows(rows: Tensor, consumer: Consumer, channels: int) -> Tensor:
     """The inverse of `_rows` for another number of channels."""
-    spec = consumer.spec
+    spec = consumer.layer
     kernel = rows.reshape(spec.out_channels, -1, channels).transpose(1, 2)
     return kernel.reshape(spec.out_channels, channels * consumer.repeat, *spec.kernel_size)
 
 
-def _narrow_layer(consumer: _Consumer, request: _Request, new: Tensor | None) -> None:
+def _narrow_layer(bench: Bench, settings: ProjectSettings, consumer: Consumer, layer: Any, new: Tensor | None) -> None:
     """Gives a consumer fewer input channels; its slice is ``new``, or fresh where that is None."""
-    layer, spec = consumer.layer, consumer.spec
-    gone = (request.branch_channels - request.channels) * consumer.repeat
-    narrower = replace(spec, in_channels=spec.in_channels - gone)
-    start, old_end = consumer.offset, consumer.offset + request.branch_channels * consumer.repeat
-    new_end = old_end - gone
+    spec, start = consumer.layer, consumer.offset
+    gone = (settings.branch_channels - settings.channels) * consumer.repeat
+    old_end = start + settings.branch_channels * consumer.repeat
+    narrower, new_end, old = replace(spec, in_channels=spec.in_channels - gone), old_end - gone, layer.weight
     made: Any = make_like(
-        layer.weight, consumer.path, lambda device: make_layer(narrower, device=device, dtype=layer.weight.dtype),
-        initialised=True,
-    )  # fmt: skip
+        old, consumer.path, lambda device: make_layer(narrower, device=device, dtype=old.dtype), initialised=True
+    )
     axis = 0 if spec.transposed else 1
-    if not layer.weight.is_meta:
+    if not old.is_meta:
         with torch.no_grad():
-            kept, target = layer.weight.movedim(axis, 0), made.weight.movedim(axis, 0)
-            target[:start].copy_(kept[:start])
-            target[new_end:].copy_(kept[old_end:])
+            source, target = old.movedim(axis, 0), made.weight.movedim(axis, 0)
+            target[:start].copy_(source[:start])
+            target[new_end:].copy_(source[old_end:])
             if new is not None:
                 target[start:new_end].copy_(new.movedim(1, 0))
-    made.weight.requires_grad_(layer.weight.requires_grad)
-    layer.weight = made.weight
+    layer.weight = made.weight.requires_grad_(old.requires_grad)
     setattr(layer, "in_channels" if spec.dims else "in_features", narrower.in_channels)
-
-
-def _tell_parent(bench: Bench, consumer: _Consumer, request: _Request) -> None:
-    """Corrects what an inserted chain says of itself when its first stage takes fewer channels."""
-    for path in bench.names_of(consumer.layer):
+    for path in bench.names_of(layer):  # an inserted chain says what its first stage takes
         owner, _, name = path.rpartition(".")
         parent = bench.model.get_submodule(owner)
         if isinstance(parent, Factorized) and name == parent.stage_names[0]:
-            gone = (request.branch_channels - request.channels) * consumer.repeat
-            parent.spec = replace(parent.spec, in_channels=consumer.spec.in_channels - gone)
+            parent.spec = replace(parent.spec, in_channels=narrower.in_channels)
 
 
-def _narrow_norm(norm: Any, request: _Request, offset: int) -> None:
+def _narrow_norm(norm: Any, settings: ProjectSettings, offset: int) -> None:
     """Takes channels out of a norm; those of the projection start anew."""
-    c, r = request.branch_channels, request.channels
+    c, r = settings.branch_channels, settings.channels
     for name, start in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
         old = getattr(norm, name, None)
         if old is None:
@@ -305,11 +313,3 @@ def _narrow_norm(norm: Any, request: _Request, offset: int) -> None:
         is_parameter = isinstance(old, nn.Parameter)
         setattr(norm, name, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
     norm.num_features -= c - r
-
-
-def _changed(request: _Request) -> list[nn.Module]:
-    return [*(consumer.layer for consumer in request.consumers), *(norm for _, norm, _ in request.norms)]
-
-
-def _params(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

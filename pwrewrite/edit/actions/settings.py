@@ -1,0 +1,130 @@
+"""The settings of an op, read once from JSON into a typed record: `read`.
+
+Each action declares a frozen dataclass: its fields are the settings that an op of this action may have, with their
+types and defaults. A field is a ``str``, ``bool``, ``int``, ``float``, a `ConvSpec` (shape facts of a layer), another
+record, a ``tuple`` (a list in JSON), a ``Mapping`` by string (an object), one of these or ``None``, or an ``Annotated``
+one of these with what is `Allowed`. A setting that no field names is an error, as is one that a field without a default
+lacks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ...core.convolution import ConvSpec
+from ...core.errors import PlanError
+from ...core.plan import Op
+from ...forms.specs import spec_from_dict
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_R = TypeVar("_R", bound="DataclassInstance")
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Which values of a type make sense.
+
+    Attributes:
+        test: Whether a value does.
+        expected: The same in words, for an error.
+    """
+
+    test: Callable[[Any], bool]
+    expected: str
+
+
+def one_of(*names: str) -> Allowed:
+    """Only some words."""
+    return Allowed(names.__contains__, f"one of {', '.join(names)}")
+
+
+Count = Annotated[int, Allowed((1).__le__, "an integer from 1")]
+Number = Annotated[float, Allowed(math.isfinite, "a finite number")]
+Offset = Annotated[int, Allowed((0).__le__, "an integer from 0")]
+
+_WORDS = {
+    str: "a string", bool: "true or false", int: "an integer", float: "a number", tuple: "a list", Mapping: "an object",
+    ConvSpec: "the shape facts of a layer",
+}  # fmt: skip
+
+
+def read(record: type[_R], op: Op) -> _R:
+    """The settings of an op.
+
+    Args:
+        record: What the action takes.
+        op: The op.
+
+    Raises:
+        PlanError: If a setting is unknown, missing, of another type or not allowed; says where it stands.
+    """
+    return _Reader(op).record(record, op.settings)
+
+
+@cache
+def _types(record: type[Any]) -> dict[str, Any]:
+    return get_type_hints(record, include_extras=True)
+
+
+def _expected(kind: Any) -> str:
+    """What a field holds, in words."""
+    if get_origin(kind) in (Annotated, Union, UnionType):
+        return _expected(get_args(kind)[0])
+    return _WORDS.get(get_origin(kind) or kind, "an object")
+
+
+@dataclass(frozen=True)
+class _Reader:
+    op: Op
+
+    def error(self, message: str, key: str, expected: str, value: object) -> PlanError:
+        return PlanError(message, where=self.op.where(key), expected=expected, got=repr(value))
+
+    def record(self, kind: type[_R], data: Mapping[str, Any]) -> _R:
+        names = [field.name for field in fields(kind)]
+        unknown = [key for key in data if key not in names]
+        if unknown:
+            message = f"{self.op.action} has no setting {unknown[0]!r}"
+            raise self.error(message, unknown[0], f"one of {', '.join(names)}", unknown[0])
+        types, values = _types(kind), dict[str, Any]()
+        for field in fields(kind):
+            if field.name in data:
+                values[field.name] = self.value(types[field.name], data[field.name], field.name)
+            elif field.default is MISSING and field.default_factory is MISSING:
+                message = f"{self.op.action} needs the setting {field.name!r}"
+                raise PlanError(message, where=self.op.where(field.name), expected=_expected(types[field.name]))
+        return kind(**values)
+
+    def value(self, kind: Any, value: Any, key: str) -> Any:
+        """A value of the type that a field has."""
+        origin, arguments = get_origin(kind), get_args(kind)
+        if origin is Annotated:
+            result = self.value(arguments[0], value, key)
+            if result is not None and not arguments[1].test(result):
+                raise self.error(f"this {key} makes no sense", key, arguments[1].expected, value)
+            return result
+        if origin in (Union, UnionType):
+            if value is None and NoneType in arguments:
+                return None
+            return self.value(arguments[0], value, key)
+        if kind is ConvSpec:
+            return spec_from_dict(value, self.op.where(key))
+        if is_dataclass(kind) and isinstance(value, Mapping):
+            return self.record(kind, value)  # type: ignore[type-var]
+        if origin is Mapping and isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+            return {name: self.value(arguments[1], item, name) for name, item in value.items()}
+        if origin is tuple and isinstance(value, (list, tuple)):
+            every = arguments[1:] == (...,)
+            if every or len(value) == len(arguments):
+                kinds = arguments[:1] * len(value) if every else arguments
+                return tuple(map(self.value, kinds, value, [key] * len(value)))
+        if type(value) is kind or (kind is float and type(value) is int):
+            return value
+        raise self.error(f"{key} is not {_expected(kind)}", key, _expected(kind), value)
