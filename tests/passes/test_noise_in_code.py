@@ -212,7 +212,7 @@ def test_errors_of_edited_plans() -> None:
     model = nn.Sequential(Unread()).eval()
     text = fuse(model, X, [RemoveInferenceNoise()]).plan.to_json()
     for old, new, said in (
-        ('"unread": [\n          "0.aux"\n        ]', '"unread": 3', "unread are paths"),
+        ('"unread": [\n          "0.aux"\n        ]', '"unread": 3', "unread is not a list"),
         ('"path": "0"', '"path": "9"', "no module"),
         ('"path": "0"', '"path": "0.act"', "nothing that could go|does not trace"),
     ):

@@ -8,6 +8,7 @@ iterations of ``spectral_norm``) ends.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,6 +20,18 @@ from torch.nn.utils.weight_norm import WeightNorm
 from ...core.errors import PlanError
 from ...core.plan import Edit, Op
 from .bench import Bench
+from .settings import read
+
+
+@dataclass(frozen=True)
+class BakeSettings:
+    """Settings of ``bake``.
+
+    Attributes:
+        weights: Names of the parameters that are computed, for the reader.
+    """
+
+    weights: tuple[str, ...] = ()
 
 
 def computed_weights(module: nn.Module) -> dict[str, Callable[[], object]]:
@@ -45,6 +58,7 @@ def bake_weights(bench: Bench, op: Op) -> Edit:
         PlanError: If there is no such module, or it computes no weight.
         Refused: If something else refers to it.
     """
+    read(BakeSettings, op)
     module = bench.find(op, op.path)
     computed = computed_weights(module)
     if not computed:
@@ -71,14 +85,11 @@ def bake_weights(bench: Bench, op: Op) -> Edit:
         if old not in after
     }
     return Edit(
-        op=op,
-        kind="module",
-        method="bake",
-        rank_in=None,
-        rank_out=None,
+        op,
+        "module",
+        "bake",
         params_before=sum(parameter.numel() for parameter in before.values()),
         params_after=sum(parameter.numel() for parameter in after.values()),
-        relative_error=None,
         exact="eval",
         renamed=renamed,
         aliases=tuple(name for name in bench.names_of(module) if name != op.path),

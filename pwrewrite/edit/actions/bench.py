@@ -157,9 +157,13 @@ class Bench:
         except NotTraceable as error:
             raise not_traced(op, error) from error
 
+    def names_of(self, module: nn.Module) -> tuple[str, ...]:
+        """Every path of a module, first name first."""
+        return names_of(self.model, module)
+
     def replace(self, old: nn.Module, new: nn.Module, path: str = "") -> tuple[str, ...]:
         """Puts a module in another's place, under every name; the names beside ``path``."""
-        names = names_of(self.model, old)
+        names = self.names_of(old)
         self.model = replace_module(self.model, old, new)
         return tuple(name for name in names if name != path)
 
@@ -250,5 +254,5 @@ def make_like(weight: Tensor, path: str, make: Callable[[Any], _M], *, initialis
     if not weight.is_contiguous():
         for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
             if weight.dim() == dims and weight.is_contiguous(memory_format=memory_format):
-                new = new.to(memory_format=memory_format)  # type: ignore[call-overload]
+                new = new.to(memory_format=memory_format)
     return new

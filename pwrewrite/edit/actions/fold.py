@@ -96,7 +96,7 @@ def fold_norm(bench: Bench, op: Op) -> Edit:
     train_like(layer.weight, weight, gain)
     train_like(layer.bias, weight if old_bias is None else old_bias, shift)
     stem = f"{path}." if path else ""
-    renamed = {old: (stem + key,) for key, old in _names(op, norm, code).items()}
+    renamed: dict[str, tuple[str, ...]] = {old: (stem + key,) for key, old in _names(op, norm, code).items()}
     if old_bias is None:
         renamed[f"{stem}weight"] = (f"{stem}weight", f"{stem}bias")
     aliases: tuple[str, ...] = ()

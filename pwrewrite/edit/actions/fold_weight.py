@@ -21,6 +21,7 @@ from ...core.convolution import ConvSpec
 from ...core.plan import Edit, Op, Skip, SkipReason
 from ...layers.factorized import make_layer
 from ...layers.known import hooked
+from ...layers.unfused import same_padding
 from .bench import Bench, Refused, param_count
 from .settings import read
 
@@ -36,11 +37,7 @@ class SamePadded(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pads, then convolves."""
-        pads: list[int] = []
-        for i in (1, 0):
-            size, step = x.shape[i - 2], self.stride[i]
-            total = max((-(-size // step) - 1) * step + self.dilation[i] * (self.kernel_size[i] - 1) + 1 - size, 0)
-            pads += [total // 2, total - total // 2]
+        pads = same_padding(list(x.shape[-2:]), self.kernel_size, self.stride, self.dilation)
         return F.conv2d(F.pad(x, pads), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 

@@ -1,16 +1,13 @@
 """``fuse``: a layer takes over the activation behind it, and the residual addition between.
 
-Settings: ``layer`` (shape facts), ``activation`` and ``scalars`` (see `pwrewrite.layers`); ``remove``: path of an
-activation module that is called once and becomes an identity. Otherwise ``scope``: path of the module whose code makes
-the call (or of one inside it; the search goes outwards), and ``called``: path of the activation module that it calls
-there, empty for a function. ``residual``: whether an addition lies between, which that code makes. ``same``: whether
-the layer's own code pads as TensorFlow does, so that the output is as large as the input over the stride. ``head``:
-whether the code of ``scope`` lies behind the layer and applies the activation to its input before all else.
+An activation module that is called once becomes an identity. Otherwise the code that calls it becomes a graph without
+the call: that of the smallest module around the layer, looked for outwards.
 """
 
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,15 +17,56 @@ from ...capturing.code_trace import NotTraceable
 from ...core.convolution import ConvSpec
 from ...core.errors import PlanError, UsageError
 from ...core.plan import Edit, Op, Skip, SkipReason
-from ...forms.specs import spec_from_dict
 from ...layers import PointwiseActivation
 from ...layers.activations import checked
 from ...layers.known import call_activation, hooked, is_identity, module_activation
-from ..graph_edit import Regraphed, to_graph
-from .bench import Bench, Refused, spec_of_module
+from ..graph_edit import Regraphed, argument, to_graph
+from .bench import Bench, Refused, not_traced, param_count
 from .evaluation import code_graph
+from .fold_weight import random_inputs
+from .settings import read
 
 _ADDS = frozenset({operator.add, operator.iadd, torch.add})
+
+Activation = tuple[str, tuple[float, ...]]
+"""An activation by name, and its numbers."""
+
+
+@dataclass(frozen=True)
+class FuseSettings:
+    """Settings of ``fuse``.
+
+    Attributes:
+        layer: Shape facts of the layer.
+        activation: Name of the activation (see `pwrewrite.layers.activations`).
+        scalars: Its numbers.
+        remove: Path of an activation module that is called once and becomes an identity.
+        scope: Otherwise, or with ``residual``: path of the module whose code makes the call, or of one inside it.
+        called: Path of the activation module that this code calls; empty for a function.
+        residual: Whether an addition lies between, which this code makes.
+        same: Whether the layer's own code pads as TensorFlow does, so that the output is as large as the input over the
+            stride.
+        alias: Whether only that name of the module becomes an identity, and its others stay.
+        head: Whether the code of ``scope`` lies behind the layer and applies the activation to its input before all
+            else.
+    """
+
+    layer: ConvSpec
+    activation: str
+    scalars: tuple[float, ...] = ()
+    remove: str | None = None
+    scope: str | None = None
+    called: str = ""
+    residual: bool = False
+    same: bool = False
+    head: bool = False
+    alias: bool = False
+
+    @property
+    def method(self) -> str:
+        """What an edit calls it."""
+        added = ["add"] if self.residual else []
+        return "+".join(added if added and self.activation == "none" else [*added, self.activation])
 
 
 def fuse_layer(bench: Bench, op: Op) -> Edit:
@@ -38,56 +76,44 @@ def fuse_layer(bench: Bench, op: Op) -> Edit:
         PlanError: If the op makes no sense or was made for another model.
         Refused: If the layer must stay as it is, or the code around it cannot become a graph.
     """
-    settings = op.settings
-    spec = spec_from_dict(settings.get("layer"), op.where("layer"))
-    name, scalars, residual = settings.get("activation"), settings.get("scalars", []), settings.get("residual", False)
+    settings = read(FuseSettings, op)
+    name, spec = settings.activation, settings.layer
     try:
-        numbers = checked(str(name), scalars)
-    except (UsageError, TypeError, ValueError) as error:
-        raise PlanError(str(error).splitlines()[0], where=op.where("activation")) from None
-    same = settings.get("same") is True
-    layer = _padding_layer(bench, op, spec) if same else bench.layer(op, op.path, spec)
-    remove = settings.get("remove")
-    scope = settings.get("scope")
-    act: nn.Module | None = None
-    if remove is not None:
-        act = bench.find(op, remove, "remove")
-        bench.check_held(remove, act)
-        if hooked(act):
-            raise Refused(Skip(op.path, SkipReason.HOOKS, f"{remove} has a hook, which would no longer see it"))
-    elif not isinstance(scope, str):
-        raise PlanError("neither remove nor scope", where=op.where("scope"), expected="a path", got=repr(scope))
-    graph_path = None
-    if residual or act is None:
-        if not isinstance(scope, str):
-            raise PlanError("scope is no path", where=op.where("scope"), expected="a string", got=repr(scope))
-        if settings.get("head") is True:
-            graph_path = _edit_head(bench, op, scope, (str(name), numbers))
+        activation = name, checked(name, settings.scalars)
+    except UsageError as error:
+        raise PlanError(error.message, where=op.where("activation"), expected=error.expected, got=error.got) from None
+    layer = _padding_layer(bench, op, spec) if settings.same else bench.layer(op, op.path, spec)
+    removed = None if settings.remove is None else bench.find(op, settings.remove, "remove")
+    if removed is not None:
+        bench.check_held(str(settings.remove), removed)
+        if hooked(removed):
+            detail = f"{settings.remove} has a hook, which would no longer see it"
+            raise Refused(Skip(op.path, SkipReason.HOOKS, detail))
+    scope = None
+    if settings.residual or removed is None:
+        if settings.scope is None:
+            raise PlanError("fuse needs a scope or what to remove", where=op.where("scope"), expected="a path")
+        if settings.head:
+            scope = _edit_head(bench, op, settings.scope, activation)
         else:
-            graph_path = _edit_code(bench, op, scope, layer, (str(name), numbers), bool(residual), act)
-    new = PointwiseActivation.of_layer(layer, spec, str(name), numbers, same=same)
-    paths = bench.names_of(layer)
-    bench.replace(layer, new)
-    if act is not None:
-        identity = nn.Identity()
-        identity.train(act.training)
-        if settings.get("alias") is True and isinstance(remove, str):
-            bench.replace_item(remove, identity)
-        else:
-            bench.replace(act, identity)
-    params = sum(p.numel() for p in new.parameters())
+            called = bench.find(op, settings.called, "called") if settings.called else None
+            change = _Change(layer, activation, settings.residual, called, removed)
+            scope = _edit_code(bench, op, settings.scope, change)
+    new = PointwiseActivation.of_layer(layer, spec, *activation, same=settings.same)
+    aliases = bench.replace(layer, new, op.path)
+    if removed is not None and settings.alias:
+        bench.replace_item(str(settings.remove), nn.Identity().train(removed.training))
+    elif removed is not None:
+        bench.remove(removed)
     return Edit(
-        op=op,
-        kind="module" if graph_path is None else "graph",
-        method=f"add+{name}" if residual and name != "none" else "add" if residual else str(name),
-        rank_in=None,
-        rank_out=None,
-        params_before=params,
-        params_after=params,
-        relative_error=None,
+        op,
+        "module" if scope is None else "graph",
+        settings.method,
+        params_before=param_count(new),
+        params_after=param_count(new),
         exact="both",
-        aliases=tuple(path for path in paths if path != op.path),
-        graph_module=graph_path,
+        aliases=aliases,
+        graph_module=scope,
     )
 
 
@@ -98,89 +124,88 @@ def _padding_layer(bench: Bench, op: Op, spec: ConvSpec) -> Any:
         PlanError: If it is another layer.
         Refused: If its code does something else.
     """
-    layer: Any = bench.find(op, op.path)
-    if not isinstance(layer, nn.Conv2d) or spec_of_module(layer) != spec:
-        raise PlanError("the plan was made for another layer", where=op.where("layer"), got=str(layer)[:80])
-    bench.check_held(op.path, layer)
+    layer = bench.same_layer(op, op.path, spec)
     detail = f"{type(layer).__qualname__} has a forward of its own that does more than pad"
     refused = Refused(Skip(op.path, SkipReason.OVERRIDDEN_FORWARD, detail))
-    if hooked(layer) or layer._parameters.get("weight") is None:
+    if not isinstance(layer, nn.Conv2d) or hooked(layer) or layer._parameters.get("weight") is None:
         raise refused
-    if not bench.fill or layer.weight.is_meta:
-        return layer
-    trial = PointwiseActivation.of_layer(layer, spec, "none", same=True)
-    generator = torch.Generator().manual_seed(0)
-    for height, width in ((13, 16), (18, 15)):
-        x = torch.randn(1, spec.in_channels, height, width, generator=generator).to(layer.weight)
+    if bench.fill and not layer.weight.is_meta:
+        trial = PointwiseActivation.of_layer(layer, spec, "none", same=True)
         try:
             with torch.no_grad():
-                found, wanted = layer(x), trial(x)
+                pairs = [(layer(x), trial(x)) for x in random_inputs(layer)]
         except Exception as error:
             raise refused from error
-        if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=1e-2, atol=1e-3):
+        if any(a.shape != b.shape or not torch.allclose(a, b, rtol=1e-2, atol=1e-3) for a, b in pairs):
             raise refused
     return layer
 
 
-def _edit_code(
-    bench: Bench,
-    op: Op,
-    scope: str,
-    layer: nn.Module,
-    activation: tuple[str, tuple[float, ...]],
-    residual: bool,
-    removed: nn.Module | None,
-) -> str:
+@dataclass(frozen=True)
+class _Change:
+    """What is to be taken out of some code.
+
+    Attributes:
+        layer: The layer that takes it over.
+        activation: The activation; ``none`` for an addition alone.
+        residual: Whether an addition lies between.
+        called: The module that the code calls for it; None for a function.
+        removed: A module that becomes an identity wherever it is called, so that its call may stay.
+    """
+
+    layer: nn.Module
+    activation: Activation
+    residual: bool
+    called: nn.Module | None
+    removed: nn.Module | None
+
+    @property
+    def activation_in_code(self) -> bool:
+        """Whether a call of the activation has to go."""
+        return self.removed is None and self.activation[0] != "none"
+
+
+def _edit_code(bench: Bench, op: Op, scope: str, change: _Change) -> str:
     """Takes the activation and the addition out of the code of the smallest enclosing module; its path."""
-    called = op.settings.get("called", "")
-    act = bench.find(op, called, "called") if called else None
-    failure = "the layer is not in this code"
+    failure: NotTraceable = _NotHere("the layer is not in this code")
     while True:
         module = bench.find(op, scope, "scope")
-        inside = op.path == scope or not scope or op.path.startswith(f"{scope}.")
-        if inside and module is not layer:
+        if f"{op.path}.".startswith(f"{scope}." if scope else "") and module is not change.layer:
             bench.check_held(op.path, module)
             try:
-                made = code_graph(module)
-                relative = op.path.removeprefix(f"{scope}." if scope else "")
-                edit = _CodeEdit(made, relative, layer, activation, residual, act, removed)
-                edit.carry_out()
+                graph_module = code_graph(module)
+                _CodeEdit(graph_module, op.path.removeprefix(f"{scope}." if scope else ""), change).carry_out()
             except NotTraceable as error:
-                failure = str(error)
-                if not isinstance(error, _NotHere):
-                    raise Refused(Skip(op.path, SkipReason.NOT_TRACED, failure)) from error
+                failure = error
             else:
-                bench.replace(module, made)
+                bench.replace(module, graph_module)
                 return scope
-        if not scope:
-            raise Refused(Skip(op.path, SkipReason.NOT_TRACED, failure))
+        if not scope or not isinstance(failure, _NotHere):
+            raise not_traced(op, failure) from failure
         scope = scope.rpartition(".")[0]
 
 
-def _edit_head(bench: Bench, op: Op, scope: str, activation: tuple[str, tuple[float, ...]]) -> str:
+def _edit_head(bench: Bench, op: Op, scope: str, activation: Activation) -> str:
     """Takes the activation out of the code of a module that applies it to its input first; the module's path."""
     module = bench.find(op, scope, "scope")
-    bench.check_held(op.path, module)
     if hooked(module):
         raise Refused(Skip(op.path, SkipReason.HOOKS, f"{scope} has a hook, which would see what it is given change"))
-    try:
-        made = code_graph(module)
-    except NotTraceable as error:
-        raise Refused(Skip(op.path, SkipReason.NOT_TRACED, str(error))) from error
-    found = []
-    for node in made.graph.nodes:
-        given = node.args[0] if node.args else node.kwargs.get("input")
-        if call_activation(node) == activation and isinstance(given, fx.Node) and given.op == "placeholder":
-            found.append((node, given))
-    if len(found) != 1 or len(found[0][1].users) != 1:
-        detail = f"{scope} does not apply {activation[0]} to its input first"
-        raise Refused(Skip(op.path, SkipReason.NOT_TRACED, detail))
-    node, given = found[0]
-    node.replace_all_uses_with(given)
-    made.graph.erase_node(node)
-    made.graph.lint()
-    made.recompile()
-    bench.replace(module, made)
+    graph_module = bench.graph(op, module)
+    heads = [
+        (node, source)
+        for node in graph_module.graph.nodes
+        if call_activation(node) == activation
+        and isinstance(source := argument(node, 0, "input"), fx.Node)
+        and source.op == "placeholder"
+    ]
+    if len(heads) != 1 or len(heads[0][1].users) != 1:
+        raise not_traced(op, f"{scope} does not apply {activation[0]} to its input first")
+    node, source = heads[0]
+    node.replace_all_uses_with(source)
+    graph_module.graph.erase_node(node)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    bench.replace(module, graph_module)
     return scope
 
 
@@ -189,20 +214,16 @@ class _NotHere(NotTraceable):
 
 
 class _CodeEdit:
-    """The change of one module's graph."""
+    """The change of one module's graph.
 
-    def __init__(
-        self,
-        made: Regraphed,
-        path: str,
-        layer: nn.Module,
-        activation: tuple[str, tuple[float, ...]],
-        residual: bool,
-        act: nn.Module | None,
-        removed: nn.Module | None,
-    ) -> None:
-        self.made, self.graph, self.path, self.layer = made, made.graph, path, layer
-        self.activation, self.residual, self.act, self.removed = activation, residual, act, removed
+    Args:
+        graph_module: The module as a graph.
+        path: The layer's path in it.
+        change: What is to go.
+    """
+
+    def __init__(self, graph_module: Regraphed, path: str, change: _Change) -> None:
+        self.graph_module, self.graph, self.path, self.change = graph_module, graph_module.graph, path, change
 
     def carry_out(self) -> None:
         """Edits the graph.
@@ -212,22 +233,16 @@ class _CodeEdit:
         """
         call, chain = self._call()
         last = self._onward(call)
-        reader = self._reader(last)
-        add = other = None
-        if self.residual:
-            add, other = self._addition(reader, last)
-            last = self._onward(add)
-            if self.activation[0] != "none" and self.removed is None:
-                reader = self._reader(last)
-        if self.removed is None and self.activation[0] != "none":
-            self._check_activation(reader)
-            end = reader
-        else:
-            end = add if add is not None else last
-        if add is not None:
-            assert other is not None
+        if self.change.residual:
+            add, other = self._addition(self._reader(last), last)
+            end = add
+            if self.change.activation_in_code:
+                end = self._reader(self._onward(add))
+                self._check_activation(end)
             self._join(call, chain, other, end)
-        else:
+        elif self.change.activation_in_code:
+            end = self._reader(last)
+            self._check_activation(end)
             end.replace_all_uses_with(last)
             self.graph.erase_node(end)
         for node in list(self.graph.nodes):
@@ -235,7 +250,7 @@ class _CodeEdit:
                 node.replace_all_uses_with(node.args[0])
                 self.graph.erase_node(node)
         self.graph.lint()
-        self.made.recompile()
+        self.graph_module.recompile()
 
     def _call(self) -> tuple[fx.Node, list[str]]:
         """The node whose output is the layer's, and the calls that it stands for where the layer lies deeper."""
@@ -251,11 +266,11 @@ class _CodeEdit:
         return node, chain
 
     def _holds(self, node: fx.Node) -> bool:
-        return any(child is self.layer for child in self._module(node).modules())
+        return any(child is self.change.layer for child in self._module(node).modules())
 
     def _ends_with_layer(self, target: str, module: nn.Module) -> list[str] | None:
         """The calls of a chain of containers whose last one, identities apart, is the layer."""
-        if module is self.layer:
+        if module is self.change.layer:
             return [target]
         names = _chain(module)
         if names is None:
@@ -268,7 +283,7 @@ class _CodeEdit:
         return None if inner is None else [*(f"{target}.{name}" for name in first), *inner]
 
     def _module(self, node: fx.Node) -> nn.Module:
-        return self.made.get_submodule(str(node.target))
+        return self.graph_module.get_submodule(str(node.target))
 
     def _reader(self, node: fx.Node) -> fx.Node:
         readers = list(node.users)
@@ -300,13 +315,13 @@ class _CodeEdit:
     def _check_activation(self, node: fx.Node) -> None:
         if node.op == "call_module":
             module = self._module(node)
-            if self.act is not None and module is self.act:
+            if self.change.called is not None and module is self.change.called:
                 return
-            if self.act is None and module_activation(module) == self.activation:
+            if self.change.called is None and module_activation(module) == self.change.activation:
                 return
-        elif self.act is None and call_activation(node) == self.activation:
+        elif self.change.called is None and call_activation(node) == self.change.activation:
             return
-        raise NotTraceable(f"this code has {node.target} behind {self.path}, not {self.activation[0]}")
+        raise NotTraceable(f"this code has {node.target} behind {self.path}, not {self.change.activation[0]}")
 
     def _join(self, call: fx.Node, chain: list[str], other: fx.Node, end: fx.Node) -> None:
         """Puts the layer's call, with the residual, where the addition or the activation was."""

@@ -156,7 +156,7 @@ def project_branch(bench: Bench, op: Op) -> Edit:
         exact=settings.exact if full and settings.init == "weights" else None,
         renamed={**{f"{op.path}.{name}": (f"{op.path}.branch.{name}",) for name in inside}, **weights},
         aliases=bench.replace(branch, projected, op.path),
-        adapted=tuple(changed.path for changed in (*settings.consumers, *settings.norms)),
+        adapted=tuple(c.path for c in settings.consumers) + tuple(norm.path for norm in settings.norms),
     )
 
 
@@ -244,19 +244,19 @@ def _joint_factors(
     """Fills the projection from the joint factorisation; the consumers' new slices and the relative error."""
     consumers, channels = settings.consumers, settings.channels
 
-    def factorise() -> decompose.LowRank:
+    def factorise() -> decompose.AxisSplit:
         slices = [_rows(c, layer.weight.detach(), settings.branch_channels) for c, layer in zip(consumers, layers)]
         try:
-            return decompose.low_rank(torch.cat(slices), channels)
+            return decompose.split_spectrum(torch.cat(slices)).truncate(channels)
         except RefusedError as error:
             paths = ", ".join(consumer.path for consumer in consumers)
             raise RefusedError(error.message, where=paths, got=error.got, hint=error.hint) from None
 
     factors = bench.once(op, factorise)
     with torch.no_grad():
-        projection.weight.copy_(factors.reduce.reshape(projection.weight.shape))
+        projection.weight.copy_(factors.first.reshape(projection.weight.shape))
     projection.weight.requires_grad_(any(layer.weight.requires_grad for layer in layers))
-    pieces = torch.split(factors.expand, [consumer.rows for consumer in consumers])
+    pieces = torch.split(factors.second, [consumer.rows for consumer in consumers])
     slices = [_from_rows(rows, consumer, channels) for rows, consumer in zip(pieces, consumers, strict=True)]
     return slices, factors.relative_error
 

@@ -108,7 +108,8 @@ class _Reader:
         if origin is Annotated:
             result = self.value(arguments[0], value, key)
             if result is not None and not arguments[1].test(result):
-                raise self.error(f"this {key} makes no sense", key, arguments[1].expected, value)
+                message = f"unknown {key}" if isinstance(value, str) else f"this {key} makes no sense"
+                raise self.error(message, key, arguments[1].expected, value)
             return result
         if origin in (Union, UnionType):
             if value is None and NoneType in arguments:
@@ -116,8 +117,8 @@ class _Reader:
             return self.value(arguments[0], value, key)
         if kind is ConvSpec:
             return spec_from_dict(value, self.op.where(key))
-        if is_dataclass(kind) and isinstance(value, Mapping):
-            return self.record(kind, value)  # type: ignore[type-var]
+        if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, Mapping):
+            return self.record(kind, value)
         if origin is Mapping and isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
             return {name: self.value(arguments[1], item, name) for name, item in value.items()}
         if origin is tuple and isinstance(value, (list, tuple)):

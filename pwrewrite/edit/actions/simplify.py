@@ -1,30 +1,26 @@
 """``remove`` on code: what does nothing in evaluation goes out of a module's own code, which becomes a graph.
 
-What goes: functional dropouts; calls whose result nobody reads;
-the first of two ``contiguous`` or reshapes in a row, both of two permutations that undo each other; and the second of
-two equal calls.
-
-Settings: ``kind`` (``code``); ``unread``: paths of modules of which no result is read; ``same``: pairs of calls that
-are equal, each as what is called and how often the code called it before.
+What goes: functional dropouts; calls whose result nobody reads; the first of two ``contiguous`` or reshapes in a row,
+both of two permutations that undo each other; and the second of two equal calls.
 """
 
 from __future__ import annotations
 
 import operator
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from ...capturing.code_trace import NotTraceable
 from ...capturing.functions import VALUE_READS, writes
-from ...core.errors import PlanError
-from ...core.plan import Edit, Op, Skip, SkipReason
+from ...core.plan import Edit, Op
 from ...layers.known import is_identity
 from ..graph_edit import Regraphed
-from .bench import Bench, Refused
-from .evaluation import DROPS, code_graph
+from .bench import Bench, not_traced
+from .evaluation import DROPS
+from .settings import Offset, read
 
 CODE = "code"
 """The kind of such an op."""
@@ -36,6 +32,25 @@ RANDOM = ("rand", "bernoulli", "multinomial", "normal", "poisson", "dropout", "r
 """Parts of the names of functions that draw numbers, or set what does."""
 
 
+Call = tuple[str, Offset]
+"""A call in some code: what is called (see `called`), and how often the code called it before."""
+
+
+@dataclass(frozen=True)
+class SimplifySettings:
+    """Settings of a ``remove`` on code.
+
+    Attributes:
+        kind: ``code``.
+        unread: Paths of modules of which no result is read.
+        same: Pairs of calls that are equal.
+    """
+
+    kind: str
+    unread: tuple[str, ...] = ()
+    same: tuple[tuple[Call, Call], ...] = ()
+
+
 def simplify_code(bench: Bench, op: Op) -> Edit:
     """Carries out a ``remove`` op on code.
 
@@ -43,54 +58,24 @@ def simplify_code(bench: Bench, op: Op) -> Edit:
         PlanError: If the op makes no sense.
         Refused: If the code cannot become a graph, or has nothing of the kind.
     """
-    unread, same = op.settings.get("unread", []), op.settings.get("same", [])
-    if not _names(unread) or not (isinstance(same, list) and all(_pair(one) for one in same)):
-        raise PlanError("unread are paths, same are pairs", where=op.where("unread"), got=f"{unread!r}, {same!r}")
+    settings = read(SimplifySettings, op)
     module = bench.find(op, op.path)
-    bench.check_held(op.path, module)
-    try:
-        made = code_graph(module, DROPS)
-    except NotTraceable as error:
-        raise Refused(Skip(op.path, SkipReason.NOT_TRACED, str(error))) from error
-    if same and any(node.target is operator.setitem for node in made.graph.nodes):
-        detail = "the code assigns items, behind which an equal call may give something else"
-        raise Refused(Skip(op.path, SkipReason.NOT_TRACED, detail))
+    graph_module = bench.graph(op, module, DROPS)
+    if settings.same and any(node.target is operator.setitem for node in graph_module.graph.nodes):
+        raise not_traced(op, "the code assigns items, behind which an equal call may give something else")
     inner = f"{op.path}." if op.path else ""
-    silent = {path.removeprefix(inner) for path in unread}
-    if not _Simplifier(made, silent, same).run():
-        raise Refused(Skip(op.path, SkipReason.NOT_TRACED, "the code as a graph has nothing that could go"))
-    names = bench.names_of(module)
-    bench.replace(module, made)
-    return Edit(
-        op=op,
-        kind="graph",
-        method="simplify",
-        rank_in=None,
-        rank_out=None,
-        params_before=0,
-        params_after=0,
-        relative_error=None,
-        exact="eval",
-        aliases=tuple(name for name in names if name != op.path),
-        graph_module=op.path,
-    )
-
-
-def _names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, str) for one in value)
-
-
-def _pair(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) != 2:
-        return False
-    return all(isinstance(o, list) and len(o) == 2 and isinstance(o[0], str) and isinstance(o[1], int) for o in value)
+    silent = {path.removeprefix(inner) for path in settings.unread}
+    if not _Simplifier(graph_module, silent, settings.same).run():
+        raise not_traced(op, "the code as a graph has nothing that could go")
+    aliases = bench.replace(module, graph_module, op.path)
+    return Edit(op, "graph", "simplify", exact="eval", aliases=aliases, graph_module=op.path)
 
 
 class _Simplifier:
     """Takes what does nothing out of one graph."""
 
-    def __init__(self, made: Regraphed, unread: set[str], same: list[Any]) -> None:
-        self.made, self.graph, self.unread, self.same = made, made.graph, unread, same
+    def __init__(self, graph_module: Regraphed, unread: set[str], same: tuple[tuple[Call, Call], ...]) -> None:
+        self.graph_module, self.graph, self.unread, self.same = graph_module, graph_module.graph, unread, same
 
     def run(self) -> bool:
         """Does it all; whether anything was found, and all that was promised."""
@@ -100,7 +85,7 @@ class _Simplifier:
         self._pairs()
         self._dead()
         self.graph.lint()
-        self.made.recompile()
+        self.graph_module.recompile()
         rest = {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
         return len(self.graph.nodes) < before and not rest & self.unread
 
@@ -109,14 +94,14 @@ class _Simplifier:
         self.graph.erase_node(node)
 
     def _duplicates(self) -> None:
-        found: dict[tuple[str, int], fx.Node] = {}
-        seen: Counter[str] = Counter()
+        calls: dict[Call, fx.Node] = {}
+        before: Counter[str] = Counter()
         for node in self.graph.nodes:
             what = called(node)
-            found[what, seen[what]] = node
-            seen[what] += 1
+            calls[what, before[what]] = node
+            before[what] += 1
         for first, second in self.same:
-            a, b = found.get(tuple(first)), found.get(tuple(second))
+            a, b = calls.get(first), calls.get(second)
             if a is not None and b is not None and a is not b and (a.args, a.kwargs) == (b.args, b.kwargs):
                 self._away(b, a)
 
@@ -127,7 +112,7 @@ class _Simplifier:
                 self._away(node, node.args[0] if node.args else node.kwargs["input"])
 
     def _is_identity(self, node: fx.Node) -> bool:
-        return is_identity(self.made.get_submodule(str(node.target)))
+        return is_identity(self.graph_module.get_submodule(str(node.target)))
 
     def _pairs(self) -> None:
         written = self._writes()
@@ -147,7 +132,7 @@ class _Simplifier:
     def _writes(self) -> bool:
         """Whether the code, or a child, writes into a tensor, so that it matters what is a copy."""
         calls = [n for n in self.graph.nodes if n.op in ("call_function", "call_method")]
-        inplace = any(getattr(module, "inplace", False) for module in self.made.modules())
+        inplace = any(getattr(module, "inplace", False) for module in self.graph_module.modules())
         return inplace or any(n.target is operator.setitem or writes(name_of(n), n.args, n.kwargs) for n in calls)
 
     def _dead(self) -> None:
