@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from ..capturing.eligibility import eligible, module_refusal
 from ..capturing.records import Capture, Layer, info
+from ..core.convolution import ConvSpec
 from ..core.plan import Estimate, Op, Skip, SkipReason
 from ..edit.actions.bench import spec_of_module
 from ..forms.specs import spec_to_dict
@@ -201,7 +202,7 @@ def pads_itself(graph: Graph, layer: Layer, node: fx.Node) -> bool:
     module = graph.modules.get(layer.path)
     if not isinstance(module, nn.Conv2d) or not layer.functional or len(layer.calls) != 1:
         return False
-    if info(node).path != layer.path or any(map(any, layer.spec.padding if layer.spec else ())):
+    if info(node).path != layer.path or ConvSpec.of_module(module) != layer.spec or any(map(any, layer.spec.padding)):
         return False
     if spec_of_module(module) != layer.spec:  # its code does not call what its attributes say
         return False
