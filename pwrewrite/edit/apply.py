@@ -12,7 +12,6 @@ skips.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.copies import deep_copy
 from ..core.errors import PlanError, RefusedError, first_line
 from ..core.plan import Edit, Op, Plan, Skip, SkipReason
 from .actions import ACTIONS, Bench, Decomposer, Refused
@@ -112,12 +112,12 @@ def copy_of(model: nn.Module) -> nn.Module:
         RefusedError: If the model cannot be copied.
     """
     try:
-        return copy.deepcopy(model)
+        return deep_copy(model)
     except Exception as error:
         raise RefusedError(
             f"the model cannot be copied, and it is never changed in place: {first_line(error)}",
             where=type(model).__name__,
-            hint="tensors that carry a gradient history are the usual cause; detach them",
+            hint="handles such as locks, files, generators or streams are the usual cause; make them in forward",
         ) from error
 
 

@@ -23,7 +23,6 @@ tensors (numbers, flags, the time) is as it was when the function was made.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable
@@ -34,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capturing import Inputs, capture, split_inputs
+from ..core.copies import deep_copy
 from ..core.errors import CaptureError, InputError, RefusedError, first_line
 from ..core.nested import map_tensors, tensors_of
 from ..layers import PointwiseActivation, tracing
@@ -318,7 +318,7 @@ class _Copy:
         memo: dict[int, Any] = {id(t): nn.Parameter(t.detach(), requires_grad=False) for t in model.parameters()}
         memo |= {id(t): t.detach().clone() for t in model.buffers()}
         memo |= {id(each.tensor): each.tensor.clone() for each in held if each.tensor.is_inference()}
-        self._model: nn.Module = copy.deepcopy(model, memo)
+        self._model: nn.Module = deep_copy(model, memo)
         self.found = [Held.of({"": t}, "", t) for t in memo.get(id(memo), ()) if isinstance(t, Tensor)]
         self.replaced: set[tuple[int, str]] = set()
         owners: dict[int, dict[str, Any]] = {}

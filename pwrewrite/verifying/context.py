@@ -6,7 +6,6 @@ for the checks behind it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from ..capturing import Capture, Inputs, info
+from ..core.copies import deep_copy
 from ..core.cost import Cost
 from ..core.errors import InputError, first_line
 from ..core.plan import Edit
@@ -223,7 +223,7 @@ def finite(flat: Flat) -> bool:
 
 def _copied(model: nn.Module, name: str) -> nn.Module:
     try:
-        copied = copy.deepcopy(model)
+        copied = deep_copy(model)
     except Exception as error:
         raise InputError(
             f"the {name} model cannot be copied: {first_line(error)}", where=type(model).__name__

@@ -9,7 +9,6 @@ kind is written; shared tensors are written once, as it requires.
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.copies import deep_copy
 from ..core.errors import first_line
 from .context import Context, Results
 from .values import unlike
@@ -52,7 +52,7 @@ def reloaded(rewritten: nn.Module, original: nn.Module) -> tuple[nn.Module | Non
     tensor_problems, tensor_notes = _safetensors(state, original)
     problems, notes = problems + tensor_problems, notes + tensor_notes
     zeros = {id(p): nn.Parameter(torch.zeros_like(p), p.requires_grad) for p in rewritten.parameters()}
-    fresh = copy.deepcopy(rewritten, dict(zeros))
+    fresh = deep_copy(rewritten, dict(zeros))
     plain = _empty(fresh, original)
     try:
         file = io.BytesIO()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from math import inf, sqrt
 
 import torch
 from torch import Tensor, nn
 
+from ..core.copies import deep_copy
 from .inputs import Arguments, map_arguments
 from .numerics import errors, exact_limits, nudged, roundoff
 from .outputs import Flat
@@ -63,7 +63,7 @@ class Original:
         """A copy in another precision; None where the model holds what has no such precision."""
         if dtype not in self._copies:
             try:
-                self._copies[dtype] = copy.deepcopy(self.model).to(dtype)
+                self._copies[dtype] = deep_copy(self.model).to(dtype)
             except Exception:
                 self._copies[dtype] = None
         return self._copies[dtype]
@@ -91,7 +91,7 @@ class Original:
             name = str(dtype).removeprefix("torch.")
             return Rounding(reference, measured, exact_limits(measured, floor), floor, name)
         moved = map_arguments(inputs, lambda t: nudged(t, self.seed))
-        probe = self._run(copy.deepcopy(self.model), moved, training)
+        probe = self._run(deep_copy(self.model), moved, training)
         measured = errors(probe, before.output) if probe is not None else {}
         floor *= 4 * sqrt(depth)
         limits = exact_limits(measured, floor, factor=16)
@@ -103,7 +103,7 @@ class Original:
 
 def noisy_copy(model: nn.Module, noise: float, seed: int, *, scale: float = 1.0) -> nn.Module:
     """A copy with every floating parameter scaled and moved by ``noise``, relative, in the root mean square."""
-    noisy = copy.deepcopy(model)
+    noisy = deep_copy(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in noisy.parameters():

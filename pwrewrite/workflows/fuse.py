@@ -13,7 +13,6 @@ exact in that format.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from ..capturing import Inputs, split_inputs
 from ..capturing.records import Capture, info
+from ..core.copies import deep_copy
 from ..core.errors import RefusedError, first_line
 from ..core.nested import map_tensors, tensors_of
 from ..core.plan import Plan, SkipReason
@@ -319,7 +319,7 @@ def _doubled(t: Tensor) -> Tensor:
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     """The output tensors of a copy of a model in evaluation mode, on copies of inputs, without gradients."""
     args, kwargs = split_inputs(map_tensors(inputs, lambda t: t.clone()))
-    runner = copy.deepcopy(model).eval()
+    runner = deep_copy(model).eval()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         out = runner(*args, **kwargs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from ..capturing import Inputs, split_inputs
+from ..core.copies import deep_copy
 from ..core.errors import InputError, RefusedError
 from ..engines.frozen import Frozen, freeze
 from ..engines.timing import time_in_turns
@@ -111,7 +111,7 @@ def latencies(models: Sequence[nn.Module], inputs: Inputs) -> list[float]:
     Raises:
         RefusedError: If the models have no values.
     """
-    models = [model if isinstance(model, Frozen) else copy.deepcopy(model) for model in models]
+    models = [model if isinstance(model, Frozen) else deep_copy(model) for model in models]
     tensors = [t for model in models for t in (*model.parameters(), *model.buffers())]
     if any(t.is_meta for t in tensors):
         raise RefusedError("a model without weights cannot be measured", hint="give weights, or leave --benchmark out")
