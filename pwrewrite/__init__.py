@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .core.plan import Plan
     from .core.verification import Verification
     from .edit.apply import apply
+    from .edit.unfuse import unfuse
     from .engines.frozen import freeze
     from .report.records import Report
     from .targets import LoadedModel, load_target
@@ -85,6 +86,7 @@ __all__ = [
     "register_formula",
     "rewrite",
     "save",
+    "unfuse",
     "verify",
 ]
 
@@ -117,6 +119,7 @@ _HOMES = {
     "register_formula": "core.cost",
     "rewrite": "workflows.rewrite",
     "save": "targets.storage",
+    "unfuse": "edit.unfuse",
     "verify": "verifying",
 }
 """The module in which each public name lives."""
