@@ -113,6 +113,8 @@ class PassOptions(LayerOptions):
         energy: Part of ‖W‖² to keep, instead of widths.
         vbmf: Ranks by empirical variational Bayes, instead of widths.
         min_share: Least part of the MACs; 1% where neither passes nor layers are named, 0 otherwise.
+        min_gain: Least part of a layer's MACs that a rewrite saves; 10% where the width is computed, 0 where it is
+            given as an integer.
         allow_growth: Rewrite also where that costs more.
         init: ``weights`` or ``fresh``.
         norm: With ``fresh``: the norm behind every new layer but the last.
@@ -154,6 +156,13 @@ class PassOptions(LayerOptions):
     vbmf: bool = _of_passes(False, "Instead of --rank: ranks by empirical variational Bayes.", "--vbmf")
     min_share: float | None = _of_passes(
         None, "Only layers with this part of the MACs.", "--min-share", metavar="SHARE", read=parse_share
+    )
+    min_gain: float | None = _of_passes(
+        None,
+        r"Leave layers whose rewrite saves less of their MACs. [dim]\[default: 10%, 0 with a --rank like 32][/]",
+        "--min-gain",
+        metavar="SHARE",
+        read=parse_share,
     )
     allow_growth: bool = _of_passes(False, "Also where it costs more than it saves.", "--allow-growth")
     init: str = _of_passes(

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsIndex
 
 from torch import Tensor
 
@@ -27,6 +27,10 @@ from ..forms.specs import chain_macs, chain_params, linear_spec, spec_to_dict
 from ..layers.factorized import ACTIVATIONS, NORMS, Factorized
 
 Proposal = Op | Skip
+
+DEFAULT_GAIN = 0.1
+"""Least part of a layer's MACs that a rewrite saves where its width is computed."""
+
 Rank = RankSpec | tuple[RankSpec, RankSpec]
 
 
@@ -65,6 +69,8 @@ class LayerPass(Pass):
         exclude: Patterns on paths that are left as they are.
         select: A callable on a `Layer` that says whether it is meant.
         min_share: Least part of the model's MACs, 0 to 1.
+        min_gain: Least part of the layer's MACs that must be saved, 0 to 1; `DEFAULT_GAIN` where None and a width is
+            computed (from a ratio, an energy or EVBMF), nothing where all are given as integers.
         energy: Instead of ``rank``: the part of ``‖W‖²`` to keep.
         vbmf: Instead of ``rank``: choose by empirical variational Bayes (Nakajima et al. 2013, as in Kim et al. 2016).
         multiple: What computed widths are rounded to; by default 8 where the channels are 64 or more, else 1.
@@ -90,6 +96,7 @@ class LayerPass(Pass):
         exclude: Sequence[str] = (),
         select: Callable[[Layer], bool] | None = None,
         min_share: float = 0.0,
+        min_gain: float | None = None,
         energy: float | None = None,
         vbmf: bool = False,
         multiple: int | None = None,
@@ -118,12 +125,15 @@ class LayerPass(Pass):
         for table, given, what in ((NORMS, norm, "norm"), (ACTIVATIONS, activation, "activation")):
             if given is not None and given not in table:
                 raise UsageError(f"unknown {what} {given!r}", expected=f"one of {', '.join(table)}")
-        if not 0 <= min_share <= 1:
-            raise UsageError(f"min_share {min_share!r} is no share", expected="a number from 0 to 1")
+        for name, share in (("min_share", min_share), ("min_gain", min_gain)):
+            if share is not None and not 0 <= share <= 1:
+                raise UsageError(f"{name} {share!r} is no share", expected="a number from 0 to 1")
         if energy is not None and not 0 < energy <= 1:
             raise UsageError(f"energy {energy!r} is no share", expected="a number above 0 and up to 1")
         self.ranks = self._spread(self.default_rank if rank is None else rank)
         self.include, self.exclude, self.select = tuple(include), tuple(exclude), select
+        widths_given = energy is None and not vbmf and all(_is_width(value) for value in self.ranks.values())
+        self.min_gain = min_gain if min_gain is not None else 0.0 if widths_given else DEFAULT_GAIN
         self.min_share, self.energy, self.vbmf, self.multiple = min_share, energy, vbmf, multiple
         self.allow_growth, self.replan = allow_growth, replan
         self.init, self.norm, self.activation = init, norm, activation
@@ -201,15 +211,21 @@ class LayerPass(Pass):
     ) -> Proposal:
         """The op for given widths, or a skip where it would not pay and growth is not allowed."""
         estimate = estimate_chain(layer, spec, self.form, widths, axes)
-        grows = estimate.macs_after >= estimate.macs_before or estimate.params_after >= estimate.params_before
-        if grows and not self.allow_growth and self.init == "weights":
+        if not self.allow_growth and self.init == "weights":
             shown = ", ".join(f"{name} {width}" for name, width in widths.items())
-            return Skip(
-                layer.path,
-                SkipReason.NO_GAIN,
-                f"at {shown} it would take {estimate.macs_after:,} MACs and {estimate.params_after:,} parameters "
-                f"against {estimate.macs_before:,} and {estimate.params_before:,}; ask for less, or allow growth",
-            )
+            if estimate.macs_after >= estimate.macs_before or estimate.params_after >= estimate.params_before:
+                detail = (
+                    f"at {shown} it would take {estimate.macs_after:,} MACs and {estimate.params_after:,} parameters "
+                    f"against {estimate.macs_before:,} and {estimate.params_before:,}; ask for less, or allow growth"
+                )
+                return Skip(layer.path, SkipReason.NO_GAIN, detail)
+            gain = 1 - estimate.macs_after / estimate.macs_before
+            if gain < self.min_gain:
+                detail = (
+                    f"at {shown} it would save {gain:.1%} of its MACs, less than {self.min_gain:.1%} (min_gain); "
+                    "give a smaller width, or a smaller least gain"
+                )
+                return Skip(layer.path, SkipReason.NO_GAIN, detail)
         settings: dict[str, Any] = {
             "form": self.form.name,
             "widths": dict(widths),
@@ -286,6 +302,13 @@ class LayerPass(Pass):
             raise UsageError(
                 error.message, where=layer.path, expected=error.expected, got=error.got, hint=error.hint
             ) from None
+
+
+def _is_width(value: RankSpec) -> bool:
+    """Whether a rank is a width as such, not a share of the channels."""
+    if isinstance(value, str):
+        return value.strip().isdigit()
+    return isinstance(value, SupportsIndex)
 
 
 def chosen(capture: Capture, include: Sequence[str], exclude: Sequence[str]) -> set[int]:

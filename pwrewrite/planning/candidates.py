@@ -120,7 +120,7 @@ class ReplaceableLayers:
         self.owners = Owners(capture)
         self.layers: list[tuple[Layer, dict[str, LayerPass]]] = []
         self.skips: list[Skip] = []
-        passes = [kind(replan=replan) for form in forms for kind in FORM_PASSES[form]]
+        passes = [kind(replan=replan, min_gain=0.0) for form in forms for kind in FORM_PASSES[form]]
         chosen_layers = chosen(capture, include, exclude)
         for layer in capture.layers:
             if id(layer) not in chosen_layers:

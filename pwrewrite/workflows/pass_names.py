@@ -39,7 +39,7 @@ DEFAULT_SHARE = 0.01
 _COMMON = ("multiple", "allow_growth", "replan", "init", "norm", "activation")
 """Options that every pass for single layers takes."""
 
-_OF_PASSES = ("rank", "rank_in", "rank_out", "energy", "vbmf", "include", "exclude", "min_share")
+_OF_PASSES = ("rank", "rank_in", "rank_out", "energy", "vbmf", "include", "exclude", "min_share", "min_gain")
 """Options that say nothing to a layer's own form."""
 
 
@@ -203,7 +203,14 @@ def _check(options: PassOptions, forms: Sequence[LayerForm], kinds: Sequence[typ
 
 
 def _layer_pass(kind: type[LayerPass], options: PassOptions, share: float, more: Mapping[str, Any]) -> LayerPass:
-    return kind(_rank(kind, options), energy=options.energy, vbmf=options.vbmf, min_share=share, **more)
+    return kind(
+        _rank(kind, options),
+        energy=options.energy,
+        vbmf=options.vbmf,
+        min_share=share,
+        min_gain=options.min_gain,
+        **more,
+    )
 
 
 def _rank(kind: type[LayerPass], options: PassOptions) -> Any:
@@ -261,7 +268,10 @@ class SetLayers(Pass):
     def __init__(self, forms: Sequence[LayerForm], common: Mapping[str, Any]) -> None:
         self.forms = tuple(forms)
         self.passes = {
-            form: [kind(cast("Any", form.rank), include=[form.path], **common) for kind in FORM_PASSES[form.form]]
+            form: [
+                kind(cast("Any", form.rank), include=[form.path], min_gain=0.0, **common)
+                for kind in FORM_PASSES[form.form]
+            ]
             for form in forms
             if form.form != "keep"
         }
