@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import peers
-from benchmarks.quirks import SHAPE, quirks
+from benchmarks.quirks import SHAPE, Calls, quirks
 
 from pwrewrite.analysis.conventions import TOOLS, Count, count, explain
 from pwrewrite.capturing import Capture, capture
@@ -153,6 +153,48 @@ def test_what_is_not_reproduced_is_told() -> None:
     assert "recurrent" in found["thop"][0]
     assert "MultiheadAttention" in found["fvcore"][0]
     assert len(found["ptflops"]) == 2
+
+
+def deformable(*, mask: bool) -> tuple[torch.nn.Module, Any]:
+    ops = pytest.importorskip("torchvision.ops", reason="deformable convolution is torchvision's")
+
+    class Deformable(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.offset = torch.nn.Conv2d(8, 18, 3, padding=1)
+            self.mask = torch.nn.Conv2d(8, 9, 3, padding=1)
+            self.conv = ops.DeformConv2d(8, 4, 3, padding=1, bias=not mask)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.conv(x, self.offset(x), self.mask(x)) if mask else self.conv(x, self.offset(x))
+
+    return Deformable().eval(), torch.zeros(SHAPE)
+
+
+@pytest.mark.parametrize(("mask", "total"), [(False, 466_432), (True, 635_904)])
+def test_deformable_convolutions_under_ptflops(mask: bool, total: int) -> None:
+    model, x = deformable(mask=mask)
+    counted = count(capture(model, x), "ptflops")
+    assert (counted.total, counted.caveats) == (total, ())  # as ptflops 0.7.5 says
+
+
+@pytest.mark.parametrize(
+    ("module", "told"),
+    [
+        (torch.nn.LPPool2d(2, 2), "inside F.lp_pool2d"),
+        (torch.nn.LocalResponseNorm(2), "inside F.local_response_norm"),
+        (torch.nn.Softmin(1), None),
+    ],
+)
+def test_what_a_tool_counts_inside_a_function_is_told(module: torch.nn.Module, told: str | None) -> None:
+    counted = count(capture(module, torch.zeros(SHAPE)), "ptflops")
+    assert any(told in caveat for caveat in counted.caveats) if told else not counted.caveats or counted.total == 0
+
+
+def test_a_call_that_cannot_be_told_from_another_is_said_so() -> None:
+    pool = Calls(lambda x: torch.nn.functional.max_pool2d(x, 2, return_indices=True)[0])
+    (caveat,) = count(capture(pool, torch.zeros(SHAPE)), "ptflops").caveats
+    assert "which of them was called is not known" in caveat
 
 
 def test_a_module_bound_or_patched_after_import_does_not_matter() -> None:

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import relu as bound_relu
+from torch.nn.utils import spectral_norm
+
+aten = torch.ops.aten
 
 
 class Calls(nn.Module):
@@ -89,6 +92,35 @@ class Shared(nn.Module):
         return self.again(self.second(self.first(x)))
 
 
+class Indices(nn.Module):
+    """Pools with indices, which a function that ptflops replaces hands on to one that it does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, places = F.max_pool2d(x, 2, return_indices=True)
+        z = F.adaptive_max_pool2d(x, 8, return_indices=True)[0]
+        return F.max_pool1d(y[:, :, 0], 2, return_indices=True)[0] + z[:, :, 0, :4] + places[:, :, 0, :4]
+
+
+class DirectIndices(nn.Module):
+    """The same by the function that ptflops does not replace."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d_with_indices(x, 2)[0]
+
+
+class ComplexNet(nn.Module):
+    """Complex convolutions, which torch runs as three real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 4, 3, dtype=torch.complex64)
+        self.up = nn.ConvTranspose2d(4, 2, 2, stride=2, dtype=torch.complex64)
+        self.weight = nn.Parameter(torch.rand(3, 2, 1, 1, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(self.up(self.conv(x.to(torch.complex64))), self.weight).real
+
+
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return query @ key.transpose(-1, -2) @ value
 
@@ -130,6 +162,47 @@ def quirks() -> dict[str, nn.Module]:
         "bound": Bound(),
         "shared": Shared(),
         "pixel shuffle": nn.Sequential(nn.Conv2d(8, 16, 1), nn.PixelShuffle(2)),
+        "old spectral norm": nn.Sequential(spectral_norm(nn.Conv2d(8, 4, 3)), nn.BatchNorm2d(4)),
+        "old spectral norm, twice": Calls(lambda x, conv: conv(x) + conv(2 * x), spectral_norm(nn.Conv2d(8, 4, 3))),
+        "old spectral norm, linear": nn.Sequential(spectral_norm(nn.Linear(16, 4))),
+        "pools with indices": Indices(),
+        "pool with indices, direct": DirectIndices(),
+        "complex": ComplexNet(),
+        "not batched": Calls(lambda x, conv: conv(x[0]), nn.Conv2d(8, 4, 3)),
+        "products": Calls(
+            lambda x: (
+                torch.addbmm(x[0, 0], x[0], x[1]) + (torch.inner(x, x[0, 0]) + torch.tensordot(x, x[0, 0], 1))[0, 0]
+            )
+        ),
+        "products of vectors": Calls(
+            lambda x: (
+                torch.mv(x[0, 0], x[0, 0, 0]) * torch.dot(x[0, 0, 0], x[0, 0, 1])
+                + torch.addmv(x[0, 0, 0], x[0, 0], x[0, 0, 0])
+                + torch.inner(x[0, 0, 0], x[0, 0, 1])
+            )
+        ),
+        "a vector times matrices": Calls(lambda x: x[0, 0, 0] @ x[0] + x[0, 0] @ x[0, 0, 0]),
+        "a chain": Calls(
+            lambda x: torch.linalg.multi_dot([x[0, 0], x[0, 1], x[0, 2]]) + torch.matrix_power(x[0, 0], 3)
+        ),
+        "bilinear": Calls(lambda x, pair: pair(x, x), nn.Bilinear(16, 16, 3)),
+        "composite aten": Calls(
+            lambda x: (
+                aten.conv2d(x, x[:1, :, :3, :3]).sum()
+                + aten.linear(x, x[0, 0])
+                + aten.matmul(x, x)
+                + aten.scaled_dot_product_attention(x, x, x)
+                + aten.inner(x, x[0, 0])
+            )
+        ),
+        "aten einsum": Calls(lambda x: aten.einsum("bchw,bchv->bcwv", [x, x])),
+        "aten": Calls(
+            lambda x: (
+                aten.convolution(x, x[:1, :, :3, :3], None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+                + aten.mm(x[0, 0], x[0, 1])
+                + aten.addbmm(x[0, 0], x[0], x[1])
+            )
+        ),
         "dropped": nn.Sequential(nn.Dropout(), nn.Conv2d(8, 4, 1), nn.Identity()),
     }
     return {name: module.eval() for name, module in kinds.items()}

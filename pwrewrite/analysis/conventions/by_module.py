@@ -139,7 +139,7 @@ def _by_parameters(unit: Unit, caveats: list[str]) -> list[Share]:
     per = "output position" if convolution else "batch item"
     weight = bias = 0
     for key, parameter in unit.module.named_parameters():
-        if key.endswith("_orig"):
+        if key.endswith("_orig") and hasattr(unit.module, f"{key.removesuffix('_orig')}_mask"):
             caveats.append("torchinfo counts the unmasked weights of a pruned module")
         if key == "bias":
             bias += parameter.numel() * positions

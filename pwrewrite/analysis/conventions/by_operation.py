@@ -18,36 +18,76 @@ from torch import fx, nn
 from ...capturing import Capture, NodeInfo, info
 from .units import Share, Unit, argument, function_name, operand_shapes, shape_of, words
 
-_VECTOR_PRODUCTS = frozenset(["mv", "addmv", "dot", "vdot", "inner"])
+_COMPLEX = "complex: three real convolutions"
 
 
 def torch_shares(capture: Capture, found: Sequence[Unit]) -> tuple[list[Share], list[str]]:
     """What ``FlopCounterMode`` counts, its FLOPs halved."""
-    from torch.utils.flop_counter import flop_registry
-
     shares: list[Share] = []
     caveats: list[str] = []
-    for unit in found:
-        for node in unit.nodes:
-            facts = info(node)
-            macs, rule = facts.cost.macs, ""
-            if not macs:
-                continue
-            if facts.op in _VECTOR_PRODUCTS or (facts.op == "matmul" and len(operand_shapes(node)[-1]) == 1):
-                rule = "matrix-vector products counted as 0"
-            elif facts.op in ("lstm", "deform_conv2d", "sparse_mm") or _without_formula(node, flop_registry):
-                rule = "no formula: counted as 0"
+    for node in (node for unit in found for node in unit.nodes):
+        facts = info(node)
+        macs = facts.cost.macs
+        if not macs:
+            continue
+        counted: int | None = macs
+        if facts.op in ("lstm", "sparse_mm"):
+            counted = 0
             if facts.op == "lstm":
                 caveats.append("an LSTM counts as 0 where oneDNN runs it, as on most CPUs")
-            shares.append(Share(words(facts.op), rule, 0 if rule else macs, macs))
+        elif _is_complex(facts):
+            counted = 3 * macs
+        elif node.op != "call_module" and not _plain(node, facts):
+            counted = _dispatched(node)
+        if counted is None:
+            counted = macs
+            caveats.append(f"torch's figure for {words(facts.op)} is not known, here it counts as ours")
+        shares.append(Share(words(facts.op), _rule(facts, counted, macs), counted, macs))
     return shares, caveats
 
 
-def _without_formula(node: fx.Node, registry: dict[Any, Any]) -> bool:
-    """Whether a node calls a dispatched operation that only our table prices."""
-    target: Any = node.target
-    packet = getattr(target, "overloadpacket", target)
-    return isinstance(packet, torch._ops.OpOverloadPacket) and packet not in registry
+def _rule(facts: NodeInfo, counted: int, macs: int) -> str:
+    if counted == macs:
+        return ""
+    if _is_complex(facts):
+        return _COMPLEX
+    vector = facts.op in ("mv", "addmv", "dot", "vdot", "inner", "matmul", "vecdot")
+    return (
+        "counted as what it runs"
+        if counted
+        else f"{'matrix-vector products' if vector else 'no formula:'} counted as 0"
+    )
+
+
+def _is_complex(facts: NodeInfo) -> bool:
+    """Whether an operation is a convolution of complex numbers, which runs as three of real ones."""
+    return facts.spec is not None and facts.outputs[0].dtype.is_complex
+
+
+def _plain(node: fx.Node, facts: NodeInfo) -> bool:
+    """Whether a call dispatches to the one operation that our own formula prices."""
+    if isinstance(getattr(node.target, "overloadpacket", node.target), torch._ops.OpOverloadPacket):
+        return False
+    matrices = facts.op == "matmul" and all(len(shape) > 1 for shape in operand_shapes(node))
+    return matrices or facts.spec is not None or facts.op in ("linear", "mm", "bmm", "addmm", "baddbmm", "attention")
+
+
+def _dispatched(node: fx.Node) -> int | None:
+    """What ``FlopCounterMode`` counts for one call, from shapes alone; None where it does not run on them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def empty(source: fx.Node) -> Any:
+        tensors = [torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in info(source).outputs]
+        return tensors[0] if len(tensors) == 1 else tensors
+
+    function: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
+    args, kwargs = fx.map_arg(node.args, empty), fx.map_arg(node.kwargs, empty)
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            function(*args, **kwargs)
+    except Exception:
+        return None
+    return int(counter.get_total_flops()) // 2
 
 
 _FAILS = "matrix-vector products counted as 0"
@@ -83,7 +123,7 @@ def _convolution(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, st
         named = isinstance(argument(node, 4, "padding"), str)
     if named:
         return 0, 'padding="same" or "valid": no handle, counted as 0'
-    return facts.cost.macs, ""
+    return (3 * facts.cost.macs, _COMPLEX) if _is_complex(facts) else (facts.cost.macs, "")
 
 
 def _as_ours(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, str]:
@@ -173,6 +213,7 @@ def _grid_sample(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, st
 
 _HANDLES: dict[str, _Handle] = {
     **{f"conv{kind}{dims}d": _convolution for kind in ("", "_transpose") for dims in (1, 2, 3)},
+    "convolution": _convolution,
     **dict.fromkeys(("linear", "mm", "bmm", "addmm"), _as_ours),
     "matmul": _matmul,
     "einsum": _einsum,

@@ -9,6 +9,7 @@ several parents share is added once per parent.
 
 from __future__ import annotations
 
+import dis
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -16,6 +17,7 @@ from math import prod
 from types import CodeType, FunctionType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
@@ -41,7 +43,7 @@ def ptflops_shares(capture: Capture, found: Sequence[Unit]) -> tuple[list[Share]
     batch = next((spec.shape[0] for _, spec in capture.inputs if spec.shape), 1)
     hooked = 0
     for unit in found:
-        rule = _HOOKS.get(type(unit.module)) if unit.whole else None
+        rule = _hook_of(unit.module) if unit.whole else None
         own: list[Share] = rule(unit.module, unit) if rule is not None else []
         functions = [share for node in unit.nodes if (share := _function(node, unit)) is not None]
         if rule is None and unit.ours and not functions:
@@ -70,22 +72,44 @@ def _warn(unit: Unit, caveats: list[str]) -> None:
         caveats.append("ptflops has a formula of its own for nn.MultiheadAttention, here it counts as 0")
     elif type(unit.module).__name__ == "Attention" and type(unit.module).__module__.startswith("timm."):
         caveats.append("ptflops has a formula of its own for timm's Attention, here its parts are counted")
+    else:
+        caveats += [text for node in unit.nodes for function in _functions_of(node, unit.module)
+                    if (text := _hidden(function, unit.module))]  # fmt: skip
+
+
+def _hidden(function: Any, module: nn.Module) -> str:
+    """What a graph does not show of a function of ``functional``: which others it calls, or was called by."""
+    name = getattr(function, "__name__", "")
+    pool = name.removesuffix("_with_indices")
+    if pool != name:
+        known = not isinstance(function, FunctionType) or {pool, name} & _names_of(module)
+        return "" if known else f"ptflops counts F.{pool} but not F.{name}, and which of them was called is not known"
+    inside = [] if name in _PATCHED else _replaced_inside(function)
+    return f"ptflops counts the {' and '.join(inside)} inside F.{name}, here as 0" if inside else ""
 
 
 def _supported(module: nn.Module) -> bool:
-    return type(module) in _HOOKS or isinstance(module, (*RECURRENT, nn.MultiheadAttention))
+    return _hook_of(module) is not None or isinstance(module, (*RECURRENT, nn.MultiheadAttention))
 
 
 _Hook = Callable[[Any, Unit], list[Share]]
 
 
-def _convolution(m: Any, unit: Unit) -> list[Share]:
-    size = unit.input.shape if m.transposed else unit.output.shape
-    weight = prod(m.kernel_size) * m.in_channels * (m.out_channels // m.groups) * size[0] * prod(size[2:])
+def _convolution(m: Any, unit: Unit, extra: int = 0) -> list[Share]:
+    batch, size = unit.input.shape[0], (unit.input if getattr(m, "transposed", False) else unit.output).shape[2:]
+    per_position = prod(m.kernel_size) * (m.in_channels * (m.out_channels // m.groups) + extra)
+    weight = per_position * batch * prod(size)
     shares = [Share(unit.kind, "" if weight == unit.ours else "counted differently", weight, unit.ours)]
     if m.bias is not None:
-        shares.append(Share(f"{unit.kind} bias", "1 per output element", unit.output.numel))
+        bias = batch * prod(unit.output.shape[1:])
+        shares.append(Share(f"{unit.kind} bias", "1 per output element", bias))
     return shares
+
+
+def _deformable(m: Any, unit: Unit) -> list[Share]:
+    """Counts 20 for the interpolation of a tap, 4 for its coordinates and 1 for the mask, as if once per position."""
+    masked = unit.nodes[-1].args[-1] is True
+    return _convolution(m, unit, 24 + masked)
 
 
 def _linear(m: Any, unit: Unit) -> list[Share]:
@@ -129,17 +153,27 @@ def _hooks() -> dict[type[nn.Module], _Hook]:
 _HOOKS = _hooks()
 
 
+def _hook_of(module: nn.Module) -> _Hook | None:
+    """What ptflops counts for a call of a module of this class; None where it has no hook for it."""
+    kind = type(module)
+    if kind.__name__ == "DeformConv2d" and kind.__module__.startswith("torchvision.ops"):
+        return _deformable
+    return _HOOKS.get(kind)
+
+
 def _function(node: fx.Node, unit: Unit) -> Share | None:
     """The share of a function that is replaced while ptflops runs; None where the node calls none."""
     facts = info(node)
     if node.op == "call_module":
         return _inside(unit.module, facts)
     name = function_name(node)
+    if name.endswith("_with_indices") and _calls_by(unit.module, name.removesuffix("_with_indices")):
+        return Share(unit.kind, "1 per input element, as a function", facts.inputs[0].numel)
     if name in _PATCHED and node.target is getattr(F, name) and not _bound_before(unit.module, name):
         if name in _RESIZES:
             return Share(unit.kind, "1 per output element, as a function", _interpolated(node))
         return Share(unit.kind, "1 per input element, as a function", facts.inputs[0].numel)
-    if name not in _PATCHED_TENSOR:
+    if name not in _PATCHED_TENSOR or (node.op == "call_function" and node.target is not getattr(torch, name)):
         return None
     if node.op == "call_method" and name in _OPERATORS and name not in _names_of(unit.module):
         return None
@@ -185,10 +219,32 @@ def _tensor_function(name: str, node: fx.Node) -> int:
     return prod(max(sizes) for sizes in zip(*(shape + (1,) * (length - len(shape)) for shape in tensors)))
 
 
+def _functions_of(node: fx.Node, module: nn.Module) -> list[Any]:
+    """What a node calls: itself, or the functions of ``functional`` that a stock module's forward names."""
+    if node.op != "call_module":
+        return [node.target]
+    forward: Any = type(module).forward
+    return [getattr(F, name, None) for name in forward.__code__.co_names] if isinstance(forward, FunctionType) else []
+
+
+@cache
+def _replaced_inside(function: Any) -> list[str]:
+    """Functions that ptflops replaces among those that a function of ``functional`` calls."""
+    if not isinstance(function, FunctionType) or function.__globals__ is not vars(F):
+        return []
+    called = dict.fromkeys(i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL")
+    return [name for name in called if name in _PATCHED]
+
+
 @cache
 def _names(kind: Any) -> frozenset[str]:
     """Names of attributes and globals in the code of a class of one's own."""
     return frozenset(name for code in _codes(kind) for name in code.co_names)
+
+
+def _calls_by(module: nn.Module, name: str) -> bool:
+    """Whether the code of a class calls a function of ``functional`` by this name, which ptflops has replaced."""
+    return name in _names_of(module) and not _bound_before(module, name)
 
 
 def _names_of(module: nn.Module) -> frozenset[str]:

@@ -45,6 +45,8 @@ class Unit:
         whole: Whether ``module`` is what is called here, so that a hook on it fires.
         nodes: The nodes of it.
         ours: Its MACs by our count.
+        main: The node whose input and output a hook sees, where hooks on the module or a weight that is computed make
+            others around it; None for all nodes together.
     """
 
     kind: str
@@ -52,22 +54,18 @@ class Unit:
     whole: bool
     nodes: tuple[fx.Node, ...]
     ours: int
-
-    @property
-    def facts(self) -> NodeInfo:
-        """Of the last node, which makes the output."""
-        return info(self.nodes[-1])
+    main: fx.Node | None = None
 
     @property
     def input(self) -> TensorSpec:
         """The first activation that goes in."""
-        first = info(self.nodes[0])
+        first = info(self.main or self.nodes[0])
         return first.inputs[0] if first.inputs else first.outputs[0]
 
     @property
     def output(self) -> TensorSpec:
         """The first tensor that comes out."""
-        facts = self.facts
+        facts = info(self.main or self.nodes[-1])
         return facts.outputs[0] if facts.outputs else facts.inputs[0]
 
 
@@ -116,15 +114,29 @@ def units(capture: Capture) -> list[Unit]:
     return found
 
 
-def _unit(module: nn.Module, whole: bool, nodes: tuple[fx.Node, ...]) -> Unit:
+def _is_call_of(module: nn.Module, facts: NodeInfo) -> bool:
+    """Whether an operation is the one that calling this stock module runs."""
+    if not type(module).__module__.startswith(("torch.nn.modules", "torchvision.ops")):
+        return False
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return facts.spec is not None
+    return facts.op == {"Linear": "linear", "DeformConv2d": "deform_conv2d"}.get(type(module).__name__)
+
+
+def _unit(module: nn.Module, whole: bool, nodes: tuple[fx.Node, ...], main: fx.Node | None = None) -> Unit:
     facts = [info(node) for node in nodes]
-    main = max(facts, key=lambda f: f.cost.macs) if len(facts) > 1 else facts[0]
-    return Unit(words(main.op), module, whole, nodes, sum(f.cost.macs for f in facts))
+    costly = max(facts, key=lambda f: f.cost.macs) if main is None else info(main)
+    return Unit(words(costly.op), module, whole, nodes, sum(f.cost.macs for f in facts), main)
 
 
 def _calls(run: Sequence[fx.Node], module: nn.Module) -> Iterator[Unit]:
     """The calls of a childless module that consecutive nodes of it make up."""
     real = [node for node in run if info(node).op != PIECE]
+    mains = [i for i, node in enumerate(real) if _is_call_of(module, info(node))]
+    if mains:  # what a pre-hook or an old-style norm makes of its weight is no call of its own
+        for start, main, end in zip([0, *(i + 1 for i in mains)], mains, [i + 1 for i in mains[:-1]] + [len(real)]):
+            yield _unit(module, True, tuple(real[start:end]), real[main])
+        return
     if type(module).__module__.startswith("torch.nn.modules") and len({(n.op, n.target) for n in real}) == 1:
         for node in real:
             yield _unit(module, True, (node,))
