@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from zlib import crc32
 
 import torch
@@ -16,12 +16,21 @@ from ...core.errors import PlanError
 from ...core.plan import Op, Skip, SkipReason
 from ...decompose import Factors
 from ...forms.specs import linear_spec
+from ...layers.factorized import make_layer
 from ..graph_edit import Regraphed
 from ..swap import held_elsewhere, names_of, replace_module
 from .evaluation import code_graph
 
 _T = TypeVar("_T")
 _M = TypeVar("_M", bound=nn.Module)
+
+
+class WeightedModule(nn.Module):
+    """A convolution or linear module, for types only."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
 
 Decomposer = Callable[[Op, Tensor], Factors | None]
 """From an op and the layer's weight to factors of the form and widths that the op names; None for the plain ones."""
@@ -94,7 +103,7 @@ class Bench:
             raise PlanError("the model has no such tensor", where=op.where(key), expected=expected, got=name)
         return tensor
 
-    def layer(self, op: Op, path: str, spec: ConvSpec, key: str = "path") -> Any:
+    def layer(self, op: Op, path: str, spec: ConvSpec, key: str = "path") -> WeightedModule:
         """A convolution or linear module that an op was made for and that may be replaced.
 
         Args:
@@ -113,7 +122,7 @@ class Bench:
             raise Refused(skip)
         return module
 
-    def same_layer(self, op: Op, path: str, spec: ConvSpec, key: str = "path") -> Any:
+    def same_layer(self, op: Op, path: str, spec: ConvSpec, key: str = "path") -> WeightedModule:
         """As `layer`, for one whose code may be its own.
 
         Raises:
@@ -132,7 +141,7 @@ class Bench:
             )
         check_spec(op, actual, spec, path)
         self.check_held(path, module)
-        return module
+        return cast("WeightedModule", module)
 
     def check_held(self, path: str, module: nn.Module) -> None:
         """Checks that nothing but the model's registrations refers to a module.
@@ -256,3 +265,11 @@ def make_like(weight: Tensor, path: str, make: Callable[[Any], _M], *, initialis
             if weight.dim() == dims and weight.is_contiguous(memory_format=memory_format):
                 new = new.to(memory_format=memory_format)
     return new
+
+
+def layer_like(weight: Tensor, path: str, spec: ConvSpec, *, initialised: bool) -> WeightedModule:
+    """As `make_like`, an ordinary layer of some shape."""
+    new = make_like(
+        weight, path, lambda device: make_layer(spec, device=device, dtype=weight.dtype), initialised=initialised
+    )
+    return cast("WeightedModule", new)

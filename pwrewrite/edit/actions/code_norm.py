@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from operator import attrgetter
-from types import SimpleNamespace
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ...core.errors import PlanError
@@ -24,10 +24,45 @@ from .bench import Bench, not_traced
 class NormTensors:
     """Full names of what a batch norm reads beside its input."""
 
-    running_mean: str | None = None
-    running_var: str | None = None
+    running_mean: str
+    running_var: str
     weight: str | None = None
     bias: str | None = None
+
+
+@dataclass(frozen=True)
+class NormFacts:
+    """What a batch norm computes with."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    @classmethod
+    def of(cls, norm: nn.Module) -> NormFacts | None:
+        """Those of a norm module; None where it has no running statistics."""
+        values: dict[str, Any] = {field.name: getattr(norm, field.name, None) for field in fields(cls)}
+        complete = all(isinstance(values[key], Tensor) for key in ("running_mean", "running_var"))
+        return cls(**values) if complete and isinstance(values["eps"], float) else None
+
+    @property
+    def params(self) -> int:
+        """How many of its numbers are parameters."""
+        return sum(t.numel() for t in (self.weight, self.bias) if isinstance(t, nn.Parameter))
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """One scale and one shift per channel, in float64."""
+        mean, var = self.running_mean.detach().double(), self.running_var.detach().double()
+        scale = torch.rsqrt(var + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight.detach().double()
+        return scale, -mean * scale if self.bias is None else self.bias.detach().double() - mean * scale
+
+    def apply(self, x: Tensor) -> Tensor:
+        """What it makes of a tensor in evaluation."""
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
 TENSORS = tuple(field.name for field in fields(NormTensors))
@@ -40,7 +75,7 @@ class CodeNorm:
     Attributes:
         scope: Path of the module whose code makes it.
         names: What it reads, to the full name of that.
-        norm: What it reads, as attributes like those of a norm module.
+        facts: What it computes with.
 
     Args:
         bench: The model.
@@ -59,8 +94,8 @@ class CodeNorm:
             raise PlanError("fold needs a scope for the norm of a call", where=op.where("scope"), expected="a path")
         self.bench, self.op, self.scope = bench, op, scope
         self.names: dict[str, str | None] = vars(tensors)
-        held = {key: None if name is None else bench.tensor(op, name, "tensors") for key, name in self.names.items()}
-        self.norm = SimpleNamespace(**held, eps=eps)
+        values = {key: None if name is None else bench.tensor(op, name, "tensors") for key, name in self.names.items()}
+        self.facts = NormFacts(**values, eps=eps)  # type: ignore[arg-type]
         self.module = bench.find(op, scope, "scope")
         self.graph_module = bench.graph(op, self.module, frozenset({F.batch_norm}))
         self.node = self._call()
@@ -68,12 +103,12 @@ class CodeNorm:
     def _call(self) -> fx.Node:
         """The node that makes the call."""
         calls = [n for n in self.graph_module.graph.nodes if n.op == "call_function" and n.target is F.batch_norm]
-        matching: list[fx.Node] = [n for n in calls if self._reads(n, 1, "running_mean") is self.norm.running_mean]
+        matching: list[fx.Node] = [n for n in calls if self._reads(n, 1, "running_mean") is self.facts.running_mean]
         if len(matching) != 1:
             calls_found = f"{len(matching)} calls of batch_norm with {self.names['running_mean']}"
             raise not_traced(self.op, f"this code has {calls_found}, expected one")
         for i, key in enumerate(TENSORS, start=1):
-            if self._reads(matching[0], i, key) is not getattr(self.norm, key):
+            if self._reads(matching[0], i, key) is not getattr(self.facts, key):
                 raise not_traced(self.op, f"the {key} of the call of batch_norm is another one")
         return matching[0]
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...core.convolution import ConvSpec
 from ...core.errors import PlanError, RefusedError
 from ...core.plan import Edit, Op, Skip, SkipReason
-from .bench import Bench, Refused, train_like
-from .code_norm import CodeNorm, NormTensors
+from .bench import Bench, Refused, WeightedModule, param_count, train_like
+from .code_norm import CodeNorm, NormFacts, NormTensors
 from .fold_weight import WEIGHT, fold_weight
 from .settings import Count, Number, one_of, read
 
@@ -63,22 +62,22 @@ def fold_norm(bench: Bench, op: Op) -> Edit:
     code = None
     if settings.tensors is not None:
         code = CodeNorm(bench, op, settings.tensors, settings.eps, settings.scope)
-    norm: Any = bench.find(op, op.path) if code is None else code.norm
+    module = nn.Identity() if code is not None else bench.find(op, op.path)
+    norm = NormFacts.of(module) if code is None else code.facts
     layer = bench.same_layer(op, path, spec, "layer")
-    mean = getattr(norm, "running_mean", None)
     width = spec.out_channels if side == "behind" else spec.in_channels
-    if not isinstance(mean, Tensor) or mean.numel() != width:
+    if norm is None or norm.running_mean.numel() != width:
         raise PlanError(
             "the plan folds a norm that is none here",
             where=op.where("path"),
             expected=f"a norm of {width} channels with running statistics",
-            got=str(norm)[:80],
+            got=str(module if code is None else norm)[:80],
         )
-    params, weight = _params(layer) + _params(norm), layer.weight
-    fill = bench.fill and not (weight.is_meta or mean.is_meta)
+    params, weight = param_count(layer) + norm.params, layer.weight
+    fill = bench.fill and not (weight.is_meta or norm.running_mean.is_meta)
     if code is None:
-        bench.check_held(op.path, norm)
-        _check(op, norm, keep, width, fill)
+        bench.check_held(op.path, module)
+        _check(op, module, norm, keep, fill)
     if fill:
         new_weight, new_bias = _folded(layer, norm, spec, side)
         if not (torch.isfinite(new_weight).all() and torch.isfinite(new_bias).all()):
@@ -90,29 +89,32 @@ def fold_norm(bench: Bench, op: Op) -> Edit:
             )
     else:
         new_weight, new_bias = weight.detach(), torch.empty(spec.out_channels, dtype=weight.dtype, device=weight.device)
-    gain, shift = (getattr(norm, name, None) for name in ("weight", "bias"))
     old_bias = layer.bias
     layer.weight, layer.bias = nn.Parameter(new_weight), nn.Parameter(new_bias)
-    train_like(layer.weight, weight, gain)
-    train_like(layer.bias, weight if old_bias is None else old_bias, shift)
+    train_like(layer.weight, weight, norm.weight)
+    train_like(layer.bias, weight if old_bias is None else old_bias, norm.bias)
     stem = f"{path}." if path else ""
-    renamed: dict[str, tuple[str, ...]] = {old: (stem + key,) for key, old in _names(op, norm, code).items()}
+    inner = f"{op.path}." if op.path else ""
+    names = code.names if code is not None else {key: inner + key for key in ("weight", "bias")}
+    renamed: dict[str, tuple[str, ...]] = {
+        str(names[key]): (stem + key,) for key in ("weight", "bias") if getattr(norm, key) is not None
+    }
     if old_bias is None:
         renamed[f"{stem}weight"] = (f"{stem}weight", f"{stem}bias")
     aliases: tuple[str, ...] = ()
     if code is not None:
         code.remove()
     elif keep:
-        rest = nn.Sequential(OrderedDict((name, norm.get_submodule(name)) for name in keep))
-        aliases = bench.replace(norm, rest.train(norm.training), op.path)
+        rest = nn.Sequential(OrderedDict((name, module.get_submodule(name)) for name in keep))
+        aliases = bench.replace(module, rest.train(module.training), op.path)
     else:
-        aliases = bench.remove(norm, op.path)
+        aliases = bench.remove(module, op.path)
     return Edit(
         op,
         "module" if code is None else "graph",
         "fold",
         params_before=params,
-        params_after=_params(layer),
+        params_after=param_count(layer),
         exact="eval",
         renamed=renamed,
         aliases=aliases,
@@ -121,35 +123,10 @@ def fold_norm(bench: Bench, op: Op) -> Edit:
     )
 
 
-def _names(op: Op, norm: Any, code: CodeNorm | None) -> dict[str, str]:
-    """``weight`` and ``bias``, where the norm has them, to their full names."""
-    if code is not None:
-        return {key: name for key, name in code.names.items() if name is not None and key in ("weight", "bias")}
-    inner = f"{op.path}." if op.path else ""
-    return {key: inner + key for key in ("weight", "bias") if getattr(norm, key) is not None}
-
-
-def _params(module: Any) -> int:
-    """Parameters of a layer or a norm."""
-    own = (getattr(module, "weight", None), getattr(module, "bias", None))
-    return sum(p.numel() for p in own if isinstance(p, nn.Parameter))
-
-
-def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
-    """A norm as one scale and one shift per channel, in float64."""
-    mean, var = norm.running_mean.detach().double(), norm.running_var.detach().double()
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    scale = torch.rsqrt(var + norm.eps)
-    if weight is not None:
-        scale = scale * weight.detach().double()
-    shift = -mean * scale
-    return scale, shift if bias is None else shift + bias.detach().double()
-
-
-def _folded(layer: Any, norm: Any, spec: ConvSpec, side: str) -> tuple[Tensor, Tensor]:
+def _folded(layer: WeightedModule, norm: NormFacts, spec: ConvSpec, side: str) -> tuple[Tensor, Tensor]:
     """The layer's new weight and bias."""
     weight = layer.weight.detach()
-    scale, shift = (t.to(weight.device) for t in scale_and_shift(norm))
+    scale, shift = (t.to(weight.device) for t in norm.scale_and_shift())
     wide = weight.double()
     bias = torch.zeros(spec.out_channels, dtype=torch.float64, device=weight.device)
     if layer.bias is not None:
@@ -171,36 +148,35 @@ def _folded(layer: Any, norm: Any, spec: ConvSpec, side: str) -> tuple[Tensor, T
     return torch.empty_like(weight).copy_(wide), bias.to(weight.dtype)  # of the same memory format
 
 
-def _check(op: Op, norm: Any, keep: tuple[str, ...], channels: int, fill: bool) -> None:
+def _check(op: Op, module: nn.Module, norm: NormFacts, keep: tuple[str, ...], fill: bool) -> None:
     """Tries a norm with a forward of its own on a few numbers.
 
     Raises:
         PlanError: If it has no such children.
         Refused: If it is not scale, shift and then its children.
     """
-    missing = [name for name in keep if name not in norm._modules]
+    missing = [name for name in keep if name not in module._modules]
     if missing:
         raise PlanError("the norm has no such child", where=op.where("keep"), expected="a child's name", got=missing[0])
-    stock = type(norm).forward is nn.modules.batchnorm._BatchNorm.forward and not keep
+    stock = type(module).forward is nn.modules.batchnorm._BatchNorm.forward and not keep
     if stock or not fill:
         return
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, channels, 2, 2, generator=generator).to(norm.running_mean.device, norm.running_mean.dtype)
-    flags = {module: module.training for module in norm.modules()}
+    x = torch.randn(2, norm.running_mean.numel(), 2, 2, generator=generator).to(norm.running_mean)
+    flags = {part: part.training for part in module.modules()}
     try:
-        norm.eval()
+        module.eval()
         with torch.no_grad():
-            weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-            wanted = F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, False, 0.0, norm.eps)
+            expected = norm.apply(x)
             for name in keep:
-                wanted = norm._modules[name](wanted)
-            output = norm(x.clone())
-        same = isinstance(output, Tensor) and torch.allclose(output, wanted, rtol=1e-2, atol=1e-3, equal_nan=True)
+                expected = module.get_submodule(name)(expected)
+            output = module(x.clone())
+        same = isinstance(output, Tensor) and torch.allclose(output, expected, rtol=1e-2, atol=1e-3, equal_nan=True)
     except Exception:  # a norm of other dims, or one that takes more than a tensor
-        same = isinstance(norm, nn.modules.batchnorm._BatchNorm) and not keep
+        same = isinstance(module, nn.modules.batchnorm._BatchNorm) and not keep
     finally:
-        for module, training in flags.items():
-            module.training = training
+        for part, training in flags.items():
+            part.training = training
     if not same:
-        detail = f"{type(norm).__name__} is more than a scale and a shift per channel"
+        detail = f"{type(module).__name__} is more than a scale and a shift per channel"
         raise Refused(Skip(op.path, SkipReason.OVERRIDDEN_FORWARD, detail))

@@ -6,16 +6,14 @@ Computed in float64 and rounded once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ...core.convolution import ConvSpec
 from ...core.errors import PlanError, RefusedError
 from ...core.plan import Edit, Op
-from ...layers.factorized import make_layer
 from ...layers.merging import merged_spec
-from .bench import Bench, make_like, param_count, train_like
+from .bench import Bench, WeightedModule, layer_like, param_count, train_like
 from .settings import read
 
 
@@ -49,9 +47,7 @@ def merge_layers(bench: Bench, op: Op) -> Edit:
         raise PlanError("these layers cannot be merged", where=op.where("layer"), got=str(merged))
     first, second = bench.layer(op, path, before, "first"), bench.layer(op, op.path, after)
     weight = second.weight
-    new: Any = make_like(
-        weight, op.path, lambda device: make_layer(merged, device=device, dtype=weight.dtype), initialised=False
-    )
+    new = layer_like(weight, op.path, merged, initialised=False)
     if bench.fill and not (weight.is_meta or first.weight.is_meta):
         _fill(new, first, second, before, op)
     train_like(new.weight, first.weight, weight)
@@ -90,7 +86,7 @@ def merged_layer(first: ConvSpec, second: ConvSpec) -> ConvSpec | str:
     return merged
 
 
-def _fill(new: Any, first: Any, second: Any, before: ConvSpec, op: Op) -> None:
+def _fill(new: WeightedModule, first: WeightedModule, second: WeightedModule, before: ConvSpec, op: Op) -> None:
     """Weight and bias of both layers as one.
 
     Raises:

@@ -19,20 +19,14 @@ from torch import Tensor, nn
 from ... import decompose
 from ...core.convolution import ConvSpec
 from ...core.errors import PlanError, RefusedError
+from ...core.operations import OPERATIONS
 from ...core.plan import Edit, Op
 from ...forms.specs import pointwise_spec
-from ...layers.factorized import Factorized, Projected, make_layer
-from .bench import Bench, make_like, param_count
+from ...layers.factorized import Factorized, Projected
+from .bench import Bench, WeightedModule, layer_like, param_count
 from .settings import Allowed, Count, Offset, one_of, read
 
-CHANNEL_NORMS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-)
+CHANNEL_NORMS = tuple(m for row in OPERATIONS if row.name in ("batch_norm", "instance_norm") for m in row.modules)
 """Norms that treat each channel alone, so that some channels can go."""
 
 
@@ -124,9 +118,7 @@ def project_branch(bench: Bench, op: Op) -> Edit:
     weight = _weight_for(op, settings, layers, branch, bench.model)
     dims, before, after = settings.dims, settings.branch_channels, settings.channels
     spec = pointwise_spec(dims, before, after)
-    projection: Any = make_like(
-        weight, op.path, lambda device: make_layer(spec, device=device, dtype=weight.dtype), initialised=True
-    )
+    projection = layer_like(weight, op.path, spec, initialised=True)
     slices: list[Tensor | None] = [None] * len(layers)
     error = None
     if settings.init == "weights" and bench.fill and not weight.is_meta:
@@ -160,7 +152,7 @@ def project_branch(bench: Bench, op: Op) -> Edit:
     )
 
 
-def _consumer_layer(bench: Bench, op: Op, settings: ProjectSettings, consumer: Consumer) -> Any:
+def _consumer_layer(bench: Bench, op: Op, settings: ProjectSettings, consumer: Consumer) -> WeightedModule:
     """The layer of a consumer.
 
     Raises:
@@ -222,11 +214,10 @@ def _check_init(op: Op, settings: ProjectSettings) -> None:
         )
 
 
-def _weight_for(op: Op, settings: ProjectSettings, layers: list[Any], *modules: nn.Module) -> Tensor:
+def _weight_for(op: Op, settings: ProjectSettings, layers: list[WeightedModule], *modules: nn.Module) -> Tensor:
     """A weight whose device and dtype the projection takes: of the layers, else of the first module that has one."""
     if layers:
-        weight: Tensor = layers[0].weight
-        return weight
+        return layers[0].weight
     for module in modules:
         for parameter in module.parameters():
             if parameter.is_floating_point():
@@ -239,7 +230,7 @@ def _weight_for(op: Op, settings: ProjectSettings, layers: list[Any], *modules: 
 
 
 def _joint_factors(
-    bench: Bench, op: Op, settings: ProjectSettings, layers: list[Any], projection: Any
+    bench: Bench, op: Op, settings: ProjectSettings, layers: list[WeightedModule], projection: WeightedModule
 ) -> tuple[list[Tensor], float]:
     """Fills the projection from the joint factorisation; the consumers' new slices and the relative error."""
     consumers, channels = settings.consumers, settings.channels
@@ -275,15 +266,15 @@ def _from_rows(rows: Tensor, consumer: Consumer, channels: int) -> Tensor:
     return kernel.reshape(spec.out_channels, channels * consumer.repeat, *spec.kernel_size)
 
 
-def _narrow_layer(bench: Bench, settings: ProjectSettings, consumer: Consumer, layer: Any, new: Tensor | None) -> None:
+def _narrow_layer(
+    bench: Bench, settings: ProjectSettings, consumer: Consumer, layer: WeightedModule, new: Tensor | None
+) -> None:
     """Gives a consumer fewer input channels; its slice is ``new``, or fresh where that is None."""
     spec, start = consumer.layer, consumer.offset
     gone = (settings.branch_channels - settings.channels) * consumer.repeat
     old_end = start + settings.branch_channels * consumer.repeat
     narrower, new_end, old = replace(spec, in_channels=spec.in_channels - gone), old_end - gone, layer.weight
-    made: Any = make_like(
-        old, consumer.path, lambda device: make_layer(narrower, device=device, dtype=old.dtype), initialised=True
-    )
+    made = layer_like(old, consumer.path, narrower, initialised=True)
     axis = 0 if spec.transposed else 1
     if not old.is_meta:
         with torch.no_grad():
@@ -292,7 +283,8 @@ def _narrow_layer(bench: Bench, settings: ProjectSettings, consumer: Consumer, l
             target[new_end:].copy_(source[old_end:])
             if new is not None:
                 target[start:new_end].copy_(new.movedim(1, 0))
-    layer.weight = made.weight.requires_grad_(old.requires_grad)
+    made.weight.requires_grad_(old.requires_grad)
+    layer.weight = made.weight
     setattr(layer, "in_channels" if spec.dims else "in_features", narrower.in_channels)
     for path in bench.names_of(layer):  # an inserted chain says what its first stage takes
         owner, _, name = path.rpartition(".")
