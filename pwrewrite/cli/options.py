@@ -22,6 +22,8 @@ TOOLS = ("torch", "fvcore", "thop", "ptflops", "torchinfo")
 class Common:
     """Options of every command."""
 
+    verbose: bool = option(False, "Show every step, and what the library logs.", "--verbose", "-v")
+    quiet: bool = option(False, "Show errors and the report only.", "--quiet", "-q")
     debug: bool = option(False, "Show warnings and tracebacks.", "--debug")
 
 

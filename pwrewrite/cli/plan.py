@@ -56,10 +56,10 @@ def plan(
         return
     show_planned(planned, reported)
     if planning.out is None:
-        tell("the plan was not written: give --out plan.json")
+        tell("the plan was not written: give --out plan.json", reported)
         return
     files.write_file(planning.out, planned.plan.to_json())
-    tell(f"written to {planning.out}")
+    tell(f"written to {planning.out}", reported)
 
 
 def _check_measures(budget: Budget) -> None:
@@ -103,6 +103,6 @@ def _show_frontier(curve: Frontier, reported: Detailed) -> None:
     output = reported.output
     if output is not None and output.suffix.lower() in written:
         files.write_file(output, written[output.suffix.lower()](curve))
-        tell(f"written to {output}")
+        tell(f"written to {output}", reported)
         return
     show(reported, frontier.page(curve), json=curve.to_json)

@@ -56,7 +56,7 @@ def rewrite(
             check_rewritten(result, what, target.target)
     if carried.dry_run:
         show_planned(planned, reported)
-        tell("nothing was done: this is a dry run")
+        tell("nothing was done: this is a dry run", reported)
         return
     show(reported, page(result.report, everything=reported.everything), json=result.report.to_json)
     save(result, saved, reported)
@@ -98,13 +98,13 @@ def save(result: Rewritten, saved: Saved, reported: Detailed) -> None:
 
     failed = result.report.verification is not None and not result.report.passed
     if saved.out is None:
-        tell("nothing was saved: give --out DIR")
+        tell("nothing was saved: give --out DIR", reported)
     elif not failed or saved.save_unverified:
         with working(reported) as progress:
             progress("saving", None)
             result.save(saved.out, force=saved.force, unverified=saved.save_unverified)
-        tell(f"saved in {saved.out}" + ("" if result.report.passed else ", UNVERIFIED"))
+        tell(f"saved in {saved.out}" + ("" if result.report.passed else ", UNVERIFIED"), reported)
     else:
-        tell("nothing was saved")
+        tell("nothing was saved", reported)
     if failed:
         raise unverified_error(result.report)

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import errno
 import gc
+import logging
 import os
 import signal
 import sys
@@ -22,14 +23,16 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
-from ..core.errors import PwrewriteError
+from ..core.errors import PwrewriteError, UsageError
 from ..core.files import same_directory
 from .progress import Say, progressing
 
 if TYPE_CHECKING:
     from .options import Common
 
-_BROKEN_PIPE = 141
+BROKEN_PIPE = 141
+"""Exit code where the reader of stdout went away: 128 + SIGPIPE."""
+
 _STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG, errno.EIO)
 
 
@@ -81,9 +84,9 @@ def stdout_failed(error: OSError) -> int:
     """Says that standard output cannot be written, unless its reader just went away; the exit code for it."""
     _silence_stdout()
     if error.errno == errno.EPIPE:
-        return _BROKEN_PIPE
+        return BROKEN_PIPE
     reason = os.strerror(error.errno or 0)
-    _say_error("error:", f"cannot write to standard output: {reason[:1].lower()}{reason[1:]}\n  try: --output FILE")
+    _say_error("error:", f"cannot write to standard output: {reason[:1].lower()}{reason[1:]}\n  try: --report FILE")
     return 2
 
 
@@ -211,8 +214,26 @@ def working(common: Common) -> Iterator[Say]:
     Yields:
         What to call with each step.
     """
-    with quiet(common.debug), interruptible(), progressing() as progress:
+    if common.verbose and common.quiet:
+        raise UsageError("--verbose and --quiet exclude each other")
+    shown = progressing(lines=not common.quiet, steps=common.verbose)
+    with quiet(common.debug), interruptible(), logged(common), shown as progress:
         yield progress
+
+
+@contextlib.contextmanager
+def logged(common: Common) -> Iterator[None]:
+    """What the library logs goes to stderr: warnings, with ``--verbose`` everything, with ``--quiet`` nothing."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    logger, level = logging.getLogger("pwrewrite"), logging.getLogger("pwrewrite").level
+    logger.setLevel(logging.ERROR if common.quiet else logging.DEBUG if common.verbose else logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def leave(code: int) -> NoReturn:

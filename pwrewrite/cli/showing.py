@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .options import Listed, Reported
+from .encoding import FALLBACK
+from .options import Common, Listed, Reported
 
 if TYPE_CHECKING:
     from ..report.page import Page
@@ -43,13 +44,16 @@ def show(reported: Listed, page: Page, **texts: Callable[[], str]) -> None:
     if output is not None:
         files.write_file(output, text)
         return
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what programs read is UTF-8 with the line ends it has
-        sys.stdout.reconfigure(encoding="utf-8", newline="")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        if reported.form != "table":  # what programs read is UTF-8
+            sys.stdout.reconfigure(encoding="utf-8")
+        sys.stdout.reconfigure(newline="", errors=FALLBACK)
     sys.stdout.write(text)
     sys.stdout.flush()  # so that a closed pipe is noticed here
 
 
-def tell(text: str) -> None:
-    """A closing word on stderr."""
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr)
+def tell(text: str, common: Common) -> None:
+    """A closing word on stderr, unless only errors are wanted."""
+    if not common.quiet:
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr)

@@ -7,6 +7,7 @@ markup.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 
 from rich import box
@@ -36,7 +37,9 @@ def renderable(page: Page, width: int = WIDTH) -> RenderableType:
 
 def text(page: Page, width: int = WIDTH) -> str:
     """The page without colours: no blanks at line ends, one line break at the end."""
-    console = Console(width=width, color_system=None, force_terminal=False, legacy_windows=False, _environ={})
+    console = Console(
+        file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False, _environ={}
+    )
     with console.capture() as captured:
         console.print(renderable(page, width), highlight=False)
     return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import time
 import warnings
@@ -10,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import typer
 
-from pwrewrite.cli.progress import progressing
+from pwrewrite.cli.progress import Work, progressing
 from pwrewrite.cli.running import handled, interruptible, quiet, uncollected
 from pwrewrite.core.errors import GateError, PwrewriteError, UsageError
 
@@ -108,9 +109,9 @@ def test_the_collector_is_put_back() -> None:
     assert gc.isenabled()
 
 
-def test_a_sign_of_life_after_a_moment_and_no_trace_of_it() -> None:
-    terminal = Terminal()
-    with progressing(after=0.0, stream=terminal) as say:
+def test_a_bar_after_a_moment_and_no_trace_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    with progressing(after=0.0) as say:
         say("x" * 100, None)
         deadline = time.monotonic() + 10
         while "…xxx" not in terminal.getvalue() and time.monotonic() < deadline:
@@ -119,13 +120,49 @@ def test_a_sign_of_life_after_a_moment_and_no_trace_of_it() -> None:
     assert terminal.getvalue().endswith("\x1b[2K")
 
 
-def test_no_sign_of_life_when_it_is_quick_or_nobody_looks() -> None:
-    with progressing(after=60, stream=(terminal := Terminal())):
-        pass
-    assert terminal.getvalue() == ""
-    with progressing(after=0.0, stream=(file := io.StringIO())):
-        time.sleep(0.05)
-    assert file.getvalue() == ""
+def test_nothing_is_shown_when_it_is_quick_or_unwanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for terminal, options in ((Terminal(), {}), (io.StringIO(), {}), (io.StringIO(), {"lines": False, "every": 0.01})):
+        monkeypatch.setattr("sys.stderr", terminal)
+        with progressing(**options) as say:
+            say("calibrating", 0.5)
+            time.sleep(0.05)
+        assert terminal.getvalue() == ""
+
+
+def test_lines_where_nobody_is_watching(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", file := io.StringIO())
+    with progressing(every=0.01) as say:
+        say("calibrating", 0.5)
+        deadline = time.monotonic() + 10
+        while file.getvalue().count("\n") < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert re.fullmatch(r"(… calibrating \(\d+% done, 0 s\)\n)+", file.getvalue())
+    monkeypatch.setattr("sys.stderr", file := io.StringIO())
+    with progressing(steps=True) as say:
+        for what in ("loading", "capturing", "capturing", "verifying"):
+            say(what, None)
+    assert file.getvalue() == "0 s: loading\n0 s: capturing\n0 s: verifying\n"
+
+
+def test_one_measure_over_all_steps() -> None:
+    work = Work()
+    done = []
+    for what, share in (
+        ("loading", None), ("capturing", None), ("calibrating", 0.0), ("calibrating", 0.5), ("looking at a", 0.0),
+        ("rewriting a", 0.5), ("fitting a", 0.0), ("calibrating", 0.1), ("verifying: training", None),
+        ("measuring on held-out inputs", None), ("saving", None),
+    ):  # fmt: skip
+        work.go_on(what, share)
+        done.append(work.done)
+    assert done == sorted(done)
+    assert done[0] == 0
+    assert done[-1] > 0.95
+    work.began = time.monotonic() - 60
+    assert re.fullmatch(r"60 s, about \d s left", work.times())
+    passes = Work()
+    for what in ("loading", "capturing", "insert-bottleneck: proposing"):
+        passes.go_on(what, None)
+    assert passes.done < 0.1  # what is left out is no part of the whole
 
 
 def test_what_c_code_prints_goes_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
