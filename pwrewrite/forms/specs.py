@@ -7,6 +7,7 @@ linear in its factors.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -67,6 +68,9 @@ def spec_from_dict(data: Any, where: str) -> ConvSpec:
             tuple(map(int, data["output_padding"])),
         )
         _check_spec(spec)
+        written = spec_to_dict(spec)
+        if odd := [key for key in {**written, **data} if json.dumps(data.get(key)) != json.dumps(written.get(key))]:
+            raise ValueError(f"{odd[0]} is {data.get(odd[0])!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise PlanError(
             "not the shape facts of a layer",

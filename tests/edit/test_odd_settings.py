@@ -1,0 +1,66 @@
+"""Settings of an op that nobody wrote on purpose are refused with the line, not read as something else."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pwrewrite.core.errors import PlanError
+from pwrewrite.core.plan import Plan
+from pwrewrite.edit.actions import ACTIONS, SETTINGS
+from pwrewrite.edit.apply import carry_out
+
+DATA = Path(__file__).parents[1] / "data" / "v0.1"
+FOLDERS = sorted(path.parent.name for path in DATA.glob("*/plan.json"))
+
+
+def test_every_action_says_what_it_takes() -> None:
+    assert SETTINGS.keys() == ACTIONS.keys()
+
+
+@pytest.fixture
+def nets(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(DATA))
+    import nets
+
+    return nets
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_unknown_settings(name: str, nets: Any) -> None:
+    text = (DATA / name / "plan.json").read_text()
+    plan = json.loads(text)
+    model = getattr(nets, plan["model"]["target"].rpartition(":")[2])()
+    for number in range(len(plan["ops"])):
+        changed = copy.deepcopy(plan)
+        changed["ops"][number]["settings"]["layr"] = 3
+        with pytest.raises(PlanError, match="no setting 'layr'") as caught:
+            carry_out(model, Plan.from_json(json.dumps(changed, indent=1), "my.json"), fill=False)
+        assert "my.json, line" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("stride", [1.5, 1]),
+        ("stride", [True, True]),
+        ("padding", [[1.5, 1], [1, 1]]),
+        ("groups", 1.5),
+        ("groups", "1"),
+        ("bias", None),
+        ("bias", 1),
+        ("transposed", None),
+        ("transposed", "no"),
+        ("in_channels", 8.0),
+        ("padding_mode", None),
+        ("dilatation", [1, 1]),
+    ],
+)
+def test_shape_facts_of_another_type(key: str, value: Any, nets: Any) -> None:
+    plan = json.loads((DATA / "reduce" / "plan.json").read_text())
+    plan["ops"][0]["settings"]["layer"][key] = value
+    with pytest.raises(PlanError, match=r"shape facts|not the layer") as caught:
+        carry_out(nets.Net(), Plan.from_json(json.dumps(plan)), fill=False)
+    assert key in str(caught.value) or "padding" in str(caught.value)
