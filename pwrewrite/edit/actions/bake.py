@@ -36,19 +36,19 @@ class BakeSettings:
 
 def computed_weights(module: nn.Module) -> dict[str, Callable[[], object]]:
     """Name of each parameter of a module that is computed before its calls, to what makes it a plain one."""
-    found: dict[str, Callable[[], object]] = {}
+    bakes: dict[str, Callable[[], object]] = {}
     if parametrize.is_parametrized(module):
         for name in module.parametrizations:  # type: ignore[union-attr]
-            found[name] = partial(parametrize.remove_parametrizations, module, name)
+            bakes[name] = partial(parametrize.remove_parametrizations, module, name)
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm):
-            found[hook.name] = partial(remove_weight_norm, module, hook.name)
+            bakes[hook.name] = partial(remove_weight_norm, module, hook.name)
         elif isinstance(hook, SpectralNorm):
-            found[hook.name] = partial(remove_spectral_norm, module, hook.name)
+            bakes[hook.name] = partial(remove_spectral_norm, module, hook.name)
         elif isinstance(hook, prune.BasePruningMethod):
             name = str(vars(hook)["_tensor_name"])
-            found[name] = partial(prune.remove, module, name)
-    return found
+            bakes[name] = partial(prune.remove, module, name)
+    return bakes
 
 
 def bake_weights(bench: Bench, op: Op) -> Edit:

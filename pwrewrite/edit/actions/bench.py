@@ -186,7 +186,7 @@ class Bench:
         self.model.get_submodule(owner)._modules[name] = new
 
     def once(self, op: Op, work: Callable[[], _T]) -> _T:
-        """The result of the one long computation of an op, made on the first copy and kept for the next."""
+        """The result of the one long computation of an op, worked out for the first copy of the model."""
         if id(op) not in self._known:
             self._known[id(op)] = work()
         result: _T = self._known[id(op)]
@@ -246,7 +246,7 @@ def make_like(weight: Tensor, path: str, make: Callable[[Any], _M], *, initialis
     Args:
         weight: A weight of what it takes the place of.
         path: Where it will stand; seeds its initialisation.
-        make: Makes it on the device that it is given.
+        make: Makes it on a device.
         initialised: Whether its parameters are initialised, rather than filled in afterwards.
 
     Returns:

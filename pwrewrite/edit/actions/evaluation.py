@@ -23,12 +23,13 @@ from torch.overrides import TorchFunctionMode
 
 from ...capturing.code_trace import NotTraceable, given
 from ...capturing.functions import words
+from ...core.operations import OPERATIONS
 from ..graph_edit import Regraphed, to_graph
 
 DROPS: frozenset[Any] = frozenset(
-    {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+    getattr(F, name) for row in OPERATIONS if row.kind == "dropout" for name in row.functions if hasattr(F, name)
 )
-"""Functions that drop something where ``training`` is true, and return what they are given where it is not."""
+"""Functions that drop something where ``training`` is true, and return their input where it is not."""
 
 
 class _Evaluating(TorchFunctionMode):
@@ -56,11 +57,16 @@ def code_graph(module: nn.Module, functions: frozenset[Any] = frozenset()) -> Re
         NotTraceable: As there, and where an assignment such as ``+=`` may write into what something else holds.
     """
     with _Evaluating(functions), _assignments() as written:
-        made = to_graph(module)
-    for node in made.graph.nodes:
+        graph_module = to_graph(module)
+    for node in graph_module.graph.nodes:
         if node.name in written and _seen_elsewhere(node):
             raise NotTraceable(f"{type(module).__name__}.forward writes with += into what another name may hold")
-    return made
+    return graph_module
+
+
+def name_of(node: fx.Node) -> str:
+    """What a node calls: a module's path, or the name of a function or method."""
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
 
 
 _OPERATORS: dict[str, Any] = {
@@ -77,9 +83,9 @@ def _assignments() -> Iterator[set[str]]:
 
     def method(function: Any) -> Any:
         def assign(self: fx.Proxy, other: Any) -> Any:
-            made = function(self, other)
-            names.add(made.node.name)
-            return made
+            result = function(self, other)
+            names.add(result.node.name)
+            return result
 
         return assign
 
@@ -98,11 +104,9 @@ _VIEWS = words(
     """getitem view reshape permute transpose flatten unflatten unsqueeze squeeze narrow select chunk split expand
     expand_as view_as detach contiguous movedim swapaxes unbind diagonal t to float"""
 )
-"""Functions and methods whose result may share storage with what they are given."""
-
-
+"""Functions and methods whose result may share storage with their input."""
 _KEEPS = words("append insert extend update setdefault")
-"""Methods of containers that keep what they are given."""
+"""Methods of containers that keep their argument."""
 
 
 def _seen_elsewhere(node: fx.Node) -> bool:
@@ -113,12 +117,12 @@ def _seen_elsewhere(node: fx.Node) -> bool:
     order = {n: i for i, n in enumerate(node.graph.nodes)}
     related, todo = set[fx.Node](), [first]
     while todo:
-        one = todo.pop()
-        if one not in related:
-            related.add(one)
-            todo += _sharing(one)
-    return any(one.op in ("placeholder", "get_attr") for one in related) or any(
-        order[user] > order[node] or _keeps(user, one) for one in related for user in one.users
+        other = todo.pop()
+        if other not in related:
+            related.add(other)
+            todo += [*_viewed(other), *(user for user in other.users if other in _viewed(user))]
+    return any(other.op in ("placeholder", "get_attr") for other in related) or any(
+        order[user] > order[node] or _keeps(user, other) for other in related for user in other.users
     )
 
 
@@ -128,19 +132,10 @@ def _keeps(user: fx.Node, node: fx.Node) -> bool:
     return keeps and user.args[0] is not node
 
 
-def _sharing(node: fx.Node) -> Iterator[fx.Node]:
-    """Nodes that may share a node's storage: what it is a view of, and views of it."""
-    yield from _viewed(node)
-    for user in node.users:
-        if node in _viewed(user):
-            yield user
-
-
 def _viewed(node: fx.Node) -> list[fx.Node]:
     """What a node may be a view of."""
     if node.target is given:
         return node.all_input_nodes
-    name = node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
-    if node.op not in ("call_function", "call_method") or name not in _VIEWS:
+    if node.op not in ("call_function", "call_method") or name_of(node) not in _VIEWS:
         return []
     return [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]

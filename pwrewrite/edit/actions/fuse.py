@@ -189,7 +189,7 @@ def _edit_head(bench: Bench, op: Op, scope: str, activation: Activation) -> str:
     """Takes the activation out of the code of a module that applies it to its input first; the module's path."""
     module = bench.find(op, scope, "scope")
     if hooked(module):
-        raise Refused(Skip(op.path, SkipReason.HOOKS, f"{scope} has a hook, which would see what it is given change"))
+        raise Refused(Skip(op.path, SkipReason.HOOKS, f"{scope} has a hook, whose input would change"))
     graph_module = bench.graph(op, module)
     heads = [
         (node, source)

@@ -274,17 +274,17 @@ def _narrow_layer(
     gone = (settings.branch_channels - settings.channels) * consumer.repeat
     old_end = start + settings.branch_channels * consumer.repeat
     narrower, new_end, old = replace(spec, in_channels=spec.in_channels - gone), old_end - gone, layer.weight
-    made = layer_like(old, consumer.path, narrower, initialised=True)
+    smaller = layer_like(old, consumer.path, narrower, initialised=True)
     axis = 0 if spec.transposed else 1
     if not old.is_meta:
         with torch.no_grad():
-            source, target = old.movedim(axis, 0), made.weight.movedim(axis, 0)
+            source, target = old.movedim(axis, 0), smaller.weight.movedim(axis, 0)
             target[:start].copy_(source[:start])
             target[new_end:].copy_(source[old_end:])
             if new is not None:
                 target[start:new_end].copy_(new.movedim(1, 0))
-    made.weight.requires_grad_(old.requires_grad)
-    layer.weight = made.weight
+    smaller.weight.requires_grad_(old.requires_grad)
+    layer.weight = smaller.weight
     setattr(layer, "in_channels" if spec.dims else "in_features", narrower.in_channels)
     for path in bench.names_of(layer):  # an inserted chain says what its first stage takes
         owner, _, name = path.rpartition(".")

@@ -19,7 +19,7 @@ from ...core.plan import Edit, Op
 from ...layers.known import is_identity
 from ..graph_edit import Regraphed
 from .bench import Bench, not_traced
-from .evaluation import DROPS
+from .evaluation import DROPS, name_of
 from .settings import Offset, read
 
 CODE = "code"
@@ -78,7 +78,7 @@ class _Simplifier:
         self.graph_module, self.graph, self.unread, self.same = graph_module, graph_module.graph, unread, same
 
     def run(self) -> bool:
-        """Does it all; whether anything was found, and all that was promised."""
+        """Takes it out; whether that was anything, and no module is called any more that the op names as unread."""
         before = len(self.graph.nodes)
         self._duplicates()
         self._nothings()
@@ -142,11 +142,6 @@ class _Simplifier:
             silent = node.op == "call_module" and str(node.target) in self.unread
             if silent or pure(node) or node.op == "get_attr":
                 self.graph.erase_node(node)
-
-
-def name_of(node: fx.Node) -> str:
-    """What a node calls: a module's path, or the name of a function or method."""
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
 
 
 def called(node: fx.Node, scope: str = "") -> str:
