@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from ..core.text import plain
+
 Say = Callable[[str, float | None], None]
 
 _STEPS = (
@@ -40,6 +42,7 @@ class Work:
 
     def go_on(self, what: str, share: float | None) -> None:
         """Takes note of a step, and of the part of it that is done."""
+        what = plain(what)
         self.what = what if len(what) <= _WIDTH else f"…{what[1 - _WIDTH :]}"
         current = self._taken[-1] if self._taken else 0
         steps = [i for i, (name, _) in enumerate(_STEPS) if i >= current and name in what]

@@ -25,6 +25,7 @@ import typer
 
 from ..core.errors import PwrewriteError, UsageError
 from ..core.files import same_directory
+from ..core.text import plain
 from .progress import Say, progressing
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ def _say_error(label: str, text: str) -> None:
     """An error: its label in red where a person sees it."""
     if sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
         label = f"\x1b[1;31m{label}\x1b[0m"
-    _say(f"{label} {text}")
+    _say(f"{label} {plain(text, lines=True)}")
 
 
 def _silence_stdout() -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ..core.text import plain
 from .encoding import FALLBACK
 from .options import Common, Listed, Reported
 
@@ -56,4 +57,4 @@ def tell(text: str, common: Common) -> None:
     """A closing word on stderr, unless only errors are wanted."""
     if not common.quiet:
         with contextlib.suppress(OSError):
-            print(text, file=sys.stderr)
+            print(plain(text), file=sys.stderr)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import re
 
+from .text import plain
+
 
 class PwrewriteError(Exception):
     """Base of all deliberate errors.
@@ -41,10 +43,10 @@ class PwrewriteError(Exception):
         super().__init__(message)
 
     def __str__(self) -> str:
-        lines = [self.message]
+        lines = [plain(self.message, lines=True)]
         for label, text in (("where", self.where), ("expected", self.expected), ("got", self.got), ("try", self.hint)):
             if text:
-                lines.append(f"  {label}: {text}")
+                lines.append(f"  {label}: {plain(text, lines=True)}")
         return "\n".join(lines)
 
 
@@ -100,7 +102,7 @@ class GateError(PwrewriteError, RuntimeError):
 
 def shortened(text: str, limit: int = 200) -> str:
     """A text on one line, without the addresses of objects, cut between two words where it is longer than ``limit``."""
-    line = " ".join(re.sub(r"\s+at 0x[0-9a-fA-F]+", "", text).split())
+    line = plain(" ".join(re.sub(r"\s+at 0x[0-9a-fA-F]+", "", text[: 8 * limit]).split()))
     return line if len(line) <= limit else f"{line[:limit].rsplit(' ', 1)[0]} …"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..core.numbers import count, duration, exact, percent, plural, size
 from ..core.records import Record, Shown
+from ..core.text import plain
 from . import spreadsheet
 from .page import Column, Line, Page, Table, Title
 
@@ -107,7 +108,7 @@ def picture(frontier: Frontier) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" '
         'font-size="12">',
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="white"/>',
-        f'<text x="{_LEFT}" y="20" font-size="14">{escape(frontier.target)}</text>',
+        f'<text x="{_LEFT}" y="20" font-size="14">{escape(plain(frontier.target))}</text>',
         f'<polyline points="{path}" fill="none" stroke="#1f6feb" stroke-width="2"/>',
     ]
     for point in frontier.points:

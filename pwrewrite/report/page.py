@@ -10,9 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LONGEST = 2000
-"""Characters of one text that a report shows at most."""
-
 
 @dataclass(frozen=True, slots=True)
 class Column:
@@ -122,12 +119,3 @@ Page = tuple[Block, ...]
 def notes_part(notes: Sequence[str]) -> list[Block]:
     """The notes at the end of a page, set apart; nothing where there are none."""
     return [Line(""), Notes(notes)] if notes else []
-
-
-def plain(text: str) -> str:
-    """Text safe for one line anywhere: control characters, line breaks among them, are spelt out, and its length is
-    bounded.
-    """
-    if not text.isprintable():
-        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"

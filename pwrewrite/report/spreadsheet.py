@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..analysis.records import Analysis, LayerReport
-from .page import plain
+from ..core.text import plain
 from .rows import View, sort_layers
 
 LAYER_COLUMNS = (

@@ -16,7 +16,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from .page import Block, Column, Facts, Line, Listing, Notes, Page, Section, Table, Title, plain
+from ..core.text import plain
+from .page import Block, Column, Facts, Line, Listing, Notes, Page, Section, Table, Title
 
 WIDTH = 100
 """Columns of a terminal that is none, such as a pipe or a file."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape as escape_html
 
-from .page import Block, Column, Facts, Line, Listing, Notes, Page, Section, Table, Title, plain
+from ..core.text import plain
+from .page import Block, Column, Facts, Line, Listing, Notes, Page, Section, Table, Title
 
 _GOOD, _BAD = "color:#2e8b57", "color:#c0392b;font-weight:bold"
 

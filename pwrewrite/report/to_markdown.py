@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from ..core.text import plain
 from . import terminal
-from .page import Block, Column, Facts, Line, Listing, Notes, Page, Section, Table, Title, plain
+from .page import Block, Column, Facts, Line, Listing, Notes, Page, Section, Table, Title
 
 
 def markdown(page: Page) -> str:

@@ -280,3 +280,24 @@ def test_ctrl_c_while_saving(run: Run, folder: Path, function: str) -> None:
     assert after == before
     assert json.loads((folder / "out" / "plan.json").read_text())
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_escape_sequences_from_files_reach_no_terminal(run: Run, folder: Path) -> None:
+    evil = "a\x1b]0;owned\x07\u202eb"
+    plan = {
+        "schema": "pwrewrite.plan/1",
+        "ops": [{"action": "factorize", "path": evil, "pass": evil, "settings": {"form": evil}}],
+        "skipped": [{"path": evil, "reason": "pointwise", "detail": evil}],
+    }
+    (folder / "plan.json").write_text(json.dumps(plan))
+    (folder / "raises.py").write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Net(nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        self.conv = nn.Conv2d(3, 4, 3)\n\n    def forward(self, x):\n"
+        f"        raise ValueError({evil!r})\n\n\nexample_inputs = torch.zeros(1, 3, 8, 8)\n"
+    )
+    planned = ("rewrite", "net.py", "--plan", "plan.json", "--dry-run")
+    for command in (planned, ("analyze", "raises.py"), ("analyze", evil)):
+        result = run(*command)
+        assert result.exit_code
+        assert "\\x1b" in result.stderr
+        assert not {c for c in result.stdout + result.stderr if not c.isprintable()} - {"\n", "\t"}

@@ -14,11 +14,12 @@ from torch import nn
 import pwrewrite
 from pwrewrite.analysis.records import Analysis
 from pwrewrite.core.plan import Op, Plan, Skip, SkipReason
+from pwrewrite.core.text import LONGEST
 from pwrewrite.core.verification import Check, Verification
 from pwrewrite.report import html, markdown, render, terminal
 from pwrewrite.report.analysis import page
 from pwrewrite.report.frontier import Frontier, Point
-from pwrewrite.report.page import LONGEST, Column, Facts, Line, Listing, Notes, Page, Section, Table, Title
+from pwrewrite.report.page import Column, Facts, Line, Listing, Notes, Page, Section, Table, Title
 from pwrewrite.report.records import Report
 
 HINTS = {"bottleneck", "does", "gains", "ranks", "what", "which"}

@@ -13,9 +13,9 @@ from rich.console import Console
 from pwrewrite.analysis.records import Analysis, TreeNode
 from pwrewrite.capturing.records import Coverage
 from pwrewrite.core.errors import UsageError
+from pwrewrite.core.text import plain
 from pwrewrite.report import FORMATS, SORTS, View, render, rows, terminal
 from pwrewrite.report.analysis import page
-from pwrewrite.report.page import plain
 from pwrewrite.report.spreadsheet import LAYER_COLUMNS
 
 Make = Callable[..., Analysis]
