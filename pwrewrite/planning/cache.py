@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..capturing.records import Capture
 from ..core.convolution import ConvSpec
+from ..core.errors import first_line
 from ..core.files import new_file
 from .statistics import LayerStatistics, Statistics
 
@@ -54,34 +55,66 @@ def _add_weights(digest: hashlib._Hash, model: nn.Module) -> None:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def read_statistics(folder: Path | None, key: str, device: torch.device) -> tuple[Statistics | None, bool]:
+def read_statistics(
+    folder: Path | None, key: str, device: torch.device, layers: Mapping[str, ConvSpec]
+) -> tuple[Statistics | None, bool, str]:
     """What is cached under a key.
 
+    Args:
+        folder: Where statistics are cached; None where nothing is.
+        key: What `content_key` made.
+        device: Where they are wanted.
+        layers: The layers that they may be of.
+
     Returns:
-        The statistics, None where there are none that can be read, and whether they are complete.
+        The statistics, None where there are none that can be read; whether they are complete; and a note where a file
+        was damaged, which is then removed.
     """
-    if folder is None:
-        return None, False
-    file = folder / f"{key}.safetensors"
+    if folder is None or not (file := folder / f"{key}.safetensors").is_file():
+        return None, False, ""
     try:
-        with safe_open(file, framework="pt", device=str(device)) as opened:
-            facts = json.loads(opened.metadata()["pwrewrite"])
-            statistics = Statistics(**{name: facts[name] for name in _FACTS})
-            for number, layer in enumerate(facts["layers"]):
-                gradients = opened.get_tensor(f"{number}.gradients") if layer["gradients"] else None
-                statistics.layers[layer["path"]] = LayerStatistics(
-                    opened.get_tensor(f"{number}.inputs").to(torch.float64 if device.type != "mps" else torch.float32),
-                    opened.get_tensor(f"{number}.means"),
-                    layer["weight"],
-                    layer["rows"],
-                    gradients,
-                    layer["gradient_weight"],
-                )
+        statistics, complete = _read(file, device)
+        for path, sums in statistics.layers.items():
+            _check(path, sums, LayerStatistics.empty(layers[path], torch.device("meta")))
         with suppress(OSError):
             os.utime(file)
-        return statistics, bool(facts["complete"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return None, False
+        return statistics, complete, ""
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        with suppress(OSError):
+            file.unlink()
+        return None, False, f"the cached statistics in {file} were damaged and have been removed: {first_line(error)}"
+
+
+def _read(file: Path, device: torch.device) -> tuple[Statistics, bool]:
+    wide = torch.float64 if device.type != "mps" else torch.float32
+    with safe_open(file, framework="pt", device=str(device)) as opened:
+        facts = json.loads(opened.metadata()["pwrewrite"])
+        statistics = Statistics(**{name: facts[name] for name in _FACTS})
+        for name, kind in zip(_FACTS, (int, int, str, str, str), strict=True):
+            if type(facts[name]) is not kind:
+                raise TypeError(f"{name} is {facts[name]!r}")
+        for number, layer in enumerate(facts["layers"]):
+            statistics.layers[layer["path"]] = LayerStatistics(
+                opened.get_tensor(f"{number}.inputs").to(wide),
+                opened.get_tensor(f"{number}.means"),
+                float(layer["weight"]),
+                int(layer["rows"]),
+                opened.get_tensor(f"{number}.gradients") if layer["gradients"] else None,
+                float(layer["gradient_weight"]),
+            )
+    return statistics, facts["complete"] is True
+
+
+def _check(path: str, sums: LayerStatistics, empty: LayerStatistics) -> None:
+    """Refuses sums that are not those of a layer."""
+    gradients = sums.gradients
+    square = gradients is None or (gradients.dim() == 3 and gradients.shape[1] == gradients.shape[2])
+    if sums.inputs.shape != empty.inputs.shape or sums.means.shape != empty.means.shape or not square:
+        raise ValueError(f"{path} has sums of another shape")
+    tensors = [t for t in (sums.inputs, sums.means, gradients) if t is not None]
+    counts = (sums.weight, sums.rows, sums.gradient_weight)
+    if not all(t.isfinite().all() for t in tensors) or not all(0 <= n < float("inf") for n in counts):
+        raise ValueError(f"{path} has sums that are no numbers")
 
 
 def write_statistics(folder: Path | None, key: str, statistics: Statistics, *, complete: bool) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 
 from ..capturing import Inputs, split_inputs
 from ..core.convolution import ConvSpec
-from ..core.files import cache_folder, write_file
+from ..core.errors import first_line
+from ..core.files import cache_folder, read_text, write_file
 from ..core.plan import Plan
 from ..edit.apply import carry_out
 from ..engines.timing import device_name, time_in_turns, time_models, with_threads
@@ -108,6 +108,7 @@ class LatencyTable:
 
     Attributes:
         measured: How many were measured and not in the cache.
+        notes: What should be told: that a cached file was damaged.
     """
 
     def __init__(self, conditions: Conditions) -> None:
@@ -116,7 +117,7 @@ class LatencyTable:
         facts = (device_name(conditions.device), conditions.dtype, conditions.channels_last, conditions.threads)
         name = hashlib.sha256("|".join(map(str, (*facts, torch.__version__))).encode()).hexdigest()[:24]
         self._file = None if folder is None else folder / f"{name}.json"
-        self._known = _read(self._file, warn=True)
+        self._known, self.notes = _read(self._file)
 
     def times(self, shape: Sequence[int], variants: Sequence[Variant]) -> list[float]:
         """Seconds that a layer and each of its replacements take on inputs of one shape.
@@ -147,7 +148,7 @@ class LatencyTable:
         runs = {key: seconds for key, seconds in self._known.items() if math.isfinite(seconds)}
         with suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_file(self._file, json.dumps({**_read(self._file), **runs}))
+            write_file(self._file, json.dumps({**_read(self._file)[0], **runs}))
 
     def _measure(self, shape: Sequence[int], variants: Sequence[Variant]) -> list[float]:
         conditions = self.conditions
@@ -195,16 +196,14 @@ def _key(shape: Sequence[int], variant: Variant) -> str:
     return hashlib.sha256(json.dumps({**facts, "axes": variant.axes}, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _read(file: Path | None, *, warn: bool = False) -> dict[str, float]:
-    """The times in a file: none where there is no file or it is damaged, with a warning if asked for."""
-    if file is None:
-        return {}
+def _read(file: Path | None) -> tuple[dict[str, float], list[str]]:
+    """The times in a file, and a note where it is damaged; it is then removed."""
+    if file is None or not file.is_file():
+        return {}, []
     try:
-        times = json.loads(file.read_text(encoding="utf-8"))
-        return {str(key): float(value) for key, value in times.items() if 0 < float(value) < math.inf}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        if warn:
-            warnings.warn(f"measured latencies in {file} cannot be read and are measured anew: {error}", stacklevel=3)
-        return {}
+        times = json.loads(read_text(file))
+        return {str(key): float(value) for key, value in times.items() if 0 < float(value) < math.inf}, []
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        with suppress(OSError):
+            file.unlink()
+        return {}, [f"the measured latencies in {file} were damaged and have been removed: {first_line(error)}"]

@@ -159,7 +159,9 @@ class Planner:
         self.say("reading the calibration inputs", None)
         key = content_key(self.captured, specs, batches.fingerprint(), facts) if folder is not None else ""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        statistics, complete = read_statistics(folder, key, device)
+        statistics, complete, damage = read_statistics(folder, key, device, specs)
+        if damage:
+            self.notes.append(damage)
         self.outputs = self._look_at_outputs(batches, "" if statistics is None else statistics.outputs)
         if statistics is None or not complete:
             statistics = self._gather(statistics, folder, key, specs)
@@ -222,6 +224,7 @@ class Planner:
         if "latency" in self.original:
             return
         table = LatencyTable(Conditions.of(self.model, self.settings.threads))
+        self.notes += table.notes
         args, kwargs = split_inputs(self.inputs)
         self.say("timing the model", None)
         (timing,) = time_models([self.model], args, kwargs, threads=self.settings.threads)

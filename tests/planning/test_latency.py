@@ -64,10 +64,13 @@ def test_a_damaged_cache_is_measured_anew(cache: Path) -> None:
     table.times((1, 8, 6, 6), variants()[:1])
     table.save()
     (file,) = cache.rglob("*.json")
-    for text in ("{", "[1]", '{"a": "b"}', ""):
+    for text in ("{", "[1]", '{"a": "b"}', "", "[" * 100000, '{"a": ' + "9" * 5000 + "}"):
         file.write_text(text)
-        with pytest.warns(UserWarning, match="cannot be read and are measured anew"):
-            again = LatencyTable(CPU)
+        again = LatencyTable(CPU)
+        assert not file.exists()
+        (note,) = again.notes
+        assert str(file) in note
+        assert "damaged" in note
         again.times((1, 8, 6, 6), variants()[:1])
         assert again.measured == 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
+from safetensors import safe_open
+from safetensors.torch import save_file
 from small_networks import KINDS, Net, batches, made
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -467,6 +469,33 @@ def test_a_damaged_cache_is_gathered_anew(cache: Path, damage: bytes | None) -> 
     file.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
     assert plan().to_json() == first.to_json()
     assert runs(model) == 0  # it was written again
+
+
+POISONS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], None]] = {
+    "another layer": lambda facts, tensors: facts["layers"][0].update(path="elsewhere"),
+    "no list": lambda facts, tensors: facts.update(layers=3),
+    "text for a count": lambda facts, tensors: facts.update(samples="many"),
+    "an endless weight": lambda facts, tensors: facts["layers"][0].update(weight=1e999),
+    "a negative count": lambda facts, tensors: facts["layers"][0].update(rows=-1),
+    "another shape": lambda facts, tensors: tensors.update({"0.inputs": torch.zeros(3)}),
+    "NaN": lambda facts, tensors: tensors["0.means"].fill_(float("nan")),
+    "gradients of another rank": lambda facts, tensors: tensors.update({"0.gradients": torch.zeros(1, 2, 3)}),
+}
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_a_poisoned_cache_is_dropped_and_named(cache: Path, poison: str) -> None:
+    first = plan()
+    (file,) = cache.glob("statistics/*.safetensors")
+    with safe_open(file, framework="pt") as opened:
+        facts = json.loads(opened.metadata()["pwrewrite"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+    POISONS[poison](facts, tensors)
+    save_file(tensors, file, metadata={"pwrewrite": json.dumps(facts)})
+    model, inputs = made("plain")
+    planner = Planner(model, inputs, batches(), Budget())
+    assert any(f"{file} were damaged and have been removed" in note for note in planner.notes)
+    assert alike(plan(), first)
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(cache: Path) -> None:
