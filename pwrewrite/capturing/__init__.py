@@ -10,28 +10,31 @@ from __future__ import annotations
 import gc
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import CaptureError, InputError, first_line, shortened
+from ..core.errors import CaptureError, InputError, first_line
 from ..core.nested import map_tensors, tensors_of
+from .inputs import Inputs, input_names, split_inputs
 from .inventory import Inventory
 from .layers import find_layers
 from .lazy import materialized
+from .origins import NeedsValues
 from .recorder import Recorder
 from .records import Call, Capture, Coverage, Layer, MemoryEvent, NodeInfo, TensorSpec, Window, info
 from .shapes import ShapeError
 from .state import untouched
-from .tensors import byte_count, conventions, element_count
+from .tensors import byte_count, conventions, element_count, has_shape_only, kind_of
 
 __all__ = [
     "Call",
     "Capture",
     "Coverage",
+    "Inputs",
     "Layer",
     "MemoryEvent",
     "NodeInfo",
@@ -39,9 +42,8 @@ __all__ = [
     "Window",
     "capture",
     "info",
+    "split_inputs",
 ]
-
-Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 _REAL_LIMIT = 8 << 30
 """Bytes of weights above which a model without values is not filled with random ones."""
@@ -128,59 +130,12 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def tensors_for(inputs: Any) -> Any:
-    """Example inputs with a tensor where something else plainly stands for one: zeros for a shape, or a NumPy array's.
-
-    ``(1, 3, 224, 224)`` is a shape, and so is every item of ``[(1, 3, 64, 64), (1, 10)]``; other values stay.
-    """
-    if isinstance(inputs, Tensor):
-        return inputs
-    if hasattr(inputs, "__array__"):
-        return torch.as_tensor(inputs)
-    if isinstance(inputs, Mapping):
-        return {name: tensors_for(value) for name, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)) and inputs:
-        if len(inputs) > 1 and all(type(n) is int and n > 0 for n in inputs):
-            return torch.zeros(tuple(inputs))
-        if all(isinstance(value, (tuple, list)) or hasattr(value, "__array__") for value in inputs):
-            return tuple(tensors_for(value) for value in inputs)
-    return inputs
-
-
-def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as positional and keyword arguments.
-
-    Raises:
-        InputError: If they are neither a tensor, a sequence nor a mapping, or hold no tensor.
-    """
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    example_inputs = tensors_for(example_inputs)
-    if isinstance(example_inputs, Tensor):
-        args = (example_inputs,)
-    elif isinstance(example_inputs, Mapping):
-        kwargs = dict(example_inputs)
-    elif isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
-        args = tuple(example_inputs)
-    else:
-        raise InputError(
-            "example inputs of a kind that no model takes",
-            expected="a tensor, a tuple of positional inputs or a dict of keyword inputs",
-            got=type(example_inputs).__name__,
-        )
-    if not tensors_of((args, kwargs)):
-        raise InputError(
-            "no tensor among the example inputs",
-            expected="a tensor, a tuple of positional inputs, a dict of keyword ones, or a shape: (1, 3, 64, 64)",
-            got=shortened(repr(example_inputs), 80),
-        )
-    return args, kwargs
-
-
 def _run(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def prepare(t: Tensor) -> Tensor:
+        if not has_shape_only(t) and not recorder.real:
+            raise NeedsValues(f"a {kind_of(t)} tensor has no form without values")
         if not recorder.real:
             return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
         if not t.is_meta:
@@ -190,31 +145,6 @@ def _run(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         return torch.zeros(t.shape, dtype=t.dtype, device=recorder.device)
 
     recorder.run(map_tensors(args, prepare), map_tensors(kwargs, prepare), input_names(recorder.model, args, kwargs))
-
-
-def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """One name per input tensor: the forward parameter's, numbered where one holds several tensors."""
-    from inspect import Parameter, signature
-
-    try:
-        parameters = [p for p in signature(model.forward).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
-    except (TypeError, ValueError):
-        parameters = []
-    names: list[str] = []
-    for i, value in enumerate(args):
-        name = f"input_{i}"
-        if parameters:
-            p = parameters[min(i, len(parameters) - 1)]
-            name = f"{p.name}_{i}" if p.kind is Parameter.VAR_POSITIONAL else p.name if i < len(parameters) else name
-        names += _numbered(name, value)
-    for name, value in kwargs.items():
-        names += _numbered(name, value)
-    return names
-
-
-def _numbered(name: str, value: Any) -> list[str]:
-    count = len(tensors_of(value))
-    return [name] if isinstance(value, Tensor) else [f"{name}_{i}" for i in range(count)]
 
 
 def _finish(recorder: Recorder, values: str, failure: Exception | None) -> Capture:

@@ -209,6 +209,12 @@ def _read_directly(layer: Layer, owners: Owners) -> Skip | None:
 
 
 def _functional(layer: Layer, owners: Owners) -> Skip | None:
+    if not layer.weight and _outside(layer, owners):
+        return Skip(
+            layer.path,
+            SkipReason.FUNCTIONAL,
+            "its weight is outside model.parameters(); hold its module in an nn.ModuleList, or as an attribute",
+        )
     if not layer.weight:
         return Skip(
             layer.path,
@@ -249,6 +255,13 @@ def _functional(layer: Layer, owners: Owners) -> Skip | None:
     bias = getattr(owners.modules.get(owner), attribute, None) if attribute else None
     found = _weight(layer.path, weight, "the function")
     return found or _shared(layer.path, path, weight, bias, owners.holders)
+
+
+def _outside(layer: Layer, owners: Owners) -> bool:
+    """Whether a weight is a tensor of the user's code that no module holds."""
+    calls = {call.node for call in layer.calls}
+    reads = [node for name, nodes in owners.reads.items() if name.startswith("_constant") for node in nodes]
+    return any(user.name in calls and user.args[1:2] == (node,) for node in reads for user in node.users)
 
 
 def _bias(reads: list[fx.Node], calls: set[str], owners: Owners) -> tuple[str, list[fx.Node]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -51,16 +53,28 @@ class Inventory:
         return names[0] if names is not None else None
 
     @cached_property
+    def _named_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        """Parameters with their holder and their name there, those under several names several times.
+
+        Taken before the model runs, which may put others in their place for a while, as ``functional_call`` does.
+        """
+        holders = [m for m in self.modules if m._parameters]
+        return [(m, name, p) for m in holders for name, p in m._parameters.items() if p is not None]
+
+    @cached_property
+    def _named_buffers(self) -> list[tuple[nn.Module, str, Tensor]]:
+        holders = [m for m in self.modules if m._buffers]
+        return [(m, name, b) for m in holders for name, b in m._buffers.items() if b is not None]
+
+    @cached_property
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter once."""
-        found = {id(p): p for m in self.modules if m._parameters for p in m._parameters.values() if p is not None}
-        return list(found.values())
+        return list({id(p): p for _, _, p in self._named_parameters}.values())
 
     @cached_property
     def buffers(self) -> list[Tensor]:
         """Every buffer once."""
-        found = {id(b): b for m in self.modules if m._buffers for b in m._buffers.values() if b is not None}
-        return list(found.values())
+        return list({id(b): b for _, _, b in self._named_buffers}.values())
 
     @cached_property
     def kinds(self) -> set[str]:
@@ -81,12 +95,9 @@ class Inventory:
             path = self.names[id(module)][0]
             for name, value in module.__dict__.items():
                 if name[:1] != "_" and isinstance(value, (list, tuple, dict)):
-                    prefix = f"{path}.{name}" if path else name
-                    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                        if isinstance(item, nn.Module):
-                            for inner, part in item.named_modules(prefix=f"{prefix}.{key}"):
-                                if id(part) not in self.names:
-                                    strays.setdefault(id(part), inner)
+                    for inner, part in _modules_in(value, f"{path}.{name}" if path else name):
+                        if id(part) not in self.names:
+                            strays.setdefault(id(part), inner)
         return strays
 
     @cached_property
@@ -97,16 +108,22 @@ class Inventory:
         """
         owned: dict[int, tuple[str, Tensor]] = {}
         loose: list[Tensor] = []
-        for module in self.modules:
-            path = self.names[id(module)][0]
-            prefix = f"{path}." if path else ""
-            attributes = module.__dict__
-            for store in (module._parameters, module._buffers, attributes):
-                for name, value in store.items():
-                    if isinstance(value, Tensor):
-                        owned.setdefault(id(value), (prefix + name, value))
-                    elif store is attributes and isinstance(value, (list, tuple, dict)) and name[:1] != "_":
-                        loose += tensors_of(value)
+        attributes = [(m, name, value) for m in self.modules for name, value in m.__dict__.items()]
+        for module, name, value in (*self._named_parameters, *self._named_buffers, *attributes):
+            if isinstance(value, Tensor):
+                path = self.names[id(module)][0]
+                owned.setdefault(id(value), (f"{path}.{name}" if path else name, value))
+            elif isinstance(value, (list, tuple, dict)) and name[:1] != "_":
+                loose += tensors_of(value)
         for t in loose:
             owned.setdefault(id(t), ("", t))
         return owned
+
+
+def _modules_in(value: Any, path: str, depth: int = 3) -> Iterator[tuple[str, nn.Module]]:
+    """Modules in plain containers and theirs, each with a path."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(item, nn.Module):
+            yield from item.named_modules(prefix=f"{path}.{key}")
+        elif depth and isinstance(item, (list, tuple, dict)):
+            yield from _modules_in(item, f"{path}.{key}", depth - 1)

@@ -8,7 +8,7 @@ predicted from the input), through the module whose code makes the call.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, fx, nn
 
@@ -44,7 +44,7 @@ def find_layers(inventory: Inventory, graph: fx.Graph) -> tuple[Layer, ...]:
                 module = modules[path]
                 found[path] = _of_module(module, names[id(module)], spec)
         else:
-            path, weight_name = _functional_path(node, facts.path, modules)
+            path, weight_name = _functional_path(node, facts.path, inventory)
             if path not in found:
                 found[path] = _of_call(node, path, weight_name, modules, names)
         call = Call(path, node.name, facts.inputs[0].shape, facts.outputs[0].shape, facts.cost, islands.get(node, ""))
@@ -102,18 +102,24 @@ def _argument(node: fx.Node, position: int, name: str) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
-def _functional_path(node: fx.Node, scope: str, modules: dict[str, nn.Module]) -> tuple[str, str]:
+def _is_stored(weight: Any) -> TypeGuard[fx.Node]:
+    """Whether an argument is a tensor under a name of the model's."""
+    return isinstance(weight, fx.Node) and weight.op == "get_attr" and not str(weight.target).startswith("_constant")
+
+
+def _functional_path(node: fx.Node, scope: str, inventory: Inventory) -> tuple[str, str]:
     """Path of the layer behind a functional call, and the full name of its weight (``""`` where computed)."""
+    modules = inventory.paths
     weight = _argument(node, 1, "weight")
-    if isinstance(weight, fx.Node) and weight.op == "get_attr" and not str(weight.target).startswith("_constant"):
+    if _is_stored(weight):
         name = str(weight.target)
         owner, _, attribute = name.rpartition(".")
         holder = modules.get(owner)
         alone = holder is not None and sum(p is not None and p.dim() > 1 for p in holder._parameters.values()) <= 1
         whole = attribute == "weight" and (isinstance(holder, _KINDS) or (bool(owner) and alone))
         return (owner if whole else name), name
-    if isinstance(modules.get(scope), _KINDS):
-        return scope, ""  # the layer's own code computes its weight
+    if isinstance(modules.get(scope), _KINDS) or scope in inventory.strays.values():
+        return scope, ""  # the layer's own code computes its weight, or it is outside the model's tree
     return f"{scope}.{node.name}" if scope else node.name, ""
 
 
@@ -126,9 +132,7 @@ def _of_call(
     if isinstance(module, _KINDS):
         return {**_of_module(module, names[id(module)], spec), "functional": True}
     tensors = [
-        info(arg).outputs[0]
-        for arg in (_argument(node, 1, "weight"), _argument(node, 2, "bias"))
-        if isinstance(arg, fx.Node) and arg.op == "get_attr"
+        info(arg).outputs[0] for arg in (_argument(node, 1, "weight"), _argument(node, 2, "bias")) if _is_stored(arg)
     ]
     weight = _argument(node, 1, "weight")
     shape = info(weight).outputs[0].shape if isinstance(weight, fx.Node) else ()

@@ -187,6 +187,8 @@ class Origins:
         if origin is None or self._aliases or origin.graph is not self.graph:
             value = self.value(t)
             origin = getattr(value, _ORIGIN, None) or self._origin(value)
+            if origin is None:  # a wrapper of one of the model's own tensors
+                return self.node(unwrapped(value))
         if type(origin) is Piece:
             return self._resolve(origin, t)
         assert isinstance(origin, fx.Node)

@@ -4,7 +4,7 @@
 - An *uninitialized* parameter (``nn.UninitializedParameter``, lazy modules) has no shape yet, and counts as nothing.
 - A *quantized* tensor holds integers; what is computed with it has no formula here and is listed as unpriced.
 - A *nested* tensor holds what its parts hold.
-- A *complex* product counts one multiply-accumulate for a pair of complex numbers, as all tools here do.
+- A *complex* product counts one multiply-accumulate for a pair of complex numbers.
 """
 
 from __future__ import annotations

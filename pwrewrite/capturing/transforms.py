@@ -29,9 +29,7 @@ def transforming() -> bool:
 
 def unwrapped(t: Tensor) -> Tensor:
     """The tensor in a wrapper, which holds all lanes; the tensor itself where it is none."""
-    if not transforming():
-        return t
-    while _functorch.is_functorch_wrapped_tensor(t):
+    while _functorch is not None and _functorch.is_functorch_wrapped_tensor(t):
         t = _functorch.get_unwrapped(t)
     return t
 

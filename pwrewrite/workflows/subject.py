@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..capturing import Inputs, split_inputs, tensors_for
+from ..capturing.inputs import Inputs, split_inputs, tensors_for
 from ..capturing.lazy import materialized
 from ..core.errors import InputError, RefusedError
 from ..core.plan import Plan

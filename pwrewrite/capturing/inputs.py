@@ -1,0 +1,87 @@
+"""Example inputs: what they may be, and what their tensors are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from inspect import Parameter, signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import InputError, shortened
+from ..core.nested import tensors_of
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+def tensors_for(inputs: Any) -> Any:
+    """Example inputs with a tensor where something else plainly stands for one: zeros for a shape, or a NumPy array's.
+
+    ``(1, 3, 224, 224)`` is a shape, and so is every item of ``[(1, 3, 64, 64), (1, 10)]``; other values stay.
+    """
+    if isinstance(inputs, Tensor):
+        return inputs
+    if hasattr(inputs, "__array__"):
+        return torch.as_tensor(inputs)
+    if isinstance(inputs, Mapping):
+        return {name: tensors_for(value) for name, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)) and inputs:
+        if len(inputs) > 1 and all(type(n) is int and n > 0 for n in inputs):
+            return torch.zeros(tuple(inputs))
+        if all(isinstance(value, (tuple, list)) or hasattr(value, "__array__") for value in inputs):
+            return tuple(tensors_for(value) for value in inputs)
+    return inputs
+
+
+def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments.
+
+    Raises:
+        InputError: If they are neither a tensor, a sequence nor a mapping, or hold no tensor.
+    """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    example_inputs = tensors_for(example_inputs)
+    if isinstance(example_inputs, Tensor):
+        args = (example_inputs,)
+    elif isinstance(example_inputs, Mapping):
+        kwargs = dict(example_inputs)
+    elif isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
+        args = tuple(example_inputs)
+    else:
+        raise InputError(
+            "example inputs of a kind that no model takes",
+            expected="a tensor, a tuple of positional inputs or a dict of keyword inputs",
+            got=type(example_inputs).__name__,
+        )
+    if not tensors_of((args, kwargs)):
+        raise InputError(
+            "no tensor among the example inputs",
+            expected="a tensor, a tuple of positional inputs, a dict of keyword ones, or a shape: (1, 3, 64, 64)",
+            got=shortened(repr(example_inputs), 80),
+        )
+    return args, kwargs
+
+
+def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """One name per input tensor: the forward parameter's, numbered where one holds several tensors."""
+    try:
+        parameters = [p for p in signature(model.forward).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    except (TypeError, ValueError):
+        parameters = []
+    names: list[str] = []
+    for i, value in enumerate(args):
+        name = f"input_{i}"
+        if parameters:
+            p = parameters[min(i, len(parameters) - 1)]
+            name = f"{p.name}_{i}" if p.kind is Parameter.VAR_POSITIONAL else p.name if i < len(parameters) else name
+        names += _numbered(name, value)
+    for name, value in kwargs.items():
+        names += _numbered(name, value)
+    return names
+
+
+def _numbered(name: str, value: Any) -> list[str]:
+    count = len(tensors_of(value))
+    return [name] if isinstance(value, Tensor) else [f"{name}_{i}" for i in range(count)]
