@@ -112,6 +112,11 @@ def open_preprocess(text: str) -> Callable[..., Any]:
     return _callable(load_named(text, "--preprocess"), "--preprocess", "a function of an image or a batch", 10).call
 
 
+def open_batch(text: str) -> Callable[[Any], Any]:
+    """The function behind ``--batch``, from a batch as it comes to the model's inputs; errors name its line."""
+    return _callable(load_named(text, "--batch"), "--batch", "a function of a batch", 1).call
+
+
 def open_metric(text: str) -> Callable[[nn.Module], float]:
     """The function behind ``--metric``, which is called with the model and returns a number; larger is better.
 

@@ -18,6 +18,7 @@ from ..core.plan import Plan
 from ..passes import Pass
 from ..targets import LoadedModel
 from ..targets.calibration import open_calibration, open_labels, open_metric
+from ..targets.user_objects import open_batch
 from .pass_names import as_list, passes_of
 
 What = Sequence[Pass] | Plan | Budget
@@ -116,7 +117,7 @@ def what_of(passes: PassOptions, budget: Budget, plan: Plan | None = None, allow
 
 def check_goes_with_calibration(budget: Budget) -> None:
     """Refuses options that say nothing without calibration inputs."""
-    for name in ("preprocess", "calibration_size", "labels", "refit"):
+    for name in ("batch", "preprocess", "calibration_size", "labels", "outputs", "refit"):
         if getattr(budget, name) not in (None, "none") and budget.calibration is None:
             raise UsageError(f"{flag_of(Budget, name)} goes with --calibration")
 
@@ -145,6 +146,8 @@ def opened(budget: Budget, loaded: LoadedModel) -> Budget:
             model=loaded.model,
         )
         budget = replace(budget, calibration=data)
+    if isinstance(budget.batch, str):
+        budget = replace(budget, batch=open_batch(budget.batch))
     if isinstance(budget.metric, str):
         name = budget.metric.rpartition(":")[2]
         budget = replace(budget, metric=open_metric(budget.metric), metric_name=name)
