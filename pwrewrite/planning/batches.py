@@ -84,6 +84,7 @@ class Batches:
         self._source = stable(source, size, chunk)
         self._notes: list[str] = []
         self._seen = 0
+        self._first: Batch | None = None
         self._labels: list[tuple[frozenset[str], Tensor | None]] | None = None
         self._fingerprint: str | None = None
 
@@ -101,7 +102,7 @@ class Batches:
 
     def first(self) -> tuple[Chunk, Tensor | None]:
         """The first chunk and its labels, where it has any."""
-        batch = next(self._chunks())
+        batch = self._first or next(self._chunks())
         return self._reader.read(self._prepared(batch)), batch.labels
 
     @property
@@ -183,6 +184,7 @@ class Batches:
         """One pass: every chunk, and which parts it belongs to."""
         labels: list[tuple[frozenset[str], Tensor | None]] = []
         for batch, parts in self._dealt():
+            self._first = self._first or batch
             labels.append((parts, batch.labels))
             yield batch, parts
         self._labels = labels

@@ -1,15 +1,12 @@
 """``bake``: weights that are computed before each call become plain parameters, with their values in evaluation.
 
 Parametrizations (`torch.nn.utils.parametrize`), ``weight_norm`` and ``spectral_norm`` of the older kind, and pruning
-masks. Only stock modules of torch do this, and torch itself takes them off again. What they did in training (the power
-iterations of ``spectral_norm``) ends.
+masks. What they did in training (the power iterations of ``spectral_norm``) ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -34,21 +31,41 @@ class BakeSettings:
     weights: tuple[str, ...] = ()
 
 
-def computed_weights(module: nn.Module) -> dict[str, Callable[[], object]]:
-    """Name of each parameter of a module that is computed before its calls, to what makes it a plain one."""
-    bakes: dict[str, Callable[[], object]] = {}
-    if parametrize.is_parametrized(module):
-        for name in module.parametrizations:  # type: ignore[union-attr]
-            bakes[name] = partial(parametrize.remove_parametrizations, module, name)
+def computed_weights(module: nn.Module) -> list[str]:
+    """Names of the parameters of a module that are computed before its calls."""
+    names = list(module.parametrizations) if parametrize.is_parametrized(module) else []  # type: ignore[arg-type]
     for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm):
-            bakes[hook.name] = partial(remove_weight_norm, module, hook.name)
-        elif isinstance(hook, SpectralNorm):
-            bakes[hook.name] = partial(remove_spectral_norm, module, hook.name)
+        if isinstance(hook, (WeightNorm, SpectralNorm)):
+            names.append(hook.name)
         elif isinstance(hook, prune.BasePruningMethod):
-            name = str(vars(hook)["_tensor_name"])
-            bakes[name] = partial(prune.remove, module, name)
-    return bakes
+            names.append(str(vars(hook)["_tensor_name"]))
+    return names
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """The same module with plain parameters; itself where no parametrization has given it a class of its own."""
+    for hook in list(module._forward_pre_hooks.values()):
+        if isinstance(hook, WeightNorm):
+            remove_weight_norm(module, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            remove_spectral_norm(module, hook.name)
+        elif isinstance(hook, prune.BasePruningMethod):
+            prune.remove(module, vars(hook)["_tensor_name"])  # type: ignore[no-untyped-call]
+    for key, wrapped in list(module._load_state_dict_pre_hooks.items()):  # for files of earlier versions of the norms
+        if getattr(getattr(wrapped, "hook", wrapped), "__module__", "").startswith("torch.nn.utils."):
+            del module._load_state_dict_pre_hooks[key]
+    if not parametrize.is_parametrized(module):
+        return module
+    # torch's own removal would change the class, which the user's model shares with the copy.
+    kind = parametrize.type_before_parametrizations(module)
+    plain: nn.Module = object.__new__(kind)
+    vars(plain).update({name: dict(value) if type(value) is dict else value for name, value in vars(module).items()})
+    parametrizations = plain._modules.pop("parametrizations")
+    assert isinstance(parametrizations, nn.ModuleDict)
+    for name, computing in parametrizations.items():
+        trained = any(parameter.requires_grad for parameter in computing.parameters())
+        plain._parameters[name] = nn.Parameter(getattr(module, name).clone(), requires_grad=trained)
+    return plain
 
 
 def bake_weights(bench: Bench, op: Op) -> Edit:
@@ -70,15 +87,15 @@ def bake_weights(bench: Bench, op: Op) -> Edit:
             hint="the plan was made for another model, or was carried out already",
         )
     bench.check_held(op.path, module)
-    before = dict(module.named_parameters())
-    training = module.training
+    before, names, training = dict(module.named_parameters()), bench.names_of(module), module.training
     module.eval()
     with torch.no_grad():
-        for bake in computed.values():
-            bake()
-    module.train(training)
+        plain = _plain(module)
+    plain.train(training)
+    if plain is not module:
+        bench.replace(module, plain)
     inner = f"{op.path}." if op.path else ""
-    after = dict(module.named_parameters())
+    after = dict(plain.named_parameters())
     renamed = {
         f"{inner}{old}": tuple(f"{inner}{name}" for name in computed if name in old)
         for old in before
@@ -92,5 +109,5 @@ def bake_weights(bench: Bench, op: Op) -> Edit:
         params_after=sum(parameter.numel() for parameter in after.values()),
         exact="eval",
         renamed=renamed,
-        aliases=tuple(name for name in bench.names_of(module) if name != op.path),
+        aliases=tuple(name for name in names if name != op.path),
     )
