@@ -32,6 +32,13 @@ def fuse(
         check_saving(proof, saved)
         passes = options.passes or None
         check_places(saved, reported)
-        result = fuse_target(target, passes, verify=proof.verify, benchmark=options.benchmark, progress=progress)
+        result = fuse_target(
+            target,
+            passes,
+            keep_nan=options.keep_nan or None,
+            verify=proof.verify,
+            benchmark=options.benchmark,
+            progress=progress,
+        )
     show(reported, page(result.report, everything=reported.everything), json=result.report.to_json)
     save(result, saved, reported)

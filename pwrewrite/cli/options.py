@@ -148,6 +148,12 @@ class FuseOptions:
         metavar="NAME",
         split=True,
     )
+    keep_nan: bool = option(
+        False,
+        "Keep NaN behind ReLU-like activations also where that costs more than 2% of the time.",
+        "--keep-nan",
+        panel=PASSES,
+    )
     benchmark: bool = option(
         False, "Measure the latency before, after, and frozen (pwrewrite.freeze).", "--benchmark", panel=PROOF
     )

@@ -69,7 +69,7 @@ def held_tensors(model: nn.Module) -> list[Held] | str:
                 where = f"{path}.{name}" if path else name
                 if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_cpu:
                     return f"{where} is no plain tensor on the CPU"
-                if tensor.is_inference() and owner is not vars(module):
+                if tensor.is_inference() and owner is module._parameters:
                     return f"{where} was made in inference mode, where torch counts no changes: replace it by its clone"
                 held.append(Held.of(owner, name, tensor))
     return held

@@ -35,6 +35,14 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 """The memory format with channels last, by number of axes."""
 
 
+def in_channels_last(module: nn.Module) -> nn.Module:
+    """A module with its 2-D and 3-D convolutions' tensors in the memory format with channels last."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.dim() in FORMATS:
+            tensor.data = tensor.data.contiguous(memory_format=FORMATS[tensor.dim()])
+    return module
+
+
 def unwatched() -> bool:
     """Whether no mode, transform, tracer or autocast is active that a fused kernel would escape or break."""
     return (

@@ -181,7 +181,9 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         """An input with the padding that the convolution itself cannot do."""
         if self.same:
             spec = self.spec
-            pads = same_padding(list(x.shape[-spec.dims :]), spec.kernel_size, spec.stride, spec.dilation)
+            pads = same_padding(
+                list(x.shape[-spec.dims :]), list(spec.kernel_size), self._how.stride, self._how.dilation
+            )
             return F.pad(x, pads) if any(pads) else x
         if self._pad is None:
             return x

@@ -230,32 +230,30 @@ def _behind_another(value: Any) -> bool:
 
 
 def _spare(graph: Any) -> None:
-    """Puts operations that the fuser does not take, and that keep NaN, in place of ReLU, clamps and max-pools."""
+    """Puts operations that the fuser does not take, and that keep NaN, in place of ReLU, clamps and max-pools.
+
+    They work in place where they read what another operation made and nobody else reads.
+    """
     for node in list(graph.nodes()):
-        kind, (value, *numbers) = node.kind(), list(node.inputs()) or [None]
+        kind = node.kind()
+        if kind not in ("aten::relu", "aten::relu6", "aten::hardtanh", "aten::clamp", "aten::max_pool2d"):
+            continue
+        value, *numbers = node.inputs()
         graph.setInsertPoint(node)
-        if kind == "aten::relu":
-            zero = graph.insertConstant(0)
-            steps = [("aten::threshold", [zero, zero])]
-        elif kind == "aten::relu6":
-            steps = [("aten::clamp_min", [graph.insertConstant(0)]), ("aten::clamp_max", [graph.insertConstant(6)])]
-        elif kind in ("aten::hardtanh", "aten::clamp"):
-            steps = [("aten::clamp_min", numbers[:1]), ("aten::clamp_max", numbers[1:])]
-            steps = [(name, bound) for name, bound in steps if not bound[0].mustBeNone()]
-        elif kind == "aten::max_pool2d":
-            pool = graph.create("aten::max_pool2d_with_indices", [value, *numbers], 2)
-            pool.insertBefore(node)
-            next(pool.outputs()).setType(node.output().type())
-            node.output().replaceAllUsesWith(next(pool.outputs()))
-            continue
+        if kind == "aten::max_pool2d":
+            other = graph.create("aten::max_pool2d_with_indices", [value, *numbers], 2)
         else:
-            continue
-        for name, arguments in steps:
-            step = graph.create(name, [value, *arguments], 1)
-            step.insertBefore(node)
-            step.output().setType(node.output().type())
-            value = step.output()
-        node.output().replaceAllUsesWith(value)
+            own = len(value.uses()) == 1 and value.node().kind().startswith("aten::") and not _may_be_view(value.node())
+            if kind == "aten::relu":
+                name, numbers = "threshold", [graph.insertConstant(0)] * 2
+            else:
+                name = "clamp"
+                numbers = numbers or [graph.insertConstant(bound) for bound in (0, 6)]
+            other = graph.create(f"aten::{name}{'_' if own else ''}", [value, *numbers], 1)
+        other.insertBefore(node)
+        result = next(other.outputs())
+        result.setType(node.output().type())
+        node.output().replaceAllUsesWith(result)
 
 
 def _draws(node: Any) -> bool:

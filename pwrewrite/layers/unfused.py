@@ -12,7 +12,7 @@ from ..core.operations import OPERATIONS
 from .factorized import make_layer
 
 
-def same_padding(size: list[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[int]:
+def same_padding(size: list[int], kernel: list[int], stride: list[int], dilation: list[int]) -> list[int]:
     """TensorFlow's ``SAME`` for an input size, as ``F.pad`` takes it: the last axis first.
 
     Args:

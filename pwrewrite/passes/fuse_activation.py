@@ -13,6 +13,7 @@ code of the smallest enclosing module becomes a graph in which the call is missi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -23,11 +24,15 @@ from ..core.convolution import ConvSpec
 from ..core.plan import Estimate, Op, Skip, SkipReason
 from ..edit.actions.bench import spec_of_module
 from ..forms.specs import spec_to_dict
+from ..layers.kernels import LOSES_NAN
 from ..layers.known import hooked
 from .base import Pass, Proposal, spec_of
 from .patterns import UNFUSED, Graph, passes_on
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CACHED = 5 * 2**20
+"""Bytes of a map that is still in a cache when an activation runs behind the kernel that made it. Measured on one core:
+ResNet-50, MobileNet, GoogLeNet and RegNet at 224² take 0.95-1.01 times as long, with maps of 25 MB up to 1.08 times."""
 _IN_PLACE_ADDS = frozenset({"add_", "iadd", "__iadd__"})
 
 
@@ -36,14 +41,17 @@ class FusePointwiseActivation(Pass):
 
     Args:
         residual: Whether additions are fused too.
+        keep_nan: Whether NaN stays NaN behind activations whose fused kernel returns a number for it (ReLU, ReLU6,
+            hardtanh, hardsigmoid), which then run behind the kernel; where left out, where that costs less than 2% of
+            the time: where their maps of the example inputs have at most 5 MiB, and so are in a cache.
     """
 
     name = "fuse-activation"
     summary = "a convolution or linear map and its activation, with a residual addition between, become one kernel"
     exact = "both"
 
-    def __init__(self, residual: bool = True) -> None:
-        self.residual = residual
+    def __init__(self, residual: bool = True, keep_nan: bool | None = None) -> None:
+        self.residual, self.keep_nan = residual, keep_nan
 
     def propose(self, capture: Capture) -> list[Proposal]:
         """See `Pass.propose`."""
@@ -63,7 +71,21 @@ class FusePointwiseActivation(Pass):
             if skip is not None and skip.path not in done:
                 done.add(skip.path)
                 proposals.append(skip)
-        return proposals
+        return self._keeping_nan(graph, proposals)
+
+    def _keeping_nan(self, graph: Graph, proposals: list[Proposal]) -> list[Proposal]:
+        """The proposals, with what keeps NaN where that is wanted or costs little."""
+        losing = {p.path for p in proposals if isinstance(p, Op) and p.settings["activation"] in LOSES_NAN}
+        keep = self.keep_nan
+        if keep is None:
+            calls = [graph.named[name] for name, layer in graph.layers.items() if layer.path in losing]
+            keep = all(spec.nbytes <= _CACHED for call in calls for spec in info(call).outputs)
+        if not keep:
+            return proposals
+        return [
+            replace(p, settings={**p.settings, "keep_nan": True}) if isinstance(p, Op) and p.path in losing else p
+            for p in proposals
+        ]
 
     def _one(self, capture: Capture, graph: Graph, layer: Layer, node: fx.Node, fused: set[fx.Node]) -> Proposal | None:
         if len(layer.calls) > 1:

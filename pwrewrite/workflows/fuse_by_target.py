@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -25,42 +25,28 @@ from .subject import plan_from_original, with_notes_of
 _SECONDS = 4.0
 
 
-@dataclass(frozen=True, repr=False)
-class Measured(Fused):
-    """A fused model with its latency.
-
-    Attributes:
-        seconds_before: Median seconds of one run before; None where not measured.
-        seconds_after: The same after.
-        seconds_frozen: The same of the fused model under `pwrewrite.freeze`; None where it cannot be frozen.
-        not_frozen: Why it cannot be frozen, where that was tried.
-    """
-
-    seconds_before: float | None = None
-    seconds_after: float | None = None
-    seconds_frozen: float | None = None
-    not_frozen: str = ""
-
-
 def fuse_target(
     request: TargetOptions,
     passes: Sequence[Pass | str] | None = None,
     *,
+    keep_nan: bool | None = None,
     verify: bool = True,
     benchmark: bool = False,
     progress: Progress | None = None,
-) -> Measured:
+) -> Fused:
     """Fuses what a target leads to, in evaluation mode.
 
     Args:
         request: The target.
         passes: What is done; by default all of `pwrewrite.workflows.fuse.DEFAULT`.
+        keep_nan: As for `pwrewrite.fuse`.
         verify: Whether to verify the result.
-        benchmark: Whether to measure the latency before and after.
+        benchmark: Whether to measure the latency before, after and frozen.
         progress: Called at each step.
 
     Returns:
-        The result; its plan leads from the original model, over an earlier rewrite where the target is a folder.
+        The result, with what was measured in ``report.fusing``; its plan leads from the original model, over an earlier
+        rewrite where the target is a folder.
 
     Raises:
         RefusedError: If there is nothing to fuse.
@@ -70,7 +56,7 @@ def fuse_target(
         progress("loading", None)
     opened = open_target(request)
     model, inputs = opened.model.eval(), opened.example_inputs
-    result = fuse(model, inputs, passes, verify=verify, target=request.target, progress=progress)
+    result = fuse(model, inputs, passes, keep_nan=keep_nan, verify=verify, target=request.target, progress=progress)
     if not result.edits:
         raise RefusedError("there is nothing to fuse", where=request.target)
     seconds: list[float] = []
@@ -86,18 +72,11 @@ def fuse_target(
         seconds = latencies(models, inputs)
     before, after, frozen = (*seconds, None, None, None)[:3]
     fusing = FusingReport(result.before, result.after, before, after, frozen, reason)
-    return Measured(
-        result.model,
-        plan_from_original(opened, result.plan),
-        replace(with_notes_of(opened, result.report), fusing=fusing),
-        result.edits,
-        join_names(opened.names, result.names),
-        result.before,
-        result.after,
-        before,
-        after,
-        frozen,
-        reason,
+    return replace(
+        result,
+        plan=plan_from_original(opened, result.plan),
+        report=replace(with_notes_of(opened, result.report), fusing=fusing),
+        names=join_names(opened.names, result.names),
     )
 
 

@@ -49,6 +49,7 @@ class FuseSettings:
         alias: Whether only that name of the module becomes an identity, and its others stay.
         head: Whether the code of ``scope`` lies behind the layer and applies the activation to its input before all
             else.
+        keep_nan: Whether NaN stays NaN behind an activation whose fused kernel returns a number for it.
     """
 
     layer: ConvSpec
@@ -61,6 +62,7 @@ class FuseSettings:
     same: bool = False
     head: bool = False
     alias: bool = False
+    keep_nan: bool = False
 
     @property
     def method(self) -> str:
@@ -99,7 +101,7 @@ def fuse_layer(bench: Bench, op: Op) -> Edit:
             called = bench.find(op, settings.called, "called") if settings.called else None
             change = _Change(layer, activation, settings.residual, called, removed)
             scope = _edit_code(bench, op, settings.scope, change)
-    new = PointwiseActivation.of_layer(layer, spec, *activation, same=settings.same)
+    new = PointwiseActivation.of_layer(layer, spec, *activation, same=settings.same, keep_nan=settings.keep_nan)
     aliases = bench.replace(layer, new, op.path)
     if removed is not None and settings.alias:
         bench.replace_item(str(settings.remove), nn.Identity().train(removed.training))

@@ -1,0 +1,348 @@
+"""Models that froze wrongly, or not at all: caches made on first use, sums behind activations, domains, NaN, forks."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pwrewrite.core.errors import RefusedError
+from pwrewrite.engines import frozen
+from pwrewrite.engines.frozen import Frozen, freeze
+from pwrewrite.layers import tracing
+from pwrewrite.layers.kernels import CPU_DTYPES
+from pwrewrite.layers.packing import Pool
+from pwrewrite.layers.partitions import CALLS
+from pwrewrite.workflows.fuse import fuse
+
+pytestmark = pytest.mark.skipif(
+    torch.float32 not in CPU_DTYPES or not tracing.FUSER, reason="no oneDNN graphs on this machine"
+)
+X = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    # Some ten layers, each of which rounds sums of some hundred products.
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def both(model: nn.Module, x: Tensor) -> list[nn.Module]:
+    """A model as it is, and fused."""
+    return [model, fuse(model, x, thorough=False).model]
+
+
+# ------------------------------------------------------------------------------------------ caches made on first use
+
+
+class Anchors(nn.Module):
+    """A detection head: anchors are made for the first input of a size."""
+
+    shape: Any = None
+
+    def __init__(self, buffer: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.SiLU())
+        self.last = nn.Conv2d(16, 9, 1)
+        if buffer:
+            self.register_buffer("anchors", torch.zeros(0), persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.last(self.body(x))
+        if self.shape != y.shape:
+            rows, columns = (torch.arange(n) + 0.5 for n in y.shape[2:])
+            self.anchors = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).flatten(1)
+            self.shape = y.shape
+        return (y.flatten(2)[:, :2].sigmoid() + self.anchors) * 2, y
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_anchors_of_several_sizes(mode: Any, buffer: bool) -> None:
+    model, right = Anchors(buffer).eval(), Anchors(buffer).eval()
+    made, y = freeze(fuse(model, X).model), torch.randn(1, 3, 64, 32)
+    with mode():
+        for _ in range(6):
+            for x in (X, y):
+                for a, b in zip(made(x), right(x)):
+                    close(a, b)
+    assert made.shapes == [(X.shape,), (y.shape,)]
+    assert made.refused == {}
+    with torch.no_grad():
+        program = torch.export.export(made, (X,))
+        close(program.module()(X)[0], right(X)[0])
+
+
+def test_anchors_at_once() -> None:
+    for model in both(Anchors().eval(), X):
+        made = freeze(model, X)
+        with torch.no_grad():
+            close(made(X)[0], Anchors().eval()(X)[0])
+
+
+class Grows(nn.Module):
+    """What it holds depends on every size that it has seen, and so does its output."""
+
+    largest = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] > self.largest:
+            self.largest = x.shape[2]
+            self.scale = torch.full((1,), float(self.largest))
+        out: Tensor = self.conv(x) * self.scale
+        return out
+
+
+def test_a_cache_that_changes_the_output_is_seen() -> None:
+    torch.manual_seed(0)
+    model, y = Grows().eval(), torch.randn(1, 3, 64, 32)
+    made = freeze(model)
+    with torch.no_grad():
+        for _ in range(CALLS + 1):
+            made(X)
+        assert made.shapes
+        made(y)
+        close(made(X), model.conv(X) * 64)
+
+
+def test_weights_made_in_inference_mode_are_refused_with_the_remedy() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval()
+    with pytest.raises(RefusedError, match=r"0\.weight was made in inference mode"):
+        freeze(model, X)
+
+
+def test_a_refused_shape_is_tried_again() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval()
+    made, handle = Frozen(model), model.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        for _ in range(CALLS):
+            made(X)
+        assert made.refused
+        handle.remove()
+        for _ in range(7 * CALLS):
+            made(X)
+    assert made.shapes
+    assert not made.refused
+
+
+# ---------------------------------------------------------------------------------------------------- sums, in place
+
+
+class Block(nn.Module):
+    """Layers of one class share one SiLU, as detection packages have it."""
+
+    act = nn.SiLU()
+
+    def __init__(self, inputs: int, outputs: int, k: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, k, padding=k // 2, bias=False)
+        self.bn = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.act(self.bn(self.conv(x)))
+        return out
+
+
+class C2f(nn.Module):
+    """Each sum is read by the next block and by the concatenation."""
+
+    def __init__(self, n: int, operation: str = "add") -> None:
+        super().__init__()
+        self.first = Block(16, 16, 1)
+        self.blocks = nn.ModuleList(nn.Sequential(Block(8, 8), Block(8, 8)) for _ in range(n))
+        self.last = Block((2 + n) * 8, 16, 1)
+        self.operation = operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.first(x).chunk(2, 1))
+        for block in self.blocks:
+            parts.append(getattr(torch, self.operation)(parts[-1], block(parts[-1])))
+        out: Tensor = self.last(torch.cat(parts, 1))
+        return out
+
+
+@pytest.mark.parametrize("operation", ["add", "mul", "sub", "maximum"])
+@pytest.mark.parametrize("n", [1, 2])
+def test_sums_behind_activations_that_are_read_again(n: int, operation: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(3, 16), C2f(n, operation), C2f(n, operation)).eval()
+    for each in both(model, X):
+        made = freeze(each, X)
+        with torch.no_grad():
+            other = torch.randn(1, 3, 32, 32)
+            close(made(other), model(other))
+
+
+def test_a_constant_is_not_written() -> None:
+    """A sum with a parameter of the output's size, which the fuser might take for memory of its own."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.table = nn.Conv2d(3, 8, 3, padding=1), nn.Parameter(torch.randn(1, 8, 32, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.conv(x) + self.table)
+
+    model = Positions().eval()
+    kept, made = model.table.detach().clone(), freeze(model, X)
+    with torch.no_grad():
+        for _ in range(3):
+            close(made(X), model(X))
+    assert torch.equal(model.table, kept)
+
+
+class InPlace(nn.Module):
+    """Adds in place to what an activation made."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.c, self.d = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, padding=1)
+        self.a, self.e = nn.ReLU(inplace), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.c(x)
+        y = self.a(self.d(h))
+        y += h
+        y.mul_(0.5)
+        y[:, :4] += 1
+        out: Tensor = self.e(self.a(y))
+        return out
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_operations_in_place(inplace: bool) -> None:
+    torch.manual_seed(0)
+    model = InPlace(inplace).eval()
+    for each in both(model, X):
+        made = freeze(each, X)
+        with torch.no_grad():
+            close(made(X), model(X))
+
+
+# ------------------------------------------------------------------------------------------------- domains and NaN
+
+
+class Spectrogram(nn.Module):
+    """Takes powers, which are never negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(torch.log(x + 1e-6))
+        return out
+
+
+@pytest.mark.parametrize("x", [torch.rand(1, 1, 24, 24), torch.ones(1, 1, 24, 24), torch.zeros(1, 1, 24, 24)])
+def test_inputs_to_compare_on_are_of_the_model_s_domain(x: Tensor) -> None:
+    torch.manual_seed(0)
+    model = Spectrogram().eval()
+    for each in both(model, torch.rand(1, 1, 24, 24)):
+        made = freeze(each, x)
+        with torch.no_grad():
+            given = torch.rand(1, 1, 24, 24)
+            close(made(given), model(given))
+
+
+def test_where_all_is_nan_nothing_was_compared() -> None:
+    with pytest.raises(RefusedError, match="no finite value"):
+        freeze(Spectrogram().eval(), -torch.ones(1, 1, 24, 24))
+
+
+def relus() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)]
+    return nn.Sequential(*layers, nn.ReLU6(), nn.MaxPool2d(2), nn.Conv2d(16, 16, 1), nn.Hardtanh()).eval()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_in_the_input_stays(bad: float) -> None:
+    model, one = relus(), X.clone()
+    one[0, 0, 4, 4] = bad
+    for each in both(model, X):
+        made = freeze(each, X)
+        with torch.no_grad():
+            for x in (one, torch.full_like(X, bad)):
+                torch.testing.assert_close(made(x), model(x), equal_nan=True, atol=1e-5, rtol=1e-4)
+
+
+def test_nan_that_arises_inside_stays_on_request() -> None:
+    class Divides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = relus()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.body(torch.sqrt(x))
+            return out
+
+    model = Divides().eval()
+    made = freeze(model, X.abs(), keep_nan=True)
+    assert made.shapes
+    with torch.no_grad():
+        torch.testing.assert_close(made(X), model(X), equal_nan=True, atol=1e-5, rtol=1e-4)
+        close(made(X.abs()), model(X.abs()))
+
+
+# ------------------------------------------------------------------------------------------------ memory and forks
+
+
+def test_functions_of_all_models_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [freeze(nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU()).eval()) for _ in range(4)]
+    size = sum(p.nbytes for p in models[0].parameters())
+    monkeypatch.setattr(frozen, "FUNCTIONS", Pool(2 * size))
+    assert [model.make(X) is None for model in models] == [True, True, False, False]  # the first two are in use
+    for model in models[:2]:
+        for function in model.compiled.values():
+            function.used -= 60
+    assert models[2].make(X) is None
+    assert [len(model.compiled) for model in models] == [0, 1, 1, 0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_while_a_function_is_made() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        small, made, stop = freeze(relus()), freeze(relus()), threading.Event()
+
+        def work() -> None:
+            while not stop.is_set():
+                made.reset()
+                made.make(X)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        for _ in range(4):
+            time.sleep(0.05)
+            child = os.fork()
+            if child == 0:
+                with torch.no_grad():
+                    for _ in range(CALLS + 1):
+                        small(X)
+                os._exit(0 if small.shapes else 1)
+            end = time.monotonic() + 60
+            while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
+                time.sleep(0.01)
+            if done[0] == 0:
+                os.kill(child, 9)
+                os.waitpid(child, 0)
+            assert done == (child, 0)
+    finally:
+        stop.set()
+        thread.join()
+        torch.set_num_threads(threads)
