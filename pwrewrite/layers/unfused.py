@@ -29,23 +29,15 @@ def same_padding(size: list[int], kernel: list[int], stride: list[int], dilation
     return pads
 
 
-class SamePadded(nn.Module):
-    """A convolution behind the padding that TensorFlow calls ``SAME``, worked out from each input's size.
+class SamePadded(nn.Conv2d):
+    """A convolution with TensorFlow's ``SAME`` padding, worked out from each input's size."""
 
-    Args:
-        conv: The convolution, without padding of its own.
-    """
-
-    def __init__(self, conv: Any) -> None:
-        super().__init__()
-        self.conv = conv
-        self.kernel, self.stride, self.dilation = list(conv.kernel_size), list(conv.stride), list(conv.dilation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pads and convolves."""
-        size = list(x.shape[len(x.shape) - len(self.kernel) :])
-        out: Tensor = self.conv(F.pad(x, same_padding(size, self.kernel, self.stride, self.dilation)))
-        return out
+    def forward(self, input: Tensor) -> Tensor:
+        """Pads, then convolves."""
+        kernel, stride = [self.kernel_size[0], self.kernel_size[1]], [self.stride[0], self.stride[1]]
+        dilation = [self.dilation[0], self.dilation[1]]
+        pads = same_padding([input.shape[-2], input.shape[-1]], kernel, stride, dilation)
+        return F.conv2d(F.pad(input, pads), self.weight, self.bias, stride, [0, 0], dilation, self.groups)
 
 
 class Unfused(nn.Module):
@@ -76,10 +68,14 @@ def plain_layer(fused: Any, *, same: bool = False) -> nn.Module:
         fused: The fused layer.
         same: Whether it pads as TensorFlow's ``SAME``.
     """
-    layer = make_layer(fused.spec, device="meta", dtype=fused.weight.dtype)
+    spec, factory = fused.spec, {"device": "meta", "dtype": fused.weight.dtype}
+    if same:
+        settings = {"stride": spec.stride, "dilation": spec.dilation, "groups": spec.groups, "bias": spec.bias}
+        layer: nn.Module = SamePadded(spec.in_channels, spec.out_channels, spec.kernel_size, **settings, **factory)
+    else:
+        layer = make_layer(spec, **factory)
     layer._parameters.update(weight=fused.weight, bias=fused.bias)
-    layer.train(fused.training)
-    return SamePadded(layer) if same else layer
+    return layer.train(fused.training)
 
 
 def activation_module(name: str, numbers: Sequence[float]) -> nn.Module:

@@ -408,13 +408,22 @@ def test_attention_draws_where_it_drops(rate: float) -> None:
         close(made(x), model(x))
 
 
-@pytest.mark.parametrize("held", [threading.Lock(), torch.ones(1, requires_grad=True) * 2])
-def test_a_model_that_cannot_be_copied_runs(held: Any) -> None:
-    model, x = small(lambda m, t: m.conv(t), held=held), torch.randn(2, 3, 8, 8)
+def test_a_model_that_cannot_be_copied_runs() -> None:
+    model, x = small(lambda m, t: m.conv(t), held=threading.Lock()), torch.randn(2, 3, 8, 8)
     made = Frozen(model)
     with torch.no_grad():
         close(warm(made, x), model(x))
     assert "cannot be copied" in made.refused[(x.shape,)]
+
+
+def test_a_tensor_with_a_gradient_history_is_copied_and_watched() -> None:
+    held = torch.ones(1, requires_grad=True) * 2
+    model, x = small(lambda m, t: m.conv(t) * m.held, held=held), torch.randn(2, 3, 8, 8)
+    made = freeze(model, x)
+    with torch.no_grad():
+        close(made(x), model(x))
+        held.mul_(2)
+        close(made(x), model(x))
 
 
 @pytest.mark.parametrize("width", [1, 3])

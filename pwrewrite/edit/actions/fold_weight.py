@@ -21,7 +21,7 @@ from ...core.convolution import ConvSpec
 from ...core.plan import Edit, Op, Skip, SkipReason
 from ...layers.factorized import make_layer
 from ...layers.known import hooked
-from ...layers.unfused import same_padding
+from ...layers.unfused import SamePadded
 from .bench import Bench, Refused, param_count
 from .settings import read
 
@@ -30,15 +30,6 @@ WEIGHT = "weight"
 
 _DOES_MORE = "has a forward of its own that does more than normalise its weight"
 _SIZES = ((13, 16), (18, 15))
-
-
-class SamePadded(nn.Conv2d):
-    """A convolution with TensorFlow's ``SAME`` padding, worked out from each input's size."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pads, then convolves."""
-        pads = same_padding(list(x.shape[-2:]), self.kernel_size, self.stride, self.dilation)
-        return F.conv2d(F.pad(x, pads), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
 class _ConvolutionWeights(TorchFunctionMode):
