@@ -22,6 +22,7 @@ import torch
 
 from ..capturing.records import Layer, NodeInfo
 from ..core.errors import UsageError
+from ..core.numbers import parse_count
 from .records import Roofline
 
 
@@ -121,7 +122,7 @@ DEVICES: dict[str, DeviceProfile] = {profile.name: profile for profile in _PROFI
 
 
 def device_profile(device: str | DeviceProfile) -> DeviceProfile:
-    """The profile of a name, or the profile given.
+    """The profile of a name, or of a peak and a bandwidth such as ``82.6T,1008G``, or the profile given.
 
     Raises:
         UsageError: If there is no profile of that name.
@@ -129,12 +130,16 @@ def device_profile(device: str | DeviceProfile) -> DeviceProfile:
     if isinstance(device, DeviceProfile):
         return device
     profile = DEVICES.get(str(device).lower())
+    flops, comma, bandwidth = str(device).partition(",")
+    if profile is None and comma:
+        peak = parse_count(flops, "the peak of the device") / 1e12
+        limit = parse_count(bandwidth, "the bandwidth of the device")
+        return DeviceProfile(str(device), "a device as given", _peaks(peak, peak), float(limit), "given")
     if profile is None:
         raise UsageError(
             f"no device profile is called {str(device)!r}",
             expected=", ".join(DEVICES),
-            hint="take the one that is nearest in operations per byte; in Python, analyze(model, inputs, "
-            "device=DeviceProfile(...)) takes a profile of your own",
+            hint="give the peak in FLOP/s and the bandwidth in bytes/s from the data sheet instead: 82.6T,1008G",
         )
     return profile
 

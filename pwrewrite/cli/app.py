@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .analyze import analyze
-from .bridge import as_command
+from .bridge import Command, Commands, as_command
 from .fuse import fuse
 from .passes import passes
 from .plan import plan
@@ -16,6 +16,7 @@ from .verify import verify
 
 app = typer.Typer(
     name="pwrewrite",
+    cls=Commands,
     help="Says where the work of a convolutional PyTorch model goes, and squeezes it through 1×1 convolutions.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -23,7 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for function in (analyze, rewrite, plan, verify, fuse, passes):
-    app.command(function.__name__, no_args_is_help=function is not passes)(as_command(function))
+    app.command(function.__name__, cls=Command, no_args_is_help=function is not passes)(as_command(function))
 
 
 def _version(wanted: bool) -> None:

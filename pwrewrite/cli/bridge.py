@@ -14,6 +14,7 @@ from inspect import Parameter, Signature
 from typing import Annotated, Any, cast, get_type_hints
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from ..core.option import T, Typed, default_of, read_typed, typed_fields
 from .running import handled
@@ -30,6 +31,26 @@ class Only:
 
     names: tuple[str, ...]
     but: bool = False
+
+
+class _Untyped:
+    """Help in which a flag has no type: typer writes ``<bool>`` beside its own."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """The parameters, flags without a type."""
+        parameters = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in parameters:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+        return parameters
+
+
+class Command(_Untyped, TyperCommand):
+    """A command of the application."""
+
+
+class Commands(_Untyped, TyperGroup):
+    """The application's commands."""
 
 
 def as_command(function: Callable[..., None]) -> Callable[..., None]:
@@ -90,7 +111,7 @@ def _parameter(each: Field[Any], typed: Typed) -> Parameter:
     elif typed.gather is not None:
         kind, default = list[str] | None, None
     elif typed.least is not None:
-        kind = int if default is not None else int | None
+        kind, default = str | None, None if default is None else str(default)
     elif typed.choices:
         known = cast(Any, StrEnum)("Choices", {choice: choice for choice in typed.choices})
         kind, default = known | None, None if default is None else known(default)
@@ -101,7 +122,5 @@ def _parameter(each: Field[Any], typed: Typed) -> Parameter:
         help=typed.help,
         metavar=typed.metavar,
         rich_help_panel=typed.panel,
-        min=typed.least,
-        max=None if typed.least is None else 2**63 - 1,
     )
     return Parameter(each.name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info], default=default)

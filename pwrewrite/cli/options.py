@@ -89,7 +89,8 @@ class AnalysisShown:
     )
     device: str = _of_view(
         "cpu",
-        "Device profile for the roofline: cpu, server-cpu, t4, v100, a100, h100, jetson-orin.",
+        "Device for the roofline: cpu, server-cpu, t4, v100, a100, h100, jetson-orin, or its peak FLOP/s and bytes/s: "
+        "82.6T,1008G.",
         "--device",
         metavar="PROFILE",
     )

@@ -6,6 +6,7 @@ from them (`pwrewrite.cli.bridge`), so that a new option is one field.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
@@ -100,7 +101,7 @@ def from_keywords(record: type[T], options: dict[str, Any]) -> T:
     values = {each.name: options.pop(each.name) for each in fields(record) if each.name in options}  # type: ignore[arg-type]
     for each, typed in typed_fields(record):
         text = values.get(each.name)
-        if isinstance(text, str) and (typed.gather is not None or typed.read is not None):
+        if isinstance(text, str) and (typed.gather is not None or typed.read is not None or typed.least is not None):
             texts = (text,) if typed.gather is not None else text
             values[each.name] = read_typed(typed, texts, each.name)
     return record(**values)
@@ -112,6 +113,10 @@ def read_typed(typed: Typed, text: Any, what: str) -> Any:
     Raises:
         UsageError: If it cannot be read; ``what`` names the option.
     """
+    if typed.least is not None:
+        if not re.fullmatch("[0-9]+", str(text).strip()) or not typed.least <= int(text) < 2**63:
+            raise UsageError(f"{what} makes no sense", expected=f"a whole number from {typed.least}", got=repr(text))
+        return int(text)
     if typed.gather is None:
         return typed.read(text, what) if typed.read is not None else text
     texts = [part.strip() for each in text for part in each.split(",")] if typed.split else text
