@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UsageError
+from ..core.files import read_text
 from .arrays import LABEL_NAMES, SUFFIXES, open_arrays
 from .user_code import suggest_files
 
@@ -32,7 +33,8 @@ def open_labels(path: str | Path) -> Tensor:
     """
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"no such file: {path}", hint=suggest_files(path, (*SUFFIXES, *_TEXT)))
+        what = "not a regular file" if path.exists() else "no such file"
+        raise UsageError(f"{what}: {path}", hint=suggest_files(path, (*SUFFIXES, *_TEXT)))
     if path.suffix in _TEXT:
         return _from_text(path)
     if path.suffix not in SUFFIXES:
@@ -57,9 +59,9 @@ def open_labels(path: str | Path) -> Tensor:
 def _from_text(path: Path) -> Tensor:
     """Labels in a text file."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
+        raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
     if path.suffix == ".csv":
         words = _column(path, rows)

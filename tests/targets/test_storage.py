@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pwrewrite.capturing import capture
@@ -430,3 +431,45 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
     saved(tmp_path / "out", net())
     assert not [f for f in (tmp_path / "out").iterdir() if f.suffix in (".pt", ".pth", ".pkl", ".bin")]
     assert (tmp_path / "out" / "model.safetensors").read_bytes()[8:9] == b"{"
+
+
+# ------------------------------------------------------------------------------------------------------ crafted folders
+
+
+@pytest.mark.parametrize("aliases", ["[]", '{"a": 3}', '{"a": ["b"]}', "3", "null", "{", "[" * 100000])
+def test_other_names_of_another_type(tmp_path: Path, aliases: str) -> None:
+    saved(tmp_path / "out", net())
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    save_file(state, tmp_path / "out" / "model.safetensors", metadata={"pwrewrite.aliases": aliases})
+    with pytest.raises(WeightsError, match="cannot be read"):
+        load(tmp_path / "out", net())
+
+
+@pytest.mark.parametrize("names", [[], 3, "x", {"a": "b"}, {"a": [1]}, {"a": {}}])
+def test_a_map_of_names_of_another_type(tmp_path: Path, names: Any) -> None:
+    saved(tmp_path / "out", net())
+    path = tmp_path / "out" / "plan.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "names": names}))
+    if names:
+        with pytest.raises(PlanError, match="map of names"):
+            storage.read_names(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["plan.json", "model.safetensors"])
+def test_pipes_in_a_folder_are_not_waited_for(tmp_path: Path, name: str) -> None:
+    saved(tmp_path / "out", net())
+    (tmp_path / "out" / name).unlink()
+    os.mkfifo(tmp_path / "out" / name)
+    with pytest.raises((WeightsError, TargetError)):
+        load(tmp_path / "out", net())
+
+
+@pytest.mark.parametrize("name", ["README.md", "model.safetensors", "plan.json"])
+def test_a_folder_under_the_name_of_one_of_our_files_is_not_ours(tmp_path: Path, name: str) -> None:
+    saved(tmp_path / "out", net(), readme="x")
+    (tmp_path / "out" / name).unlink()
+    (tmp_path / "out" / name).mkdir()
+    (tmp_path / "out" / name / "theirs").write_text("kept")
+    with pytest.raises(OutputError, match="did not write"):
+        saved(tmp_path / "out", net(), force=True)
+    assert (tmp_path / "out" / name / "theirs").read_text() == "kept"
