@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from ..core.files import same_directory
 from ..core.random_state import keeping_random_state
 from .inventory import Inventory
 from .tensors import kind_of
@@ -77,7 +78,7 @@ class _Kept:
 
 @contextmanager
 def untouched(inventory: Inventory, *, values: bool) -> Iterator[None]:
-    """Restores a model and the random states on leaving, whatever happened in between.
+    """Restores a model, the random states and the working directory on leaving, whatever happened in between.
 
     Args:
         inventory: The parts of the model.
@@ -99,7 +100,7 @@ def untouched(inventory: Inventory, *, values: bool) -> Iterator[None]:
                     empty.append(value)
     tensors = [_Kept(t) for _, t in inventory.owned.values() if not t.is_meta and not is_lazy(t)] if values else []
     try:
-        with keeping_random_state():
+        with same_directory(), keeping_random_state():
             yield
     finally:
         for attributes, saved in dicts:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..core.files import same_directory
 from .spill import Spill
 from .statistics import Chunk
 
@@ -122,7 +123,7 @@ class Forward:
                 torch.cuda.set_device(self._device)
             _CURRENT.set(self)
             args, kwargs = self._chunk
-            with torch.no_grad(), self._watching:
+            with same_directory(), torch.no_grad(), self._watching:
                 self._model(*args, **kwargs)
         except _Ended:
             pass

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..core.files import same_directory
 from .outputs import Scoring, class_scores, floating, log_probabilities, scoring
 from .running import evaluating
 from .statistics import Chunk, samples_of
@@ -114,4 +115,5 @@ def run_seeded(model: nn.Module, chunk: Chunk, seed: int) -> object:
     random.seed(seed)
     np.random.seed(seed)
     args, kwargs = chunk
-    return model(*args, **kwargs)
+    with same_directory():
+        return model(*args, **kwargs)

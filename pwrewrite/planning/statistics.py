@@ -35,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..core.convolution import ConvSpec
 from ..core.errors import RefusedError
+from ..core.files import same_directory
 from .outputs import class_scores, floating, log_probabilities
 from .patches import batched, input_rows, output_rows, position_count, row_size
 from .running import evaluating, frozen
@@ -231,7 +232,7 @@ def gather(
             seed = how.seed * 1_000_003 + number
             torch.manual_seed(seed)
             watch.begin(samples_of(args, kwargs), torch.Generator().manual_seed(seed))
-            with torch.set_grad_enabled(gradients):
+            with same_directory(), torch.set_grad_enabled(gradients):
                 outputs = model(*args, **kwargs)
                 if gradients:
                     statistics.outcome = watch.backward(outputs)

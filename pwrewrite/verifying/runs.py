@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import first_line
+from ..core.files import same_directory
 from ..core.random_state import seed_all
 from .inputs import Arguments, copied
 from .outputs import Flat, flatten
@@ -91,7 +92,7 @@ def run(model: nn.Module, inputs: Arguments, *, seed: int, training: bool = Fals
     seed_all(seed)
     before = _random_state(model)
     try:
-        with torch.set_grad_enabled(grad):
+        with same_directory(), torch.set_grad_enabled(grad):
             flat = flatten(model(*args, **kwargs))
     except Exception as error:
         return Outcome(None, first_line(error), before, False)

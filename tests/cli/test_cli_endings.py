@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 NET = """
@@ -109,6 +110,16 @@ def test_a_forward_may_change_the_directory(run: Run, write: Write) -> None:
     assert run("analyze", "net.py", "--format", "json", "--output", "report.json").exit_code == 0
     assert run("rewrite", "net.py", "--set", "b=reduce:4", "--out", "out").exit_code == 0
     assert {"net.py", "report.json", "out"} <= {p.name for p in Path().iterdir()}
+
+
+def test_calibration_is_read_where_it_was_meant(run: Run, write: Write) -> None:
+    write("import os; os.chdir('/')")
+    np.savez("x.npz", x=np.random.default_rng(0).standard_normal((40, 3, 8, 8), "f"))
+    np.save("y.npy", np.zeros(40, int))
+    data = ["--calibration", "x.npz", "--labels", "y.npy"]
+    result = run("rewrite", "net.py", "--budget", "macs=0.8", *data, "--out", "out")
+    assert result.exit_code == 0, result.stderr
+    assert Path("out").exists()
 
 
 SLOW = """
