@@ -35,7 +35,7 @@ SETTINGS: dict[str, str] = {
     "factorize": "layer form widths axes init norm activation weight scope",
     "project": "channels branch_channels dims init dtype consumers norms outputs exact",
     "fold": "side layer spec channels keep same tensors eps scope",
-    "fuse": "layer activation scalars residual remove called scope alias head same",
+    "fuse": "layer activation scalars residual remove called scope alias head same keep_nan",
     "merge": "first first_layer layer",
     "remove": "kind unread same",
     "channels-last": "layers",
