@@ -199,8 +199,8 @@ class Roofline(Record):
     memory_bound_share: float
 
 
-@dataclass(frozen=True, slots=True)
-class TreeNode:
+@dataclass(frozen=True, slots=True, repr=False)
+class TreeNode(Shown):
     """A module of the hierarchy with the cost of all that runs inside it.
 
     Attributes:

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from ..core.convolution import ConvSpec
 from ..core.cost import Cost
+from ..core.records import Shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +175,8 @@ class Coverage:
     values: str
 
 
-@dataclass(frozen=True)
-class Capture:
+@dataclass(frozen=True, repr=False)
+class Capture(Shown):
     """A model as a graph: live, holds the model itself.
 
     Attributes:

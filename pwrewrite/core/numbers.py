@@ -70,9 +70,9 @@ def dims(shape: Sequence[int]) -> str:
     return "×".join(str(n) for n in shape) or "scalar"
 
 
-def plural(n: int, noun: str) -> str:
-    """``1 layer``, ``2 layers``."""
-    return f"{exact(n)} {noun}" if n == 1 else f"{exact(n)} {noun}s"
+def plural(n: int, noun: str, nouns: str = "") -> str:
+    """``1 layer``, ``2 layers``; ``nouns`` where the plural is another than with an s."""
+    return f"{exact(n)} {noun}" if n == 1 else f"{exact(n)} {nouns or noun + 's'}"
 
 
 def parse_count(text: str, what: str = "count") -> int:

@@ -5,14 +5,18 @@ A result's ``repr`` is a line that says what it is; its fields are there to be r
 
 from __future__ import annotations
 
+from collections.abc import Sized
+from dataclasses import fields, is_dataclass
+
 from ..analysis.records import Analysis
+from ..core.errors import shortened
 from ..core.numbers import count, plural
 from ..core.plan import Plan
 from ..core.verification import Verification
 from . import analysis, frontier, fused, rewrite, terminal, to_html
 from . import rewrite_rows as rows
 from .frontier import Frontier
-from .page import Page, Title
+from .page import Facts, Line, Page, Title
 from .records import Report
 
 
@@ -31,7 +35,7 @@ def page(result: object) -> Page:
             return frontier.page(result)
     report = getattr(result, "report", None)
     if not isinstance(report, Report):
-        return (Title(type(result).__name__),)
+        return (Title(_heading(result)), Line(""), Facts(_fields(result)))
     return page(report) if hasattr(result, "model") else rewrite.page(report, planned=True)
 
 
@@ -54,7 +58,32 @@ def _summary(result: object) -> str:
         case Frontier(target=target, kind=kind, points=points):
             return f" of {target}: {plural(len(points), 'point')} by {kind}"
     report = getattr(result, "report", None)
-    return _summary(report) if isinstance(report, Report) else ""
+    if not isinstance(report, Report):
+        return _heading(result).removeprefix(type(result).__name__)
+    if hasattr(result, "model"):
+        return _summary(report)
+    return f" of {report.target}: {rows.headline(report, planned=True)}"
+
+
+def _heading(result: object) -> str:
+    """What a result is of: ``Capture of ResNet``."""
+    about = next((getattr(result, name) for name in ("target", "tool", "model", "kind") if hasattr(result, name)), None)
+    return f"{type(result).__name__} of {_short(about)}" if about else type(result).__name__
+
+
+def _fields(result: object) -> list[tuple[str, str, str]]:
+    """The fields of a record, each in a few words."""
+    shown = fields(result) if is_dataclass(result) and not isinstance(result, type) else ()
+    return [(field.name, text, "") for field in shown if (text := _short(getattr(result, field.name)))]
+
+
+def _short(value: object) -> str:
+    """A value in a few words: the class of a module, how many entries a collection has."""
+    if isinstance(value, Sized) and not isinstance(value, str):
+        if isinstance(value, (tuple, list)) and len(value) <= 4 and all(isinstance(v, (str, int)) for v in value):
+            return ", ".join(map(str, value))
+        return plural(len(value), "entry", "entries")
+    return shortened(str(value)) if value is None or isinstance(value, (str, int, float)) else type(value).__name__
 
 
 def _proof(proof: Verification | None) -> str:

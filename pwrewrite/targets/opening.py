@@ -31,6 +31,7 @@ from ..core.option import from_keywords
 from ..core.options import TargetOptions
 from ..core.plan import Plan
 from ..core.random_state import check_seed
+from ..core.records import Shown
 from . import storage
 from .checkpoints import check_checkpoint
 from .inputs import ExampleInputs, describe_inputs, parse_input, resolve_inputs
@@ -43,8 +44,8 @@ RANDOM_WEIGHTS = (
 )
 
 
-@dataclass(frozen=True)
-class LoadedModel:
+@dataclass(frozen=True, repr=False)
+class LoadedModel(Shown):
     """A model that is ready to be captured, and where it came from.
 
     Attributes:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import pwrewrite
+from pwrewrite.analysis.conventions import count
 from pwrewrite.analysis.records import Analysis
 from pwrewrite.core.plan import Op, Plan, Skip, SkipReason
 from pwrewrite.core.text import LONGEST
@@ -21,6 +22,7 @@ from pwrewrite.report.analysis import page
 from pwrewrite.report.frontier import Frontier, Point
 from pwrewrite.report.page import Column, Facts, Line, Listing, Notes, Page, Section, Table, Title
 from pwrewrite.report.records import Report
+from pwrewrite.targets import LoadedModel
 
 HINTS = {"bottleneck", "does", "gains", "ranks", "what", "which"}
 """Words of the line below a terminal's table that explains its short column heads."""
@@ -129,3 +131,32 @@ def test_the_receptive_field_is_a_column_on_request(make_analysis: Make) -> None
     assert re.search(r"^unused .* – +not-called", text, re.MULTILINE)
     assert "receptive field" in render(analysis, "markdown", view)
     assert "sees" not in render(analysis, width=120)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model, x: pwrewrite.capture(model, x),
+        lambda model, x: pwrewrite.analyze(model, x).tree,
+        lambda model, x: count(pwrewrite.capture(model, x), "thop"),
+        lambda model, x: LoadedModel(model, (x,), "net.py"),
+        lambda model, x: pwrewrite.make_plan(model, x, [pwrewrite.passes.InsertBottleneck(0.5)]),
+        lambda model, x: pwrewrite.rewrite(model, x, [pwrewrite.passes.InsertBottleneck(0.5)]),
+    ],
+    ids=["capture", "tree", "count", "loaded", "planned", "rewritten"],
+)
+def test_whatever_is_returned_is_short_at_a_prompt_and_shown_in_a_notebook(make: Callable[..., object]) -> None:
+    layers = [layer for _ in range(30) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
+    result = make(nn.Sequential(*layers).eval(), torch.zeros(1, 8, 8, 8))
+    assert len(repr(result)) < 300
+    assert len(str(result)) < 4000
+    assert result._repr_html_().startswith("<div")  # type: ignore[attr-defined]
+
+
+def test_a_plan_that_is_not_carried_out_says_so() -> None:
+    planned = pwrewrite.make_plan(
+        nn.Sequential(nn.Conv2d(8, 8, 3)), torch.zeros(1, 8, 8, 8), [pwrewrite.passes.InsertBottleneck(0.5)]
+    )
+    assert "1 layer would be rewritten" in repr(planned)
+    assert "would be rewritten" in str(planned)
+    assert "NOT VERIFIED" not in str(planned)

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 
 from ...capturing import Capture, info
 from ...core.errors import UsageError
+from ...core.records import Shown
 from .by_module import thop_shares, torchinfo_shares
 from .by_operation import fvcore_shares, torch_shares
 from .patched import ptflops_shares
@@ -63,8 +64,8 @@ class Row:
         return f"{self.difference:+,} {self.kind}" + (f", {self.rule}" if self.rule else "")
 
 
-@dataclass(frozen=True, slots=True)
-class Count:
+@dataclass(frozen=True, slots=True, repr=False)
+class Count(Shown):
     """A model's total under a tool's convention.
 
     Attributes:
