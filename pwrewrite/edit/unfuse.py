@@ -32,16 +32,25 @@ def unfuse(model: nn.Module) -> nn.Module:
     ['Conv2d', 'ReLU']
     """
     result = deep_copy(model)
-    summed = {
+    summed = adds_residuals(result)
+    for fused in [module for module in result.modules() if isinstance(module, PointwiseActivation)]:
+        result = replace_module(result, fused, plain_modules(fused, id(fused) in summed))
+    return result
+
+
+def adds_residuals(model: nn.Module) -> set[int]:
+    """The modules of a model that code calls with more than one argument, by ``id``."""
+    return {
         id(code.get_submodule(str(node.target)))
-        for code in result.modules()
+        for code in model.modules()
         if isinstance(code, fx.GraphModule)
         for node in code.graph.nodes
         if node.op == "call_module" and len(node.args) + len(node.kwargs) > 1
     }
-    for fused in [module for module in result.modules() if isinstance(module, PointwiseActivation)]:
-        layer, act = fused.unfused()
-        plain: nn.Module = layer if act is None else nn.Sequential(layer, act)
-        plain = Unfused(layer, act) if id(fused) in summed else plain
-        result = replace_module(result, fused, plain.train(fused.training))
-    return result
+
+
+def plain_modules(fused: PointwiseActivation, residual: bool) -> nn.Module:
+    """The plain layer and activation of a fused layer, in its mode; ``residual`` where it also adds one."""
+    layer, act = fused.unfused()
+    plain: nn.Module = layer if act is None else nn.Sequential(layer, act)
+    return (Unfused(layer, act) if residual else plain).train(fused.training)

@@ -18,7 +18,7 @@ from ..core.errors import RefusedError
 from ..core.options import Budget
 from ..edit.apply import carry_out
 from ..engines.timing import NOISY, time_models
-from ..passes.bake import BakeWeights
+from ..passes.plain_layers import BakeWeights, UnfuseLayers
 from ..planning.allocator import Choice
 from ..planning.budget import Limit, budgets_of
 from ..planning.latency import MEASURED
@@ -200,9 +200,8 @@ class Budgeted:
 
 def planner_of(run: Run, budget: Budget) -> Planner:
     """A calibrated planner for what a run has come to, after what the budget asks for before anything is planned."""
-    if budget.bake:
-        run.all([BakeWeights()])
-    return Planner(
+    run.all([UnfuseLayers(), *([BakeWeights()] if budget.bake else [])])
+    planner = Planner(
         run.model,
         run.inputs,
         cast("Iterable[Any] | None", budget.calibration),
@@ -211,6 +210,11 @@ def planner_of(run: Run, budget: Budget) -> Planner:
         say=run.say,
         captured=run.captured,
     )
+    if any(row.edit.op.action == "unfuse" for row in run.rows):
+        planner.notes.append(
+            "fused layers were taken apart, since no fused one can be made smaller: fuse the result again"
+        )
+    return planner
 
 
 def metrics_of(budget: Budget) -> dict[str, Metric]:

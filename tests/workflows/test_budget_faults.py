@@ -76,6 +76,20 @@ def test_a_single_logit_has_its_own_accuracy() -> None:
     assert budget_of(result).agreement is None
 
 
+class Residual(nn.Module):
+    """A residual block and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+        self.second, self.head = nn.Conv2d(32, 32, 3, padding=1), network(4, channels=32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        scores: Tensor = self.head((x + self.second(self.first(x).relu())).relu())
+        return scores
+
+
 class Scores(nn.Module):
     """One score for each image, without an axis of its own."""
 
@@ -213,6 +227,21 @@ def test_computed_weights_are_a_reason_with_a_remedy(name: str, tmp_path: Path) 
     plan = pwrewrite.plan(model, x, HALF, torch.randn(32, 8, 64), bake=True)
     assert {op.action for op in plan.ops} == {"bake", "factorize"}
     assert pwrewrite.apply(model, plan)(x).shape == before.shape
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_fused_model_is_unfused(residual: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Residual().eval() if residual else network()
+    fused = pwrewrite.fuse(model, images(2))
+    assert fused.edits
+    result = pwrewrite.rewrite(fused.model, images(2), budget=HALF, calibration=images(40))
+    assert result.report.passed, result.report.verification.failures  # type: ignore[union-attr]
+    assert {edit.op.action for edit in result.edits} == {"unfuse", "factorize"}
+    assert any("fuse the result again" in note for note in result.report.notes)
+    result.save(tmp_path / "smaller")
+    loaded = pwrewrite.load(tmp_path / "smaller", fused.model)
+    torch.testing.assert_close(loaded(images(2)), result.model(images(2)))
 
 
 def test_a_missed_time_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:

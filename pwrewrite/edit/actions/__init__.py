@@ -17,6 +17,7 @@ from .fuse import fuse_layer
 from .merge import merge_layers
 from .project import project_branch
 from .remove import remove_module
+from .unfuse import unfuse_layer
 
 ACTIONS: dict[str, Callable[[Bench, Op], Edit]] = {
     "bake": bake_weights,
@@ -27,6 +28,7 @@ ACTIONS: dict[str, Callable[[Bench, Op], Edit]] = {
     "merge": merge_layers,
     "remove": remove_module,
     "channels-last": use_channels_last,
+    "unfuse": unfuse_layer,
 }
 """Name of an action to what carries it out."""
 
@@ -39,6 +41,7 @@ SETTINGS: dict[str, str] = {
     "merge": "first first_layer layer",
     "remove": "kind unread same",
     "channels-last": "layers",
+    "unfuse": "",
 }
 """Name of an action to the settings that an op of it may have."""
 

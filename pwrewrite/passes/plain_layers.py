@@ -1,4 +1,4 @@
-"""`BakeWeights`: weights that are computed before each call become plain ones. Exact in evaluation.
+"""`BakeWeights` and `UnfuseLayers`: layers that other passes cannot replace become plain ones. Exact in evaluation.
 
 Audio and temporal networks are weight-normed throughout, and no pass replaces a layer whose weight something else
 computes. Parametrizations, ``weight_norm``, ``spectral_norm`` and pruning masks are gone afterwards: train on without
@@ -10,6 +10,7 @@ from __future__ import annotations
 from ..capturing.records import Capture, info
 from ..core.plan import Estimate, Op
 from ..edit.actions.bake import computed_weights
+from ..layers import PointwiseActivation
 from .base import Pass, Proposal
 
 
@@ -36,4 +37,22 @@ class BakeWeights(Pass):
             after = sum(module.get_parameter(name).numel() for name in plain)
             after += sum(getattr(module, name).numel() for name in computed)
             ops.append(Op("bake", path, self.name, {"weights": list(computed)}, Estimate(before, after, macs, own)))
+        return ops
+
+
+class UnfuseLayers(Pass):
+    """Makes plain layers and activations of fused ones."""
+
+    name = "unfuse-layers"
+    summary = "fused layers become plain layers and activations again"
+    exact = "eval"
+
+    def propose(self, capture: Capture) -> list[Proposal]:
+        """See `Pass.propose`."""
+        ops: list[Proposal] = []
+        for path, module in capture.model.named_modules():
+            if isinstance(module, PointwiseActivation):
+                params = sum(parameter.numel() for parameter in module.parameters())
+                macs = sum(layer.macs for layer in capture.layers if layer.path == path)
+                ops.append(Op("unfuse", path, self.name, {}, Estimate(params, params, macs, macs)))
         return ops
