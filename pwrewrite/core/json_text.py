@@ -54,7 +54,7 @@ _SHORT_LISTS = (
 """A list of numbers over several lines, and a list of those that are in one line already. Text has no line breaks."""
 
 
-def dumps(data: Any) -> str:
+def dumps(data: object) -> str:
     """JSON text with one setting a line; lists of numbers stay in it."""
     text = json.dumps(data, indent=2, ensure_ascii=False)
     for pattern in _SHORT_LISTS:
@@ -107,7 +107,7 @@ class JsonText:
         """Offset of a piece of text, or where the search began."""
         return max(self.text.find(what, start, end), start)
 
-    def error(self, message: str, at: int, expected: str, got: Any) -> PlanError:
+    def error(self, message: str, at: int, expected: str, got: object) -> PlanError:
         """The error for what stands at an offset."""
         where = f"{self.name}, line {line_at(self.text, at)}"
         return PlanError(message, where=where, expected=expected, got=shortened(reprlib.repr(got), 120))

@@ -262,7 +262,7 @@ class Plan(Shown, Record):
 class _Reader(JsonText):
     """Turns JSON data into a plan and knows which line a complaint is about."""
 
-    def plan(self, data: Any) -> Plan:
+    def plan(self, data: object) -> Plan:
         if not isinstance(data, dict):
             raise self.error("a plan is a JSON object", 0, "an object with schema, ops and skipped", data)
         schema = data.get("schema")
@@ -283,7 +283,7 @@ class _Reader(JsonText):
             budget,
         )
 
-    def check_model(self, model: dict[str, Any]) -> None:
+    def check_model(self, model: dict[str, object]) -> None:
         """Refuses facts about the original of another type, since a folder is opened by them."""
         kinds: dict[str, tuple[type, str]] = {
             "class": (str, "a string"),
@@ -294,14 +294,15 @@ class _Reader(JsonText):
         for key, (kind, expected) in kinds.items():
             if key in model and not isinstance(model[key], kind):
                 raise self.error(f"model.{key} is {expected}", self.find(f'"{key}"'), expected, model[key])
-        for item in model.get("inputs", ()):
+        inputs = model.get("inputs", [])
+        for item in inputs if isinstance(inputs, list) else []:
             shape = item.get("shape") if isinstance(item, dict) else None
             texts = isinstance(shape, list) and all(isinstance(item.get(k, ""), str) for k in ("dtype", "name"))
             if not texts or "dtype" not in item or any(type(size) is not int or size < 0 for size in shape or ()):
                 expected = 'such as {"shape": [1, 3, 224, 224], "dtype": "float32"}'
                 raise self.error("the plan's inputs are not shapes", self.find('"inputs"'), expected, item)
 
-    def op(self, data: Any, start: int, end: int) -> Op:
+    def op(self, data: object, start: int, end: int) -> Op:
         if not isinstance(data, dict):
             raise self.error("an op is a JSON object", start, "an object", data)
         for key, kind in (("action", str), ("path", str), ("pass", str), ("settings", dict)):
@@ -317,7 +318,7 @@ class _Reader(JsonText):
         source = Source(self.name, self.text, start, end)
         return Op(data["action"], data["path"], data["pass"], data["settings"], self.estimate(data, start, end), source)
 
-    def estimate(self, data: Any, start: int, end: int) -> Estimate | None:
+    def estimate(self, data: dict[str, object], start: int, end: int) -> Estimate | None:
         numbers, names = data.get("estimate"), [f.name for f in fields(Estimate)]
         if numbers is None:
             return None
@@ -326,7 +327,7 @@ class _Reader(JsonText):
             raise self.error("not an estimate", at, f"integers {', '.join(names)}", numbers)
         return Estimate(**numbers)
 
-    def skip(self, data: Any, start: int, end: int) -> Skip:
+    def skip(self, data: object, start: int, end: int) -> Skip:
         if not isinstance(data, dict) or not all(isinstance(data.get(k), str) for k in ("path", "reason", "detail")):
             raise self.error("a skip needs a path, a reason and a detail", start, "strings path, reason, detail", data)
         try:

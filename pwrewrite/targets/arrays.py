@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from torch import Tensor
 
 from ..core.errors import UsageError, shortened
 from .user_code import suggest_files
@@ -34,6 +35,9 @@ _TORCH_NAMES = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}
 
 Array = np.ndarray[Any, Any]
 
+Rows = Array | Tensor
+"""A part of a stored array: of NumPy, or a tensor from safetensors."""
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -49,12 +53,12 @@ class Stored:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    parts: Callable[[int, int], Iterator[Any]]
+    parts: Callable[[int, int], Iterator[Rows]]
 
     def __str__(self) -> str:
         return f"{self.dtype} {'×'.join(map(str, self.shape)) or 'scalar'}"
 
-    def whole(self) -> Any:
+    def whole(self) -> Rows:
         """All of it; for one that holds samples."""
         return next(self.parts(self.shape[0], self.shape[0]))
 
@@ -204,7 +208,7 @@ def _safetensors(path: Path) -> dict[str, Stored]:
     from safetensors import safe_open
 
     def stored(name: str, shape: Sequence[int], dtype: str) -> Stored:
-        def parts(step: int, stop: int) -> Iterator[Any]:
+        def parts(step: int, stop: int) -> Iterator[Rows]:
             with _explained(path), safe_open(str(path), framework="pt", device="cpu") as file:
                 rows = file.get_slice(name)
                 for start in range(0, stop, step):

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
+from ..capturing import Inputs
 from ..core.errors import UsageError
-from .arrays import LABEL_NAMES, SUFFIXES, Stored, open_arrays
+from .arrays import LABEL_NAMES, SUFFIXES, Rows, Stored, open_arrays
 from .image_folder import ImageFolder
 from .labels import open_labels
 from .user_code import suggest_files
@@ -40,12 +40,12 @@ _EXPECTED = f"a {', '.join(SUFFIXES)} file, a folder of images, or file.py:NAME"
 def open_calibration(
     text: str,
     *,
-    example_inputs: Any,
+    example_inputs: Inputs,
     preprocess: str | None = None,
     size: int | None = None,
     labels: Tensor | None = None,
     model: nn.Module | None = None,
-) -> Iterable[Any]:
+) -> Iterable[object]:
     """Opens what ``--calibration`` names.
 
     Args:
@@ -72,7 +72,7 @@ def open_calibration(
                 f"{option} is for files, and --calibration is code: {text}",
                 hint="let it give inputs as the model takes them" + ("" if preprocess else ": (inputs, labels)"),
             )
-        return open_iterable(text)  # type: ignore[no-any-return]
+        return open_iterable(text)
     if not path.exists():
         raise UsageError(f"no such file or folder: {text}", expected=_EXPECTED, hint=suggest_files(path, SUFFIXES))
     function = open_preprocess(preprocess) if preprocess is not None else None
@@ -105,9 +105,9 @@ class ArrayFile:
     def __init__(
         self,
         path: Path,
-        example_inputs: Any,
+        example_inputs: Inputs,
         *,
-        preprocess: Callable[..., Any] | None = None,
+        preprocess: Callable[..., object] | None = None,
         size: int | None = None,
         labels: Tensor | None = None,
     ) -> None:
@@ -126,7 +126,7 @@ class ArrayFile:
         if preprocess is None:
             _refuse_bytes(path, self._inputs, example_inputs)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         """Batches: an input, a tuple or a dict of them, with labels last where there are any."""
         streams = [array.parts(BATCH, self.samples) for array in self._all()]
         for number, parts in enumerate(zip(*streams, strict=True)):
@@ -141,7 +141,7 @@ class ArrayFile:
         """Every array that is read."""
         return [*self._inputs, *([] if self._stored_labels is None else [self._stored_labels])]
 
-    def _batch(self, inputs: list[Any], labels: Any, first: int) -> Any:
+    def _batch(self, inputs: list[Rows], labels: Rows | None, first: int) -> object:
         """A batch as it is given out."""
         if self._preprocess is not None:
             # Copies: what is mapped or streamed is read-only, and torch.from_numpy wants to write.
@@ -152,7 +152,7 @@ class ArrayFile:
             self._check_batch(batch, len(inputs[0]), first)
         else:
             batch = named or (inputs[0] if len(inputs) == 1 else tuple(inputs))
-        if self._listed and not isinstance(batch, (list, tuple)):
+        if self._listed and isinstance(batch, Iterable) and not isinstance(batch, (list, tuple)):
             return list(batch)
         if labels is None:
             return batch
@@ -160,7 +160,7 @@ class ArrayFile:
             return {**batch, "labels": labels}
         return (*batch, labels) if isinstance(batch, (tuple, list)) else (batch, labels)
 
-    def _check_batch(self, batch: Any, count: int, first: int) -> None:
+    def _check_batch(self, batch: object, count: int, first: int) -> None:
         """Refuses what ``--preprocess`` made of a batch, if it has lost or gained samples."""
         values = (
             batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
@@ -200,7 +200,7 @@ class ArrayFile:
         return chosen, labels
 
 
-def _names(example: Any) -> tuple[tuple[str, ...], bool]:
+def _names(example: Inputs) -> tuple[tuple[str, ...], bool]:
     """The names of keyword inputs, and whether the one input is a list of images."""
     if isinstance(example, Mapping):
         return tuple(example), False
@@ -208,12 +208,12 @@ def _names(example: Any) -> tuple[tuple[str, ...], bool]:
     return (), listed
 
 
-def _count(example: Any) -> int:
+def _count(example: Inputs) -> int:
     """How many inputs there are."""
     return len(example) if isinstance(example, (Mapping, tuple, list)) else 1
 
 
-def _refuse_bytes(path: Path, inputs: list[Stored], example: Any) -> None:
+def _refuse_bytes(path: Path, inputs: list[Stored], example: Inputs) -> None:
     """Refuses images stored as bytes for a model that takes floats, when nothing says how they become floats."""
     values = list(example.values()) if isinstance(example, Mapping) else example
     values = [values] if isinstance(values, Tensor) else list(values)

@@ -16,14 +16,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..capturing import Inputs
 from ..core.errors import UsageError, first_line
 from .arrays import SUFFIXES as ARRAY_SUFFIXES
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -55,9 +59,9 @@ class ImageFolder:
     def __init__(
         self,
         path: Path,
-        example_inputs: Any,
+        example_inputs: Inputs,
         *,
-        preprocess: Callable[..., Any] | None = None,
+        preprocess: Callable[[Image], object] | None = None,
         size: int | None = None,
         labels: Tensor | None = None,
         model: nn.Module | None = None,
@@ -103,7 +107,7 @@ class ImageFolder:
             )
         return tuple(notes)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         """Batches: a tensor ``N×C×H×W``, or a list of images; with labels beside them where there are any."""
         images: list[Tensor] = []
         places: list[int] = []
@@ -156,7 +160,7 @@ class ImageFolder:
             )
         return pixels
 
-    def _standard(self, image: Any) -> Tensor:
+    def _standard(self, image: Image) -> Tensor:
         """An image resized, cropped, scaled and normalised."""
         from PIL import Image
 
@@ -174,7 +178,7 @@ class ImageFolder:
             return pixels
         return (pixels - torch.tensor(self._mean)[:, None, None]) / torch.tensor(self._std)[:, None, None]
 
-    def _batch(self, images: list[Tensor], places: list[int]) -> Any:
+    def _batch(self, images: list[Tensor], places: list[int]) -> object:
         """Images and their labels as they are given out."""
         if self._listed:
             return (images,)
@@ -219,14 +223,13 @@ def _is_shown(path: Path, folder: Path) -> bool:
     return path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _one_input(example: Any, path: Path, preprocess: bool) -> tuple[Tensor | None, bool, str]:
+def _one_input(example: Inputs, path: Path, preprocess: bool) -> tuple[Tensor | None, bool, str]:
     """The one image input of a model, whether it is a list of images, and its name if it is a keyword."""
-    name = next(iter(example)) if isinstance(example, dict) and len(example) == 1 else ""
-    value = example[name] if name else example
+    name, value = next(iter(example.items())) if isinstance(example, dict) and len(example) == 1 else ("", example)
     if isinstance(value, (tuple, list)) and len(value) == 1 and not name:
         value = value[0]
-    listed = isinstance(value, (tuple, list)) and bool(value) and all(isinstance(v, Tensor) for v in value)
-    image = value[0] if listed else value
+    images = value if isinstance(value, (tuple, list)) and all(isinstance(v, Tensor) for v in value) else ()
+    listed, image = bool(images), images[0] if images else value
     if isinstance(image, Tensor) and image.dim() == (3 if listed else 4) and image.is_floating_point():
         return image, listed, name
     if isinstance(image, Tensor) and preprocess:

@@ -13,7 +13,6 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ def save(
     plan: Plan,
     *,
     edits: Sequence[Edit] = (),
-    report: Mapping[str, Any] | None = None,
+    report: Mapping[str, object] | None = None,
     readme: str | None = None,
     force: bool = False,
 ) -> Path:

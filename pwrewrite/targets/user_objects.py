@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -35,14 +35,14 @@ class Named:
         origin: The user's file, if it is one.
     """
 
-    value: Any
+    value: object
     name: str
     origin: Path | None
 
-    def call(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: object, **kwargs: object) -> object:
         """Calls it; what it prints goes to stderr, and a `TargetError` names the line where it raised."""
         with running_user_code(self.name, self.origin):
-            return self.value(*args, **kwargs)
+            return cast(Callable[..., object], self.value)(*args, **kwargs)
 
 
 def is_named(text: str) -> bool:
@@ -77,7 +77,7 @@ def _callable(named: Named, option: str, what: str, takes: int) -> Named:
     return named
 
 
-def open_iterable(text: str) -> Any:
+def open_iterable(text: str) -> Iterable[object]:
     """The iterable of batches that ``--calibration`` names, or that a function without arguments gives.
 
     A generator can be gone through once; a loader, a list or an object with ``__iter__`` again, which spares memory.
@@ -93,7 +93,7 @@ def open_iterable(text: str) -> Any:
                 expected=f"--calibration takes {what}",
                 got=kind_of(value),
             )
-    return value
+    return cast(Iterable[object], value)
 
 
 def _iterates(value: object) -> bool:
@@ -103,7 +103,7 @@ def _iterates(value: object) -> bool:
     return isinstance(value, (Iterable, Tensor, np.ndarray, Mapping, Dataset))
 
 
-def open_preprocess(text: str) -> Callable[..., Any]:
+def open_preprocess(text: str) -> Callable[..., object]:
     """The function behind ``--preprocess``; an error in it is told with its line.
 
     It gets one image (a PIL image in RGB) of a folder, as torchvision's transforms do, and a whole batch (a numpy
@@ -112,7 +112,7 @@ def open_preprocess(text: str) -> Callable[..., Any]:
     return _callable(load_named(text, "--preprocess"), "--preprocess", "a function of an image or a batch", 10).call
 
 
-def open_batch(text: str) -> Callable[[Any], Any]:
+def open_batch(text: str) -> Callable[[object], object]:
     """The function behind ``--batch``, from a batch as it comes to the model's inputs; errors name its line."""
     return _callable(load_named(text, "--batch"), "--batch", "a function of a batch", 1).call
 

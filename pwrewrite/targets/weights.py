@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -263,8 +262,7 @@ def _hollow(model: nn.Module) -> Iterator[None]:
     def hollow(tensor: Tensor) -> Tensor:
         if id(tensor) not in empty:
             if is_lazy(tensor):
-                lazy: Any = nn.UninitializedParameter if isinstance(tensor, nn.Parameter) else nn.UninitializedBuffer
-                empty[id(tensor)] = lazy(device="meta")
+                empty[id(tensor)] = type(tensor)(device="meta")  # type: ignore[call-arg]
             else:
                 bare = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
                 empty[id(tensor)] = (
