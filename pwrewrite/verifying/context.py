@@ -7,7 +7,7 @@ for the checks behind it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from math import inf
 
@@ -25,7 +25,7 @@ from .inputs import Arguments, Draws
 from .numerics import agreeing, class_scores
 from .outputs import Flat
 from .rounding import Original
-from .runs import Outcome, device_of, run
+from .runs import Outcome, device_of, keeping_buffers, run
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +115,9 @@ class Context:
             self.options.progress(step)
 
     def run(self, model: nn.Module, inputs: Arguments, training: bool = False, grad: bool = False) -> Outcome:
-        """One seeded run."""
-        return run(model, inputs, seed=self.options.seed, training=training, grad=grad)
+        """One seeded run; only in training mode do buffers keep what it wrote, so that later runs start alike."""
+        with nullcontext() if training else keeping_buffers(model):
+            return run(model, inputs, seed=self.options.seed, training=training, grad=grad)
 
     def run_both(self, inputs: Arguments, training: bool = False, grad: bool = False) -> tuple[Outcome, Outcome]:
         """The same of the original and of the rewritten model."""

@@ -4,8 +4,8 @@ One backward pass of a scalar that depends on every floating output: their means
 plain sum would do for reachability, but the gradient of a sum behind a softmax or a norm is nothing but rounding.
 
 A new parameter may go without where the parameters that became it got none before, by the edits' own account; where
-no edit tells, where it is frozen or the layer it belongs to got none: the innermost module around it that the original
-has too, with parameters of its own.
+no edit tells, where the layer it belongs to got none (the innermost module around it that the original has too, with
+parameters of its own), or, for a frozen one, where some of that layer got none.
 """
 
 from __future__ import annotations
@@ -113,16 +113,14 @@ def _finite(gradient: Tensor | None) -> bool:
 
 
 def _should_learn(name: str, before: Mapping[str, Tensor | None], frozen: Container[str]) -> bool:
-    """Whether a new parameter of unknown origin is trained, and something around it got a gradient in the original."""
-    place = "" if name in frozen else name
-    if not place:
-        return False
+    """Whether what is around a new parameter of unknown origin got a gradient in the original; all of it, if frozen."""
+    place = name
     while place:
         place = place.rpartition(".")[0]
         prefix = f"{place}." if place else ""
-        own = [gradient for old, gradient in before.items() if old.startswith(prefix)]
+        own = [gradient is not None for old, gradient in before.items() if old.startswith(prefix)]
         if own:
-            return any(gradient is not None for gradient in own)
+            return all(own) if name in frozen else any(own)
     return True
 
 

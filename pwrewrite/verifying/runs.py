@@ -104,6 +104,21 @@ def run(model: nn.Module, inputs: Arguments, *, seed: int, training: bool = Fals
     return Outcome(flat, "", after, before != after, written)
 
 
+@contextmanager
+def keeping_buffers(model: nn.Module) -> Iterator[None]:
+    """Puts buffers back that a run writes into or replaces, such as counts of calls."""
+    buffers = [(m._buffers, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    values = [(buffer._version, buffer.clone()) for _, _, buffer in buffers]
+    try:
+        yield
+    finally:
+        for (store, name, buffer), (version, value) in zip(buffers, values):
+            store[name] = buffer
+            if buffer._version != version and buffer.shape == value.shape:
+                with torch.no_grad():
+                    buffer.copy_(value)
+
+
 def _same(written: Tensor, before: Tensor) -> bool:
     """Whether a tensor holds what it held; NaN stays NaN."""
     if written.shape != before.shape or torch.equal(written, before):

@@ -146,3 +146,27 @@ def test_a_trace_leaves_buffers_as_they_are(child: bool) -> None:
     assert all(value is before[name] for name, value in model.named_buffers())
     capture(model, X)
     assert all(value is before[name] for name, value in model.named_buffers())
+
+
+class CountsInPlace(nn.Module):
+    """Counts its calls, in any mode."""
+
+    def __init__(self, replaces: bool) -> None:
+        super().__init__()
+        self.conv, self.replaces = nn.Conv2d(3, 8, 3), replaces
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.replaces:
+            self.calls = self.calls + 1
+        else:
+            self.calls.add_(1)
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_buffers_that_count_calls_are_no_difference(replaces: bool) -> None:
+    model = CountsInPlace(replaces).eval()
+    result = pwrewrite.rewrite(model, X, [passes.InsertBottleneck(1.0, allow_growth=True)])
+    assert result.report.passed, result.report.verification
+    assert int(model.calls) == 0
