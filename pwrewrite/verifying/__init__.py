@@ -3,7 +3,7 @@
 Both models are tried on copies, seeded, and compared in what can be observed: what they return (structure, shapes,
 dtypes, values) in both modes and at several batch and spatial sizes, what they cost, whether they save, reload and
 learn. Static checks come from captures, which compute nothing. The real runs are few: one on the example, one at a
-larger batch, one at another spatial size, one of the reloaded model, and one forward and backward in training, which
+larger batch, two at other spatial sizes, one of the reloaded model, and one forward and backward in training, which
 for costly models takes the smaller spatial size. In all that takes as long as some 20 forward passes of VGG-16, 30
 where a float64 copy is the reference, and 40 to 60 of a small classifier, whose eight further samples are most of it.
 

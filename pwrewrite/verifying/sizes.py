@@ -1,4 +1,6 @@
-"""Both models at other batch sizes and other spatial sizes: each statically, one in a real run.
+"""Both models at other batch sizes and other spatial sizes: each statically, some in a real run.
+
+One larger batch is run, and of the spatial sizes one below the example's and one above: code may branch on a size.
 
 What the original does not take is not a check; a note says so. A model whose code looks at values has no static
 comparison, and there one real run is all.
@@ -6,7 +8,7 @@ comparison, and there one real run is all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..capturing import capture
@@ -36,7 +38,8 @@ def check_batch_sizes(context: Context, predicts: bool) -> tuple[Results, Contex
     batch = context.draws.batch
     variants: Variants = {str(b): (b, None) for b in (1, 2, 3) if b != batch} if batch else {}
     many = max(2, min(8, _REAL_MACS // max(context.macs, 1))) if predicts else 2
-    results, context = _check(context, "batch sizes", variants, {str(many): (many, None)} if many != batch else {})
+    first: Variants = {str(many): (many, None)} if many != batch else {}
+    results, context = _check(context, "batch sizes", variants, [{**first, **variants}])
     if predicts and not results.samples:
         _more_samples(context, results, many)
     return results, context
@@ -55,23 +58,29 @@ def _more_samples(context: Context, results: Results, many: int) -> None:
 
 def check_spatial_sizes(context: Context) -> tuple[Results, Context]:
     """Tries half the size, another aspect ratio and an odd size."""
-    variants = {context.draws.size_text(size): (None, size) for size in context.draws.sizes()}
-    return _check(context, "spatial sizes", variants, {})
+    variants: Variants = {context.draws.size_text(size): (None, size) for size in context.draws.sizes()}
+    below = {label: variant for label, variant in variants.items() if variant[1] == "half"}
+    above = {label: variant for label, variant in variants.items() if variant[1] != "half"}
+    return _check(context, "spatial sizes", variants, [below, above])
 
 
-def _check(context: Context, name: str, variants: Variants, first: Variants) -> tuple[Results, Context]:
+def _check(context: Context, name: str, variants: Variants, groups: Sequence[Variants]) -> tuple[Results, Context]:
+    """Compares all variants statically, and the first of each group that the original takes in a real run."""
     context.say(name)
-    results, problems, ran = Results(), list[str](), ""
+    results, problems, ran = Results(), list[str](), list[str]()
     static = context.captures is not None and not context.values_decide
     taken = {k: v for k, v in variants.items() if not static or _fits(context, results, k, v, problems)}
-    for label, (batch, size) in ({**first, **taken} if taken else {}).items():
-        inputs = context.draws.draw(batch, size)
-        before = context.run(context.original, inputs)
-        if before.output is not None:
-            ran, context = label, replace(context, smaller=size or context.smaller)
-            more, context = _same_at(context, results, inputs, before, batch)
-            problems += [f"at {label} {problem}" for problem in more]
-            break
+    for group in groups if taken else ():
+        for label, (batch, size) in group.items():
+            if label in variants and label not in taken:
+                continue
+            inputs = context.draws.draw(batch, size)
+            before = context.run(context.original, inputs)
+            if before.output is not None:
+                ran, context = [*ran, label], replace(context, smaller=context.smaller or size)
+                more, context = _same_at(context, results, inputs, before, batch)
+                problems += [f"at {label} {problem}" for problem in more]
+                break
     if not variants:
         results.notes.append(f"the inputs have no axis to vary: no other {name} were tried")
         return results, context
@@ -81,7 +90,7 @@ def _check(context: Context, name: str, variants: Variants, first: Variants) -> 
         results.notes.append(f"no other {name} could be tried")
         return results, context
     tried = [f"{', '.join(taken)} statically"] if static else []
-    results.check(name, problems, "; ".join([*tried, f"{ran or 'none'} in a real run"]))
+    results.check(name, problems, "; ".join([*tried, f"{' and '.join(ran) or 'none'} in a real run"]))
     return results, context
 
 

@@ -225,3 +225,14 @@ def test_where_rounding_reorders_results_the_layers_before_are_compared() -> Non
     worse = verify(model, wrong, x, edits=EXACT)
     assert "numerics (eval)" in failed(worse)
     assert worse.diverges_at == "head"
+
+
+def test_a_branch_above_the_examples_size_is_run() -> None:
+    def change(y: Tensor) -> Tensor:
+        return y * 2 if y.shape[-1] > 16 else y
+
+    wrong = edited(net(), make=lambda conv: Around(full_rank(conv), change))
+    result = verify(net(), wrong, X, edits=EXACT)
+    assert failed(result) == {"spatial sizes"}
+    below = edited(net(), make=lambda conv: Around(full_rank(conv), lambda y: y * 2 if y.shape[-1] < 16 else y))
+    assert "spatial sizes" in failed(verify(net(), below, X, edits=EXACT))
