@@ -6,21 +6,23 @@ asks the code. The code is traced on proxies, once for every way in which its de
 asked for its truth value or its length, the trace is repeated with the other answers. What holds in every trace holds
 for every input.
 
-Limits: at most `MOST_PATHS` ways are tried, and code that loops over a length, converts to a number or asks for a type
-of its input cannot be followed at all; the answer is then None, "unknown".
+Limits: at most `MOST_PATHS` ways are tried. A length or a whole number (``range(x.shape[-1] // 32)``, ``int(x.sum())``)
+is tried as a few values only. Code that proxies cannot follow at all gets the answer None, "unknown".
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from torch import fx, nn
 
 from .code_trace import ShallowTracer
 
-MOST_PATHS = 64
+_T = TypeVar("_T")
+
+MOST_PATHS = 256
 """Ways through one module's code that are tried."""
 
 _STOCK = (nn.Sequential.forward, nn.Identity.forward)
@@ -33,14 +35,30 @@ _FACT_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "stride", "is
 _RANKS = (4, 3, 2, 5)
 """What ``len(x.shape)`` may be."""
 
+_COUNTS = (1, 0, 2, 4096)
+"""What lengths and whole numbers may be: few, none, several, and more than code compares with."""
+
+_NUMBERS = (1.0, -1.0, 0.0, 1e6)
+
 
 class _Value(fx.Proxy):
-    """A value in a trace whose length is a decision."""
+    """A value in a trace; asking it for a number or its length is a decision."""
 
-    def __len__(self) -> int:
+    def _decide(self, options: Sequence[_T]) -> _T:
         tracer = self.tracer
         assert isinstance(tracer, _PathTracer)
-        return _RANKS[tracer.decide(len(_RANKS))]
+        return options[tracer.decide(len(options))]
+
+    def __len__(self) -> int:
+        return self._decide(_COUNTS)
+
+    def __int__(self) -> int:
+        return self._decide(_COUNTS)
+
+    __index__ = __ceil__ = __floor__ = __round__ = __trunc__ = __int__
+
+    def __float__(self) -> float:
+        return self._decide(_NUMBERS)
 
     def __getattr__(self, name: str) -> Any:
         return _Attribute(self, name)
@@ -49,10 +67,11 @@ class _Value(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 
-class _Attribute(fx.proxy.Attribute):
+class _Attribute(fx.proxy.Attribute, _Value):
     """An attribute of a value, such as its shape."""
 
-    __len__ = _Value.__len__
+    def __len__(self) -> int:
+        return self._decide(_RANKS)
 
 
 class _PathTracer(ShallowTracer):
@@ -81,8 +100,12 @@ class _PathTracer(ShallowTracer):
         """The truth value of a proxy, which is a decision."""
         return self.decide(2) == 0
 
+    def iter(self, obj: Any) -> Iterator[Any]:
+        """The items of a proxy, of which there are a decided number."""
+        return iter([obj[i] for i in range(_COUNTS[:3][self.decide(3)])])
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """A value whose length is a decision."""
+        """A value whose numbers are decisions."""
         return _Value(node, self)
 
 
@@ -123,7 +146,7 @@ def _trace_once(tracer: _PathTracer, module: nn.Module) -> fx.Graph | None:
     before = dict(vars(module))
     try:
         return tracer.trace(module)
-    except (AssertionError, ValueError, NotImplementedError):
+    except (AssertionError, ValueError, LookupError, ArithmeticError, NotImplementedError):
         return None  # this way ends in an error of the code's own
     except Exception as error:
         raise _NotFollowed from error
@@ -136,7 +159,12 @@ def _trace_once(tracer: _PathTracer, module: nn.Module) -> fx.Graph | None:
 
 
 def always_follows(
-    module: nn.Module, first: nn.Module | None, then: nn.Module | None, passes_on: Callable[[nn.Module], bool]
+    module: nn.Module,
+    first: nn.Module | None,
+    then: nn.Module | None,
+    passes_on: Callable[[nn.Module], bool],
+    *,
+    only: bool = True,
 ) -> bool | None:
     """Whether ``then`` reads what ``first`` returns and nothing else does, in every way through a module's own code.
 
@@ -145,6 +173,7 @@ def always_follows(
         first: A module that the code calls; the code's own input where None.
         then: Another one; the code's output where None.
         passes_on: Whether a module returns what it is given.
+        only: Whether ``then`` may read nothing else, in any of its calls.
 
     Returns:
         None where the code cannot be followed, or no way through it shows the connection.
@@ -162,9 +191,10 @@ def always_follows(
             read = _elements(reader) if then is None else [_first_argument(reader)]
             read = [_before(module, node, passes_on) for node in read]
             hits = [i for i, n in enumerate(read) if (n in sources if first is not None else _is_input(n))]
-            if not hits:
+            if hits:
+                places.add(tuple(hits))
+            elif only or then is None:
                 return False
-            places.add(tuple(hits))
         if any(not _only_read_by(module, source, readers, passes_on) for source in sources):
             return False
     return len(places) == 1 if places else None

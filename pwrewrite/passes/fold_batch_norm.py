@@ -37,7 +37,12 @@ from .weight_norms import weight_norms
 _ARGUMENTS = ("input", *TENSORS, "training", "momentum", "eps")
 """Of ``F.batch_norm``, in order."""
 
-_FROZEN = frozenset({"weight", "bias", "running_mean", "running_var"})
+_ARITHMETIC = {
+    *("add", "sub", "rsub", "mul", "div", "neg", "rsqrt", "sqrt", "reciprocal", "pow", "exp", "addcmul", "batch_norm"),
+    *("getitem", "view", "reshape", "unsqueeze", "expand", "flatten", "view_as", "expand_as", "contiguous", "clone"),
+    *("to", "type", "type_as", "float", "detach", "iadd", "imul", "isub"),
+}
+"""Operations of which a frozen norm's code may consist."""
 
 
 class FoldBatchNorm(Pass):
@@ -75,7 +80,7 @@ class _Norm:
         source: What it reads.
         last: The node that makes its output, up to the norm itself.
         keep: Names of its children that run behind the norm.
-        code: Settings of a function call: ``tensors``, ``eps`` and ``scope``.
+        code: Settings of a function call: ``tensors``, ``eps`` and ``scope``; of a norm written out: ``affine``.
     """
 
     def __init__(
@@ -85,6 +90,10 @@ class _Norm:
 
     def tensors(self, graph: Graph) -> Any:
         """What has its statistics, and scale and shift where it has them, as attributes."""
+        if self.code.get("affine"):
+            module = graph.modules[self.path]
+            first = next(t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
+            return SimpleNamespace(running_mean=first, running_var=first)
         if not self.code:
             return graph.modules[self.path]
         names = self.code["tensors"].items()
@@ -94,17 +103,18 @@ class _Norm:
 def _norms(graph: Graph) -> list[_Norm | Skip]:
     """Every batch norm of the graph."""
     found: list[_Norm | Skip] = []
-    frozen: dict[str, list[fx.Node]] = {}
+    written_out: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_module" and info(node).op == "batch_norm":
             found.append(_Norm(str(node.target), node.args[0] if node.args else None, node))
+        elif node.op in ("call_function", "call_method") and _is_affine(graph.modules.get(info(node).path)):
+            written_out.setdefault(info(node).path, []).append(node)
         elif node.op == "call_function" and info(node).op == "batch_norm":
             if _is_layer(graph.modules.get(info(node).path)):
                 continue  # a layer that normalises its weight, not an activation
             found.append(_functional(graph, node))
-        elif node.op in ("call_function", "call_method") and _is_frozen(graph.modules.get(info(node).path)):
-            frozen.setdefault(info(node).path, []).append(node)
-    return [*found, *(_frozen(path, nodes) for path, nodes in frozen.items())]
+    affine = (_written_out(graph, path, nodes) for path, nodes in written_out.items())
+    return [*found, *(norm for norm in affine if norm is not None)]
 
 
 def _functional(graph: Graph, node: fx.Node) -> _Norm | Skip:
@@ -160,22 +170,25 @@ def _in_code(graph: Graph, node: fx.Node) -> _Norm | Skip:
     return _Norm(str(names["running_mean"]), given.get("input"), node, code=code)
 
 
-def _is_frozen(module: nn.Module | None) -> bool:
-    if module is None or isinstance(module, _BatchNorm) or any(True for _ in module.children()):
+def _is_affine(module: nn.Module | None) -> bool:
+    """Whether a module may be a scale and a shift per channel: it holds one number per channel, once or more."""
+    if module is None or isinstance(module, _BatchNorm) or _is_layer(module) or any(True for _ in module.children()):
         return False
-    held = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-    return held - {"num_batches_tracked"} == _FROZEN and hasattr(module, "eps")
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    return bool(tensors) and all(t.numel() == tensors[0].numel() == max(t.shape, default=0) for t in tensors)
 
 
-def _frozen(path: str, nodes: list[fx.Node]) -> _Norm | Skip:
-    """A norm whose code computes scale and shift from its buffers."""
+def _written_out(graph: Graph, path: str, nodes: list[fx.Node]) -> _Norm | Skip | None:
+    """A norm whose code computes scale and shift from its tensors; None for something else."""
     own = set(nodes)
+    if any(info(n).op not in _ARITHMETIC for n in nodes):
+        return None
     reads = [n for n in nodes for a in n.all_input_nodes if a not in own and a.op != "get_attr"]
     outs = [n for n in nodes if any(user not in own for user in n.users)]
-    if len(reads) != 1 or len(outs) != 1:
+    sources = {a for n in reads for a in n.all_input_nodes if a not in own and a.op != "get_attr"}
+    if len(sources) != 1 or len(outs) != 1:
         return Skip(path, SkipReason.CALLED_TWICE, "a norm that is called more than once")
-    source = next(a for a in reads[0].all_input_nodes if a not in own and a.op != "get_attr")
-    return _Norm(path, source, outs[0])
+    return _Norm(path, sources.pop(), outs[0], code={"affine": True})
 
 
 def _fold(graph: Graph, norm: _Norm, taken: set[str]) -> Proposal:
@@ -219,7 +232,7 @@ def _fold_repeated(graph: Graph, calls: list[_Norm]) -> Proposal:
 def _mean(graph: Graph, norm: _Norm) -> Tensor | Skip:
     """A norm's running mean, or why it cannot be folded into anything."""
     path, module = norm.path, norm.tensors(graph)
-    if hooked(module):
+    if hooked(graph.modules[path] if norm.code.get("affine") else module):
         return Skip(path, SkipReason.HOOKS, "has a hook, which would no longer see the norm's output; remove it")
     mean = getattr(module, "running_mean", None)
     if not isinstance(mean, Tensor) or not isinstance(getattr(module, "running_var", None), Tensor):
@@ -247,9 +260,11 @@ def _before(graph: Graph, norm: _Norm, channels: int, calls: int = 1) -> Layer |
         return _far(norm.path, "a linear map over an axis that it does not normalise")
     if layer.out_channels != channels or (layer.spec is not None and len(facts.outputs[0].shape) < layer.spec.dims + 2):
         return _far(norm.path, "an unbatched convolution")
-    if isinstance(norm.source, fx.Node) and (why := graph.unfixed(source, next(iter(norm.source.users)))) is not None:
-        return Skip(norm.path, SkipReason.DATA_DEPENDENT, why)
-    return _usable(graph, norm, layer, calls) or layer
+    refusal = _usable(graph, norm, layer, calls)
+    if refusal is None and isinstance(norm.source, fx.Node):
+        why = graph.unfixed(source, next(iter(norm.source.users)))
+        refusal = None if why is None else Skip(norm.path, SkipReason.DATA_DEPENDENT, why)
+    return refusal or layer
 
 
 def _behind(graph: Graph, norm: _Norm, channels: int) -> Layer | Skip:
@@ -313,6 +328,8 @@ def _is_layer(module: Any) -> bool:
 def _op(graph: Graph, norm: _Norm, layer: Layer, side: str) -> Op:
     held = norm.tensors(graph)
     own = [getattr(held, name, None) for name in ("weight", "bias")]
+    if norm.code.get("affine"):
+        own = list(graph.modules[norm.path].parameters())
     params = layer.params + sum(p.numel() for p in own if isinstance(p, nn.Parameter))
     has_bias = spec_of(layer).bias
     after = layer.params + (0 if has_bias else layer.out_channels)

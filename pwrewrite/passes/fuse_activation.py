@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from torch import fx, nn
@@ -105,9 +106,11 @@ class FusePointwiseActivation(Pass):
             settings = self._addition(graph, layer, node, last, reader, fused)
         if settings is None:
             return None
-        why = next((why for end in settings["nodes"] if (why := graph.unfixed(node, end)) is not None), None)
-        if why is not None:
-            return Skip(layer.path, SkipReason.DATA_DEPENDENT, why)
+        steps = [node, *sorted(settings["nodes"], key=graph.order.__getitem__)]
+        for before, behind in pairwise(steps):
+            why = graph.unfixed(before, behind, only="remove" in settings)
+            if why is not None:
+                return Skip(layer.path, SkipReason.DATA_DEPENDENT, why)
         if pads_itself(graph, layer, node):
             settings["same"] = True
         else:
@@ -139,10 +142,11 @@ class FusePointwiseActivation(Pass):
         refusal = self._refused(capture, graph, layer)
         if refusal is not None:
             return refusal
-        for call, reader in zip(calls, behind):
-            if (why := graph.unfixed(call, reader)) is not None:
-                return Skip(layer.path, SkipReason.DATA_DEPENDENT, why)
         (name, numbers), path = acts[0]
+        only = bool(path) and graph.calls_of(path) == len(behind)
+        for call, reader in zip(calls, behind):
+            if (why := graph.unfixed(call, reader, only=only)) is not None:
+                return Skip(layer.path, SkipReason.DATA_DEPENDENT, why)
         if path and hooked(graph.modules[path]):
             return None
         settings: dict[str, Any] = {"activation": name, "scalars": list(numbers), "nodes": set(behind)}

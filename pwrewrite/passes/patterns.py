@@ -55,7 +55,7 @@ class Graph:
             if node.op in ("call_function", "call_method"):
                 self.code.setdefault(info(node).path, []).append(node)
         self.inside = Counter({path: len(nodes) for path, nodes in self.code.items()})
-        self._links: dict[_Link, str | None] = {}
+        self._links: dict[tuple[_Callee, _Callee | None, _Callee | None, bool], str | None] = {}
 
     def sole_reader(self, node: fx.Node) -> fx.Node | None:
         """The one node that reads another, once."""
@@ -147,7 +147,7 @@ class Graph:
             node = self.named[held]
         return False
 
-    def unfixed(self, first: fx.Node, then: fx.Node) -> str | None:
+    def unfixed(self, first: fx.Node, then: fx.Node, *, only: bool = True) -> str | None:
         """Why code may connect two nodes for some inputs only: on other values or sizes it takes another way.
 
         Asked of every module whose code passes the result on. A call in such code itself (a function) is not asked
@@ -156,6 +156,7 @@ class Graph:
         Args:
             first: The node that makes a tensor.
             then: The node that reads it.
+            only: Whether the second module may read nothing else in any of its calls, as one that is taken out.
 
         Returns:
             A clause for a message; None where the two are connected for every input.
@@ -168,10 +169,10 @@ class Graph:
         links += [(owner, callee, None) for owner, callee in zip(up[shared:], up[shared + 1 :])]
         links += [(owner, None, callee) for owner, callee in zip(down[shared:], down[shared + 1 :])]
         for link in links:
-            if link not in self._links:
-                self._links[link] = self._link(*link)
-            if self._links[link] is not None:
-                return self._links[link]
+            if (*link, only) not in self._links:
+                self._links[*link, only] = self._link(*link, only)
+            if self._links[*link, only] is not None:
+                return self._links[*link, only]
         return None
 
     def _stack(self, node: fx.Node) -> list[_Callee]:
@@ -179,12 +180,12 @@ class Graph:
         callers: list[_Callee] = list(info(node).callers)
         return [*callers, str(node.target) if node.op == "call_module" else node]
 
-    def _link(self, owner: _Callee, first: _Callee | None, then: _Callee | None) -> str | None:
+    def _link(self, owner: _Callee, first: _Callee | None, then: _Callee | None, only: bool) -> str | None:
         module = self.modules.get(owner) if isinstance(owner, str) else None
         if module is None or isinstance(first, fx.Node) or isinstance(then, fx.Node):
             return None
         before, behind = (None if end is None else self.modules[end] for end in (first, then))
-        fixed = always_follows(module, before, behind, lambda m: is_identity(m) or drops(m))
+        fixed = always_follows(module, before, behind, lambda m: is_identity(m) or drops(m), only=only)
         if fixed:
             return None
         where = f"the code of {owner}" if owner else "the model's own code"

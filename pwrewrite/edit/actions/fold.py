@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...core.convolution import ConvSpec
 from ...core.errors import PlanError, RefusedError
 from ...core.plan import Edit, Op, Skip, SkipReason
+from .affine import affine_facts
 from .bench import Bench, Refused, WeightedModule, param_count, train_like
 from .code_norm import CodeNorm, NormFacts, NormTensors
 from .fold_weight import WEIGHT, fold_weight
@@ -35,6 +36,7 @@ class FoldSettings:
         tensors: For a norm that is a function call in some code: the names of what it reads.
         eps: For such a norm: what it adds to the variance.
         scope: For such a norm: path of the module whose code makes the call, which becomes a graph.
+        affine: Whether it is a module whose code computes a scale and a shift in its own way.
     """
 
     layer: str
@@ -45,6 +47,7 @@ class FoldSettings:
     tensors: NormTensors | None = None
     eps: Number = 0.0
     scope: str | None = None
+    affine: bool = False
 
 
 def fold_norm(bench: Bench, op: Op) -> Edit:
@@ -66,6 +69,8 @@ def fold_norm(bench: Bench, op: Op) -> Edit:
     norm = NormFacts.of(module) if code is None else code.facts
     layer = bench.same_layer(op, path, spec, "layer")
     width = spec.out_channels if side == "behind" else spec.in_channels
+    if settings.affine:
+        norm = affine_facts(op, module, width, spec.dims, fill=bench.fill)
     if norm is None or norm.running_mean.numel() != width:
         raise PlanError(
             "the plan folds a norm that is none here",
@@ -73,11 +78,13 @@ def fold_norm(bench: Bench, op: Op) -> Edit:
             expected=f"a norm of {width} channels with running statistics",
             got=str(module if code is None else norm)[:80],
         )
-    params, weight = param_count(layer) + norm.params, layer.weight
+    own = {name: p for name, p in module.named_parameters() if settings.affine or name in ("weight", "bias")}
+    params, weight = param_count(layer) + (sum(p.numel() for p in own.values()) if own else norm.params), layer.weight
     fill = bench.fill and not (weight.is_meta or norm.running_mean.is_meta)
     if code is None:
         bench.check_held(op.path, module)
-        _check(op, module, norm, keep, fill)
+        if not settings.affine:
+            _check(op, module, norm, keep, fill)
     if fill:
         new_weight, new_bias = _folded(layer, norm, spec, side)
         if not (torch.isfinite(new_weight).all() and torch.isfinite(new_bias).all()):
@@ -91,14 +98,19 @@ def fold_norm(bench: Bench, op: Op) -> Edit:
         new_weight, new_bias = weight.detach(), torch.empty(spec.out_channels, dtype=weight.dtype, device=weight.device)
     old_bias = layer.bias
     layer.weight, layer.bias = nn.Parameter(new_weight), nn.Parameter(new_bias)
-    train_like(layer.weight, weight, norm.weight)
-    train_like(layer.bias, weight if old_bias is None else old_bias, norm.bias)
+    gain, shift = (own.get("weight"), own.get("bias")) if code is None else (norm.weight, norm.bias)
+    if settings.affine:
+        gain = shift = next((p for p in own.values() if p.requires_grad), None)
+    train_like(layer.weight, weight, gain)
+    train_like(layer.bias, weight if old_bias is None else old_bias, shift)
     stem = f"{path}." if path else ""
     inner = f"{op.path}." if op.path else ""
     names = code.names if code is not None else {key: inner + key for key in ("weight", "bias")}
     renamed: dict[str, tuple[str, ...]] = {
         str(names[key]): (stem + key,) for key in ("weight", "bias") if getattr(norm, key) is not None
     }
+    if settings.affine:
+        renamed = {inner + name: (f"{stem}weight", f"{stem}bias") for name in own}
     if old_bias is None:
         renamed[f"{stem}weight"] = (f"{stem}weight", f"{stem}bias")
     aliases: tuple[str, ...] = ()
