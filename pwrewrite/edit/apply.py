@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import nn
 from ..core.copies import deep_copy
 from ..core.errors import PlanError, RefusedError, first_line
 from ..core.plan import Edit, Op, Plan, Skip, SkipReason
-from .actions import ACTIONS, SETTINGS, Bench, Decomposer, Refused
+from .actions import ACTIONS, Bench, Decomposer, Refused
 
 Probe = Callable[[nn.Module], None]
 
@@ -94,15 +93,6 @@ def carry_out(
         if op.action not in ACTIONS:
             raise PlanError(
                 "unknown action", where=op.where("action"), expected=f"one of {', '.join(ACTIONS)}", got=op.action
-            )
-        known = SETTINGS[op.action].split()
-        for name in set(op.settings) - set(known):
-            near = get_close_matches(name, known, n=1)
-            raise PlanError(
-                f"{op.action} has no setting {name!r}",
-                where=op.where(name),
-                expected=", ".join(known),
-                hint=f"did you mean {near[0]}?" if near else "remove it",
             )
     work = _Work(model, fill, decomposer)
     done = work.attempt(plan.ops, progress=progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -455,9 +456,10 @@ def test_a_factor_too_large_for_half_precision() -> None:
 
 def test_a_model_that_cannot_be_copied() -> None:
     model = nn.Sequential(conv())
-    model.state = model(X)
-    with pytest.raises(RefusedError, match="cannot be copied"):
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(RefusedError, match="cannot be copied") as caught:
         apply(model, plan_of(nn.Sequential(conv())))
+    assert "locks" in str(caught.value.hint)
 
 
 def test_apply_refuses_where_carry_out_skips() -> None:

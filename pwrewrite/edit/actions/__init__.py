@@ -32,17 +32,4 @@ ACTIONS: dict[str, Callable[[Bench, Op], Edit]] = {
 }
 """Name of an action to what carries it out."""
 
-SETTINGS: dict[str, str] = {
-    "bake": "weights",
-    "factorize": "layer form widths axes init norm activation weight scope",
-    "project": "channels branch_channels dims init dtype consumers norms outputs exact",
-    "fold": "side layer spec channels keep same tensors eps scope",
-    "fuse": "layer activation scalars residual remove called scope alias head same keep_nan",
-    "merge": "first first_layer layer",
-    "remove": "kind unread same",
-    "channels-last": "layers",
-    "unfuse": "",
-}
-"""Name of an action to the settings that an op of it may have."""
-
-__all__ = ["ACTIONS", "SETTINGS", "Bench", "Decomposer", "Refused"]
+__all__ = ["ACTIONS", "Bench", "Decomposer", "Refused"]
