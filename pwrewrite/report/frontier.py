@@ -76,8 +76,8 @@ def page(frontier: Frontier) -> Page:
         ]
     columns.append(Column("loss", [f"{point.loss:.3g}" for point in frontier.points]))
     columns.append(Column("layers", [exact(point.layers) for point in frontier.points]))
-    told = f"least predicted loss at every budget, by {frontier.sensitivity}"
-    return (Title(frontier.target, [told]), Line(""), Table(columns))
+    line = f"least predicted loss at every budget, by {frontier.sensitivity}"
+    return (Title(frontier.target, [line]), Line(""), Table(columns))
 
 
 def comma_separated(frontier: Frontier) -> str:
@@ -114,8 +114,8 @@ def picture(frontier: Frontier) -> str:
     for point in frontier.points:
         x, y = at(point)
         share = percent(frontier.share(point, frontier.kind))
-        told = f"{share} of the {frontier.kind}: loss {point.loss:.3g}, {plural(point.layers, 'layer')}"
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="#1f6feb"><title>{escape(told)}</title></circle>')
+        line = f"{share} of the {frontier.kind}: loss {point.loss:.3g}, {plural(point.layers, 'layer')}"
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="#1f6feb"><title>{escape(line)}</title></circle>')
     original = _amount(frontier.kind, frontier.original[frontier.kind])
     label = escape(f"{frontier.kind}, in % of the original ({original})")
     base = _HEIGHT - _BOTTOM

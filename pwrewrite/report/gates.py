@@ -25,11 +25,11 @@ def check(
     failures: list[tuple[str, str, str]] = []
     for what, limit, value in (("parameters", max_params, analysis.params), ("MACs", max_macs, analysis.macs)):
         if limit is not None and value > limit:
-            told = f"{exact(value)} {what} ({exact(value - limit)} too many)"
-            failures.append((f"too many {what}", f"at most {exact(limit)} {what}", told))
+            amount = f"{exact(value)} {what} ({exact(value - limit)} too many)"
+            failures.append((f"too many {what}", f"at most {exact(limit)} {what}", amount))
     if strict and analysis.coverage.unpriced:
-        told = unpriced_text(analysis)
-        failures.append(("operations without a cost formula", "every operation priced (--strict)", told))
+        amount = unpriced_text(analysis)
+        failures.append(("operations without a cost formula", "every operation priced (--strict)", amount))
     if failures:
         over, expected, got = zip(*failures, strict=True)
         unpriced = failures[0][0].startswith("operations")  # and so the only one

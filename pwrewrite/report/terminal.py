@@ -65,11 +65,11 @@ def _block(block: Block, width: int) -> RenderableType:
         case Listing(columns):
             return _listing(columns, width)
         case Facts(rows):
-            return _grid([(Text(plain(name), "bold"), Text(plain(told), style)) for name, told, style in rows])
+            return _grid([(Text(plain(name), "bold"), Text(plain(fact), style)) for name, fact, style in rows])
         case Notes():
             return _block(Facts(_noted(block)), width)
-        case Line(told, style):
-            return Text(plain(told), style=style)
+        case Line(line, style):
+            return Text(plain(line), style=style)
 
 
 def _noted(notes: Notes) -> list[tuple[str, str, str]]:

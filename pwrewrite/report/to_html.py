@@ -19,19 +19,19 @@ def html(page: Page) -> str:
 def _block(block: Block) -> str:
     match block:
         case Title(name, lines):
-            told = "<br>".join(escape(line if isinstance(line, str) else line[0]) for line in lines)
-            return f"<p><b>{escape(name)}</b><br>{told}</p>"
+            texts = "<br>".join(escape(line if isinstance(line, str) else line[0]) for line in lines)
+            return f"<p><b>{escape(name)}</b><br>{texts}</p>"
         case Section(title, note, verdict):
             style = "" if verdict is None else _GOOD if verdict else _BAD
             return f"<p><b>{escape(title)}</b> <span style='{style}'>{escape(note)}</span></p>"
         case Table(columns) | Listing(columns):
             return _table(columns)
         case Facts(rows):
-            return _rows([(f"<b>{escape(name)}</b>", escape(told)) for name, told, _ in rows])
+            return _rows([(f"<b>{escape(name)}</b>", escape(fact)) for name, fact, _ in rows])
         case Notes(notes):
             return _rows([("<b>notes</b>" if not i else "", escape(note)) for i, note in enumerate(notes)])
-        case Line(told, _, hint):
-            return f"<p>{escape(told)}</p>" if told and not hint else ""
+        case Line(line, _, hint):
+            return f"<p>{escape(line)}</p>" if line and not hint else ""
 
 
 def _table(columns: Sequence[Column]) -> str:

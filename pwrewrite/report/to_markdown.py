@@ -21,8 +21,8 @@ def markdown(page: Page) -> str:
 def _block(block: Block) -> str:
     match block:
         case Title(name, lines):
-            told = [line if isinstance(line, str) else line[0] for line in lines]
-            return f"# {code(name)}\n\n" + ("  \n".join(map(escape, told)) if len(told) > 1 else sentence(*told))
+            texts = [line if isinstance(line, str) else line[0] for line in lines]
+            return f"# {code(name)}\n\n" + ("  \n".join(map(escape, texts)) if len(texts) > 1 else sentence(*texts))
         case Section(title, note, verdict):
             if verdict is not None:
                 return f"## {title}\n\n{'✓' if verdict else '✗'} **{escape(note)}**"
@@ -32,11 +32,11 @@ def _block(block: Block) -> str:
         case Listing(columns):
             return pipe_table(columns)
         case Facts(rows):
-            return "\n".join(f"- {escape(name[:1].upper() + name[1:])}: {escape(told)}" for name, told, _ in rows)
+            return "\n".join(f"- {escape(name[:1].upper() + name[1:])}: {escape(fact)}" for name, fact, _ in rows)
         case Notes(notes):
             return "\n".join(["## Notes", "", *(f"- {escape(note)}" for note in notes)])
-        case Line(told, _, hint):
-            return "" if hint else escape(told)
+        case Line(line, _, hint):
+            return "" if hint else escape(line)
 
 
 def pipe_table(columns: Sequence[Column]) -> str:
@@ -50,8 +50,8 @@ def pipe_table(columns: Sequence[Column]) -> str:
 
 def sentence(text: str) -> str:
     """An escaped text as a sentence."""
-    told = escape(text)
-    return f"{told[:1].upper()}{told[1:]}" + ("" if told.endswith((".", "!", "?")) else ".")
+    escaped = escape(text)
+    return f"{escaped[:1].upper()}{escaped[1:]}" + ("" if escaped.endswith((".", "!", "?")) else ".")
 
 
 def code(text: str) -> str:

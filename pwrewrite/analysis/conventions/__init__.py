@@ -137,12 +137,12 @@ def explain(capture: Capture) -> tuple[Count, ...]:
     Args:
         capture: The model, captured in evaluation mode.
     """
-    found = units(capture)
-    return tuple(_count(capture, tool, found) for tool in TOOLS)
+    all_units = units(capture)
+    return tuple(_count(capture, tool, all_units) for tool in TOOLS)
 
 
-def _count(capture: Capture, tool: str, found: Sequence[Unit]) -> Count:
-    shares, caveats = _TOOLS[tool].shares(capture, found)
+def _count(capture: Capture, tool: str, all_units: Sequence[Unit]) -> Count:
+    shares, caveats = _TOOLS[tool].shares(capture, all_units)
     sums: dict[tuple[str, str], list[float]] = {}
     for share in shares:
         entry = sums.setdefault((share.kind, share.rule), [0, 0, 0])

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
 
 from torch import nn
 
@@ -38,16 +37,16 @@ def uncounted(unit: Unit, tool: str) -> Share:
     return Share(unit.kind, rule, 0, unit.ours)
 
 
-_Rule = Callable[[Any, Unit], tuple[int, str]]
+_Rule = Callable[[Unit], tuple[int, str]]
 
 
-def thop_shares(capture: Capture, found: Sequence[Unit]) -> tuple[list[Share], list[str]]:
+def thop_shares(capture: Capture, all_units: Sequence[Unit]) -> tuple[list[Share], list[str]]:
     """What ``thop.profile(model, inputs)`` counts."""
     shares: list[Share] = []
     caveats: list[str] = []
     hooks = visits(capture.model)
     added = visits(capture.model, lambda m: type(m) in _THOP and not isinstance(m, nn.Sequential))
-    for unit in found:
+    for unit in all_units:
         rule = _THOP.get(type(unit.module)) if unit.whole else None
         if unit.whole and isinstance(unit.module, RECURRENT):
             caveats.append("thop has formulas of its own for recurrent modules, here they count as 0")
@@ -55,7 +54,7 @@ def thop_shares(capture: Capture, found: Sequence[Unit]) -> tuple[list[Share], l
             if unit.ours:
                 shares.append(uncounted(unit, "thop"))
             continue
-        counted, text = rule(unit.module, unit)
+        counted, text = rule(unit)
         shares.append(Share(unit.kind, text, counted, unit.ours))
         times = hooks[unit.module] * added[unit.module]
         if times > 1 and counted:
@@ -63,65 +62,66 @@ def thop_shares(capture: Capture, found: Sequence[Unit]) -> tuple[list[Share], l
     return shares, caveats
 
 
-def _thop_convolution(m: Any, unit: Unit) -> tuple[int, str]:
+def _thop_convolution(unit: Unit) -> tuple[int, str]:
     # its figure for transposed ones: output positions × weight taken as (out, in/groups)
-    counted = unit.output.numel * (unit.input.shape[1] // m.groups) * prod(m.weight.shape[2:])
-    return counted, "" if counted == unit.ours else _transposed_rule(m)
+    counted = unit.output.numel * (unit.input.shape[1] // unit.module.groups) * prod(unit.module.weight.shape[2:])
+    return counted, "" if counted == unit.ours else _transposed_rule(unit)
 
 
-def _transposed_rule(m: Any) -> str:
-    return "transposed, counted at output resolution" if getattr(m, "transposed", False) else "counted differently"
+def _transposed_rule(unit: Unit) -> str:
+    transposed = getattr(unit.module, "transposed", False)
+    return "transposed, counted at output resolution" if transposed else "counted differently"
 
 
-def _thop_norm(m: Any, unit: Unit) -> tuple[int, str]:
-    each = 4 if getattr(m, "affine", False) or getattr(m, "elementwise_affine", False) else 2
+def _thop_norm(unit: Unit) -> tuple[int, str]:
+    each = 4 if getattr(unit.module, "affine", False) or getattr(unit.module, "elementwise_affine", False) else 2
     return each * unit.input.numel, f"{each} per element"
 
 
-def _thop_adaptive_pool(m: Any, unit: Unit) -> tuple[int, str]:
+def _thop_adaptive_pool(unit: Unit) -> tuple[int, str]:
     window = prod(n / out for n, out in zip(unit.input.shape[2:], unit.output.shape[2:]))
     return int((window + 1) * unit.output.numel), "its window + 1 per output element"
 
 
-def _thop_softmax(m: Any, unit: Unit) -> tuple[int, str]:
-    features = unit.input.shape[m.dim]
+def _thop_softmax(unit: Unit) -> tuple[int, str]:
+    features = unit.input.shape[unit.module.dim]
     return unit.input.numel // features * (3 * features - 1), "3 per element, less 1 per row"
 
 
-def _thop_upsample(m: Any, unit: Unit) -> tuple[int, str]:
-    each = {"nearest": 1, "linear": 5, "bilinear": 11, "bicubic": 259}.get(m.mode, 0)
+def _thop_upsample(unit: Unit) -> tuple[int, str]:
+    each = {"nearest": 1, "linear": 5, "bilinear": 11, "bicubic": 259}.get(unit.module.mode, 0)
     return each * unit.output.numel, f"{each} per output element"
 
 
-def _nothing(m: Any, unit: Unit) -> tuple[int, str]:
+def _nothing(unit: Unit) -> tuple[int, str]:
     return 0, ""
 
 
 _THOP: dict[type[nn.Module], _Rule] = {
     **dict.fromkeys(_STOCK_CONVOLUTIONS, _thop_convolution),
-    nn.Linear: lambda m, unit: (m.in_features * unit.output.numel, ""),
+    nn.Linear: lambda unit: (unit.module.in_features * unit.output.numel, ""),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm), _thop_norm),
     **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _thop_norm),
     **dict.fromkeys(
-        (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), lambda m, unit: (unit.output.numel, "1 per output element")
+        (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), lambda unit: (unit.output.numel, "1 per output element")
     ),
     **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), _thop_adaptive_pool),
     **dict.fromkeys((nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d), _thop_upsample),
     nn.Softmax: _thop_softmax,
-    nn.PReLU: lambda m, unit: (unit.input.numel, "1 per element"),
+    nn.PReLU: lambda unit: (unit.input.numel, "1 per element"),
     **dict.fromkeys(
-        (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Dropout, nn.Sequential, nn.PixelShuffle), lambda m, unit: (0, "")
+        (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Dropout, nn.Sequential, nn.PixelShuffle), lambda unit: (0, "")
     ),
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.ZeroPad2d), _nothing),
     **dict.fromkeys((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), _nothing),
 }
 
 
-def torchinfo_shares(capture: Capture, found: Sequence[Unit]) -> tuple[list[Share], list[str]]:
+def torchinfo_shares(capture: Capture, all_units: Sequence[Unit]) -> tuple[list[Share], list[str]]:
     """What ``torchinfo.summary(model, input_data=inputs).total_mult_adds`` counts."""
     shares: list[Share] = []
     caveats: list[str] = []
-    for unit in found:
+    for unit in all_units:
         if not unit.whole or not childless(unit.module):
             if unit.ours:
                 shares.append(uncounted(unit, "torchinfo"))

@@ -9,6 +9,7 @@ figure for a product broadcast over a batch is that of one batch item.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import floor, prod
 from typing import Any
 
@@ -21,11 +22,11 @@ from .units import Share, Unit, argument, function_name, operand_shapes, shape_o
 _COMPLEX = "complex: three real convolutions"
 
 
-def torch_shares(capture: Capture, found: Sequence[Unit]) -> tuple[list[Share], list[str]]:
+def torch_shares(capture: Capture, all_units: Sequence[Unit]) -> tuple[list[Share], list[str]]:
     """What ``FlopCounterMode`` counts, its FLOPs halved."""
     shares: list[Share] = []
     caveats: list[str] = []
-    for node in (node for unit in found for node in unit.nodes):
+    for node in (node for unit in all_units for node in unit.nodes):
         facts = info(node)
         macs = facts.cost.macs
         if not macs:
@@ -91,14 +92,25 @@ def _dispatched(node: fx.Node) -> int | None:
 
 
 _FAILS = "matrix-vector products counted as 0"
-_Handle = Callable[[fx.Node, NodeInfo, Any], tuple[float, str]]
 
 
-def fvcore_shares(capture: Capture, found: Sequence[Unit]) -> tuple[list[Share], list[str]]:
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A node, its facts, and the module that it calls; None for a function."""
+
+    node: fx.Node
+    facts: NodeInfo
+    module: Any
+
+
+_Handle = Callable[[_Call], tuple[float, str]]
+
+
+def fvcore_shares(capture: Capture, all_units: Sequence[Unit]) -> tuple[list[Share], list[str]]:
     """What ``FlopCountAnalysis(model, inputs).total()`` counts."""
     shares: list[Share] = []
     caveats: list[str] = []
-    for unit in found:
+    for unit in all_units:
         for node in unit.nodes:
             facts = info(node)
             module = unit.module if node.op == "call_module" else None
@@ -109,43 +121,43 @@ def fvcore_shares(capture: Capture, found: Sequence[Unit]) -> tuple[list[Share],
                 if facts.op == "attention" and function_name(node) == "multi_head_attention_forward":
                     caveats.append("fvcore counts the parts of nn.MultiheadAttention, here it counts as 0")
                 continue
-            counted, rule = handle(node, facts, module)
+            counted, rule = handle(_Call(node, facts, module))
             if rule == _FAILS:
                 caveats.append("fvcore fails on a matrix-vector product, here it counts as 0")
             shares.append(Share(words(facts.op), rule, counted, facts.cost.macs))
     return shares, caveats
 
 
-def _convolution(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, str]:
-    if module is not None:
-        named = isinstance(module.padding, str) and module.padding_mode == "zeros"
+def _convolution(call: _Call) -> tuple[float, str]:
+    if call.module is not None:
+        named = isinstance(call.module.padding, str) and call.module.padding_mode == "zeros"
     else:
-        named = isinstance(argument(node, 4, "padding"), str)
+        named = isinstance(argument(call.node, 4, "padding"), str)
     if named:
         return 0, 'padding="same" or "valid": no handle, counted as 0'
-    return (3 * facts.cost.macs, _COMPLEX) if _is_complex(facts) else (facts.cost.macs, "")
+    return (3 * call.facts.cost.macs, _COMPLEX) if _is_complex(call.facts) else (call.facts.cost.macs, "")
 
 
-def _as_ours(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, str]:
-    return facts.cost.macs, ""
+def _as_ours(call: _Call) -> tuple[float, str]:
+    return call.facts.cost.macs, ""
 
 
-def _matmul(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, str]:
-    left, right = operand_shapes(node)
+def _matmul(call: _Call) -> tuple[float, str]:
+    left, right = operand_shapes(call.node)
     if len(right) == 1:
         return 0, _FAILS
     counted = prod(left) * right[-1]
-    return counted, "" if counted == facts.cost.macs else "broadcast over a batch: one item counted"
+    return counted, "" if counted == call.facts.cost.macs else "broadcast over a batch: one item counted"
 
 
-def _einsum(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, str]:
-    equation = node.args[0]
-    operands = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
+def _einsum(call: _Call) -> tuple[float, str]:
+    equation = call.node.args[0]
+    operands = call.node.args[1] if isinstance(call.node.args[1], (list, tuple)) else call.node.args[1:]
     shapes = [shape for operand in operands if (shape := shape_of(operand)) is not None]
     if not isinstance(equation, str) or len(shapes) != len(operands):
-        return facts.cost.macs, ""
+        return call.facts.cost.macs, ""
     counted = _einsum_macs(equation.replace(" ", ""), shapes)
-    return counted, "" if counted == facts.cost.macs else "half of NumPy's estimate of its FLOPs"
+    return counted, "" if counted == call.facts.cost.macs else "half of NumPy's estimate of its FLOPs"
 
 
 def _einsum_macs(equation: str, shapes: list[tuple[int, ...]]) -> int:
@@ -165,27 +177,27 @@ def _einsum_macs(equation: str, shapes: list[tuple[int, ...]]) -> int:
     return 0
 
 
-def _affine(node: fx.Node, module: Any, position: int) -> bool:
-    if module is not None:
-        return getattr(module, "weight", None) is not None
-    return shape_of(argument(node, position, "weight")) is not None
+def _affine(call: _Call, position: int) -> bool:
+    if call.module is not None:
+        return getattr(call.module, "weight", None) is not None
+    return shape_of(argument(call.node, position, "weight")) is not None
 
 
-def _batch_norm(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, str]:
-    if _is_torch(node, "batch_norm"):
-        affine, training = _affine(node, module, 1), bool(argument(node, 5, "training"))
-    elif module is not None:
-        affine, training = _affine(node, module, 3), module.running_mean is None
+def _batch_norm(call: _Call) -> tuple[float, str]:
+    if _is_torch(call.node, "batch_norm"):
+        affine, training = _affine(call, 1), bool(argument(call.node, 5, "training"))
+    elif call.module is not None:
+        affine, training = _affine(call, 3), call.module.running_mean is None
     else:
-        affine, training = _affine(node, module, 3), bool(argument(node, 5, "training", False))
+        affine, training = _affine(call, 3), bool(argument(call.node, 5, "training", False))
     each = (5 if affine else 4) if training else (2 if affine else 1)
-    return each * facts.outputs[0].numel, f"{each} per element" + (" with batch statistics" if training else "")
+    return each * call.facts.outputs[0].numel, f"{each} per element" + (" with batch statistics" if training else "")
 
 
 def _norm(position: int) -> _Handle:
-    def handle(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, str]:
-        each = 5 if _affine(node, module, 1 if _is_torch(node, "instance_norm") else position) else 4
-        return each * facts.outputs[0].numel, f"{each} per element"
+    def handle(call: _Call) -> tuple[float, str]:
+        each = 5 if _affine(call, 1 if _is_torch(call.node, "instance_norm") else position) else 4
+        return each * call.facts.outputs[0].numel, f"{each} per element"
 
     return handle
 
@@ -195,20 +207,20 @@ def _is_torch(node: fx.Node, name: str) -> bool:
     return node.target is getattr(torch, name)
 
 
-def _adaptive_pool(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, str]:
-    return facts.inputs[0].numel, "1 per input element"
+def _adaptive_pool(call: _Call) -> tuple[float, str]:
+    return call.facts.inputs[0].numel, "1 per input element"
 
 
-def _interpolate(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, str]:
-    mode = module.mode if isinstance(module, nn.Upsample) else argument(node, 3, "mode", "nearest")
-    each = {"nearest": 1, "bilinear": 4}.get(mode, 0) if len(facts.outputs[0].shape) == 4 else 0
-    if argument(node, 6, "antialias", False):
+def _interpolate(call: _Call) -> tuple[float, str]:
+    mode = call.module.mode if isinstance(call.module, nn.Upsample) else argument(call.node, 3, "mode", "nearest")
+    each = {"nearest": 1, "bilinear": 4}.get(mode, 0) if len(call.facts.outputs[0].shape) == 4 else 0
+    if argument(call.node, 6, "antialias", False):
         each = 0
-    return each * facts.outputs[0].numel, f"{each} per output element"
+    return each * call.facts.outputs[0].numel, f"{each} per output element"
 
 
-def _grid_sample(node: fx.Node, facts: NodeInfo, module: Any) -> tuple[float, str]:
-    return 4 * facts.outputs[0].numel, "4 per output element"
+def _grid_sample(call: _Call) -> tuple[float, str]:
+    return 4 * call.facts.outputs[0].numel, "4 per output element"
 
 
 _HANDLES: dict[str, _Handle] = {

@@ -35,16 +35,16 @@ _OPERATORS = frozenset(["matmul", "mul", "add"])
 """Methods that an operator calls too, under the same name."""
 
 
-def ptflops_shares(capture: Capture, found: Sequence[Unit]) -> tuple[list[Share], list[str]]:
+def ptflops_shares(capture: Capture, all_units: Sequence[Unit]) -> tuple[list[Share], list[str]]:
     """What ``get_model_complexity_info(model, …, as_strings=False)`` counts."""
     shares: list[Share] = []
     caveats: list[str] = []
     added = visits(capture.model, _supported)
     batch = next((spec.shape[0] for _, spec in capture.inputs if spec.shape), 1)
     hooked = 0
-    for unit in found:
+    for unit in all_units:
         rule = _hook_of(unit.module) if unit.whole else None
-        own: list[Share] = rule(unit.module, unit) if rule is not None else []
+        own: list[Share] = rule(unit) if rule is not None else []
         functions = [share for node in unit.nodes if (share := _function(node, unit)) is not None]
         if rule is None and unit.ours and not functions:
             shares.append(uncounted(unit, "ptflops"))
@@ -77,7 +77,7 @@ def _warn(unit: Unit, caveats: list[str]) -> None:
                     if (text := _hidden(function, unit.module))]  # fmt: skip
 
 
-def _hidden(function: Any, module: nn.Module) -> str:
+def _hidden(function: object, module: nn.Module) -> str:
     """What a graph does not show of a function of ``functional``: which others it calls, or was called by."""
     name = getattr(function, "__name__", "")
     pool = name.removesuffix("_with_indices")
@@ -92,48 +92,49 @@ def _supported(module: nn.Module) -> bool:
     return _hook_of(module) is not None or isinstance(module, (*RECURRENT, nn.MultiheadAttention))
 
 
-_Hook = Callable[[Any, Unit], list[Share]]
+_Hook = Callable[[Unit], list[Share]]
 
 
-def _convolution(m: Any, unit: Unit, extra: int = 0) -> list[Share]:
-    batch, size = unit.input.shape[0], (unit.input if getattr(m, "transposed", False) else unit.output).shape[2:]
+def _convolution(unit: Unit, extra: int = 0) -> list[Share]:
+    m, transposed = unit.module, getattr(unit.module, "transposed", False)
+    batch, size = unit.input.shape[0], (unit.input if transposed else unit.output).shape[2:]
     per_position = prod(m.kernel_size) * (m.in_channels * (m.out_channels // m.groups) + extra)
     weight = per_position * batch * prod(size)
     shares = [Share(unit.kind, "" if weight == unit.ours else "counted differently", weight, unit.ours)]
-    if m.bias is not None:
+    if unit.module.bias is not None:
         bias = batch * prod(unit.output.shape[1:])
         shares.append(Share(f"{unit.kind} bias", "1 per output element", bias))
     return shares
 
 
-def _deformable(m: Any, unit: Unit) -> list[Share]:
+def _deformable(unit: Unit) -> list[Share]:
     """Counts 20 for the interpolation of a tap, 4 for its coordinates and 1 for the mask, as if once per position."""
     masked = unit.nodes[-1].args[-1] is True
-    return _convolution(m, unit, 24 + masked)
+    return _convolution(unit, 24 + masked)
 
 
-def _linear(m: Any, unit: Unit) -> list[Share]:
+def _linear(unit: Unit) -> list[Share]:
     rows, out = prod(unit.input.shape[:-1]), unit.output.shape[-1]
     shares = [Share(unit.kind, "", unit.input.shape[-1] * out * rows, unit.ours)]
-    if m.bias is not None:
+    if unit.module.bias is not None:
         shares.append(Share(f"{unit.kind} bias", "1 per output element", out * rows))
     return shares
 
 
-def _per_output(m: Any, unit: Unit) -> list[Share]:
+def _per_output(unit: Unit) -> list[Share]:
     return [Share(unit.kind, "1 per element", unit.output.numel)]
 
 
-def _per_input(m: Any, unit: Unit) -> list[Share]:
+def _per_input(unit: Unit) -> list[Share]:
     return [Share(unit.kind, "1 per input element", unit.input.numel)]
 
 
-def _norm(m: Any, unit: Unit) -> list[Share]:
-    each = 2 if getattr(m, "affine", False) else 1
+def _norm(unit: Unit) -> list[Share]:
+    each = 2 if getattr(unit.module, "affine", False) else 1
     return [Share(unit.kind, f"{each} per element", each * unit.input.numel)]
 
 
-def _upsample(m: Any, unit: Unit) -> list[Share]:
+def _upsample(unit: Unit) -> list[Share]:
     return [Share(unit.kind, "1 per output element of the first item", prod(unit.output.shape[1:]))]
 
 
@@ -181,10 +182,10 @@ def _function(node: fx.Node, unit: Unit) -> Share | None:
     return Share(name, "1 per element, as a function" if name in ("add", "mul") else "as a function", counted)
 
 
-def _inside(module: Any, facts: NodeInfo) -> Share | None:
+def _inside(module: nn.Module, facts: NodeInfo) -> Share | None:
     """What the forward of a stock module adds by calling a replaced function."""
-    forward: Any = type(module).forward
-    if forward.__globals__.get("F") is not F:
+    forward: object = type(module).forward
+    if not isinstance(forward, FunctionType) or forward.__globals__.get("F") is not F:
         return None
     kind, again = words(facts.op), "again " if type(module) in _HOOKS else ""
     for name in forward.__code__.co_names:
@@ -219,16 +220,16 @@ def _tensor_function(name: str, node: fx.Node) -> int:
     return prod(max(sizes) for sizes in zip(*(shape + (1,) * (length - len(shape)) for shape in tensors)))
 
 
-def _functions_of(node: fx.Node, module: nn.Module) -> list[Any]:
+def _functions_of(node: fx.Node, module: nn.Module) -> list[object]:
     """What a node calls: itself, or the functions of ``functional`` that a stock module's forward names."""
     if node.op != "call_module":
         return [node.target]
-    forward: Any = type(module).forward
+    forward: object = type(module).forward
     return [getattr(F, name, None) for name in forward.__code__.co_names] if isinstance(forward, FunctionType) else []
 
 
 @cache
-def _replaced_inside(function: Any) -> list[str]:
+def _replaced_inside(function: object) -> list[str]:
     """Functions that ptflops replaces among those that a function of ``functional`` calls."""
     if not isinstance(function, FunctionType) or function.__globals__ is not vars(F):
         return []
@@ -237,7 +238,7 @@ def _replaced_inside(function: Any) -> list[str]:
 
 
 @cache
-def _names(kind: Any) -> frozenset[str]:
+def _names(kind: type) -> frozenset[str]:
     """Names of attributes and globals in the code of a class of one's own."""
     return frozenset(name for code in _codes(kind) for name in code.co_names)
 
@@ -248,11 +249,10 @@ def _calls_by(module: nn.Module, name: str) -> bool:
 
 
 def _names_of(module: nn.Module) -> frozenset[str]:
-    kind: Any = type(module)
-    return _names(kind)
+    return _names(type(module))
 
 
-def _codes(kind: Any) -> Iterator[CodeType]:
+def _codes(kind: type) -> Iterator[CodeType]:
     for base in kind.__mro__:
         if base in (nn.Module, object):
             continue

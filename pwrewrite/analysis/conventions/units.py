@@ -50,7 +50,7 @@ class Unit:
     """
 
     kind: str
-    module: nn.Module
+    module: Any
     whole: bool
     nodes: tuple[fx.Node, ...]
     ours: int
@@ -88,7 +88,7 @@ def units(capture: Capture) -> list[Unit]:
         Units that together hold each node of the graph that runs something exactly once.
     """
     modules = dict(capture.model.named_modules(remove_duplicate=False))
-    found: list[Unit] = []
+    result: list[Unit] = []
     run: list[fx.Node] = []
     owner = ""
     for node in capture.graph.nodes:
@@ -100,18 +100,18 @@ def units(capture: Capture) -> list[Unit]:
             continue
         own = node.op != "call_module" and childless(modules[facts.path])
         if run and (not own or facts.path != owner):
-            found += _calls(run, modules[owner])
+            result += _calls(run, modules[owner])
             run = []
         if own:
             run.append(node)
             owner = facts.path
         elif node.op == "call_module":
-            found.append(_unit(modules[str(node.target)], True, (node,)))
+            result.append(_unit(modules[str(node.target)], True, (node,)))
         else:
-            found.append(_unit(modules[facts.path], False, (node,)))
+            result.append(_unit(modules[facts.path], False, (node,)))
     if run:
-        found += _calls(run, modules[owner])
-    return found
+        result += _calls(run, modules[owner])
+    return result
 
 
 def _is_call_of(module: nn.Module, facts: NodeInfo) -> bool:
