@@ -249,7 +249,8 @@ def _calls_by(module: nn.Module, name: str) -> bool:
 
 
 def _names_of(module: nn.Module) -> frozenset[str]:
-    return _names(type(module))
+    kind: type = type(module)
+    return _names(kind)
 
 
 def _codes(kind: type) -> Iterator[CodeType]:
