@@ -23,7 +23,7 @@ from ..core.errors import PwrewriteError, UsageError, first_line
 from ..core.nested import tensors_of
 from .batch_inputs import Batch, described, sort_out
 from .batch_reader import Reader
-from .sources import Stored, stable
+from .sources import SameOrder, Stored, stable
 
 Chunk = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of one run of the model."""
@@ -81,7 +81,7 @@ class Batches:
         self._reader = Reader(self._args, self._kwargs, device, dtype)
         self._preprocess, self._batch = preprocess, batch
         self._original = source
-        self._source = stable(source, size, chunk)
+        self._source = stable(source, chunk)
         self._notes: list[str] = []
         self._seen = 0
         self._first: Batch | None = None
@@ -289,13 +289,12 @@ class Batches:
 
     def _length(self) -> int | None:
         """How many samples the source holds, where that is known without a pass."""
-        source: Any = self._source
+        source: Any = self._source.loader if isinstance(self._source, SameOrder) else self._source
         try:
             if isinstance(source, list):
                 return sum(self._sorted(batch, 0)[0].samples for batch in source)
             if isinstance(source, DataLoader):
-                order = source.batch_sampler
-                return sum(map(len, order)) if isinstance(order, list) else len(source.dataset)  # type: ignore[arg-type]
+                return len(source.dataset)  # type: ignore[arg-type]
         except (UsageError, TypeError, NotImplementedError):
             return None
         samples = getattr(source, "samples", None)

@@ -104,11 +104,7 @@ class Planner:
         self.outputs = "values"
         self.statistics = self._calibrate()
         self.layers: list[LayerCandidates] = self._candidates()
-        self.original = {
-            "params": float(self.captured.params),
-            "macs": float(sum(info(node).cost.macs for node in self.captured.graph.nodes)),
-            "bytes": float(sum(info(node).cost.bytes for node in self.captured.graph.nodes)),
-        }
+        self.original = costs_of(self.captured)
         facts = {
             "sensitivity": self.settings.sensitivity,
             "refit": self.settings.refit,
@@ -132,8 +128,6 @@ class Planner:
             why = None if labels is None else scoring(outputs, labels, kind)
             if isinstance(why, str):
                 self._warn(f"no accuracy is measured, since the labels do not fit: {why}")
-        if self.settings.outputs is None and kind != "values":
-            self.notes.append(f"the outputs are taken for {kind}, by their values (--outputs says otherwise)")
         return kind
 
     def _warn(self, note: str) -> None:
@@ -352,6 +346,13 @@ class Planner:
         if chunks.cut:
             self.notes.append(_left_out(chunks, self.batches.samples, room))
         return errors
+
+
+def costs_of(captured: Capture) -> dict[str, float]:
+    """What a model costs, by kind of limit; its latency is measured apart."""
+    costs = [info(node).cost for node in captured.graph.nodes]
+    macs, nbytes = sum(cost.macs for cost in costs), sum(cost.bytes for cost in costs)
+    return {"params": float(captured.params), "macs": float(macs), "bytes": float(nbytes)}
 
 
 def _batches(calibration: Iterable[Any], inputs: Inputs, settings: Budget, size: int | None, chunk: int) -> Batches:

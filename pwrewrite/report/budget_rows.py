@@ -49,5 +49,6 @@ def _losses(budget: BudgetReport) -> list[Line]:
     if budget.measured is not None:
         agreed = "" if budget.agreement is None else f"; same class for {percent(budget.agreement)}"
         held = f"{exact(budget.held_out)} held-out inputs"
-        facts.append(("measured loss", f"{budget.measured:.3g} ({unit}) on {held}{agreed}"))
+        taken = f", outputs taken for {budget.outputs}" if budget.outputs in ("logits", "probabilities") else ""
+        facts.append(("measured loss", f"{budget.measured:.3g} ({unit}{taken}) on {held}{agreed}"))
     return facts

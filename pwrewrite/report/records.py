@@ -58,6 +58,7 @@ class BudgetReport(Record):
         kind: ``classes``, a KL divergence in nats, or ``values``, half the squared relative error of the outputs.
         metrics: Name of a metric to its value before and after.
         latency: Seconds before and after, measured in one run; None where it was not asked for.
+        outputs: What the model's outputs were taken for: ``logits``, ``probabilities`` or ``values``.
         spread: Half the distance between the quartiles of these times, as a share.
         threads: Threads of torch meanwhile.
     """
@@ -75,6 +76,7 @@ class BudgetReport(Record):
     kind: str = field(default="classes", metadata=key("loss_kind"))
     metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     latency: tuple[float, float] | None = None
+    outputs: str = ""
     spread: float = 0.0
     threads: int | None = None
 

@@ -6,7 +6,7 @@ looks for the smallest model that keeps a metric.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from ..planning.allocator import Choice
 from ..planning.budget import Limit, budgets_of
 from ..planning.latency import MEASURED
 from ..planning.measure import FAR, accuracy, compare
-from ..planning.planner import Planner
+from ..planning.planner import Planner, costs_of
 from ..planning.statistics import samples_of
 from ..report.records import BudgetReport, Report
 from .steps import Run
@@ -89,10 +89,11 @@ class Budgeted:
             RefusedError: If a limit is missed by what was measured in the end, unless the budget is ``best_effort``.
         """
         result, notes = self._measured()
-        reached = {kind: report.after[kind] / report.before[kind] for kind in result.limits if report.before.get(kind)}
-        if result.latency is not None and "latency" in result.limits:
-            reached["latency"] = result.latency[1] / result.latency[0]
-        missed = self._missed(report, result)
+        before, after = costs_of(self.run.first), costs_of(self.run.captured)
+        if result.latency is not None:
+            before["latency"], after["latency"] = result.latency
+        reached = {kind: after[kind] / before[kind] for kind in result.limits if before.get(kind)}
+        missed = self._missed(before, after, f"±{result.spread:.0%}, {result.threads} threads")
         if missed and not self.budget.best_effort:
             raise missed[0]
         return replace(
@@ -123,6 +124,7 @@ class Budgeted:
                 agreement=measured.agreement,
                 held_out=measured.samples,
                 kind=measured.kind,
+                outputs=planner.outputs,
             )
             notes += _astray(result)
         if "latency" in result.limits or settings.gate == "latency":
@@ -154,30 +156,23 @@ class Budgeted:
             threads=self.budget.threads or torch.get_num_threads(),
         )
 
-    def _missed(self, report: Report, result: BudgetReport) -> list[RefusedError]:
+    def _missed(self, before: Mapping[str, float], after: Mapping[str, float], timing: str) -> list[RefusedError]:
         """The limits that the result does not meet, each with what was measured."""
         errors = []
         for limit in self.limits:
-            kind = limit.kind
-            if kind == "latency":
-                assert result.latency is not None
-                before, after = result.latency
-                met = after <= limit.absolute(before) * MEASURED
-                got = (
-                    f"{1000 * after:.3g} ms of {1000 * before:.3g} ms (±{result.spread:.0%}, {result.threads} threads)"
-                )
-            else:
-                before, after = report.before[kind], report.after[kind]
-                met, got = after <= limit.absolute(before) * (1 + 1e-9), f"{after:,} of {before:,}"
-            if not met:
+            old, new = before[limit.kind], after[limit.kind]
+            got, tolerance = f"{new:,.0f} of {old:,.0f}", 1 + 1e-9
+            if limit.kind == "latency":
+                got, tolerance = f"{1000 * new:.3g} ms of {1000 * old:.3g} ms ({timing})", MEASURED
+            if new > limit.absolute(old) * tolerance:
                 errors.append(
                     RefusedError(
-                        f"the budget {limit} is missed: the rewritten model is at {after / before:.2f} of the original "
-                        "as measured in the end",
+                        f"the budget {limit} is missed: the rewritten model is at {new / old:.2f} of the original as "
+                        "measured in the end",
                         expected=str(limit),
                         got=got,
-                        hint=f"ask for {kind}={after / before:.2f} or more, allow more --forms or layers, or take this "
-                        "result all the same with --best-effort",
+                        hint=f"ask for {limit.kind}={new / old:.2f} or more, allow more --forms or layers, or take "
+                        "this result all the same with --best-effort",
                     )
                 )
         return errors
