@@ -26,19 +26,22 @@ def fuse(
     [dim]pwrewrite fuse torchvision:resnet50 --pass fold-batch-norm[/]
     """
     with working(reported) as progress:
+        from ..core.errors import RefusedError
         from ..report.fused import page
-        from ..workflows.fuse_by_target import fuse_target
+        from ..targets import open_target
+        from ..workflows.fuse import fuse
+        from ..workflows.fuse_timing import with_latency
 
         check_saving(proof, saved)
-        passes = options.passes or None
         check_places(saved, reported)
-        result = fuse_target(
-            target,
-            passes,
-            keep_nan=options.keep_nan or None,
-            verify=proof.verify,
-            benchmark=options.benchmark,
-            progress=progress,
-        )
+        progress("loading", None)
+        loaded = open_target(target)
+        passes, keep_nan = options.passes or None, options.keep_nan or None
+        result = fuse(loaded, None, passes, keep_nan=keep_nan, verify=proof.verify, progress=progress)
+        if not result.edits:
+            raise RefusedError("there is nothing to fuse", where=target.target)
+        if options.benchmark:
+            progress("measuring", None)
+            result = with_latency(result, loaded)
     show(reported, page(result.report, everything=reported.everything), json=result.report.to_json)
     save(result, saved, reported)

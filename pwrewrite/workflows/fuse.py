@@ -28,6 +28,8 @@ from ..core.copies import deep_copy
 from ..core.errors import RefusedError, first_line
 from ..core.nested import map_tensors, tensors_of
 from ..core.numbers import plural
+from ..core.option import from_keywords, refuse_unknown
+from ..core.options import Proof
 from ..core.plan import Plan, SkipReason
 from ..core.verification import Check, Verification
 from ..edit.apply import copy_of
@@ -41,8 +43,8 @@ from ..report.records import FusingReport
 from ..verifying.rounding import noisy_copy
 from .pass_names import as_list, named_pass
 from .rewrite import Rewritten
-from .steps import Progress, Run, State, propose, silent
-from .subject import check_editable, loaded_of
+from .steps import Progress, Run, State, join_names, propose, silent
+from .subject import Subject, check_editable, loaded_of, plan_from_original, with_notes_of
 
 DEFAULT = FUSING
 """The passes of `fuse`, in order."""
@@ -73,15 +75,14 @@ _REFERENCE_LIMIT = 300_000_000
 
 @torch.inference_mode(False)  # parameters made inside it could not be trained
 def fuse(
-    model: nn.Module,
-    example_inputs: Inputs,
+    model: Subject,
+    example_inputs: Inputs | None = None,
     passes: Sequence[Pass | str] | None = None,
     *,
     keep_nan: bool | None = None,
-    verify: bool = True,
-    thorough: bool = True,
     target: str | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Fused:
     """Makes a model faster without changing what it computes in evaluation.
 
@@ -91,27 +92,30 @@ def fuse(
     kernel returns NaN for Inf.
 
     Args:
-        model: A module in evaluation mode, of real floating-point weights on one device; stays as it is.
-        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones.
+        model: A module in evaluation mode, of real floating-point weights on one device, or what `pwrewrite.
+            load_target` gives; stays as it is.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones; a loaded model has its own.
         passes: What is done, in order; those of `DEFAULT` where left out.
         keep_nan: Whether NaN always stays NaN, whatever that costs (up to 8% of the time, on large maps), or need not;
             where left out, as said above. Passes that are given as objects say it themselves.
-        verify: Whether to verify the result.
-        thorough: Whether to verify at several batch and spatial sizes, in train mode, gradients and reloading.
         target: Name for the report.
         progress: Called at each step with what is being done and how much of it is done.
+        **options: ``verify`` and ``thorough`` of `pwrewrite.Proof`.
 
     Returns:
-        The fused copy with its plan and report. Whether verification passed is ``report.passed``.
+        The fused copy with its plan, which leads from the original model of a target, and report. Whether verification
+        passed is ``report.passed``.
 
     Raises:
         RefusedError: If the model is in training mode and a pass is exact in evaluation only, or its weights are
             complex, quantized or on several devices.
         CaptureError: If the model does not run on the inputs.
     """
+    proof_options = from_keywords(Proof, options)
+    refuse_unknown("fuse", options, Proof)
     loaded = loaded_of(model, example_inputs)
     check_editable(loaded.model)
-    model, example_inputs = loaded.model, loaded.example_inputs
+    model, example_inputs, target = loaded.model, loaded.example_inputs, target or loaded.target or None
     kinds = DEFAULT if passes is None else [named_pass(each, DEFAULT) for each in as_list(passes)]
     fusing = FusePointwiseActivation(keep_nan=keep_nan)
     chosen = [fusing if k is FusePointwiseActivation else k() if isinstance(k, type) else k for k in kinds]
@@ -132,7 +136,8 @@ def fuse(
         while isinstance(each, _REPEATED) and len(run.rows) > done:
             done = len(run.rows)
             run.step(propose(run.captured, [each]))
-    proof = _verified(model, run, thorough) if verify else None
+    thorough = proof_options.thorough
+    proof = _verified(model, run, thorough) if proof_options.verify else None
     if last is not None and proof is not None and not proof.passed:
         state, plan = last
         detail = f"some kernels of torch are less exact in it ({proof.failures[0].detail})"
@@ -142,7 +147,8 @@ def fuse(
     report = run.report(*run.analyses(target), target, proof)
     report = replace(report, fusing=FusingReport(*costs), notes=(*report.notes, *_nan_notes(run.model)))
     edits = tuple(row.edit for row in run.rows)
-    return Fused(run.model, run.finished(target), report, edits, run.names, *costs)
+    plan, names = plan_from_original(loaded, run.finished(target)), join_names(loaded.names, run.names)
+    return Fused(run.model, plan, with_notes_of(loaded, report), edits, names, *costs)
 
 
 def _nan_notes(model: nn.Module) -> list[str]:

@@ -82,7 +82,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "both": (lambda: pwrewrite.rewrite(net(), X, ["insert-bottleneck"], budget=0.5), UsageError, "goes with passes"),
     "a class": (lambda: pwrewrite.analyze(nn.ReLU, X), InputError, "it is a class"),  # type: ignore[arg-type]
     "a text": (lambda: pwrewrite.rewrite("net.py", X), InputError, "load_target"),  # type: ignore[arg-type]
-    "no device": (lambda: pwrewrite.analyze(net(), X, device="rtx4090"), UsageError, "operations per byte"),
+    "no device": (lambda: pwrewrite.analyze(net(), X, device="rtx4090"), UsageError, "82.6T,1008G"),
     "no option of a target": (lambda: pwrewrite.analyze_target("x", input="1x3"), UsageError, "did you mean inputs"),
 }
 
