@@ -13,7 +13,8 @@ from ..core.text import plain
 from . import spreadsheet
 from .page import Column, Line, Page, Table, Title
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 400, 70, 50
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 400, 80, 50
+_KINDS = {"macs": "MACs", "flops": "FLOPs", "params": "parameters", "bytes": "bytes of weights"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ def picture(frontier: Frontier) -> str:
         line = f"{share} of the {frontier.kind}: loss {point.loss:.3g}, {plural(point.layers, 'layer')}"
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="#1f6feb"><title>{escape(line)}</title></circle>')
     original = _amount(frontier.kind, frontier.original[frontier.kind])
-    label = escape(f"{frontier.kind}, in % of the original ({original})")
+    label = escape(f"{_KINDS.get(frontier.kind, frontier.kind)} left, of {original}")
     base = _HEIGHT - _BOTTOM
     parts.append(f'<line x1="{_LEFT}" y1="{base}" x2="{_WIDTH - 20}" y2="{base}" stroke="black"/>')
     parts.append(f'<line x1="{_LEFT}" y1="40" x2="{_LEFT}" y2="{base}" stroke="black"/>')
@@ -127,8 +128,9 @@ def picture(frontier: Frontier) -> str:
         loss, y = most * (i / 5) ** 2, base - i / 5 * (base - 40)
         parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.0f}" text-anchor="end">{loss:.2g}</text>')
     parts.append(f'<text x="{(_WIDTH + _LEFT) / 2:.0f}" y="{base + 38}" text-anchor="middle">{label}</text>')
-    parts.append('<text x="14" y="34">predicted loss (root scale)</text></svg>')
-    return "\n".join(parts) + "\n"
+    title = escape(f"least predicted loss by {frontier.sensitivity} (square-root scale)")
+    parts.append(f'<text transform="translate(14 {base / 2 + 20:.0f}) rotate(-90)" text-anchor="middle">{title}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 def _amount(kind: str, cost: float) -> str:

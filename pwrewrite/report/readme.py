@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..analysis.records import versions
 from ..core.plan import Plan
+from ..core.text import plain
 from . import rewrite
 from . import rewrite_rows as rows
 from .records import Report
@@ -51,7 +52,7 @@ def _loading(plan: Plan, folder: str | Path) -> str:
     if target:
         lines.append(
             "On the command line, the folder is a target like any other:\n\n"
-            f"```sh\npwrewrite analyze . --model {shlex.quote(target)}\n```"
+            f"```sh\npwrewrite analyze . --model {shlex.quote(plain(target))}\n```"
         )
     return "\n\n".join(lines)
 

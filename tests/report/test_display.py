@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from html import unescape
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from pwrewrite.core.text import LONGEST
 from pwrewrite.core.verification import Check, Verification
 from pwrewrite.report import html, markdown, render, terminal
 from pwrewrite.report.analysis import page
-from pwrewrite.report.frontier import Frontier, Point
+from pwrewrite.report.frontier import Frontier, Point, picture
 from pwrewrite.report.page import Column, Facts, Line, Listing, Notes, Page, Section, Table, Title
 from pwrewrite.report.records import Report
 from pwrewrite.targets import LoadedModel
@@ -160,3 +161,12 @@ def test_a_plan_that_is_not_carried_out_says_so() -> None:
     assert "1 layer would be rewritten" in repr(planned)
     assert "would be rewritten" in str(planned)
     assert "NOT VERIFIED" not in str(planned)
+
+
+def test_the_picture_of_a_frontier_names_its_axes() -> None:
+    points = (Point({"macs": 100, "params": 9}, 0.0, 0), Point({"macs": 50, "params": 8}, 0.25, 3))
+    frontier = Frontier("<net>\x1b", "macs", {"macs": 4_089_184_256, "params": 10}, "loss", points)
+    texts = [element.text for element in ElementTree.fromstring(picture(frontier)).iter() if element.text]
+    assert "MACs left, of 4.09 G" in texts
+    assert "least predicted loss by loss (square-root scale)" in texts
+    assert "<net>\\x1b" in texts
