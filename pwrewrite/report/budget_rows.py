@@ -7,7 +7,7 @@ from .records import BudgetReport
 
 Line = tuple[str, str]
 
-_NORMS = {
+NORMS = {
     "loss": "by the change of the loss (input and gradient moments)",
     "activations": "by the change of each layer's outputs (input moments)",
     "weights": "by the change of each layer's weights; no calibration inputs",
@@ -18,7 +18,7 @@ _REFITS = {"full": "factors, biases and norms", "bias": "biases and norms", "non
 def lines(budget: BudgetReport) -> list[Line]:
     """Name and text of each line."""
     facts = [(kind, _limit(kind, text, budget)) for kind, text in budget.limits.items()]
-    facts.append(("chosen", _NORMS[budget.sensitivity] + (f", gap {percent(budget.gap)}" if budget.gap > 0 else "")))
+    facts.append(("chosen", NORMS[budget.sensitivity] + (f", gap {percent(budget.gap)}" if budget.gap > 0 else "")))
     if budget.samples:
         fitted = f"{_REFITS[budget.refit]} {'fitted' if budget.measured is not None else 'to be fitted'}"
         facts.append(("calibration", f"{plural(budget.samples, 'input')}; {fitted}"))

@@ -11,6 +11,7 @@ from ..core.numbers import count, duration, exact, percent, plural, size
 from ..core.records import Record, Shown
 from ..core.text import plain
 from . import spreadsheet
+from .budget_rows import NORMS
 from .page import Column, Line, Page, Table, Title
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 400, 80, 50
@@ -77,7 +78,7 @@ def page(frontier: Frontier) -> Page:
         ]
     columns.append(Column("loss", [f"{point.loss:.3g}" for point in frontier.points]))
     columns.append(Column("layers", [exact(point.layers) for point in frontier.points]))
-    line = f"least predicted loss at every budget, by {frontier.sensitivity}"
+    line = f"least predicted loss at every budget, {NORMS.get(frontier.sensitivity, frontier.sensitivity)}"
     return (Title(frontier.target, [line]), Line(""), Table(columns))
 
 
@@ -128,7 +129,7 @@ def picture(frontier: Frontier) -> str:
         loss, y = most * (i / 5) ** 2, base - i / 5 * (base - 40)
         parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.0f}" text-anchor="end">{loss:.2g}</text>')
     parts.append(f'<text x="{(_WIDTH + _LEFT) / 2:.0f}" y="{base + 38}" text-anchor="middle">{label}</text>')
-    title = escape(f"least predicted loss by {frontier.sensitivity} (square-root scale)")
+    title = "least predicted loss (square-root scale)"
     parts.append(f'<text transform="translate(14 {base / 2 + 20:.0f}) rotate(-90)" text-anchor="middle">{title}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 

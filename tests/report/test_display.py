@@ -168,5 +168,5 @@ def test_the_picture_of_a_frontier_names_its_axes() -> None:
     frontier = Frontier("<net>\x1b", "macs", {"macs": 4_089_184_256, "params": 10}, "loss", points)
     texts = [element.text for element in ElementTree.fromstring(picture(frontier)).iter() if element.text]
     assert "MACs left, of 4.09 G" in texts
-    assert "least predicted loss by loss (square-root scale)" in texts
+    assert "least predicted loss (square-root scale)" in texts
     assert "<net>\\x1b" in texts
