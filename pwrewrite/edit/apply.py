@@ -22,7 +22,7 @@ from torch import nn
 from ..core.copies import deep_copy
 from ..core.errors import PlanError, RefusedError, first_line
 from ..core.plan import Edit, Op, Plan, Skip, SkipReason
-from .actions import ACTIONS, Bench, Decomposer, Refused
+from .actions import Bench, Decomposer, Refused, prepare
 
 Probe = Callable[[nn.Module], None]
 
@@ -90,10 +90,7 @@ def carry_out(
         RefusedError: If the model cannot be copied, or a weight holds NaN or Inf.
     """
     for op in plan.ops:
-        if op.action not in ACTIONS:
-            raise PlanError(
-                "unknown action", where=op.where("action"), expected=f"one of {', '.join(ACTIONS)}", got=op.action
-            )
+        prepare(op)
     work = _Work(model, fill, decomposer)
     done = work.attempt(plan.ops, progress=progress)
     if probe is not None and done.edits:
@@ -153,7 +150,7 @@ class _Work:
             if progress is not None:
                 progress(op.path)
             try:
-                done.edits.append(ACTIONS[op.action](bench, op))
+                done.edits.append(prepare(op)(bench))
             except Refused as refused:
                 done.skips.append((op, refused.skip))
             except PlanError:

@@ -1,35 +1,75 @@
 """What an op of a plan can do to a model: `ACTIONS`, by the name that a plan gives them.
 
-An action changes the model on a `Bench` and returns the `Edit` that says what it did, or raises `Refused`.
+An action has a record of its settings, read before any model is changed (`prepare`), and a function that changes the
+model on a `Bench` and returns the `Edit` that says what it did, or raises `Refused`. A new action is a file with both,
+and a row here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
+from ...core.errors import PlanError
 from ...core.plan import Edit, Op
-from .bake import bake_weights
+from .bake import BakeSettings, bake_weights
 from .bench import Bench, Decomposer, Refused
-from .channels_last import use_channels_last
-from .factorize import factorize_layer
-from .fold import fold_norm
-from .fuse import fuse_layer
-from .merge import merge_layers
-from .project import project_branch
-from .remove import remove_module
-from .unfuse import unfuse_layer
+from .channels_last import ChannelsLastSettings, use_channels_last
+from .factorize import FactorizeSettings, factorize_layer
+from .fold import FoldSettings, fold_norm
+from .fold_weight import WEIGHT, FoldWeightSettings, fold_weight
+from .fuse import FuseSettings, fuse_layer
+from .merge import MergeSettings, merge_layers
+from .project import ProjectSettings, project_branch
+from .remove import RemoveSettings, remove_module
+from .settings import read
+from .simplify import CODE, SimplifySettings, simplify_code
+from .unfuse import UnfuseSettings, unfuse_layer
 
-ACTIONS: dict[str, Callable[[Bench, Op], Edit]] = {
-    "bake": bake_weights,
-    "factorize": factorize_layer,
-    "project": project_branch,
-    "fold": fold_norm,
-    "fuse": fuse_layer,
-    "merge": merge_layers,
-    "remove": remove_module,
-    "channels-last": use_channels_last,
-    "unfuse": unfuse_layer,
+
+class Action(NamedTuple):
+    """What an op of one kind may say, and what carries it out."""
+
+    settings: type[Any]
+    carry_out: Callable[[Bench, Op, Any], Edit]
+
+
+ACTIONS: dict[str, Action] = {
+    "bake": Action(BakeSettings, bake_weights),
+    "factorize": Action(FactorizeSettings, factorize_layer),
+    "project": Action(ProjectSettings, project_branch),
+    "fold": Action(FoldSettings, fold_norm),
+    "fuse": Action(FuseSettings, fuse_layer),
+    "merge": Action(MergeSettings, merge_layers),
+    "remove": Action(RemoveSettings, remove_module),
+    "channels-last": Action(ChannelsLastSettings, use_channels_last),
+    "unfuse": Action(UnfuseSettings, unfuse_layer),
 }
-"""Name of an action to what carries it out."""
+"""Name of an action to what it is."""
 
-__all__ = ["ACTIONS", "Bench", "Decomposer", "Refused"]
+VARIANTS: dict[tuple[str, str, str], Action] = {
+    ("fold", "side", WEIGHT): Action(FoldWeightSettings, fold_weight),
+    ("remove", "kind", CODE): Action(SimplifySettings, simplify_code),
+}
+"""Name of an action and a setting with its value, to what the action is then."""
+
+
+def prepare(op: Op) -> Callable[[Bench], Edit]:
+    """What carries out an op, its settings read.
+
+    Raises:
+        PlanError: If there is no such action, or the settings make no sense.
+    """
+    action = ACTIONS.get(op.action)
+    if action is None:
+        raise PlanError(
+            "unknown action", where=op.where("action"), expected=f"one of {', '.join(ACTIONS)}", got=op.action
+        )
+    for (name, key, value), variant in VARIANTS.items():
+        if op.action == name and op.settings.get(key) == value:
+            action = variant
+    settings, carry_out = read(action.settings, op), action.carry_out
+    return lambda bench: carry_out(bench, op, settings)
+
+
+__all__ = ["ACTIONS", "Bench", "Decomposer", "Refused", "prepare"]

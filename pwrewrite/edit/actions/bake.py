@@ -17,7 +17,6 @@ from torch.nn.utils.weight_norm import WeightNorm
 from ...core.errors import PlanError
 from ...core.plan import Edit, Op
 from .bench import Bench
-from .settings import read
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,13 @@ def _plain(module: nn.Module) -> nn.Module:
     return plain
 
 
-def bake_weights(bench: Bench, op: Op) -> Edit:
+def bake_weights(bench: Bench, op: Op, settings: BakeSettings) -> Edit:
     """Carries out a ``bake`` op.
 
     Raises:
         PlanError: If there is no such module, or it computes no weight.
         Refused: If something else refers to it.
     """
-    read(BakeSettings, op)
     module = bench.find(op, op.path)
     computed = computed_weights(module)
     if not computed:

@@ -9,7 +9,6 @@ from ...core.convolution import ConvSpec
 from ...core.plan import Edit, Op
 from ...layers import PointwiseActivation
 from .bench import Bench, check_spec
-from .settings import read
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class ChannelsLastSettings:
     layers: Mapping[str, ConvSpec]
 
 
-def use_channels_last(bench: Bench, op: Op) -> Edit:
+def use_channels_last(bench: Bench, op: Op, settings: ChannelsLastSettings) -> Edit:
     """Carries out a ``channels-last`` op.
 
     Raises:
@@ -31,7 +30,7 @@ def use_channels_last(bench: Bench, op: Op) -> Edit:
         Refused: If a layer must stay as it is.
     """
     fused, plain = [], []
-    for path, spec in read(ChannelsLastSettings, op).layers.items():
+    for path, spec in settings.layers.items():
         module = bench.find(op, path, "layers")
         if isinstance(module, PointwiseActivation):
             check_spec(op, module.spec, spec, path)

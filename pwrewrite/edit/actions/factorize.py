@@ -17,7 +17,7 @@ from ...forms import FORMS, read_form
 from ...layers.factorized import ACTIVATIONS, NORMS, Factorized, build
 from ..graph_edit import FunctionalCall
 from .bench import Bench, check_spec, make_like, not_traced, param_count
-from .settings import one_of, read
+from .settings import one_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class FactorizeSettings:
     scope: str = ""
 
 
-def factorize_layer(bench: Bench, op: Op) -> Edit:
+def factorize_layer(bench: Bench, op: Op, settings: FactorizeSettings) -> Edit:
     """Carries out a ``factorize`` op.
 
     Raises:
@@ -55,7 +55,7 @@ def factorize_layer(bench: Bench, op: Op) -> Edit:
         RefusedError: If the weight holds NaN or Inf.
         Refused: If the layer must stay as it is.
     """
-    settings = _read(op)
+    settings = _checked(op, settings)
     if settings.weight is not None:
         return _functional_call(bench, op, settings, settings.weight)
     old = bench.layer(op, op.path, settings.layer)
@@ -87,13 +87,12 @@ def _functional_call(bench: Bench, op: Op, settings: FactorizeSettings, weight_n
     return replace(edit, kind="graph", renamed=renamed, graph_module=scope)
 
 
-def _read(op: Op) -> FactorizeSettings:
-    """The settings of an op, with the axes of its form.
+def _checked(op: Op, settings: FactorizeSettings) -> FactorizeSettings:
+    """The settings of an op with its form's widths and axes, checked against the layer.
 
     Raises:
         PlanError: If they make no sense.
     """
-    settings = read(FactorizeSettings, op)
     form, axes = read_form(settings.layer, settings.form, settings.axes, op.where)
     widths = form.read_widths(settings.layer, settings.widths, axes, op.where)
     inside = "norm" if settings.norm else "activation" if settings.activation else None

@@ -19,8 +19,7 @@ from ...core.plan import Edit, Op, Skip, SkipReason
 from .affine import affine_facts
 from .bench import Bench, Refused, WeightedModule, param_count, train_like
 from .code_norm import CodeNorm, NormFacts, NormTensors
-from .fold_weight import WEIGHT, fold_weight
-from .settings import Count, Number, one_of, read
+from .settings import Count, Number, one_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class FoldSettings:
     """
 
     layer: str
-    side: Annotated[str, one_of("behind", "before", WEIGHT)]
+    side: Annotated[str, one_of("behind", "before", "weight")]
     channels: Count
     spec: ConvSpec
     keep: tuple[str, ...] = ()
@@ -50,7 +49,7 @@ class FoldSettings:
     affine: bool = False
 
 
-def fold_norm(bench: Bench, op: Op) -> Edit:
+def fold_norm(bench: Bench, op: Op, settings: FoldSettings) -> Edit:
     """Carries out a ``fold`` op.
 
     Raises:
@@ -58,9 +57,6 @@ def fold_norm(bench: Bench, op: Op) -> Edit:
         RefusedError: If the folded weight does not fit into its dtype.
         Refused: If the norm is not one, or the code that calls it cannot become a graph.
     """
-    if op.settings.get("side") == WEIGHT:
-        return fold_weight(bench, op)
-    settings = read(FoldSettings, op)
     path, side, spec, keep = settings.layer, settings.side, settings.spec, settings.keep
     code = None
     if settings.tensors is not None:

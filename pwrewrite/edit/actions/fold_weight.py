@@ -23,7 +23,6 @@ from ...layers.factorized import make_layer
 from ...layers.known import hooked
 from ...layers.unfused import SamePadded
 from .bench import Bench, Refused, param_count
-from .settings import read
 
 WEIGHT = "weight"
 """The side of such an op."""
@@ -62,14 +61,13 @@ class FoldWeightSettings:
     same: bool = False
 
 
-def fold_weight(bench: Bench, op: Op) -> Edit:
+def fold_weight(bench: Bench, op: Op, settings: FoldWeightSettings) -> Edit:
     """Carries out a ``fold`` op with the side ``weight``.
 
     Raises:
         PlanError: If the op makes no sense or was made for another model.
         Refused: If the layer's code does something else.
     """
-    settings = read(FoldWeightSettings, op)
     layer = bench.same_layer(op, op.path, settings.spec)
     refused = Refused(Skip(op.path, SkipReason.OVERRIDDEN_FORWARD, f"{type(layer).__qualname__} {_DOES_MORE}"))
     if not isinstance(layer, nn.Conv2d) or hooked(layer) or layer._parameters.get("weight") is None:

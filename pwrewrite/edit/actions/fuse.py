@@ -24,7 +24,6 @@ from ..graph_edit import Regraphed, argument, to_graph
 from .bench import Bench, Refused, not_traced, param_count
 from .evaluation import code_graph
 from .fold_weight import random_inputs
-from .settings import read
 
 _ADDS = frozenset({operator.add, operator.iadd, torch.add})
 
@@ -71,14 +70,13 @@ class FuseSettings:
         return "+".join(added if added and self.activation == "none" else [*added, self.activation])
 
 
-def fuse_layer(bench: Bench, op: Op) -> Edit:
+def fuse_layer(bench: Bench, op: Op, settings: FuseSettings) -> Edit:
     """Carries out a ``fuse`` op.
 
     Raises:
         PlanError: If the op makes no sense or was made for another model.
         Refused: If the layer must stay as it is, or the code around it cannot become a graph.
     """
-    settings = read(FuseSettings, op)
     name, spec = settings.activation, settings.layer
     try:
         activation = name, checked(name, settings.scalars)

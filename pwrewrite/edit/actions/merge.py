@@ -14,7 +14,6 @@ from ...core.errors import PlanError, RefusedError
 from ...core.plan import Edit, Op
 from ...layers.merging import merged_spec
 from .bench import Bench, WeightedModule, layer_like, param_count, train_like
-from .settings import read
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class MergeSettings:
     layer: ConvSpec
 
 
-def merge_layers(bench: Bench, op: Op) -> Edit:
+def merge_layers(bench: Bench, op: Op, settings: MergeSettings) -> Edit:
     """Carries out a ``merge`` op.
 
     Raises:
@@ -40,7 +39,6 @@ def merge_layers(bench: Bench, op: Op) -> Edit:
         RefusedError: If the merged weight does not fit into its dtype.
         Refused: If a layer must stay as it is.
     """
-    settings = read(MergeSettings, op)
     path, before, after = settings.first, settings.first_layer, settings.layer
     merged = merged_layer(before, after)
     if isinstance(merged, str) or before.out_channels != after.in_channels:

@@ -24,7 +24,7 @@ from ...core.plan import Edit, Op
 from ...forms.specs import pointwise_spec
 from ...layers.factorized import Factorized, Projected
 from .bench import Bench, WeightedModule, layer_like, param_count
-from .settings import Allowed, Count, Offset, one_of, read
+from .settings import Allowed, Count, Offset, one_of
 
 CHANNEL_NORMS = tuple(m for row in OPERATIONS if row.name in ("batch_norm", "instance_norm") for m in row.modules)
 """Norms that treat each channel alone, so that some channels can go."""
@@ -102,7 +102,7 @@ class ProjectSettings:
         return sum(consumer.rows for consumer in self.consumers)
 
 
-def project_branch(bench: Bench, op: Op) -> Edit:
+def project_branch(bench: Bench, op: Op, settings: ProjectSettings) -> Edit:
     """Carries out a ``project`` op.
 
     Raises:
@@ -110,7 +110,7 @@ def project_branch(bench: Bench, op: Op) -> Edit:
         RefusedError: If a weight holds NaN or Inf.
         Refused: If the branch or a consumer must stay as it is.
     """
-    branch, settings = bench.find(op, op.path), read(ProjectSettings, op)
+    branch = bench.find(op, op.path)
     bench.check_held(op.path, branch)
     layers = [_consumer_layer(bench, op, settings, consumer) for consumer in settings.consumers]
     norms = [_norm_module(bench, op, settings, norm) for norm in settings.norms]

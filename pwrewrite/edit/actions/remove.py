@@ -11,8 +11,6 @@ from ...core.errors import PlanError
 from ...core.plan import Edit, Op, Skip, SkipReason
 from ...layers.known import drops, hooked
 from .bench import Bench, Refused
-from .settings import read
-from .simplify import CODE, simplify_code
 
 
 @dataclass(frozen=True)
@@ -26,16 +24,14 @@ class RemoveSettings:
     kind: str
 
 
-def remove_module(bench: Bench, op: Op) -> Edit:
+def remove_module(bench: Bench, op: Op, settings: RemoveSettings) -> Edit:
     """Carries out a ``remove`` op.
 
     Raises:
         PlanError: If there is no such module, or it does something in evaluation.
         Refused: If something else refers to it.
     """
-    if op.settings.get("kind") == CODE:
-        return simplify_code(bench, op)
-    kind = read(RemoveSettings, op).kind
+    kind = settings.kind
     module = bench.find(op, op.path)
     if type(module).__name__ != kind or not drops(module):
         raise PlanError(

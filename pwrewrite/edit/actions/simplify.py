@@ -20,7 +20,7 @@ from ...layers.known import is_identity
 from ..graph_edit import Regraphed
 from .bench import Bench, not_traced
 from .evaluation import DROPS, name_of
-from .settings import Offset, read
+from .settings import Offset
 
 CODE = "code"
 """The kind of such an op."""
@@ -51,14 +51,13 @@ class SimplifySettings:
     same: tuple[tuple[Call, Call], ...] = ()
 
 
-def simplify_code(bench: Bench, op: Op) -> Edit:
+def simplify_code(bench: Bench, op: Op, settings: SimplifySettings) -> Edit:
     """Carries out a ``remove`` op on code.
 
     Raises:
         PlanError: If the op makes no sense.
         Refused: If the code cannot become a graph, or has nothing of the kind.
     """
-    settings = read(SimplifySettings, op)
     module = bench.find(op, op.path)
     graph_module = bench.graph(op, module, DROPS)
     if settings.same and any(node.target is operator.setitem for node in graph_module.graph.nodes):

@@ -8,8 +8,7 @@ from ...core.errors import PlanError
 from ...core.plan import Edit, Op
 from ...layers import PointwiseActivation
 from ..unfuse import adds_residuals, plain_modules
-from .bench import Bench
-from .settings import read
+from .bench import Bench, param_count
 
 
 @dataclass(frozen=True)
@@ -17,14 +16,13 @@ class UnfuseSettings:
     """Settings of ``unfuse``: none."""
 
 
-def unfuse_layer(bench: Bench, op: Op) -> Edit:
+def unfuse_layer(bench: Bench, op: Op, settings: UnfuseSettings) -> Edit:
     """Carries out an ``unfuse`` op.
 
     Raises:
         PlanError: If there is no such module, or it is no fused layer.
         Refused: If something else refers to it.
     """
-    read(UnfuseSettings, op)
     fused = bench.find(op, op.path)
     if not isinstance(fused, PointwiseActivation):
         raise PlanError(
@@ -35,22 +33,17 @@ def unfuse_layer(bench: Bench, op: Op) -> Edit:
             hint="the plan was made for another model, or was carried out already",
         )
     bench.check_held(op.path, fused)
-    names = bench.names_of(fused)
     plain = plain_modules(fused, id(fused) in adds_residuals(bench.model))
-    bench.replace(fused, plain)
+    aliases = bench.replace(fused, plain, op.path)
     inner = f"{op.path}." if op.path else ""
     places = {name.rpartition(".")[2]: name for name, _ in plain.named_parameters()}
-    params = sum(parameter.numel() for parameter in plain.parameters())
     return Edit(
-        op=op,
-        kind="module",
-        method="unfuse",
-        rank_in=None,
-        rank_out=None,
-        params_before=params,
-        params_after=params,
-        relative_error=None,
+        op,
+        "module",
+        "unfuse",
+        params_before=param_count(fused),
+        params_after=param_count(plain),
         exact="eval",
         renamed={f"{inner}{name}": (f"{inner}{places[name]}",) for name, _ in fused.named_parameters()},
-        aliases=tuple(name for name in names if name != op.path),
+        aliases=aliases,
     )
