@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import pickle
 import pickletools
 import re
 import zipfile
@@ -38,6 +37,8 @@ _WRAPPERS = (
     "state_dict", "model_state_dict", "model", "net", "network", "params", "weights", "module",
 )  # fmt: skip
 _EMA = tuple(name for name in _WRAPPERS if "ema" in name)
+_CODE = "Python code: it makes a model, and holds no weights"
+_NO_CHECKPOINTS = {".py": _CODE, ".ipynb": _CODE, ".onnx": "an ONNX model", ".pt2": "an exported program"}
 _AGAIN = "copy or download it again"
 _SPARE = 64 << 20
 """Bytes that a compressed checkpoint may unpack to beyond ten times its size."""
@@ -55,9 +56,12 @@ def check_checkpoint(path: Path) -> None:
         raise WeightsError(f"no such file: {path}", hint=suggest_files(path, SUFFIXES))
     if not path.is_file() and not path.is_dir():
         raise WeightsError(f"{path} is not a regular file", expected="a checkpoint on disk: a pipe may never end")
-    if path.suffix in (".py", ".ipynb", ".onnx"):
-        what = "an ONNX model" if path.suffix == ".onnx" else "Python code: it makes a model, and holds no weights"
-        raise WeightsError(f"{path} is {what}", expected="a checkpoint: safetensors, or a file that torch.save wrote")
+    if path.suffix in _NO_CHECKPOINTS:
+        raise WeightsError(
+            f"{path} is {_NO_CHECKPOINTS[path.suffix]}",
+            expected="a checkpoint: safetensors, or a file that torch.save wrote",
+            hint=f"torch.save(torch.export.load({str(path)!r}).state_dict, 'w.pt')" if path.suffix == ".pt2" else None,
+        )
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -168,14 +172,14 @@ def _read_torch(path: Path) -> object:
     """What ``torch.save`` wrote, unpickled with torch's restricted unpickler."""
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
-    if zipped and zipfile.is_zipfile(path):
-        _check_unpacked_size(path)
     try:
+        if zipped and zipfile.is_zipfile(path):
+            _check_unpacked_size(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (pickle.UnpicklingError, ArithmeticError, RuntimeError, EOFError, LookupError, ValueError) as error:
-        _explain(path, error, zipped)
-    except (TypeError, AttributeError, AssertionError, MemoryError) as error:
+    except (WeightsError, OSError):
+        raise
+    except Exception as error:  # readers of damaged bytes raise nearly everything
         _explain(path, error, zipped)
 
 
