@@ -81,6 +81,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         with torch.device("cpu"):
             if path.is_dir():
                 path = _in_folder(path)
+                check_checkpoint(path)
             if path.name.endswith(".index.json"):
                 return _read_shards(path), ()
             _check_start(path)

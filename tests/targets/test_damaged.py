@@ -65,11 +65,14 @@ def test_damaged_files(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     WRITERS[name](path)
     whole, draw = path.read_bytes(), random.Random(name)
-    for _ in range(150):
+    for _ in range(80):
         path.write_bytes(damaged(whole, draw))
+        refusal = None
         try:
             read(path)
         except PwrewriteError as error:
-            assert str(path) in str(error) or "labels" in str(error)
-            assert error.exit_code == 2
-            assert len(str(error)) < 1500
+            refusal = error
+        if refusal is not None:
+            assert str(path) in str(refusal) or "labels" in str(refusal)
+            assert refusal.exit_code == 2
+            assert len(str(refusal)) < 1500
