@@ -37,6 +37,7 @@ from ..core.copies import deep_copy
 from ..core.errors import CaptureError, InputError, RefusedError, first_line
 from ..core.nested import map_tensors, tensors_of
 from ..layers import tracing
+from ..layers.comparing import alike, outputs_of
 from ..layers.kernels import CPU_DTYPES, enabled, unwatched
 from ..layers.packing import Compiled, Pool
 from ..layers.partitions import CALLS
@@ -198,7 +199,7 @@ class Frozen(nn.Module):
         changed = {held.key for held in function.held if not held.unchanged()}
         out = self._watched(inputs)
         tensors = tensors_of(out)
-        if changed <= self._written and tracing.alike(tensors_of(function(*inputs)), tensors, _TOLERANCE):
+        if changed <= self._written and alike(tensors_of(function(*inputs)), tensors, _TOLERANCE):
             function.held = [held for held in function.held if held.key not in changed]
         else:
             self.reset()
@@ -255,19 +256,19 @@ class Frozen(nn.Module):
             return "it returns no plain tensors, or a view of an input or a weight"
         if any(x._version > 1 for x in given):
             return "it writes to its own buffers or its inputs"
-        if not trial.as_settled() or not tracing.alike(first, right, _TOLERANCE):
+        if not trial.as_settled() or not alike(first, right, _TOLERANCE):
             return trial.difference()
         result = tracing.traced(trial.run, given, _TOLERANCE, keep_nan=self.keep_nan)
         if not trial.as_settled():
             return trial.difference()
         if isinstance(result, str):
             return result
-        if not tracing.alike(other, right, _TOLERANCE):
+        if not alike(other, right, _TOLERANCE):
             return "its values depend on the memory format of its inputs"
         watched = [*(each for each in held if each.key not in trial.replaced), *trial.found]
         if not all(each.unchanged() for each in watched):
             return "its tensors changed while the function was made"
-        second = tracing.outputs_of(result.run(*given))
+        second = outputs_of(result.run(*given))
         constant = frozenset(
             i
             for i, (a, b) in enumerate(zip(result.outputs, second))
@@ -368,7 +369,7 @@ class _Copy:
 
 
 def _outputs(out: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    return list(tracing.outputs_of(out))
+    return list(outputs_of(out))
 
 
 @dataclass(frozen=True)
@@ -405,7 +406,7 @@ class _Function(Compiled):
         out = self.run(*(_formatted(x, strides) for x, strides in zip(inputs, form.strides)))
         if not form.constant and form.template is None:
             return out
-        tensors = [t.clone() if i in form.constant else t for i, t in enumerate(tracing.outputs_of(out))]
+        tensors = [t.clone() if i in form.constant else t for i, t in enumerate(outputs_of(out))]
         if form.template is None:
             return tensors[0]
         remaining = iter(tensors)

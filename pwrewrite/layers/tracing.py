@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import Graph, Node, TensorType, Value
 
+from .comparing import Function, alike, copies, outputs_of, same_function, trial_inputs
 from .forking import ForkSafeLock
-
-Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 _C: Any = torch._C
 _LOCK = ForkSafeLock()
@@ -60,7 +60,7 @@ class Traced:
 
     run: Function
     outputs: tuple[Tensor, ...]
-    graph: Any
+    graph: Graph
 
     def whole(self) -> bool:
         """Whether the fuser took all of it."""
@@ -106,7 +106,7 @@ def traced(run: Function, inputs: Sequence[Tensor], tolerance: float, *, keep_na
             _C._jit_pass_remove_mutation(graph)  # the fuser fails on operations in place
             if keep_nan:
                 _spare(graph)
-            trials = _trials(run, inputs)
+            trials = trial_inputs(run, inputs)
             if isinstance(trials, str):
                 return trials
             result = _compiled(graph, run, trials, tolerance, apart=False)
@@ -119,7 +119,7 @@ def traced(run: Function, inputs: Sequence[Tensor], tolerance: float, *, keep_na
 
 
 def _compiled(
-    traced_graph: Any, run: Function, trials: Sequence[tuple[Tensor, ...]], tolerance: float, *, apart: bool
+    traced_graph: Graph, run: Function, trials: Sequence[tuple[Tensor, ...]], tolerance: float, *, apart: bool
 ) -> Traced | str:
     """A traced graph, compiled and compared; with every operation of two tensors apart from others, or only some."""
     try:
@@ -131,7 +131,7 @@ def _compiled(
         function(*trials[0])
         outputs = outputs_of(function(*trials[0]))
         optimised = _C._last_executed_optimized_graph()
-        if not all(_same(function, run, trial, tolerance) for trial in trials):
+        if not all(same_function(function, run, trial, tolerance) for trial in trials):
             return "a traced run gives other values, or other outputs share memory"
         if not _same_inside(inner, trials[-1], tolerance):
             return "a traced run gives other values inside"
@@ -148,7 +148,7 @@ def _reason(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------------ what is kept apart
 
 
-def _separate(graph: Any, *, every: bool) -> None:
+def _separate(graph: Graph, *, every: bool) -> None:
     """Puts a view, which no partition reaches across, in front of operations of two tensors that the fuser does wrong.
 
     Those are: two that follow each other, which behind a convolution crash the process (in torch 2.15: ``conv(x) + a +
@@ -161,7 +161,7 @@ def _separate(graph: Any, *, every: bool) -> None:
     """
     nodes = list(graph.nodes())
     roots = _roots(nodes)
-    last_read: dict[str, Any] = {}
+    last_read: dict[str, Node] = {}
     for node in (*nodes, graph.return_node()):
         for value in node.inputs():
             last_read[roots.get(value.debugName(), value.debugName())] = node
@@ -173,8 +173,7 @@ def _separate(graph: Any, *, every: bool) -> None:
         names = [roots.get(value.debugName(), value.debugName()) for value in values]
         # A constant is read again by the next call; memory of another size cannot hold the sum.
         free = [
-            value.type().sizes() != node.output().type().sizes()
-            or (name not in constants and not last_read[name].isAfter(node))
+            _sizes(value) != _sizes(node.output()) or (name not in constants and not last_read[name].isAfter(node))
             for value, name in zip(values, names)
         ]
         chained = [_behind_another(value) for value in values]
@@ -186,7 +185,7 @@ def _separate(graph: Any, *, every: bool) -> None:
                 node.replaceInput(i, view.output())
 
 
-def _roots(nodes: Sequence[Any]) -> dict[str, str]:
+def _roots(nodes: Sequence[Node]) -> dict[str, str]:
     """For each value that may be a view: the name of the value whose memory it is in."""
     roots: dict[str, str] = {}
     for node in nodes:
@@ -199,7 +198,12 @@ def _roots(nodes: Sequence[Any]) -> dict[str, str]:
     return roots
 
 
-def _may_be_view(node: Any) -> bool:
+def _sizes(value: Value) -> list[int] | None:
+    kind = value.type()
+    return kind.sizes() if isinstance(kind, TensorType) else None
+
+
+def _may_be_view(node: Node) -> bool:
     """Whether a traced operation may return memory that it was given."""
     kind = node.kind()
     if kind.startswith("prim::"):
@@ -207,14 +211,14 @@ def _may_be_view(node: Any) -> bool:
     return "(a" in str(node.schema()) or "dropout" in kind
 
 
-def _joins(node: Any) -> bool:
+def _joins(node: Node) -> bool:
     """Whether a traced operation is one of two tensors, element by element."""
     if node.kind() not in _BINARY:
         return False
     return all(value.type().kind() == "TensorType" for value in list(node.inputs())[:2])
 
 
-def _behind_another(value: Any) -> bool:
+def _behind_another(value: Value) -> bool:
     """Whether a tensor comes from an operation of two tensors, by way of any of one, and is read nowhere else."""
     while len(value.uses()) == 1:
         node = value.node()
@@ -229,7 +233,7 @@ def _behind_another(value: Any) -> bool:
     return False
 
 
-def _spare(graph: Any) -> None:
+def _spare(graph: Graph) -> None:
     """Puts operations that the fuser does not take, and that keep NaN, in place of ReLU, clamps and max-pools.
 
     They work in place where they read what another operation made and nobody else reads.
@@ -245,10 +249,10 @@ def _spare(graph: Any) -> None:
         else:
             own = len(value.uses()) == 1 and value.node().kind().startswith("aten::") and not _may_be_view(value.node())
             if kind == "aten::relu":
-                name, numbers = "threshold", [graph.insertConstant(0)] * 2
+                name, numbers = "threshold", [_constant(graph, 0)] * 2
             else:
                 name = "clamp"
-                numbers = numbers or [graph.insertConstant(bound) for bound in (0, 6)]
+                numbers = numbers or [_constant(graph, bound) for bound in (0, 6)]
             other = graph.create(f"aten::{name}{'_' if own else ''}", [value, *numbers], 1)
         other.insertBefore(node)
         result = next(other.outputs())
@@ -256,68 +260,27 @@ def _spare(graph: Any) -> None:
         node.output().replaceAllUsesWith(result)
 
 
-def _draws(node: Any) -> bool:
+def _constant(graph: Any, number: int) -> Value:
+    value: Value = graph.insertConstant(number)
+    return value
+
+
+def _draws(node: Node) -> bool:
     """Whether a traced operation draws random numbers; attention only where it drops."""
     if node.kind() == "aten::scaled_dot_product_attention":
-        return bool(list(node.inputs())[4].toIValue() != 0)
+        rate: Any = list(node.inputs())[4].toIValue()
+        return bool(rate != 0)
     return bool(node.isNondeterministic())
 
 
-# ----------------------------------------------------------------------------------------------------- comparisons
-
-
-def _trials(run: Function, inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]] | str:
-    """Inputs to compare on, of the same domain as those given: these, and the same values in another order.
-
-    Where another order leaves the domain (its outputs are not finite), the values are moved a little instead.
-    """
-    generator = torch.Generator().manual_seed(1)
-    shuffled = tuple(_shuffled(t, generator) for t in inputs)
-    candidates = [shuffled, tuple(t * 0.875 for t in shuffled), tuple(t.flip(-1) if t.dim() else t for t in inputs)]
-    first = tuple(inputs)
-    if not any(bool(t.isfinite().any()) for t in outputs_of(run(*_copies(first))) if t.numel()):
-        return "its outputs hold no finite value for these inputs, so that nothing can be compared"
-    for candidate in candidates:
-        if all(bool(t.isfinite().all()) for t in outputs_of(run(*_copies(candidate)))):
-            return [first, candidate]
-    return [first, tuple(t * 0.96875 for t in inputs)]
-
-
-def _shuffled(t: Tensor, generator: torch.Generator) -> Tensor:
-    values = t.flatten()
-    if bool((values == values[0]).all()):
-        values = torch.rand(values.shape, generator=generator)
-    return torch.empty_like(t).copy_(values[torch.randperm(t.numel(), generator=generator)].view(t.shape))
-
-
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(t).copy_(t) for t in tensors]
-
-
-def _same(function: Function, run: Function, inputs: Sequence[Tensor], tolerance: float) -> bool:
-    """Whether two functions give the same and leave their inputs as they are.
-
-    The interpreter makes one tensor of two that are equal, and returns ``x`` for ``x + 0``: who writes to one output
-    would change the other, or the input.
-    """
-    given = _copies(inputs)
-    right = outputs_of(run(*given))
-    shared = _sharing(given, right)
-    given = _copies(inputs)
-    found = outputs_of(function(*given))
-    unchanged = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(given, inputs))
-    return unchanged and alike(found, right, tolerance) and _sharing(given, found) == shared
-
-
-def _same_inside(graph: Any, inputs: Sequence[Tensor], tolerance: float) -> bool:
+def _same_inside(graph: Graph, inputs: Sequence[Tensor], tolerance: float) -> bool:
     """Whether values inside a graph that are read more than once are the same with partitions and without."""
     size = 0
     for node in list(graph.nodes()):
         for value in node.outputs():
-            kind = value.type()
-            if len(value.uses()) < 2 or kind.kind() != "TensorType" or kind.dtype() is not torch.float32:
+            if len(value.uses()) < 2 or value.type().dtype() is not torch.float32:
                 continue
-            size += 4 * torch.Size(kind.sizes() or ()).numel()
+            size += 4 * torch.Size(_sizes(value) or ()).numel()
             if size <= _INNER_BYTES:
                 graph.registerOutput(value)
     if not size:
@@ -327,8 +290,8 @@ def _same_inside(graph: Any, inputs: Sequence[Tensor], tolerance: float) -> bool
     for fused in (False, True):
         _C._jit_set_llga_enabled(fused)
         function = _C._create_function_from_graph("inside", graph.copy())
-        function(*_copies(inputs))
-        results.append(_leaves(function(*_copies(inputs))))
+        function(*copies(inputs))
+        results.append(_leaves(function(*copies(inputs))))
     return alike(results[1], results[0], tolerance)
 
 
@@ -336,35 +299,5 @@ def _leaves(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else [t for item in value for t in _leaves(item)]
 
 
-def _sharing(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[int]:
-    """For each tensor, the first one in the same memory."""
-    memory = [t.untyped_storage().data_ptr() for t in (*inputs, *outputs)]
-    return [memory.index(pointer) for pointer in memory]
-
-
-def alike(found: Sequence[Tensor], right: Sequence[Tensor], tolerance: float) -> bool:
-    """Whether two runs gave the same up to rounding: as many tensors of the same shapes, dtypes and values."""
-    if [(t.shape, t.dtype) for t in found] != [(t.shape, t.dtype) for t in right]:
-        return False
-    return all(_near(a, b, tolerance) for a, b in zip(found, right))
-
-
-def outputs_of(out: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What a function returned, as a tuple."""
-    return (out,) if isinstance(out, Tensor) else tuple(out)
-
-
-def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether ``a`` is ``b`` up to rounding; values that are not finite have to be the same ones."""
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    finite = b.isfinite()
-    if not bool(finite.all()):
-        if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
-            return False
-        a, b = a[finite], b[finite]
-    return bool((a - b).norm() <= tolerance * b.norm())
-
-
-def _unnamed(_: Any) -> str:
+def _unnamed(_: object) -> str:
     return ""
