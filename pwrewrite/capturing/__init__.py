@@ -12,13 +12,13 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..core.errors import CaptureError, InputError, first_line
-from ..core.nested import map_tensors, tensors_of
+from ..core.nested import Args, Kwargs, map_tensors, tensors_of
 from .inputs import Inputs, input_names, split_inputs
 from .inventory import Inventory
 from .layers import find_layers
@@ -78,7 +78,9 @@ def capture(
     attempts = {"auto": ("meta", "real"), "meta": ("meta",), "real": ("real",)}.get(values)
     if attempts is None:
         raise InputError("unknown values", expected="auto, meta or real", got=repr(values))
-    inventory = Inventory(materialized(model, args, kwargs))
+    inventory = Inventory(model)
+    if any(isinstance(module, LazyModuleMixin) for module in inventory.modules):
+        inventory = Inventory(materialized(model, args, kwargs))
     failure: Exception | None = None
     with _one_at_a_time, _no_collection():
         for attempt in attempts:
@@ -103,7 +105,7 @@ flags.
 """
 
 
-def _record(inventory: Inventory, args: Any, kwargs: Any, *, real: bool, training: bool, items: bool) -> Recorder:
+def _record(inventory: Inventory, args: Args, kwargs: Kwargs, *, real: bool, training: bool, items: bool) -> Recorder:
     """Records the model, once more and deeper where some of it ran outside of torch functions."""
     for deep in (False, True):
         recorder = Recorder(inventory, real=real, deep=deep, items=items)
@@ -130,7 +132,7 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _run(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _run(recorder: Recorder, args: Args, kwargs: Kwargs) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def prepare(t: Tensor) -> Tensor:
@@ -201,7 +203,7 @@ def _too_large(inventory: Inventory) -> bool:
     return sum(byte_count(p) for p in inventory.parameters if p.is_meta) > _REAL_LIMIT
 
 
-def _refused(error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CaptureError:
+def _refused(error: Exception, args: Args, kwargs: Kwargs) -> CaptureError:
     shapes = ", ".join("×".join(map(str, t.shape)) or "scalar" for t in tensors_of((args, kwargs)))
     where = getattr(error, "_pw_where", None)
     if isinstance(error, ShapeError):

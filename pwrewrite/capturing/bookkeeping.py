@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
@@ -43,8 +43,8 @@ class Bookkeeper:
         node: fx.Node,
         op: str,
         path: str,
-        given: Any,
-        out: Any,
+        given: object,
+        out: object,
         *,
         macs: int = 0,
         writes: bool = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -19,6 +20,10 @@ _IN_PLACE = frozenset(FUNCTION_RULES) | {"fill", "zero", "copy", "masked_fill"}
 """Functions whose in-place form (``add_``) returns its first argument and nothing new."""
 
 
+Function = Callable[..., Any]
+"""A torch function or tensor method."""
+
+
 class Result(NamedTuple):
     """What a function returned, its MACs, and what of it has no price."""
 
@@ -31,9 +36,9 @@ class Evaluator:
     """Finds out what torch functions return, and remembers which were found to have no MACs."""
 
     def __init__(self) -> None:
-        self._free: set[Any] = set()
+        self._free: set[object] = set()
 
-    def result(self, func: Any, name: str, args: Args, kwargs: Kwargs, on_meta: bool) -> Result:
+    def result(self, func: Function, name: str, args: Args, kwargs: Kwargs, on_meta: bool) -> Result:
         """What a function returns, its MACs and what of it has no price.
 
         Args:
@@ -60,7 +65,7 @@ class Evaluator:
             out = func(*args, **kwargs)
         return Result(out, 0 if macs_of is None else macs_of(args, kwargs, out))
 
-    def _priced(self, func: Any, args: Args, kwargs: Kwargs, *, remember: bool = False) -> Result:
+    def _priced(self, func: Function, args: Args, kwargs: Kwargs, *, remember: bool = False) -> Result:
         if func is getattr:
             return Result(func(*args, **kwargs))
         with PricingMode() as pricing:
@@ -70,14 +75,14 @@ class Evaluator:
         return Result(out, pricing.macs, tuple(pricing.unpriced))
 
 
-def read(func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], origins: Origins) -> Any:
+def read(func: Function, name: str, args: Args, kwargs: Kwargs, tensors: list[Tensor], origins: Origins) -> object:
     """Reads values where all of them are the user's own, as a learnt scalar's are.
 
     Raises:
         NeedsValues: If some are not there.
     """
-    if any(t.is_meta or (origins.overwritten(t) and not isinstance(t, nn.Parameter)) for t in given):
-        raise NeedsValues(f"{name} reads the values of a tensor of shape {tuple(given[0].shape)}")
+    if any(t.is_meta or (origins.overwritten(t) and not isinstance(t, nn.Parameter)) for t in tensors):
+        raise NeedsValues(f"{name} reads the values of a tensor of shape {tuple(tensors[0].shape)}")
     return func(*map_tensors(args, Tensor.detach), **map_tensors(kwargs, Tensor.detach))
 
 
@@ -93,16 +98,16 @@ def redirect(func: Any, name: str, args: Args, kwargs: Kwargs, device: torch.dev
     return func, (*args[:1], *rest), {**kwargs, "device": device} if kwargs.get("device") is not None else kwargs
 
 
-def without_masks(given: Any, index: Any, origins: Origins) -> Any:
+def without_masks(index: object, values: object, origins: Origins) -> object:
     """An index on ``meta`` whose boolean masks, where their values are known, are the positions they select."""
-    parts = given if isinstance(given, tuple) else (given,)
+    parts = index if isinstance(index, tuple) else (index,)
     if not any(isinstance(p, Tensor) and p.dtype == torch.bool for p in parts):
-        return index
-    found: list[Any] = []
-    for part, value in zip(parts, index if isinstance(index, tuple) else (index,)):
+        return values
+    positions: list[object] = []
+    for part, value in zip(parts, values if isinstance(values, tuple) else (values,)):
         mask = origins.value(part) if isinstance(part, Tensor) and part.dtype == torch.bool else None
         if mask is None or mask.is_meta:
-            found.append(value)
+            positions.append(value)
         else:
-            found += [i.to("meta") for i in mask.nonzero(as_tuple=True)]
-    return tuple(found)
+            positions += [i.to("meta") for i in mask.nonzero(as_tuple=True)]
+    return tuple(positions)

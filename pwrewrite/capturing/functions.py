@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..core.nested import Args, Kwargs
 from ..core.operations import BY_FUNCTION, OPERATIONS
 
 
@@ -55,7 +55,7 @@ WINDOWED = frozenset(f"{kind}_pool{d}d" for kind in ("max", "avg") for d in (1, 
 """Pooling with a window."""
 
 
-def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def writes(name: str, args: Args, kwargs: Kwargs) -> bool:
     """Whether a function writes into its first argument."""
     if name == "__setitem__" or (name[-1] == "_" and name[-2:] != "__") or (name[:3] == "__i" and name[3:4] != "n"):
         return name not in ("__index__", "__int__", "__invert__", "__iter__", "__instancecheck__")
@@ -64,14 +64,14 @@ def writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     )
 
 
-def is_method(func: Any) -> bool:
+def is_method(func: object) -> bool:
     """Whether a torch function is a method of ``Tensor``."""
     return type(func).__name__ in ("method_descriptor", "wrapper_descriptor", "getset_descriptor") or (
         getattr(func, "__module__", None) == "torch._tensor"
     )
 
 
-def is_device(value: Any) -> bool:
+def is_device(value: object) -> bool:
     """Whether an argument names a device."""
     if isinstance(value, torch.device):
         return True
@@ -82,7 +82,7 @@ INDEXED = frozenset(f"{kind}max_pool{d}d" for kind in ("", "adaptive_") for d in
 """Pooling that makes an index tensor beside its result, asked for or not."""
 
 
-def temporary_bytes(name: str, values: tuple[Any, ...], out: Any) -> int:
+def temporary_bytes(name: str, values: Args, out: object) -> int:
     """Bytes that a function holds beside its result while it runs.
 
     Max pooling makes an index tensor; a batched matrix product copies operands whose leading dims are

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError, shortened
-from ..core.nested import tensors_of
+from ..core.nested import Args, Kwargs, tensors_of
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
-def tensors_for(inputs: Any) -> Any:
+def tensors_for(inputs: object) -> Any:
     """Example inputs with a tensor where something else plainly stands for one: zeros for a shape, or a NumPy array's.
 
     ``(1, 3, 224, 224)`` is a shape, and so is every item of ``[(1, 3, 64, 64), (1, 10)]``; other values stay.
@@ -34,14 +34,14 @@ def tensors_for(inputs: Any) -> Any:
     return inputs
 
 
-def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def split_inputs(example_inputs: Inputs) -> tuple[Args, Kwargs]:
     """Example inputs as positional and keyword arguments.
 
     Raises:
         InputError: If they are neither a tensor, a sequence nor a mapping, or hold no tensor.
     """
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
+    args: Args = ()
+    kwargs: Kwargs = {}
     example_inputs = tensors_for(example_inputs)
     if isinstance(example_inputs, Tensor):
         args = (example_inputs,)
@@ -64,7 +64,7 @@ def split_inputs(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any
     return args, kwargs
 
 
-def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+def input_names(model: nn.Module, args: Args, kwargs: Kwargs) -> list[str]:
     """One name per input tensor: the forward parameter's, numbered where one holds several tensors."""
     try:
         parameters = [p for p in signature(model.forward).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
@@ -82,6 +82,6 @@ def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return names
 
 
-def _numbered(name: str, value: Any) -> list[str]:
+def _numbered(name: str, value: object) -> list[str]:
     count = len(tensors_of(value))
     return [name] if isinstance(value, Tensor) else [f"{name}_{i}" for i in range(count)]

@@ -79,8 +79,9 @@ class Inventory:
     @cached_property
     def kinds(self) -> set[str]:
         """Kinds of its parameters and buffers that are no plain tensors."""
-        alike = {(type(t), t.layout, t.dtype, t.is_nested): t for t in (*self.parameters, *self.buffers)}
-        return set(map(kind_of, alike.values())) - {""}
+        alike = {(type(t), t.layout, t.dtype): t for t in (*self.parameters, *self.buffers)}
+        nested = [t for t in self.buffers if t.is_nested]
+        return set(map(kind_of, (*alike.values(), *nested))) - {""}
 
     @cached_property
     def size(self) -> int:

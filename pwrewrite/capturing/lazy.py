@@ -11,7 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from ..core.errors import CaptureError
-from ..core.nested import map_tensors
+from ..core.nested import Args, Kwargs, map_tensors
 from ..core.random_state import keeping_random_state
 
 
@@ -28,7 +28,7 @@ def has_lazy_modules(model: nn.Module) -> bool:
     return bool(_lazy_paths(model))
 
 
-def materialized(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
+def materialized(model: nn.Module, args: Args, kwargs: Kwargs) -> nn.Module:
     """The model itself, or a copy whose lazy modules have taken their shapes from a run on these inputs.
 
     New weights are drawn from a fixed seed; the random states stay as they are.

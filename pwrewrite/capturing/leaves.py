@@ -33,7 +33,7 @@ class Leaves:
         self._origins, self._books, self._real = origins, books, real
         self._specs: dict[int, tuple[ConvSpec, Window]] = {}
 
-    def call(self, module: Any, path: str, rule: Leaf, args: Args, kwargs: Kwargs) -> Any:
+    def call(self, module: Any, path: str, rule: Leaf, args: Args, kwargs: Kwargs) -> object:
         """Records a call of a leaf.
 
         Args:
@@ -50,7 +50,7 @@ class Leaves:
                 spec = ConvSpec.of_module(module)
                 facts = self._specs[id(module)] = spec, Window.of(spec)
             spec, window = facts
-        out = NotImplemented if self._real else self._by_rule(module, rule, spec, args, kwargs)
+        out: Any = NotImplemented if self._real else self._by_rule(module, rule, spec, args, kwargs)
         if out is NotImplemented:
             out = self._run(module, args, kwargs)
         if spec is not None:
@@ -78,7 +78,7 @@ class Leaves:
         )  # fmt: skip
         return out
 
-    def _by_rule(self, module: nn.Module, rule: Leaf, spec: ConvSpec | None, args: Args, kwargs: Kwargs) -> Any:
+    def _by_rule(self, module: nn.Module, rule: Leaf, spec: ConvSpec | None, args: Args, kwargs: Kwargs) -> object:
         convert = self._origins.meta_value
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             x = convert(args[0])
@@ -88,7 +88,7 @@ class Leaves:
             return rule.output(module, *own_args, **own_kwargs)
         return rule.output(module, *own_kwargs.values())
 
-    def _run(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+    def _run(self, module: nn.Module, args: Args, kwargs: Kwargs) -> object:
         """Runs a leaf's own forward, its weights replaced by what they stand for here."""
         value = self._origins.value if self._real else self._origins.meta_value
         own_args, own_kwargs = map_tensors(args, value), map_tensors(kwargs, value)
@@ -101,7 +101,7 @@ class Leaves:
         finally:
             attributes.update(stores)
 
-    def script(self, module: nn.Module, path: str, args: Args, kwargs: Kwargs) -> Any:
+    def script(self, module: nn.Module, path: str, args: Args, kwargs: Kwargs) -> object:
         """Runs a TorchScript module as one node, priced from inside."""
         value = self._origins.value if self._real else self._origins.meta_value
         own_args, own_kwargs = map_tensors(args, value), map_tensors(kwargs, value)

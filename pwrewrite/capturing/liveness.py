@@ -7,7 +7,6 @@ through weak references, so that deaths come when Python's reference counts brin
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 from torch import Tensor
 
@@ -17,7 +16,7 @@ _NO_STORAGE = (NotImplementedError, RuntimeError, ValueError)
 """What wrappers, sparse and uninitialized tensors raise that have none."""
 
 
-class _Birth(weakref.ref):  # type: ignore[type-arg]
+class _Birth(weakref.ref[Tensor]):
     """A weak reference that remembers which storage its tensor belongs to."""
 
     __slots__ = ("key",)
@@ -100,7 +99,7 @@ class Liveness:
             return
         self._storages.setdefault(key, _Storage("", 0)).users += 1
 
-    def _died(self, birth: Any) -> None:
+    def _died(self, birth: _Birth) -> None:
         self._births.discard(birth)
         storage = self._storages.get(birth.key)
         if storage is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core.convolution import CONV_MODULES, ConvSpec
 from ..core.operations import OPERATIONS
 from .records import Window
-from .shapes import ShapeError, adaptive, convolve, default, new, pool_window, project, same
+from .shapes import ON_META, ShapeError, adaptive, convolve, default, new, pool_window, project, same
 
 
 class Leaf(NamedTuple):
@@ -28,16 +28,16 @@ class Leaf(NamedTuple):
     """
 
     op: str
-    output: Callable[..., Any]
+    output: Callable[..., Tensor]
     product: bool = False
     convolution: bool = False
 
 
-def _convolution(module: Any, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+def _convolution(module: nn.Module, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
     return convolve(ConvSpec.of_module(module), x, module._parameters.get("weight"), output_size)
 
 
-def _linear(module: Any, x: Tensor) -> Tensor:
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     return project(x, module.in_features, module.out_features)
 
 
@@ -56,31 +56,31 @@ def _channel_norm(module: Any, x: Tensor) -> Tensor:
     return new(x.shape, x)
 
 
-def _layer_norm(module: Any, x: Tensor) -> Tensor:
+def _layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
     expected = tuple(module.normalized_shape)
     if tuple(x.shape[-len(expected) :]) != expected:
         raise ShapeError(f"LayerNorm takes {expected} in the last dims, got shape {tuple(x.shape)}")
     return default(x)
 
 
-def _adaptive(module: Any, x: Tensor) -> Any:
+def _adaptive(module: Any, x: Tensor) -> Tensor:
     return adaptive(_POOL_DIMS[type(module).forward], x, module.output_size, getattr(module, "return_indices", False))
 
 
-def _pool(module: Any, x: Tensor) -> Any:
+def _pool(module: Any, x: Tensor) -> Tensor:
     window = module_window(module)
     dims = len(window.kernel)
     usual = dims == 2 and x.dim() in (3, 4) and not (module.ceil_mode or getattr(module, "return_indices", False))
     parts = zip(x.shape[-dims:], window.kernel, window.stride, window.padding, window.dilation)
     size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, (p, _), d in parts]
-    return new((*x.shape[:-dims], *size), x) if usual and min(size) > 0 else NotImplemented
+    return new((*x.shape[:-dims], *size), x) if usual and min(size) > 0 else ON_META
 
 
-def _on_meta(module: Any, *args: Any, **kwargs: Any) -> Any:
-    return NotImplemented
+def _on_meta(*args: object, **kwargs: object) -> Tensor:
+    return ON_META
 
 
-_RULES: dict[str, Callable[..., Any]] = {
+_RULES: dict[str, Callable[..., Tensor]] = {
     "same": lambda module, x: x if getattr(module, "inplace", False) else same(x),
     "input": lambda module, x: x,
     "default": lambda module, x: default(x),
@@ -93,14 +93,14 @@ _RULES: dict[str, Callable[..., Any]] = {
 }
 """Name of a shape rule in `pwrewrite.core.operations` to what it is for modules."""
 
-MODULE_RULES: dict[Any, Leaf] = {
+MODULE_RULES: dict[object, Leaf] = {
     kind.forward: Leaf(row.name, _RULES.get(row.shape, _on_meta), row.kind == "product", row.shape == "convolution")
     for row in OPERATIONS
     for kind in row.modules
 }
 """Forward function to how its module is handled."""
 
-_POOL_DIMS: dict[Any, int] = {
+_POOL_DIMS: dict[object, int] = {
     kind.forward: int(row.name[-2]) for row in OPERATIONS if row.kind == "pool" for kind in row.modules
 }
 
@@ -114,14 +114,14 @@ def module_window(module: Any) -> Window:
 _leaf_of_type: dict[type, Leaf | None] = {}
 
 
-def leaf_rule(kind: type[Any]) -> Leaf | None:
+def leaf_rule(kind: type) -> Leaf | None:
     """The rule for modules of class ``kind``; None where they are looked into."""
     try:
         return _leaf_of_type[kind]
     except KeyError:
         leaf = MODULE_RULES.get(getattr(kind, "forward", None))
         if leaf is not None and leaf.convolution:
-            base: Any = next(base for base in CONV_MODULES if issubclass(kind, base))
+            base: type[nn.Module] = next(base for base in CONV_MODULES if issubclass(kind, base))
             if getattr(kind, "_conv_forward", None) is not getattr(base, "_conv_forward", None):
                 leaf = None
         if isinstance(getattr(kind, "weight", None), property):  # parametrized: the weight is computed

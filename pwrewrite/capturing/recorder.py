@@ -42,7 +42,7 @@ from ..core.nested import Args, Kwargs, map_tensors, tensors_of
 from ..core.operations import convolution_call
 from . import functions
 from .bookkeeping import Bookkeeper
-from .evaluate import Evaluator, read, redirect, without_masks
+from .evaluate import Evaluator, Function, read, redirect, without_masks
 from .inventory import Inventory
 from .leaves import Leaves
 from .liveness import Liveness
@@ -56,6 +56,7 @@ from .transforms import in_python, is_wrapped, transforming, uncompiled
 _original_call = nn.Module.__call__
 
 
+_DISPATCHED = (HigherOrderOperator, OpOverload, OpOverloadPacket)
 _APART, _RECORDED, _BUSY = range(3)
 
 
@@ -153,7 +154,7 @@ class Recorder(TorchFunctionMode):
             node = origins.output(out)
             set_info(node, NodeInfo("output", "", tuple(map(spec_of, results)), (), Cost()))
 
-    def within(self, function: Any, scope: list[str]) -> Any:
+    def within(self, function: Function, scope: list[str]) -> Function:
         """A function that is recorded in whatever thread it is called.
 
         Args:
@@ -180,11 +181,12 @@ class Recorder(TorchFunctionMode):
     def call_module(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """What replaces ``nn.Module.__call__``: a leaf becomes a node, the rest runs and is looked into."""
         path = self._paths.get(id(module))
-        rule = leaf_rule(type(module)) if path is not None and not transforming() else None
-        attributes = module.__dict__
-        here = self.here
+        rule = None
         if path is None:
             path = self.inventory.strays.get(id(module), self._scope())
+        elif transforming() is None:
+            rule = leaf_rule(type(module))
+        attributes = module.__dict__
         try:
             if rule is not None and "forward" not in attributes:
                 if not (attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]):
@@ -195,13 +197,14 @@ class Recorder(TorchFunctionMode):
                         return _original_call(module, *args, **kwargs)
                     finally:
                         attributes.pop("forward", None)
-            here.scope.append(path)
+            scope = self.here.scope
+            scope.append(path)
             try:
                 if isinstance(module, torch.jit.ScriptModule):
                     return self._script(module, path, args, kwargs)
                 return _original_call(module, *args, **kwargs)
             finally:
-                here.scope.pop()
+                scope.pop()
         except Exception as error:
             _blame(error, path)
             raise
@@ -229,7 +232,7 @@ class Recorder(TorchFunctionMode):
 
     # ----------------------------------------------------------------------------------------- functions
 
-    def __torch_function__(self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         """Sees every torch function and tensor method that runs outside a leaf."""
         kwargs = kwargs or {}
         if self.here.state != _RECORDED:
@@ -245,26 +248,25 @@ class Recorder(TorchFunctionMode):
         elif name in functions.SILENT:
             return func(*args, **kwargs)
         try:
-            if isinstance(func, HigherOrderOperator):
-                return self._higher_order(func, args, kwargs)
-            if isinstance(func, (OpOverload, OpOverloadPacket)):
+            if isinstance(func, _DISPATCHED):
+                if isinstance(func, HigherOrderOperator):
+                    return self._higher_order(func, args, kwargs)
                 packet = func.overloadpacket if isinstance(func, OpOverload) else func
-                aten = packet._qualified_op_name.startswith("aten::")
-                name = packet.__name__ if aten else ""
+                name = packet.__name__ if packet._qualified_op_name.startswith("aten::") else ""
             with self._lock:
                 return self._function(func, name, args, kwargs)
         except Exception as error:
             _blame(error, self._scope())
             raise
 
-    def _function(self, func: Any, name: str, args: Args, kwargs: Kwargs) -> Any:
+    def _function(self, func: Function, name: str, args: Args, kwargs: Kwargs) -> Any:
         origins = self.origins
         if not args and "input" in kwargs:
             args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
         given = tensors_of(args)
         if kwargs:
             given += tensors_of(kwargs)
-        wrapped = transforming() and any(map(is_wrapped, given))
+        wrapped = transforming() is not None and any(map(is_wrapped, given))
         origins.transformed |= wrapped
         on_meta = not self.real and any(origins.value(t).is_meta for t in given)
         if on_meta and name in functions.VALUE_READS:
@@ -345,7 +347,9 @@ class Recorder(TorchFunctionMode):
 class _Deep(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Calls every dispatched operation again as a torch function, so that a recorder sees those that came from C++."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
         return func(*args, **(kwargs or {}))
 
 

@@ -12,17 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..core.convolution import ConvSpec
+from ..core.convolution import ConvSpec, Sizes
 from ..core.nested import tensors_of
 from ..core.operations import OPERATIONS, convolution_call
 from .records import Window
 
-Rule = Callable[..., Any]
+Rule = Callable[..., object]
+ON_META: Tensor = NotImplemented
+"""What a rule returns where the function has to run on ``meta``."""
+
+_T = TypeVar("_T")
 
 
 class ShapeError(ValueError):
@@ -64,7 +68,7 @@ def same(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def default(x: Tensor, *_: Any, **__: Any) -> Tensor:
+def default(x: Tensor, *_: object, **__: object) -> Tensor:
     """A new tensor as ``x`` in the default memory format."""
     return empty(x.shape, x)
 
@@ -99,16 +103,18 @@ def project(x: Tensor, in_features: int, out_features: int) -> Tensor:
     return empty((*x.shape[:-1], out_features), x)
 
 
-def adaptive(dims: int, x: Tensor, output_size: Any, return_indices: bool = False) -> Any:
+def adaptive(dims: int, x: Tensor, output_size: Sizes, return_indices: bool = False) -> Tensor:
     """What adaptive pooling over the last ``dims`` axes returns for ``x``."""
     keep = x.dim() - dims
     if keep not in (1, 2) or return_indices or (dims == 1 and not x.is_contiguous()):
-        return NotImplemented
+        return ON_META
     size = [n if wanted is None else int(wanted) for wanted, n in zip(_spread(output_size, dims), x.shape[keep:])]
     return empty((*x.shape[:keep], *size), x) if dims == 3 else new((*x.shape[:keep], *size), x)
 
 
-def pool_window(dims: int, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1) -> Window:
+def pool_window(
+    dims: int, kernel: Sizes, stride: Sizes | None = None, padding: Sizes = 0, dilation: Sizes = 1
+) -> Window:
     """The window of a pooling call, from its arguments."""
     size = _spread(kernel, dims)
     steps = size if stride is None or stride == [] or stride == () else _spread(stride, dims)
@@ -116,14 +122,14 @@ def pool_window(dims: int, kernel: Any, stride: Any = None, padding: Any = 0, di
 
 
 def pool_call_window(
-    name: str, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, *args: Any, **kwargs: Any
+    name: str, x: Tensor, kernel_size: Sizes, stride: Sizes | None = None, padding: Sizes = 0, *args: Any, **kwargs: Any
 ) -> Window:
     """The window of a functional pooling call named ``max_pool2d`` or ``avg_pool1d`` and the like."""
     dilation = kwargs.get("dilation", args[0] if args and name.startswith("max") else 1)
     return pool_window(int(name[-2]), kernel_size, stride, padding, dilation)
 
 
-def _spread(value: Any, dims: int) -> tuple[Any, ...]:
+def _spread(value: Sequence[_T] | _T, dims: int) -> tuple[_T, ...]:
     """One value for every dim, from one value or a sequence."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     return values * dims if len(values) == 1 else values
@@ -146,83 +152,87 @@ def _broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
     return tuple(out)
 
 
-def _elementwise(x: Any, *args: Any, **kwargs: Any) -> Any:
+def _elementwise(x: object, *args: object, **kwargs: object) -> Tensor:
     if not isinstance(x, Tensor) or not x.is_floating_point() or tensors_of((args, kwargs)):
-        return NotImplemented
+        return ON_META
     return x if kwargs.get("inplace") or any(a is True for a in args) else same(x)
 
 
-def _format(x: Any, *args: Any, **kwargs: Any) -> Any:
+def _format(x: Tensor, *args: object, **kwargs: object) -> Tensor:
     return new(x.shape, x)
 
 
-def _binary(a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
+def _binary(a: object, b: object, *args: object, **kwargs: object) -> Tensor:
     if args or kwargs.get("out") is not None or kwargs.get("rounding_mode"):
-        return NotImplemented
+        return ON_META
     if not isinstance(a, Tensor):
         a, b = b, a
     if not isinstance(a, Tensor) or not a.is_floating_point():
-        return NotImplemented
+        return ON_META
     if not isinstance(b, Tensor):
-        return same(a) if isinstance(b, (int, float)) else NotImplemented
+        return same(a) if isinstance(b, (int, float)) else ON_META
     if a.dtype != b.dtype:
-        return NotImplemented
+        return ON_META
     shape = a.shape if a.shape == b.shape else _broadcast(a.shape, b.shape)
     if shape == tuple(a.shape):
         return same(a)
     contiguous = a.is_contiguous() and b.is_contiguous()
-    return empty(shape, a) if contiguous else NotImplemented
+    return empty(shape, a) if contiguous else ON_META
 
 
-def _cat(tensors: Any, dim: Any = 0, **kwargs: Any) -> Any:
-    if not isinstance(tensors, (tuple, list)) or not tensors or kwargs or not isinstance(dim, int):
-        return NotImplemented
+def _cat(tensors: Sequence[Tensor], dim: int = 0, **kwargs: object) -> Tensor:
+    if not isinstance(tensors, (tuple, list)) or not tensors or kwargs or type(dim) is not int:
+        return ON_META
     first = tensors[0]
     rank, dtype, shape = first.dim(), first.dtype, tuple(first.shape)
     if not rank or not -rank <= dim < rank:
-        return NotImplemented
+        return ON_META
     dim %= rank
     before, after, total = shape[:dim], shape[dim + 1 :], 0
     for t in tensors:
         size = tuple(t.shape)
         if t.dtype is not dtype or len(size) != rank:
-            return NotImplemented
+            return ON_META
         if size[:dim] != before or size[dim + 1 :] != after:
             shapes = [tuple(t.shape) for t in tensors]
             raise ShapeError(f"cat along dim {dim} takes tensors equal in all other dims, got shapes {shapes}")
         total += size[dim]
     if not all(t.is_contiguous() for t in tensors):
-        return NotImplemented
+        return ON_META
     return empty((*before, total, *after), first)
 
 
-def _reduce(x: Any, dim: Any = None, keepdim: Any = False, **kwargs: Any) -> Any:
+def _reduce(x: object, dim: Sizes | None = None, keepdim: object = False, **kwargs: object) -> Tensor:
     if kwargs or not isinstance(x, Tensor) or not x.is_floating_point() or not isinstance(keepdim, bool):
-        return NotImplemented
+        return ON_META
     dims = range(x.dim()) if dim is None else _spread(dim, 1)
     if not x.dim() or not x.is_contiguous() or not all(isinstance(d, int) for d in dims):
-        return NotImplemented
+        return ON_META
     gone = {d % x.dim() for d in dims}
     shape = [1 if i in gone else n for i, n in enumerate(x.shape) if keepdim or i not in gone]
-    return empty(shape, x) if gone else NotImplemented
+    return empty(shape, x) if gone else ON_META
 
 
-def _resize(x: Any, size: Any = None, scale_factor: Any = None, *args: Any, **kwargs: Any) -> Any:
+def _resize(
+    x: Tensor, size: Sizes | None = None, scale_factor: float | Sequence[float] | None = None, *_: object, **__: object
+) -> Tensor:
     dims = x.dim() - 2
-    if not x.is_contiguous() or (size is None and scale_factor is None):
-        return NotImplemented
+    if not x.is_contiguous():
+        return ON_META
     if size is not None:
         target = [int(n) for n in _spread(size, dims)]
-    else:
+    elif scale_factor is not None:
         target = [int(n * s) for n, s in zip(x.shape[2:], _spread(scale_factor, dims))]
+    else:
+        return ON_META
     return empty((*x.shape[:2], *target), x)
 
 
-def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    return project(x, weight.shape[-1], weight.shape[0]) if weight.dim() == 2 else NotImplemented
+def _linear(x: Tensor, weight: Tensor, bias: object = None) -> Tensor:
+    return project(x, weight.shape[-1], weight.shape[0]) if weight.dim() == 2 else ON_META
 
 
-def _convolution(name: str, *args: Any, **kwargs: Any) -> Any:
+def _convolution(name: str, *args: Any, **kwargs: Any) -> Tensor:
     spec, weight, _ = convolution_call(name, args, kwargs)
     return convolve(spec, args[0] if args else kwargs["input"], weight)
 
@@ -230,7 +240,7 @@ def _convolution(name: str, *args: Any, **kwargs: Any) -> Any:
 def _recurrent(*args: Any, **kwargs: Any) -> Any:
     """The output and the last state or states of ``torch.lstm`` and its kin, which ``meta`` runs step by step."""
     if kwargs:
-        return NotImplemented
+        return ON_META
     packed = isinstance(args[3], (list, tuple))  # input, batch sizes, state, weights, …
     x, state = args[0], args[2 if packed else 1]
     states = [state] if isinstance(state, Tensor) else list(state)

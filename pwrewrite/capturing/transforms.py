@@ -22,9 +22,8 @@ from torch._ops import HigherOrderOperator
 _functorch: Any = getattr(torch._C, "_functorch", None)
 
 
-def transforming() -> bool:
-    """Whether a function transform is running."""
-    return _functorch is not None and _functorch.peek_interpreter_stack() is not None
+transforming: Callable[[], object] = getattr(_functorch, "peek_interpreter_stack", lambda: None)
+"""Returns None where no function transform is running."""
 
 
 def unwrapped(t: Tensor) -> Tensor:

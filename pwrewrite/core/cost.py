@@ -14,6 +14,7 @@ import torch
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .nested import Args, Kwargs
 from .operations import FORMULAS, FREE, Formula
 
 
@@ -65,7 +66,7 @@ def register_formula(op: OpOverloadPacket, formula: Formula) -> None:
     FORMULAS[op._qualified_op_name] = formula
 
 
-def price(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int | None:
+def price(op: OpOverload, args: Args, kwargs: Kwargs, out: Any) -> int | None:
     """MACs of one dispatched operation.
 
     Args:
@@ -106,8 +107,8 @@ class PricingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.unpriced: list[str] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
         """Runs the operation and adds its cost."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)

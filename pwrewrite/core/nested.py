@@ -80,14 +80,14 @@ def _attributes(value: Any) -> dict[str, Any]:
     return {**{name: getattr(value, name) for name in slots if hasattr(value, name)}, **getattr(value, "__dict__", {})}
 
 
-def tensors_of(value: Any) -> list[Tensor]:
+def tensors_of(value: object) -> list[Tensor]:
     """All tensors in nested containers, in order."""
     tensors: list[Tensor] = []
-    _collect(value, tensors, set())
+    _collect(value, tensors, ())
     return tensors
 
 
-def _collect(value: Any, tensors: list[Tensor], above: set[int]) -> None:
+def _collect(value: Any, tensors: list[Tensor], above: tuple[int, ...]) -> None:
     """Appends the tensors in ``value``; ``above`` are the containers that it is in."""
     kind = type(value)
     if isinstance(value, Tensor):
@@ -101,10 +101,8 @@ def _collect(value: Any, tensors: list[Tensor], above: set[int]) -> None:
     elif kind not in _SCALARS and id(value) not in above:
         opened = _open(value)
         if opened is not None:
-            above.add(id(value))
             for item in opened.items.values():
-                _collect(item, tensors, above)
-            above.discard(id(value))
+                _collect(item, tensors, (*above, id(value)))
 
 
 def map_tensors(value: Any, convert: Callable[[Tensor], Any], *, plain: bool = False) -> Any:
@@ -116,10 +114,10 @@ def map_tensors(value: Any, convert: Callable[[Tensor], Any], *, plain: bool = F
         plain: Whether containers with keys become plain dicts and others plain tuples and lists, as in a graph's
             arguments.
     """
-    return _map(value, convert, plain, set())
+    return _map(value, convert, plain, ())
 
 
-def _map(value: Any, convert: Callable[[Tensor], Any], plain: bool, above: set[int]) -> Any:
+def _map(value: Any, convert: Callable[[Tensor], Any], plain: bool, above: tuple[int, ...]) -> Any:
     kind = type(value)
     if isinstance(value, Tensor):
         return convert(value)
@@ -130,9 +128,7 @@ def _map(value: Any, convert: Callable[[Tensor], Any], plain: bool, above: set[i
     opened = _open(value)
     if opened is None:
         return value
-    above.add(id(value))
-    items = {key: _map(item, convert, plain, above) for key, item in opened.items.items()}
-    above.discard(id(value))
+    items = {key: _map(item, convert, plain, (*above, id(value))) for key, item in opened.items.items()}
     if all(items[key] is item for key, item in opened.items.items()):
         return value
     if plain and not isinstance(value, slice):

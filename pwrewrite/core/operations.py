@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .convolution import CONV_MODULES, ConvSpec
+from .nested import Args, Kwargs
 
-Formula = Callable[[tuple[Any, ...], dict[str, Any], Any], int]
+Formula = Callable[[Args, Kwargs, Tensor], int]
 """``formula(args, kwargs, out) -> MACs``, from shapes alone."""
 
 
@@ -110,7 +111,7 @@ def attention_macs(query: tuple[int, ...], key: tuple[int, ...], value: tuple[in
 def _product(position: int, *names: str) -> Formula:
     """A product whose left operand, dense or sparse, is the argument at ``position``, or under one of ``names``."""
 
-    def macs(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    def macs(args: Args, kwargs: Kwargs, out: Tensor) -> int:
         left = args[position] if len(args) > position else next(kwargs[name] for name in names if name in kwargs)
         if left.layout is not torch.strided:  # every stored element meets every column
             return int(left._nnz() * out.shape[-1])
@@ -119,12 +120,12 @@ def _product(position: int, *names: str) -> Formula:
     return macs
 
 
-def _linear(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+def _linear(args: Args, kwargs: Kwargs, out: Tensor) -> int:
     weight = args[1] if len(args) > 1 else kwargs["weight"]
     return int(out.numel() * weight.shape[-1])
 
 
-def _attention(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+def _attention(args: Args, kwargs: Kwargs, out: Tensor) -> int:
     tensors = [*args[:3], *(kwargs[name] for name in ("query", "key", "value") if name in kwargs)]
     query, key, value = (tuple(t.shape) for t in tensors[:3])
     return attention_macs((*out.shape[:-2], *query[-2:]), key, value)
@@ -138,9 +139,7 @@ _ORDER = {
 """Arguments of the convolution functions behind input and weight."""
 
 
-def convolution_call(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[ConvSpec, Tensor, Tensor | None]:
+def convolution_call(name: str, args: Args, kwargs: Kwargs) -> tuple[ConvSpec, Tensor, Tensor | None]:
     """The spec of a functional convolution call, with its weight and bias.
 
     Args:
@@ -157,20 +156,20 @@ def convolution_call(
 
 
 def _convolution(name: str) -> Formula:
-    def macs(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    def macs(args: Args, kwargs: Kwargs, out: Tensor) -> int:
         x = args[0] if args else kwargs["input"]
         return convolution_call(name, args, kwargs)[0].macs(tuple(x.shape), tuple(out.shape))
 
     return macs
 
 
-def _recurrent(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+def _recurrent(args: Args, kwargs: Kwargs, out: Tensor) -> int:
     """Every weight matrix is applied once per step and batch item, in every layer and direction."""
     weights = args[3] if isinstance(args[3], (list, tuple)) else args[2]  # packed sequences bring batch sizes along
     return int(args[0][..., 0].numel() * sum(w.numel() for w in weights if w.dim() == 2))
 
 
-def _convolution_backward(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+def _convolution_backward(args: Args, kwargs: Kwargs, out: Tensor) -> int:
     """The gradients of input and weight cost what the convolution costs, each where it is asked for."""
     grad, x, weight, _, stride, padding, dilation, transposed, extra, groups, mask = args
     spec = ConvSpec.of_call(
@@ -179,13 +178,13 @@ def _convolution_backward(args: tuple[Any, ...], kwargs: dict[str, Any], out: An
     return spec.macs(tuple(x.shape), tuple(grad.shape)) * (bool(mask[0]) + bool(mask[1]))
 
 
-def _attention_backward(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+def _attention_backward(args: Args, kwargs: Kwargs, out: Tensor) -> int:
     """Five products: the scores once more, and the gradients of values, scores, queries and keys."""
     query, key, value = (tuple(t.shape) for t in args[1:4])
     return int(prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1]))
 
 
-def _convolution_pointwise(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+def _convolution_pointwise(args: Args, kwargs: Kwargs, out: Tensor) -> int:
     return int(prod(args[1].shape) * out.numel() // out.shape[1])
 
 
