@@ -47,6 +47,12 @@ class Interrupted:
 
 interrupted = Interrupted()
 
+def odd():
+    return [{"pixels": batch, "path": "a.png", "class": torch.arange(len(batch)) % 5} for batch in batches()]
+
+def inputs_of(batch):
+    return batch["pixels"], batch["class"]
+
 def normalised(batch):
     return torch.from_numpy(batch).float() / 255
 
@@ -114,7 +120,8 @@ def test_a_rewrite_within_a_budget_is_shown_and_saved(run: Run, folder: Path) ->
     assert re.search(r"^macs +at most 0\.5; [34]\d\.\d% of the original$", text, re.MULTILINE)
     assert re.search(r"^calibration +51 inputs; factors, biases and norms fitted$", text, re.MULTILINE)
     assert re.search(r"^predicted loss +\S+ \(KL divergence in nats\)$", text, re.MULTILINE)
-    assert re.search(r"^measured loss +\S+ \(KL .*\) on 13 held-out inputs; same class for .*%$", text, re.MULTILINE)
+    measured = r"measured loss \S+ \(KL .* outputs taken for logits\) on 13 held-out inputs; same class for \S+%"
+    assert re.search(measured, " ".join(text.split()))
     data = json.loads((folder / "out" / "report.json").read_text())
     assert data["after"]["macs"] <= 0.5 * data["before"]["macs"]
     budget = data["budget"]
@@ -130,13 +137,49 @@ def test_a_rewrite_within_a_budget_is_shown_and_saved(run: Run, folder: Path) ->
     assert pwrewrite.analyze(loaded, torch.zeros(1, 3, 32, 32)).macs == data["after"]["macs"]
 
 
+def test_batches_of_any_kind_go_through_a_function(run: Run) -> None:
+    odd = ("rewrite", "net.py", "--budget", "macs=0.5", "--calibration", "data.py:odd", "--format", "json")
+    refused = run(*odd)
+    assert refused.exit_code == 2
+    assert "--batch" in refused.stderr
+    result = run(*odd, "--batch", "data.py:inputs_of", "--outputs", "logits")
+    assert result.exit_code == 0, result.output
+    budget = json.loads(result.stdout)["budget"]
+    assert list(budget["metrics"]) == ["accuracy on held-out inputs"]
+    assert budget["outputs"] == "logits"
+    assert run(*HALF, "--batch", "data.py:nothing_here").exit_code == 2
+    assert run("plan", "net.py", "--budget", "macs=0.5", "--outputs", "logits").exit_code == 2
+
+
+def test_a_missed_time_saves_nothing(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pwrewrite.engines.timing import Timing
+    from pwrewrite.workflows import budget
+
+    monkeypatch.setattr("pwrewrite.planning.planner.time_plan", lambda *given: 0.5)
+    monkeypatch.setattr(
+        "pwrewrite.planning.latency.LatencyTable.times",
+        lambda self, shape, variants: [1e-6 if not variant.form else 1e-7 for variant in variants],
+    )
+    monkeypatch.setattr(budget, "time_models", lambda *given, **how: [Timing(1.0, 0.01), Timing(0.72, 0.01)])
+    arguments = ("rewrite", "net.py", "--budget", "latency=99%", "--calibration", "x.npy", "--out", "out")
+    monkeypatch.setattr(budget, "MEASURED", 0.5)
+    missed = run(*arguments)
+    assert missed.exit_code == 1, missed.output
+    assert "latency=0.99 is missed" in missed.stderr
+    assert not (folder / "out").exists()
+    taken = run(*arguments, "--best-effort", "--threads", "1")
+    assert taken.exit_code == 0, taken.output
+    assert (folder / "out").exists()
+    assert "latency=0.99 is missed" in " ".join(taken.stdout.split())
+
+
 def test_the_report_comes_in_every_form(run: Run) -> None:
     data = json.loads(run("rewrite", "net.py", *HALF, "--format", "json").stdout)
     assert data["schema"] == "pwrewrite.report/1"
     assert data["budget"]["metrics"] == {}
     text = run("rewrite", "net.py", *HALF, "--format", "markdown").stdout
     assert "## Budget" in text
-    assert re.search(r"^- macs: at most 0\.5; ", text, re.MULTILINE)
+    assert re.search(r"^- Macs: at most 0\.5; ", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("width", ["100", "60"])
