@@ -41,7 +41,7 @@ from .room import Capacity, Limited, capacity_in_lockstep, samples_in_run
 from .running import evaluating
 from .settings import checked
 from .spill import Spill
-from .statistics import Gathering, Statistics, gather
+from .statistics import Gathering, NoGradientsError, Statistics, gather
 
 Say = Callable[[str, float | None], None]
 
@@ -86,6 +86,7 @@ class Planner:
         captured: Capture | None = None,
     ) -> None:
         self.say = say or (lambda what, share: None)
+        self._sensitivity_given = settings.sensitivity is not None
         self.settings = checked(settings, calibration is not None)
         self.model, self.inputs = model, inputs
         self.captured = captured or capture(model, inputs)
@@ -158,7 +159,14 @@ class Planner:
             self.notes.append(damage)
         self.outputs = self._look_at_outputs(batches, "" if statistics is None else statistics.outputs)
         if statistics is None or not complete:
-            statistics = self._gather(statistics, folder, key, specs)
+            try:
+                statistics = self._gather(statistics, folder, key, specs)
+            except NoGradientsError as error:
+                if self._sensitivity_given:
+                    raise
+                self.notes.append(f"{error.message}; errors are measured in the layers' outputs (activations) instead")
+                self.settings = replace(self.settings, sensitivity="activations")
+                return self._calibrate()
             statistics.round()
         self.notes += batches.notes
         self._note_sparse(statistics)

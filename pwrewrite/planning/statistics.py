@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..core.convolution import ConvSpec
-from ..core.errors import RefusedError
+from ..core.errors import RefusedError, first_line
 from ..core.files import same_directory
 from .outputs import class_scores, floating, log_probabilities
 from .patches import batched, input_rows, output_rows, position_count, row_size
@@ -361,7 +361,16 @@ class _Watch:
         else:
             loss = torch.stack([self._noisy(t) for t in tensors]).sum()
             outcome = "values"
-        torch.autograd.backward(loss, inputs=self.roots)
+        try:
+            torch.autograd.backward(loss, inputs=self.roots)
+        except RuntimeError as error:
+            if "inplace operation" not in str(error) and "does not require grad" not in str(error):
+                raise
+            raise NoGradientsError(
+                f"the model has no gradients on the calibration inputs: {first_line(error)[:160]}",
+                expected="code that writes into no tensor that a layer before it needs for its gradient",
+                hint="the sensitivity activations needs no gradients",
+            ) from error
         return outcome
 
     def _noisy(self, output: Tensor) -> Tensor:
@@ -371,6 +380,10 @@ class _Watch:
         per_sample = values.numel() / max(self.samples, 1)
         power = values.detach().square().mean().clamp(min=1e-30)
         return (values * noise).sum() / (per_sample * power).sqrt()
+
+
+class NoGradientsError(RefusedError):
+    """The model cannot be differentiated."""
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

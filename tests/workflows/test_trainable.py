@@ -13,6 +13,7 @@ import pwrewrite
 from pwrewrite import passes
 from pwrewrite.capturing import capture
 from pwrewrite.capturing.code_trace import NotTraceable, trace
+from pwrewrite.core.errors import RefusedError
 from pwrewrite.core.plan import Edit, Op
 from pwrewrite.verifying.gradients import complaints, origins
 
@@ -170,3 +171,27 @@ def test_buffers_that_count_calls_are_no_difference(replaces: bool) -> None:
     result = pwrewrite.rewrite(model, X, [passes.InsertBottleneck(1.0, allow_growth=True)])
     assert result.report.passed, result.report.verification
     assert int(model.calls) == 0
+
+
+class WritesWhatIsNeeded(nn.Module):
+    """Has no gradient: what the first convolution read is overwritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).sigmoid()
+        out = self.second(y)
+        return (out.tanh() + y.mul_(2.0)).mean((2, 3))
+
+
+def test_a_model_without_gradients_is_measured_in_activations() -> None:
+    torch.manual_seed(0)
+    model, batches = WritesWhatIsNeeded().eval(), [X + i for i in range(8)]
+    result = pwrewrite.rewrite(model, X, budget={"macs": 0.8}, calibration=batches)
+    assert result.report.passed
+    assert any("no gradients" in note and "activations" in note for note in result.report.notes)
+    with pytest.raises(RefusedError, match="no gradients") as caught:
+        pwrewrite.rewrite(model, X, budget={"macs": 0.8}, calibration=batches, sensitivity="loss")
+    assert "activations" in str(caught.value.hint)
