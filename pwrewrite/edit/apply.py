@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..core.copies import deep_copy
-from ..core.errors import PlanError, RefusedError, first_line
+from ..core.errors import PlanError, RefusedError, first_line, shortened
 from ..core.plan import Edit, Op, Plan, Skip, SkipReason
 from .actions import Bench, Decomposer, Refused, prepare
 
@@ -57,7 +57,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         RefusedError: If an op cannot be carried out.
     """
     if not isinstance(plan, Plan):
-        raise PlanError("this is no plan", got=repr(plan)[:80], hint="Plan.read reads one from a file")
+        raise PlanError("this is no plan", got=shortened(repr(plan), 80), hint="Plan.read reads one from a file")
     applied = carry_out(model, plan)
     if applied.skips:
         first = applied.skips[0]

@@ -26,7 +26,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from ..core.errors import UsageError
+from ..core.errors import UsageError, shortened
 
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
@@ -52,7 +52,7 @@ def stable(source: object, chunk: int) -> Iterable[Any]:
         raise UsageError(
             "the calibration inputs are not an iterable of batches",
             expected="a list, a DataLoader or another iterable of tensors, tuples or dicts; or one tensor",
-            got=repr(source)[:80] if isinstance(source, (str, bytes, Path)) else type(source).__name__,
+            got=shortened(repr(source), 80) if isinstance(source, (str, bytes, Path)) else type(source).__name__,
             hint="on the command line --calibration takes files" if isinstance(source, (str, Path)) else None,
         )
     if isinstance(source, DataLoader) and isinstance(_sampler(source), _RANDOM):

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import OutputError, PlanError, TargetError, WeightsError, first_line
+from ..core.errors import OutputError, PlanError, TargetError, WeightsError, first_line, shortened
 from ..core.files import new_folder, read_text, recover, unwritable
 from ..core.json_text import dumps, loads
 from ..core.plan import SCHEMA, Edit, Plan
@@ -158,7 +158,7 @@ def read_names(folder: str | Path) -> dict[str, tuple[str, ...]]:
             "the map of names makes no sense",
             where=str(path),
             expected='"names": {"old": ["new", …]}',
-            got=repr(names)[:80],
+            got=shortened(repr(names), 80),
         )
     return {old: tuple(new) for old, new in names.items()}
 

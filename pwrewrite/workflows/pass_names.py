@@ -17,7 +17,7 @@ from inspect import signature
 from typing import Any, cast
 
 from ..capturing.records import Capture, Layer
-from ..core.errors import RefusedError, UsageError
+from ..core.errors import RefusedError, UsageError, shortened
 from ..core.numbers import parse_width
 from ..core.option import changed, flag_of
 from ..core.options import LayerOptions, PassOptions, Width
@@ -161,7 +161,9 @@ def named_pass(name: Any, kinds: Sequence[type[Pass]] | None = None) -> type[Pas
         return kind
     if not isinstance(name, str):
         raise UsageError(
-            "this is no pass", expected="a pass such as InsertBottleneck(0.5), or the name of one", got=repr(name)[:80]
+            "this is no pass",
+            expected="a pass such as InsertBottleneck(0.5), or the name of one",
+            got=shortened(repr(name), 80),
         )
     near = get_close_matches(name, by_name, n=2)
     raise UsageError(

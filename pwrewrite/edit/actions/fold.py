@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.convolution import ConvSpec
-from ...core.errors import PlanError, RefusedError
+from ...core.errors import PlanError, RefusedError, shortened
 from ...core.plan import Edit, Op, Skip, SkipReason
 from .affine import affine_facts
 from .bench import Bench, Refused, WeightedModule, param_count, train_like
@@ -72,7 +72,7 @@ def fold_norm(bench: Bench, op: Op, settings: FoldSettings) -> Edit:
             "the plan folds a norm that is none here",
             where=op.where("path"),
             expected=f"a norm of {width} channels with running statistics",
-            got=str(module if code is None else norm)[:80],
+            got=shortened(str(module if code is None else norm), 80),
         )
     own = {name: p for name, p in module.named_parameters() if settings.affine or name in ("weight", "bias")}
     params, weight = param_count(layer) + (sum(p.numel() for p in own.values()) if own else norm.params), layer.weight

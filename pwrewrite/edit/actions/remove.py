@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...core.errors import PlanError
+from ...core.errors import PlanError, shortened
 from ...core.plan import Edit, Op, Skip, SkipReason
 from ...layers.known import drops, hooked
 from .bench import Bench, Refused
@@ -38,7 +38,7 @@ def remove_module(bench: Bench, op: Op, settings: RemoveSettings) -> Edit:
             "the plan removes a module that does something here",
             where=op.where("path"),
             expected=f"a {kind} that drops only in training",
-            got=str(module)[:80],
+            got=shortened(str(module), 80),
         )
     bench.check_held(op.path, module)
     if hooked(module):
