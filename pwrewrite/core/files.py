@@ -13,7 +13,6 @@ A writer holds a lock on what it has not finished. What a killed one left is rec
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import re
@@ -23,8 +22,6 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
-
-import platformdirs
 
 from .errors import OutputError
 
@@ -49,6 +46,8 @@ def cache_folder(kind: str) -> Path | None:
     Returns:
         The folder, which may not exist yet; None where ``PWREWRITE_CACHE`` is ``off``, ``0`` or ``none``.
     """
+    import platformdirs
+
     named = os.environ.get("PWREWRITE_CACHE", "")
     if named.lower() in ("off", "0", "none"):
         return None
@@ -283,6 +282,8 @@ def _move_in(scratch: Path, target: Path) -> None:
 
 def _exchange(first: Path, second: Path) -> bool:
     """Gives two folders each other's name in one step; False where the system has no such step."""
+    import ctypes
+
     names = os.fsencode(first), os.fsencode(second)
     try:
         libc = ctypes.CDLL(None, use_errno=True)

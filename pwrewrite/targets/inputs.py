@@ -11,7 +11,6 @@ more.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -158,7 +157,8 @@ def _from_specs(model: nn.Module, specs: list[InputSpec]) -> ExampleInputs:
     detection = is_detection(model)
     if repeated := sorted({n for n in names if names.count(n) > 1}):
         raise InputError(f"--input gives {', '.join(repeated)} more than once")
-    if unknown := [n for n in names if not takes_any and (n not in parameters or _is_star(parameters[n]))]:
+    by_name = {n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    if unknown := [n for n in names if not takes_any and n not in by_name]:
         near = [m for n in unknown for m in nearest(n, list(parameters), n=1)]
         raise InputError(
             f"{type(model).__name__}.forward takes no input {', '.join(unknown)}",
@@ -191,11 +191,6 @@ def _from_specs(model: nn.Module, specs: list[InputSpec]) -> ExampleInputs:
         return tuple(tensors)
     order = iter(positional)
     return {spec.name or next(order): tensor for spec, tensor in zip(specs, tensors, strict=True)}
-
-
-def _is_star(parameter: inspect.Parameter) -> bool:
-    """Whether a parameter is ``*args`` or ``**kwargs``."""
-    return parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
 
 
 def _from_file(value: object, place: str, file: str | None) -> ExampleInputs:

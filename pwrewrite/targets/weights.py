@@ -164,7 +164,8 @@ def fit_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> tuple
     missing, unexpected = _rehearse(model, usable, where)
     wrong = {key for key, *_ in (*mismatched, *lossy)}
     missing = [k for k in missing if k not in wrong and not _is_counter(k)]
-    odd = [k for k in unexpected if not (_is_counter(k) and _sibling(k) in own)]
+    norms = {k.removesuffix("running_mean") for k in own if k.endswith("running_mean")}
+    odd = [k for k in unexpected if not (_is_counter(k) and k.removesuffix("num_batches_tracked") in norms)]
     for key in unexpected:
         usable.pop(key, None)
     total = sum(not _is_counter(k) for k in keys)
@@ -176,24 +177,18 @@ def _loses(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether a tensor's values are gone in another dtype: imaginary parts, fractions, numbers beyond its range."""
     if tensor.dtype == dtype or tensor.is_quantized or tensor.layout != torch.strided:
         return False
-    if tensor.is_complex() and not dtype.is_complex:
-        return True
-    if tensor.is_meta or dtype.is_complex:
+    if tensor.is_complex() or tensor.is_meta or dtype.is_complex:
+        return tensor.is_complex() and not dtype.is_complex
+    floating = dtype.is_floating_point
+    if floating and tensor.is_floating_point() and torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
         return False
-    converted = tensor.to(dtype)
-    if dtype.is_floating_point:
-        return bool((tensor.isfinite() & ~converted.isfinite()).any())
-    return not torch.equal(converted.to(tensor.dtype), tensor)
+    before, after = tensor.double(), tensor.to(dtype).double()
+    return bool((before.isfinite() & ~after.isfinite()).any()) if floating else not torch.equal(before, after)
 
 
 def _is_counter(key: str) -> bool:
     """Whether a key is a batch norm's step counter, which eval never reads and older files lack."""
     return key.rpartition(".")[2] == "num_batches_tracked"
-
-
-def _sibling(key: str) -> str:
-    """The running mean beside a batch norm's step counter."""
-    return key.removesuffix("num_batches_tracked") + "running_mean"
 
 
 def _fill_ties(own: dict[str, Tensor], usable: dict[str, Tensor]) -> list[tuple[str, str]]:
@@ -207,14 +202,10 @@ def _fill_ties(own: dict[str, Tensor], usable: dict[str, Tensor]) -> list[tuple[
         if len(names) < 2 or not present:
             continue
         first = usable[present[0]]
-        untied += [(present[0], n) for n in present[1:] if not _equal(first, usable[n])]
+        others = [n for n in present[1:] if usable[n] is not first]
+        untied += [(present[0], n) for n in others if not torch.equal(first, usable[n].to(first.dtype))]
         usable.update(dict.fromkeys(names, first))
     return untied
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same values."""
-    return a is b or torch.equal(a, b.to(a.dtype))
 
 
 def _identity(tensor: Tensor) -> object:
