@@ -76,9 +76,7 @@ def layer_differences(
     *,
     seed: int,
     training: bool = False,
-    skip: Collection[str] = (),
-    reference: nn.Module | None = None,
-    reference_inputs: Arguments | None = None,
+    reference: tuple[nn.Module, Arguments] | None = None,
 ) -> tuple[dict[Key, float], dict[Key, float], str | None]:
     """Relative difference of every common layer's output, in the original's order.
 
@@ -88,15 +86,14 @@ def layer_differences(
         inputs: What both run on.
         seed: Of both runs.
         training: The mode.
-        skip: Paths of modules to leave out.
-        reference: The original in another precision; its differences to the original are those of rounding.
-        reference_inputs: What the reference runs on.
+        reference: The original in another precision, and its inputs; its differences to the original are those of
+            rounding.
 
     Returns:
         Differences of the rewritten model (∞ where shapes differ or only it has NaN or Inf) in layers that both call
         equally often, those of the reference, and the module in which the rewritten model raised.
     """
-    paths = common_paths(original, rewritten).difference(skip)
+    paths = common_paths(original, rewritten)
     outputs: dict[Key, list[Tensor]] = {}
 
     def keep(key: Key, output: Any) -> None:
@@ -120,8 +117,8 @@ def layer_differences(
         return see
 
     rounding: dict[Key, float] = {}
-    if reference is not None and reference_inputs is not None:
-        _watch(reference, paths, reference_inputs, seed, training, differ(rounding))
+    if reference is not None:
+        _watch(reference[0], paths, reference[1], seed, training, differ(rounding))
     errors: dict[Key, float] = {}
     raised = _watch(rewritten, paths, inputs, seed, training, differ(errors))
     # Where a layer is called less often than before, its calls are no longer the same ones.

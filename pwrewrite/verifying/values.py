@@ -170,9 +170,9 @@ def _layers_instead(context: Context, inputs: Arguments, verdict: Verdict) -> bo
         references.append((double, cast(inputs, torch.float64)))
     rounding: dict[tuple[str, int], float] = {}
     between: dict[tuple[str, int], float] = {}
-    for model, its_inputs in references:
+    for reference in references:
         between, alone, raised = layer_differences(
-            context.original, context.rewritten, inputs, seed=seed, reference=model, reference_inputs=its_inputs
+            context.original, context.rewritten, inputs, seed=seed, reference=reference
         )
         if raised is not None:
             return False
