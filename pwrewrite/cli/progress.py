@@ -20,7 +20,7 @@ Say = Callable[[str, float | None], None]
 
 _STEPS = (
     ("loading", 3), ("analysing", 3), ("capturing", 1), ("measuring", 1), ("reading the calibration", 1),
-    ("calibrating", 30), ("storing", 1), ("looking at", 15), ("timing", 10), ("trying", 30), ("proposing", 2),
+    ("calibrating", 30), ("storing", 1), ("looking at", 15), ("timing", 5), ("trying", 5), ("proposing", 2),
     ("rewriting", 15), ("fitting", 20), ("verifying", 20), ("measuring on", 5), ("timing both", 5), ("saving", 1),
 )  # fmt: skip
 """What a step's text holds, and its usual share of the time, in the order in which they come."""
@@ -38,20 +38,21 @@ class Work:
 
     def __init__(self) -> None:
         self.what, self.done, self.began = "starting", 0.0, time.monotonic()
-        self._taken: list[int] = []
+        self._taken: set[int] = set()
 
     def go_on(self, what: str, share: float | None) -> None:
         """Takes note of a step, and of the part of it that is done."""
         what = plain(what)
         self.what = what if len(what) <= _WIDTH else f"…{what[1 - _WIDTH :]}"
-        current = self._taken[-1] if self._taken else 0
-        steps = [i for i, (name, _) in enumerate(_STEPS) if i >= current and name in what]
+        steps = [i for i, (name, _) in enumerate(_STEPS) if name in what]
         if not steps:
             return
         step = max(steps, key=lambda i: len(_STEPS[i][0]))
-        self._taken += [step] if step not in self._taken else []
-        before, after = (sum(_STEPS[i][1] for i in which) for which in (self._taken[:-1], range(step, len(_STEPS))))
-        self.done = max(self.done, (before + _STEPS[step][1] * (share or 0.0)) / (before + after))
+        self._taken.add(step)
+        before = sum(_STEPS[i][1] for i in self._taken - {step})
+        after = sum(weight for i, (_, weight) in enumerate(_STEPS) if i > step and i not in self._taken)
+        done = before + _STEPS[step][1] * (share or 0.0)
+        self.done = max(self.done, done / (before + _STEPS[step][1] + after))
 
     def times(self) -> str:
         """``12 s``, and what is left where that can be guessed: ``12 s, about 30 s left``."""

@@ -148,7 +148,8 @@ def test_one_measure_over_all_steps() -> None:
     work = Work()
     done = []
     for what, share in (
-        ("loading", None), ("capturing", None), ("calibrating", 0.0), ("calibrating", 0.5), ("looking at a", 0.0),
+        ("loading", None), ("capturing", None), ("unfuse-layers: proposing", None),
+        ("calibrating", 0.0), ("calibrating", 0.5), ("looking at a", 0.0),
         ("rewriting a", 0.5), ("fitting a", 0.0), ("calibrating", 0.1), ("verifying: training", None),
         ("measuring on held-out inputs", None), ("saving", None),
     ):  # fmt: skip
@@ -156,6 +157,7 @@ def test_one_measure_over_all_steps() -> None:
         done.append(work.done)
     assert done == sorted(done)
     assert done[0] == 0
+    assert 0.3 < done[7] < 0.8
     assert done[-1] > 0.95
     work.began = time.monotonic() - 60
     assert re.fullmatch(r"60 s, about \d s left", work.times())
