@@ -317,7 +317,7 @@ def test_the_frontier_is_shown(run: Run, form: str) -> None:
         assert (losses[0], macs[0]) == (0, data["original"]["macs"])
     else:
         assert "100.0%" in result.stdout
-        assert "least predicted loss at every budget, by loss" in result.stdout.lower()
+        assert "least predicted loss at every budget, by the change of the loss" in result.stdout.lower()
 
 
 def test_the_frontier_is_written(run: Run, folder: Path) -> None:
