@@ -9,7 +9,7 @@ from ..core.numbers import exact, plural, size
 from . import rewrite_rows as rows
 from .page import Block, Column, Line, Listing, Page, Section, Table, Title, notes_part
 from .records import FusingReport, Report
-from .rewrite import verdicts
+from .rewrite import saving, verdicts
 
 _SHOWN = 5
 _WORDS = {"fold": "batch norm folded", "remove": "module without effect removed", "channels-last": "channels_last"}
@@ -55,9 +55,7 @@ def _saving(report: Report, fusing: FusingReport) -> Table:
     counted = [(name, fusing.before[key], fusing.after[key], shown) for key, name, shown in totals]
     counted += [(n, report.before[k], report.after[k], exact) for k, n in (("params", "parameters"), ("macs", "MACs"))]
     lines += [(name, text(first), text(then), rows.change(first, then)) for name, first, then, text in counted]
-    heads = ("", "before", "after", "change")
-    cells = ([line[i] for line in lines] for i in range(4))
-    return Table([Column(h, c, right=bool(h), style="" if h else "bold") for h, c in zip(heads, cells, strict=True)])
+    return saving(lines)
 
 
 Groups = dict[str, list[str]]

@@ -35,7 +35,7 @@ def page(report: Report, *, everything: bool = False, planned: bool = False) -> 
 
 def body(report: Report, *, everything: bool = False, planned: bool = False) -> Page:
     """The report's parts, without its title."""
-    blocks: list[Block] = [Line(""), saving(report)]
+    blocks: list[Block] = [Line(""), saving(rows.totals(report))]
     if report.budget is not None:
         blocks += [Section("Budget"), Facts([(*line, "") for line in budget_rows.lines(report.budget)])]
     blocks += [Line(f"{line}, as allowed", "yellow") for line in report.output_changes]
@@ -60,7 +60,7 @@ def plan_page(plan: Plan) -> Page:
     title = Title(str(plan.model.get("target") or plan.model.get("class") or "plan"), [plural(len(ops), "op")])
     table = Table(
         [
-            Column("layer", [rows.path_text(op.path) for op in ops], right=False, style="cyan", shrink=18, code=True),
+            Column("layer", [op.path or rows.ROOT for op in ops], right=False, style="cyan", shrink=18, code=True),
             Column("action", [op.action for op in ops], right=False),
             Column("pass", [op.pass_name for op in ops], right=False, keep=1),
             Column("MACs", estimates),
@@ -103,16 +103,19 @@ def checks(proof: Verification) -> Listing:
     )  # fmt: skip
 
 
-def saving(report: Report) -> Table:
-    """The totals before and after."""
-    totals = rows.totals(report)
-    styles = ["" if t.better is None else "green" if t.better else "yellow" for t in totals]
+def saving(lines: Sequence[tuple[str, str, str, str]]) -> Table:
+    """What is counted, before and after, and the change: green where there is less of it."""
+    names, before, after, changes = ([line[i] for line in lines] for i in range(4))
+    styles = [
+        "green" if text.startswith(("-", "<-")) else "yellow" if text.startswith(("+", "<+")) else ""
+        for text in changes
+    ]
     return Table(
         [
-            Column("", [t.name for t in totals], right=False, style="bold"),
-            Column("before", [t.before for t in totals]),
-            Column("after", [t.after for t in totals]),
-            Column("change", [t.change for t in totals], styles=styles),
+            Column("", names, right=False, style="bold"),
+            Column("before", before),
+            Column("after", after),
+            Column("change", changes, styles=styles),
         ]
     )
 
@@ -121,7 +124,7 @@ def _edits(shown: Sequence[EditRow]) -> Table:
     edits = [row.edit for row in shown]
     changes = [rows.change(row.macs_before, row.macs_after) for row in shown]
     columns = [
-        Column("layer", [rows.path_text(e.path) for e in edits], right=False, style="cyan", shrink=18, code=True),
+        Column("layer", [e.path or rows.ROOT for e in edits], right=False, style="cyan", shrink=18, code=True),
         Column("form", [rows.form_text(e) for e in edits], right=False, shrink=8),
         Column("width", [rows.widths_text(e) for e in edits], keep=4),
         Column("params", [f"{count(e.params_before)} → {count(e.params_after)}" for e in edits], keep=3),
@@ -147,16 +150,16 @@ def _skips(skips: Sequence[Skip]) -> Listing:
     groups = rows.reasons(skips)
     return Listing(
         [
-            Column("layers", [exact(len(group.paths)) for group in groups]),
-            Column("reason", [group.reason for group in groups], right=False, style="yellow"),
-            Column("which", [rows.few(group.paths) for group in groups], right=False, style="cyan"),
-            Column("why", [group.detail for group in groups], right=False, joined=True),
+            Column("layers", [exact(len(group)) for group in groups.values()]),
+            Column("reason", list(groups), right=False, style="yellow"),
+            Column("which", [rows.few([s.path for s in g]) for g in groups.values()], right=False, style="cyan"),
+            Column("why", [group[0].detail for group in groups.values()], right=False, joined=True),
         ]
     )
 
 
 def _each_skip(skips: Sequence[Skip]) -> Listing:
-    paths = [rows.path_text(skip.path) for skip in skips]
+    paths = [skip.path or rows.ROOT for skip in skips]
     return Listing(
         [
             Column("layer", paths, right=False, style="cyan", shrink=18, code=True),

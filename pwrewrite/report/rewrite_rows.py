@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ..core.numbers import count, exact, percent, plural, size
 from ..core.plan import Edit, Skip
@@ -14,53 +13,32 @@ from .rows import natural
 _ROUNDING = 1e-6
 """Relative output error up to which outputs count as the same where nothing says that they should be."""
 
+ROOT = "(model)"
+"""What the model itself is called, whose path is empty."""
+
 TOP = 20
 """Layers shown unless all are asked for."""
 
-_TOTALS = (
-    ("params", "parameters", False),
-    ("macs", "MACs", False),
-    ("weight_bytes", "weights", True),
-    ("activation_bytes", "activations", True),
-    ("peak_activation_bytes", "peak memory", True),
-)
-"""Totals that are shown: key, what it is called, whether it is bytes."""
+_TOTALS = {
+    "params": "parameters",
+    "macs": "MACs",
+    "weight_bytes": "weights",
+    "activation_bytes": "activations",
+    "peak_activation_bytes": "peak memory",
+}
+"""Totals that are shown, and what they are called."""
 
 
-@dataclass(frozen=True, slots=True)
-class Total:
-    """A line of the saving.
+def totals(report: Report) -> list[tuple[str, str, str, str]]:
+    """The saving: what is counted, before, after, and the change; counts with all their digits."""
 
-    Attributes:
-        name: What is counted.
-        before: To three digits, with the exact number where it is not bytes.
-        after: The same.
-        change: In percent.
-        better: Whether there is less of it; None where nothing changed.
-    """
+    def text(key: str, value: int) -> str:
+        if key.endswith("bytes"):
+            return size(value)
+        return f"{count(value)} ({exact(value)})" if value >= 1000 else exact(value)
 
-    name: str
-    before: str
-    after: str
-    change: str
-    better: bool | None
-
-
-def totals(report: Report) -> list[Total]:
-    """The saving, a line for each total that the report has."""
-    lines = []
-    for key, name, is_bytes in _TOTALS:
-        if key not in report.before:
-            continue
-        before, after = report.before[key], report.after[key]
-        shown = size if is_bytes else _counted
-        better = None if before == after else after < before
-        lines.append(Total(name, shown(before), shown(after), change(before, after), better))
-    return lines
-
-
-def _counted(value: int) -> str:
-    return f"{count(value)} ({exact(value)})" if value >= 1000 else exact(value)
+    both = {key: (report.before[key], report.after[key]) for key in _TOTALS if key in report.before}
+    return [(_TOTALS[key], text(key, old), text(key, new), change(old, new)) for key, (old, new) in both.items()]
 
 
 def change(before: int, after: int) -> str:
@@ -146,11 +124,6 @@ def _same(proof: Verification) -> bool:
     return proof.exact or (proof.relative_error is not None and proof.relative_error <= _ROUNDING)
 
 
-def path_text(path: str) -> str:
-    """A path; the model itself is called ``(model)``."""
-    return path or "(model)"
-
-
 def form_text(edit: Edit) -> str:
     """What came in place of the layer: ``bottleneck``, ``project``, and that it is fresh where it is."""
     fresh = edit.op.settings.get("init") == "fresh"
@@ -171,41 +144,23 @@ def ordered(rows: Sequence[EditRow], everything: bool) -> tuple[Sequence[EditRow
     return largest[:TOP], len(rows) - TOP
 
 
-@dataclass(frozen=True, slots=True)
-class Left:
-    """Layers that were left for one reason.
-
-    Attributes:
-        reason: The reason.
-        detail: What was found; of the first, where they differ.
-        paths: Them.
-    """
-
-    reason: str
-    detail: str
-    paths: tuple[str, ...]
-
-
-def reasons(skips: Sequence[Skip]) -> list[Left]:
-    """Skips by reason, the most frequent first."""
+def reasons(skips: Sequence[Skip]) -> dict[str, list[Skip]]:
+    """Skips by reason, the most frequent first, each in the natural order of its paths."""
     groups: dict[str, list[Skip]] = {}
     for skip in skips:
         groups.setdefault(str(skip.reason), []).append(skip)
-    left = [
-        Left(reason, group[0].detail, tuple(sorted((s.path for s in group), key=natural)))
-        for reason, group in groups.items()
-    ]
-    return sorted(left, key=lambda group: -len(group.paths))
+    ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
+    return {reason: sorted(group, key=lambda skip: natural(skip.path)) for reason, group in ordered}
 
 
 def counts_text(skips: Sequence[Skip]) -> str:
     """How many were left for which reason: ``36 pointwise, 2 no-gain``."""
-    return ", ".join(f"{len(group.paths)} {group.reason}" for group in reasons(skips))
+    return ", ".join(f"{len(group)} {reason}" for reason, group in reasons(skips).items())
 
 
 def few(paths: Sequence[str], most: int = 3) -> str:
     """Some paths, and how many more there are."""
-    shown = ", ".join(path_text(path) for path in paths[:most])
+    shown = ", ".join(path or ROOT for path in paths[:most])
     return shown if len(paths) <= most else f"{shown} and {exact(len(paths) - most)} more"
 
 
