@@ -36,20 +36,18 @@ _Array = npt.NDArray[np.float64]
 _GRID = 64
 
 
-def evbmf_rank(values: Tensor, shape: Sequence[int] | None = None, sigma2: float | None = None) -> int:
+def evbmf_rank(values: Tensor, shape: Sequence[int] | None = None) -> int:
     """The number of singular values that EVBMF keeps.
 
     Args:
         values: A matrix ``(L, M)``; or, with ``shape``, its singular values (1-D, in any order).
         shape: The matrix's shape, when singular values are given.
-        sigma2: The noise variance per entry, if it is known.
 
     Returns:
         The rank, from 0 (nothing but noise) to ``min(shape)``.
 
     Raises:
-        UsageError: Neither a matrix, nor singular values with a shape that they fit; or a noise variance that is
-            not positive.
+        UsageError: Neither a matrix, nor singular values with a shape that they fit.
         RefusedError: NaN or Inf.
     """
     if shape is None:
@@ -61,8 +59,6 @@ def evbmf_rank(values: Tensor, shape: Sequence[int] | None = None, sigma2: float
     low, high = sorted(shape)
     if values.dim() != 1 or not 0 < len(values) <= low:
         raise UsageError(f"{tuple(values.shape)} singular values do not fit a matrix of shape {tuple(shape)}")
-    if sigma2 is not None and not (math.isfinite(sigma2) and sigma2 > 0):
-        raise UsageError(f"a noise variance of {sigma2!r} makes no sense", expected="a positive number")
     squares = np.sort(values.detach().to("cpu", torch.float64).square().numpy())[::-1]
     check_finite(float(squares[0]), values, "singular values")
     if squares[0] == 0:
@@ -70,9 +66,8 @@ def evbmf_rank(values: Tensor, shape: Sequence[int] | None = None, sigma2: float
     alpha = low / high
     tau = 2.5129 * math.sqrt(alpha)
     threshold = (1 + tau) * (1 + alpha / tau)
-    if sigma2 is None:
-        sigma2 = float(squares[0]) * _noise_variance(squares / squares[0], low, high, threshold)
-    return int(np.count_nonzero(squares > sigma2 * high * threshold))
+    variance = float(squares[0]) * _noise_variance(squares / squares[0], low, high, threshold)
+    return int(np.count_nonzero(squares > variance * high * threshold))
 
 
 def _noise_variance(squares: _Array, low: int, high: int, threshold: float) -> float:
@@ -97,14 +92,13 @@ def _noise_variance(squares: _Array, low: int, high: int, threshold: float) -> f
     grid = np.linspace(math.log(lower), math.log(upper), _GRID)
     best = int(np.argmin([energy(float(point)) for point in grid]))
     around = (float(grid[max(best - 1, 0)]), float(grid[min(best + 1, _GRID - 1)]))
-    found = minimize_scalar(energy, bounds=around, method="bounded")
-    return math.exp(float(found.x) if found.fun <= energy(float(grid[best])) else float(grid[best]))
+    minimum = minimize_scalar(energy, bounds=around, method="bounded")
+    return math.exp(float(minimum.x) if minimum.fun <= energy(float(grid[best])) else float(grid[best]))
 
 
 def _free_energy(x: _Array, alpha: float, threshold: float) -> float:
     """``Σ ψ(x)``."""
-    kept = x[x > threshold]
-    shifted = kept - 1 - alpha
+    shifted = x[x > threshold] - 1 - alpha
     tau = (shifted + np.sqrt(np.maximum(shifted**2 - 4 * alpha, 0))) / 2
     psi1 = np.log1p(tau) + alpha * np.log1p(tau / alpha) - tau
     return float(np.sum(x - np.log(x)) + np.sum(psi1))

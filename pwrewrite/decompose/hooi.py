@@ -98,9 +98,9 @@ def best_subspaces(
         return _Alternation(tensor, ranks, norm, strict=True).solve(method, sweeps, tolerance)
     except Untrusted:
         wide = tensor.to(wide_dtype(tensor))
-        found = _Alternation(wide, ranks, norm, strict=False).solve(method, sweeps, tolerance)
-        out, inner = found.out.to(tensor.dtype), found.inner.to(tensor.dtype)
-        return Subspaces(out, inner, found.core.to(tensor.dtype), found.updates)
+        best = _Alternation(wide, ranks, norm, strict=False).solve(method, sweeps, tolerance)
+        out, inner, core = (factor.to(tensor.dtype) for factor in (best.out, best.inner, best.core))
+        return Subspaces(out, inner, core, best.updates)
 
 
 class _Alternation:
@@ -124,7 +124,7 @@ class _Alternation:
         batch, (out, size, inner) = tensor.shape[:-3], tensor.shape[-3:]
         if side == 0:
             return _row_gram(tensor.reshape(*batch, out, size * inner))
-        return _column_gram(tensor.reshape(*batch, out * size, inner))
+        return _row_gram(tensor.reshape(*batch, out * size, inner).mT)
 
     def start(self, side: int, tensor: Tensor | None = None) -> Tensor:
         """Leading eigenvectors of one side, of the kernel itself or of a projected one."""
@@ -250,19 +250,5 @@ def _row_gram(rows: Tensor) -> Tensor:
     for low in range(0, size, step):
         high = min(low + step, size)
         torch.mm(rows[low:high], rows[:high].T, out=gram[low:high, :high])
-        gram[:low, low:high] = gram[low:high, :low].T
-    return gram
-
-
-def _column_gram(rows: Tensor) -> Tensor:
-    """``rowsᵀ @ rows`` of ``(*batch, m, n)``, in the same way."""
-    size = rows.shape[-1]
-    if rows.dim() != 2 or size < _BLOCK_SIZE or rows.device.type != "cpu":
-        return rows.mT @ rows
-    gram = rows.new_empty(size, size)
-    step = -(-size // 4)
-    for low in range(0, size, step):
-        high = min(low + step, size)
-        torch.mm(rows[:, low:high].T, rows[:, :high], out=gram[low:high, :high])
         gram[:low, low:high] = gram[low:high, :low].T
     return gram

@@ -191,8 +191,8 @@ class TuckerProblem:
             eye = [torch.eye(size, dtype=self.dtype, device=self.tensor.device) for size in self.weighted.shape[-3::2]]
             batch = self.tensor.shape[:-3]
             return self.finish(eye[0][:, :rank_out].expand(*batch, -1, -1), eye[1][:, :rank_in].expand(*batch, -1, -1))
-        found = best_subspaces(self.weighted, rank_out, rank_in, method, sweeps, tolerance, self.weighted_norm)
-        return self.finish(found.out, found.inner, found.core)
+        best = best_subspaces(self.weighted, rank_out, rank_in, method, sweeps, tolerance, self.weighted_norm)
+        return self.finish(best.out, best.inner, best.core)
 
     def finish(self, out: Tensor, inner: Tensor, core: Tensor | None = None) -> Tucker2:
         """Orthonormal factors of the weighted tensor as a bottleneck of the kernel.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from math import prod
 from typing import Any
 
@@ -32,19 +33,11 @@ def pointwise_spec(dims: int, in_channels: int, out_channels: int, bias: bool = 
 
 def spec_to_dict(spec: ConvSpec) -> dict[str, Any]:
     """A spec as JSON data."""
-    return {
-        "in_channels": spec.in_channels,
-        "out_channels": spec.out_channels,
-        "kernel_size": list(spec.kernel_size),
-        "stride": list(spec.stride),
-        "padding": [list(p) for p in spec.padding],
-        "dilation": list(spec.dilation),
-        "groups": spec.groups,
-        "bias": spec.bias,
-        "padding_mode": spec.padding_mode,
-        "transposed": spec.transposed,
-        "output_padding": list(spec.output_padding),
-    }
+    return {name: _listed(value) for name, value in asdict(spec).items()}
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, tuple) else value
 
 
 def spec_from_dict(data: Any, where: str) -> ConvSpec:

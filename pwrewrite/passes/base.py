@@ -1,8 +1,8 @@
 """What a pass is: something that looks at a capture and proposes, and never touches a model.
 
-`LayerPass` is what the factorising passes share: which layers are meant (patterns on paths, a callable, a least share
+`LayerPass` is what the factorising passes share: which layers it looks at (patterns on paths, a callable, a least share
 of the MACs), which may be replaced (`pwrewrite.capturing.eligibility`), how wide the result is (a width, a ratio, an
-energy, EVBMF), and whether that pays. Every layer that a pass means and leaves is a `Skip` with a reason.
+energy, EVBMF), and whether that pays. Every layer that a pass looks at and leaves is a `Skip` with a reason.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class LayerPass(Pass):
             side. A pair gives two different ones to a form with two.
         include: Patterns (``layer3.*``) on paths; all where empty. A layer's aliases count.
         exclude: Patterns on paths that are left as they are.
-        select: A callable on a `Layer` that says whether it is meant.
+        select: A callable on a `Layer` that says whether to look at it.
         min_share: Least part of the model's MACs, 0 to 1.
         min_gain: Least part of the layer's MACs that must be saved, 0 to 1; `DEFAULT_GAIN` where None and a width is
             computed (from a ratio, an energy or EVBMF), nothing where all are given as integers.
@@ -106,13 +106,10 @@ class LayerPass(Pass):
         norm: str | None = None,
         activation: str | None = None,
     ) -> None:
-        chosen = [
-            what
-            for what, given in (("rank", rank is not None), ("energy", energy is not None), ("vbmf", vbmf))
-            if given
-        ]
-        if len(chosen) > 1:
-            raise UsageError(f"{' and '.join(chosen)} exclude each other", hint="give one way to choose the widths")
+        ways = {"rank": rank is not None, "energy": energy is not None, "vbmf": vbmf}
+        if sum(ways.values()) > 1:
+            both = " and ".join(name for name, chosen in ways.items() if chosen)
+            raise UsageError(f"{both} exclude each other", hint="give one way to choose the widths")
         if init not in ("weights", "fresh"):
             raise UsageError(f"unknown init {init!r}", expected="weights or fresh")
         if init == "weights" and (norm or activation):
@@ -122,9 +119,9 @@ class LayerPass(Pass):
             )
         if init == "fresh" and (energy is not None or vbmf):
             raise UsageError("energy and vbmf read the weights that init='fresh' throws away", hint="give a rank")
-        for table, given, what in ((NORMS, norm, "norm"), (ACTIVATIONS, activation, "activation")):
-            if given is not None and given not in table:
-                raise UsageError(f"unknown {what} {given!r}", expected=f"one of {', '.join(table)}")
+        for table, name, what in ((NORMS, norm, "norm"), (ACTIVATIONS, activation, "activation")):
+            if name is not None and name not in table:
+                raise UsageError(f"unknown {what} {name!r}", expected=f"one of {', '.join(table)}")
         for name, share in (("min_share", min_share), ("min_gain", min_gain)):
             if share is not None and not 0 <= share <= 1:
                 raise UsageError(f"{name} {share!r} is no share", expected="a number from 0 to 1")
@@ -156,7 +153,7 @@ class LayerPass(Pass):
 
     def propose(self, capture: Capture) -> list[Proposal]:
         """See `Pass.propose`."""
-        meant = self._meant(capture)
+        selected = self._selected(capture)
         owners = Owners(capture)
         total = sum(layer.macs for layer in capture.layers) or 1
         proposals: list[Proposal] = []
@@ -164,8 +161,8 @@ class LayerPass(Pass):
         for layer in capture.layers:
             if not self.concerns(layer):
                 continue
-            if id(layer) not in meant:
-                proposals.append(Skip(layer.path, SkipReason.EXCLUDED, "not meant by include, exclude or select"))
+            if id(layer) not in selected:
+                proposals.append(Skip(layer.path, SkipReason.EXCLUDED, "left out by include, exclude or select"))
                 continue
             try:
                 proposals.append(self._propose_layer(capture, layer, owners, total))
@@ -263,12 +260,12 @@ class LayerPass(Pass):
                 break
         return None
 
-    def _meant(self, capture: Capture) -> set[int]:
-        wanted = chosen(capture, self.include, self.exclude)
+    def _selected(self, capture: Capture) -> set[int]:
+        matching = chosen(capture, self.include, self.exclude)
         return {
             id(layer)
             for layer in capture.layers
-            if self.concerns(layer) and id(layer) in wanted and (self.select is None or self.select(layer))
+            if self.concerns(layer) and id(layer) in matching and (self.select is None or self.select(layer))
         }
 
     # --------------------------------------------------------------------------------------- how wide
