@@ -226,7 +226,7 @@ def working(common: Common) -> Iterator[Say]:
 def logged(common: Common) -> Iterator[None]:
     """What the library logs goes to stderr: warnings, with ``--verbose`` everything, with ``--quiet`` nothing."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s" if common.verbose else "warning: %(message)s"))
     logger, level = logging.getLogger("pwrewrite"), logging.getLogger("pwrewrite").level
     logger.setLevel(logging.ERROR if common.quiet else logging.DEBUG if common.verbose else logging.WARNING)
     logger.addHandler(handler)
