@@ -94,6 +94,8 @@ def sort_out(
     """
     named: dict[str, object] = {}
     values: tuple[object, ...] = ()
+    if isinstance(batch, (list, tuple)) and not batch:  # an empty last batch of lists
+        return Batch((), {}, None, 0, number), None
     if isinstance(batch, Mapping):
         named = _by_name(batch, number, args, kwargs)
         beside = [batch[name] for name in batch if name not in named]
@@ -145,7 +147,7 @@ def _by_place(batch: object, number: int, example: tuple[object, ...]) -> tuple[
         first = batch[0]
         if takes_list and all(is_array(value) for value in batch):
             return (list(batch),), ()
-        listed = isinstance(first, (tuple, list)) and len(first) > 0 and all(is_array(value) for value in first)
+        listed = isinstance(first, (tuple, list)) and all(is_array(value) for value in first)
         if takes_list and listed:
             return (list(first),), batch[1:]
         if not takes_list and listed and len(first) == count:

@@ -1,10 +1,10 @@
 """What a model's outputs are, by value: class scores as logits or as probabilities, or any other values.
 
 A single output ``(N, classes)`` holds class scores. They are probabilities where the rows are not negative and sum to
-1; logits else, log-probabilities included. Values from 0 to 1 whose rows sum to something else (sigmoids), and rows of
-length 1 (embeddings), are no class scores. An unscaled embedding or a vector of coordinates looks like logits: there
-``--outputs values`` helps. With scores, a loss is the KL divergence of the predictions; else half the squared relative
-error.
+1; logits else, log-probabilities included. Rows that are never negative and sum to something else (sigmoids,
+coordinates, counts), and rows of length 1 (embeddings), are no class scores. An embedding without such a scale looks
+like logits: there ``--outputs values`` helps, and labels that it names no better than chance give no accuracy. With
+scores, a loss is the KL divergence of the predictions; else half the squared relative error.
 
 An accuracy exists where labels fit the outputs (`scoring`): a class each and class scores, 0 or 1 and a single score
 each, or 0 and 1 for every column.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..core.nested import tensors_of
@@ -43,7 +44,8 @@ def kind_of_outputs(outputs: object, labels: Tensor | None = None) -> str:
 
     Args:
         outputs: What the model gives for some inputs.
-        labels: The labels of these inputs; several classes for one input speak against class scores.
+        labels: The labels of these inputs; several classes for one input speak against class scores, and so do classes
+            that they name no better than chance.
     """
     scores = class_scores(outputs)
     if scores is None or (labels is not None and labels.dim() == 2 and not _one_hot(labels)):
@@ -51,9 +53,9 @@ def kind_of_outputs(outputs: object, labels: Tensor | None = None) -> str:
     rows, near = scores.detach().double().cpu(), _ROUNDING[scores.dtype.itemsize]
     if bool((rows >= 0).all()) and float((rows.sum(1) - 1).abs().max()) <= near:
         return "probabilities"
-    bounded = bool(((rows >= 0) & (rows <= 1)).all())
     unit = float((rows.norm(dim=1) - 1).abs().max()) <= near
-    return "values" if bounded or unit else "logits"
+    unrelated = labels is not None and labels.dim() == 1 and _unrelated(scores, labels)
+    return "values" if bool((rows >= 0).all()) or unit or unrelated else "logits"
 
 
 def log_probabilities(scores: Tensor, kind: str) -> Tensor:
@@ -91,7 +93,7 @@ def scoring(outputs: object, labels: Tensor, kind: str) -> Scoring | str:
 
     Args:
         outputs: What the model gives for some inputs.
-        labels: Labels of these and more inputs, ``(M,)`` or, 0 and 1, ``(M, columns)``.
+        labels: Labels of these inputs and those after them, ``(M,)`` or, 0 and 1, ``(M, columns)``.
         kind: What the outputs are.
 
     Returns:
@@ -116,9 +118,27 @@ def scoring(outputs: object, labels: Tensor, kind: str) -> Scoring | str:
     classes = labels.shape[1] - 1 if labels.dim() == 2 else int(labels.max())
     if classes >= shape[1] or int(labels.min()) < 0 or (labels.dim() == 2 and labels.shape[1] != shape[1]):
         return f"the labels go from {int(labels.min())} to {classes}, and the outputs have {shape[1]} classes"
+    if _unrelated(tensors[0], labels):
+        return (
+            f"the largest of the {shape[1]} outputs names the label no more often than chance would: they are no "
+            f"scores of the {classes + 1} classes of the labels"
+        )
     if kind == "values":
         return f"the outputs, {shown}, are no class scores by their values (--outputs logits says that they are)"
     return Scoring("accuracy on held-out inputs", "classes")
+
+
+def _unrelated(scores: Tensor, labels: Tensor) -> bool:
+    """Whether there are more scores than classes, and the largest one names the labels no better than by chance."""
+    classes = labels.argmax(1) if labels.dim() == 2 else labels
+    predicted = scores.detach().cpu().argmax(1)
+    count, top = len(predicted), scores.shape[1]
+    if count < 8 or int(classes.max()) + 1 >= top or int(classes.min()) < 0:
+        return False
+    right = float((predicted == classes[:count]).float().mean())
+    shares = [torch.bincount(each, minlength=top).double() / len(each) for each in (predicted, classes)]
+    chance = float((shares[0] * shares[1]).sum())
+    return right < 0.5 and right <= chance + 2 * (chance * (1 - chance) / count) ** 0.5
 
 
 def _binary(labels: Tensor) -> bool:

@@ -157,7 +157,9 @@ def test_what_loaders_give_beside_the_inputs(beside: tuple[Any, ...], labels: li
 
 
 def test_empty_batches_are_passed_over() -> None:
-    batches = Batches([(images(4), torch.arange(4)), (images(0), torch.arange(0))], IMAGE)
+    lists = [([torch.rand(3, 8, 8)] * 2, [{}, {}]), ([], [])]
+    assert [len(args[0]) for args, _ in Batches(lists, ([torch.rand(3, 8, 8)],))] == [2]
+    batches = Batches([(images(4), torch.arange(4)), (images(0), torch.arange(0)), [], ()], IMAGE)
     assert numbers(iter(batches)) == [0, 1, 2, 3]
     assert batches.labels() is not None
 

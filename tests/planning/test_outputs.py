@@ -25,6 +25,8 @@ CLASSES = torch.tensor([0, 1, 2, 3, 0, 1])
         (SCORES.softmax(1), "probabilities"),
         (SCORES.softmax(1).bfloat16(), "probabilities"),
         (SCORES.sigmoid(), "values"),
+        (100 * SCORES.sigmoid(), "values"),
+        (SCORES.relu(), "values"),
         (F.normalize(SCORES), "values"),
         (SCORES[:, :1], "values"),
         (SCORES[:, 0], "values"),
@@ -94,6 +96,17 @@ def test_each_kind_of_labels_has_its_own_accuracy() -> None:
     several = (SCORES > 0).long()
     for columns in (lambda x: x, torch.sigmoid):
         assert scored(columns, several) == ("accuracy over all labels of held-out inputs", (1.0, 0.0))
+
+
+def test_an_embedding_has_no_accuracy() -> None:
+    generator = torch.Generator().manual_seed(1)
+    embedding, labels = torch.randn(64, 128, generator=generator), torch.arange(64) % 10
+    found = scoring(embedding, labels, "logits")
+    assert isinstance(found, str)
+    assert "no more often than chance" in found
+    embedding[torch.arange(32), labels[:32]] += 10  # a classifier of which some classes do not occur, half right
+    assert not isinstance(scoring(embedding, labels, "logits"), str)
+    assert not isinstance(scoring(embedding[:4], labels, "logits"), str)  # too few to tell
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from pwrewrite.planning.fitting import shift_biases
 from pwrewrite.planning.lockstep import Lockstep
 from pwrewrite.planning.refit import Target, refit
 from pwrewrite.planning.residuals import Residual, residuals
-from pwrewrite.planning.statistics import gather
+from pwrewrite.planning.statistics import Gathering, gather
 from pwrewrite.workflows.rewrite import rewrite
 
 
@@ -237,7 +237,7 @@ def test_what_is_called_several_times_keeps_the_mean_of_its_outputs(layer: Any) 
     model = Repeats().eval()
     spec = ConvSpec.of_module(layer) if hasattr(layer, "kernel_size") else linear_spec(8, 8, True)
     x = torch.randn(16, 8, *(7,) * spec.dims) + 1  # few positions, of which none is left out
-    statistics = gather(model, {"layer": spec}, [((x,), {})], gradients=False)
+    statistics = gather(model, {"layer": spec}, [((x,), {})], Gathering(None))
     form, widths = ("reduce", {"rank_in": 2}) if spec.dims else ("pair", {"rank": 3})
     rewritten, made = copy.deepcopy(model), build(spec, form, widths)
     factors = FORMS[form].fit(WeightedLayer(model.layer.weight, spec, None, None), widths)

@@ -272,7 +272,7 @@ def test_a_missed_time_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_function_makes_inputs_of_any_batch() -> None:
-    loader = [{"low": images(8), "name": "a", "class": torch.arange(8)} for _ in range(5)]
+    loader = [{"low": images(8), "name": "a", "class": torch.arange(8) + 2} for _ in range(5)]
     with pytest.raises(UsageError, match="batch="):
         pwrewrite.rewrite(network(), images(2), budget=HALF, calibration=loader)
     result = pwrewrite.rewrite(
