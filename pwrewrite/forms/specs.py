@@ -64,7 +64,7 @@ def spec_from_dict(data: Any, where: str) -> ConvSpec:
         written = spec_to_dict(spec)
         if odd := [key for key in {**written, **data} if json.dumps(data.get(key)) != json.dumps(written.get(key))]:
             raise ValueError(f"{odd[0]} is {data.get(odd[0])!r}")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise PlanError(
             "not the shape facts of a layer",
             where=where,

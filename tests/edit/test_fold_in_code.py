@@ -164,6 +164,7 @@ def test_errors_of_edited_plans() -> None:
     for old, new, said in (
         ('"scope": "0"', '"scope": "7"', "no module"),
         ('"scope": "0"', '"scope": 7', "scope is not a string"),
+        ('"eps": 0.1', '"eps": 0.2', "the eps of the call"),
         ('"eps": 0.1', '"eps": "x"', "eps is not a number"),
         ('"weight": "0.scale"', '"weight": "0.scales"', "no such tensor"),
         ('"weight": "0.scale"', '"weight": "0.shift"', "is another one"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -13,10 +14,10 @@ from torch import nn
 
 from pwrewrite.capturing import capture
 from pwrewrite.core.convolution import ConvSpec
-from pwrewrite.core.errors import PlanError
+from pwrewrite.core.errors import PlanError, PwrewriteError
 from pwrewrite.core.plan import Op, Plan
 from pwrewrite.edit.actions.settings import Count, Number, one_of, read
-from pwrewrite.edit.apply import apply
+from pwrewrite.edit.apply import apply, carry_out
 from pwrewrite.forms.specs import spec_to_dict
 from pwrewrite.passes import (
     ChannelsLast,
@@ -127,3 +128,40 @@ def test_an_unknown_setting_of_each_action(a_pass: Pass) -> None:
     with pytest.raises(PlanError, match=f"{op.action} has no setting 'colour'") as caught:
         apply(model, Plan.from_json(json.dumps(data, indent=1), "plan.json"))
     assert str(caught.value.where).startswith("plan.json, line ")
+
+
+VALUES: tuple[Any, ...] = (
+    None, True, 0, -1, 10**9, 2**62, 1.5, float("inf"), float("nan"), "", "0", "weight", "code", "..a", [], {}, [[]], [1],
+    ["a"], [{}], {"a": 1}, "relu", "bn\0",
+)  # fmt: skip
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container in JSON data with each of its keys."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(value[key])
+
+
+def test_mutated_settings_are_carried_out_or_refused() -> None:
+    """No other error comes out, whatever stands in a plan."""
+    rng, x = random.Random(0), torch.zeros(1, 32, 9, 9)
+    captured = capture(NETWORK, x)
+    proposed = [
+        op
+        for a_pass in (ChannelsLast(), FoldBatchNorm(), InsertBottleneck(4), MergePointwise(), RemoveInferenceNoise())
+        for op in a_pass.propose(captured)
+        if isinstance(op, Op)
+    ]
+    for _ in range(300):
+        op = rng.choice(proposed)
+        data = json.loads(json.dumps(op.to_dict()["settings"]))
+        container, key = rng.choice(list(places(data)))
+        if isinstance(container, dict) and rng.random() < 0.2:
+            del container[key]
+        else:
+            container[key] = rng.choice(VALUES)
+        try:
+            carry_out(NETWORK, Plan((Op(op.action, op.path, op.pass_name, data),)), fill=False)
+        except PwrewriteError:
+            pass

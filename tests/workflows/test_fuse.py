@@ -869,6 +869,8 @@ def test_errors_of_edited_plans() -> None:
         ('"layer": "0"', '"layer": "9"', "no module"),
         ('"activation": "relu"', '"activation": "mish"', "unknown activation"),
         ('"remove": "2"', '"remove": "7"', "no module"),
+        ('"remove": "2"', '"remove": "0"', "activation that is another one here"),
+        ('"activation": "relu"', '"activation": "silu"', "activation that is another one here"),
         ('"kind": "Dropout"', '"kind": "Linear"', "removes a module"),
     ):
         assert old in text

@@ -68,6 +68,9 @@ class NormFacts:
 TENSORS = tuple(field.name for field in fields(NormTensors))
 """What a batch norm reads beside its input, in the order of its arguments."""
 
+_EPS = 1e-5
+"""Default of ``F.batch_norm``."""
+
 
 class CodeNorm:
     """One call of ``F.batch_norm``.
@@ -110,6 +113,9 @@ class CodeNorm:
         for i, key in enumerate(TENSORS, start=1):
             if self._reads(matching[0], i, key) is not getattr(self.facts, key):
                 raise not_traced(self.op, f"the {key} of the call of batch_norm is another one")
+        call_eps = argument(matching[0], len(TENSORS) + 3, "eps")
+        if (_EPS if call_eps is None else call_eps) != self.facts.eps:
+            raise not_traced(self.op, f"the eps of the call of batch_norm is {call_eps}, not {self.facts.eps}")
         return matching[0]
 
     def _reads(self, node: fx.Node, position: int, key: str) -> Any:

@@ -18,7 +18,7 @@ from ...core.convolution import ConvSpec
 from ...core.errors import PlanError, UsageError
 from ...core.plan import Edit, Op, Skip, SkipReason
 from ...layers import PointwiseActivation
-from ...layers.activations import checked
+from ...layers.activations import ACTIVATIONS, checked
 from ...layers.known import call_activation, hooked, is_identity, module_activation
 from ..graph_edit import Regraphed, argument, to_graph
 from .bench import Bench, Refused, not_traced, param_count
@@ -89,6 +89,7 @@ def fuse_layer(bench: Bench, op: Op, settings: FuseSettings) -> Edit:
         if hooked(removed):
             detail = f"{settings.remove} has a hook, which would no longer see it"
             raise Refused(Skip(op.path, SkipReason.HOOKS, detail))
+        _check_removed(op, removed, activation)
     scope = None
     if settings.residual or removed is None:
         if settings.scope is None:
@@ -115,6 +116,31 @@ def fuse_layer(bench: Bench, op: Op, settings: FuseSettings) -> Edit:
         aliases=aliases,
         graph_module=scope,
     )
+
+
+def _check_removed(op: Op, module: nn.Module, activation: Activation) -> None:
+    """Checks that a module is the activation that the layer takes over.
+
+    Raises:
+        PlanError: If it is something else.
+    """
+    same = module_activation(module) == activation
+    if not same and not any(True for _ in (*module.children(), *module.parameters(), *module.buffers())):
+        x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        name, numbers = activation
+        try:
+            with torch.no_grad():
+                output = module(x.clone())
+            same = torch.allclose(output, ACTIVATIONS[name].plain(x, *numbers), rtol=1e-4, atol=1e-5)
+        except Exception:  # its code calls the activation on inputs of some other shape
+            same = True
+    if not same:
+        raise PlanError(
+            "the plan removes an activation that is another one here",
+            where=op.where("remove"),
+            expected=activation[0],
+            got=str(module)[:80],
+        )
 
 
 def _padding_layer(bench: Bench, op: Op, spec: ConvSpec) -> Any:
