@@ -278,7 +278,8 @@ def _same_inside(graph: Graph, inputs: Sequence[Tensor], tolerance: float) -> bo
     size = 0
     for node in list(graph.nodes()):
         for value in node.outputs():
-            if len(value.uses()) < 2 or value.type().dtype() is not torch.float32:
+            kind = value.type()
+            if len(value.uses()) < 2 or not isinstance(kind, TensorType) or kind.dtype() is not torch.float32:
                 continue
             size += 4 * torch.Size(_sizes(value) or ()).numel()
             if size <= _INNER_BYTES:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pwrewrite.core.convolution import ConvSpec
-from pwrewrite.layers import ACTIVATIONS, PointwiseActivation, kernels
-from pwrewrite.layers.packing import PARTITIONS, Compiled, Packed
+from pwrewrite.layers import ACTIVATIONS, PointwiseActivation, kernels, packing
+from pwrewrite.layers.packing import Compiled, Packed, Pool
 from pwrewrite.layers.partitions import CALLS
 
 NUMBERS = {"hardtanh": (-0.5, 0.75), "leaky_relu": (0.2,)}
@@ -39,7 +39,8 @@ def test_shapes_share_one_packed_form() -> None:
 def test_partitions_are_bounded_and_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.zeros(10)
     holders = [Packed(weight, None) for _ in range(3)]
-    monkeypatch.setattr(PARTITIONS, "limit", PARTITIONS.nbytes + 2 * weight.nbytes)
+    pool = Pool(2 * weight.nbytes)
+    monkeypatch.setattr(packing, "PARTITIONS", pool)
     entries = [Compiled(lambda x: x, 1, weight.nbytes) for _ in holders]
     key = (torch.Size([1]), True)
     for holder, entry in zip(holders, entries):
@@ -48,9 +49,8 @@ def test_partitions_are_bounded_and_the_oldest_goes(monkeypatch: pytest.MonkeyPa
     entries[1].used -= 60
     holders[2].add(key, entries[2])
     assert [len(holder.compiled) for holder in holders] == [1, 0, 1]
-    before = PARTITIONS.nbytes
     del holder, holders[0]
-    assert PARTITIONS.nbytes == before - weight.nbytes
+    assert pool.nbytes == weight.nbytes
 
 
 @fused_here
