@@ -19,10 +19,11 @@ spatial dims as the model's first convolution; others of the same size share its
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
+from functools import lru_cache
 from math import ceil, floor, gcd, lcm, prod
 
 from torch import fx, nn
@@ -77,7 +78,11 @@ class Reach:
     def through(self, taps: Taps) -> State:
         """The reach of an operation's output."""
         advance, phases = taps
-        period = len(self.spans)
+        period, span = len(self.spans), self.spans[0]
+        if period == len(phases) == 1 and span is not None:
+            (positions,), rise = phases, self.rise
+            low, high = span[0] + rise * positions[0], span[1] + rise * positions[-1]
+            return Reach(self.axis, rise * advance, ((low, high),))
         repeats = period // gcd(advance, period)
         if repeats * len(phases) > _LONGEST:
             return UNKNOWN
@@ -111,6 +116,7 @@ def _hull(spans: Iterable[Span | None]) -> Span | None:
     return (min(low for low, _ in seen), max(high for _, high in seen)) if seen else None
 
 
+@lru_cache(maxsize=1024)
 def window_taps(kernel: int, stride: int, padding: int, dilation: int, transposed: bool = False) -> Taps:
     """Taps of a convolution or a local pooling along one dim; ``padding`` is that before the first position."""
     if not transposed:
@@ -134,8 +140,8 @@ def resize_taps(ratio: Fraction, mode: str, corners: bool) -> Taps:
     return ratio.numerator, tuple((floor(s),) if mode == "nearest" else (floor(s), ceil(s)) for s in sources)
 
 
-def _names(text: str) -> list[str]:
-    return text.split()
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
 
 _CONSTANT = _names(
@@ -345,21 +351,19 @@ def receptive_fields(capture: Capture) -> dict[str, tuple[tuple[int, ...], bool]
             if facts.outputs and facts.outputs[0].shape[-dims:] == frame:
                 fields[node.name] = start
         elif facts.op not in _CONSTANT and node.op != "output":
-            operands = node.all_input_nodes
-            if facts.op in _FIRST_ONLY:
-                operands = [a for a in node.args[:1] if isinstance(a, fx.Node)]
-            elif facts.op == "copy":  # what is written counts, not what was there
-                operands = [a for a in node.args[1:2] if isinstance(a, fx.Node)]
-            operands = [a for a in operands if a.name in fields and info(a).outputs]
-            sources = [(info(a).outputs[0].shape, fields[a.name]) for a in operands]
+            operands: Sequence[object] = node.all_input_nodes
+            if facts.op in _FIRST_ONLY or facts.op == "copy":  # of which what is written counts, not what was there
+                operands = node.args[1:2] if facts.op == "copy" else node.args[:1]
+            seen = [a for a in operands if isinstance(a, fx.Node) and a.name in fields and info(a).outputs]
+            sources = [(info(a).outputs[0].shape, fields[a.name]) for a in seen]
             if sources:
                 fields[node.name] = _step(node, capture.model, sources, hulls)
-    return {name: _extents(field, frame) for name, field in fields.items() if UNKNOWN not in field}
-
-
-def _extents(field: Field, frame: Shape) -> tuple[tuple[int, ...], bool]:
-    extents = tuple([s.extent if isinstance(s, Reach) else size for s, size in zip(field, frame, strict=True)])
-    return extents, all(s is WHOLE for s in field)
+    extents = {
+        id(field): (tuple([s.extent if isinstance(s, Reach) else n for s, n in zip(field, frame)]), {*field} == {WHOLE})
+        for field in fields.values()
+        if UNKNOWN not in field
+    }
+    return {name: extents[id(field)] for name, field in fields.items() if id(field) in extents}
 
 
 def _step(node: fx.Node, model: nn.Module, sources: list[tuple[Shape, Field]], hulls: Hulls) -> Field:
