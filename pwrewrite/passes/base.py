@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, SupportsIndex
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import decompose
 from ..capturing.eligibility import Owners, eligible
@@ -210,12 +210,8 @@ class LayerPass(Pass):
         estimate = estimate_chain(layer, spec, self.form, widths, axes)
         if not self.allow_growth and self.init == "weights":
             shown = ", ".join(f"{name} {width}" for name, width in widths.items())
-            if estimate.macs_after >= estimate.macs_before or estimate.params_after >= estimate.params_before:
-                detail = (
-                    f"at {shown} it would take {estimate.macs_after:,} MACs and {estimate.params_after:,} parameters "
-                    f"against {estimate.macs_before:,} and {estimate.params_before:,}; ask for less, or allow growth"
-                )
-                return Skip(layer.path, SkipReason.NO_GAIN, detail)
+            if grows(estimate):
+                return Skip(layer.path, SkipReason.NO_GAIN, growth(f"at {shown}", estimate))
             gain = 1 - estimate.macs_after / estimate.macs_before
             if gain < self.min_gain:
                 detail = (
@@ -247,18 +243,10 @@ class LayerPass(Pass):
         return layer.op == "linear" if cls.linear else layer.spec is not None
 
     def _inside_rewrite(self, layer: Layer, owners: Owners) -> Skip | None:
-        if self.replan:
+        place = None if self.replan else enclosing_rewrite(owners.modules, layer.path, Factorized)
+        if place is None:
             return None
-        path = layer.path
-        while path:
-            path = path.rpartition(".")[0]
-            if isinstance(owners.modules.get(path), Factorized):
-                return Skip(
-                    layer.path, SkipReason.ALREADY_BOTTLENECK, f"part of what a rewrite put at {path or 'the root'}"
-                )
-            if not path:
-                break
-        return None
+        return Skip(layer.path, SkipReason.ALREADY_BOTTLENECK, f"part of what a rewrite put at {place or 'the root'}")
 
     def _selected(self, capture: Capture) -> set[int]:
         matching = chosen(capture, self.include, self.exclude)
@@ -299,6 +287,28 @@ class LayerPass(Pass):
             raise UsageError(
                 error.message, where=layer.path, expected=error.expected, got=error.got, hint=error.hint
             ) from None
+
+
+def enclosing_rewrite(
+    modules: Mapping[str, nn.Module], path: str, kinds: type[nn.Module] | tuple[type[nn.Module], ...]
+) -> str | None:
+    """The path of the innermost module of some kinds that holds a module, or is it; None where there is none."""
+    parts = path.split(".")
+    places = (".".join(parts[:i]) for i in range(len(parts), -1, -1))
+    return next((place for place in places if isinstance(modules.get(place), kinds)), None)
+
+
+def grows(estimate: Estimate) -> bool:
+    """Whether an op saves no MACs or no parameters."""
+    return estimate.macs_after >= estimate.macs_before or estimate.params_after >= estimate.params_before
+
+
+def growth(what: str, estimate: Estimate) -> str:
+    """Why an op that `grows` is skipped."""
+    return (
+        f"{what} it would take {estimate.macs_after:,} MACs and {estimate.params_after:,} parameters "
+        f"against {estimate.macs_before:,} and {estimate.params_before:,}; ask for less, or allow growth"
+    )
 
 
 def _is_width(value: RankSpec) -> bool:

@@ -26,7 +26,7 @@ from ..core.errors import UsageError
 from ..core.plan import Estimate, Op, Skip, SkipReason
 from ..forms.specs import spec_to_dict
 from ..layers.factorized import Factorized, Projected
-from .base import Pass, Proposal, spec_of
+from .base import Pass, Proposal, enclosing_rewrite, grows, growth, spec_of
 from .channel_flow import Flow, Segment, channel_axis, describe, follow, joined
 
 _POOLS = ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "lp_pool")
@@ -84,16 +84,15 @@ class ProjectBranch(Pass):
         return proposals + self._unmatched(finder, matched)
 
     def _chosen(self, finder: _Branches, source: fx.Node, matched: set[str]) -> str | None:
-        """The outermost module that is meant and ends in ``source``; notes the patterns that it matches."""
+        """The outermost module that is included and ends in ``source``; notes the patterns that it matches."""
         chosen = None
         for path in finder.ending_in(source):
             names = finder.names[path]
-            meant = {p for p in self.include if any(fnmatchcase(name, p) for name in names)}
-            matched |= meant
+            included = {p for p in self.include if any(fnmatchcase(name, p) for name in names)}
             left_out = {p for p in self.exclude if any(fnmatchcase(name, p) for name in names)}
-            matched |= left_out
+            matched |= included | left_out
             pooling = not self.include and finder.is_pool(path)
-            if (meant or pooling) and not left_out and chosen is None:
+            if (included or pooling) and not left_out and chosen is None:
                 chosen = path
         return chosen
 
@@ -148,8 +147,8 @@ class _Branches:
 
     def branches(self) -> list[str]:
         """Innermost module of every branch."""
-        found = (self.ending_in(source)[-1:] for _, _, source in self.candidates())
-        return list(dict.fromkeys(path for paths in found for path in paths))
+        innermost = (self.ending_in(source)[-1:] for _, _, source in self.candidates())
+        return list(dict.fromkeys(path for paths in innermost for path in paths))
 
     def misfit(self, path: str, cat: fx.Node, source: fx.Node) -> str:
         """Why a module is no branch of its own; ``""`` where it is called once and feeds the concatenation only."""
@@ -182,8 +181,8 @@ class _Run:
     def branch(self, path: str, cat: fx.Node, position: int, source: fx.Node) -> Proposal:
         """The op for one branch, or why there is none."""
         settings, width = self.settings, _width(source)
-        part_of = self._part_of_rewrite(path)
-        if part_of is not None and not settings.replan:
+        part_of = None if settings.replan else enclosing_rewrite(self.finder.modules, path, (Factorized, Projected))
+        if part_of:
             return Skip(path, SkipReason.ALREADY_BOTTLENECK, f"part of what a rewrite put at {part_of}")
         why = self.finder.misfit(path, cat, source)
         if why:
@@ -198,66 +197,40 @@ class _Run:
         op = self._op(path, source, flow)
         estimate = op.estimate
         assert estimate is not None
-        grows = estimate.macs_after >= estimate.macs_before or estimate.params_after >= estimate.params_before
-        if grows and settings.init == "weights" and not settings.allow_growth:
-            return Skip(
-                path,
-                SkipReason.NO_GAIN,
-                f"with {settings.channels} channels it would take {estimate.macs_after:,} MACs and "
-                f"{estimate.params_after:,} parameters against {estimate.macs_before:,} and "
-                f"{estimate.params_before:,}; ask for less, or allow growth",
-            )
+        if grows(estimate) and settings.init == "weights" and not settings.allow_growth:
+            return Skip(path, SkipReason.NO_GAIN, growth(f"with {settings.channels} channels", estimate))
         self._note(flow, width)
         return op
 
     def _refusal(self, path: str, source: fx.Node, flow: Flow) -> Skip | None:
-        settings = self.settings
+        settings, why = self.settings, ""
+        rows = sum(_rows(layer, segment) for layer, segment in flow.consumers)
         if flow.blocked:
-            return Skip(path, SkipReason.NOT_LINEAR, f"its channels reach what cannot be narrowed: {flow.blocked}")
-        if settings.init == "weights":
-            if flow.nonlinear:
-                return Skip(
-                    path,
-                    SkipReason.NOT_LINEAR,
-                    f"its channels pass {flow.nonlinear}, which does not commute with a 1×1, so the readers' weights "
-                    "cannot be factorised with the projection; init='fresh' starts them anew",
-                )
-            if flow.outputs:
-                return Skip(
-                    path,
-                    SkipReason.NOT_LINEAR,
-                    "its channels are an output of the model, which no reader's weights can make up for; "
-                    "init='fresh' with allow_output_change narrows the output",
-                )
-        if flow.outputs and not settings.allow_output_change:
+            why = f"its channels reach what cannot be narrowed: {flow.blocked}"
+        elif settings.init == "weights" and flow.nonlinear:
+            why = (
+                f"its channels pass {flow.nonlinear}, which does not commute with a 1×1, so the readers' weights "
+                "cannot be factorised with the projection; init='fresh' starts them anew"
+            )
+        elif settings.init == "weights" and flow.outputs:
+            why = (
+                "its channels are an output of the model, which no reader's weights can make up for; "
+                "init='fresh' with allow_output_change narrows the output"
+            )
+        elif flow.outputs and not settings.allow_output_change:
             i, width, segment = flow.outputs[0]
             less = width - (segment.channels - settings.channels) * segment.repeat
-            return Skip(
-                path,
-                SkipReason.NOT_LINEAR,
-                f"output {i} of the model would have {less} channels instead of {width}; "
-                "allow_output_change permits it",
+            why = (
+                f"output {i} of the model would have {less} channels instead of {width}; allow_output_change permits it"
             )
-        rows = sum(_rows(layer, segment) for layer, segment in flow.consumers)
-        if settings.init == "weights" and 0 < rows < settings.channels:
+        elif settings.init == "weights" and 0 < rows < settings.channels:
             detail = f"its readers make {rows} values of its channels, so {settings.channels} channels are too many"
             return Skip(path, SkipReason.NO_GAIN, detail)
-        if not flow.consumers and not flow.outputs:
-            return Skip(path, SkipReason.NOT_LINEAR, "nothing reads its channels")
-        if self.touched & ({source} | set(flow.nodes)) and any(_is_in(info(n).path, path) for n in self.touched):
-            return Skip(
-                path,
-                SkipReason.NOT_LINEAR,
-                "what goes into it is narrowed by another projection of this run; run the pass once more",
-            )
-        return None
-
-    def _part_of_rewrite(self, path: str) -> str | None:
-        while path:
-            if isinstance(self.finder.modules.get(path), (Factorized, Projected)):
-                return path
-            path = path.rpartition(".")[0]
-        return None
+        elif not flow.consumers and not flow.outputs:
+            why = "nothing reads its channels"
+        elif self.touched & ({source} | set(flow.nodes)) and any(_is_in(info(n).path, path) for n in self.touched):
+            why = "what goes into it is narrowed by another projection of this run; run the pass once more"
+        return Skip(path, SkipReason.NOT_LINEAR, why) if why else None
 
     def _op(self, path: str, source: fx.Node, flow: Flow) -> Op:
         shape = info(source).outputs[0].shape
