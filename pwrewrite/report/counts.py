@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..analysis.conventions import Count
 from ..core.numbers import exact, percent
 from . import spreadsheet
 from .page import Block, Column, Listing, Section
+
+if TYPE_CHECKING:
+    from ..analysis.conventions import Count
 
 COLUMNS = ("tool", "unit", "kind", "rule", "calls", "counted", "macs", "difference")
 """The columns of the CSV; new ones are added at the end."""

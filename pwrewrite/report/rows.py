@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..analysis.conventions import Count
 from ..analysis.records import Analysis, LayerReport, OpTotal
 from ..core.errors import UsageError
 from ..core.numbers import count, dims, duration, exact, percent, plural, size
+
+if TYPE_CHECKING:
+    from ..analysis.conventions import Count
 
 SORTS = ("macs", "params", "memory", "name", "order")
 """What layers can be sorted by."""
