@@ -27,12 +27,10 @@ class Flat:
     Attributes:
         kinds: Path to the kind of what is there: ``tensor``, ``list of 2``, ``dict of 'a', 'b'``, ``int``, ….
         tensors: Path to tensor, or to its `TensorSpec`.
-        others: Path to every plain value (numbers, strings, None).
     """
 
     kinds: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, Any] = field(default_factory=dict)
-    others: dict[str, Any] = field(default_factory=dict)
 
     @property
     def floating(self) -> dict[str, Tensor]:
@@ -86,7 +84,6 @@ def _flatten(value: Any, path: str, flat: Flat, leaf: Callable[[Any], Any], dept
         items = [(f".{key}", item) for key, item in vars(value).items()]
     else:
         items = []
-        flat.others[path] = value
     flat.kinds[path] = name
     for key, item in items:
         _flatten(item, path + key, flat, leaf, depth + 1)
