@@ -64,7 +64,7 @@ def what_from_keywords(function: str, what: Any, options: Mapping[str, Any]) -> 
 
 def _only(value: Any, keyword: Any, name: str) -> Any:
     if keyword is not None:
-        raise UsageError(f"the {name} are given twice", hint=f"leave {name}= out")
+        raise UsageError(f"{name} is given twice", hint=f"leave {name}= out")
     return value
 
 

@@ -43,9 +43,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from pwrewrite.core.options import Budget
 from pwrewrite.edit.apply import carry_out
 from pwrewrite.planning.budget import budgets_of
-from pwrewrite.planning.fitting import fit_order, fit_targets
+from pwrewrite.planning.fitting import fit_steps
 from pwrewrite.planning.measure import compare
 from pwrewrite.planning.planner import Choice, Planner
+from pwrewrite.planning.refit import Target
 from pwrewrite.planning.refit import refit as fit
 
 GOALS = {("all", 0.7): -0.2, ("all", 0.5): -1.0, ("all", 0.4): -2.5, ("1x1", 0.5): -2.0}
@@ -176,10 +177,10 @@ def measured(
 def fit_own(planner: Planner, model: nn.Module, choice: Choice) -> None:
     """The full refit of each layer to its own output, whatever has gone wrong on the other side of its sum."""
     assert planner.batches is not None
-    found = fit_targets(planner.captured, model, choice.plan, planner.meant.specs(), planner.statistics)
-    targets = [replace(target, residual=None) for target in found]
-    order, norms = fit_order(planner.captured, {target.path for target in targets})
-    fit(planner.model, model, targets, norms, order, planner.batches.calibration())
+    specs = planner.replaceable.specs()
+    steps = fit_steps(planner.captured, model, choice.plan, specs, planner.statistics)
+    alone = [replace(step, residual=None) if isinstance(step, Target) else step for step in steps]
+    fit(planner.model, model, alone, planner.batches.calibration())
 
 
 def share(ratio: float) -> str:
