@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capturing import Inputs
+from ..capturing.inputs import Inputs, split_inputs
+from ..capturing.lazy import materialized
 from ..core.errors import InputError, UsageError
 from ..core.option import from_keywords, refuse_unknown
 from ..core.random_state import keeping_random_state
@@ -68,6 +69,8 @@ def verify(original: nn.Module, rewritten: nn.Module, example_inputs: Inputs, **
     if bound is not None and not bound >= 0:
         raise UsageError("max_error makes no sense", expected="a number from 0, such as 0.05", got=repr(bound))
     with keeping_random_state(), torch.inference_mode(False), plain_precision(device_of(original)):
+        args, kwargs = split_inputs(example_inputs)
+        original, rewritten = materialized(original, args, kwargs), materialized(rewritten, args, kwargs)
         results = _checked(context_of(original, rewritten, example_inputs, known))
     checks, agreement = tuple(results.checks), None
     if results.samples:

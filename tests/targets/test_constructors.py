@@ -194,3 +194,6 @@ def test_lazy_modules_by_every_way(tmp_path: Path) -> None:
         assert torch.equal(pwrewrite.load(tmp_path / "out", load_target(file).model)(x), expected)
         assert torch.equal(load_target(str(tmp_path / "out"), base=file).model(x), expected)
     assert pwrewrite.fuse(load_target(file).model.eval(), x, verify=False).edits
+    lazy = load_target(file).model
+    assert pwrewrite.verify(lazy, pwrewrite.load(tmp_path / "out", lazy), x, thorough=False).checks
+    assert lazy.first.has_uninitialized_params()
