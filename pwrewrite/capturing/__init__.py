@@ -193,7 +193,7 @@ def _finish(recorder: Recorder, values: str, failure: Exception | None) -> Captu
         ),
         memory=tuple(recorder.liveness.events),
         params=inventory.size,
-        weight_bytes=sum(map(byte_count, (*inventory.parameters, *inventory.buffers))),
+        weight_bytes=inventory.nbytes,
         notes=tuple(notes),
         constants=origins.constants,
     )

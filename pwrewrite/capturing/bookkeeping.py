@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
@@ -74,7 +75,7 @@ class Bookkeeper:
             temporary: Bytes that it holds beside its result while it runs.
             weights: Identities of tensors in ``given`` that serve as weights though they are no parameters.
         """
-        origins, watch = self.origins, self.liveness.watch
+        origins, watch, strided = self.origins, self.liveness.watch, torch.strided
         inputs: dict[int, TensorSpec] = {}
         read = written = 0
         for t in tensors_of(given):
@@ -83,7 +84,7 @@ class Bookkeeper:
                 weight_bytes += byte_count(t)
             elif id(t) not in inputs:
                 inputs[id(t)] = _known_spec(t)
-                read += byte_count(t)
+                read += t.nbytes if t.layout is strided else byte_count(t)
         outputs: list[TensorSpec] = []
         alias = None
         name = node.name
@@ -91,7 +92,7 @@ class Bookkeeper:
             outputs.append(spec_of(t))
             shared = watch(t, name, known=origins.known(t))
             if shared is None or writes:
-                written += byte_count(t)
+                written += t.nbytes if t.layout is strided else byte_count(t)
             alias = alias or shared
         origins.mark(out, node)
         self.liveness.pass_by(name, temporary)

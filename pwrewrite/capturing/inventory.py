@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..core.nested import tensors_of
-from .tensors import element_count, kind_of
+from .tensors import byte_count, element_count, kind_of
 
 
 class Inventory:
@@ -87,6 +88,11 @@ class Inventory:
     def size(self) -> int:
         """Elements of all parameters, each tensor once."""
         return sum(map(element_count if "uninitialized" in self.kinds else Tensor.numel, self.parameters))
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all parameters and buffers, each tensor once."""
+        return sum(map(byte_count if self.kinds else attrgetter("nbytes"), (*self.parameters, *self.buffers)))
 
     @cached_property
     def strays(self) -> dict[int, str]:

@@ -81,7 +81,9 @@ class Leaves:
     def _by_rule(self, module: nn.Module, rule: Leaf, spec: ConvSpec | None, args: Args, kwargs: Kwargs) -> object:
         convert = self._origins.meta_value
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-            x = convert(args[0])
+            x = self._origins.value(args[0])
+            if not x.is_meta:
+                x = convert(x)
             return rule.output(module, x) if spec is None else convolve(spec, x, module._parameters.get("weight"))
         own_args, own_kwargs = map_tensors(args, convert), map_tensors(kwargs, convert)
         if own_args or len(own_kwargs) != 1:

@@ -31,7 +31,7 @@ _CONSTANT_LIMIT = 1_000_000
 
 def spec_of(t: Tensor) -> TensorSpec:
     """Shape and dtype of a tensor."""
-    return TensorSpec(shape_of(t), t.dtype)
+    return TensorSpec(shape_of(t) if t.is_nested else tuple(t.shape), t.dtype)
 
 
 class NeedsValues(RuntimeError):
