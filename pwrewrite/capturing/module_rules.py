@@ -42,17 +42,16 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _channel_norm(module: Any, x: Tensor) -> Tensor:
-    kind = type(module).__name__
-    if isinstance(module, nn.GroupNorm):
+    channels = getattr(module, "num_features", None)
+    if channels is None:
         channels = module.num_channels
     else:
-        channels = module.num_features
         try:
             module._check_input_dim(x)
         except ValueError as error:
-            raise ShapeError(f"{kind}: {error}") from None
+            raise ShapeError(f"{type(module).__name__}: {error}") from None
     if x.dim() < 2 or x.shape[1] != channels:
-        raise ShapeError(f"{kind} takes {channels} channels, got shape {tuple(x.shape)}")
+        raise ShapeError(f"{type(module).__name__} takes {channels} channels, got shape {tuple(x.shape)}")
     return new(x.shape, x)
 
 

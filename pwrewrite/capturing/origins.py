@@ -179,7 +179,9 @@ class Origins:
     def known(self, t: Tensor) -> bool:
         """Whether this recording made the tensor object."""
         origin = getattr(t, _ORIGIN, None)
-        return (origin is not None and origin.graph is self.graph) or self._origin(t) is not None
+        if origin is None:
+            return self.transformed and self._origin(t) is not None
+        return origin.graph is self.graph
 
     def node(self, t: Tensor) -> fx.Node:
         """The node a tensor comes from; a ``get_attr`` for parameters, buffers and constants."""

@@ -224,8 +224,7 @@ _KEY = "info"
 
 def info(node: fx.Node) -> NodeInfo:
     """The facts of a captured node."""
-    facts = node.meta[_KEY]
-    assert isinstance(facts, NodeInfo)
+    facts: NodeInfo = node.meta[_KEY]
     return facts
 
 
