@@ -79,7 +79,8 @@ class Original:
         """
         assert before.output is not None
         floor = self.floor(before.output)
-        for dtype in (torch.float64,) if self.precise(before.output) else (torch.float64, torch.float32):
+        finer = [torch.float64] if floor > roundoff([torch.float64]) else []  # its own precision would measure nothing
+        for dtype in finer if self.precise(before.output) else [*finer, torch.float32]:
             model = self.in_precision(dtype)
             reference = None if model is None else self._run(model, cast(inputs, dtype), training)
             if reference is None or _shapes(reference) != _shapes(before.output):
@@ -95,7 +96,8 @@ class Original:
         measured = errors(probe, before.output) if probe is not None else {}
         floor *= 4 * sqrt(depth)
         limits = exact_limits(measured, floor, factor=16)
-        return Rounding(before.output, measured, limits, floor, "the original (it does not run in float64)")
+        why = "it does not run in float64" if finer else "nothing is finer than float64"
+        return Rounding(before.output, measured, limits, floor, f"the original ({why})")
 
     def _run(self, model: nn.Module, inputs: Arguments, training: bool) -> Flat | None:
         return run(model, inputs, seed=self.seed, training=training).output

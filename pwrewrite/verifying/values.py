@@ -12,7 +12,7 @@ from .divergence import layer_differences, within
 from .inputs import Arguments
 from .numerics import Bound, Comparison, compare, flips, scale_of
 from .outputs import Flat, differences
-from .rounding import SCRAMBLED, cast, noisy_copy
+from .rounding import SCRAMBLED, Rounding, cast, noisy_copy
 from .runs import Outcome
 
 _SCRAMBLED_HALF = 0.5
@@ -98,12 +98,18 @@ def drew_alike(before: Outcome, after: Outcome) -> bool:
     return before.random_state == after.random_state
 
 
-def _judge_exact(context: Context, mode: str, inputs: Arguments, before: Outcome, new: Flat, verdict: Verdict) -> None:
+def _rounding(context: Context, inputs: Arguments, before: Outcome, training: bool) -> tuple[Rounding, Bound]:
+    """What rounding does to the original on some inputs, and the bound that follows for an exact rewrite."""
     assert before.output is not None
     depth = 1 + len(context.captures[0].calls) if context.captures else 1
-    known = context.reference.rounding(inputs, before, mode == "train", depth)
+    known = context.reference.rounding(inputs, before, training, depth)
     may_flip = {path: 4 * n for path, n in flips(before.output, known.reference).items()}
-    bound = Bound(known.floor, known.limits, flips=may_flip, scale=scale_of(inputs))
+    return known, Bound(known.floor, known.limits, flips=may_flip, scale=scale_of(inputs))
+
+
+def _judge_exact(context: Context, mode: str, inputs: Arguments, before: Outcome, new: Flat, verdict: Verdict) -> None:
+    assert before.output is not None
+    known, bound = _rounding(context, inputs, before, mode == "train")
     judged = compare(known.reference, new, bound)
     limit = max(known.limits.values(), default=known.floor)
     rounding = verdict.rounding = max(known.errors.values(), default=0.0)
@@ -138,6 +144,9 @@ def judge_elsewhere(context: Context, inputs: Arguments, before: Outcome, after:
         if context.pair is not None:
             bound = replace(bound, limit=context.pair, flips={})
     judged = compare(*_outputs(before, after), bound)
+    if judged.exceeded and options.exact_in("eval") and not skip and after.output is not None:
+        known, bound = _rounding(context, inputs, before, False)
+        judged = compare(known.reference, after.output, bound)
     spoiled = [f"output{path} has {n} NaN or Inf" for path, n in judged.spoiled.items()]
     return spoiled + ([] if skip else judged.exceeded), min(bound.limit, bound.overall)
 
