@@ -21,9 +21,6 @@ from ..core.errors import UsageError
 
 Kind = Literal["macs", "params", "bytes", "latency"]
 
-KINDS = ("macs", "params", "bytes", "latency")
-"""What can be limited."""
-
 _COUNTS = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12, "p": 10**15}
 _BYTES = {
     "b": 1,

@@ -19,9 +19,6 @@ from torch import Tensor
 
 from ..core.nested import tensors_of
 
-OUTPUTS = ("logits", "probabilities", "values")
-"""What outputs may be."""
-
 _ROUNDING = {2: 2e-2, 4: 1e-3, 8: 1e-3}
 """How far sums of probabilities, and lengths, may be from 1, by the bytes of a number."""
 

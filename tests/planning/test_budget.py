@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pwrewrite.core.errors import UsageError
-from pwrewrite.planning.budget import KINDS, Limit, budgets_of, parse_budget
+from pwrewrite.planning.budget import Kind, Limit, budgets_of, parse_budget
 
 READ = {
     "macs=0.5": ("macs", 0.5, True),
@@ -122,7 +122,7 @@ def test_written_as_a_person_would(text: str) -> None:
     assert str(*parse_budget([text])) == text
 
 
-@given(st.sampled_from(KINDS), st.floats(1e-9, 1.0) | st.integers(2, 10**15))
+@given(st.sampled_from(get_args(Kind)), st.floats(1e-9, 1.0) | st.integers(2, 10**15))
 def test_what_is_written_is_read(kind: str, limit: float) -> None:
     relative = isinstance(limit, float)
     budget = Limit(kind, float(limit) if relative or kind != "latency" else limit / 1e9, relative)  # type: ignore[arg-type]

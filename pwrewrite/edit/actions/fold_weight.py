@@ -133,12 +133,6 @@ def _agree(layer: nn.Conv2d, new: nn.Module) -> bool:
     return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-2, atol=1e-3) for a, b in pairs)
 
 
-def randomrandom_inputs(layer: nn.Conv2d) -> list[Tensor]:
-    """Inputs of two sizes, on which the code of a layer is tried out."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, layer.in_channels, *size, generator=generator).to(layer.weight) for size in _SIZES]
-
-
 def random_inputs(layer: nn.Conv2d) -> list[Tensor]:
     """Inputs of two sizes, on which the code of a layer is tried out."""
     generator = torch.Generator().manual_seed(0)
