@@ -1,6 +1,7 @@
 """Budgets: what a person types, what Python gives, and what is refused."""
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
