@@ -89,9 +89,7 @@ def carry_out(
         PlanError: If the plan does not fit the model.
         RefusedError: If the model cannot be copied, or a weight holds NaN or Inf.
     """
-    for op in plan.ops:
-        prepare(op)
-    work = _Work(model, fill, decomposer)
+    work = _Work(model, fill, decomposer, {id(op): prepare(op) for op in plan.ops})
     done = work.attempt(plan.ops, progress=progress)
     if probe is not None and done.edits:
         failure = _failure(probe, done.model)
@@ -130,8 +128,10 @@ class _Done:
 class _Work:
     """Carries out ops on as many copies of a model as it takes; what takes long is computed once."""
 
-    def __init__(self, model: nn.Module, fill: bool, decomposer: Decomposer | None) -> None:
-        self.model, self.fill, self.decomposer = model, fill, decomposer
+    def __init__(
+        self, model: nn.Module, fill: bool, decomposer: Decomposer | None, edits: dict[int, Callable[[Bench], Edit]]
+    ) -> None:
+        self.model, self.fill, self.decomposer, self.edits = model, fill, decomposer, edits
         self.known: dict[Any, Any] = {}
 
     def attempt(
@@ -150,7 +150,7 @@ class _Work:
             if progress is not None:
                 progress(op.path)
             try:
-                done.edits.append(prepare(op)(bench))
+                done.edits.append(self.edits[id(op)](bench))
             except Refused as refused:
                 done.skips.append((op, refused.skip))
             except PlanError:

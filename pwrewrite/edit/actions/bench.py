@@ -171,13 +171,13 @@ class Bench:
         return names_of(self.model, module)
 
     def replace(self, old: nn.Module, new: nn.Module, path: str = "") -> tuple[str, ...]:
-        """Puts a module in another's place, under every name; the names beside ``path``."""
-        names = self.names_of(old)
+        """Puts a module in another's place, under every name; where it has a ``path``, its names beside that."""
+        names = self.names_of(old) if path else ()
         self.model = replace_module(self.model, old, new)
         return tuple(name for name in names if name != path)
 
     def remove(self, module: nn.Module, path: str = "") -> tuple[str, ...]:
-        """Puts an identity in a module's place, under every name; the names beside ``path``."""
+        """Puts an identity in a module's place; see `replace`."""
         return self.replace(module, nn.Identity().train(module.training), path)
 
     def replace_item(self, path: str, new: nn.Module) -> None:
