@@ -195,6 +195,15 @@ def quirks() -> dict[str, nn.Module]:
                 + aten.inner(x, x[0, 0])
             )
         ),
+        "products of pieces": Calls(
+            lambda x: torch.inner(*x.split([8, 8], 3)).sum() + torch.tensordot(*x.split([4, 4], 1), dims=([1], [1]))
+        ),
+        "aten resizes": Calls(
+            lambda x: (
+                aten.upsample_bilinear2d(aten.upsample_nearest2d.vec(x, None, [2.0, 2.0]), [16, 16], False)
+                + aten.upsample_nearest2d.vec(aten._adaptive_avg_pool2d(x, [8, 8]), None, [2.0, 2.0])
+            )
+        ),
         "aten einsum": Calls(lambda x: aten.einsum("bchw,bchv->bcwv", [x, x])),
         "aten": Calls(
             lambda x: (

@@ -77,13 +77,18 @@ def _dispatched(node: fx.Node) -> int | None:
     """What ``FlopCounterMode`` counts for one call, from shapes alone; None where it does not run on them."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    read = list(info(node).inputs)
+
     def empty(source: fx.Node) -> Any:
-        tensors = [torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in info(source).outputs]
-        return tensors[0] if len(tensors) == 1 else tensors
+        outputs = info(source).outputs
+        spec = outputs[0] if len(outputs) == 1 else next(spec for spec in read if spec in outputs)  # a piece of it
+        if spec in read:
+            read.remove(spec)
+        return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
 
     function: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
-    args, kwargs = fx.map_arg(node.args, empty), fx.map_arg(node.kwargs, empty)
     try:
+        args, kwargs = fx.map_arg(node.args, empty), fx.map_arg(node.kwargs, empty)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             function(*args, **kwargs)
     except Exception:
@@ -114,7 +119,9 @@ def fvcore_shares(capture: Capture, all_units: Sequence[Unit]) -> tuple[list[Sha
         for node in unit.nodes:
             facts = info(node)
             module = unit.module if node.op == "call_module" else None
-            handle = _HANDLES.get(facts.op)
+            name = function_name(node)
+            private = name.startswith("_") and not name.startswith("_convolution")  # which have no handle
+            handle = None if private else _HANDLES.get(facts.op)
             if handle is None:
                 if facts.cost.macs:
                     shares.append(Share(words(facts.op), "no handle: counted as 0", 0, facts.cost.macs))
@@ -236,5 +243,6 @@ _HANDLES: dict[str, _Handle] = {
     "adaptive_avg_pool2d": _adaptive_pool,
     "interpolate": _interpolate,
     "upsample": _interpolate,
-    "grid_sample": _grid_sample,
+    "upsample_nearest2d": lambda call: (call.facts.outputs[0].numel, "1 per output element"),
+    **dict.fromkeys(("grid_sample", "grid_sampler", "upsample_bilinear2d"), _grid_sample),
 }
