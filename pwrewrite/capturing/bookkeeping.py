@@ -44,7 +44,7 @@ class Bookkeeper:
         node: fx.Node,
         op: str,
         path: str,
-        given: object,
+        read: object,
         out: object,
         *,
         macs: int = 0,
@@ -63,28 +63,28 @@ class Bookkeeper:
             node: The node.
             op: Canonical name.
             path: Path of the module.
-            given: Its arguments, tensors in any nesting.
+            read: Its arguments, tensors in any nesting.
             out: What it returned.
             macs: Its MACs.
             writes: Whether it writes into an argument.
-            params: Parameters that it used first, those in ``given`` apart.
-            weight_bytes: Bytes of the weights that it read, those in ``given`` apart.
+            params: Parameters that it used first, those in ``read`` apart.
+            weight_bytes: Bytes of the weights that it read, those in ``read`` apart.
             window: For convolutions and pooling.
             spec: For convolutions.
             unpriced: Operations without a formula.
             temporary: Bytes that it holds beside its result while it runs.
-            weights: Identities of tensors in ``given`` that serve as weights though they are no parameters.
+            weights: Identities of tensors in ``read`` that serve as weights though they are no parameters.
         """
         origins, watch, strided = self.origins, self.liveness.watch, torch.strided
         inputs: dict[int, TensorSpec] = {}
-        read = written = 0
-        for t in tensors_of(given):
+        read_bytes = written = 0
+        for t in tensors_of(read):
             if id(t) in weights or (type(t) is not Tensor and isinstance(t, nn.Parameter)):
                 params += self.count(t)
                 weight_bytes += byte_count(t)
             elif id(t) not in inputs:
                 inputs[id(t)] = _known_spec(t)
-                read += t.nbytes if t.layout is strided else byte_count(t)
+                read_bytes += t.nbytes if t.layout is strided else byte_count(t)
         outputs: list[TensorSpec] = []
         alias = None
         name = node.name
@@ -97,7 +97,7 @@ class Bookkeeper:
         origins.mark(out, node)
         self.liveness.pass_by(name, temporary)
         moves = written or macs or unpriced
-        cost = Cost(params, macs, weight_bytes + read if moves else 0, written)
+        cost = Cost(params, macs, weight_bytes + read_bytes if moves else 0, written)
         callers = tuple(self._thread.scope)
         facts = NodeInfo(op, path, tuple(inputs.values()), tuple(outputs), cost, alias, window, spec, unpriced, callers)
         set_info(node, facts)

@@ -166,7 +166,7 @@ def _merge(graph: fx.Graph, without: fx.Graph, name: str) -> None:
     """
     mine = [node for node in graph.nodes if node.target is not given]
     same = dict(zip(without.nodes, mine))
-    made: dict[fx.Node, fx.Node] = {}
+    choices: dict[fx.Node, fx.Node] = {}
     for other, node in same.items():
         theirs = _leaves(other)
         if len(theirs) != len(_leaves(node)):
@@ -178,10 +178,10 @@ def _merge(graph: fx.Graph, without: fx.Graph, name: str) -> None:
             instead = same.get(read) if isinstance(read, fx.Node) else None
             if not isinstance(leaf, fx.Node) or leaf.op != "placeholder" or leaf.target != name or instead is None:
                 return leaf
-            if instead not in made:
+            if instead not in choices:
                 with graph.inserting_before(node):
-                    made[instead] = graph.call_function(given, (leaf, instead))
-            return made[instead]
+                    choices[instead] = graph.call_function(given, (leaf, instead))
+            return choices[instead]
 
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), choose)
         node.args, node.kwargs = args, kwargs
@@ -189,9 +189,9 @@ def _merge(graph: fx.Graph, without: fx.Graph, name: str) -> None:
 
 def _leaves(node: fx.Node) -> list[Any]:
     """What a call is given, out of its containers."""
-    found: list[Any] = []
-    fx.node.map_aggregate((node.args, node.kwargs), found.append)
-    return found
+    leaves: list[Any] = []
+    fx.node.map_aggregate((node.args, node.kwargs), leaves.append)
+    return leaves
 
 
 def _text(graph: fx.Graph, absent: Sequence[str] = ()) -> list[str]:

@@ -117,8 +117,8 @@ def module_refusal(path: str, module: nn.Module, holders: Mapping[int, list[str]
             SkipReason.OVERRIDDEN_FORWARD,
             f"{type(module).__qualname__} has a forward of its own, which a replacement would not run",
         )
-    found = _weight(path, weight, type(module).__qualname__)
-    return found or _shared(path, path, weight, module._parameters.get("bias"), holders)
+    refused = _weight(path, weight, type(module).__qualname__)
+    return refused or _shared(path, path, weight, module._parameters.get("bias"), holders)
 
 
 def find_holders(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
@@ -253,8 +253,8 @@ def _functional(layer: Layer, owners: Owners) -> Skip | None:
         )
     owner, _, attribute = bias_name.rpartition(".")
     bias = getattr(owners.modules.get(owner), attribute, None) if attribute else None
-    found = _weight(layer.path, weight, "the function")
-    return found or _shared(layer.path, path, weight, bias, owners.holders)
+    refused = _weight(layer.path, weight, "the function")
+    return refused or _shared(layer.path, path, weight, bias, owners.holders)
 
 
 def _outside(layer: Layer, owners: Owners) -> bool:

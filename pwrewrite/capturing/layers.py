@@ -32,7 +32,7 @@ def find_layers(inventory: Inventory, graph: fx.Graph) -> tuple[Layer, ...]:
     modules, names = inventory.paths, inventory.names
     islands = _islands(graph)
     calls: defaultdict[str, list[Call]] = defaultdict(list)
-    found: dict[str, dict[str, Any]] = {}
+    known: dict[str, dict[str, Any]] = {}
     for node in graph.nodes:
         facts = info(node)
         spec = facts.spec
@@ -40,21 +40,21 @@ def find_layers(inventory: Inventory, graph: fx.Graph) -> tuple[Layer, ...]:
             continue
         if node.op == "call_module":
             path = node.target
-            if path not in found:
+            if path not in known:
                 module = modules[path]
-                found[path] = _of_module(module, names[id(module)], spec)
+                known[path] = _of_module(module, names[id(module)], spec)
         else:
             path, weight_name = _functional_path(node, facts.path, inventory)
-            if path not in found:
-                found[path] = _of_call(node, path, weight_name, modules, names)
+            if path not in known:
+                known[path] = _of_call(node, path, weight_name, modules, names)
         call = Call(path, node.name, facts.inputs[0].shape, facts.outputs[0].shape, facts.cost, islands.get(node, ""))
         calls[path].append(call)
     for module in inventory.modules:
         if isinstance(module, _KINDS):
             same = names[id(module)]
-            if not any(path in found for path in same):
-                found[same[0]] = _of_module(module, same, None)
-    return tuple([Layer(path=path, calls=tuple(calls[path]), **facts) for path, facts in found.items()])
+            if not any(path in known for path in same):
+                known[same[0]] = _of_module(module, same, None)
+    return tuple([Layer(path=path, calls=tuple(calls[path]), **facts) for path, facts in known.items()])
 
 
 def _of_module(module: Any, names: list[str], spec: ConvSpec | None) -> dict[str, Any]:

@@ -53,15 +53,15 @@ def graph(capture: Capture) -> nx.DiGraph:
     layer_of = {call.node: call.layer for call in capture.calls}
     nodes: list[tuple[str, dict[str, Any]]] = []
     edges: list[tuple[str, str, dict[str, Any]]] = []
-    made: dict[fx.Node, dict[str, Any]] = {}
+    flows: dict[fx.Node, dict[str, Any]] = {}
     for node in capture.graph.nodes:
         if node.op == "get_attr":
             continue
         facts, name = info(node), node.name
         nodes.append((name, _attributes(facts, layer_of.get(name))))
-        made[node] = _flow(facts.outputs)
+        flows[node] = _flow(facts.outputs)
         for source in node.all_input_nodes:
-            flow = made.get(source)
+            flow = flows.get(source)
             if flow is not None:
                 if len(info(source).outputs) > 1:
                     flow = _part(node, source)
@@ -97,9 +97,9 @@ def _part(node: fx.Node, source: fx.Node) -> dict[str, Any]:
     """What ``node`` reads of the tensors that ``source`` makes: its inputs that no other source accounts for."""
     rest = list(info(node).inputs)
     for other in node.all_input_nodes:
-        made = info(other).outputs
-        if len(made) == 1 and made[0] in rest:
-            rest.remove(made[0])
+        outputs = info(other).outputs
+        if len(outputs) == 1 and outputs[0] in rest:
+            rest.remove(outputs[0])
     taken = [t for t in rest if t in info(source).outputs]
     return _flow(taken or info(source).outputs)
 

@@ -263,14 +263,14 @@ class Recorder(TorchFunctionMode):
         origins = self.origins
         if not args and "input" in kwargs:
             args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
-        given = tensors_of(args)
+        tensors = tensors_of(args)
         if kwargs:
-            given += tensors_of(kwargs)
-        wrapped = transforming() is not None and any(map(is_wrapped, given))
+            tensors += tensors_of(kwargs)
+        wrapped = transforming() is not None and any(map(is_wrapped, tensors))
         origins.transformed |= wrapped
-        on_meta = not self.real and any(origins.value(t).is_meta for t in given)
+        on_meta = not self.real and any(origins.value(t).is_meta for t in tensors)
         if on_meta and name in functions.VALUE_READS:
-            return read(func, name, args, kwargs, given, origins)
+            return read(func, name, args, kwargs, tensors, origins)
         writes = functions.writes(name, args, kwargs) if name else False
         convert = origins.meta_value if on_meta else origins.value
         own_args: Args = tuple([convert(a) if isinstance(a, Tensor) else map_tensors(a, convert) for a in args])
@@ -308,11 +308,11 @@ class Recorder(TorchFunctionMode):
             macs=result.macs, writes=writes, window=window, spec=spec, unpriced=result.unpriced, weights=weights,
             temporary=temporary,
         )  # fmt: skip
-        if writes and given:
-            value = origins.value(given[0])
-            origins.written(given[0], node, on_meta=on_meta)
+        if writes and tensors:
+            value = origins.value(tensors[0])
+            origins.written(tensors[0], node, on_meta=on_meta)
             if outputs and outputs[0] is value:
-                return given[0]
+                return tensors[0]
         return out
 
     # ----------------------------------------------------------------------------- higher-order operators

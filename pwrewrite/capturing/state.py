@@ -30,13 +30,13 @@ _PLAIN = frozenset((bool, int, float, str, tuple, type(None)))
 _DEPTH = 3
 
 
-def _contents(value: Any, found: list[tuple[Any, Any]], depth: int) -> None:
+def _contents(value: Any, copies: list[tuple[Any, Any]], depth: int) -> None:
     """Appends ``(container, shallow copy)`` for ``value`` and the containers in it."""
-    found.append((value, value.copy()))
+    copies.append((value, value.copy()))
     if depth and value:
         for item in value.values() if isinstance(value, dict) else value:
             if type(item) not in _PLAIN and isinstance(item, _CONTAINERS):
-                _contents(item, found, depth - 1)
+                _contents(item, copies, depth - 1)
 
 
 def _refill(container: Any, saved: Any) -> None:
