@@ -5,7 +5,7 @@ branches on ``self.training``, that sets attributes, or that a graph cannot hold
 
 Inputs that may be left out. ``if shortcut is None: shortcut = x`` leaves no trace where the input is given. So such
 code is traced with and without it; where the two graphs differ only in what stands in the input's place, the graph has
-a call of `given` there, else it is refused.
+a call of `value_or` there, else it is refused.
 
 Items. ``x[i] = y`` is a call of ``operator.setitem`` in the graph, at its place among the others; whoever changes such
 a graph has to leave that order as it is.
@@ -27,7 +27,7 @@ class NotTraceable(RuntimeError):
     """The module's own code cannot be turned into a graph."""
 
 
-def given(value: Any, default: Any) -> Any:
+def value_or(value: Any, default: Any) -> Any:
     """An input, or what the code takes in its place where it was left out."""
     return default if value is None else value
 
@@ -155,7 +155,7 @@ def _stores(module: nn.Module) -> tuple[dict[str, Any], ...]:
 
 
 def _merge(graph: fx.Graph, without: fx.Graph, name: str) -> None:
-    """Puts a call of `given` wherever a graph reads an input that another one reads something else for.
+    """Puts a call of `value_or` wherever a graph reads an input that another one reads something else for.
 
     Whether the two do the same otherwise is for `_text` to say.
 
@@ -164,7 +164,7 @@ def _merge(graph: fx.Graph, without: fx.Graph, name: str) -> None:
         without: The graph where the input is None.
         name: The input.
     """
-    mine = [node for node in graph.nodes if node.target is not given]
+    mine = [node for node in graph.nodes if node.target is not value_or]
     same = dict(zip(without.nodes, mine))
     choices: dict[fx.Node, fx.Node] = {}
     for other, node in same.items():
@@ -180,7 +180,7 @@ def _merge(graph: fx.Graph, without: fx.Graph, name: str) -> None:
                 return leaf
             if instead not in choices:
                 with graph.inserting_before(node):
-                    choices[instead] = graph.call_function(given, (leaf, instead))
+                    choices[instead] = graph.call_function(value_or, (leaf, instead))
             return choices[instead]
 
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), choose)
@@ -201,11 +201,11 @@ def _text(graph: fx.Graph, absent: Sequence[str] = ()) -> list[str]:
         graph: The graph.
         absent: Names of inputs that are None.
     """
-    nodes = [node for node in graph.nodes if node.target is not given]
+    nodes = [node for node in graph.nodes if node.target is not value_or]
     names = {node: f"%{i}" for i, node in enumerate(nodes)}
 
     def value(node: Any) -> str | None:
-        if node.target is given:
+        if node.target is value_or:
             first, second = node.args
             return value(second if first.target in absent else first)
         left_out = node.op == "placeholder" and node.target in absent

@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ...capturing.code_trace import NotTraceable, given
+from ...capturing.code_trace import NotTraceable, value_or
 from ...capturing.functions import words
 from ...core.operations import OPERATIONS
 from ..graph_edit import Regraphed, to_graph
@@ -134,7 +134,7 @@ def _keeps(user: fx.Node, node: fx.Node) -> bool:
 
 def _viewed(node: fx.Node) -> list[fx.Node]:
     """What a node may be a view of."""
-    if node.target is given:
+    if node.target is value_or:
         return node.all_input_nodes
     if node.op not in ("call_function", "call_method") or name_of(node) not in _VIEWS:
         return []
