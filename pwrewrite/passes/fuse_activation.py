@@ -150,7 +150,7 @@ class FusePointwiseActivation(Pass):
         if path and hooked(graph.modules[path]):
             return None
         settings: dict[str, Any] = {"activation": name, "scalars": list(numbers), "nodes": set(behind)}
-        if path and graph.calls_of(path) == len(behind):
+        if path and graph.calls_of(path) == len(behind) and _held_by_callers(graph, path, behind):
             return self._op(layer, settings | {"remove": path}, fused)
         if path and (item := _item(graph, path, behind)) is not None:
             return self._op(layer, settings | {"remove": item, "called": path, "alias": True}, fused)
@@ -164,7 +164,7 @@ class FusePointwiseActivation(Pass):
         if node in fused or (path and hooked(graph.modules[path])):
             return None
         settings: dict[str, Any] = {"activation": name, "scalars": list(numbers), "nodes": {node}}
-        if path and graph.calls_of(path) == 1:
+        if path and graph.calls_of(path) == 1 and _held_by_callers(graph, path, [node]):
             return settings | {"remove": path}
         if path and (item := _item(graph, path, [node])) is not None:
             return settings | {"remove": item, "called": path, "alias": True}
@@ -208,7 +208,7 @@ class FusePointwiseActivation(Pass):
         if path and hooked(graph.modules[path]):
             return settings
         settings |= {"activation": "relu", "nodes": {add, reader}}
-        if path and graph.calls_of(path) == 1:
+        if path and graph.calls_of(path) == 1 and _held_by_callers(graph, path, [node]):
             return settings | {"remove": path}
         if end is add and _scope(graph, reader) == settings["scope"]:
             return settings | {"called": path}
@@ -238,6 +238,13 @@ def pads_itself(graph: Graph, layer: Layer, node: fx.Node) -> bool:
 
 def _is_add(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and info(node).op in ("add", "iadd")
+
+
+def _held_by_callers(graph: Graph, path: str, calls: Sequence[fx.Node]) -> bool:
+    """Whether no module but those that make the calls holds an activation: one that did not run now may run later."""
+    names = graph.names_of(graph.modules[path])
+    holders = {id(graph.modules[name.rpartition(".")[0]]) for name in names}
+    return all(holders <= {id(graph.modules.get(place)) for place in ("", *info(call).callers)} for call in calls)
 
 
 def _scope(graph: Graph, node: fx.Node) -> str:
