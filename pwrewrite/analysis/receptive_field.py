@@ -13,8 +13,8 @@ behind it, all of the input counts as seen. What moves positions in another way 
 field *unknown*: a layer behind it has none, rather than a wrong one.
 
 Limits: padding counts as input, so a deep network's field exceeds its input. The hull of a dilated field counts its
-holes. That the statistics of a norm span positions is not counted. The input meant is the first that has as many
-spatial dims as the model's first convolution; others of the same size share its coordinates, the rest are constants.
+holes. Statistics of norms are not counted. The input meant is the first with as many spatial dims as the first
+convolution; others of the same size share its coordinates, the rest are constants.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ Span = tuple[int, int]
 Taps = tuple[int, tuple[tuple[int, ...], ...]]
 """How far an operation advances in its input per period, and the positions that each output position of it reads."""
 
-_LONGEST = 4096
+_LONGEST = 4096  # periods beyond are not followed
 
 
 class Lost(Enum):
-    """Positions that see all of the input, and those of which it is not known what they see."""
+    """Positions that see all of the input, or of which it is not known what they see."""
 
-    WHOLE = "whole"
-    UNKNOWN = "unknown"
+    WHOLE = 1
+    UNKNOWN = 2
 
 
-WHOLE, UNKNOWN = Lost.WHOLE, Lost.UNKNOWN
+WHOLE, UNKNOWN = Lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Reach:
     @property
     def extent(self) -> int:
         """Most input positions that one position sees, from the first to the last."""
-        return max((span[1] - span[0] + 1 for span in self.spans if span is not None), default=0)
+        return max((high - low + 1 for low, high in filter(None, self.spans)), default=0)
 
     def at(self, position: int) -> Span | None:
         """First and last input position that a position sees."""
@@ -106,13 +106,12 @@ class Reach:
 
 
 State = Reach | Lost
-Field = tuple[State, ...]
-"""What the positions of a tensor see: one state per spatial dim of the input."""
+Field = tuple[State, ...]  # one for each spatial dim of the input
 Hulls = dict[tuple[int, int], tuple[Field, Field, Field]]
 
 
 def _hull(spans: Iterable[Span | None]) -> Span | None:
-    seen = [span for span in spans if span is not None]
+    seen = list(filter(None, spans))
     return (min(low for low, _ in seen), max(high for _, high in seen)) if seen else None
 
 
@@ -171,7 +170,7 @@ class _Call:
     output: Shape
 
     def argument(self, position: int, name: str, default: object = None) -> object:
-        """An argument by position and name; of a module, its attribute."""
+        """By position and name; of a module, its attribute."""
         if self.node.op == "call_module":
             return getattr(self.model.get_submodule(str(self.node.target)), name, default)
         return self.node.args[position] if len(self.node.args) > position else self.node.kwargs.get(name, default)
@@ -179,9 +178,10 @@ class _Call:
     def axes(self, dims: object) -> set[int]:
         """Axes of the input counted from the end; all of them for None."""
         rank = len(self.input)
-        if dims is None or isinstance(dims, bool):
-            return set(range(-rank, 0))
-        return {d % rank - rank for d in (dims if isinstance(dims, (tuple, list)) else (dims,)) if isinstance(d, int)}
+        dims = range(rank) if dims is None or isinstance(dims, bool) else dims
+        return {
+            d % rank - rank for d in (dims if isinstance(dims, (tuple, list, range)) else (dims,)) if isinstance(d, int)
+        }
 
 
 def _windowed(call: _Call, reach: Reach) -> State:
@@ -262,11 +262,11 @@ def _multiplied(call: _Call, reach: Reach) -> State:
 
 
 def _cat(call: _Call, reach: Reach) -> State:
-    dim, rank = call.argument(1, "dim", 0), len(call.output)
-    axis = dim % rank - rank if isinstance(dim, int) else 0
-    if call.facts.op == "stack":
-        return reach if reach.axis > axis else Reach(reach.axis - 1, reach.rise, reach.spans)
-    return UNKNOWN if axis == reach.axis else reach
+    dim = call.argument(1, "dim", 0)
+    axis = dim % len(call.output) - len(call.output) if isinstance(dim, int) else 0
+    if call.facts.op != "stack":
+        return UNKNOWN if axis == reach.axis else reach
+    return reach if reach.axis > axis else Reach(reach.axis - 1, reach.rise, reach.spans)
 
 
 def _resize(call: _Call, reach: Reach) -> State:
@@ -284,8 +284,8 @@ def _resize(call: _Call, reach: Reach) -> State:
 
 
 def _pad(call: _Call, reach: Reach) -> State:
-    pads = call.argument(1, "pad")
-    before = pads[(-reach.axis - 1) * 2] if isinstance(pads, (tuple, list)) and -reach.axis * 2 <= len(pads) else 0
+    pads, i = call.argument(1, "pad"), (-reach.axis - 1) * 2
+    before = pads[i] if isinstance(pads, (tuple, list)) and i < len(pads) else 0
     return reach.through((1, ((-before,),))) if isinstance(before, int) else UNKNOWN
 
 
@@ -358,6 +358,10 @@ def receptive_fields(capture: Capture) -> dict[str, tuple[tuple[int, ...], bool]
             sources = [(info(a).outputs[0].shape, fields[a.name]) for a in seen]
             if sources:
                 fields[node.name] = _step(node, capture.model, sources, hulls)
+                base = facts.alias_of or ""
+                through_view = str(node.target).endswith("_") and base not in map(str, node.args[:1])
+                if base in fields and through_view and (facts.op == "copy" or len(sources) > 1):
+                    fields[base] = (UNKNOWN,) * dims  # later readers see what was written there, too
     extents = {
         id(field): (tuple([s.extent if isinstance(s, Reach) else n for s, n in zip(field, frame)]), {*field} == {WHOLE})
         for field in fields.values()
@@ -391,10 +395,6 @@ def _step(node: fx.Node, model: nn.Module, sources: list[tuple[Shape, Field]], h
 
 def _joined(a: Field, b: Field, shape: Shape) -> Field:
     """The hull of two operands; what one of them sees whole is seen whole."""
-    states: list[State] = []
-    for x, y in zip(a, b, strict=True):
-        if isinstance(x, Reach) and isinstance(y, Reach):
-            states.append(x.join(y, shape[x.axis]))
-        else:
-            states.append(WHOLE if WHOLE in (x, y) else UNKNOWN)
-    return tuple(states)
+    whole = [WHOLE if WHOLE in pair else UNKNOWN for pair in zip(a, b, strict=True)]
+    both = zip(a, b, whole, strict=True)
+    return tuple([x.join(y, shape[x.axis]) if isinstance(x, Reach) and isinstance(y, Reach) else w for x, y, w in both])

@@ -263,6 +263,17 @@ def _write(x: Tensor) -> Tensor:
     return out
 
 
+UNKNOWN["copied into a view"] = Fn(lambda m, x: m.d(_copy(m.c(x))), c=conv(), d=conv(1))
+UNKNOWN["added into a view"] = Fn(lambda m, x: m.d(_copy(m.c(x), add=True)), c=conv(), d=conv(1))
+
+
+def _copy(x: Tensor, *, add: bool = False) -> Tensor:
+    out = x * 1
+    view = out[:, :, 1:]
+    view.add_(x[:, :, :-1]) if add else view.copy_(x[:, :, :-1])
+    return out
+
+
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_what_is_not_followed_is_unknown(name: str) -> None:
     assert extent_of(UNKNOWN[name], (1, 1, 16, 16)) is None
