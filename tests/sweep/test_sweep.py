@@ -13,6 +13,7 @@ FOUND = [
     (1003, "full_rank"),  # float64, of which a copy in float64 measures no rounding
     (3009, "full_rank"),
     (3073, "full_rank"),  # another size, where rounding is another
+    (6142, "fuse"),  # float64 in the reference of fuse
     (3061, "fuse"),  # an activation that a block which did not run holds, too
     (3086, "fuse"),
     (11, "full_rank"),  # a buffer that counts calls
