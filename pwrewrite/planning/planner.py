@@ -177,7 +177,7 @@ class Planner:
     ) -> Statistics:
         batches = self.batches
         assert batches is not None
-        expected = batches.expected or batches.samples or None
+        expected = batches.expected
         statistics = start or Statistics(kind=str(self.settings.sensitivity), outputs=self.outputs)
         how = Gathering(
             self.outputs if self.settings.sensitivity == "loss" else None,
