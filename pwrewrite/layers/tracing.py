@@ -152,8 +152,8 @@ def _separate(graph: Graph, *, every: bool) -> None:
     """Puts a view, which no partition reaches across, in front of operations of two tensors that the fuser does wrong.
 
     Those are: two that follow each other, which behind a convolution crash the process (in torch 2.15: ``conv(x) + a +
-    x``, where ``x`` is read elsewhere too) or give wrong values; and one with an operand whose memory is read again
-    later, since the fuser writes the sum into it.
+    x``, where ``x`` is read elsewhere too) or give wrong values; one with an operand that is read elsewhere, or
+    whose memory is read again later, since the fuser writes the sum into it.
 
     Args:
         graph: The traced graph.
@@ -168,6 +168,8 @@ def _separate(graph: Graph, *, every: bool) -> None:
     constants = {value.debugName() for node in nodes if node.kind() == "prim::Constant" for value in node.outputs()}
     for node in nodes:
         if not _joins(node):
+            if node.kind() in _BINARY and len(next(node.inputs()).uses()) > 1:
+                _detach(graph, node, 0)
             continue
         values = list(node.inputs())[:2]
         names = [roots.get(value.debugName(), value.debugName()) for value in values]
@@ -178,11 +180,19 @@ def _separate(graph: Graph, *, every: bool) -> None:
         ]
         chained = [_behind_another(value) for value in values]
         for i, value in enumerate(values):
-            if every or chained[i] or not free[1 - i]:
-                view = graph.create("aten::alias", [value], 1)
-                view.insertBefore(node)
-                view.output().setType(value.type())
-                node.replaceInput(i, view.output())
+            if value.node().kind() == "prim::Constant":
+                continue  # a view of a number that is a constant crashes the fuser
+            if every or len(value.uses()) > 1 or chained[i] or not free[1 - i]:
+                _detach(graph, node, i)
+
+
+def _detach(graph: Graph, node: Node, i: int) -> None:
+    """Puts a view in front of an operand."""
+    value = list(node.inputs())[i]
+    view = graph.create("aten::alias", [value], 1)
+    view.insertBefore(node)
+    view.output().setType(value.type())
+    node.replaceInput(i, view.output())
 
 
 def _roots(nodes: Sequence[Node]) -> dict[str, str]:
@@ -230,6 +240,8 @@ def _behind_another(value: Value) -> bool:
         if len(tensors) != 1:
             return False
         value = tensors[0]
+        if node.kind() == "aten::silu" and len(value.uses()) > 1:
+            return True  # to the fuser it is a sigmoid and a product, of two tensors where others read the first
     return False
 
 

@@ -183,6 +183,27 @@ def test_sums_behind_activations_that_are_read_again(n: int, operation: str) -> 
             close(made(other), model(other))
 
 
+def test_an_activation_times_what_it_reads() -> None:
+    """A SiLU is a product itself; a second one behind a convolution that both read crashes torch's fuser."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.b(self.a(x))
+            z = y * 1.5 + torch.sigmoid(self.a(x))  # a product with a number, beside another reader of y
+            out: Tensor = nn.functional.silu(y) * y / (1 + z.abs()) + y.abs()
+            return out
+
+    torch.manual_seed(0)
+    model = Gated().eval()
+    made = freeze(model, X)
+    with torch.no_grad():
+        close(made(X), model(X))
+
+
 def test_a_constant_is_not_written() -> None:
     """A sum with a parameter of the output's size, which the fuser might take for memory of its own."""
 
