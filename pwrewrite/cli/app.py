@@ -17,7 +17,7 @@ from .verify import verify
 app = typer.Typer(
     name="pwrewrite",
     cls=Commands,
-    help="Says where the work of a convolutional PyTorch model goes, and squeezes it through 1×1 convolutions.",
+    help="Says where the work of a convolutional PyTorch model goes, and makes the model smaller and faster.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -41,4 +41,4 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Says where the work of a convolutional PyTorch model goes, and squeezes it through 1×1 convolutions."""
+    """Says where the work of a convolutional PyTorch model goes, and makes the model smaller and faster."""

@@ -195,4 +195,4 @@ class Planned:
 class Other:
     """The second model of a comparison."""
 
-    other: str = option(MISSING, "The other: a target, or a folder; of a folder, the first is taken for the original.")
+    other: str = option(MISSING, "The second model; where it is a saved folder, the first one serves as its original.")

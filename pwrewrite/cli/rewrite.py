@@ -23,7 +23,7 @@ def rewrite(
     saved: Saved,
     reported: Detailed,
 ) -> None:
-    """Puts 1×1 bottlenecks in place of expensive layers, [bold]proves[/] that the rest is as it was, and saves.
+    """Puts smaller layers in place of expensive ones, [bold]verifies[/] what should not change, and saves.
 
     [dim]pwrewrite rewrite model.py --weights w.pt --pass insert-bottleneck --rank 0.5 --out DIR[/]
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Width = int | float
 """A width, or the part of the channels that it is."""
 
-MODEL, PASSES, BUDGET, PROOF = "Model and inputs", "What is rewritten", "Budget and calibration", "Proof"
+MODEL, PASSES, BUDGET, PROOF = "Model and inputs", "What is rewritten", "Budget and calibration", "Verification"
 """The panels in which the help of a command shows options."""
 
 _of_model, _of_passes, _of_budget, _of_proof = (partial(option, panel=p) for p in (MODEL, PASSES, BUDGET, PROOF))
@@ -62,7 +62,7 @@ class TargetOptions:
     inputs: Sequence[str] = _of_model(
         (),
         "Example input such as 1x3x224x224, 1x77:int64 or mask=1x1x64x64; repeatable. "
-        "Without it: what the file, the folder, the zoo or the first layer tells.",
+        "Without it: taken from the file, the folder, the zoo or the first layer.",
         "--input",
         metavar="SHAPE",
     )
@@ -97,7 +97,7 @@ class LayerOptions:
         metavar="N",
         least=1,
     )
-    replan: bool = _of_passes(False, "Also inside what an earlier rewrite put in.", "--replan")
+    replan: bool = _of_passes(False, "Also rewrite layers that an earlier rewrite made.", "--replan")
 
 
 @dataclass(frozen=True)
@@ -294,11 +294,9 @@ class Budget(LayerOptions):
     best_effort: bool = _of_budget(
         False, "Take the nearest result where a limit is missed, as measured in the end.", "--best-effort"
     )
-    bake: bool = _of_budget(
-        False, "Bake parametrizations and old weight norms into plain weights first; they end as such.", "--bake"
-    )
+    bake: bool = _of_budget(False, "Bake parametrizations and old weight norms into plain weights first.", "--bake")
     metric: str | Callable[[Any], float] | None = _of_budget(
-        None, "Function of a model, larger is better; told before and after.", "--metric", metavar="file.py:NAME"
+        None, "Function of a model, larger is better; reported before and after.", "--metric", metavar="file.py:NAME"
     )
     labels: Path | None = _of_budget(
         None,
@@ -309,7 +307,7 @@ class Budget(LayerOptions):
     )
     max_drop: float | None = _of_budget(
         None,
-        "With --metric: the smallest model whose metric falls by no more than that: 0.01, or 1% for the same.",
+        "With --metric: the smallest model whose metric falls by no more than that: 0.01 or 1%.",
         "--max-drop",
         metavar="D",
         read=parse_error,
@@ -338,5 +336,5 @@ class Proof:
         None, "Fail if the relative output error is larger: 0.1 or 10%.", "--max-error", metavar="E", read=parse_error
     )
     allow_output_change: bool = _of_proof(
-        False, "An output may change its shape; the report tells.", "--allow-output-change"
+        False, "An output may change its shape; the report says how.", "--allow-output-change"
     )
