@@ -48,7 +48,7 @@ class Interrupted:
 interrupted = Interrupted()
 
 def odd():
-    return [{"pixels": batch, "path": "a.png", "class": torch.arange(len(batch)) % 5} for batch in batches()]
+    return [{"pixels": batch, "path": "a.png", "class": torch.arange(len(batch)) % 10} for batch in batches()]
 
 def inputs_of(batch):
     return batch["pixels"], batch["class"]
@@ -114,7 +114,7 @@ def names(folder: Path) -> list[str]:
 def test_a_rewrite_within_a_budget_is_shown_and_saved(run: Run, folder: Path) -> None:
     result = run("rewrite", "net.py", *HALF, "--out", "out")
     assert result.exit_code == 0, result.output
-    assert result.stderr == "saved in out\n"
+    assert [line for line in result.stderr.splitlines() if not line.startswith("…")] == ["saved in out"]
     text = result.stdout
     assert text.index("parameters") < text.index("Budget") < text.index("Structure  verified") < text.index("Layers")
     assert re.search(r"^macs +at most 0\.5; [34]\d\.\d% of the original$", text, re.MULTILINE)
@@ -158,7 +158,7 @@ def test_a_missed_time_saves_nothing(run: Run, folder: Path, monkeypatch: pytest
     monkeypatch.setattr("pwrewrite.planning.planner.time_plan", lambda *given: 0.5)
     monkeypatch.setattr(
         "pwrewrite.planning.latency.LatencyTable.times",
-        lambda self, shape, variants: [1e-6 if not variant.form else 1e-7 for variant in variants],
+        lambda self, shape, variants: [1e-4 if not variant.form else 1e-5 for variant in variants],
     )
     monkeypatch.setattr(budget, "time_models", lambda *given, **how: [Timing(1.0, 0.01), Timing(0.72, 0.01)])
     arguments = ("rewrite", "net.py", "--budget", "latency=99%", "--calibration", "x.npy", "--out", "out")
