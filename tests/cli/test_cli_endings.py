@@ -151,7 +151,12 @@ def test_a_signal_while_saving_over_an_earlier_folder(run: Run, number: signal.S
     ]
     assert command(*arguments).returncode == 0
     before = {p.name: p.read_bytes() for p in Path("out").iterdir()}
-    process = subprocess.Popen([sys.executable, "-c", SLOW, *arguments], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # under nohup a hang-up is ignored on purpose
+    )
     assert process.stderr is not None
     assert process.stderr.readline() == "READY\n"
     process.send_signal(number)
