@@ -155,7 +155,7 @@ def test_a_signal_while_saving_over_an_earlier_folder(run: Run, number: signal.S
         [sys.executable, "-c", SLOW, *arguments],
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # under nohup a hang-up is ignored on purpose
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup a hang-up is ignored on purpose
     )
     assert process.stderr is not None
     assert process.stderr.readline() == "READY\n"
