@@ -25,3 +25,8 @@ def test_examples_run(name: str) -> None:
     for test in examples_in(importlib.import_module(name)):
         runner.run(test, out=said.append)
     assert not runner.failures, "".join(said)
+
+
+@pytest.mark.parametrize("name", ["analyze", "capture", "fuse", "graph", "rewrite", "unfuse", "verify"])
+def test_what_a_newcomer_tries_first_has_an_example(name: str) -> None:
+    assert ">>>" in (getattr(pwrewrite, name).__doc__ or "")

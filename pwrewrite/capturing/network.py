@@ -49,6 +49,13 @@ def graph(capture: Capture) -> nx.DiGraph:
 
     Returns:
         A new directed acyclic graph, in the order of execution; see the module docstring for its attributes.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from pwrewrite import capture
+    >>> flow = graph(capture(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.empty(1, 3, 8, 8, device="meta")))
+    >>> [data["op"] for _, data in flow.nodes(data=True)]
+    ['input', 'conv2d', 'relu', 'output']
     """
     layer_of = {call.node: call.layer for call in capture.calls}
     nodes: list[tuple[str, dict[str, Any]]] = []

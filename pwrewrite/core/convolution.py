@@ -74,7 +74,13 @@ class ConvSpec:
 
     @classmethod
     def of_module(cls, module: nn.Module) -> ConvSpec:
-        """Reads a stock convolution module (``nn.Conv1d`` … ``nn.ConvTranspose3d`` or a subclass)."""
+        """Reads a stock convolution module (``nn.Conv1d`` … ``nn.ConvTranspose3d`` or a subclass).
+
+        >>> from torch import nn
+        >>> spec = ConvSpec.of_module(nn.Conv2d(64, 128, 3, stride=2, padding=1, bias=False))
+        >>> spec.params, spec.output_shape((1, 64, 56, 56)), spec.macs((1, 64, 56, 56), (1, 128, 28, 28))
+        (73728, (1, 128, 28, 28), 57802752)
+        """
         m: Any = module
         kernel, dilation = m.kernel_size, m.dilation
         return cls(

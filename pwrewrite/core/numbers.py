@@ -104,6 +104,9 @@ def ratio(text: str) -> float:
 
     Raises:
         ValueError: If it is neither.
+
+    >>> ratio("50%"), ratio("0.5")
+    (0.5, 0.5)
     """
     stripped = text.strip()
     return float(stripped[:-1]) / 100 if stripped.endswith("%") else float(stripped)
@@ -121,6 +124,9 @@ def parse_share(text: str, what: str = "share") -> float:
 
     Raises:
         UsageError: If it is not a number, or not between 0 and 1 (0% and 100%).
+
+    >>> parse_share("1%")
+    0.01
     """
     stripped = text.strip()
     number = stripped.removesuffix("%")

@@ -126,6 +126,11 @@ def tucker2(
     Raises:
         UsageError: A kernel, rank, method or weight that does not fit.
         RefusedError: NaN or Inf.
+
+    >>> import torch
+    >>> factors = tucker2(torch.randn(64, 32, 3, 3), rank_in=8, rank_out=16)
+    >>> [tuple(t.shape) for t in (factors.reduce, factors.core, factors.expand)]
+    [(8, 32), (16, 8, 3, 3), (64, 16)]
     """
     prepared = prepare_kernel(kernel, groups)
     rank_in = check_rank(rank_in, prepared.shape[1], "rank_in")

@@ -59,6 +59,13 @@ def verify(original: nn.Module, rewritten: nn.Module, example_inputs: Inputs, **
         InputError: If the original does not run on the example inputs.
         CaptureError: If the models have no values and the original cannot be captured.
         UsageError: If ``max_error`` is not a number from 0, or there is no such option.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Conv2d(3, 8, 3)
+    >>> proof = verify(model, nn.Conv2d(3, 8, 1), torch.randn(1, 3, 8, 8))
+    >>> proof.passed, proof.failures[0].name
+    (False, 'shapes (static)')
     """
     for model, name in ((original, "original"), (rewritten, "rewritten")):
         if not isinstance(model, nn.Module):

@@ -41,6 +41,13 @@ def analyze(
 
     Raises:
         PwrewriteError: If the model does not run on these inputs, or a setting makes no sense.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1))
+    >>> analysis = analyze(model, torch.empty(1, 3, 8, 8, device="meta"))
+    >>> analysis.params, analysis.macs, [hotspot.layer.path for hotspot in analysis.hotspots]
+    (296, 10080, ['0'])
     """
     if isinstance(hotspot_share, str):
         hotspot_share = parse_share(hotspot_share, "hotspot_share")

@@ -110,6 +110,13 @@ def fuse(
         RefusedError: If the model is in training mode and a pass is exact in evaluation only, or its weights are
             complex, quantized or on several devices.
         CaptureError: If the model does not run on the inputs.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    >>> fused = fuse(model, torch.randn(1, 3, 8, 8))
+    >>> fused.report.passed, fused.before["kernels"], fused.after["kernels"]
+    (True, 3, 1)
     """
     proof_options = from_keywords(Proof, options)
     refuse_unknown("fuse", options, Proof)

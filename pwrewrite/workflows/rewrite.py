@@ -137,6 +137,14 @@ def rewrite(
         PlanError: If the plan does not fit the model.
         RefusedError: If a weight holds NaN or Inf, or the model cannot be copied.
         CaptureError: If the model does not run on the inputs.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from pwrewrite.passes import InsertBottleneck
+    >>> model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3)).eval()
+    >>> result = rewrite(model, torch.randn(1, 3, 16, 16), [InsertBottleneck(rank=0.25, include=["2"])])
+    >>> result.report.passed, [stage for stage, _ in result.model[2].named_children()]
+    (True, ['reduce', 'core', 'expand'])
     """
     what, own = what_from_keywords("rewrite", what, options)
     proof = proof or own
