@@ -14,6 +14,9 @@ from ..layers.known import hooked
 
 _PLAINEST = (int, float, bool, str, torch.Size)
 
+_OLD_NORMS = ("WeightNorm", "SpectralNorm")
+"""Hooks of torch that compute a weight before each call."""
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -83,7 +86,11 @@ def obstacle(model: nn.Module) -> str | None:
         if module.training:
             return f"{where} is in training mode"
         if hooked(module):
-            return f"{where} has hooks"
+            old = next((h for h in module._forward_pre_hooks.values() if type(h).__name__ in _OLD_NORMS), None)
+            remedy = (
+                "" if old is None else f" ({type(old).__name__} of the older kind; remove it, or rewrite with bake)"
+            )
+            return f"{where} has hooks{remedy}"
         own = vars(module).get("forward")
         if own is not None and getattr(own, "__self__", None) is not module:  # a copy of it may run this very module
             return f"{where} has a forward() of its own"

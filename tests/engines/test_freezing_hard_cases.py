@@ -367,3 +367,10 @@ def test_a_fork_while_a_function_is_made() -> None:
         stop.set()
         thread.join()
         torch.set_num_threads(threads)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_old_weight_norm_is_named_with_its_remedy() -> None:
+    model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3))).eval()
+    with pytest.raises(RefusedError, match="WeightNorm of the older kind"):
+        freeze(model, torch.randn(1, 3, 8, 8))
