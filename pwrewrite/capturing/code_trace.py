@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 from typing import Any
 
@@ -120,32 +121,43 @@ def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Gra
     """
     kind = type(module).__name__
     flags = {child: child.training for child in module.modules()}
-    before = [(store, dict(store)) for child in flags for store in _stores(child)]
     graphs = []
     try:
-        for training in (not module.training, module.training):
-            for child in flags:
-                child.training = training
-            graphs.append(ShallowTracer(absent).trace(module))
+        with untouched(module) as changed:
+            for training in (not module.training, module.training):
+                for child in flags:
+                    child.training = training
+                graphs.append(ShallowTracer(absent).trace(module))
     except Exception as error:
         reason = first_line(error)
         if "cannot be iterated" in reason:
             reason = "it loops over an input, of which a graph would hold the length"
         raise NotTraceable(f"{kind}.forward does not trace: {reason}") from error
-    finally:
-        for child, training in flags.items():
-            child.training = training
-        changed = []
-        for store, values in before:
-            if differing := [n for n in {*store, *values} if store.get(n, store) is not values.get(n, store)]:
-                changed += differing
-                store.clear()
-                store.update(values)
+    changed = [name for name in changed if name != "training"]
     if changed:
         raise NotTraceable(f"{kind}.forward sets {', '.join(changed[:3])}, which a graph would not")
     if _text(graphs[0]) != _text(graphs[1]):
         raise NotTraceable(f"{kind}.forward does something else in training, which a graph cannot hold")
     return graphs[1]
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[list[str]]:
+    """Puts back what code assigns while it is traced: attributes, parameters, buffers and submodules, at every depth.
+
+    Yields:
+        A list that holds the names of what was put back, once the block has ended.
+    """
+    before = [(store, dict(store)) for child in module.modules() for store in _stores(child)]
+    changed: list[str] = []
+    try:
+        yield changed
+    finally:
+        for store, values in before:
+            if differing := [n for n in {*store, *values} if store.get(n, store) is not values.get(n, store)]:
+                changed += differing
+                store.clear()
+                store.update(values)
 
 
 def _stores(module: nn.Module) -> tuple[dict[str, Any], ...]:

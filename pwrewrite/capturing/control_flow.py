@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from torch import fx, nn
 
-from .code_trace import ShallowTracer
+from .code_trace import ShallowTracer, untouched
 
 _T = TypeVar("_T")
 
@@ -143,19 +143,13 @@ def paths(module: nn.Module) -> list[fx.Graph] | None:
 
 
 def _trace_once(tracer: _PathTracer, module: nn.Module) -> fx.Graph | None:
-    before = dict(vars(module))
     try:
-        return tracer.trace(module)
+        with untouched(module):
+            return tracer.trace(module)
     except (AssertionError, ValueError, LookupError, ArithmeticError, NotImplementedError):
         return None  # this way ends in an error of the code's own
     except Exception as error:
         raise _NotFollowed from error
-    finally:
-        for name in [name for name, value in vars(module).items() if name not in before or before[name] is not value]:
-            if name in before:
-                vars(module)[name] = before[name]
-            else:
-                del vars(module)[name]
 
 
 def always_follows(

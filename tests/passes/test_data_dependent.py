@@ -193,3 +193,23 @@ def test_too_many_ways_are_unknown() -> None:
     many = Many()
     assert paths(many) is None
     assert always_follows(many, many.a, None, lambda m: False) is None
+
+
+def test_asking_the_code_leaves_buffers_children_and_attributes_as_they_were() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.other = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls = self.calls + 1
+            self.other.last = x
+            y: Tensor = self.a(x)
+            return y
+
+    module = Writes()
+    buffer = module.calls
+    assert always_follows(module, module.a, None, lambda m: False) is True
+    assert module.calls is buffer
+    assert "last" not in vars(module.other)
