@@ -260,9 +260,9 @@ class OneRank(Form):
 class SplitForm(OneRank):
     """A form that divides the spatial axes between its two stages (`pwrewrite.decompose.axis_split`)."""
 
+    @abstractmethod
     def first_axes(self, spec: ConvSpec, axes: Axes) -> tuple[int, ...]:
         """The spatial axes of the first stage."""
-        raise NotImplementedError
 
     def spectrum(self, kernel: Tensor, spec: ConvSpec, axes: Axes) -> Spectrum[PairFactors]:
         """See `OneRank.spectrum`."""
