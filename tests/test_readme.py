@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+
+from pwrewrite.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^<!-- run(?:: exit (\d))? -->\n```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -62,3 +65,16 @@ def test_the_two_commands_of_ci_are_there() -> None:
         found = re.findall(rf"^<!-- ci: {name} -->\n```sh\n([^\n]+)\n```$", text, re.MULTILINE)
         assert len(found) == 1, name
     assert text.index("<!-- ci: test -->") < 4000  # near the top
+
+
+def test_every_option_is_in_the_documents() -> None:
+    text = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    commands = typer.main.get_group(app).commands
+    missing = [
+        f"{name} {option.opts[0]}"
+        for name, command in commands.items()
+        for option in command.params
+        if option.opts[0].startswith("-")
+        and not any(re.search(rf"(?<![\w-]){word}(?![\w-])", text) for word in option.opts)
+    ]
+    assert not missing

@@ -28,7 +28,7 @@ def analyze(
 
     [dim]pwrewrite analyze torchvision:resnet50 --tree[/]
 
-    [dim]pwrewrite analyze timm:convnext_tiny --format json --report report.json[/]
+    [dim]pwrewrite analyze timm:convnext_tiny --format json --output report.json[/]
     """
     with uncollected(), working(reported) as progress:
         from ..analysis.roofline import device_profile
