@@ -1,6 +1,5 @@
 """Starting is fast: neither the package nor the command's help imports anything heavy."""
 
-import resource
 import subprocess
 import sys
 
@@ -36,18 +35,11 @@ def test_the_check_would_notice() -> None:
     assert loaded_by("import networkx") >= {"networkx"}
 
 
-def test_help_in_a_quarter_of_a_second() -> None:
-    """The best of some runs, in CPU time: it waits for nothing, and other work on the machine only makes it slower."""
-
-    def spent() -> float:
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return usage.ru_utime + usage.ru_stime
-
-    seconds = []
-    for _ in range(8):
-        before = spent()
-        subprocess.run([sys.executable, "-m", "pwrewrite", "--help"], capture_output=True, check=True)
-        seconds.append(spent() - before)
-        if min(seconds) < 0.25:
-            break
-    assert min(seconds) < 0.25
+def test_help_imports_little() -> None:
+    """Its time is that of its imports: 337 modules when this was written, 0.2 s (``bench_analyze.py`` measures it)."""
+    script = (
+        "import sys; sys.argv = ['pwrewrite', '--help']\n"
+        "try:\n    from pwrewrite.cli import main; main()\nfinally:\n    print(len(sys.modules), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert int(done.stderr.splitlines()[-1]) < 400
