@@ -10,9 +10,12 @@ import signal
 import sys
 import warnings
 from collections import Counter
+from pathlib import Path
 from types import FrameType
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "helpers"))  # where pytest looks, too
 
 from .checks import CHECKS, check
 from .networks import network
