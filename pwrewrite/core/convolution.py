@@ -150,6 +150,11 @@ class ConvSpec:
         return all(k == 1 for k in self.kernel_size)
 
     @property
+    def pads_copy(self) -> bool:
+        """Whether the input is padded as a tensor of its own, which autograd then keeps in the input's place."""
+        return self.padding_mode != "zeros" or any(left != right for left, right in self.padding)
+
+    @property
     def is_depthwise(self) -> bool:
         """Whether each input channel is filtered on its own: one input channel per group, more than one group."""
         return self.groups == self.in_channels and self.groups > 1

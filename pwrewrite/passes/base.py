@@ -25,6 +25,7 @@ from ..decompose import RankSpec
 from ..forms.form import Axes, Form
 from ..forms.specs import chain_macs, chain_params, linear_spec, spec_to_dict
 from ..layers.factorized import ACTIVATIONS, NORMS, Factorized
+from .patterns import overwriter
 
 Proposal = Op | Skip
 
@@ -195,7 +196,22 @@ class LayerPass(Pass):
         unfit = None if self.linear else self.form.unfit(spec_of(layer))
         if unfit is not None:
             return Skip(layer.path, *unfit)
-        return self._inside_rewrite(layer, owners) or eligible(capture, layer, owners)
+        refused = self._inside_rewrite(layer, owners) or eligible(capture, layer, owners)
+        return refused or self._overwritten(capture, layer)
+
+    def _overwritten(self, capture: Capture, layer: Layer) -> Skip | None:
+        """Whether the first factor would keep what is overwritten for its backward pass; the layer keeps a copy."""
+        spec, form, widths = spec_of(layer), self.form, dict.fromkeys(self.form.widths, 1)
+        if not spec.pads_copy or all(form.stages(spec, widths, axes)[0][1].pads_copy for axes in form.splits(spec)):
+            return None
+        writer = overwriter(capture, layer)
+        if writer is None:
+            return None
+        detail = (
+            f"its input is overwritten by {writer.name} after it ran; the layer keeps a padded copy for its backward "
+            "pass, its first factor would keep the input itself; write that step out of place"
+        )
+        return Skip(layer.path, SkipReason.WRITTEN, detail)
 
     def op(
         self,

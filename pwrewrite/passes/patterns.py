@@ -203,6 +203,22 @@ class Graph:
         return f"{path}.{node.name}" if path else str(node.name)
 
 
+def overwriter(capture: Capture, layer: Layer) -> fx.Node | None:
+    """The first node that writes in place into what a layer has read."""
+    roots: dict[str, str] = {}
+    calls, read = {call.node for call in layer.calls}, set[str]()
+    for node in capture.graph.nodes:
+        facts = info(node)
+        roots[node.name] = root = roots.get(facts.alias_of or "", node.name)
+        if facts.op == "setitem":  # returns nothing that shares storage
+            root = roots[node.args[0].name]
+        if root in read and (facts.cost.write_bytes or facts.op == "setitem" or "out" in node.kwargs):
+            return node  # type: ignore[no-any-return]
+        if node.name in calls:
+            read.update(roots[source.name] for source in node.all_input_nodes)
+    return None
+
+
 def passes_on(node: fx.Node) -> bool:
     """Whether a node returns what it is given, in evaluation."""
     return node.op == "call_module" and info(node).op in _PASSES_ON
