@@ -160,7 +160,7 @@ def always_follows(
     *,
     only: bool = True,
 ) -> bool | None:
-    """Whether ``then`` reads what ``first`` returns and nothing else does, in every way through a module's own code.
+    """Whether ``then`` reads what ``first`` returns, and nothing else does, in every way through a module's own code.
 
     Args:
         module: Whose code is asked.
@@ -177,7 +177,7 @@ def always_follows(
     graphs = paths(module)
     if graphs is None:
         return None
-    places: set[Any] = set()
+    places, inputs = set[tuple[int, ...]](), set[str]()
     for graph in graphs:
         readers = [n for n in graph.nodes if (n.op == "output" if then is None else _calls(module, n, then))]
         sources = [n for n in graph.nodes if first is not None and _calls(module, n, first)]
@@ -187,9 +187,14 @@ def always_follows(
             hits = [i for i, n in enumerate(read) if (n in sources if first is not None else _is_input(n))]
             if hits:
                 places.add(tuple(hits))
+                inputs.update(read[i].name for i in hits if first is None)
             elif only or then is None:
                 return False
         if any(not _only_read_by(module, source, readers, passes_on) for source in sources):
+            return False
+    for graph in graphs if inputs else ():
+        readers = [n for n in graph.nodes if then is not None and _calls(module, n, then)]
+        if any(n.name in inputs and not _only_read_by(module, n, readers, passes_on) for n in graph.nodes):
             return False
     return len(places) == 1 if places else None
 

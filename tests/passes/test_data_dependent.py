@@ -43,6 +43,19 @@ class Nested(nn.Module):
         return y
 
 
+class Behind(nn.Module):
+    """A convolution, and code that hands its result to one of two others."""
+
+    def __init__(self, decide: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.a, self.inner = conv(), Branches(decide, nn.Identity())
+        self.inner.a, self.inner.b = nn.Conv2d(4, 2, 1), nn.Conv2d(4, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(self.a(x))
+        return y
+
+
 class Functional(Nested):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.inner(x))
@@ -106,6 +119,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "activation outside": lambda: Nested(nn.ReLU()),
     "function outside": lambda: Functional(nn.Identity()),
     "sum outside": lambda: Sum(nn.ReLU()),
+    "1×1 before the branch by size": lambda: Behind(lambda x: x.shape[-1] < 100),
+    "1×1 before the branch by value": lambda: Behind(lambda x: bool(x.mean() > -9)),
     "loop": Loop,
     "early return": Early,
     "chosen from a list": Chosen,
@@ -173,8 +188,8 @@ def test_all_ways_are_found_and_the_module_stays_as_it_was() -> None:
     assert graphs is not None
     assert len(graphs) == 2
     assert module.seen == 0
-    assert always_follows(module, None, module.a, lambda m: False) is True
-    assert always_follows(module, module.a, None, lambda m: False) is False  # the other way returns the input
+    assert always_follows(module, None, module.a, lambda m: False) is False  # the other way returns the input
+    assert always_follows(module, module.a, None, lambda m: False) is False
 
 
 def test_too_many_ways_are_unknown() -> None:
