@@ -349,7 +349,7 @@ class _Watch:
             What the loss is of: ``classes`` or ``values``.
         """
         tensors = [tensor for tensor in floating(outputs) if tensor.requires_grad]
-        if not tensors:
+        if not tensors or not self.roots:
             return ""
         kind = self.how.outputs or "values"
         scores = class_scores(outputs, kind)

@@ -19,6 +19,8 @@ FOUND = [
     (11, "full_rank"),  # a buffer that counts calls
     (22, "calibrated"),  # no gradients, because of writes into what a layer needs for its own
     (1007, "fuse"),  # a layer in a plain list
+    (21554, "fuse"),  # a 1×1 in one of two branches, merged into the convolution before both
+    (21607, "calibrated"),  # gradients for a layer in a plain list only
 ]
 """What was wrong once."""
 
