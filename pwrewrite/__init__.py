@@ -29,101 +29,68 @@ from typing import TYPE_CHECKING, Any
 from .core.records import show_with
 
 if TYPE_CHECKING:
-    from . import decompose, passes
-    from .analysis.records import Analysis
-    from .capturing import Capture, capture
-    from .capturing.network import graph
-    from .core.convolution import ConvSpec
-    from .core.cost import Cost, register_formula
-    from .core.errors import PwrewriteError
-    from .core.options import Budget, PassOptions, Proof, TargetOptions
-    from .core.plan import Plan
-    from .core.verification import Verification
-    from .edit.apply import apply
-    from .edit.unfuse import unfuse
-    from .engines.frozen import freeze
-    from .report.records import Report
-    from .targets import LoadedModel, load_target
-    from .targets.opening import load
-    from .targets.storage import save
-    from .verifying import verify
-    from .workflows.analyze import analyze, analyze_target
-    from .workflows.fuse import fuse
-    from .workflows.plan import make_plan, plan
-    from .workflows.rewrite import Rewritten, rewrite
+    from . import decompose as decompose
+    from . import passes as passes
+    from .analysis.records import Analysis as Analysis
+    from .capturing import Capture as Capture
+    from .capturing import capture as capture
+    from .capturing.network import graph as graph
+    from .core.convolution import ConvSpec as ConvSpec
+    from .core.cost import Cost as Cost
+    from .core.cost import register_formula as register_formula
+    from .core.errors import PwrewriteError as PwrewriteError
+    from .core.options import Budget as Budget
+    from .core.options import PassOptions as PassOptions
+    from .core.options import Proof as Proof
+    from .core.options import TargetOptions as TargetOptions
+    from .core.plan import Plan as Plan
+    from .core.verification import Verification as Verification
+    from .edit.apply import apply as apply
+    from .edit.unfuse import unfuse as unfuse
+    from .engines.frozen import freeze as freeze
+    from .report.records import Report as Report
+    from .targets import LoadedModel as LoadedModel
+    from .targets import load_target as load_target
+    from .targets.opening import load as load
+    from .targets.storage import save as save
+    from .verifying import verify as verify
+    from .workflows.analyze import analyze as analyze
+    from .workflows.analyze import analyze_target as analyze_target
+    from .workflows.fuse import fuse as fuse
+    from .workflows.plan import make_plan as make_plan
+    from .workflows.plan import plan as plan
+    from .workflows.rewrite import Rewritten as Rewritten
+    from .workflows.rewrite import rewrite as rewrite
 
     __version__: str
 
-__all__ = [
-    "Analysis",
-    "Budget",
-    "Capture",
-    "ConvSpec",
-    "Cost",
-    "LoadedModel",
-    "PassOptions",
-    "Plan",
-    "Proof",
-    "PwrewriteError",
-    "Report",
-    "Rewritten",
-    "TargetOptions",
-    "Verification",
-    "__version__",
-    "analyze",
-    "analyze_target",
-    "apply",
-    "capture",
-    "decompose",
-    "freeze",
-    "fuse",
-    "graph",
-    "load",
-    "load_target",
-    "make_plan",
-    "passes",
-    "plan",
-    "register_formula",
-    "rewrite",
-    "save",
-    "unfuse",
-    "verify",
-]
-
-_HOMES = {
-    "Analysis": "analysis.records",
-    "Budget": "core.options",
-    "Capture": "capturing",
-    "ConvSpec": "core.convolution",
-    "Cost": "core.cost",
-    "LoadedModel": "targets",
-    "PassOptions": "core.options",
-    "Plan": "core.plan",
-    "Proof": "core.options",
-    "PwrewriteError": "core.errors",
-    "Report": "report.records",
-    "Rewritten": "workflows.rewrite",
-    "TargetOptions": "core.options",
-    "Verification": "core.verification",
-    "analyze": "workflows.analyze",
-    "analyze_target": "workflows.analyze",
-    "apply": "edit.apply",
-    "capture": "capturing",
-    "freeze": "engines.frozen",
-    "fuse": "workflows.fuse",
-    "graph": "capturing.network",
-    "load": "targets.opening",
-    "load_target": "targets",
-    "make_plan": "workflows.plan",
-    "plan": "workflows.plan",
-    "register_formula": "core.cost",
-    "rewrite": "workflows.rewrite",
-    "save": "targets.storage",
-    "unfuse": "edit.unfuse",
-    "verify": "verifying",
+_NAMES = {
+    "analysis.records": "Analysis",
+    "capturing": "Capture capture",
+    "capturing.network": "graph",
+    "core.convolution": "ConvSpec",
+    "core.cost": "Cost register_formula",
+    "core.errors": "PwrewriteError",
+    "core.options": "Budget PassOptions Proof TargetOptions",
+    "core.plan": "Plan",
+    "core.verification": "Verification",
+    "edit.apply": "apply",
+    "edit.unfuse": "unfuse",
+    "engines.frozen": "freeze",
+    "report.records": "Report",
+    "targets": "LoadedModel load_target",
+    "targets.opening": "load",
+    "targets.storage": "save",
+    "verifying": "verify",
+    "workflows.analyze": "analyze analyze_target",
+    "workflows.fuse": "fuse",
+    "workflows.plan": "make_plan plan",
+    "workflows.rewrite": "Rewritten rewrite",
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 """The module in which each public name lives."""
 
+__all__ = sorted([*_HOMES, "__version__", "decompose", "passes"])  # type checkers read the imports above instead
 
 show_with(lambda: import_module(f"{__name__}.report.display"))
 

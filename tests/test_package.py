@@ -1,5 +1,6 @@
 """What `import pwrewrite` offers, in whatever order its parts are imported."""
 
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import pwrewrite
+from pwrewrite.core.option import typed_fields
 
 
 def test_no_room_has_the_name_of_a_public_function() -> None:
@@ -29,7 +31,10 @@ def test_functions_stay_functions_whatever_was_imported_before() -> None:
 
 def test_every_public_name_is_there() -> None:
     assert {"analyze", "analyze_target", "capture", "graph", "__version__"} <= set(pwrewrite.__all__)
-    assert {*pwrewrite._HOMES, "__version__", "decompose", "passes"} == set(pwrewrite.__all__)
+    source = ast.parse(Path(pwrewrite.__file__).read_text())
+    (typed,) = [node for node in source.body if isinstance(node, ast.If)]
+    imported = {name.asname for node in ast.walk(typed) if isinstance(node, ast.ImportFrom) for name in node.names}
+    assert {*imported, "__version__"} == set(pwrewrite.__all__)  # what type checkers see is what there is
     for name in pwrewrite.__all__:
         assert getattr(pwrewrite, name) is not None
         assert name in dir(pwrewrite)
@@ -42,3 +47,12 @@ def test_what_is_not_there() -> None:
         pwrewrite.analyse  # noqa: B018
     with pytest.raises(ImportError):
         from pwrewrite import analyse  # noqa: F401
+
+
+@pytest.mark.parametrize("name", ["Budget", "PassOptions", "Proof", "TargetOptions"])
+def test_options_are_documented_as_on_the_command_line(name: str) -> None:
+    record = getattr(pwrewrite, name)
+    for each, typed in typed_fields(record):
+        (line,) = [line for line in record.__doc__.splitlines() if line.startswith(f"    {each.name} (")]
+        assert typed.help.split(r" [dim]\[")[0].split("[/]")[-1].strip() in line
+        assert "[/]" not in line

@@ -39,7 +39,7 @@ class Reported(Listed):
     """The form of a report, and where it goes."""
 
     output: Path | None = _of_output(
-        None, "Write the report there, whole or not at all.", "--report", "--output", metavar="FILE", read=path
+        None, "Write the report there, whole or not at all.", "--report", "--output FILE", read=path
     )
 
 
@@ -56,7 +56,7 @@ class AnalysisReported(Reported):
 
     form: str = _of_output("table", "Form of the report.", "--format", choices=(*FORMATS, "csv"))
     output: Path | None = _of_output(
-        None, "Write the report there, whole or not at all.", "--report", "--output", "--out", metavar="FILE", read=path
+        None, "Write the report there, whole or not at all.", "--report", "--output", "--out FILE", read=path
     )
 
 
@@ -64,9 +64,7 @@ class AnalysisReported(Reported):
 class AnalysisShown:
     """What is shown of an analysis."""
 
-    top: int | None = _of_view(
-        None, r"At most N layers. [dim]\[default: 15 hotspots][/]", "--top", metavar="N", least=0
-    )
+    top: int | None = _of_view(None, r"At most N layers. [dim]\[default: 15 hotspots][/]", "--top N", least=0)
     sort: str = _of_view(
         "macs", "Order of the layers.", "--sort", choices=("macs", "params", "memory", "name", "order")
     )
@@ -75,7 +73,7 @@ class AnalysisShown:
     )
     tree: bool = _of_view(False, "The module hierarchy with cumulative cost in place of the layers.", "--tree")
     depth: int | None = _of_view(
-        None, r"Levels of the tree; implies --tree. [dim]\[default: 2][/]", "--depth", metavar="N", least=0
+        None, r"Levels of the tree; implies --tree. [dim]\[default: 2][/]", "--depth N", least=0
     )
     receptive_field: bool = _of_view(
         False, "A column with what a position of each layer's output sees of the input.", "--receptive-field"
@@ -83,22 +81,17 @@ class AnalysisShown:
     hotspot_share: float = _of_view(
         0.01,
         r"Part of the MACs that makes a k×k layer a hotspot: 1% or 0.01. [dim]\[default: 1%][/]",
-        "--hotspot-share",
-        metavar="SHARE",
+        "--hotspot-share SHARE",
         read=parse_share,
     )
     device: str = _of_view(
         "cpu",
         "Device for the roofline: cpu, server-cpu, t4, v100, a100, h100, jetson-orin, or its peak FLOP/s and bytes/s: "
         "82.6T,1008G.",
-        "--device",
-        metavar="PROFILE",
+        "--device PROFILE",
     )
     convention: str | None = _of_view(
-        None,
-        "The total as that tool would count it, to the last digit.",
-        "--as",
-        choices=TOOLS,
+        None, "The total as that tool would count it, to the last digit.", "--as", choices=TOOLS
     )
     explain_count: bool = _of_view(
         False, "What each of these tools would say, and what makes the difference.", "--explain-count"
@@ -110,11 +103,9 @@ class Limits:
     """What an analysed model may cost."""
 
     max_params: int | None = _of_checks(
-        None, "Fail if the model has more parameters (25M).", "--max-params", metavar="N", read=parse_count
+        None, "Fail if the model has more parameters (25M).", "--max-params N", read=parse_count
     )
-    max_macs: int | None = _of_checks(
-        None, "Fail if the model has more MACs (4.1G).", "--max-macs", metavar="N", read=parse_count
-    )
+    max_macs: int | None = _of_checks(None, "Fail if the model has more MACs (4.1G).", "--max-macs N", read=parse_count)
     strict: bool = _of_checks(False, "Fail if an operation has no cost formula.", "--strict")
 
 
@@ -125,8 +116,7 @@ class Saved:
     out: Path | None = _of_output(
         None,
         "Save there: weights, plan, report, README; whole or not at all. Without it nothing is saved.",
-        "--out",
-        metavar="DIR",
+        "--out DIR",
         read=path,
     )
     force: bool = _of_output(False, "Replace a folder that an earlier run saved.", "--force")
@@ -144,9 +134,8 @@ class FuseOptions:
         "Pass to run; repeatable, in order: remove-inference-noise, fold-batch-norm, merge-pointwise, fuse-activation, "
         r"channels-last. [dim]\[default: all of them][/]",
         "--pass",
-        "--passes",
+        "--passes NAME",
         panel=PASSES,
-        metavar="NAME",
         split=True,
     )
     keep_nan: bool = option(
@@ -165,12 +154,7 @@ class Carried:
     """What only `rewrite` does with a plan."""
 
     plan: Path | None = option(
-        None,
-        "Instead of passes: carry out what `pwrewrite plan` wrote.",
-        "--plan",
-        panel=PASSES,
-        metavar="FILE",
-        read=path,
+        None, "Instead of passes: carry out what `pwrewrite plan` wrote.", "--plan FILE", panel=PASSES, read=path
     )
     dry_run: bool = _of_output(False, "Show the plan and do nothing else.", "--dry-run")
 
@@ -187,7 +171,7 @@ class Planned:
         panel=BUDGET,
     )
     out: Path | None = _of_output(
-        None, "Write the plan there, whole or not at all, for rewrite --plan.", "--out", metavar="FILE", read=path
+        None, "Write the plan there, whole or not at all, for rewrite --plan.", "--out FILE", read=path
     )
 
 

@@ -1,9 +1,8 @@
 """The shape facts of one convolution, read from a module or from a functional call.
 
 A `ConvSpec` says everything about a convolution except its numbers: output shape, cost and the conditions under which a
-rewrite is exact follow from it alone. Nothing here computes on a tensor.
-
-Output size (Dumoulin & Visin 2016, *A guide to convolution arithmetic*, relationships 6, 14 and 15)::
+rewrite is exact follow from it alone. Output size (Dumoulin & Visin 2016, *A guide to convolution arithmetic*,
+relationships 6, 14 and 15)::
 
     ordinary     (n + p_left + p_right - d (k - 1) - 1) // s + 1
     transposed   (n - 1) s - p_left - p_right + d (k - 1) + output_padding + 1
@@ -18,19 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
-CONV_MODULES: tuple[type[nn.Module], ...] = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-
+_ORDINARY = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONV_MODULES: tuple[type[_ConvNd], ...] = (*_ORDINARY, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 Sizes = int | Sequence[int]
 """One integer for every spatial dim, or one for each."""
@@ -44,19 +37,11 @@ def _spread(value: Sizes, dims: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class ConvSpec:
-    """One convolution without its weights.
+    """One convolution without its weights; sizes are per spatial dim.
 
     Attributes:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        kernel_size: Extent per spatial dim.
-        stride: Step per spatial dim.
         padding: ``(left, right)`` per spatial dim, ``same`` and ``valid`` already worked out.
-        dilation: Spacing of the kernel's taps per spatial dim.
-        groups: Number of independent channel groups.
-        bias: Whether a bias is added.
         padding_mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
-        transposed: Whether this is a transposed convolution.
         output_padding: Extra size at one side of a transposed convolution's output.
     """
 
@@ -81,12 +66,10 @@ class ConvSpec:
         >>> spec.params, spec.output_shape((1, 64, 56, 56)), spec.macs((1, 64, 56, 56), (1, 128, 28, 28))
         (73728, (1, 128, 28, 28), 57802752)
         """
-        m: Any = module
-        kernel, dilation = m.kernel_size, m.dilation
-        return cls(
-            m.in_channels, m.out_channels, kernel, m.stride, _padding(m.padding, kernel, dilation), dilation, m.groups,
-            m.bias is not None, m.padding_mode, m.transposed, m.output_padding,
-        )  # fmt: skip
+        m = cast(_ConvNd, module)
+        sides = _padding(m.padding, m.kernel_size, m.dilation)
+        how = (m.groups, m.bias is not None, m.padding_mode, m.transposed, m.output_padding)
+        return cls(m.in_channels, m.out_channels, m.kernel_size, m.stride, sides, m.dilation, *how)
 
     @classmethod
     def of_call(
@@ -101,17 +84,9 @@ class ConvSpec:
         transposed: bool = False,
         output_padding: Sizes = 0,
     ) -> ConvSpec:
-        """Reads a functional call from its weight's shape and its arguments.
+        """Reads a call of ``torch.nn.functional.conv2d`` and its like from its weight's shape and its arguments.
 
-        Args:
-            weight_shape: ``(out, in/groups, *k)``, or ``(in, out/groups, *k)`` where transposed.
-            stride: As ``torch.nn.functional.conv2d`` takes it.
-            padding: Int, sequence, ``"same"`` or ``"valid"``.
-            dilation: As above.
-            groups: As above.
-            bias: Whether a bias was given.
-            transposed: Whether it is one of the ``conv_transpose`` functions.
-            output_padding: For transposed ones.
+        ``weight_shape`` is ``(out, in/groups, *k)``, or ``(in, out/groups, *k)`` where transposed.
         """
         kernel = tuple(int(k) for k in weight_shape[2:])
         dims = len(kernel)
@@ -165,14 +140,11 @@ class ConvSpec:
         return not self.is_pointwise and not self.is_depthwise
 
     def output_size(self, size: Sequence[int], wanted: Sequence[int] | None = None) -> tuple[int, ...]:
-        """Spatial output size.
+        """Spatial output size; a value below 1 means that the input is too small.
 
         Args:
             size: Spatial input size, one per dim.
             wanted: The ``output_size`` argument of a transposed convolution's call (spatial part).
-
-        Returns:
-            Spatial output size; a value below 1 means that the input is too small.
         """
         out = []
         for i, n in enumerate(size):
@@ -187,10 +159,6 @@ class ConvSpec:
     def output_shape(self, shape: Sequence[int], wanted: Sequence[int] | None = None) -> tuple[int, ...]:
         """Output shape for an input shape ``(N, in, *size)`` or, unbatched, ``(in, *size)``.
 
-        Args:
-            shape: Input shape.
-            wanted: The ``output_size`` argument of a transposed convolution's call, spatial or full.
-
         Raises:
             ValueError: If the rank or the channels do not fit, or the input is smaller than the kernel.
         """
@@ -199,13 +167,10 @@ class ConvSpec:
             raise ValueError(f"{self.op} takes {self.dims + 1} or {self.dims + 2} dims, got shape {tuple(shape)}")
         if shape[lead] != self.in_channels:
             raise ValueError(f"{self.op} takes {self.in_channels} channels, got {shape[lead]} in shape {tuple(shape)}")
-        if wanted is not None:
-            wanted = tuple(int(w) for w in wanted)[-self.dims :]
-        size = self.output_size(shape[lead + 1 :], wanted)
+        before = tuple(shape[lead + 1 :])
+        size = self.output_size(before, None if wanted is None else tuple(int(w) for w in wanted)[-self.dims :])
         if any(n < (0 if self.transposed else 1) for n in size):
-            raise ValueError(
-                f"{self.op} with kernel {self.kernel_size} does not fit an input of size {tuple(shape[lead + 1 :])}"
-            )
+            raise ValueError(f"{self.op} with kernel {self.kernel_size} does not fit an input of size {before}")
         return (*shape[:lead], self.out_channels, *size)
 
     def macs(self, input_shape: Sequence[int], output_shape: Sequence[int]) -> int:
@@ -220,11 +185,7 @@ def _of_spec(name: str) -> Any:
 
 
 class StandsForLayer:
-    """What stands for a layer reads like it: a mixin for modules that keep the layer's shape facts.
-
-    Attributes:
-        spec: The layer's shape facts.
-    """
+    """What stands for a layer reads like it: a mixin for modules that keep the layer's shape facts in ``spec``."""
 
     spec: ConvSpec
 
@@ -258,17 +219,11 @@ def _padding(
 
 
 def stock_convolution(module: nn.Module) -> bool:
-    """Whether ``module`` is a convolution whose forward is torch's own, subclassed or not.
-
-    An instance whose ``forward`` was replaced, or a class that overrides ``forward`` or ``_conv_forward``, is not.
-    """
-    for base in CONV_MODULES:
-        if isinstance(module, base):
-            kind: Any = type(module)
-            return (
-                kind.forward is base.forward
-                and getattr(kind, "_conv_forward", None) is getattr(base, "_conv_forward", None)
-                and "forward" not in module.__dict__
-                and not isinstance(module, nn.modules.lazy.LazyModuleMixin)
-            )
-    return False
+    """Whether ``module`` is a convolution whose forward is torch's own: replaced neither on it nor by its class."""
+    base = next((base for base in CONV_MODULES if isinstance(module, base)), None)
+    return (
+        base is not None
+        and all(getattr(type(module), name, 0) is getattr(base, name, 0) for name in ("forward", "_conv_forward"))
+        and "forward" not in module.__dict__
+        and not isinstance(module, nn.modules.lazy.LazyModuleMixin)
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -12,18 +12,11 @@ from .nested import tensors_of
 _M = TypeVar("_M", bound=nn.Module)
 
 
-def deep_copy(model: _M, memo: dict[int, Any] | None = None) -> _M:
-    """A deep copy of a model, also of one that holds tensors with a gradient history.
+def deep_copy(model: _M, memo: dict[int, object] | None = None) -> _M:
+    """A deep copy of a model, also of one that holds tensors with a gradient history, which ``copy.deepcopy`` refuses.
 
-    ``copy.deepcopy`` refuses those. They are what a run left behind, such as the weight that weight norm of the older
-    kind computes before each call or a map that was kept for a visualisation; the copy has their values.
-
-    Args:
-        model: The model.
-        memo: As for ``copy.deepcopy``: what stands for what, by identity.
-
-    Returns:
-        The copy.
+    Those are what a run left behind, such as the weight that weight norm of the older kind computes before each call;
+    the copy has their values. ``memo`` is as for ``copy.deepcopy``.
     """
     memo = {} if memo is None else memo
     for module in model.modules():

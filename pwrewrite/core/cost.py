@@ -7,27 +7,20 @@ The formulas stand in `pwrewrite.core.operations`. `register_formula` adds one f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import astuple, dataclass
+from operator import add, sub
 
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .nested import Args, Kwargs
+from .nested import Args, Kwargs, Tree
 from .operations import FORMULAS, FREE, Formula
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Cost of an operation, a layer or a model.
-
-    Attributes:
-        params: Parameter elements.
-        macs: Multiply-accumulates.
-        read_bytes: Bytes of activations and weights read.
-        write_bytes: Bytes of activations written.
-    """
+    """Cost of an operation, a layer or a model: elements, multiply-accumulates, bytes of weights and activations."""
 
     params: int = 0
     macs: int = 0
@@ -45,61 +38,36 @@ class Cost:
         return self.read_bytes + self.write_bytes
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.params + other.params,
-            self.macs + other.macs,
-            self.read_bytes + other.read_bytes,
-            self.write_bytes + other.write_bytes,
-        )
+        return Cost(*map(add, astuple(self), astuple(other)))
 
     def __sub__(self, other: Cost) -> Cost:
-        return self + Cost(-other.params, -other.macs, -other.read_bytes, -other.write_bytes)
+        return Cost(*map(sub, astuple(self), astuple(other)))
 
 
 def register_formula(op: OpOverloadPacket, formula: Formula) -> None:
     """Gives an operation its cost.
 
     Args:
-        op: An ``OpOverloadPacket`` such as ``torch.ops.mylib.correlate``.
+        op: Such as ``torch.ops.mylib.correlate``.
         formula: ``formula(args, kwargs, out) -> MACs``, from shapes alone: the tensors may be on ``meta``.
     """
     FORMULAS[op._qualified_op_name] = formula
 
 
-def price(op: OpOverload, args: Args, kwargs: Kwargs, out: Any) -> int | None:
-    """MACs of one dispatched operation.
-
-    Args:
-        op: The operation that ran.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        out: What it returned.
-
-    Returns:
-        MACs, 0 for an operation known to have none, None where no formula is known.
-    """
+def price(op: OpOverload, args: Args, kwargs: Kwargs, out: Tree) -> int | None:
+    """MACs of one dispatched operation, of which ``out`` came; 0 where it has none, None where no formula is known."""
     name = op.overloadpacket._qualified_op_name
     formula = FORMULAS.get(name)
     if formula is not None:
         return formula(args, kwargs, out[0] if isinstance(out, tuple) else out)
-    if name in FREE or torch.Tag.pointwise in op.tags or torch.Tag.inplace_view in op.tags or _is_view(op):
+    if name in FREE or torch.Tag.pointwise in op.tags or torch.Tag.inplace_view in op.tags:
         return 0
-    return None
-
-
-def _is_view(op: OpOverload) -> bool:
-    """Whether every output is an alias of an input that is not written: a view, by the operation's schema."""
-    returns = op._schema.returns
-    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    returns = op._schema.returns  # of a view: all aliases of inputs that are not written
+    return 0 if returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns) else None
 
 
 class PricingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the MACs of everything that runs under it, and lists what has no formula.
-
-    Attributes:
-        macs: MACs so far.
-        unpriced: Qualified names of operations without a formula, one entry per call.
-    """
+    """Adds up the ``macs`` of everything that runs under it; ``unpriced`` names what has no formula, once per call."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

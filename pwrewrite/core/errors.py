@@ -1,8 +1,7 @@
 """Every error that pwrewrite raises on purpose.
 
 Each class also subclasses the builtin a caller would expect, so ``except FileNotFoundError`` works as well as
-``except PwrewriteError``. An error carries four things a person needs: what happened, where, what was expected and what
-came, and what to try. ``exit_code`` is what the command returns for it: 1 when the tool refused or a check failed,
+``except PwrewriteError``. ``exit_code`` is what the command returns for it: 1 when the tool refused or a check failed,
 2 when the usage or the input was wrong.
 """
 

@@ -1,10 +1,9 @@
 """Files: written whole or not at all, and read within bounds. Everything that pwrewrite writes goes through here.
 
-A file is written beside its place, flushed to the disk and renamed, so that what was there before stays until the new
-one is complete. A folder is written likewise; one that replaces another is exchanged with it in a single step
-(``renameat2`` with ``RENAME_EXCHANGE`` on Linux, ``renamex_np`` on macOS). Where the system or the file system has no
-such step, the old folder waits as ``.NAME.….old`` beside the place for as long as two renames take; a crash between
-them leaves it there, complete, and `recover`, with which every save begins, moves it back.
+A file or folder is written beside its place, flushed to the disk and renamed; a folder that replaces another is
+exchanged with it in a single step (``renameat2`` on Linux, ``renamex_np`` on macOS). Where there is no such step, the
+old folder waits as ``.NAME.….old`` for as long as two renames take; a crash between them leaves it there, complete, and
+`recover`, with which every save begins, moves it back.
 
 A writer holds a lock on what it has not finished. What a killed one left is recognised by its name
 (``.NAME.pwrewrite-….part``) and by the missing lock, and removed by the next writer in the same folder.
@@ -38,13 +37,9 @@ _UNFINISHED = re.compile(r"\..*\.pwrewrite-\w{8}\.part|[0-9a-f]{24,64}\.\d+\.tmp
 
 
 def cache_folder(kind: str) -> Path | None:
-    """Where cached results of a kind go: in ``PWREWRITE_CACHE``, else where the system keeps caches.
+    """Where cached results of a kind go: in ``PWREWRITE_CACHE``, else where the system has caches.
 
-    Args:
-        kind: Such as ``statistics``; a folder of its own.
-
-    Returns:
-        The folder, which may not exist yet; None where ``PWREWRITE_CACHE`` is ``off``, ``0`` or ``none``.
+    The folder may not exist yet; None where ``PWREWRITE_CACHE`` is ``off``, ``0`` or ``none``.
     """
     import platformdirs
 
@@ -55,10 +50,7 @@ def cache_folder(kind: str) -> Path | None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuses a place that cannot be written, before the work is done whose result would go there.
-
-    Args:
-        path: The file to write later.
+    """Refuses a file that cannot be written, before the work is done whose result would go there.
 
     Raises:
         OutputError: If its folder does not exist, it is a folder, or writing there is not permitted.
@@ -86,7 +78,7 @@ def check_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def same_directory() -> Iterator[None]:
-    """Changes the working directory back that other people's code changes, so that paths still mean what they meant."""
+    """Changes the working directory back that other people's code changes."""
     try:
         folder = os.getcwd()
     except OSError:  # it is gone, and there is no way back
@@ -100,14 +92,10 @@ def same_directory() -> Iterator[None]:
 
 
 def read_bytes(path: str | Path, limit: int = LARGEST_TEXT) -> bytes:
-    """All of a file that should be small: a plan, a table, source code.
-
-    Args:
-        path: A regular file; a pipe or a device might never end.
-        limit: How many bytes it may have.
+    """All of a regular file that should be small: a plan, a table, source code.
 
     Raises:
-        OSError: If it cannot be read, is no regular file, or is larger.
+        OSError: If it cannot be read, is a pipe or a device, which might never end, or is larger than ``limit`` bytes.
     """
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
         status = os.fstat(file.fileno())
@@ -129,14 +117,9 @@ def read_text(path: str | Path, limit: int = LARGEST_TEXT) -> str:
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Writes a file: beside its place, flushed to the disk, then renamed.
+    """Writes a file: beside its place, flushed to the disk, then renamed; a link stays a link.
 
-    Text is written as UTF-8, its line ends as they are. A place that is no regular file, such as a pipe or
-    ``/dev/stdout``, is written directly.
-
-    Args:
-        path: The file; a link stays a link.
-        content: All of it.
+    Text is written as UTF-8, its line ends as they are. A pipe or ``/dev/stdout`` is written directly.
 
     Raises:
         OutputError: If it cannot be written.
@@ -155,13 +138,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
-    """For a library that writes to a path: yields one beside the place, and renames it once the block has ended.
-
-    Args:
-        path: The file; a link stays a link.
-
-    Yields:
-        An empty file, to be written under its name.
+    """For a library that writes to a path: yields an empty file beside the place, renamed once the block has ended.
 
     Raises:
         OutputError: If it cannot be written.
@@ -196,9 +173,6 @@ def new_folder(path: str | Path, names: Collection[str]) -> Iterator[Path]:
     Args:
         path: The folder; missing parents are made. Whether an old one may be replaced is for the caller to check.
         names: The files that may be in it. Of an old folder these, and nothing else, are deleted.
-
-    Yields:
-        An empty folder to write files in.
 
     Raises:
         OutputError: If it cannot be written; the old folder is in its place then.

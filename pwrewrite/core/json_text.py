@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from typing import Any
+from collections.abc import Iterator
 
 from .errors import PlanError, shortened
+from .records import Json
 
 
 def line_at(text: str, offset: int) -> int:
@@ -15,12 +16,8 @@ def line_at(text: str, offset: int) -> int:
     return text.count("\n", 0, offset) + 1
 
 
-def loads(text: str, name: str) -> Any:
-    """The data of a file that a person may have edited: plain JSON, whose numbers fit in 64 bits.
-
-    Args:
-        text: The file's text.
-        name: What to call it in an error.
+def loads(text: str, name: str) -> Json:
+    """The data of a file that a person may have edited, called ``name`` in errors: JSON whose numbers fit in 64 bits.
 
     Raises:
         PlanError: If it is not that; says in which line.
@@ -42,15 +39,13 @@ def loads(text: str, name: str) -> Any:
             hint="a comma after the last entry or a missing quote is the usual cause",
         ) from None
     except RecursionError:
-        raise PlanError(
-            f"{name} is nested too deeply for a plan", expected="objects and lists a few levels deep"
-        ) from None
+        raise PlanError(f"{name} is nested too deeply for a plan", expected="lists a few levels deep") from None
 
 
-_SHORT_LISTS = (
-    re.compile(r"\[\n([^][{}\"]*?)\n *\]"),
-    re.compile(r"\[\n((?:[^][{}\"]|\[[^][{}\"\n]*\])*?)\n *\]"),
-)
+_BETWEEN = re.compile(r"[^\s,:]")
+"""The first character of a value, where only blanks, commas and colons may come before it."""
+
+_SHORT_LISTS = (re.compile(r"\[\n([^][{}\"]*?)\n *\]"), re.compile(r"\[\n((?:[^][{}\"]|\[[^][{}\"\n]*\])*?)\n *\]"))
 """A list of numbers over several lines, and a list of those that are in one line already. Text has no line breaks."""
 
 
@@ -63,45 +58,29 @@ def dumps(data: object) -> str:
 
 
 class JsonText:
-    """A text that is known to be JSON, and where in it things stand.
-
-    Args:
-        text: The text.
-        name: What to call it in an error, such as the file's name.
-    """
+    """A text that is known to be JSON, and where in it things stand; errors call it ``name``."""
 
     def __init__(self, text: str, name: str) -> None:
         self.text, self.name = text, name
 
+    def _values(self, at: int) -> Iterator[tuple[Json, int, int]]:
+        """What the list or object at an offset holds, keys included, and where each of them starts and ends."""
+        decoder = json.JSONDecoder()
+        while self.text[at := _BETWEEN.search(self.text, at + 1).start()] not in "]}":  # type: ignore[union-attr]
+            value, end = decoder.raw_decode(self.text, at)
+            yield value, at, end
+            at = end - 1
+
     def entries(self, key: str) -> list[tuple[int, int]]:
         """Start and end offsets of the entries of one of the plan's lists."""
-        decoder, spans = json.JSONDecoder(), list[tuple[int, int]]()
-        at = self.value_of(key) + 1
-        while 0 < at < len(self.text):
-            while self.text[at] in " \t\r\n,":
-                at += 1
-            if self.text[at] == "]":
-                break
-            start = at
-            _, at = decoder.raw_decode(self.text, at)
-            spans.append((start, at))
-        return spans
+        at = self.value_of(key)
+        return [(start, end) for _, start, end in self._values(at)] if at >= 0 else []
 
     def value_of(self, wanted: str) -> int:
-        """Offset of a value of the outermost object; -1 where it has no such key. The text is known to be JSON."""
-        decoder, offset = json.JSONDecoder(), -1
-        at = self.text.index("{") + 1
-        while True:
-            while self.text[at] in " \t\r\n,":
-                at += 1
-            if self.text[at] == "}":
-                return offset
-            key, at = decoder.raw_decode(self.text, at)
-            while self.text[at] in " \t\r\n:":
-                at += 1
-            if key == wanted:
-                offset = at  # the last one counts, as it does for json.loads
-            _, at = decoder.raw_decode(self.text, at)
+        """Offset of a value of the outermost object; -1 where it has no such key."""
+        values = [*self._values(self.text.index("{"))]
+        found = [start for (key, *_), (_, start, _) in zip(values[::2], values[1::2]) if key == wanted]
+        return found[-1] if found else -1  # the last one counts, as it does for json.loads
 
     def find(self, what: str, start: int = 0, end: int | None = None) -> int:
         """Offset of a piece of text, or where the search began."""

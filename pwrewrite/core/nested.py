@@ -12,66 +12,59 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
-from typing import Any, NamedTuple
+from operator import setitem
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-Args = tuple[Any, ...]
+Tree = Any
+"""Tensors and anything else, alone or in nested containers."""
+
+Args = tuple[Tree, ...]
 """Positional arguments of a call."""
 
-Kwargs = dict[str, Any]
+Kwargs = dict[str, Tree]
 """Keyword arguments of a call."""
 
 _SCALARS = frozenset((int, float, bool, str, type(None), type(Ellipsis), torch.dtype, torch.device))
-_REGISTERED: Mapping[type, Any] = getattr(_pytree, "SUPPORTED_NODES", {})
+_REGISTERED: Mapping[type, _pytree.NodeDef] = getattr(_pytree, "SUPPORTED_NODES", {})
 _CLOSED = ("torch", "numpy", "builtins")
 """Packages whose objects are not opened by their attributes."""
 
-
-class _Opened(NamedTuple):
-    """One level of a container: its items by key, and how it is put together around others."""
-
-    items: Mapping[Any, Any]
-    rebuild: Callable[[Iterable[Any]], Any]
+_Opened = tuple[Mapping[Any, Tree], Callable[[Iterable[Tree]], Tree]]
+"""One level of a container: its items by key, and how it is put together around others."""
 
 
-def _open(value: Any) -> _Opened | None:
+def _open(value: Tree) -> _Opened | None:
     """Opens a container; None for anything that holds nothing."""
     kind = type(value)
+    put: Callable[[Tree, str, Tree], None] = setitem
     if isinstance(value, slice):
-        return _Opened({"start": value.start, "stop": value.stop, "step": value.step}, lambda items: slice(*items))
+        return {"start": value.start, "stop": value.stop, "step": value.step}, lambda new: slice(*new)
     if isinstance(value, tuple):
-        return _Opened(dict(enumerate(value)), getattr(kind, "_make", kind))
+        return dict(enumerate(value)), getattr(kind, "_make", kind)
     if isinstance(value, (list, Mapping)):
         items = dict(enumerate(value) if isinstance(value, list) else value.items())
-
-        def refilled(new: Iterable[Any]) -> Any:
-            same: Any = copy(value)
-            for key, item in zip(items, new):
-                same[key] = item
-            return same
-
-        return _Opened(items, refilled)
-    registered = _REGISTERED.get(kind)
-    if registered is not None:
+    elif (registered := _REGISTERED.get(kind)) is not None:
         children, context = registered.flatten_fn(value)
-        return _Opened(dict(enumerate(children)), lambda new: registered.unflatten_fn(list(new), context))
-    attributes = _attributes(value)
-    if not attributes:
-        return None
+        return dict(enumerate(children)), lambda new: registered.unflatten_fn(list(new), context)
+    else:
+        items, put = _attributes(value), object.__setattr__  # whether frozen or not
+        if not items:
+            return None
 
-    def around(new: Iterable[Any]) -> Any:
+    def refilled(new: Iterable[Tree]) -> Tree:
         same = copy(value)
-        for name, item in zip(attributes, new):
-            object.__setattr__(same, name, item)  # frozen or not
+        for key, item in zip(items, new):
+            put(same, key, item)
         return same
 
-    return _Opened(attributes, around)
+    return items, refilled
 
 
-def _attributes(value: Any) -> dict[str, Any]:
+def _attributes(value: Tree) -> dict[Any, Tree]:
     """The attributes of a plain object: one that is no function, class or module, and not torch's or NumPy's."""
     kind = type(value)
     if kind.__module__.partition(".")[0] in _CLOSED or callable(value) or isinstance(value, nn.Module):
@@ -87,7 +80,7 @@ def tensors_of(value: object) -> list[Tensor]:
     return tensors
 
 
-def _collect(value: Any, tensors: list[Tensor], above: tuple[int, ...]) -> None:
+def _collect(value: Tree, tensors: list[Tensor], above: tuple[int, ...]) -> None:
     """Appends the tensors in ``value``; ``above`` are the containers that it is in."""
     kind = type(value)
     if isinstance(value, Tensor):
@@ -101,23 +94,19 @@ def _collect(value: Any, tensors: list[Tensor], above: tuple[int, ...]) -> None:
     elif kind not in _SCALARS and id(value) not in above:
         opened = _open(value)
         if opened is not None:
-            for item in opened.items.values():
+            for item in opened[0].values():
                 _collect(item, tensors, (*above, id(value)))
 
 
-def map_tensors(value: Any, convert: Callable[[Tensor], Any], *, plain: bool = False) -> Any:
+def map_tensors(value: Tree, convert: Callable[[Tensor], Tree], *, plain: bool = False) -> Tree:
     """Rebuilds nested containers with every tensor converted; what holds no tensor stays the object that it is.
 
-    Args:
-        value: Containers of tensors and other things.
-        convert: What becomes of a tensor.
-        plain: Whether containers with keys become plain dicts and others plain tuples and lists, as in a graph's
-            arguments.
+    With ``plain``, containers with keys become plain dicts and others plain tuples and lists, as in a graph.
     """
     return _map(value, convert, plain, ())
 
 
-def _map(value: Any, convert: Callable[[Tensor], Any], plain: bool, above: tuple[int, ...]) -> Any:
+def _map(value: Tree, convert: Callable[[Tensor], Tree], plain: bool, above: tuple[int, ...]) -> Tree:
     kind = type(value)
     if isinstance(value, Tensor):
         return convert(value)
@@ -128,17 +117,15 @@ def _map(value: Any, convert: Callable[[Tensor], Any], plain: bool, above: tuple
     opened = _open(value)
     if opened is None:
         return value
-    items = {key: _map(item, convert, plain, (*above, id(value))) for key, item in opened.items.items()}
-    if all(items[key] is item for key, item in opened.items.items()):
+    old, rebuild = opened
+    items = {key: _map(item, convert, plain, (*above, id(value))) for key, item in old.items()}
+    if all(items[key] is item for key, item in old.items()):
         return value
     if plain and not isinstance(value, slice):
-        sequence = tuple if isinstance(value, tuple) else list if isinstance(value, list) else None
-        return items if sequence is None else sequence(items.values())
-    return opened.rebuild(items.values())
+        return next((kind(items.values()) for kind in (tuple, list) if isinstance(value, kind)), items)
+    return rebuild(items.values())
 
 
 def to_meta(t: Tensor) -> Tensor:
     """A meta tensor of the same shape, strides and dtype; the tensor itself where it is one."""
-    if t.is_meta:
-        return t
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+    return t if t.is_meta else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")

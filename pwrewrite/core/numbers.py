@@ -1,9 +1,8 @@
 """Numbers as people read and type them: the one place where an integer is scaled.
 
-Counts scale by 1000 (``4.09 G``), bytes by 1024 (``97.5 MiB``), both to three significant digits, so that a column
-lines up and no rounding ends in ``1000 M``. JSON and CSV never pass through here: they hold the integers. Reading
-(``4.1G``, ``1%``, ``width=32``) is the reverse, for what is typed on the command line; counts are read exactly,
-without a detour over floats.
+Counts scale by 1000 (``4.09 G``), bytes by 1024 (``97.5 MiB``), both to three significant digits. JSON and CSV never
+pass through here: they hold the integers. Reading (``4.1G``, ``1%``, ``width=32``) is the reverse; counts are read
+exactly, without a detour over floats.
 """
 
 from __future__ import annotations
@@ -76,17 +75,12 @@ def plural(n: int, noun: str, nouns: str = "") -> str:
 
 
 def parse_count(text: str, what: str = "count") -> int:
-    """Reads ``4.1G``, ``25e6``, ``25_557_032`` or ``25,557,032``.
+    """Reads ``4.1G``, ``25e6``, ``25_557_032`` or ``25,557,032``, rounded down where it has a fraction.
 
-    Args:
-        text: What was typed. Suffixes k, M, G (or B), T and P, in either case, scale by 1000.
-        what: The name of the setting, for the error.
-
-    Returns:
-        The number, rounded down where it has a fraction.
+    Suffixes k, M, G (or B), T and P, in either case, scale by 1000.
 
     Raises:
-        UsageError: If it is not a number, or negative.
+        UsageError: If it is not a number, or negative; ``what`` is the name of the setting, here and below.
     """
     match = re.fullmatch(
         r"([0-9][0-9_,]*(?:\.[0-9]*)?|\.[0-9]+)(?:e\+?([0-9]{1,2}))?\s*([kKmMgGbBtTpP]?)", text.strip()
@@ -114,13 +108,6 @@ def ratio(text: str) -> float:
 
 def parse_share(text: str, what: str = "share") -> float:
     """Reads ``1%`` or ``0.01``.
-
-    Args:
-        text: What was typed.
-        what: The name of the setting, for the error.
-
-    Returns:
-        A share between 0 and 1.
 
     Raises:
         UsageError: If it is not a number, or not between 0 and 1 (0% and 100%).
@@ -175,16 +162,9 @@ def parse_width(text: str, what: str = "width") -> int | float:
 
 
 def parse_arg(text: str, what: str = "--arg") -> tuple[str, object]:
-    """Parses one ``--arg``.
+    """Parses one ``--arg name=value`` to ``("num_classes", 10)``.
 
     The value is a Python literal; a bare word that is none (``--arg act=relu``) is taken as a string.
-
-    Args:
-        text: ``name=value``.
-        what: The name of the setting, for the error.
-
-    Returns:
-        The name and the value: ``("num_classes", 10)``.
 
     Raises:
         UsageError: There is no ``=``, the name is no identifier, or the value looks like a literal but is malformed.

@@ -2,13 +2,11 @@
 
 A row says under which name captured graphs, reports and passes speak of an operation, which modules, torch functions
 and dispatched operations carry it out, how its output's shape follows, what it costs, which kernel can apply it behind
-a convolution, and what is exact about it. All other rooms read these facts here: a new activation or a new operation
-with a cost is a new row (and a test).
+a convolution, and what is exact about it. A new activation or a new operation with a cost is a new row (and a test).
 
 MACs are multiply-accumulates and FLOPs are 2 × MACs. Formulas follow ``torch.utils.flop_counter`` and add what it
 leaves out: matrix-vector products, recurrent layers, deformable convolution. Elementwise arithmetic, norms, pooling
-and data movement have no MACs by this convention. An operation in no row and not in `FREE` is *unpriced*: it is
-reported, never taken for zero in silence.
+and data movement have no MACs. An operation in no row and not in `FREE` is *unpriced*: reported, never taken for zero.
 """
 
 from __future__ import annotations
@@ -142,10 +140,7 @@ _ORDER = {
 def convolution_call(name: str, args: Args, kwargs: Kwargs) -> tuple[ConvSpec, Tensor, Tensor | None]:
     """The spec of a functional convolution call, with its weight and bias.
 
-    Args:
-        name: ``conv1d`` … ``conv_transpose3d``, or ``convolution`` for the dispatched operation.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
+    ``name`` is ``conv1d`` … ``conv_transpose3d``, or ``convolution`` for the dispatched operation.
     """
     order = _ORDER[name.strip("_").removesuffix("_overrideable").rstrip("123d")]
     settings = {**dict(zip(("input", "weight", *order), args)), **kwargs}

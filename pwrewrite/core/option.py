@@ -6,16 +6,21 @@ from them (`pwrewrite.cli.bridge`), so that a new option is one field.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UsageError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+AnyField = Field[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,55 +55,61 @@ def path(text: str, what: str) -> Path:
     return Path(text)
 
 
-def option(default: Any, help: str, *flags: str, **typed: Any) -> Any:
+def option(default: object, help: str, *flags: str, **typed: Any) -> Any:
     """A field of a record that is also an option of the command.
 
-    Args:
-        default: Its value where it is not given; `dataclasses.MISSING` where it must be.
-        help: See `Typed`, as all others.
-        *flags: See `Typed`.
-        **typed: See `Typed`.
+    ``default`` is `dataclasses.MISSING` where it must be given; what stands for the value in the help follows the last
+    of the flags, as in ``"--rank R"``; see `Typed` for all others.
     """
     if isinstance(default, tuple):
         typed.setdefault("gather", tuple)
-    metadata = {"typed": Typed(help, flags, **typed)}
+    *_, metavar = ("", *flags)[-1].partition(" ")
+    metadata = {"typed": Typed(help, tuple(flag.partition(" ")[0] for flag in flags), metavar=metavar or None, **typed)}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def typed_fields(record: type) -> Iterator[tuple[Field[Any], Typed]]:
+def documented(record: type[T]) -> type[T]:
+    """Adds what the help of the command says of a record's options to its docstring."""
+    entries = [(f"{each.name} ({', '.join(typed.flags)})", typed.help) for each, typed in typed_fields(record)]
+    listed = "".join("\n    " + re.sub(r"\[/?(?:bold|dim)?\]|\\", "", f"{name}: {text}") for name, text in entries)
+    record.__doc__ = f"{inspect.cleandoc(record.__doc__ or '')}\n\nAs on the command line:{listed}\n"
+    return record
+
+
+def typed_fields(record: type[DataclassInstance]) -> Iterator[tuple[AnyField, Typed]]:
     """The fields of a record that can be typed, in order."""
     for each in fields(record):
         if "typed" in each.metadata:
             yield each, each.metadata["typed"]
 
 
-def default_of(each: Field[Any]) -> Any:
+def default_of(each: AnyField) -> Any:
     """The default of a field."""
     return each.default if each.default_factory is MISSING else each.default_factory()
 
 
-def flag_of(record: type, name: str) -> str:
+def flag_of(record: type[DataclassInstance], name: str) -> str:
     """The usual spelling of an option."""
     return next((t.flags[0] for each, t in typed_fields(record) if each.name == name and t.flags), name)
 
 
-def changed(record: Any, *others: type) -> list[str]:
+def changed(record: DataclassInstance, *others: type[DataclassInstance]) -> list[str]:
     """Names of the options of a record that differ from their defaults, without those that other records have too."""
     shared = {each.name for other in others for each in fields(other)}
-    values = {each.name: (getattr(record, each.name), default_of(each)) for each in fields(record)}
-    return [name for name, (value, default) in values.items() if name not in shared and _differs(value, default)]
-
-
-def _differs(value: Any, default: Any) -> bool:
-    value = tuple(value) if isinstance(value, list) else value
-    return type(value) is not type(default) or bool(value != default)
+    names = []
+    for each in fields(record):
+        value, default = getattr(record, each.name), default_of(each)
+        value = tuple(value) if isinstance(value, list) else value
+        if each.name not in shared and (type(value) is not type(default) or bool(value != default)):
+            names.append(each.name)
+    return names
 
 
 def from_keywords(record: type[T], options: dict[str, Any]) -> T:
     """A record of those keywords that it has, taken out of ``options``; texts are read as on the command line."""
-    values = {each.name: options.pop(each.name) for each in fields(record) if each.name in options}  # type: ignore[arg-type]
+    values = {each.name: options.pop(each.name) for each in fields(record) if each.name in options}
     for each, typed in typed_fields(record):
         text = values.get(each.name)
         if isinstance(text, str) and (typed.gather is not None or typed.read is not None or typed.least is not None):
@@ -123,7 +134,7 @@ def read_typed(typed: Typed, text: Any, what: str) -> Any:
     return typed.gather(typed.read(each, what) if typed.read is not None else each for each in texts)
 
 
-def refuse_unknown(function: str, options: Mapping[str, object], *records: type) -> None:
+def refuse_unknown(function: str, options: Mapping[str, object], *records: type[DataclassInstance]) -> None:
     """Refuses keywords that are no option.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .form_names import FORM_NAMES
 from .numbers import parse_arg, parse_error, parse_share, parse_width
-from .option import option, path
+from .option import documented, option, path
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -26,26 +26,13 @@ MODEL, PASSES, BUDGET, PROOF = "Model and inputs", "What is rewritten", "Budget 
 """The panels in which the help of a command shows options."""
 
 _of_model, _of_passes, _of_budget, _of_proof = (partial(option, panel=p) for p in (MODEL, PASSES, BUDGET, PROOF))
-_seed = partial(_of_model, 0, "Seed of what is drawn: weights, samples.", "--seed", metavar="N", least=0)
+_seed = partial(_of_model, 0, "Seed of what is drawn: weights, samples.", "--seed N", least=0)
 
 
+@documented
 @dataclass(frozen=True)
 class TargetOptions:
-    """A target and how it is opened.
-
-    Attributes:
-        target: ``model.py``, ``model.py:NAME``, ``package.module:NAME``, ``torchvision:NAME``, ``timm:NAME`` or a
-            saved folder.
-        args: Arguments of whatever makes the (original) model, by name.
-        weights: A checkpoint; without one the model keeps the weights it is made with. Not for a folder, which holds
-            its own.
-        weights_lenient: Accept a checkpoint that fits in part.
-        inputs: Example inputs, ``[NAME=]SHAPE[:DTYPE]`` each; without them they are found or guessed, and a note says
-            so.
-        base: For a folder: the target of the original model.
-        trust_target: For a folder: whether the target that its plan records may be imported, which runs its code.
-        seed: What the random state is set to while the model is made.
-    """
+    """A target and how it is opened; Python takes ``args`` as a dict and ``inputs`` as a list of texts."""
 
     target: str = option(
         MISSING,
@@ -53,72 +40,48 @@ class TargetOptions:
         "[bold]timm:NAME[/] or a [bold]folder[/] that rewrite saved.",
     )
     args: Mapping[str, object] = _of_model(
-        {}, "Argument for what makes the model; repeatable.", "--arg", metavar="K=V", read=parse_arg, gather=dict
+        {}, "Argument for what makes the model; repeatable.", "--arg K=V", read=parse_arg, gather=dict
     )
     weights: Path | None = _of_model(
-        None, "Checkpoint to fill in (.safetensors, .pt, .pth), read safely.", "--weights", metavar="FILE", read=path
+        None, "Checkpoint to fill in (.safetensors, .pt, .pth), read safely.", "--weights FILE", read=path
     )
     weights_lenient: bool = _of_model(False, "Accept a checkpoint that fits in part.", "--weights-lenient")
     inputs: Sequence[str] = _of_model(
         (),
         "Example input such as 1x3x224x224, 1x77:int64 or mask=1x1x64x64; repeatable. "
         "Without it: taken from the file, the folder, the zoo or the first layer.",
-        "--input",
-        metavar="SHAPE",
+        "--input SHAPE",
     )
-    base: str | None = _of_model(
-        None, "For a saved folder: the model that it was rewritten from.", "--model", metavar="TARGET"
-    )
+    base: str | None = _of_model(None, "For a saved folder: the model that it was rewritten from.", "--model TARGET")
     trust_target: bool = _of_model(
         False, "For a saved folder: import the model that its plan names, which runs that code.", "--trust-target"
     )
     seed: int = _seed()
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class LayerOptions:
-    """Which layers are rewritten.
+    """Which layers are rewritten."""
 
-    Attributes:
-        include: Patterns on paths; all layers where empty.
-        exclude: Patterns on paths of layers that stay as they are.
-        multiple: What computed widths are rounded to; None for 8 from 64 channels on, else 1.
-        replan: Whether what an earlier rewrite put in is looked at too.
-    """
-
-    include: Sequence[str] = _of_passes(
-        (), "Only these layers, such as 'layer3.*'; repeatable.", "--include", metavar="PATTERN"
-    )
-    exclude: Sequence[str] = _of_passes((), "Not these layers; repeatable.", "--exclude", metavar="PATTERN")
+    include: Sequence[str] = _of_passes((), "Only these layers, such as 'layer3.*'; repeatable.", "--include PATTERN")
+    exclude: Sequence[str] = _of_passes((), "Not these layers; repeatable.", "--exclude PATTERN")
     multiple: int | None = _of_passes(
         None,
         r"What computed widths are rounded to. [dim]\[default: 8 from 64 channels on, else 1][/]",
-        "--multiple",
-        metavar="N",
+        "--multiple N",
         least=1,
     )
     replan: bool = _of_passes(False, "Also rewrite layers that an earlier rewrite made.", "--replan")
 
 
+@documented
 @dataclass(frozen=True)
 class PassOptions(LayerOptions):
     """Passes by name, and their settings.
 
-    Attributes:
-        passes: Names of passes, in order; ``insert-bottleneck`` where neither these nor ``settings`` are given.
-        settings: A form for single layers: ``PATH=FORM:WIDTH[,WIDTH]`` or ``PATH=keep`` each.
-        rank: Width or ratio for every pass.
-        rank_in: The same, of the reduction only.
-        rank_out: The same, of the expansion only.
-        energy: Part of ‖W‖² to keep, instead of widths.
-        vbmf: Ranks by empirical variational Bayes, instead of widths.
-        min_share: Least part of the MACs; 1% where neither passes nor layers are named, 0 otherwise.
-        min_gain: Least part of a layer's MACs that a rewrite saves; 10% where the width is computed, 0 where it is
-            given as an integer.
-        allow_growth: Rewrite also where that costs more.
-        init: ``weights`` or ``fresh``.
-        norm: With ``fresh``: the norm behind every new layer but the last.
-        activation: With ``fresh``: the activation there.
+    Shares are floats up to 1 in Python, and widths integers, or floats for parts of the channels. ``min_share`` is 1%
+    where neither passes nor layers are named, else 0.
     """
 
     passes: Sequence[Any] = _of_passes(
@@ -126,42 +89,34 @@ class PassOptions(LayerOptions):
         "Pass to run, see `pwrewrite passes`; repeatable, in order. Without --pass, --set and --plan: "
         "insert-bottleneck on layers with at least 1% of the MACs.",
         "--pass",
-        "--passes",
-        metavar="NAME",
+        "--passes NAME",
         split=True,
     )
     settings: Sequence[str] = _of_passes(
         (),
         "A form for one layer (or pattern), over --pass; repeatable: b3=reduce:96, 'layer4.*=bottleneck:64,32', "
         f"pool=project:32, fc=keep. Forms: {', '.join(FORM_NAMES)}, project, keep.",
-        "--set",
-        metavar="PATH=FORM:W",
+        "--set PATH=FORM:W",
     )
     rank: Width | None = _of_passes(
         None,
         r"Width of the new layers: 32, or 0.5 or 50% of the channels. [dim]\[default: the pass's own][/]",
-        "--rank",
-        metavar="R",
+        "--rank R",
         read=parse_width,
     )
-    rank_in: Width | None = _of_passes(
-        None, "The same, of the reduction only.", "--rank-in", metavar="R", read=parse_width
-    )
-    rank_out: Width | None = _of_passes(
-        None, "The same, of the expansion only.", "--rank-out", metavar="R", read=parse_width
-    )
+    rank_in: Width | None = _of_passes(None, "The same, of the reduction only.", "--rank-in R", read=parse_width)
+    rank_out: Width | None = _of_passes(None, "The same, of the expansion only.", "--rank-out R", read=parse_width)
     energy: float | None = _of_passes(
-        None, "Instead of --rank: part of ‖W‖² to keep, 0.95 or 95%.", "--energy", metavar="SHARE", read=parse_share
+        None, "Instead of --rank: part of ‖W‖² to keep, 0.95 or 95%.", "--energy SHARE", read=parse_share
     )
     vbmf: bool = _of_passes(False, "Instead of --rank: ranks by empirical variational Bayes.", "--vbmf")
     min_share: float | None = _of_passes(
-        None, "Only layers with this part of the MACs.", "--min-share", metavar="SHARE", read=parse_share
+        None, "Only layers with this part of the MACs.", "--min-share SHARE", read=parse_share
     )
     min_gain: float | None = _of_passes(
         None,
         r"Leave layers whose rewrite saves less of their MACs. [dim]\[default: 10%, 0 with a --rank like 32][/]",
-        "--min-gain",
-        metavar="SHARE",
+        "--min-gain SHARE",
         read=parse_share,
     )
     allow_growth: bool = _of_passes(False, "Also where it costs more than it saves.", "--allow-growth")
@@ -172,16 +127,12 @@ class PassOptions(LayerOptions):
         choices=("weights", "fresh"),
     )
     norm: str | None = _of_passes(
-        None,
-        "With --init fresh: norm after every new layer but the last: batch_norm, instance_norm.",
-        "--norm",
-        metavar="NAME",
+        None, "With --init fresh: norm after every new layer but the last: batch_norm, instance_norm.", "--norm NAME"
     )
-    activation: str | None = _of_passes(
-        None, "With --init fresh: activation there, such as relu.", "--activation", metavar="NAME"
-    )
+    activation: str | None = _of_passes(None, "With --init fresh: activation there, such as relu.", "--activation NAME")
 
 
+@documented
 @dataclass(frozen=True)
 class Budget(LayerOptions):
     """What the result may cost, and how layers, forms and widths are chosen so that the least is lost.
@@ -189,28 +140,9 @@ class Budget(LayerOptions):
     Attributes:
         limits: Kind to limit, ``{"macs": 0.5, "params": "12M"}``, where floats up to 1 are parts of the original; the
             same as ``macs=0.5`` texts; or a single number, which limits the MACs.
-        calibration: A few hundred unlabelled inputs: any iterable of batches, or what names one: a file, a folder of
-            images, ``file.py:NAME``. Without it the weights' own errors count, which is a much poorer guide.
-        batch: A function, or ``file.py:NAME`` of one, from a batch as it comes to the inputs, or to inputs and labels:
-            for loaders whose batches are anything else.
-        preprocess: ``file.py:NAME`` of a function from a stored batch, or an image, to what the model takes.
-        calibration_size: Use at most so many calibration inputs.
-        forms: Forms to choose from: ``all``, ``1x1``, or some of `pwrewrite.forms.FORMS`.
-        sensitivity: ``loss``, ``activations`` or ``weights``: in what norm an error counts; the best that the
-            calibration allows by default.
-        refit: ``full`` fits the factors, biases and norms to the original on the calibration inputs, ``bias`` the last
-            two alone, ``none`` nothing; everything by default.
-        max_layer_error: Largest relative error of one layer, in the norm of ``sensitivity``.
-        gate: ``latency`` to use only what is measured to be faster than the layer on this device.
-        outputs: ``logits``, ``probabilities`` or ``values``; told by their values by default.
-        threads: Threads of torch while latencies are measured; as many as it uses by default.
-        best_effort: Whether a result that misses a limit, as measured in the end, is taken all the same.
-        bake: Whether parametrizations and old weight norms are baked into plain weights first.
-        metric: Called with a model, larger is better, or ``file.py:NAME`` of such a function; measured before and
-            after.
-        labels: File with the class of each calibration input.
-        max_drop: With a metric and in place of limits: how much it may fall.
-        seed: Of everything that is drawn.
+        calibration: Any iterable of batches, or what names one. Without it the weights' own errors count, which is a
+            much poorer guide.
+        batch: A function, or what names one, as ``preprocess`` and ``metric``.
         plan: A plan that has chosen already: only its weights are calibrated.
         metric_name: What reports call the metric; the name of its function where empty.
     """
@@ -219,37 +151,28 @@ class Budget(LayerOptions):
         (),
         "Instead of passes: what the result may cost, of the original or absolute: macs=0.5, params=12M, "
         "bytes=40MiB, latency=8ms; repeatable. Layers, forms and widths are chosen so that the least is lost.",
-        "--budget",
-        metavar="KIND=LIMIT",
+        "--budget KIND=LIMIT",
     )
     calibration: str | Iterable[Any] | None = _of_budget(
         None,
         "A few hundred unlabelled inputs: .npy, .npz, .safetensors, a folder of images, or file.py:NAME, an "
         "iterable of batches.",
-        "--calibration",
-        metavar="DATA",
+        "--calibration DATA",
     )
     batch: str | Callable[[Any], Any] | None = _of_budget(
         None,
         "Function from a batch as --calibration gives it to the model's inputs, or to (inputs, labels).",
-        "--batch",
-        metavar="file.py:NAME",
+        "--batch file.py:NAME",
     )
     preprocess: str | None = _of_budget(
-        None,
-        "Function from a batch of arrays, or an image, to what the model takes.",
-        "--preprocess",
-        metavar="file.py:NAME",
+        None, "Function from a batch of arrays, or an image, to what the model takes.", "--preprocess file.py:NAME"
     )
-    calibration_size: int | None = _of_budget(
-        None, "Use at most so many inputs.", "--calibration-size", metavar="N", least=1
-    )
+    calibration_size: int | None = _of_budget(None, "Use at most so many inputs.", "--calibration-size N", least=1)
     forms: Sequence[str] = _of_budget(
         ("all",),
         f"What layers may become: all, 1x1 (forms that add 1×1 layers only) or some of {', '.join(FORM_NAMES)}. "
         r"[dim]\[default: all][/]",
-        "--forms",
-        metavar="NAMES",
+        "--forms NAMES",
         split=True,
     )
     sensitivity: str | None = _of_budget(
@@ -268,8 +191,7 @@ class Budget(LayerOptions):
     max_layer_error: float | None = _of_budget(
         None,
         "Largest relative error of one layer, in the norm of --sensitivity: 0.3 or 30%.",
-        "--max-layer-error",
-        metavar="E",
+        "--max-layer-error E",
         read=parse_share,
     )
     outputs: str | None = _of_budget(
@@ -285,31 +207,25 @@ class Budget(LayerOptions):
         choices=("latency",),
     )
     threads: int | None = _of_budget(
-        None,
-        r"Threads while latencies are measured. [dim]\[default: as torch has them][/]",
-        "--threads",
-        metavar="N",
-        least=1,
+        None, r"Threads while latencies are measured. [dim]\[default: as torch has them][/]", "--threads N", least=1
     )
     best_effort: bool = _of_budget(
         False, "Take the nearest result where a limit is missed, as measured in the end.", "--best-effort"
     )
     bake: bool = _of_budget(False, "Bake parametrizations and old weight norms into plain weights first.", "--bake")
     metric: str | Callable[[Any], float] | None = _of_budget(
-        None, "Function of a model, larger is better; reported before and after.", "--metric", metavar="file.py:NAME"
+        None, "Function of a model, larger is better; reported before and after.", "--metric file.py:NAME"
     )
     labels: Path | None = _of_budget(
         None,
         "Class of each calibration input (.npy, .npz, .txt, .csv, .safetensors): accuracy on those held out.",
-        "--labels",
-        metavar="FILE",
+        "--labels FILE",
         read=path,
     )
     max_drop: float | None = _of_budget(
         None,
         "With --metric: the smallest model whose metric falls by no more than that: 0.01 or 1%.",
-        "--max-drop",
-        metavar="D",
+        "--max-drop D",
         read=parse_error,
     )
     seed: int = _seed()
@@ -317,23 +233,17 @@ class Budget(LayerOptions):
     metric_name: str = ""
 
 
+@documented
 @dataclass(frozen=True)
 class Proof:
-    """Whether and how the result is verified.
-
-    Attributes:
-        verify: Whether to verify it.
-        thorough: Whether at several batch and spatial sizes, in train mode, with gradients and reloading.
-        max_error: Largest relative output error that passes; None for any.
-        allow_output_change: Whether an output may change its shape, which the report then tells.
-    """
+    """Whether and how the result is verified; ``thorough`` is at several sizes, in train mode and with gradients."""
 
     verify: bool = _of_proof(
         True, "Leave the verification out; then nothing is saved without --save-unverified.", "--no-verify"
     )
     thorough: bool = True
     max_error: float | None = _of_proof(
-        None, "Fail if the relative output error is larger: 0.1 or 10%.", "--max-error", metavar="E", read=parse_error
+        None, "Fail if the relative output error is larger: 0.1 or 10%.", "--max-error E", read=parse_error
     )
     allow_output_change: bool = _of_proof(
         False, "An output may change its shape; the report says how.", "--allow-output-change"

@@ -1,7 +1,5 @@
 """Plans: what to change in a model, as plain data and JSON.
 
-Passes and planners *propose*; a plan records what they proposed; `pwrewrite.apply` alone carries it out.
-
 A `Plan` is an ordered list of `Op` (what to do) beside the `Skip` records (what was refused, and why). An op names a
 layer by its absolute path, says what replaces it and how wide, and holds no weights: a dry run prints the plan,
 ``rewrite`` applies it and fills in weights, ``load`` applies it and fills in saved ones. The file is JSON that a person
@@ -14,12 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from .errors import PlanError
 from .files import read_text
 from .json_text import JsonText, dumps, line_at, loads
-from .records import Record, Shown
+from .records import Json, Record, Shown
 
 SCHEMA = "pwrewrite.plan/1"
 
@@ -61,13 +58,7 @@ class SkipReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Skip(Record):
-    """A layer that is not rewritten.
-
-    Attributes:
-        path: The layer's absolute path.
-        reason: Why, as one of `SkipReason`.
-        detail: A sentence that helps: what was found, and what would change it.
-    """
+    """A layer that is not rewritten: its absolute path, why, and what was found or would change it, in a sentence."""
 
     path: str
     reason: SkipReason
@@ -86,14 +77,7 @@ class Estimate(Record):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where an op was read from.
-
-    Attributes:
-        name: Name of the file.
-        text: All of it.
-        start: Offset of the op in it.
-        end: Offset behind it.
-    """
+    """Where an op was read from: a file's name and text, and the offsets of the op's start and end in it."""
 
     name: str
     text: str = field(repr=False)
@@ -123,7 +107,7 @@ class Op(Record):
     action: str
     path: str
     pass_name: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Json]
     estimate: Estimate | None = None
     source: Source | None = field(default=None, compare=False, repr=False)
 
@@ -132,7 +116,7 @@ class Op(Record):
         where = f"{key} of the op for {self.path or 'the root'}"
         return f"{self.source.line(key)} ({where})" if self.source else where
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same as plain JSON data."""
         data = {"action": self.action, "path": self.path, "pass": self.pass_name, "settings": dict(self.settings)}
         return data | ({"estimate": self.estimate.to_dict()} if self.estimate else {})
@@ -143,16 +127,12 @@ class Edit:
     """An op carried out.
 
     Attributes:
-        op: The op.
         kind: ``module`` (a module took another's place) or ``graph`` (the code of ``graph_module`` was rewritten).
         method: The form, such as ``bottleneck`` or ``spatial``.
         rank_in: First width between, per group.
         rank_out: Last width between, per group; equal to ``rank_in`` where there is only one.
-        params_before: Parameters of the layer before.
-        params_after: Parameters of what replaced it.
         relative_error: ``‖W − Ŵ‖ / ‖W‖`` of the weights; None for fresh ones.
-        exact: ``eval``, ``train`` or ``both`` for an edit that changes no output in that mode; None for an approximate
-            one.
+        exact: ``eval``, ``train`` or ``both`` for an edit that changes no output in that mode; else None.
         renamed: Old parameter name to the names that came in its place.
         aliases: Other paths at which the same was replaced.
         adapted: Paths of other layers that changed their shape with it.
@@ -192,8 +172,8 @@ class Plan(Shown, Record):
 
     ops: tuple[Op, ...] = ()
     skips: tuple[Skip, ...] = ()
-    model: Mapping[str, Any] = field(default_factory=dict)
-    budget: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Json] = field(default_factory=dict)
+    budget: Mapping[str, Json] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ops)
@@ -202,10 +182,8 @@ class Plan(Shown, Record):
         return iter(self.ops)
 
     def __add__(self, other: Plan) -> Plan:
-        """One plan after the other.
-
-        Skips of layers that either of them carries out are dropped, and so is the remark that a pass did not mean a
-        layer, where another had more to say about it.
+        """One plan after the other, without skips of layers that either carries out, and without the remark that a pass
+        did not mean a layer where another had more to say about it.
         """
         done = {op.path for op in (*self.ops, *other.ops)}
         skips = dict.fromkeys(s for s in (*self.skips, *other.skips) if s.path not in done)
@@ -217,7 +195,7 @@ class Plan(Shown, Record):
             self.budget or other.budget,
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same as plain JSON data."""
         return {
             "schema": SCHEMA,
@@ -233,11 +211,7 @@ class Plan(Shown, Record):
 
     @classmethod
     def from_json(cls, text: str, name: str = "plan") -> Plan:
-        """Reads a plan.
-
-        Args:
-            text: JSON as `to_json` writes it.
-            name: What to call it in an error, such as the file's name.
+        """Reads what `to_json` wrote, called ``name`` in errors.
 
         Raises:
             PlanError: If it is not JSON or not a plan; says in which line.
@@ -259,75 +233,60 @@ class Plan(Shown, Record):
         return cls.from_json(text, str(path))
 
 
+_KINDS: dict[type, str] = {str: "a string", dict: "an object", list: "a list"}
+
+
 class _Reader(JsonText):
     """Turns JSON data into a plan and knows which line a complaint is about."""
 
-    def plan(self, data: object) -> Plan:
-        if not isinstance(data, dict):
-            raise self.error("a plan is a JSON object", 0, "an object with schema, ops and skipped", data)
+    def check(self, value: Json, kind: type, message: str, at: int) -> None:
+        """Refuses data of another type."""
+        if not isinstance(value, kind):
+            raise self.error(message, at, _KINDS[kind], value)
+
+    def plan(self, data: Json) -> Plan:
+        self.check(data, dict, "a plan is a JSON object", 0)
         schema = data.get("schema")
         if schema != SCHEMA:
             raise self.error("not a plan of this version", self.find('"schema"'), f'"schema": "{SCHEMA}"', schema)
-        ops: Any = data.get("ops")
-        skipped, model, budget = data.get("skipped", []), data.get("model", {}), data.get("budget", {})
-        kinds = (("ops", ops, list), ("skipped", skipped, list), ("model", model, dict), ("budget", budget, dict))
-        for key, value, kind in kinds:
-            if not isinstance(value, kind):
-                expected = "a list" if kind is list else "an object"
-                raise self.error(f"{key} is {expected}", self.find(f'"{key}"'), expected, value)
-        self.check_model(model)
-        return Plan(
-            tuple(self.op(op, *span) for op, span in zip(ops, self.entries("ops"), strict=True)),
-            tuple(self.skip(skip, *span) for skip, span in zip(skipped, self.entries("skipped"), strict=True)),
-            model,
-            budget,
-        )
-
-    def check_model(self, model: dict[str, object]) -> None:
-        """Refuses facts about the original of another type, since a folder is opened by them."""
-        kinds: dict[str, tuple[type, str]] = {
-            "class": (str, "a string"),
-            "target": (str, "a string"),
-            "args": (dict, "an object"),
-            "inputs": (list, "a list of objects with shape and dtype"),
-        }
-        for key, (kind, expected) in kinds.items():
-            if key in model and not isinstance(model[key], kind):
-                raise self.error(f"model.{key} is {expected}", self.find(f'"{key}"'), expected, model[key])
-        inputs = model.get("inputs", [])
-        for item in inputs if isinstance(inputs, list) else []:
+        data = {"ops": None, "skipped": [], "model": {}, "budget": {}, **data}
+        for key in ("ops", "skipped", "model", "budget"):
+            kind = list if key in ("ops", "skipped") else dict
+            self.check(data[key], kind, f"{key} is {_KINDS[kind]}", self.find(f'"{key}"'))
+        kinds: dict[str, type] = {"class": str, "target": str, "args": dict, "inputs": list}
+        for key in [key for key in kinds if key in data["model"]]:
+            self.check(data["model"][key], kinds[key], f"model.{key} is {_KINDS[kinds[key]]}", self.find(f'"{key}"'))
+        for item in data["model"].get("inputs", []):
             shape = item.get("shape") if isinstance(item, dict) else None
             texts = isinstance(shape, list) and all(isinstance(item.get(k, ""), str) for k in ("dtype", "name"))
             if not texts or "dtype" not in item or any(type(size) is not int or size < 0 for size in shape or ()):
                 expected = 'such as {"shape": [1, 3, 224, 224], "dtype": "float32"}'
                 raise self.error("the plan's inputs are not shapes", self.find('"inputs"'), expected, item)
+        return Plan(
+            tuple(self.op(op, *span) for op, span in zip(data["ops"], self.entries("ops"), strict=True)),
+            tuple(self.skip(skip, *span) for skip, span in zip(data["skipped"], self.entries("skipped"), strict=True)),
+            data["model"],
+            data["budget"],
+        )
 
-    def op(self, data: object, start: int, end: int) -> Op:
-        if not isinstance(data, dict):
-            raise self.error("an op is a JSON object", start, "an object", data)
+    def op(self, data: Json, start: int, end: int) -> Op:
+        self.check(data, dict, "an op is a JSON object", start)
         for key, kind in (("action", str), ("path", str), ("pass", str), ("settings", dict)):
-            if not isinstance(data.get(key), kind):
-                at = self.find(f'"{key}"', start, end)
-                expected = "an object" if kind is dict else "a string"
-                raise self.error(f"an op needs {key!r}", at, expected, data.get(key))
-        unknown = set(data) - {"action", "path", "pass", "settings", "estimate"}
-        if unknown:
-            key = sorted(unknown)[0]
+            self.check(data.get(key), kind, f"an op needs {key!r}", self.find(f'"{key}"', start, end))
+        for key in sorted(set(data) - {"action", "path", "pass", "settings", "estimate"}):
             at = self.find(f'"{key}"', start, end)
             raise self.error(f"an op has no {key!r}", at, "action, path, pass, settings or estimate", key)
-        source = Source(self.name, self.text, start, end)
-        return Op(data["action"], data["path"], data["pass"], data["settings"], self.estimate(data, start, end), source)
-
-    def estimate(self, data: dict[str, object], start: int, end: int) -> Estimate | None:
         numbers, names = data.get("estimate"), [f.name for f in fields(Estimate)]
-        if numbers is None:
-            return None
-        if not isinstance(numbers, dict) or {*numbers} != {*names} or any(type(n) is not int for n in numbers.values()):
+        if numbers is not None and (
+            not isinstance(numbers, dict) or {*numbers} != {*names} or any(type(n) is not int for n in numbers.values())
+        ):
             at = self.find('"estimate"', start, end)
             raise self.error("not an estimate", at, f"integers {', '.join(names)}", numbers)
-        return Estimate(**numbers)
+        estimate = None if numbers is None else Estimate(**numbers)
+        source = Source(self.name, self.text, start, end)
+        return Op(data["action"], data["path"], data["pass"], data["settings"], estimate, source)
 
-    def skip(self, data: object, start: int, end: int) -> Skip:
+    def skip(self, data: Json, start: int, end: int) -> Skip:
         if not isinstance(data, dict) or not all(isinstance(data.get(k), str) for k in ("path", "reason", "detail")):
             raise self.error("a skip needs a path, a reason and a detail", start, "strings path, reason, detail", data)
         try:

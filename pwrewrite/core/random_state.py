@@ -6,7 +6,6 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -30,7 +29,7 @@ def keeping_random_state() -> Iterator[None]:
     """Puts the random states back on leaving, whatever happened in between."""
     state, python = torch.get_rng_state(), random.getstate()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    numpy: Any = sys.modules.get("numpy.random")
+    numpy = sys.modules.get("numpy.random")
     numpy_state = numpy.get_state() if numpy is not None else None
     try:
         yield
@@ -39,7 +38,7 @@ def keeping_random_state() -> Iterator[None]:
         random.setstate(python)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
-        if numpy_state is not None:
+        if numpy is not None and numpy_state is not None:
             numpy.set_state(numpy_state)
 
 
@@ -52,6 +51,6 @@ def seed_all(seed: int) -> None:
     check_seed(seed)
     torch.manual_seed(seed)
     random.seed(seed)
-    numpy: Any = sys.modules.get("numpy.random")
+    numpy = sys.modules.get("numpy.random")
     if numpy is not None:
         numpy.seed(seed % 2**32)

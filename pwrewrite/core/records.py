@@ -1,8 +1,7 @@
 """What results are made of: records that turn into JSON data, and print as their report.
 
-`Record` gives a dataclass ``to_dict``. `Shown` gives a result ``__str__``, ``__repr__`` and ``_repr_html_``, written by
-whatever `show_with` names: records stand below the reports that show them and import none of it. The package itself
-names ``pwrewrite.report.display``, which is imported when a result is first shown.
+A `Shown` result is written by whatever `show_with` names (the package: ``pwrewrite.report.display``, imported when a
+result is first shown), since records stand below the reports that show them.
 """
 
 from __future__ import annotations
@@ -13,8 +12,11 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
+Json = Any
+"""JSON data: texts, numbers, None, lists, and dicts with texts as keys."""
 
-def as_data(value: object) -> Any:
+
+def as_data(value: object) -> Json:
     """Plain JSON data: records become objects, tuples lists, and members of an enum their value."""
     if isinstance(value, Record):
         return value.to_dict()
@@ -33,26 +35,18 @@ def key(name: str) -> dict[str, str]:
 
 
 class Record:
-    """A dataclass with ``to_dict``.
-
-    Attributes:
-        also: Names of properties that JSON holds, too.
-    """
+    """A dataclass with ``to_dict``; ``also`` names properties that JSON holds, too."""
 
     __slots__ = ()
     also: ClassVar[tuple[str, ...]] = ()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The same as plain JSON data."""
-        names = {f.name: f.metadata.get("key", f.name) for f in fields(self)}  # type: ignore[arg-type]
+        names = {f.name: f.metadata.get("key", f.name) for f in vars(type(self))["__dataclass_fields__"].values()}
         return {names.get(n, n): as_data(getattr(self, n)) for n in (*self.also, *names)}
 
     def to_json(self, *, indent: int | None = 2) -> str:
-        """`to_dict` as JSON text.
-
-        Args:
-            indent: Spaces per level; None for one line.
-        """
+        """`to_dict` as JSON text, with ``indent`` spaces per level; None for one line."""
         return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 

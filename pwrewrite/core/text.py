@@ -7,12 +7,8 @@ LONGEST = 2000
 
 
 def plain(text: str, *, lines: bool = False) -> str:
-    """A text whose control characters (escape sequences, line breaks, marks that reverse the direction of writing) are
-    spelt out, and whose middle is left out where it is longer than `LONGEST`.
-
-    Args:
-        text: The text.
-        lines: Whether line breaks and tabs stay as they are.
+    """A text whose control characters (escape sequences, marks that reverse the direction of writing, line breaks
+    unless ``lines``) are spelt out, and whose middle is left out where it is longer than `LONGEST`.
     """
     if len(text) > LONGEST:
         half = LONGEST // 2

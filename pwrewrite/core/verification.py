@@ -9,13 +9,7 @@ from .records import Record, Shown
 
 @dataclass(frozen=True, slots=True)
 class Check(Record):
-    """One thing that was checked.
-
-    Attributes:
-        name: Such as ``shapes (eval, batch 2)``.
-        passed: Whether it held.
-        detail: What was measured or, where it failed, what differed and where.
-    """
+    """One thing that was checked, such as ``shapes (eval, batch 2)``; the detail is what was measured or differed."""
 
     name: str
     passed: bool

@@ -11,15 +11,11 @@ form:
     no axis       1×1 → k×k, a reduction
     every axis    k×k → 1×1, an expansion: the response reconstruction of Zhang et al. 2016 when weighted by the
                   input's second moment
-    some axes     k×1 → 1×k (Jaderberg et al. 2014, scheme 2); in 3-D, ``(0,)`` is (k,1,1) → (1,k,k), the (2+1)-D form
-                  the other way round (Tran et al. 2018), and ``(1, 2)`` is (1,k,k) → (k,1,1)
+    some axes     k×1 → 1×k (Jaderberg et al. 2014, scheme 2); in 3-D (k,1,1) → (1,k,k), or ``(1, 2)`` for the
+                  (2+1)-D form (Tran et al. 2018)
     no extent     a linear map or pointwise convolution through a narrower one
 
-Each of stride, padding, dilation and output padding is split per axis: an axis' value sits on the convolution that
-owns the axis. So between the two, an axis of ``a`` has the output's size and an axis of ``b`` still the input's.
-
-Weights: ``input_weight`` over ``in`` or ``in·a``, ``output_weight`` over ``out`` or ``out·b``, or a pair for the
-product of both parts; see `pwrewrite.decompose.weighting`.
+An axis' stride, padding, dilation and output padding sit on the convolution that owns it.
 """
 
 from __future__ import annotations
@@ -39,11 +35,11 @@ from .weighting import Weight, side_weight
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AxisSplit(PairFactors):
-    """Two convolutions, each over its own spatial axes.
+    """Two convolutions, each over its own spatial axes and with size 1 on the others.
 
     Attributes:
-        first: ``(groups·rank, in/groups, *k)`` with size 1 on the axes that it does not own.
-        second: ``(out, rank, *k)`` with size 1 on the axes of the first.
+        first: ``(groups·rank, in/groups, *k)``.
+        second: ``(out, rank, *k)``.
         first_axes: The spatial axes of the first, counted from 0.
     """
 
@@ -104,7 +100,7 @@ def split_spectrum(
     input_weight: Tensor | None = None,
     output_weight: Weight | None = None,
 ) -> Spectrum[AxisSplit]:
-    """Factorises a kernel once for pairs of every rank.
+    """Factorises a kernel once for pairs of every rank up to ``min(out/groups·b, in/groups·a)``.
 
     Args:
         kernel: ``(out, in/groups, *k)`` with up to 3 spatial axes, forward layout; a matrix for a linear map.
@@ -112,9 +108,6 @@ def split_spectrum(
         first_axes: The spatial axes of the first convolution.
         input_weight: ``C``, over ``in`` or ``in·a``.
         output_weight: ``G``, over ``out`` or ``out·b``, or a pair over ``out`` and ``b`` for their product.
-
-    Returns:
-        The spectrum; ``max_rank`` is ``min(out/groups·b, in/groups·a)``.
 
     Raises:
         UsageError: A kernel, weight or axes that do not fit.

@@ -6,18 +6,15 @@ Network decoupling (Guo et al. 2018): for each input channel the slice ``(out, k
     W[o, i, k] ≈ Σ_t  pointwise[o, i·terms + t] · depthwise[i·terms + t, k]
 
 which is optimal at every number of terms and exact at ``min(out/groups, k)``. One term is the depthwise-separable
-convolution of MobileNet (Howard et al. 2017). Stride, padding, dilation and output padding sit on the depthwise
-convolution, which comes first, so the pointwise one runs at the output's resolution.
-
-Weights: ``output_weight`` over ``out``; ``input_weight`` over the patch ``in·k`` (or ``in``), of which the diagonal
-blocks are used, one per input channel: correlations *between* input channels are not seen by this form.
+convolution of MobileNet (Howard et al. 2017). Stride, padding, dilation and output padding sit on the depthwise one.
+Of an ``input_weight`` only the diagonal blocks, one per input channel, are seen.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -89,26 +86,19 @@ class Depthwise(PairFactors):
     def with_last(self, matrix: Tensor) -> Self:
         """See `PairFactors.with_last`."""
         by_term = matrix.reshape(*matrix.shape[:2], self.terms, -1)
-        pointwise = by_term.transpose(2, 3).reshape(self.pointwise.shape).to(self.pointwise)
-        return replace(self, pointwise=pointwise, relative_error=float("nan"), weighted_error=float("nan"))
+        return self._with(by_term.transpose(2, 3).reshape(self.pointwise.shape).to(self.pointwise))
 
 
 def depthwise_spectrum(
-    kernel: Tensor,
-    groups: int = 1,
-    input_weight: Tensor | None = None,
-    output_weight: Tensor | None = None,
+    kernel: Tensor, groups: int = 1, input_weight: Tensor | None = None, output_weight: Tensor | None = None
 ) -> Spectrum[Depthwise]:
-    """Factorises a kernel once for every number of terms.
+    """Factorises a kernel once for every number of terms up to ``min(out/groups, k)``.
 
     Args:
         kernel: ``(out, in/groups, *k)``, forward layout.
         groups: Number of groups.
         input_weight: ``C``, over ``in·k`` or ``in``; its diagonal blocks count.
         output_weight: ``G``, over ``out``.
-
-    Returns:
-        The spectrum; ``max_rank`` is ``min(out/groups, k)`` terms.
 
     Raises:
         UsageError: A kernel or weight of the wrong shape or dtype.
@@ -140,7 +130,7 @@ def depthwise_spectrum(
 
 
 def _channel_blocks(weight: SideWeight | None, channels: int, size: int) -> SideWeight | None:
-    """The diagonal blocks ``(in, k, k)`` of a weight over ``channels·k``, or ``(in, 1, 1)`` of one over channels."""
+    """The diagonal blocks ``(in, k, k)`` of a weight over ``channels·k``, or ``(in, 1, 1)`` over channels."""
     if weight is None:
         return None
     block = weight.matrix.shape[-1] // channels

@@ -1,9 +1,8 @@
 """Eigendecompositions that do not give up.
 
 LAPACK's divide and conquer fails on some float32 Gram matrices with many equal eigenvalues, above all on those of
-kernels with dead filters (zero rows), which trained networks have. The same matrix in float64 decomposes; should it
-not either, its ties are broken by a perturbation of the size of rounding, and the last resort is a singular value
-decomposition.
+kernels with dead filters. The same matrix in float64 decomposes; should it not, its ties are broken by a perturbation
+of the size of rounding, and the last resort is a singular value decomposition.
 """
 
 from __future__ import annotations
@@ -18,23 +17,12 @@ LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-
 
 
 def symmetric_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors of a symmetric positive semi-definite matrix.
-
-    Args:
-        gram: ``(*batch, n, n)``, finite.
-
-    Returns:
-        ``(*batch, n)`` and ``(*batch, n, n)`` in the matrix's dtype.
-    """
+    """Eigenvalues ``(*batch, n)``, ascending, and eigenvectors of a finite symmetric positive semi-definite stack."""
     try:
         values, vectors = torch.linalg.eigh(gram)
+        return values, vectors
     except LinAlgError:
-        values, vectors = _stubborn_eigen(gram)
-    return values, vectors
-
-
-def _stubborn_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, for a matrix on which LAPACK failed."""
+        pass
     wide = gram.to(wide_dtype(gram))
     scale = wide.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].abs()
     scaled = wide / torch.where(scale > 0, scale, 1)

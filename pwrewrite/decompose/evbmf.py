@@ -1,14 +1,12 @@
 """The rank of a noisy matrix by empirical variational Bayesian matrix factorisation (EVBMF).
 
 Model: ``V = B Aᵀ + noise``, ``V (L, M)`` with ``L ≤ M``, Gaussian priors on the columns of ``A`` and ``B`` whose
-variances are estimated too, and Gaussian noise of variance σ². Nakajima, Sugiyama, Babacan & Tomioka ("Global
-analytic solution of fully-observed variational Bayesian matrix factorization", JMLR 14, 2013) show that the global
-optimum keeps exactly the singular values above a threshold. With ``α = L/M`` and
+variances are estimated too, and Gaussian noise of variance σ². Nakajima, Sugiyama, Babacan & Tomioka (JMLR 14, 2013)
+show that the global optimum keeps exactly the singular values ``γ`` with ``γ² > σ² M x̄``, where with ``α = L/M``
 
     τ̄ ≈ 2.5129 √α        x̄ = (1 + τ̄)(1 + α/τ̄)          (a numerical fit of theirs for τ̄)
 
-singular value ``γ`` is kept iff ``γ² > σ² M x̄``. When σ² is unknown it minimises the free energy (terms constant in
-σ² dropped)
+When σ² is unknown it minimises the free energy (terms constant in σ² dropped)
 
     Ω(σ²) = Σ_h ψ(γ_h² / (M σ²)),   ψ(x) = x − log x + [x > x̄] ψ₁(x),
     ψ₁(x) = log(τ(x) + 1) + α log(τ(x)/α + 1) − τ(x),   τ(x) = (x − 1 − α + √((x − 1 − α)² − 4α)) / 2
@@ -37,14 +35,11 @@ _GRID = 64
 
 
 def evbmf_rank(values: Tensor, shape: Sequence[int] | None = None) -> int:
-    """The number of singular values that EVBMF keeps.
+    """The number of singular values that EVBMF keeps, from 0 (nothing but noise) to ``min(shape)``.
 
     Args:
-        values: A matrix ``(L, M)``; or, with ``shape``, its singular values (1-D, in any order).
+        values: A matrix ``(L, M)``; or, with its ``shape``, its singular values (1-D, in any order).
         shape: The matrix's shape, when singular values are given.
-
-    Returns:
-        The rank, from 0 (nothing but noise) to ``min(shape)``.
 
     Raises:
         UsageError: Neither a matrix, nor singular values with a shape that they fit.

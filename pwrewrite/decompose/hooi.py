@@ -3,35 +3,24 @@
 A kernel ``T (out, k, in)`` is approximated by ``core ×_out U_out ×_in U_in`` with orthonormal ``U_out (out, rank_out)``
 and ``U_in (in, rank_in)``; the core is then ``T ×_out U_outᵀ ×_in U_inᵀ``, and the best pair maximises its norm.
 
-* **HOSVD** (De Lathauwer, De Moor & Vandewalle 2000a): each factor holds the leading eigenvectors of the Gram
-  matrix of its own unfolding. No singular value decomposition of a long matrix is needed.
-* **HOOI** (De Lathauwer et al. 2000b, "On the best rank-(R1, …, RN) approximation"; Kim et al. 2016 for
-  convolutions): alternately, each factor is the best for the tensor already projected by the other. Here one factor
-  (of the shorter axis) is started by HOSVD and the other is computed from the projected tensor (Vannieuwenhoven et
-  al. 2012), so even with no sweep the error is at most that of HOSVD.
+* **HOSVD** (De Lathauwer, De Moor & Vandewalle 2000a): the leading eigenvectors of the Gram matrix of each unfolding.
+* **HOOI** (De Lathauwer et al. 2000b; Kim et al. 2016 for convolutions): alternately, each factor is the best for the
+  tensor projected by the other. One factor (of the shorter axis) is started by HOSVD and the other from the projected
+  tensor (Vannieuwenhoven et al. 2012), so the error is never above that of HOSVD.
 
-A projection, a Gram matrix and an eigendecomposition cost about the same (512×512×3×3, half rank, 2 cores). So
+An update is one step of subspace iteration from the factor at hand instead of a new eigendecomposition, ``U ← qr(T₂(G)
+U)``, with the Chebyshev polynomial that damps eigenvalues between 0 and the smallest Ritz value (Zhou & Saad 2007). It
+costs less than half and converges faster on flat spectra, since it overshoots a little; an update that loses energy is
+repeated exactly. Updates end when the last two (one of each side) lower the error by less than ``tolerance`` each on
+average. The layout ``(out, k, in)`` makes both unfoldings and projections plain matrix products without a copy.
 
-* the kernel is kept as ``(out, k, in)``, in which both unfoldings and both projections are plain matrix products
-  without a copy;
-* a Gram matrix is computed as its lower blocks only;
-* an update does not decompose the Gram matrix ``G`` anew: one step of subspace iteration from the factor at hand,
-  ``U ← qr(T₂(G) U)``, with the Chebyshev polynomial that damps eigenvalues between 0 and the smallest Ritz value
-  (Zhou & Saad 2007), costs less than half and, on flat spectra, converges faster than the exact update: it overshoots
-  a little, as over-relaxation does. The energy that each update captures is tracked; an update that loses some is
-  repeated exactly;
-* it stops when updates lower the error by less than ``tolerance``, on the average of the last two (one of each side).
-
-**Precision.** A float32 Gram matrix cannot tell singular values below about 3e-4 of the largest. When what is to be
-cut off lies near that floor, the whole computation is repeated in float64 (`_TRUST`). The factors are orthonormal to
-working precision in any case, as eigenvectors and QR factors are, and so full rank is exact whatever the Gram matrix
-lost.
+A float32 Gram matrix cannot tell singular values below about 3e-4 of the largest. When what is to be cut off lies near
+that floor, all is repeated in float64 (`_TRUST`). Full rank is exact whatever the Gram matrix lost.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,37 +28,22 @@ from torch import Tensor
 from .eigen import LinAlgError, symmetric_eigen
 from .layout import wide_dtype
 
-#: The energy that is cut off must exceed this times √n·eps times the largest eigenvalue for a Gram matrix to be
-#: trusted.
+#: A Gram matrix is trusted where the energy cut off exceeds this times √n·eps times the largest eigenvalue.
 _TRUST = 100.0
 #: A first update that gains less than this times the tolerance and the squared aspect ratio leaves little: less than
 #: the tolerance, over spectra from flat to steep, aspect ratios from 1 to 3 and rank ratios from 1/4 to 3/4.
 _FIRST_GAIN = 5.0
 #: Chebyshev steps pay from this size on; below it, an eigendecomposition is as fast.
 _CHEBYSHEV_SIZE = 48
-#: The largest ratio of leading eigenvalue to smallest Ritz value that a step of degree 1 and of degree 2 is applied
-#: to: a float32 product loses eps times this ratio (degree 1) or its square (degree 2) of the weakest direction, at
-#: most 1%.
+#: The largest ratio of leading eigenvalue to smallest Ritz value for a step of degree 1 and of degree 2: a float32
+#: product loses eps times this ratio or its square of the weakest direction, at most 1%.
 _CHEBYSHEV_SPREAD = (1e5, 3e2)
 #: A Gram matrix is computed by blocks from this size on (on a CPU; a GPU prefers one large product).
 _BLOCK_SIZE = 256
 
 
-@dataclass(frozen=True, eq=False)
-class Subspaces:
-    """Orthonormal factors and the core between them.
-
-    Attributes:
-        out: ``(*batch, out, rank_out)``.
-        inner: ``(*batch, in, rank_in)``.
-        core: ``(*batch, rank_out, k, rank_in)``.
-        updates: How many updates after the start were made.
-    """
-
-    out: Tensor
-    inner: Tensor
-    core: Tensor
-    updates: int
+Subspaces = tuple[Tensor, Tensor, Tensor]
+"""``(*batch, out, rank_out)`` and ``(*batch, in, rank_in)``, both orthonormal, and the core between them."""
 
 
 class Untrusted(ArithmeticError):
@@ -79,7 +53,7 @@ class Untrusted(ArithmeticError):
 def best_subspaces(
     tensor: Tensor, rank_out: int, rank_in: int, method: str, sweeps: int, tolerance: float, norm: float
 ) -> Subspaces:
-    """The factors of one kernel or of a stack of kernels (the groups), each on its own.
+    """The factors of one kernel or of a stack of kernels (the groups), each on its own, in the tensor's dtype.
 
     Args:
         tensor: ``(*batch, out, k, in)``, contiguous, finite, of a scale whose square does not under- or overflow.
@@ -87,20 +61,16 @@ def best_subspaces(
         rank_in: Width of the in axis.
         method: ``hosvd`` or ``hooi``.
         sweeps: At most this many updates of both factors (HOOI).
-        tolerance: Stop when an update, on the average of the last two, lowers the error by less than this share.
+        tolerance: Share of the error that an update has to gain.
         norm: The Frobenius norm of the tensor.
-
-    Returns:
-        The factors, in the tensor's dtype.
     """
     ranks = (rank_out, rank_in)
     try:
         return _Alternation(tensor, ranks, norm, strict=True).solve(method, sweeps, tolerance)
     except Untrusted:
         wide = tensor.to(wide_dtype(tensor))
-        best = _Alternation(wide, ranks, norm, strict=False).solve(method, sweeps, tolerance)
-        out, inner, core = (factor.to(tensor.dtype) for factor in (best.out, best.inner, best.core))
-        return Subspaces(out, inner, core, best.updates)
+        out, inner, core = _Alternation(wide, ranks, norm, strict=False).solve(method, sweeps, tolerance)
+        return out.to(tensor.dtype), inner.to(tensor.dtype), core.to(tensor.dtype)
 
 
 class _Alternation:
@@ -116,7 +86,8 @@ class _Alternation:
     def solve(self, method: str, sweeps: int, tolerance: float) -> Subspaces:
         """HOSVD or HOOI."""
         if method == "hosvd":
-            return self.result(self.start(0), self.start(1), 0)
+            out, inner = self.start(0), self.start(1)
+            return self.result(out, inner, project(1, inner.mT, self.tensor), 1)
         return self.iterate(sweeps, tolerance)
 
     def gram(self, side: int, tensor: Tensor) -> Tensor:
@@ -136,14 +107,9 @@ class _Alternation:
                 raise Untrusted
         return vectors[..., size - rank :].flip(-1)
 
-    def result(
-        self, out: Tensor, inner: Tensor, updates: int, partial: Tensor | None = None, done: int = 1
-    ) -> Subspaces:
+    def result(self, out: Tensor, inner: Tensor, partial: Tensor, done: int) -> Subspaces:
         """The factors with their core; ``partial`` is the kernel already projected on side ``done``."""
-        factors = (out, inner)
-        if partial is None:
-            partial = project(done, factors[done].mT, self.tensor)
-        return Subspaces(out, inner, project(1 - done, factors[1 - done].mT, partial), updates)
+        return out, inner, project(1 - done, (out if done else inner).mT, partial)
 
     def iterate(self, sweeps: int, tolerance: float) -> Subspaces:
         """HOOI from a sequentially truncated start, the shorter side first."""
@@ -167,7 +133,7 @@ class _Alternation:
             if updates == 1 and gain < _FIRST_GAIN * aspect**2 * tolerance:
                 break
             previous = gain
-        return self.result(factors[0], factors[1], updates, partial, 1 - side)
+        return self.result(factors[0], factors[1], partial, 1 - side)
 
     def update(self, side: int, factor: Tensor, gram: Tensor) -> tuple[Tensor, float]:
         """A better factor for a Gram matrix, and by which share it lowers the error."""
@@ -177,18 +143,13 @@ class _Alternation:
         updated = self._chebyshev(factor, gram, product, float(quotients.max()))
         after = -math.inf if updated is None else _captured(gram, updated)
         if updated is None or after < before:
-            updated = _leading(gram, factor.shape[-1])
+            updated = symmetric_eigen(gram)[1][..., gram.shape[-1] - factor.shape[-1] :].flip(-1)
             after = _captured(gram, updated)
         return updated, (after - before) / (2 * max(self.energy - before, 1e-30 * self.energy))
 
     def _chebyshev(self, factor: Tensor, gram: Tensor, product: Tensor, top: float) -> Tensor | None:
-        """One Chebyshev-filtered step of subspace iteration, or None where an eigendecomposition does better.
-
-        Args:
-            factor: ``U``.
-            gram: ``G``.
-            product: ``G U``.
-            top: The largest Rayleigh quotient of a column of ``U``, for the largest eigenvalue.
+        """One Chebyshev-filtered step for ``G``, ``U``, ``G U`` and the largest Rayleigh quotient; None where an
+        eigendecomposition does better.
         """
         size, rank = factor.shape[-2:]
         if factor.dim() != 2 or size < _CHEBYSHEV_SIZE or rank > 3 * size // 4:
@@ -201,23 +162,14 @@ class _Alternation:
             return None
         scale = 2 / floor
         once = torch.sub(scale * product, factor)
-        if floor * _CHEBYSHEV_SPREAD[1] < top:
-            return _orthonormal(once)
-        twice = torch.addmm(torch.add(factor, once, alpha=2), gram, once, beta=-1, alpha=2 * scale)
-        return _orthonormal(twice)
+        if floor * _CHEBYSHEV_SPREAD[1] >= top:
+            once = torch.addmm(torch.add(factor, once, alpha=2), gram, once, beta=-1, alpha=2 * scale)
+        basis: Tensor = torch.linalg.qr(once)[0]
+        return basis
 
 
 def project(side: int, matrix: Tensor, tensor: Tensor) -> Tensor:
-    """A matrix applied along one channel axis of a kernel (a mode product).
-
-    Args:
-        side: 0 for the out axis, 1 for the in axis.
-        matrix: ``(*batch, new, old)``.
-        tensor: ``(*batch, out, k, in)``.
-
-    Returns:
-        The tensor with that axis replaced.
-    """
+    """``matrix (*batch, new, old)`` along the out axis (side 0) or the in axis (1) of a ``(*batch, out, k, in)``."""
     batch, (out, size, inner) = tensor.shape[:-3], tensor.shape[-3:]
     if side == 0:
         return (matrix @ tensor.reshape(*batch, out, size * inner)).reshape(*batch, -1, size, inner)
@@ -227,17 +179,6 @@ def project(side: int, matrix: Tensor, tensor: Tensor) -> Tensor:
 def _captured(gram: Tensor, factor: Tensor) -> float:
     """``tr(Uᵀ G U)``: the energy that a factor keeps."""
     return float((factor * (gram @ factor)).sum())
-
-
-def _leading(gram: Tensor, rank: int) -> Tensor:
-    """The ``rank`` leading eigenvectors, largest first."""
-    return symmetric_eigen(gram)[1][..., gram.shape[-1] - rank :].flip(-1)
-
-
-def _orthonormal(columns: Tensor) -> Tensor:
-    """An orthonormal basis of the columns."""
-    basis: Tensor = torch.linalg.qr(columns)[0]
-    return basis
 
 
 def _row_gram(rows: Tensor) -> Tensor:

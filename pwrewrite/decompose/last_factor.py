@@ -2,12 +2,9 @@
 
 A pair of factors is a chain ``Ŵ = F · M``: ``M (inner, patch)`` is the first factor as a map of patches, ``F (out,
 inner)`` the last one as a matrix over what it reads at one output position. Given ``M``, a second moment ``C`` of the
-patches and the kernel ``W``, the best ``F`` is linear least squares,
+patches and the kernel ``W``, the best ``F`` is linear least squares whatever the weight of the outputs,
 
-    F = W C Mᵀ (M C Mᵀ)⁻¹,
-
-whatever the weight of the outputs, since ``F`` has rows of its own for each output. The spectra find both factors in a
-Kronecker approximation of ``C`` where a form needs one; this takes the last of them to the full norm.
+    F = W C Mᵀ (M C Mᵀ)⁻¹
 
     axis split      M = first ⊗ 1 (rank·b, in·a·b)       F = second (out, rank·b)
     depthwise       M = filters (terms·in, in·k)         F = pointwise (out, terms·in)
@@ -18,6 +15,7 @@ every smaller rank (`pwrewrite.decompose.nested`).
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -45,23 +43,10 @@ class PairFactors(Factors):
 
     @abstractmethod
     def inner(self, patches: Tensor, spatial: Sequence[int]) -> Tensor:
-        """The first factor's values on patches: ``M · patches``.
-
-        Args:
-            patches: ``(groups, patch, columns)``, each patch channel first.
-            spatial: The kernel's spatial sizes.
-
-        Returns:
-            ``(groups, inner, columns)``.
-        """
+        """``M · patches (groups, inner, columns)`` of ``patches (groups, patch, columns)``, channel first."""
 
     def normal(self, moment: Tensor, spatial: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """``M C`` and ``M C Mᵀ``.
-
-        Args:
-            moment: ``C (groups, patch, patch)``, symmetric.
-            spatial: The kernel's spatial sizes.
-        """
+        """``M C`` and ``M C Mᵀ`` for a symmetric moment ``C (groups, patch, patch)``."""
         half = self.inner(moment, spatial)
         whole = self.inner(half.mT, spatial)
         return half, (whole + whole.mT) / 2
@@ -74,21 +59,21 @@ class PairFactors(Factors):
     def with_last(self, matrix: Tensor) -> Self:
         """The chain with another last factor ``(groups, out/groups, inner)``; its errors are no longer known."""
         weight: Tensor = getattr(self, self.last)
-        changed: dict[str, Any] = {self.last: matrix.reshape(weight.shape).to(weight)}
-        return replace(self, **changed, relative_error=float("nan"), weighted_error=float("nan"))
+        return self._with(matrix.reshape(weight.shape).to(weight))
+
+    def _with(self, last: Tensor) -> Self:
+        changed: dict[str, Any] = {self.last: last, "relative_error": math.nan, "weighted_error": math.nan}
+        return replace(self, **changed)
 
 
 def solve_last(normal: Tensor, cross: Tensor, *, ridge: float = RIDGE, towards: Tensor | None = None) -> Tensor:
-    """The least-squares last factor.
+    """The least-squares last factor ``F (groups, out, inner)``.
 
     Args:
         normal: ``M C Mᵀ (groups, inner, inner)``.
         cross: ``W C Mᵀ (groups, out, inner)``, or the measured cross moment of outputs and inner values.
         ridge: Regularisation, as a share of the mean diagonal of ``normal``.
         towards: What the solution is drawn to, ``(groups, out, inner)``; to zero where None.
-
-    Returns:
-        ``F (groups, out, inner)``.
     """
     level = mean_diagonal(normal) * ridge
     eye = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)

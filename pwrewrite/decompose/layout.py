@@ -1,21 +1,13 @@
 """Kernel layouts: how the weights of every convolution become one tensor, and factors become convolution weights.
 
-All of ``decompose`` works on the *forward layout* of an ordinary convolution,
+All of ``decompose`` works on the *forward layout* ``(out, in/groups, *k)`` with 1 to 3 spatial axes. A transposed
+convolution stores ``(in, out/groups, *k)``; its channel axes are permuted within each group, its spatial axes not
+flipped, because every form gives each spatial axis to one factor, which is then itself a transposed convolution.
 
-    kernel (out, in/groups, *k)          1 to 3 spatial axes
-
-A transposed convolution stores ``(in, out/groups, *k)``. Its channel axes are brought to forward layout by a
-permutation within each group, ``(groups, in/groups, out/groups, *k) -> (groups, out/groups, in/groups, *k)``; the
-spatial axes are not flipped, because every form of this package either leaves the spatial axes to one factor (which
-is then itself a transposed convolution) or gives each spatial axis to exactly one transposed convolution. So the
-*algebra* of a transposed convolution is that of an ordinary one, and only the layout of the factor that does the
-upsampling differs.
-
-A factorised convolution is a chain of stages (`Stage`). A stage says which spatial axes it owns: on those it has the
-kernel size, stride, padding, dilation and (transposed) output padding of the original convolution, on all others it has
-kernel size 1, stride 1, dilation 1 and no padding. Only the last stage has the bias. Under those rules the chain at
-full rank *is* the original convolution, for zero, reflect, replicate and circular padding alike: padding (which has
-no bias to spread) commutes with a 1×1 convolution and acts on each spatial axis on its own.
+A factorised convolution is a chain of `Stage`. On the spatial axes that a stage owns it has the original's kernel size,
+stride, padding, dilation and output padding, on all others size 1, stride 1 and no padding; only the last has the bias.
+So the chain at full rank *is* the original for every padding mode: padding (which has no bias to spread) commutes with
+a 1×1 convolution and acts on each spatial axis on its own.
 """
 
 from __future__ import annotations
@@ -35,14 +27,7 @@ _NORM_PIECE = 4096
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a kernel is decomposed in, and its factors are returned in: float32 at least.
-
-    Args:
-        dtype: The kernel's dtype.
-
-    Returns:
-        float64 for float64, float32 for float32, bfloat16 and float16.
-    """
+    """The dtype a kernel is decomposed in, and its factors are returned in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -52,10 +37,9 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def frobenius(tensor: Tensor) -> float:
-    """The Frobenius norm, to the precision of the dtype.
+    """The Frobenius norm: pieces in the tensor's own dtype, their norms in the widest.
 
-    Pieces of `_NORM_PIECE` elements are summed in the tensor's own dtype and then in the widest: a float32 sum over
-    millions of elements would lose four digits, and float64 throughout would cost a copy.
+    A float32 sum over millions of elements would lose four digits, and float64 throughout would cost a copy.
     """
     flat = tensor.detach().reshape(-1)
     whole = flat.numel() // _NORM_PIECE * _NORM_PIECE
@@ -68,15 +52,7 @@ def frobenius(tensor: Tensor) -> float:
 
 
 def to_forward_layout(weight: Tensor, groups: int = 1, transposed: bool = False) -> Tensor:
-    """The weight of an ordinary or transposed convolution as a kernel ``(out, in/groups, *k)``.
-
-    Args:
-        weight: ``(out, in/groups, *k)``, or ``(in, out/groups, *k)`` when transposed.
-        groups: Number of groups.
-        transposed: Whether the weight is that of a transposed convolution.
-
-    Returns:
-        The kernel ``(out, in/groups, *k)``; the weight itself when it is not transposed.
+    """A convolution's weight ``(out, in/groups, *k)``, or ``(in, out/groups, *k)`` where transposed, in forward layout.
 
     Raises:
         UsageError: The channels do not divide into the groups.
@@ -86,14 +62,6 @@ def to_forward_layout(weight: Tensor, groups: int = 1, transposed: bool = False)
 
 def from_forward_layout(kernel: Tensor, groups: int = 1, transposed: bool = False) -> Tensor:
     """The inverse of `to_forward_layout`.
-
-    Args:
-        kernel: ``(out, in/groups, *k)``.
-        groups: Number of groups.
-        transposed: Whether the weight of a transposed convolution is wanted.
-
-    Returns:
-        ``(in, out/groups, *k)`` when transposed, else the kernel itself.
 
     Raises:
         UsageError: The channels do not divide into the groups.
@@ -120,17 +88,12 @@ def check_groups(weight: Tensor, groups: int) -> None:
 
 
 def prepare_kernel(kernel: Tensor, groups: int, spatial: tuple[int, int] = (1, 3)) -> Tensor:
-    """Checks a kernel and brings it to its compute dtype, without a gradient.
-
-    Finiteness is checked by the callers, from a norm that they need anyway (`check_finite`).
+    """Checks a kernel and brings it to its compute dtype, without a gradient; callers check that it is finite.
 
     Args:
         kernel: ``(out, in/groups, *k)`` of any real floating dtype.
         groups: Number of groups.
         spatial: The fewest and the most spatial axes allowed.
-
-    Returns:
-        The detached kernel in float32 or float64.
 
     Raises:
         UsageError: Wrong rank, dtype, groups, or an empty axis.
@@ -164,18 +127,10 @@ def check_finite(norm: float, tensor: Tensor, name: str = "kernel") -> None:
 
 
 def check_rank(rank: int, limit: int, name: str = "rank") -> int:
-    """A width as a plain integer between 1 and ``limit``.
-
-    Args:
-        rank: The width asked for.
-        limit: The largest width that makes sense.
-        name: What to call it in the error.
-
-    Returns:
-        The width.
+    """A width as a plain integer.
 
     Raises:
-        UsageError: Not an integer, a bool, below 1, or beyond the limit.
+        UsageError: Not an integer from 1 to ``limit``; ``name`` is what it is called.
     """
     try:
         width = operator.index(rank)
@@ -196,12 +151,10 @@ class Stage:
     """One convolution of a factorised convolution.
 
     Attributes:
-        weight: In the layout of the convolution that the stage is: ``(out, in/groups, *k)``, or
-            ``(in, out/groups, *k)`` when ``transposed``.
+        weight: ``(out, in/groups, *k)``, or ``(in, out/groups, *k)`` where ``transposed``.
         groups: Number of groups of this stage.
         transposed: Whether this stage is a transposed convolution.
-        axes: The spatial axes on which this stage carries the original's kernel size, stride, padding, dilation and
-            output padding. On the other axes: size 1, stride 1, no padding.
+        axes: The spatial axes that it owns.
     """
 
     weight: Tensor
@@ -217,8 +170,7 @@ class Factors(ABC):
     Attributes:
         groups: Groups of the original convolution.
         relative_error: ``‖W − Ŵ‖ / ‖W‖`` of the factors as they are returned; 0 for a zero kernel.
-        weighted_error: The same in the norm that was minimised, ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖``; equal to
-            ``relative_error`` when no weights were given.
+        weighted_error: ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖``; ``relative_error`` where there are no weights.
     """
 
     groups: int
@@ -231,11 +183,7 @@ class Factors(ABC):
 
     @abstractmethod
     def stages(self, transposed: bool = False) -> tuple[Stage, ...]:
-        """The factors as a chain of convolutions, first to last.
-
-        Args:
-            transposed: Whether the original is a transposed convolution (brought to forward layout before).
-        """
+        """The factors as a chain of convolutions, first to last, for an original that is ``transposed`` or not."""
 
 
 def pointwise_weight(matrix: Tensor, spatial_axes: int) -> Tensor:

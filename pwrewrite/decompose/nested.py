@@ -1,8 +1,7 @@
 """The loss of a pair of factors at every rank in the full norm, from one factorisation.
 
-The first factors at ranks 1, 2, … are nested: the first rows of a larger one span what a smaller one spans
-(`Spectrum.right_basis`). With the inner values ``M x`` in that order, the leading blocks of one Cholesky factor ``L``
-of ``M C Mᵀ`` are those of every rank, so with ``Z = L⁻¹ M C Wᵀ``
+The first factors at ranks 1, 2, … are nested (`Spectrum.right_basis`). With the inner values ``M x`` in that order, the
+leading blocks of one Cholesky factor ``L`` of ``M C Mᵀ`` are those of every rank, so with ``Z = L⁻¹ M C Wᵀ``
 
     loss(r) = tr(G W C Wᵀ) − Σ_{i ≤ r} Z_i G Z_iᵀ
 
@@ -29,13 +28,10 @@ class Nested:
 
     Args:
         spectrum: Where the first factors come from.
-        rank: The largest rank looked at.
+        rank: The largest rank looked at; afterwards the largest that there is.
         rows: The kernel ``W (groups, out, patch)``.
         moment: ``C (groups, patch, patch)``.
         spatial: The kernel's spatial sizes.
-
-    Attributes:
-        rank: The largest rank that there is, at most the one asked for.
     """
 
     def __init__(
@@ -65,12 +61,7 @@ class Nested:
         return torch.cat([sums.new_zeros(1), sums])
 
     def explained_cut(self, rank: int, root: Tensor | None) -> Tensor:
-        """``(out + 1,)``: the same for one rank, cut to output widths 0, 1, ….
-
-        Args:
-            rank: The rank.
-            root: ``G^½ (groups, out, out)``; the identity where None.
-        """
+        """``(out + 1,)``: the same for one rank and ``root = G^½``, cut to output widths 0, 1, …."""
         z = self._solved[:, : rank * self._block]
         z = z if root is None else z @ root
         values = torch.linalg.eigvalsh(z.mT @ z).clamp(min=0).flip(-1).sum(0)

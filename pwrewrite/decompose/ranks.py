@@ -1,8 +1,7 @@
 """Rank choice: what a user writes, an energy threshold, and EVBMF, as a width of one side of a kernel.
 
-A *width* is an integer. A *ratio* is a share of the channels on that side, per group where the convolution is
-grouped. An explicit width is taken as it is; a width that was computed (from a ratio, an energy or EVBMF) is rounded
-to a multiple that hardware likes.
+A *width* is an integer. A *ratio* is a share of the channels on that side, per group. An explicit width is taken as it
+is; one that was computed (from a ratio, an energy or EVBMF) is rounded to a multiple that hardware likes.
 """
 
 from __future__ import annotations
@@ -16,16 +15,11 @@ import torch
 
 from ..core.errors import UsageError
 from ..core.numbers import ratio
-from .evbmf import evbmf_rank
 from .layout import Factors
 from .spectrum import Spectrum
 
-__all__ = ["RankSpec", "default_multiple", "energy_rank", "evbmf_rank", "resolve_rank", "round_rank"]
-
 #: What a rank may be given as: a width, a ratio, or either as text.
 RankSpec = SupportsIndex | float | str
-
-_INTEGER = re.compile(r"[+-]?\d+")
 
 
 def default_multiple(channels: int) -> int:
@@ -34,17 +28,9 @@ def default_multiple(channels: int) -> int:
 
 
 def round_rank(rank: float, channels: int, multiple: int | None = None) -> int:
-    """A computed rank as a width: the nearest multiple, at least 1 and at most ``channels``.
+    """A computed rank as a width from 1 to ``channels`` (per group): the nearest multiple.
 
     A rank too small for any multiple is rounded to an integer instead, and one at the full width stays there.
-
-    Args:
-        rank: The rank wanted, not necessarily whole.
-        channels: The channels on that side, per group.
-        multiple: What to round to; None for `default_multiple`.
-
-    Returns:
-        The width.
 
     Raises:
         UsageError: A multiple below 1.
@@ -59,16 +45,13 @@ def round_rank(rank: float, channels: int, multiple: int | None = None) -> int:
 
 
 def resolve_rank(spec: RankSpec, channels: int, multiple: int | None = None, name: str = "rank") -> int:
-    """A width from what a user wrote.
+    """A width from 1 to ``channels``, from what a user wrote.
 
     Args:
         spec: An integer or ``"32"`` is a width; a float in (0, 1], ``"0.5"`` or ``"50%"`` a ratio of ``channels``.
         channels: The channels on that side, per group where grouped.
         multiple: What a ratio is rounded to; None for `default_multiple`. A width is never rounded.
         name: What to call it in an error.
-
-    Returns:
-        A width from 1 to ``channels``.
 
     Raises:
         UsageError: Zero, negative, beyond the channels, a ratio above 1, not a number, a bool, or text that is neither.
@@ -95,26 +78,14 @@ def resolve_rank(spec: RankSpec, channels: int, multiple: int | None = None, nam
 
 def _parse(spec: RankSpec, name: str) -> int | float:
     """An int for a width and a float for a ratio."""
-    if isinstance(spec, bool):
-        raise _unreadable(spec, name)
-    if isinstance(spec, str):
-        text = spec.strip()
-        try:
-            return int(text) if _INTEGER.fullmatch(text) else ratio(text)
-        except ValueError:
-            raise _unreadable(spec, name) from None
     try:
-        return operator.index(spec)  # type: ignore[arg-type]  # a float raises, and is next
-    except TypeError:
-        pass
-    try:
-        return float(spec)  # numpy floats and the like
+        if isinstance(spec, str):
+            return int(spec) if re.fullmatch(r"\s*[+-]?\d+\s*", spec) else ratio(spec)
+        if not isinstance(spec, bool):
+            return operator.index(spec) if isinstance(spec, SupportsIndex) else float(spec)
     except (TypeError, ValueError):
-        raise _unreadable(spec, name) from None
-
-
-def _unreadable(spec: object, name: str) -> UsageError:
-    return UsageError(
+        pass
+    raise UsageError(
         f"{name} {spec!r} is neither a width nor a ratio",
         expected="an integer such as 32, or a ratio such as 0.5 or '50%'",
         got=repr(spec),
@@ -122,14 +93,7 @@ def _unreadable(spec: object, name: str) -> UsageError:
 
 
 def energy_rank(spectrum: Spectrum[Factors], energy: float) -> int:
-    """The smallest rank that keeps a share of the energy ``‖W‖²`` (weighted, if the spectrum is).
-
-    Args:
-        spectrum: A spectrum of a form with one rank.
-        energy: The share to keep, in (0, 1].
-
-    Returns:
-        The rank, at least 1, not rounded to a multiple.
+    """The smallest rank, from 1, that keeps a share of the energy ``‖W‖²`` (weighted, if the spectrum is).
 
     Raises:
         UsageError: A share out of (0, 1].

@@ -1,22 +1,18 @@
 """One factorisation of a stack of matrices, truncated at any rank; the error at every rank.
 
-For one matrix ``M (m, n)`` and weights ``G (m, m)`` on its rows and ``C (n, n)`` on its columns, the best rank-r
-``M̂`` in ``‖G^½ (M − M̂) C^½‖`` follows from the singular vectors ``U`` of ``G^½ M C^½`` (Eckart & Young 1936, after
-the change of variables):
+For one matrix ``M (m, n)`` and weights ``G (m, m)`` on its rows and ``C (n, n)`` on its columns, the best rank-r ``M̂``
+in ``‖G^½ (M − M̂) C^½‖`` follows from the left singular vectors ``U`` of ``G^½ M C^½`` (Eckart & Young 1936, after the
+change of variables):
 
     M̂ = G^-½ U_r U_rᵀ G^½ M
 
-an oblique projection of ``M``. ``C`` enters through the Gram matrix ``G^½ M C Mᵀ G^½`` alone, whose eigenvectors are
-``U`` and whose eigenvalues are the squared singular values, so no root of ``C`` is ever taken. The projection works
-on the shorter side of ``M`` (on the columns when ``n < m``, with the parts exchanged): there ``U`` is square at full
-rank, the projection is the identity, and full rank is exact however singular the weights are. The range of the
-projection is given an orthonormal basis ``Q`` by a QR decomposition, so that rounding a factor never meets a large
-inverse root.
+``C`` enters through the Gram matrix ``G^½ M C Mᵀ G^½`` alone, so no root of it is taken. The projection works on the
+shorter side of ``M``: there ``U`` is square at full rank, which so is exact however singular the weights are. The range
+of the projection gets an orthonormal basis by QR, so that rounding a factor never meets a large inverse root.
 
 The Gram matrix of a float32 kernel is formed in float64, where squaring the condition number costs nothing that
-float32 could show; a float64 kernel without weights goes through a QR decomposition and an SVD instead.
-
-All matrices of a stack (the groups of a convolution) are truncated at the same rank, and their squared errors add up.
+float32 could show; a float64 kernel without weights goes through QR and SVD instead. All matrices of a stack (the
+groups of a convolution) are truncated at the same rank, and their squared errors add up.
 """
 
 from __future__ import annotations
@@ -38,14 +34,7 @@ _F = TypeVar("_F", bound=Factors, covariant=True)
 
 @dataclass(frozen=True, eq=False)
 class Truncation:
-    """A stack of matrices at one rank: ``left @ right``.
-
-    Attributes:
-        left: ``(groups, m, rank)``.
-        right: ``(groups, rank, n)``.
-        relative_error: ``‖M − left @ right‖ / ‖M‖`` of the whole stack.
-        weighted_error: The same in the weighted norm.
-    """
+    """A stack of matrices at one rank, ``left (groups, m, rank) @ right (groups, rank, n)``, and its errors."""
 
     left: Tensor
     right: Tensor
@@ -54,18 +43,15 @@ class Truncation:
 
 
 def left_basis(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A complete orthonormal basis of left singular vectors, to working precision.
-
-    Args:
-        matrix: ``(*batch, m, n)`` in float32 or float64.
+    """A complete orthonormal basis of left singular vectors of ``(*batch, m, n)``, to working precision.
 
     Returns:
-        ``U (*batch, m, m)`` and the squared singular values ``(*batch, m)`` in descending order, both in the widest
-        dtype.
+        ``U (*batch, m, m)`` and the squared singular values ``(*batch, m)``, descending, both in the widest dtype.
     """
     wide = wide_dtype(matrix)
     if matrix.dtype != wide:
-        return gram_basis((wide_matrix := matrix.to(wide)) @ wide_matrix.mT)
+        matrix = matrix.to(wide)
+        return gram_basis(matrix @ matrix.mT)
     rows, columns = matrix.shape[-2:]
     if columns > rows:
         matrix = torch.linalg.qr(matrix.mT, mode="r")[1].mT
@@ -94,7 +80,6 @@ class Spectrum(Generic[_F]):
         build: Turns a truncation of the matrices into the form.
 
     Attributes:
-        matrix: The matricisation.
         energies: ``(groups, min(m, n))``: squared singular values of ``G^½ M C^½``, descending, in the widest dtype.
         max_rank: ``min(m, n)``, the rank (per group) at which the form is exact.
 
@@ -139,16 +124,10 @@ class Spectrum(Generic[_F]):
         return (losses / losses[0]).sqrt() if losses[0] > 0 else torch.zeros_like(losses)
 
     def right_basis(self, rank: int) -> Tensor:
-        """Rows of which the first r span what the first factor of rank r spans, for every r up to ``rank``.
-
-        Args:
-            rank: From 1 to ``max_rank``.
-
-        Returns:
-            ``(groups, rank, n)``, in the widest dtype; not orthonormal.
+        """Rows ``(groups, rank, n)`` of which the first r span what the first factor of rank r spans, for every r.
 
         Raises:
-            UsageError: A rank out of that range.
+            UsageError: A rank out of range.
         """
         basis = self._basis[..., : check_rank(rank, self.max_rank)]
         if self._on_columns:
@@ -165,11 +144,8 @@ class Spectrum(Generic[_F]):
     def truncate(self, rank: int) -> _F:
         """The form at one rank (per group), from the factorisation that is already there.
 
-        Args:
-            rank: From 1 to ``max_rank``.
-
         Raises:
-            UsageError: A rank out of that range.
+            UsageError: A rank out of range.
         """
         rank = check_rank(rank, self.max_rank)
         basis = self._basis[..., :rank]

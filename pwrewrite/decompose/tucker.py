@@ -2,19 +2,14 @@
 
     W[o, i, k] ≈ Σ_a Σ_b  expand[o, a] · core[a, b, k] · reduce[b, i]
 
-after Kim et al. 2016 ("Compression of deep convolutional neural networks for fast and low power mobile
-applications"), who keep the spatial axes whole. The factors are orthonormal (`pwrewrite.decompose.hooi`), so at full
-rank the bottleneck is the convolution, up to the rounding of two orthogonal matrices. Stride, padding, dilation and
-output padding sit on the core; ``reduce`` runs at the input's resolution, ``expand`` at the output's. Grouped
-convolutions are cut group by group, to equal ranks, and all three convolutions run with the same groups.
+after Kim et al. 2016 ("Compression of deep convolutional neural networks for fast and low power mobile applications").
+The factors are orthonormal (`pwrewrite.decompose.hooi`). Stride, padding, dilation and output padding sit on the core.
+Grouped convolutions are cut group by group, to equal ranks, and all three convolutions run with the same groups.
 
-**Weights.** With ``G`` over ``out`` and ``C`` over ``in``, ``‖G^½ (W − Ŵ) C^½‖`` is minimised by decomposing ``W' =
-G^½ W C^½`` and mapping the factors back with the inverse roots. They are made orthonormal again and their triangles
-go into the core. A side at full rank has a square factor ``Q``, and there the oblique projection is taken as ``Q
-Qᵀ``, so singular weights cannot break exactness. Weighted decompositions are computed in float64 throughout.
-
-A better weight over the whole patch ``in·k`` is not of this product form: take
-`pwrewrite.decompose.weighting.split_moment`.
+With weights ``G`` over ``out`` and ``C`` over ``in``, ``‖G^½ (W − Ŵ) C^½‖`` is minimised by decomposing ``G^½ W C^½``
+in float64 and mapping the factors back with the inverse roots; they are made orthonormal again and their triangles go
+into the core. At full rank a side is projected by ``Q Qᵀ`` instead, so singular weights cannot break exactness. A
+weight over the whole patch ``in·k`` is not of this form: take `pwrewrite.decompose.weighting.split_moment`.
 """
 
 from __future__ import annotations
@@ -106,7 +101,7 @@ def tucker2(
     input_weight: Tensor | None = None,
     output_weight: Tensor | None = None,
 ) -> Tucker2:
-    """Decomposes a kernel into reduce, core and expand.
+    """Decomposes a kernel into reduce, core and expand, in float32 or, for a float64 kernel, float64.
 
     Args:
         kernel: ``(out, in/groups, *k)`` with 1 to 3 spatial axes, forward layout; any real floating dtype.
@@ -115,13 +110,9 @@ def tucker2(
         groups: Number of groups.
         method: ``hooi``, or ``hosvd`` for the truncation that `Tucker2Spectrum` tabulates.
         sweeps: For ``hooi``: at most this many updates of both factors.
-        tolerance: For ``hooi``: stop when an update, on the average of the last two, lowers the error by less than this
-            share.
+        tolerance: For ``hooi``: share of the error that an update has to gain, on the average of the last two.
         input_weight: ``C``, over ``in``.
         output_weight: ``G``, over ``out``.
-
-    Returns:
-        The factors, in float32 or, for a float64 kernel, float64.
 
     Raises:
         UsageError: A kernel, rank, method or weight that does not fit.
@@ -144,19 +135,10 @@ def tucker2(
 class TuckerProblem:
     """A kernel prepared for decomposition: laid out, scaled, weighted; and the way back to factors.
 
-    Args:
-        kernel: From `prepare_kernel`.
-        groups: Number of groups.
-        input_weight: ``C``, over ``in``, or None.
-        output_weight: ``G``, over ``out``, or None.
-
     Attributes:
-        tensor: ``(*groups, out/groups, k, in/groups)``, without a group axis when there is one group; scaled to
-            norm 1 where its square would leave float32.
-        norm: Its Frobenius norm.
-        weighted: ``G^½ tensor C^½`` in the widest dtype; ``tensor`` itself without weights.
-        weighted_norm: The norm of that.
-        scale: What the core must be multiplied by.
+        tensor: ``(*groups, out/groups, k, in/groups)``, without a group axis when there is one group; scaled to norm 1
+            where its square would leave float32. ``norm`` is its norm and ``scale`` what the core is multiplied by.
+        weighted: ``G^½ tensor C^½`` in the widest dtype, with its norm; ``tensor`` itself without weights.
     """
 
     def __init__(self, kernel: Tensor, groups: int, input_weight: Tensor | None, output_weight: Tensor | None) -> None:
@@ -196,8 +178,9 @@ class TuckerProblem:
             eye = [torch.eye(size, dtype=self.dtype, device=self.tensor.device) for size in self.weighted.shape[-3::2]]
             batch = self.tensor.shape[:-3]
             return self.finish(eye[0][:, :rank_out].expand(*batch, -1, -1), eye[1][:, :rank_in].expand(*batch, -1, -1))
-        best = best_subspaces(self.weighted, rank_out, rank_in, method, sweeps, tolerance, self.weighted_norm)
-        return self.finish(best.out, best.inner, best.core)
+        return self.finish(
+            *best_subspaces(self.weighted, rank_out, rank_in, method, sweeps, tolerance, self.weighted_norm)
+        )
 
     def finish(self, out: Tensor, inner: Tensor, core: Tensor | None = None) -> Tucker2:
         """Orthonormal factors of the weighted tensor as a bottleneck of the kernel.
@@ -236,17 +219,11 @@ class TuckerProblem:
         )
 
     def _refined(self, out: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Factors and core where hardly anything is cut off, so that only the last rounding is left as an error.
-
-        What a factor lacks in orthonormality is then the whole error; one Newton–Schulz step in a wider dtype squares
-        it.
+        """Factors and core where hardly anything is cut off: what the factors lack in orthonormality is then the whole
+        error, and one Newton–Schulz step in a wider dtype squares it.
         """
         wide = wide_dtype(self.tensor)
-        steps = []
-        for factor in (out.to(wide), inner.to(wide)):
-            gram = factor.mT @ factor
-            steps.append(1.5 * factor - 0.5 * factor @ gram)
-        out, inner = steps
+        out, inner = (1.5 * u - 0.5 * u @ (u.mT @ u) for u in (out.to(wide), inner.to(wide)))
         core = project(0, out.mT, project(1, inner.mT, self.tensor.to(wide)))
         return out.to(self.dtype), inner.to(self.dtype), core.to(self.dtype)
 
@@ -259,9 +236,8 @@ class TuckerProblem:
         return basis, roots[0] @ factor @ triangle.mT
 
     def _plain_error(self, out: Tensor, inner: Tensor, core: Tensor) -> float:
-        """The relative error, from the norms where that is precise enough and from the residual where it is not.
-
-        ``‖W − Ŵ‖² = ‖W‖² − 2‖core‖² + ‖Ŵ‖²``, where ``‖Ŵ‖² = ‖core‖²`` up to what the factors lack in orthonormality.
+        """The relative error, from the norms where they are precise enough and from the residual where not:
+        ``‖W − Ŵ‖² = ‖W‖² − 2‖core‖² + ‖Ŵ‖²``, and ``‖Ŵ‖² = ‖core‖²`` up to what the factors lack in orthonormality.
         """
         share = 1 - (relative(frobenius(core), self.norm)) ** 2
         if self.norm and share > _CANCELLATION[1]:

@@ -1,15 +1,12 @@
 """The error of a bottleneck at every pair of ranks, from one HOSVD.
 
-With complete orthonormal factors, HOSVD only rotates a kernel: ``‖W‖ = ‖core‖``, and the truncation at ``(rank_out,
-rank_in)`` keeps the block ``core[:rank_out, :rank_in]``. Its squared error is the energy outside of the block,
+With complete orthonormal factors HOSVD only rotates a kernel, and the truncation at ``(rank_out, rank_in)`` keeps the
+block ``core[:rank_out, :rank_in]``. With ``E[a, b] = Σ_k core[a, b, k]²`` its squared error is
 
-    loss[ro, ri] = ‖W‖² − ‖core[:ro, :ri]‖² = Σ_{a ≥ ro} E[a, :] + Σ_{a < ro} Σ_{b ≥ ri} E[a, b],      E[a, b] = Σ_k
-    core[a, b, k]²
+    loss[ro, ri] = Σ_{a ≥ ro} E[a, :] + Σ_{a < ro} Σ_{b ≥ ri} E[a, b]
 
-two cumulative sums of positive terms, so small errors are as precise as large ones. Groups add up. With weights all
-of this holds for ``G^½ W C^½``.
-
-HOOI at the same ranks does better, by up to a few percent on flat spectra: `Tucker2Spectrum.truncate` can refine.
+two cumulative sums of positive terms, so small errors are as precise as large ones. Groups add up; with weights all of
+this holds for ``G^½ W C^½``. HOOI at the same ranks does better, by up to a few percent on flat spectra.
 """
 
 from __future__ import annotations
@@ -24,31 +21,16 @@ from .tucker import Tucker2, TuckerProblem
 
 
 class Tucker2Spectrum:
-    """One HOSVD of a kernel. Ranks are per group throughout.
-
-    Args:
-        kernel: ``(out, in/groups, *k)``, forward layout.
-        groups: Number of groups.
-        input_weight: ``C``, over ``in``.
-        output_weight: ``G``, over ``out``.
+    """One HOSVD of a kernel. Ranks are per group throughout; arguments and errors are those of `tucker2`.
 
     Attributes:
         max_ranks: ``(in/groups, out/groups)``, in the order of `Tucker2Spectrum.truncate`.
-        losses: ``(out/groups + 1, in/groups + 1)``: the squared weighted error at ``[rank_out, rank_in]``, in the
-            widest dtype.
+        losses: ``(out/groups + 1, in/groups + 1)``: the squared weighted error at ``[rank_out, rank_in]``.
         relative_errors: The square root of that over the loss at rank 0.
-
-    Raises:
-        UsageError: A kernel or weight of the wrong shape or dtype.
-        RefusedError: NaN or Inf.
     """
 
     def __init__(
-        self,
-        kernel: Tensor,
-        groups: int = 1,
-        input_weight: Tensor | None = None,
-        output_weight: Tensor | None = None,
+        self, kernel: Tensor, groups: int = 1, input_weight: Tensor | None = None, output_weight: Tensor | None = None
     ) -> None:
         prepared = prepare_kernel(kernel, groups)
         self._problem = TuckerProblem(prepared, groups, input_weight, output_weight)
@@ -66,13 +48,7 @@ class Tucker2Spectrum:
         self.relative_errors = (self.losses / whole).sqrt() if whole > 0 else torch.zeros_like(self.losses)
 
     def truncate(self, rank_in: int, rank_out: int, sweeps: int = 0, tolerance: float = 4e-4) -> Tucker2:
-        """The bottleneck at one pair of ranks.
-
-        Args:
-            rank_in: Width after the reduction.
-            rank_out: Width before the expansion.
-            sweeps: 0 for the tabulated truncation; more to refine it by HOOI, as `tucker2` does.
-            tolerance: When to stop refining, as for `tucker2`.
+        """The bottleneck at one pair of ranks: as tabulated, or with ``sweeps`` refined by HOOI as `tucker2` does.
 
         Raises:
             UsageError: A rank out of range.

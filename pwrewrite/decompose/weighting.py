@@ -1,23 +1,14 @@
 """Weights of the norm that a decomposition minimises, and their roots.
 
 The forms minimise ``‖G^½ (W − Ŵ) C^½‖_F`` where ``G (out, out)`` and ``C (in·k, in·k)`` are second moments of the
-gradient at the convolution's output and of its input patches. In that norm the error of a layer is, to second order,
-the change of the loss (Hassibi & Stork 1993; the Kronecker form is that of Martens & Grosse 2015). Without weights
-both are the identity.
+gradient at the convolution's output and of its input patches: to second order the change of the loss (Hassibi & Stork
+1993; the Kronecker form is that of Martens & Grosse 2015). Without weights both are the identity.
 
-Axes are flattened channel first, ``(in, kH, kW)``, as `torch.nn.functional.unfold` does. For each side of a
-matricisation with axes ``(channels, *rest)`` a weight may be given over
+Axes are flattened channel first, as `torch.nn.functional.unfold` does. For each side of a matricisation with axes
+``(channels, *rest)`` a weight is over all of it, or over the channels only and then stands for ``weight ⊗ identity``.
+Grouped, it is a stack ``(groups, d, d)``, or one matrix over all groups, of which the diagonal blocks are taken.
 
-* all of it, ``(channels·rest, channels·rest)``, or
-* the channels only, ``(channels, channels)``, and then stands for ``weight ⊗ identity``.
-
-For a grouped convolution it is a stack ``(groups, d, d)``, or one matrix over the channels of all groups, of which
-the diagonal blocks are taken (the groups do not mix).
-
-A form whose norm is not of that shape is served by a Kronecker approximation: `split_moment` takes partial traces.
-
-Weights may be singular. A root floors the eigenvalues at `EIGENVALUE_FLOOR` times the largest, so that it can be
-inverted; a well-conditioned weight is not changed at all.
+Weights may be singular: a root floors the eigenvalues at `EIGENVALUE_FLOOR` times the largest.
 """
 
 from __future__ import annotations
@@ -40,12 +31,7 @@ EIGENVALUE_FLOOR = 1e-8
 
 @dataclass(frozen=True, eq=False)
 class SideWeight:
-    """A weight on one side of a stack of matrices: ``matrix ⊗ identity(repeat)``.
-
-    Attributes:
-        matrix: ``(groups, d, d)``, symmetric positive semi-definite.
-        repeat: Size of the identity behind it.
-    """
+    """A weight on one side of a stack of matrices: ``matrix (groups, d, d) ⊗ identity(repeat)``, symmetric."""
 
     matrix: Tensor
     repeat: int
@@ -75,11 +61,7 @@ class SideWeight:
 
 @dataclass(frozen=True, eq=False)
 class ProductWeight(SideWeight):
-    """A weight ``matrix ⊗ inner``, kept as its two parts.
-
-    Attributes:
-        inner: ``(groups, repeat, repeat)``.
-    """
+    """A weight ``matrix ⊗ inner``, kept as its two parts; ``inner`` is ``(groups, repeat, repeat)``."""
 
     inner: Tensor
 
@@ -121,9 +103,6 @@ def side_weight(
         like: A tensor on the device to use.
         name: What to call the weight in an error.
 
-    Returns:
-        The weight, or None for the identity.
-
     Raises:
         UsageError: A shape that fits neither the channels nor the whole side.
         RefusedError: NaN or Inf in the weight.
@@ -133,8 +112,7 @@ def side_weight(
     if isinstance(weight, tuple):
         outer = side_weight(weight[0], groups, channels, 1, like, name)
         inner = side_weight(weight[1], groups, rest, 1, like, name)
-        assert outer is not None
-        assert inner is not None
+        assert outer is not None and inner is not None  # noqa: PT018
         return ProductWeight(outer.matrix, rest, inner.matrix)
     weight = weight.detach().to(device=like.device, dtype=wide_dtype(like))
     sizes = (channels, channels * rest)
@@ -142,12 +120,7 @@ def side_weight(
     if weight.dim() == 2 and weight.shape[0] == weight.shape[1] and weight.shape[0] % groups == 0:
         size = weight.shape[0] // groups
         stacked = weight.reshape(groups, size, groups, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    if (
-        stacked.dim() != 3
-        or stacked.shape[0] != groups
-        or stacked.shape[1] != stacked.shape[2]
-        or stacked.shape[1] not in sizes
-    ):
+    if tuple(stacked.shape) not in [(groups, size, size) for size in sizes]:
         shapes = " or ".join(str((groups * size, groups * size)) for size in dict.fromkeys(sizes))
         stacks = " or ".join(str((groups, size, size)) for size in dict.fromkeys(sizes))
         raise UsageError(
@@ -162,18 +135,14 @@ def side_weight(
 def split_moment(moment: Tensor, channels: int, spatial: Sequence[int], axes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The Kronecker approximation of an input moment over the axes that stay near the input and those that do not.
 
-    Both parts are partial traces, ``A = tr_B(C)`` and ``B = tr_A(C) / tr(C)``, so ``A ⊗ B`` has the trace of ``C``,
-    and equals ``C`` when ``C`` is such a product. For `split_spectrum`, ``axes`` are those of the first convolution:
-    ``A`` is its ``input_weight`` and ``(G, B)`` its ``output_weight``.
+    Both parts are partial traces, ``A = tr_B(C)`` and ``B = tr_A(C) / tr(C)``, so ``A ⊗ B`` has the trace of ``C``. For
+    `split_spectrum` with the same ``axes``, ``A`` is the ``input_weight`` and ``(G, B)`` the ``output_weight``.
 
     Args:
         moment: ``(in·k, in·k)`` or a stack ``(groups, in/groups·k, in/groups·k)``, channel first.
         channels: Channels per matrix (per group for a stack).
         spatial: The spatial sizes ``k``.
         axes: The spatial axes that stay with the channels.
-
-    Returns:
-        ``A`` over ``(channels, *axes)`` and ``B`` over the other spatial axes.
 
     Raises:
         UsageError: The moment's size is not ``channels·k``.
@@ -187,15 +156,8 @@ def split_moment(moment: Tensor, channels: int, spatial: Sequence[int], axes: Se
     near = [0] + [1 + axis for axis in axes]
     far = [1 + axis for axis in range(len(spatial)) if axis not in axes]
     shape = (channels, *spatial)
-    dims = len(shape)
     stack = moment.reshape(-1, *shape, *shape)
-    order = [
-        0,
-        *(1 + a for a in near),
-        *(1 + a for a in far),
-        *(1 + dims + a for a in near),
-        *(1 + dims + a for a in far),
-    ]
+    order = [0, *(1 + axis for axis in near + far), *(1 + len(shape) + axis for axis in near + far)]
     a, b = math.prod(shape[axis] for axis in near), math.prod(shape[axis] for axis in far)
     paired = stack.permute(order).reshape(-1, a, b, a, b)
     near_part = paired.diagonal(dim1=2, dim2=4).sum(-1)

@@ -1,8 +1,7 @@
 """A k×k convolution between a 1×1 reduction and a 1×1 expansion: ``W ≈ E (out, r_out) · core · R (r_in, in)``.
 
-Tucker-2 (Kim et al. 2016, *Compression of deep convolutional neural networks for fast and low power mobile
-applications*; `pwrewrite.decompose.tucker`), the shape of the bottleneck blocks of He et al. 2015. In the norm of the
-statistics the reduction is that of `pwrewrite.forms.reduce`; given that, core and expansion are one exact
+Tucker-2 (Kim et al. 2016; `pwrewrite.decompose.tucker`), the shape of the bottleneck blocks of He et al. 2015. In the
+norm of the statistics the reduction is that of `pwrewrite.forms.reduce`; given that, core and expansion are one exact
 factorisation: the best core for the reduced patches, then the best cut of it in their moment. The two errors add up,
 since the first is orthogonal to what the reduced patches can express.
 """

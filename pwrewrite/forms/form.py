@@ -19,7 +19,7 @@ from ..core.convolution import ConvSpec
 from ..core.errors import PlanError
 from ..core.plan import SkipReason
 from ..decompose import Factors, PairFactors, RankSpec, Spectrum, default_multiple
-from .specs import Chain
+from .specs import Chain, stage_spec
 from .weighted import Cuts, WeightedLayer
 
 Axes = tuple[int, ...] | None
@@ -34,12 +34,9 @@ LADDER = 24
 
 @dataclass(frozen=True, slots=True)
 class FormPass:
-    """A pass that proposes a form.
+    """A pass that proposes a form, with the width or ratio that it takes where none is given.
 
     Attributes:
-        name: As on the command line.
-        summary: One line that says what it does.
-        default_rank: The width or ratio that it takes where none is given.
         linear: Whether it is for linear maps instead of convolutions.
     """
 
@@ -51,11 +48,9 @@ class FormPass:
 
 @dataclass(frozen=True, slots=True)
 class FormLoss:
-    """A form at some widths, and what it loses.
+    """A form at some widths (per group) and axes, and what it loses.
 
     Attributes:
-        widths: The widths, per group.
-        axes: The spatial axes of the first stage, where the form leaves a choice.
         loss: Predicted loss, ``½ · positions · tr(G Δ C Δᵀ)``.
         error: Relative error in that norm, ``√(loss / loss of an all-zero kernel)``.
     """
@@ -119,19 +114,12 @@ class Form(ABC):
         """
         limits = self.limits(spec, axes)
         if not isinstance(widths, Mapping) or set(widths) != set(limits):
-            expected = f"an object with {' and '.join(limits)}"
-            raise PlanError(
-                f"not the widths of {self.name}", where=where("widths"), expected=expected, got=repr(widths)
-            )
+            wanted, at = f"an object with {' and '.join(limits)}", where("widths")
+            raise PlanError(f"not the widths of {self.name}", where=at, expected=wanted, got=repr(widths))
         for name, limit in limits.items():
-            width = widths[name]
-            if type(width) is not int or not 1 <= width <= limit:
-                raise PlanError(
-                    f"{name} of {self.name} does not fit the layer",
-                    where=where(name),
-                    expected=f"an integer from 1 to {limit}",
-                    got=repr(width),
-                )
+            if type(widths[name]) is not int or not 1 <= widths[name] <= limit:
+                message, wanted = f"{name} of {self.name} does not fit the layer", f"an integer from 1 to {limit}"
+                raise PlanError(message, where=where(name), expected=wanted, got=repr(widths[name]))
         return {name: widths[name] for name in limits}
 
     @abstractmethod
@@ -144,42 +132,26 @@ class Form(ABC):
 
     @abstractmethod
     def ladder(self, spec: ConvSpec, axes: Axes, multiple: int | None) -> list[dict[str, int]]:
-        """Widths for the planner to look at.
-
-        Args:
-            spec: The layer.
-            axes: The axes of the first stage.
-            multiple: What widths are rounded to; None for 8 where the channels are 64 or more.
-        """
+        """Widths for the planner to look at, rounded to ``multiple``; None for 8 where the channels are 64 or more."""
 
     # ----------------------------------------------------------------------------------------------- weights
 
     @abstractmethod
     def spectra(self, kernel: Tensor, spec: ConvSpec, axes: Axes) -> dict[str, Spectrum[Factors]]:
-        """For every width the spectrum that it truncates, from which ranks are read.
-
-        Args:
-            kernel: ``(out, in/groups, *k)``, forward layout.
-            spec: The layer.
-            axes: The axes of the first stage.
-        """
+        """For every width the spectrum of a kernel in forward layout that it truncates, from which ranks are read."""
 
     @abstractmethod
     def truncate(self, kernel: Tensor, spec: ConvSpec, widths: Mapping[str, int], axes: Axes) -> Factors:
         """The factors nearest to a kernel in forward layout, in the order of `stages`."""
 
     def factorize(self, weight: Tensor, spec: ConvSpec, widths: Mapping[str, int], axes: Axes = None) -> Factors:
-        """The factors nearest to a layer's weight.
+        """The factors nearest to a layer's weight, whose ``stages(transposed)`` are those of `stages` in order.
 
         Args:
-            weight: As the layer has it: ``(out, in/groups, *k)``, ``(in, out/groups, *k)`` where transposed, or ``(out,
-                in)``.
+            weight: As the layer has it: ``(out, in/groups, *k)``, or transposed, or linear.
             spec: The layer.
             widths: The form's widths, per group.
             axes: The axes of the first stage, where the form leaves a choice.
-
-        Returns:
-            Factors whose ``stages(transposed)`` carry the weight of each stage of `stages` in order.
         """
         kernel = decompose.to_forward_layout(weight.detach(), spec.groups, spec.transposed)
         return self.truncate(kernel, spec, widths, self.splits(spec)[0] if axes is None else axes)
@@ -195,12 +167,7 @@ class Form(ABC):
         """The factors in the norm of a layer's statistics."""
 
     def losses(self, layer: WeightedLayer, worth: Worth) -> list[FormLoss]:
-        """What the form loses at a ladder of widths.
-
-        Args:
-            layer: The layer with its statistics.
-            worth: Which widths are worth a look.
-        """
+        """What the form loses at a ladder of widths, of those that are worth a look."""
         losses = []
         for axes in self.splits(layer.spec):
             ladder = [w for w in self.ladder(layer.spec, axes, layer.multiple) if worth(w, axes)]
@@ -260,6 +227,8 @@ class OneRank(Form):
 class SplitForm(OneRank):
     """A form that divides the spatial axes between its two stages (`pwrewrite.decompose.axis_split`)."""
 
+    stage_names: ClassVar[tuple[str, str]]
+
     @abstractmethod
     def first_axes(self, spec: ConvSpec, axes: Axes) -> tuple[int, ...]:
         """The spatial axes of the first stage."""
@@ -276,27 +245,29 @@ class SplitForm(OneRank):
 
     def limits(self, spec: ConvSpec, axes: Axes = None) -> dict[str, int]:
         """See `Form.limits`: no matricisation has more rank than its shorter side."""
-        first = self.first_axes(spec, self.splits(spec)[0] if axes is None else axes)
+        first = self._first(spec, axes)
         near, far = spec.in_channels // spec.groups, spec.out_channels // spec.groups
         for axis, size in enumerate(spec.kernel_size):
             near, far = (near * size, far) if axis in first else (near, far * size)
         return {self.widths[0]: min(near, far)}
 
+    def stages(self, spec: ConvSpec, widths: Mapping[str, int], axes: Axes = None) -> Chain:
+        """See `Form.stages`."""
+        first, middle = self._first(spec, axes), spec.groups * widths[self.widths[0]]
+        second = [axis for axis in range(spec.dims) if axis not in first]
+        one = stage_spec(spec, spec.in_channels, middle, first)
+        return tuple(zip(self.stage_names, (one, stage_spec(spec, middle, spec.out_channels, second, bias=spec.bias))))
+
+    def _first(self, spec: ConvSpec, axes: Axes) -> tuple[int, ...]:
+        return self.first_axes(spec, self.splits(spec)[0] if axes is None else axes)
+
 
 def ranks_to_try(limit: int, multiple: int | None = None, most: int = LADDER) -> list[int]:
-    """Ranks to look at, from small to the full one: multiples, evenly apart where there are few and denser below.
-
-    Args:
-        limit: The full rank.
-        multiple: What ranks are multiples of; None for 8 where the limit is 64 or more.
-        most: About how many.
-    """
+    """About ``most`` ranks up to the full one: multiples (None for 8 from 64 on), denser below."""
     step = default_multiple(limit) if multiple is None else multiple
     ranks = [*range(step, limit, step), limit] if limit > step else [limit]
     if step > 1 and limit > step:
         ranks = sorted({*ranks, *(step >> i for i in range(1, step.bit_length() - 1) if step >> i)})
     if len(ranks) <= most:
         return ranks
-    last = len(ranks) - 1
-    chosen = {round(last * (i / (most - 1)) ** 1.5) for i in range(most)}
-    return [ranks[i] for i in sorted(chosen)]
+    return [ranks[i] for i in sorted({round((len(ranks) - 1) * (i / (most - 1)) ** 1.5) for i in range(most)})]

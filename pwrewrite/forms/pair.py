@@ -7,19 +7,17 @@ both run at the output's resolution; a transposed one upsamples in ``expand``, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from ..core.convolution import ConvSpec
 from ..core.errors import PlanError
 from ..core.plan import SkipReason
 from .form import Axes, FormPass, SplitForm, Where
-from .specs import Chain, stage_spec
 
 
 class Pair(SplitForm):
     """1×1 → 1×1, or linear → linear."""
 
     name, widths, title = "pair", ("rank",), "LowRankPair"
+    stage_names = ("reduce", "expand")
     pointwise = True
     passes = (
         FormPass("factorize-pointwise", "two thin 1×1 convolutions in place of one (SVD)", 0.25),
@@ -48,15 +46,6 @@ class Pair(SplitForm):
     def first_axes(self, spec: ConvSpec, axes: Axes) -> tuple[int, ...]:
         """See `SplitForm.first_axes`."""
         return () if spec.transposed else tuple(range(spec.dims))
-
-    def stages(self, spec: ConvSpec, widths: Mapping[str, int], axes: Axes = None) -> Chain:
-        """See `Form.stages`."""
-        first, middle = self.first_axes(spec, axes), spec.groups * widths["rank"]
-        second = [axis for axis in range(spec.dims) if axis not in first]
-        return (
-            ("reduce", stage_spec(spec, spec.in_channels, middle, first)),
-            ("expand", stage_spec(spec, middle, spec.out_channels, second, bias=spec.bias)),
-        )
 
 
 FORM = Pair()

@@ -6,27 +6,28 @@ Optimal at every rank, see `pwrewrite.decompose.axis_split`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 
 from ..core.convolution import ConvSpec
 from ..core.errors import PlanError
 from ..core.plan import SkipReason
 from .form import Axes, FormPass, SplitForm, Where
-from .specs import Chain, stage_spec
 
 
 class Spatial(SplitForm):
     """k×1 → 1×k; the axes of the first stage are a setting."""
 
     name, widths, title = "spatial", ("rank",), "SpatialPair"
+    stage_names = ("first", "second")
     passes = (FormPass("factorize-spatial", "k×1 then 1×k in place of a k×k convolution", 0.25),)
 
     def unfit(self, spec: ConvSpec) -> tuple[SkipReason, str] | None:
         """See `Form.unfit`."""
-        if super().unfit(spec) is None and sum(k > 1 for k in spec.kernel_size) < 2:
-            return SkipReason.WRONG_FORM, "has an extent along one axis only, so there is nothing to split"
-        return super().unfit(spec)
+        if reason := super().unfit(spec):
+            return reason
+        one = sum(k > 1 for k in spec.kernel_size) < 2
+        return (SkipReason.WRONG_FORM, "has an extent along one axis only: there is nothing to split") if one else None
 
     def splits(self, spec: ConvSpec) -> Sequence[Axes]:
         """Every way to divide the axes that have an extent; the first of them alone comes first."""
@@ -54,17 +55,6 @@ class Spatial(SplitForm):
         """See `SplitForm.first_axes`."""
         assert axes is not None
         return axes
-
-    def stages(self, spec: ConvSpec, widths: Mapping[str, int], axes: Axes = None) -> Chain:
-        """See `Form.stages`."""
-        first = self.splits(spec)[0] if axes is None else axes
-        assert first is not None
-        second = [axis for axis in range(spec.dims) if axis not in first]
-        middle = spec.groups * widths["rank"]
-        return (
-            ("first", stage_spec(spec, spec.in_channels, middle, first)),
-            ("second", stage_spec(spec, middle, spec.out_channels, second, bias=spec.bias)),
-        )
 
 
 FORM = Spatial()

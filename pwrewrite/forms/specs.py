@@ -1,20 +1,18 @@
 """The shape facts of layers and of the chains that replace them: as JSON data, and what they cost.
 
 Stride, padding, dilation and output padding sit on the stages of a chain that own the spatial axes, everything else is
-1×1; only the last stage has a bias, so that padding commutes with the channel mixing before it and the chain is exactly
-linear in its factors.
+1×1; only the last stage has a bias, so that padding commutes with the channel mixing before it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from math import prod
-from typing import Any
 
 from ..core.convolution import ConvSpec
 from ..core.errors import PlanError
+from ..core.records import Json, as_data
 
 Chain = Sequence[tuple[str, ConvSpec]]
 """The stages of a form, first to last: name and shape facts."""
@@ -31,16 +29,13 @@ def pointwise_spec(dims: int, in_channels: int, out_channels: int, bias: bool = 
     return ConvSpec(in_channels, out_channels, ones, ones, ((0, 0),) * dims, ones, 1, bias, output_padding=(0,) * dims)
 
 
-def spec_to_dict(spec: ConvSpec) -> dict[str, Any]:
+def spec_to_dict(spec: ConvSpec) -> dict[str, Json]:
     """A spec as JSON data."""
-    return {name: _listed(value) for name, value in asdict(spec).items()}
+    data: dict[str, Json] = as_data(spec)
+    return data
 
 
-def _listed(value: Any) -> Any:
-    return [_listed(item) for item in value] if isinstance(value, tuple) else value
-
-
-def spec_from_dict(data: Any, where: str) -> ConvSpec:
+def spec_from_dict(data: Json, where: str) -> ConvSpec:
     """Reads what `spec_to_dict` wrote.
 
     Raises:
@@ -60,35 +55,27 @@ def spec_from_dict(data: Any, where: str) -> ConvSpec:
             bool(data["transposed"]),
             tuple(map(int, data["output_padding"])),
         )
-        _check_spec(spec)
+        counts = (spec.in_channels, spec.out_channels, spec.groups, *spec.kernel_size, *spec.stride, *spec.dilation)
+        per_dim = (spec.stride, spec.padding, spec.dilation, spec.output_padding)
+        if any(n < 1 for n in counts):
+            raise ValueError("channels, groups, kernel size, stride and dilation are at least 1")
+        if spec.dims > 3 or any(len(values) != spec.dims for values in per_dim):
+            raise ValueError("kernel size, stride, padding, dilation and output padding have one entry per spatial dim")
+        if spec.in_channels % spec.groups or spec.out_channels % spec.groups:
+            raise ValueError("groups divide the channels")
         written = spec_to_dict(spec)
         if odd := [key for key in {**written, **data} if json.dumps(data.get(key)) != json.dumps(written.get(key))]:
             raise ValueError(f"{odd[0]} is {data.get(odd[0])!r}")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise PlanError(
-            "not the shape facts of a layer",
-            where=where,
-            expected="what `pwrewrite plan` writes under 'layer'",
-            got=repr(error),
-        ) from None
+        wanted = "what `pwrewrite plan` writes under 'layer'"
+        raise PlanError("not the shape facts of a layer", where=where, expected=wanted, got=repr(error)) from None
     return spec
-
-
-def _check_spec(spec: ConvSpec) -> None:
-    counts = (spec.in_channels, spec.out_channels, spec.groups, *spec.kernel_size, *spec.stride, *spec.dilation)
-    per_dim = (spec.stride, spec.padding, spec.dilation, spec.output_padding)
-    if any(n < 1 for n in counts):
-        raise ValueError("channels, groups, kernel size, stride and dilation are at least 1")
-    if spec.dims > 3 or any(len(values) != spec.dims for values in per_dim):
-        raise ValueError("kernel size, stride, padding, dilation and output padding have one entry per spatial dim")
-    if spec.in_channels % spec.groups or spec.out_channels % spec.groups:
-        raise ValueError("groups divide the channels")
 
 
 def stage_spec(
     spec: ConvSpec, inputs: int, outputs: int, axes: Sequence[int], *, groups: int | None = None, bias: bool = False
 ) -> ConvSpec:
-    """One stage of a chain: the layer's settings on some axes, 1×1 elsewhere; transposed only where it owns an axis.
+    """One stage of a chain: the layer's settings on the axes it owns, 1×1 elsewhere; transposed only where it owns one.
 
     Args:
         spec: The layer.
@@ -121,32 +108,17 @@ def chain_params(chain: Chain) -> int:
 
 
 def chain_macs(chain: Chain, input_shape: Sequence[int], output_shape: Sequence[int]) -> int:
-    """MACs of a chain on one input.
-
-    Args:
-        chain: Its stages.
-        input_shape: Shape of the layer's input.
-        output_shape: Shape of the layer's output; decides the size that a transposed stage makes.
-    """
+    """MACs of a chain on one input of the layer; the output's shape decides the size that a transposed stage makes."""
     total, shape = 0, tuple(input_shape)
     for _, spec in chain:
         out = stage_output(spec, shape, output_shape)
-        if spec.dims:
-            total += spec.macs(shape, out)
-        else:
-            total += prod(shape) * spec.out_channels
+        total += spec.macs(shape, out) if spec.dims else prod(shape) * spec.out_channels
         shape = out
     return total
 
 
 def stage_output(spec: ConvSpec, shape: Sequence[int], output_shape: Sequence[int]) -> tuple[int, ...]:
-    """The output shape of one stage.
-
-    Args:
-        spec: The stage.
-        shape: Shape of its input.
-        output_shape: Shape of the whole layer's output; decides the size that a transposed stage makes.
-    """
+    """The output shape of one stage; that of the whole layer decides the size that a transposed stage makes."""
     if not spec.dims:
         return (*shape[:-1], spec.out_channels)
     wanted = None
@@ -158,9 +130,5 @@ def stage_output(spec: ConvSpec, shape: Sequence[int], output_shape: Sequence[in
 
 def owns_axis(spec: ConvSpec, axis: int) -> bool:
     """Whether a stage changes the size along an axis, so that a wanted output size is its business."""
-    return (
-        spec.kernel_size[axis] > 1
-        or spec.stride[axis] > 1
-        or spec.padding[axis] != (0, 0)
-        or spec.output_padding[axis] != 0
-    )
+    extended = spec.kernel_size[axis] > 1 or spec.stride[axis] > 1
+    return extended or spec.padding[axis] != (0, 0) or spec.output_padding[axis] != 0

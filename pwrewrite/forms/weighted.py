@@ -1,14 +1,9 @@
 """One layer in the norm of its statistics, and pairs of factors at every rank in that norm.
 
 The norm is ``positions · ½ · tr(G Δ C Δᵀ)``: ``C`` over whole input patches, ``G`` over outputs
-(`pwrewrite.planning.statistics`). In it a pair of factors is
-
-* solved exactly at every rank by one factorisation, where its last factor is 1×1 and the first one owns all of the
-  patch;
-* otherwise its first factor comes from a Kronecker approximation of ``C`` (partial traces,
-  `pwrewrite.decompose.split_moment`), and its last one is exact (`pwrewrite.decompose.last_factor`).
-
-So every loss is one of the full norm, whatever approximation the factors came from.
+(`pwrewrite.planning.statistics`). A pair whose last factor is 1×1 is solved exactly at every rank by one factorisation.
+Of any other the first factor comes from a Kronecker approximation of ``C`` (`pwrewrite.decompose.split_moment`), and
+the last one is exact (`pwrewrite.decompose.last_factor`), so every loss is one of the full norm.
 """
 
 from __future__ import annotations
@@ -42,9 +37,7 @@ class WeightedLayer:
         multiple: What ranks are rounded to; None for 8 where the channels are 64 or more.
 
     Attributes:
-        kernel: The weight in forward layout and the compute dtype.
-        rows: The kernel as ``(groups, out/groups, patch)``.
-        spatial: The kernel's spatial sizes.
+        kernel: The weight in forward layout and the compute dtype; ``rows`` is it as ``(groups, out/groups, patch)``.
         scale: Loss of an all-zero kernel.
     """
 
@@ -116,11 +109,7 @@ class WeightedLayer:
         return root
 
     def sides(self, axes: Sequence[int]) -> tuple[Tensor | None, Weight | None, bool]:
-        """The weights of the channels with some axes, and of the outputs with the others; and whether that is exact.
-
-        Args:
-            axes: The spatial axes that stay with the input channels.
-        """
+        """The weights of the channels with some axes, and of the outputs with the others; and whether that is exact."""
         if self.inputs is None:
             return None, self.gradients, True
         if all(axis in axes or size == 1 for axis, size in enumerate(self.spatial)):
@@ -133,20 +122,15 @@ class WeightedLayer:
 
 
 class Cuts:
-    """Pairs of factors of a layer at every rank, in the norm of its statistics.
+    """Pairs of factors of a layer at every rank up to ``max_rank``, in the norm of its statistics.
 
-    Args:
-        layer: The layer.
-        spectrum: The pairs at every rank.
-        exact: Whether the spectrum's norm is that of the layer, so that its factors are the best.
-
-    Attributes:
-        max_rank: The rank at which they are exact.
+    ``exact`` says that the norm of the spectrum is that of the layer, so that its factors are the best.
     """
 
     def __init__(self, layer: WeightedLayer, spectrum: Spectrum[PairFactors], exact: bool) -> None:
         self._layer, self._spectrum, self._exact = layer, spectrum, exact
         self._nested: Nested | None = None
+        self.truncate = spectrum.truncate
         self.max_rank = spectrum.max_rank
 
     def losses(self, ranks: Sequence[int]) -> list[float]:
@@ -175,10 +159,6 @@ class Cuts:
         half, normal = factors.normal(layer.inputs, layer.spatial)
         last = solve_last(normal, layer.rows @ half.mT, towards=factors.last_matrix())
         return factors.with_last(last), normal
-
-    def truncate(self, rank: int) -> PairFactors:
-        """The factors of one rank in the norm of the spectrum."""
-        return self._spectrum.truncate(rank)
 
     def nested(self, rank: int) -> Nested:
         """The pairs at every rank up to one in the layer's norm."""
