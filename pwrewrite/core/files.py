@@ -24,10 +24,8 @@ from pathlib import Path
 
 from .errors import OutputError
 
-try:
+if sys.platform != "win32":  # there nothing is locked, and nothing removed
     import fcntl
-except ImportError:  # Windows: nothing is locked there, and nothing removed
-    fcntl = None  # type: ignore[assignment]
 
 LARGEST_TEXT = 256 << 20
 """Bytes of the largest file that is read as a whole."""
@@ -55,25 +53,19 @@ def check_writable(path: Path) -> None:
     Raises:
         OutputError: If its folder does not exist, it is a folder, or writing there is not permitted.
     """
-    where = str(path)
-    try:
+    where, cannot = str(path), "cannot write the output:"
+    with _refusing(path, OSError, RuntimeError, ValueError):
         if path.is_dir():
-            raise OutputError("cannot write the output: it is a folder", where=where, hint="name a file in it")
+            raise OutputError(f"{cannot} it is a folder", where=where, hint="name a file in it")
         folder = path.resolve().parent
         if not folder.is_dir():
             what = "does not exist" if not folder.exists() else "is not a folder"
-            raise OutputError(f"cannot write the output: {folder} {what}", where=where, hint="create it first")
-        exists = path.exists()
-    except OutputError:
-        raise
-    except (OSError, RuntimeError, ValueError) as error:
-        raise unwritable(path, error) from error
-    if not os.access(path if exists else folder, os.W_OK) or (
-        exists and _is_regular(path) and not os.access(folder, os.W_OK)
-    ):
-        raise OutputError(
-            "cannot write the output: permission denied", where=where, hint="choose a place that you may write"
-        )
+            raise OutputError(f"{cannot} {folder} {what}", where=where, hint="create it first")
+        places = [path] if path.exists() else [folder]
+        if path.exists() and _is_regular(path):
+            places.append(folder)
+    if not all(os.access(place, os.W_OK) for place in places):
+        raise OutputError(f"{cannot} permission denied", where=where, hint="choose a place that you may write")
 
 
 @contextlib.contextmanager
@@ -126,12 +118,10 @@ def write_file(path: str | Path, content: str | bytes) -> None:
     """
     path = Path(path)
     data = content.encode("utf-8", errors="surrogateescape") if isinstance(content, str) else content
-    try:
+    with _refusing(path, OSError, RuntimeError, ValueError):
         if path.exists() and not _is_regular(path):
             path.write_bytes(data)
             return
-    except (OSError, RuntimeError, ValueError) as error:
-        raise unwritable(path, error) from error
     with new_file(path) as scratch:
         scratch.write_bytes(data)
 
@@ -143,23 +133,18 @@ def new_file(path: str | Path) -> Iterator[Path]:
     Raises:
         OutputError: If it cannot be written.
     """
-    try:
+    with _refusing(path, OSError, RuntimeError, ValueError):
         target = Path(path).resolve()
         remove_unfinished(target.parent)
         handle, name = tempfile.mkstemp(prefix=_prefix(target), suffix=".part", dir=target.parent)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise unwritable(path, error) from error
     try:
-        _lock(handle)
-        yield Path(name)
-        os.chmod(name, _mode(target))
-        _flush(name)
-        os.replace(name, target)
-        _flush(target.parent)
-    except OutputError:
-        raise
-    except OSError as error:
-        raise unwritable(path, error) from error
+        with _refusing(path, OSError):
+            _lock(handle)
+            yield Path(name)
+            os.chmod(name, stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask())
+            _flush(name)
+            os.replace(name, target)
+            _flush(target.parent)
     finally:
         os.close(handle)
         with contextlib.suppress(OSError):
@@ -177,30 +162,25 @@ def new_folder(path: str | Path, names: Collection[str]) -> Iterator[Path]:
     Raises:
         OutputError: If it cannot be written; the old folder is in its place then.
     """
-    try:
+    with _refusing(path, OSError, RuntimeError, ValueError):
         target = Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_unfinished(target.parent)
         scratch = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=".part", dir=target.parent))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise unwritable(path, error) from error
     handle = -1
     try:
-        if fcntl is not None:
-            handle = os.open(scratch, os.O_RDONLY)
-            _lock(handle)
-        yield scratch
-        for file in scratch.iterdir():
-            file.chmod(0o666 & ~_umask())  # some libraries write files that only their owner can read
-            _flush(file)
-        scratch.chmod(0o777 & ~_umask())
-        _flush(scratch)
-        _move_in(scratch, target)
-        _flush(target.parent)
-    except OutputError:
-        raise
-    except OSError as error:
-        raise unwritable(path, error) from error
+        with _refusing(path, OSError):
+            if sys.platform != "win32":
+                handle = os.open(scratch, os.O_RDONLY)
+                _lock(handle)
+            yield scratch
+            for file in scratch.iterdir():
+                file.chmod(0o666 & ~_umask())  # some libraries write files that only their owner can read
+                _flush(file)
+            scratch.chmod(0o777 & ~_umask())
+            _flush(scratch)
+            _move_in(scratch, target)
+            _flush(target.parent)
     finally:
         if handle >= 0:
             os.close(handle)
@@ -209,7 +189,7 @@ def new_folder(path: str | Path, names: Collection[str]) -> Iterator[Path]:
 
 def remove_unfinished(folder: Path) -> None:
     """Removes what killed writers left in a folder; what is in use, or is not ours, stays."""
-    if fcntl is None:
+    if sys.platform == "win32":
         return
     with contextlib.suppress(OSError):
         for entry in [entry for entry in os.scandir(folder) if _UNFINISHED.fullmatch(entry.name)]:
@@ -237,6 +217,17 @@ def unwritable(path: str | Path, error: Exception) -> OutputError:
     reason = getattr(error, "strerror", None) or str(error)
     hint = "make room or give another place" if getattr(error, "errno", None) == errno.ENOSPC else "give another place"
     return OutputError(f"cannot write: {reason[:1].lower()}{reason[1:]}", where=str(path), hint=hint)
+
+
+@contextlib.contextmanager
+def _refusing(path: str | Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns errors of these kinds into an `OutputError`."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except kinds as error:
+        raise unwritable(path, error) from error
 
 
 def _move_in(scratch: Path, target: Path) -> None:
@@ -300,10 +291,9 @@ def _abandoned(path: str) -> bool:
 
 def _lock(handle: int) -> bool:
     """Locks an open file until it is closed; False where another process holds the lock."""
-    if fcntl is None:
-        return True
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if sys.platform != "win32":
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # it is held, or the file system has no locks
         return False
     return True
@@ -313,26 +303,17 @@ def _flush(path: str | Path) -> None:
     """Has a file or folder on the disk, so that a crash cannot leave an empty one; some systems refuse folders."""
     try:
         handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        if os.path.isdir(path):
-            return
-        raise
-    try:
-        os.fsync(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     except OSError:
         if not os.path.isdir(path):
             raise
-    finally:
-        os.close(handle)
 
 
 def _is_regular(path: Path) -> bool:
     return stat.S_ISREG(path.stat().st_mode)
-
-
-def _mode(path: Path) -> int:
-    """The mode of what is replaced, else what the user's umask makes of a new file."""
-    return stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~_umask()
 
 
 def _umask() -> int:

@@ -42,9 +42,6 @@ def loads(text: str, name: str) -> Json:
         raise PlanError(f"{name} is nested too deeply for a plan", expected="lists a few levels deep") from None
 
 
-_BETWEEN = re.compile(r"[^\s,:]")
-"""The first character of a value, where only blanks, commas and colons may come before it."""
-
 _SHORT_LISTS = (re.compile(r"\[\n([^][{}\"]*?)\n *\]"), re.compile(r"\[\n((?:[^][{}\"]|\[[^][{}\"\n]*\])*?)\n *\]"))
 """A list of numbers over several lines, and a list of those that are in one line already. Text has no line breaks."""
 
@@ -66,10 +63,14 @@ class JsonText:
     def _values(self, at: int) -> Iterator[tuple[Json, int, int]]:
         """What the list or object at an offset holds, keys included, and where each of them starts and ends."""
         decoder = json.JSONDecoder()
-        while self.text[at := _BETWEEN.search(self.text, at + 1).start()] not in "]}":  # type: ignore[union-attr]
-            value, end = decoder.raw_decode(self.text, at)
-            yield value, at, end
-            at = end - 1
+        at += 1
+        while self.text[at] not in "]}":
+            if self.text[at] in " \t\r\n,:":
+                at += 1
+            else:
+                start = at
+                value, at = decoder.raw_decode(self.text, start)
+                yield value, start, at
 
     def entries(self, key: str) -> list[tuple[int, int]]:
         """Start and end offsets of the entries of one of the plan's lists."""

@@ -78,7 +78,7 @@ class AxisSplit(PairFactors):
         )
 
     def inner(self, patches: Tensor, spatial: Sequence[int]) -> Tensor:
-        """See `PairFactors.inner`; rows are ``(rank, *b)``."""
+        """Rows are ``(rank, *b)``."""
         groups, columns = self.groups, patches.shape[-1]
         first = self.first.reshape(groups, self.rank, -1).to(patches)
         apart = math.prod(spatial[axis] for axis in self.second_axes)

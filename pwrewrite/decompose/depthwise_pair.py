@@ -71,20 +71,18 @@ class Depthwise(PairFactors):
         )
 
     def inner(self, patches: Tensor, spatial: Sequence[int]) -> Tensor:
-        """See `PairFactors.inner`; rows are ``(terms, in)``."""
+        """Rows are ``(terms, in)``."""
         taps, columns = math.prod(spatial), patches.shape[-1]
         filters = self.depthwise.reshape(-1, self.terms, taps).to(patches)  # (in, terms, taps)
         values = (filters @ patches.reshape(-1, taps, columns)).reshape(self.groups, -1, self.terms, columns)
         return values.transpose(1, 2).reshape(self.groups, -1, columns)
 
     def last_matrix(self) -> Tensor:
-        """See `PairFactors.last_matrix`."""
         out = self.pointwise.shape[0] // self.groups
         by_channel = self.pointwise.reshape(self.groups, out, -1, self.terms)
         return by_channel.transpose(2, 3).reshape(self.groups, out, -1)
 
     def with_last(self, matrix: Tensor) -> Self:
-        """See `PairFactors.with_last`."""
         by_term = matrix.reshape(*matrix.shape[:2], self.terms, -1)
         return self._with(by_term.transpose(2, 3).reshape(self.pointwise.shape).to(self.pointwise))
 

@@ -37,11 +37,9 @@ class Bottleneck(Form):
     )
 
     def limits(self, spec: ConvSpec, axes: Axes = None) -> dict[str, int]:
-        """See `Form.limits`."""
         return {"rank_in": spec.in_channels // spec.groups, "rank_out": spec.out_channels // spec.groups}
 
     def stages(self, spec: ConvSpec, widths: Mapping[str, int], axes: Axes = None) -> Chain:
-        """See `Form.stages`."""
         inner, outer = spec.groups * widths["rank_in"], spec.groups * widths["rank_out"]
         return (
             ("reduce", stage_spec(spec, spec.in_channels, inner, ())),
@@ -50,7 +48,7 @@ class Bottleneck(Form):
         )
 
     def ladder(self, spec: ConvSpec, axes: Axes, multiple: int | None) -> list[dict[str, int]]:
-        """See `Form.ladder`; full input widths are left to `pwrewrite.forms.expand`."""
+        """Full input widths are left to `pwrewrite.forms.expand`."""
         most_out = self.limits(spec)["rank_out"]
         (most_in,) = REDUCE.limits(spec).values()
         return [
@@ -61,15 +59,12 @@ class Bottleneck(Form):
         ]
 
     def spectra(self, kernel: Tensor, spec: ConvSpec, axes: Axes) -> dict[str, Spectrum[Factors]]:
-        """See `Form.spectra`."""
         return REDUCE.spectra(kernel, spec, None) | EXPAND.spectra(kernel, spec, None)
 
     def truncate(self, kernel: Tensor, spec: ConvSpec, widths: Mapping[str, int], axes: Axes) -> Factors:
-        """See `Form.truncate`."""
         return tucker2(kernel, rank_in=widths["rank_in"], rank_out=widths["rank_out"], groups=spec.groups)
 
     def predict(self, layer: WeightedLayer, axes: Axes, ladder: Sequence[Mapping[str, int]]) -> list[float]:
-        """See `Form.predict`."""
         pairs = [(widths["rank_in"], widths["rank_out"]) for widths in ladder]
         if layer.inputs is None:
             losses = self._tucker(layer).losses * layer.factor
@@ -80,7 +75,6 @@ class Bottleneck(Form):
         return [layer.scale - float(explained[inner][outer]) * layer.factor for inner, outer in pairs]
 
     def solve(self, layer: WeightedLayer, widths: Mapping[str, int], axes: Axes) -> Factors:
-        """See `Form.solve`."""
         inner, outer = widths["rank_in"], widths["rank_out"]
         if layer.inputs is None:
             return self._tucker(layer).truncate(inner, outer, sweeps=5)

@@ -29,21 +29,18 @@ class Depthwise(OneRank):
     )
 
     def limits(self, spec: ConvSpec, axes: Axes = None) -> dict[str, int]:
-        """See `Form.limits`."""
         return {"terms": min(prod(spec.kernel_size), spec.out_channels // spec.groups)}
 
     def stages(self, spec: ConvSpec, widths: Mapping[str, int], axes: Axes = None) -> Chain:
-        """See `Form.stages`."""
         middle = spec.in_channels * widths["terms"]
         filters = stage_spec(spec, spec.in_channels, middle, range(spec.dims), groups=spec.in_channels)
         return ("depthwise", filters), ("pointwise", stage_spec(spec, middle, spec.out_channels, (), bias=spec.bias))
 
     def spectrum(self, kernel: Tensor, spec: ConvSpec, axes: Axes) -> Spectrum[PairFactors]:
-        """See `OneRank.spectrum`."""
         return depthwise_spectrum(kernel, spec.groups)
 
     def weighted_spectrum(self, layer: WeightedLayer, axes: Axes) -> tuple[Spectrum[PairFactors], bool]:
-        """See `OneRank.weighted_spectrum`: correlations between input channels are not seen."""
+        """Correlations between input channels are not seen."""
         weighted = depthwise_spectrum(layer.kernel, layer.spec.groups, layer.inputs, layer.gradients)
         return weighted, layer.inputs is None
 

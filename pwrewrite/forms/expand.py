@@ -19,7 +19,6 @@ class Expand(SplitForm):
     passes = (FormPass("insert-expansion", "narrower k×k convolution with a 1×1 expansion behind it (k×k → 1×1)"),)
 
     def first_axes(self, spec: ConvSpec, axes: Axes) -> tuple[int, ...]:
-        """See `SplitForm.first_axes`."""
         return tuple(range(spec.dims))
 
 

@@ -203,24 +203,19 @@ class OneRank(Form):
         return layer.once((self.name, axes), lambda: Cuts(layer, *self.weighted_spectrum(layer, axes)))
 
     def ladder(self, spec: ConvSpec, axes: Axes, multiple: int | None) -> list[dict[str, int]]:
-        """See `Form.ladder`."""
         ((name, limit),) = self.limits(spec, axes).items()
         return [{name: rank} for rank in ranks_to_try(limit, multiple)]
 
     def spectra(self, kernel: Tensor, spec: ConvSpec, axes: Axes) -> dict[str, Spectrum[Factors]]:
-        """See `Form.spectra`."""
         return {self.widths[0]: self.spectrum(kernel, spec, axes)}
 
     def truncate(self, kernel: Tensor, spec: ConvSpec, widths: Mapping[str, int], axes: Axes) -> Factors:
-        """See `Form.truncate`."""
         return self.spectrum(kernel, spec, axes).truncate(widths[self.widths[0]])
 
     def predict(self, layer: WeightedLayer, axes: Axes, ladder: Sequence[Mapping[str, int]]) -> list[float]:
-        """See `Form.predict`."""
         return self.cuts(layer, axes).losses([widths[self.widths[0]] for widths in ladder])
 
     def solve(self, layer: WeightedLayer, widths: Mapping[str, int], axes: Axes) -> Factors:
-        """See `Form.solve`."""
         return self.cuts(layer, axes).factors(widths[self.widths[0]])
 
 
@@ -234,17 +229,16 @@ class SplitForm(OneRank):
         """The spatial axes of the first stage."""
 
     def spectrum(self, kernel: Tensor, spec: ConvSpec, axes: Axes) -> Spectrum[PairFactors]:
-        """See `OneRank.spectrum`."""
         return decompose.split_spectrum(kernel, spec.groups, self.first_axes(spec, axes))
 
     def weighted_spectrum(self, layer: WeightedLayer, axes: Axes) -> tuple[Spectrum[PairFactors], bool]:
-        """See `OneRank.weighted_spectrum`: exact where the last stage owns no extent, a Kronecker product elsewhere."""
+        """Exact where the last stage owns no extent, a Kronecker product elsewhere."""
         first = self.first_axes(layer.spec, axes)
         near, outputs, exact = layer.sides(first)
         return decompose.split_spectrum(layer.kernel, layer.spec.groups, first, near, outputs), exact
 
     def limits(self, spec: ConvSpec, axes: Axes = None) -> dict[str, int]:
-        """See `Form.limits`: no matricisation has more rank than its shorter side."""
+        """No matricisation has more rank than its shorter side."""
         first = self._first(spec, axes)
         near, far = spec.in_channels // spec.groups, spec.out_channels // spec.groups
         for axis, size in enumerate(spec.kernel_size):
@@ -252,7 +246,6 @@ class SplitForm(OneRank):
         return {self.widths[0]: min(near, far)}
 
     def stages(self, spec: ConvSpec, widths: Mapping[str, int], axes: Axes = None) -> Chain:
-        """See `Form.stages`."""
         first, middle = self._first(spec, axes), spec.groups * widths[self.widths[0]]
         second = [axis for axis in range(spec.dims) if axis not in first]
         one = stage_spec(spec, spec.in_channels, middle, first)

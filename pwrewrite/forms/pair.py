@@ -25,7 +25,6 @@ class Pair(SplitForm):
     )
 
     def unfit(self, spec: ConvSpec) -> tuple[SkipReason, str] | None:
-        """See `Form.unfit`."""
         if spec.is_depthwise:
             return SkipReason.DEPTHWISE, "a depthwise convolution mixes no channels"
         if not spec.is_pointwise:
@@ -33,7 +32,6 @@ class Pair(SplitForm):
         return None
 
     def read_axes(self, spec: ConvSpec, axes: object, where: Where) -> Axes:
-        """See `Form.read_axes`."""
         if not spec.is_pointwise:
             raise PlanError(
                 f"the form pair is not for a kernel of {spec.kernel_size}",
@@ -44,7 +42,6 @@ class Pair(SplitForm):
         return super().read_axes(spec, axes, where)
 
     def first_axes(self, spec: ConvSpec, axes: Axes) -> tuple[int, ...]:
-        """See `SplitForm.first_axes`."""
         return () if spec.transposed else tuple(range(spec.dims))
 
 

@@ -19,7 +19,6 @@ class Reduce(SplitForm):
     passes = (FormPass("insert-reduction", "1×1 reduction before a k×k convolution (1×1 → k×k)"),)
 
     def first_axes(self, spec: ConvSpec, axes: Axes) -> tuple[int, ...]:
-        """See `SplitForm.first_axes`."""
         return ()
 
 

@@ -23,7 +23,6 @@ class Spatial(SplitForm):
     passes = (FormPass("factorize-spatial", "k×1 then 1×k in place of a k×k convolution", 0.25),)
 
     def unfit(self, spec: ConvSpec) -> tuple[SkipReason, str] | None:
-        """See `Form.unfit`."""
         if reason := super().unfit(spec):
             return reason
         one = sum(k > 1 for k in spec.kernel_size) < 2
@@ -35,7 +34,6 @@ class Spatial(SplitForm):
         return [axes for count in range(1, len(extended)) for axes in combinations(extended, count)] or [(0,)]
 
     def read_axes(self, spec: ConvSpec, axes: object, where: Where) -> Axes:
-        """See `Form.read_axes`."""
         known = range(spec.dims)
         if axes is None:
             axes = self.splits(spec)[0]
@@ -52,7 +50,6 @@ class Spatial(SplitForm):
         return tuple(axes)
 
     def first_axes(self, spec: ConvSpec, axes: Axes) -> tuple[int, ...]:
-        """See `SplitForm.first_axes`."""
         assert axes is not None
         return axes
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ..core.errors import UsageError, first_line
+
 _C: Any = torch._C
 _mkldnn: Any = torch.ops.mkldnn
 _functions_watch: Any = _C._len_torch_function_stack
@@ -133,6 +135,25 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Tensor
     """``act(x · Wᵀ + b)`` in one kernel."""
     out: Tensor = _mkldnn._linear_pointwise(x, weight, bias, *act)
     return out
+
+
+def check_known(name: str, act: Act) -> None:
+    """Refuses an activation that oneDNN does not take as its row says; for the error of a kernel that did not run.
+
+    Raises:
+        UsageError: It names the row.
+    """
+    one = torch.ones(1, 1, 1, 1)
+    try:
+        convolve(one, one, None, Geometry([0, 0], [1, 1], [1, 1], 1), act)
+    except RuntimeError as error:
+        raise UsageError(
+            f"oneDNN does not know the kernel of the operation {name!r}",
+            where=f"the row {name!r} of pwrewrite.core.operations",
+            expected="a name, numbers and an algorithm that torch.ops.mkldnn._convolution_pointwise takes",
+            got=f"{act[0]!r} with {act[1]} and {act[2]!r}: {first_line(error)}",
+            hint="correct the row, or leave its kernel out",
+        ) from error
 
 
 def pack(weight: Tensor, how: Geometry, shape: Sequence[int]) -> tuple[bytes, Tensor]:

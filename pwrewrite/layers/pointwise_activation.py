@@ -159,7 +159,11 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         if out is None and weight is not None and plain_tensors(x, weight, bias):
             if x.is_cpu:
                 if x.dtype in CPU_DTYPES and kernels.enabled():
-                    out = self._on_cpu(x, weight, bias, residual)
+                    try:
+                        out = self._on_cpu(x, weight, bias, residual)
+                    except RuntimeError:
+                        kernels.check_known(self.activation, self._kernel_act)
+                        raise
             elif x.is_cuda and self._late is None:
                 out = self._on_cuda(x, weight, bias, residual)
         if out is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.core.errors import UsageError
+from pwrewrite.core.operations import OPERATIONS, Operation
 from pwrewrite.forms.specs import linear_spec
-from pwrewrite.layers import ACTIVATIONS, PointwiseActivation
+from pwrewrite.layers import ACTIVATIONS, PointwiseActivation, kernels
 from pwrewrite.layers.kernels import CPU_DTYPES
 
 NUMBERS = {"hardtanh": (-0.5, 0.75), "leaky_relu": (0.2,)}
@@ -65,6 +67,60 @@ def test_every_activation(name: str, channels_last: bool) -> None:
         close(made(wide), reference(conv, name, wide))
         close(made(wide[0]), reference(conv, name, wide[0]))
     close(made(x), reference(conv, name, x))
+
+
+@fused_here
+@pytest.mark.parametrize("conv", [nn.Conv2d(8, 12, 3), nn.Conv3d(8, 4, 2), nn.Linear(8, 5)], ids=["2d", "3d", "linear"])
+@pytest.mark.parametrize("row", [row for row in OPERATIONS if row.kernel is not None], ids=lambda row: row.name)
+def test_the_kernel_of_every_row_is_its_operation(
+    row: Operation, conv: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row that names a kernel: it runs, once and nothing else, and does what the row's torch function does."""
+    assert row.kernel is not None
+    numbers = NUMBERS.get(row.kernel.name, ())
+    _, made = layer(row.kernel.name, conv)
+    acts: list[str] = []
+    for name in ("convolve", "multiply"):
+        real = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, _r=real: (acts.append(a[-1][0]), _r(*a))[1])
+    monkeypatch.setattr(made, "_plain", lambda *a: pytest.fail("the plain operation ran"))
+    x = torch.randn(6, 8) if isinstance(conv, nn.Linear) else torch.randn(2, 8, *(5, 6, 4)[: made.spec.dims])
+    with torch.no_grad():
+        out = made(x)
+        assert acts == [row.kernel.attr]
+        before = conv(x)
+        assert bool((before > 0).any()) and bool((before < 0).any())  # noqa: PT018 (both sides of every bend)
+        for name in row.functions:
+            plain = getattr(F, name, None) or getattr(torch, name)
+            close(out, plain(before, *numbers))
+        for module in row.modules:
+            close(out, module(*numbers)(before))
+        if not row.functions:
+            close(out, F.gelu(before, approximate="tanh"))
+            assert row.name == "gelu_tanh"
+
+
+@fused_here
+@pytest.mark.parametrize("conv", [nn.Conv2d(8, 12, 3), nn.Linear(8, 5)], ids=["2d", "linear"])
+@pytest.mark.parametrize("wrong", [{"attr": "silu"}, {"attr": "hardtanh"}, {"attr": "gelu", "algorithm": "fast"}])
+def test_a_wrong_kernel_is_an_error_that_names_the_row(
+    wrong: dict[str, str], conv: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ACTIVATIONS, "silu", replace(ACTIVATIONS["silu"], **wrong))  # type: ignore[arg-type]
+    _, made = layer("silu", conv)
+    x = torch.randn(2, 8) if isinstance(conv, nn.Linear) else torch.randn(2, 8, 5, 5)
+    with torch.no_grad(), pytest.raises(UsageError, match="kernel of the operation 'silu'") as raised:
+        made(x)
+    assert raised.value.where == "the row 'silu' of pwrewrite.core.operations"
+    assert repr(wrong["attr"]) in str(raised.value.got)
+
+
+@fused_here
+def test_any_other_error_of_a_kernel_stays_torchs_own() -> None:
+    _, made = layer("silu")
+    with torch.no_grad(), pytest.raises(RuntimeError, match="8") as raised:
+        made(torch.randn(2, 5, 9, 9))
+    assert not isinstance(raised.value, UsageError)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
