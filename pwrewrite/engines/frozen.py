@@ -95,6 +95,9 @@ def freeze(model: nn.Module, example_inputs: Inputs | None = None, *, keep_nan: 
             raise RefusedError(
                 "only float32 weights on the CPU can be frozen", where=name, got=f"{tensor.dtype} on {tensor.device}"
             )
+        if tensor.is_inference() and isinstance(tensor, nn.Parameter):  # torch counts no changes of it, nor trains it
+            hint = "freeze copy.deepcopy(model), copied outside of inference mode, or what fuse returns"
+            raise RefusedError("a parameter was made in inference mode", where=name, hint=hint)
     frozen = Frozen(model, keep_nan)
     if example_inputs is not None:
         inputs, named = split_inputs(example_inputs)

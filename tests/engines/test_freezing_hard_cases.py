@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import time
@@ -114,11 +115,30 @@ def test_a_cache_that_changes_the_output_is_seen() -> None:
         close(made(X), model.conv(X) * 64)
 
 
-def test_weights_made_in_inference_mode_are_refused_with_the_remedy() -> None:
+@pytest.mark.parametrize("example", [(), (X,)])
+def test_weights_made_in_inference_mode_are_refused_with_the_remedy(example: tuple[Tensor, ...]) -> None:
+    """With gradients on, torch itself would refuse to run them: they cannot be saved for a backward pass."""
     with torch.inference_mode():
         model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval()
-    with pytest.raises(RefusedError, match=r"0\.weight was made in inference mode"):
-        freeze(model, X)
+    with pytest.raises(RefusedError, match=r"made in inference mode(.|\n)*0\.weight(.|\n)*deepcopy"):
+        freeze(model, *example)
+    for remedy in (copy.deepcopy(model), fuse(model, X, thorough=False).model):
+        frozen = freeze(remedy, X)
+        with torch.inference_mode():
+            expected = model(X)
+        for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+            with mode():
+                close(frozen(X), expected)
+
+
+def test_a_parameter_replaced_in_inference_mode_gets_no_function() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval()
+    frozen = freeze(model, X)
+    with torch.inference_mode():
+        model[0].weight = nn.Parameter(torch.zeros(4, 3, 1, 1))
+        for _ in range(CALLS + 1):
+            close(frozen(X), model(X))
+    assert "0.weight was made in inference mode" in frozen.refused[X.shape,]
 
 
 def test_a_refused_shape_is_tried_again() -> None:
