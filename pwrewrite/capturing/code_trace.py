@@ -22,6 +22,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..core.errors import first_line
+from .state import CONTAINERS, contents, refill, same
 
 
 class NotTraceable(RuntimeError):
@@ -143,27 +144,40 @@ def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Gra
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[list[str]]:
-    """Puts back what code assigns while it is traced: attributes, parameters, buffers and submodules, at every depth.
+    """Puts back what code changes while it is traced, at every depth: attributes, parameters, buffers, submodules, and
+    what attributes hold that are containers.
 
     Yields:
         A list that holds the names of what was put back, once the block has ended.
     """
-    before = [(store, dict(store)) for child in module.modules() for store in _stores(child)]
+    before = [(name, container, saved) for child in module.modules() for name, container, saved in _stores(child)]
     changed: list[str] = []
     try:
         yield changed
     finally:
-        for store, values in before:
-            if differing := [n for n in {*store, *values} if store.get(n, store) is not values.get(n, store)]:
-                changed += differing
-                store.clear()
-                store.update(values)
+        for name, container, saved in before:
+            if not same(container, saved):
+                names = [name] if name else {*container, *saved}
+                changed += [n for n in names if name or container.get(n, names) is not saved.get(n, names)]
+                refill(container, saved)
 
 
-def _stores(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    """Where a module's attributes lie: its own, and its parameters, buffers and submodules."""
+def _stores(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """Where a module's attributes lie, and a copy of it; with a name where that is a container in one of them."""
     own = vars(module)
-    return own, *(own[name] for name in ("_parameters", "_buffers", "_modules") if name in own)
+    yield "", own, dict(own)
+    for name, value in own.items():
+        if name in _REGISTERED:
+            yield "", value, dict(value)
+        elif name not in _STOCK and isinstance(value, CONTAINERS):
+            copies: list[tuple[Any, Any]] = []
+            contents(value, copies, 3)
+            yield from ((name, container, copy) for container, copy in copies)
+
+
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+_STOCK = frozenset(vars(nn.Module()))
+"""What every module has, hooks among it."""
 
 
 def _merge(graph: fx.Graph, without: fx.Graph, name: str) -> None:

@@ -24,22 +24,23 @@ from ..core.random_state import keeping_random_state
 from .inventory import Inventory
 from .tensors import kind_of
 
-_CONTAINERS = (dict, list, set, deque)
+CONTAINERS = (dict, list, set, deque)
 _HELD = frozenset((dict, OrderedDict, defaultdict, Counter, list, set, deque))
 _PLAIN = frozenset((bool, int, float, str, tuple, type(None)))
 _DEPTH = 3
 
 
-def _contents(value: Any, copies: list[tuple[Any, Any]], depth: int) -> None:
+def contents(value: Any, copies: list[tuple[Any, Any]], depth: int) -> None:
     """Appends ``(container, shallow copy)`` for ``value`` and the containers in it."""
     copies.append((value, value.copy()))
     if depth and value:
         for item in value.values() if isinstance(value, dict) else value:
-            if type(item) not in _PLAIN and isinstance(item, _CONTAINERS):
-                _contents(item, copies, depth - 1)
+            if type(item) not in _PLAIN and isinstance(item, CONTAINERS):
+                contents(item, copies, depth - 1)
 
 
-def _refill(container: Any, saved: Any) -> None:
+def refill(container: Any, saved: Any) -> None:
+    """Gives a container its earlier contents."""
     container.clear()
     if isinstance(container, (dict, set)):
         container.update(saved)
@@ -47,7 +48,7 @@ def _refill(container: Any, saved: Any) -> None:
         container.extend(saved)
 
 
-def _same(container: Any, saved: Any) -> bool:
+def same(container: Any, saved: Any) -> bool:
     """Whether a container holds the very objects that it held."""
     if len(container) != len(saved):
         return False
@@ -93,9 +94,9 @@ def untouched(inventory: Inventory, *, values: bool) -> Iterator[None]:
         dicts.append((attributes, attributes.copy()))
         for value in attributes.values():
             kind = type(value)
-            if kind in _HELD or (kind not in _PLAIN and isinstance(value, _CONTAINERS)):
+            if kind in _HELD or (kind not in _PLAIN and isinstance(value, CONTAINERS)):
                 if value:
-                    _contents(value, containers, _DEPTH)
+                    contents(value, containers, _DEPTH)
                 else:
                     empty.append(value)
     tensors = [_Kept(t) for _, t in inventory.owned.values() if not t.is_meta and not is_lazy(t)] if values else []
@@ -104,12 +105,12 @@ def untouched(inventory: Inventory, *, values: bool) -> Iterator[None]:
             yield
     finally:
         for attributes, saved in dicts:
-            if not _same(attributes, saved):
+            if not same(attributes, saved):
                 attributes.clear()
                 attributes.update(saved)
         for container, held in containers:
-            if not _same(container, held):
-                _refill(container, held)
+            if not same(container, held):
+                refill(container, held)
         if any(empty):
             for container in empty:
                 container.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pwrewrite
+from pwrewrite.capturing.code_trace import NotTraceable, trace
 from pwrewrite.capturing.control_flow import MOST_PATHS, always_follows, paths
 from pwrewrite.core.plan import SkipReason
 
@@ -228,3 +230,31 @@ def test_asking_the_code_leaves_buffers_children_and_attributes_as_they_were() -
     assert always_follows(module, module.a, None, lambda m: False) is True
     assert module.calls is buffer
     assert "last" not in vars(module.other)
+
+
+class Remembers(nn.Module):
+    """Keeps what it makes in containers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.made: list[Tensor] = []
+        self.seen: dict[str, Any] = {"sums": [0], "kinds": set()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x))
+        if not self.made:
+            self.made.append(torch.zeros(y.shape[2:]))
+        self.seen["sums"].append(y.sum())
+        self.seen["kinds"].add("float")
+        return y + self.made[0]
+
+
+def test_asking_the_code_leaves_containers_as_they_were() -> None:
+    model = Remembers().eval()
+    always_follows(model, model.conv, model.norm, lambda m: False)
+    with pytest.raises(NotTraceable, match="sets made, seen"):
+        trace(model)
+    fused = pwrewrite.fuse(model, torch.randn(1, 3, 8, 8), thorough=False)
+    assert fused.report.passed
+    assert (model.made, model.seen) == ([], {"sums": [0], "kinds": set()})
