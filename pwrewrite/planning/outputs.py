@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.errors import UsageError
 from ..core.nested import tensors_of
 
 _ROUNDING = {2: 2e-2, 4: 1e-3, 8: 1e-3}
@@ -95,6 +96,9 @@ def scoring(outputs: object, labels: Tensor, kind: str) -> Scoring | str:
 
     Returns:
         The scoring, or why there is none.
+
+    Raises:
+        UsageError: The outputs are class scores, and a label is beyond their classes.
     """
     tensors = floating(outputs)
     if len(tensors) != 1:
@@ -112,6 +116,7 @@ def scoring(outputs: object, labels: Tensor, kind: str) -> Scoring | str:
         return Scoring("accuracy over all labels of held-out inputs", "columns", threshold)
     if len(shape) != 2 or shape[1] < 2:
         return f"there is one label for each input, and the outputs are {shown}: no class scores"
+    check_labels(outputs, labels, kind)
     classes = labels.shape[1] - 1 if labels.dim() == 2 else int(labels.max())
     if classes >= shape[1] or int(labels.min()) < 0 or (labels.dim() == 2 and labels.shape[1] != shape[1]):
         return f"the labels go from {int(labels.min())} to {classes}, and the outputs have {shape[1]} classes"
@@ -123,6 +128,27 @@ def scoring(outputs: object, labels: Tensor, kind: str) -> Scoring | str:
     if kind == "values":
         return f"the outputs, {shown}, are no class scores by their values (--outputs logits says that they are)"
     return Scoring("accuracy on held-out inputs", "classes")
+
+
+def check_labels(outputs: object, labels: Tensor, kind: str) -> None:
+    """Refuses labels beyond the classes of class scores; negative ones pass, since they stand for "ignored" or so.
+
+    Raises:
+        UsageError: If there is one.
+    """
+    scores = class_scores(outputs, kind)
+    if scores is None or (labels.dim() == 2 and not _one_hot(labels)):
+        return
+    classes = labels.argmax(1) if labels.dim() == 2 else labels
+    beyond = (classes >= scores.shape[1]).nonzero().flatten().tolist()
+    if beyond:
+        raise UsageError(
+            "a label is beyond the classes that the model's outputs have",
+            where=f"calibration sample {beyond[0]}" + (f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""),
+            expected=f"a class from 0 to {scores.shape[1] - 1}, or a negative number for none",
+            got=str(int(classes[beyond[0]])),
+            hint="outputs that are no class scores are told by --outputs values, outputs='values'",
+        )
 
 
 def _unrelated(scores: Tensor, labels: Tensor) -> bool:

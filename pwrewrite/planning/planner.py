@@ -126,7 +126,8 @@ class Planner:
             with torch.no_grad(), evaluating(self.model):
                 outputs = run_seeded(self.model, chunk, self.settings.seed)
             kind = kind or kind_of_outputs(outputs, labels)
-            why = None if labels is None else scoring(outputs, labels, kind)
+            every = None if labels is None else batches.labels()
+            why = None if labels is None else scoring(outputs, labels if every is None else every, kind)
             if isinstance(why, str):
                 self._warn(f"no accuracy is measured, since the labels do not fit: {why}")
         return kind

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pwrewrite.core.errors import UsageError
 from pwrewrite.planning.measure import accuracy, compare
 from pwrewrite.planning.outputs import class_scores, kind_of_outputs, log_probabilities, scoring
 
@@ -116,7 +117,7 @@ def test_an_embedding_has_no_accuracy() -> None:
         (torch.randn(6, 4, 2), F.one_hot(CLASSES), "no class scores"),
         (F.normalize(SCORES), CLASSES, "no class scores by their values"),
         (SCORES[:, 0], CLASSES, "one score for each input"),
-        (SCORES[:, :3], CLASSES, "from 0 to 3, and the outputs have 3 classes"),
+        (SCORES, CLASSES - 100, "from -100 to -97, and the outputs have 4 classes"),
         (SCORES, CLASSES - 1, "from -1 to 2"),
         ((SCORES, SCORES), CLASSES, "2 outputs"),
     ],
@@ -125,3 +126,18 @@ def test_there_is_no_accuracy_where_labels_do_not_fit(outputs: Any, labels: Tens
     found = scoring(outputs, labels, kind_of_outputs(outputs))
     assert isinstance(found, str)
     assert said in found
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (CLASSES, r"calibration sample \d+.*\n.*from 0 to 2.*\n.*got: 3"),
+        (F.one_hot(CLASSES), "got: 3"),
+        (CLASSES.where(CLASSES != 0, 255), "got: (3|255)"),
+        (CLASSES.where(CLASSES != 0, -1), "got: 3"),
+    ],
+)
+def test_labels_beyond_the_classes_are_refused(labels: Tensor, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        scoring(SCORES[:, :3], labels, "logits")
+    assert isinstance(scoring(SCORES[:, :3], labels, "values"), str)  # embeddings may have fewer axes than classes

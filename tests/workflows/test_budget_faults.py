@@ -121,6 +121,37 @@ def test_labels_that_do_not_fit_are_told_before_the_work(model: nn.Module, caplo
     assert steps.index("told") < min(place for place, step in enumerate(steps) if step.startswith("looking at"))
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_label_beyond_the_classes_is_refused_before_the_work(cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not cached:
+        monkeypatch.setenv("PWREWRITE_CACHE", "off")
+    labels = torch.arange(48) % 4
+    labels[45] = 4  # as of a data set that counts from 1
+    loader = list(zip(images(48).split(8), labels.split(8)))
+    steps: list[str] = []
+    with pytest.raises(
+        UsageError, match=r"beyond the classes(.|\n)*calibration sample 45(.|\n)*from 0 to 3(.|\n)*got: 4"
+    ):
+        pwrewrite.rewrite(
+            network(4), (images(2),), budget={"macs": 0.8}, calibration=loader,
+            progress=lambda step, share: steps.append(step),
+        )  # fmt: skip
+    assert "calibrating" not in steps
+
+
+@pytest.mark.parametrize("ignored", [-1, -100])
+def test_negative_labels_and_masks_are_noted(ignored: int) -> None:
+    labels = torch.arange(48) % 4
+    labels[::7] = ignored
+    masks = torch.full((48, 8, 8), 255)  # the number of what is ignored, in segmentation
+    for each in (labels, masks):
+        loader = list(zip(images(48).split(8), each.split(8)))
+        model = network(4)
+        result = pwrewrite.rewrite(model, (images(2),), budget={"macs": 0.8}, calibration=loader, verify=False)
+        assert not budget_of(result).metrics
+        assert result.edits
+
+
 @pytest.mark.parametrize(
     ("behind", "outputs", "kind", "taken"),
     [
