@@ -155,7 +155,7 @@ def fuse(
     report = replace(report, fusing=FusingReport(*costs), notes=(*report.notes, *_nan_notes(run.model)))
     edits = tuple(row.edit for row in run.rows)
     plan, names = plan_from_original(loaded, run.finished(target)), join_names(loaded.names, run.names)
-    return Fused(run.model, plan, with_notes_of(loaded, report), edits, names, *costs)
+    return Fused(run.result(), plan, with_notes_of(loaded, report), edits, names, *costs)
 
 
 def _nan_notes(model: nn.Module) -> list[str]:

@@ -165,7 +165,7 @@ def rewrite(
         verification = _verified(run, run.inputs if budgeted is None else budgeted.sample(), before, proof)
     report = run.report(before, after, target, verification)
     return Rewritten(
-        run.model,
+        run.result(),
         plan_from_original(loaded, run.finished(target)),
         with_notes_of(loaded, report if budgeted is None else budgeted.complete(report)),
         tuple(row.edit for row in run.rows),

@@ -22,7 +22,7 @@ from ..core.numbers import dims
 from ..core.plan import Edit, Estimate, Op, Plan, Skip, SkipReason
 from ..core.verification import Verification
 from ..edit.actions import Decomposer
-from ..edit.apply import carry_out
+from ..edit.apply import carry_out, copy_of
 from ..edit.survival import probe_for
 from ..forms import FORMS
 from ..layers.factorized import build
@@ -131,6 +131,10 @@ class Run:
     def names(self) -> Mapping[str, tuple[str, ...]]:
         """Old parameter names to new ones."""
         return self.state.names
+
+    def result(self) -> nn.Module:
+        """The model as it is now; a copy where nothing was done, since the input model is never shared."""
+        return copy_of(self.model) if self.model is self.first.model else self.model
 
     def take(self, state: State) -> None:
         """Goes on from another state, such as an earlier one or one that was tried."""

@@ -1,6 +1,7 @@
 """`rewrite` and `make_plan` in Python: passes in order, one plan, one skip a layer, names that follow."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 import pwrewrite
 from pwrewrite.core.errors import OutputError, UsageError, VerificationError
-from pwrewrite.core.plan import SkipReason
+from pwrewrite.core.plan import Plan, SkipReason
 from pwrewrite.passes import FactorizeLinear, FactorizePointwise, InsertBottleneck, InsertReduction
 from pwrewrite.workflows.rewrite import join_names
 
@@ -155,3 +156,19 @@ def test_a_later_pass_may_name_a_layer_that_an_earlier_one_replaced() -> None:
     assert [(edit.path, edit.method) for edit in done.edits] == [("0", "bottleneck"), ("1", "reduce")]
     with pytest.raises(UsageError, match="matches no layer"):
         pwrewrite.rewrite(model, (torch.randn(1, 32, 8, 8),), passes=[first, InsertReduction(include=["2"])])
+
+
+@pytest.mark.parametrize("how", ["passes", "plan", "budget", "fuse", "unverified"])
+def test_the_result_is_a_copy_where_nothing_was_done_too(how: str) -> None:
+    model, x = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.Tanh()).eval(), torch.randn(2, 4, 6, 6)
+    result: Any
+    if how == "budget":
+        result = pwrewrite.rewrite(model, x, budget={"macs": 1.0}, calibration=torch.randn(4, 4, 6, 6))
+    elif how in ("fuse", "unverified"):
+        result = pwrewrite.fuse(model, x, ["fold-batch-norm"], verify=how == "fuse")
+    else:
+        result = pwrewrite.rewrite(model, x, Plan() if how == "plan" else ["insert-bottleneck"])
+    assert not result.edits
+    assert not {*map(id, model.modules())} & {*map(id, result.model.modules())}
+    next(result.model.parameters()).data.zero_()
+    assert model[0].weight.any()
