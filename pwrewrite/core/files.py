@@ -6,7 +6,8 @@ old folder waits as ``.NAME.….old`` for as long as two renames take; a crash b
 `recover`, with which every save begins, moves it back.
 
 A writer holds a lock on what it has not finished. What a killed one left is recognised by its name
-(``.NAME.pwrewrite-….part``) and by the missing lock, and removed by the next writer in the same folder.
+(``.NAME.pwrewrite-….part``) and by the missing lock, and removed by the next writer in the same folder. What version
+0.1 left beside a folder goes with the next one that is saved there.
 """
 
 from __future__ import annotations
@@ -166,6 +167,7 @@ def new_folder(path: str | Path, names: Collection[str]) -> Iterator[Path]:
         target = Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_unfinished(target.parent)
+        _remove_earlier(target, names)
         scratch = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=".part", dir=target.parent))
     handle = -1
     try:
@@ -201,6 +203,31 @@ def remove_unfinished(folder: Path) -> None:
                         os.unlink(entry.path)
 
 
+def _remove_earlier(target: Path, names: Collection[str]) -> None:
+    """Removes what killed writers of version 0.1 left beside a folder, which have no locks: what is a day old.
+
+    That is ``.NAME.XXXXXXXX``, half written, or ``.NAME.old.XXXXXXXX/NAME``, which was replaced; with our files only.
+    """
+    with contextlib.suppress(OSError):
+        for place, folder in _earlier(target):
+            files = list(os.scandir(folder))
+            ours = all(entry.name in names and entry.is_file(follow_symlinks=False) for entry in files)
+            latest = max((entry.stat().st_mtime for entry in files), default=time.time())
+            if ours and max(latest, folder.stat().st_mtime) < time.time() - 86400:
+                _remove(folder, names)
+                _remove(place, ())
+
+
+def _earlier(target: Path) -> Iterator[tuple[Path, Path]]:
+    """Folders beside a place that version 0.1 may have made, and where in them its files are."""
+    pattern = re.compile(re.escape(f".{target.name}.") + r"(old\.)?[a-z0-9_]{8}")
+    for entry in list(os.scandir(target.parent)):
+        name = pattern.fullmatch(entry.name)
+        folder = Path(entry.path, target.name if name[1] else "") if name else target
+        if name and entry.is_dir(follow_symlinks=False) and folder.is_dir() and not folder.is_symlink():
+            yield Path(entry.path), folder
+
+
 def recover(path: str | Path) -> None:
     """Moves a folder back that a crash left beside its place, where no exchange in one step was possible."""
     with contextlib.suppress(OSError):
@@ -209,6 +236,11 @@ def recover(path: str | Path) -> None:
             for aside in target.parent.glob(".*.pwrewrite-*.old"):
                 if aside.name.startswith(_prefix(target)):
                     os.rename(aside, target)
+                    return
+            for place, folder in _earlier(target):
+                if folder != place:  # an old one, not a new one that is half written
+                    os.rename(folder, target)
+                    os.rmdir(place)
                     return
 
 

@@ -2,13 +2,14 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from pwrewrite.core import files
 from pwrewrite.core.errors import OutputError
-from pwrewrite.core.files import check_writable, new_folder, write_file
+from pwrewrite.core.files import check_writable, new_folder, recover, write_file
 
 as_user = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 
@@ -163,3 +164,45 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> Non
     age()
     write_file(tmp_path / "other", "y")
     assert sorted(p.name for p in tmp_path.iterdir()) == [".mine.part", "other"]
+
+
+def earlier(folder: Path, *names: str, days: float = 2) -> Path:
+    """A folder as version 0.1 left it when it was killed."""
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).write_text("half")
+    old = time.time() - days * 86400
+    for path in (*folder.iterdir(), folder):
+        os.utime(path, (old, old))
+    return folder
+
+
+def test_what_version_0_1_left_beside_a_folder_is_removed(tmp_path: Path) -> None:
+    ours = [
+        earlier(tmp_path / ".out.abcd_012", "a"),
+        earlier(tmp_path / ".out.abcd_013", "a", "b"),
+        earlier(tmp_path / ".out.old.abcd_012" / "out", "a").parent,
+    ]
+    theirs = [
+        earlier(tmp_path / ".out.abcd_014", "a", "c"),  # holds what we did not write
+        earlier(tmp_path / ".out.abcd_015"),  # nothing tells whose it is
+        earlier(tmp_path / ".out.abcd_016", "a", days=0.5),  # its writer may be alive
+        earlier(tmp_path / ".out.abcd", "a"),
+        earlier(tmp_path / ".out.ABCD_017", "a"),
+        earlier(tmp_path / ".other.abcd_018", "a"),
+        earlier(tmp_path / ".out.old.abcd_019" / "other", "a").parent,
+        earlier(tmp_path / ".out.old.abcd_020" / "out", "c").parent,
+        earlier(tmp_path / "elsewhere", "a"),
+    ]
+    (tmp_path / ".out.abcd_021").symlink_to(tmp_path / "elsewhere")
+    fill(tmp_path / "out", "first")
+    assert not [path for path in ours if path.exists()]
+    assert all(path.exists() for path in (*theirs, tmp_path / ".out.abcd_021", tmp_path / "elsewhere" / "a"))
+    assert (tmp_path / "out" / "a").read_text() == "first"
+
+
+def test_a_folder_that_version_0_1_moved_aside_is_moved_back(tmp_path: Path) -> None:
+    earlier(tmp_path / ".out.old.abcd_012" / "out", "a")
+    recover(tmp_path / "out")
+    assert (tmp_path / "out" / "a").read_text() == "half"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
