@@ -39,10 +39,18 @@ if TYPE_CHECKING:
     from .core.cost import Cost as Cost
     from .core.cost import register_formula as register_formula
     from .core.errors import PwrewriteError as PwrewriteError
-    from .core.options import Budget as Budget
-    from .core.options import PassOptions as PassOptions
-    from .core.options import Proof as Proof
-    from .core.options import TargetOptions as TargetOptions
+    from .core.options import (
+        Budget as Budget,
+    )
+    from .core.options import (
+        PassOptions as PassOptions,
+    )
+    from .core.options import (
+        Proof as Proof,
+    )
+    from .core.options import (
+        TargetOptions as TargetOptions,
+    )
     from .core.plan import Plan as Plan
     from .core.verification import Verification as Verification
     from .edit.apply import apply as apply

@@ -41,7 +41,6 @@ class ConvSpec:
 
     Attributes:
         padding: ``(left, right)`` per spatial dim, ``same`` and ``valid`` already worked out.
-        padding_mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
         output_padding: Extra size at one side of a transposed convolution's output.
     """
 
@@ -110,14 +109,15 @@ class ConvSpec:
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """``(out, in/groups, *k)``, or ``(in, out/groups, *k)`` where transposed."""
+        first, second = self.out_channels, self.in_channels
         if self.transposed:
-            return (self.in_channels, self.out_channels // self.groups, *self.kernel_size)
-        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+            first, second = second, first
+        return (first, second // self.groups, *self.kernel_size)
 
     @property
     def params(self) -> int:
         """Elements of weight and bias."""
-        return prod(self.weight_shape) + (self.out_channels if self.bias else 0)
+        return prod(self.weight_shape) + self.out_channels * self.bias
 
     @property
     def is_pointwise(self) -> bool:
@@ -140,12 +140,7 @@ class ConvSpec:
         return not self.is_pointwise and not self.is_depthwise
 
     def output_size(self, size: Sequence[int], wanted: Sequence[int] | None = None) -> tuple[int, ...]:
-        """Spatial output size; a value below 1 means that the input is too small.
-
-        Args:
-            size: Spatial input size, one per dim.
-            wanted: The ``output_size`` argument of a transposed convolution's call (spatial part).
-        """
+        """Spatial output size, below 1 where the input is too small; ``wanted`` is what a transposed call asks for."""
         out = []
         for i, n in enumerate(size):
             (left, right), reach = self.padding[i], self.dilation[i] * (self.kernel_size[i] - 1)
@@ -157,11 +152,7 @@ class ConvSpec:
         return tuple(out)
 
     def output_shape(self, shape: Sequence[int], wanted: Sequence[int] | None = None) -> tuple[int, ...]:
-        """Output shape for an input shape ``(N, in, *size)`` or, unbatched, ``(in, *size)``.
-
-        Raises:
-            ValueError: If the rank or the channels do not fit, or the input is smaller than the kernel.
-        """
+        """Output shape for ``(N, in, *size)`` or, unbatched, ``(in, *size)``; raises `ValueError` for any other."""
         lead = len(shape) - self.dims - 1
         if lead not in (0, 1):
             raise ValueError(f"{self.op} takes {self.dims + 1} or {self.dims + 2} dims, got shape {tuple(shape)}")
@@ -210,12 +201,10 @@ class StandsForLayer:
 def _padding(
     padding: Sequence[int] | str, kernel: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
-    if isinstance(padding, str):
-        if padding == "valid":
-            return ((0, 0),) * len(kernel)
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        return tuple((t // 2, t - t // 2) for t in total)
-    return tuple((p, p) for p in padding)
+    if not isinstance(padding, str):
+        return tuple((p, p) for p in padding)
+    total = [0 if padding == "valid" else d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    return tuple((t // 2, t - t // 2) for t in total)
 
 
 def stock_convolution(module: nn.Module) -> bool:

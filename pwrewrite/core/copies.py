@@ -15,8 +15,7 @@ _M = TypeVar("_M", bound=nn.Module)
 def deep_copy(model: _M, memo: dict[int, object] | None = None) -> _M:
     """A deep copy of a model, also of one that holds tensors with a gradient history, which ``copy.deepcopy`` refuses.
 
-    Those are what a run left behind, such as the weight that weight norm of the older kind computes before each call;
-    the copy has their values. ``memo`` is as for ``copy.deepcopy``.
+    Those are what a run left behind, such as what weight norm of the older kind computes; the copy has their values.
     """
     memo = {} if memo is None else memo
     for module in model.modules():

@@ -45,11 +45,9 @@ class Cost:
 
 
 def register_formula(op: OpOverloadPacket, formula: Formula) -> None:
-    """Gives an operation its cost.
+    """Gives an operation such as ``torch.ops.mylib.correlate`` its cost, ``formula(args, kwargs, out) -> MACs``.
 
-    Args:
-        op: Such as ``torch.ops.mylib.correlate``.
-        formula: ``formula(args, kwargs, out) -> MACs``, from shapes alone: the tensors may be on ``meta``.
+    A formula goes by shapes alone: the tensors may be on ``meta``.
     """
     FORMULAS[op._qualified_op_name] = formula
 

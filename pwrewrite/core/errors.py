@@ -13,15 +13,7 @@ from .text import plain
 
 
 class PwrewriteError(Exception):
-    """Base of all deliberate errors.
-
-    Args:
-        message: What happened, and to what.
-        where: The path, file or layer it happened at.
-        expected: What would have been right.
-        got: What came instead.
-        hint: What to try.
-    """
+    """Base of all deliberate errors: what happened, where, what was expected and what came, and what to try."""
 
     exit_code = 2
 
@@ -34,11 +26,7 @@ class PwrewriteError(Exception):
         got: str | None = None,
         hint: str | None = None,
     ) -> None:
-        self.message = message
-        self.where = where
-        self.expected = expected
-        self.got = got
-        self.hint = hint
+        self.message, self.where, self.expected, self.got, self.hint = message, where, expected, got, hint
         super().__init__(message)
 
     def __str__(self) -> str:

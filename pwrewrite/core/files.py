@@ -36,10 +36,7 @@ _UNFINISHED = re.compile(r"\..*\.pwrewrite-\w{8}\.part|[0-9a-f]{24,64}\.\d+\.tmp
 
 
 def cache_folder(kind: str) -> Path | None:
-    """Where cached results of a kind go: in ``PWREWRITE_CACHE``, else where the system has caches.
-
-    The folder may not exist yet; None where ``PWREWRITE_CACHE`` is ``off``, ``0`` or ``none``.
-    """
+    """The folder of a kind of cached results, which may not exist yet; None where ``PWREWRITE_CACHE`` is ``off``."""
     import platformdirs
 
     named = os.environ.get("PWREWRITE_CACHE", "")
@@ -49,11 +46,7 @@ def cache_folder(kind: str) -> Path | None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuses a file that cannot be written, before the work is done whose result would go there.
-
-    Raises:
-        OutputError: If its folder does not exist, it is a folder, or writing there is not permitted.
-    """
+    """Raises `OutputError` for a file that cannot be written, before the work is done whose result would go there."""
     where, cannot = str(path), "cannot write the output:"
     with _refusing(path, OSError, RuntimeError, ValueError):
         if path.is_dir():
@@ -85,11 +78,7 @@ def same_directory() -> Iterator[None]:
 
 
 def read_bytes(path: str | Path, limit: int = LARGEST_TEXT) -> bytes:
-    """All of a regular file that should be small: a plan, a table, source code.
-
-    Raises:
-        OSError: If it cannot be read, is a pipe or a device, which might never end, or is larger than ``limit`` bytes.
-    """
+    """All of a file that should be small; raises `OSError` for a larger one, and for a pipe, which might never end."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -100,23 +89,12 @@ def read_bytes(path: str | Path, limit: int = LARGEST_TEXT) -> bytes:
 
 
 def read_text(path: str | Path, limit: int = LARGEST_TEXT) -> str:
-    """The same as text in UTF-8, a byte order mark left off.
-
-    Raises:
-        OSError: As for `read_bytes`.
-        UnicodeDecodeError: If it is not UTF-8.
-    """
+    """The same as text in UTF-8, a byte order mark left off; raises `UnicodeDecodeError`, too."""
     return read_bytes(path, limit).decode("utf-8-sig")
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Writes a file: beside its place, flushed to the disk, then renamed; a link stays a link.
-
-    Text is written as UTF-8, its line ends as they are. A pipe or ``/dev/stdout`` is written directly.
-
-    Raises:
-        OutputError: If it cannot be written.
-    """
+    """Writes a file as `new_file` does, text as UTF-8, its line ends as they are; a pipe or a device directly."""
     path = Path(path)
     data = content.encode("utf-8", errors="surrogateescape") if isinstance(content, str) else content
     with _refusing(path, OSError, RuntimeError, ValueError):
@@ -131,8 +109,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 def new_file(path: str | Path) -> Iterator[Path]:
     """For a library that writes to a path: yields an empty file beside the place, renamed once the block has ended.
 
-    Raises:
-        OutputError: If it cannot be written.
+    A link stays a link. Raises `OutputError` if it cannot be written.
     """
     with _refusing(path, OSError, RuntimeError, ValueError):
         target = Path(path).resolve()
@@ -156,12 +133,8 @@ def new_file(path: str | Path) -> Iterator[Path]:
 def new_folder(path: str | Path, names: Collection[str]) -> Iterator[Path]:
     """Yields a folder beside a place, and puts it there, for another that may be there, once the block has ended.
 
-    Args:
-        path: The folder; missing parents are made. Whether an old one may be replaced is for the caller to check.
-        names: The files that may be in it. Of an old folder these, and nothing else, are deleted.
-
-    Raises:
-        OutputError: If it cannot be written; the old folder is in its place then.
+    Missing parents are made. Whether an old one may be replaced is for the caller to check; of its files those with
+    these names, and nothing else, are deleted. Raises `OutputError`; the old folder is in its place then.
     """
     with _refusing(path, OSError, RuntimeError, ValueError):
         target = Path(os.path.realpath(path))
@@ -196,11 +169,17 @@ def remove_unfinished(folder: Path) -> None:
     with contextlib.suppress(OSError):
         for entry in [entry for entry in os.scandir(folder) if _UNFINISHED.fullmatch(entry.name)]:
             with contextlib.suppress(OSError):
-                if time.time() - entry.stat(follow_symlinks=False).st_mtime > 1 and _abandoned(entry.path):
-                    if entry.is_dir(follow_symlinks=False):
-                        _remove(Path(entry.path), os.listdir(entry.path))
-                    else:
-                        os.unlink(entry.path)
+                if time.time() - entry.stat(follow_symlinks=False).st_mtime <= 1:
+                    continue
+                handle = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    abandoned = _lock(handle)
+                finally:
+                    os.close(handle)
+                if abandoned and entry.is_dir(follow_symlinks=False):
+                    _remove(Path(entry.path), os.listdir(entry.path))
+                elif abandoned:
+                    os.unlink(entry.path)
 
 
 def _remove_earlier(target: Path, names: Collection[str]) -> None:
@@ -310,15 +289,6 @@ def _remove(folder: Path, names: Collection[str]) -> None:
 def _prefix(target: Path) -> str:
     """What the names of unfinished files for a place begin with; short enough for every file system."""
     return f".{target.name[:40]}.pwrewrite-"
-
-
-def _abandoned(path: str) -> bool:
-    """Whether nobody holds the lock of an unfinished file or folder."""
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        return _lock(handle)
-    finally:
-        os.close(handle)
 
 
 def _lock(handle: int) -> bool:

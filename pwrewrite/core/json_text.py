@@ -17,11 +17,7 @@ def line_at(text: str, offset: int) -> int:
 
 
 def loads(text: str, name: str) -> Json:
-    """The data of a file that a person may have edited, called ``name`` in errors: JSON whose numbers fit in 64 bits.
-
-    Raises:
-        PlanError: If it is not that; says in which line.
-    """
+    """The data of a file that a person may have edited: JSON whose numbers fit in 64 bits, else a `PlanError`."""
 
     def number(written: str) -> int | float:
         value = float(written) if any(c in written for c in ".eENI") or len(written) > 20 else int(written)
@@ -33,11 +29,9 @@ def loads(text: str, name: str) -> Json:
     try:
         return json.loads(text, parse_int=number, parse_float=number, parse_constant=number)
     except json.JSONDecodeError as error:
-        raise PlanError(
-            f"{name} is not JSON: {error.msg}",
-            where=f"{name}, line {error.lineno}, column {error.colno}",
-            hint="a comma after the last entry or a missing quote is the usual cause",
-        ) from None
+        where = f"{name}, line {error.lineno}, column {error.colno}"
+        hint = "a comma after the last entry or a missing quote is the usual cause"
+        raise PlanError(f"{name} is not JSON: {error.msg}", where=where, hint=hint) from None
     except RecursionError:
         raise PlanError(f"{name} is nested too deeply for a plan", expected="lists a few levels deep") from None
 

@@ -14,8 +14,6 @@ from decimal import Decimal
 
 from .errors import UsageError
 
-_COUNT_UNITS = ("", "k", "M", "G", "T", "P", "E")
-_BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12, "p": 10**15}
 
 
@@ -24,8 +22,7 @@ def _scaled(value: int, base: int, units: Sequence[str]) -> str:
     sign, size = ("-" if value < 0 else ""), abs(value)
     if size < base:
         return f"{sign}{size} {units[0]}".rstrip()
-    power = 0
-    scaled = float(size)
+    power, scaled = 0, float(size)
     # 999.5 and more would round to 1000: it belongs to the next unit, where it reads 1.00 (or, of bytes, 0.98).
     while scaled >= min(base, 999.5) and power < len(units) - 1:
         scaled /= base
@@ -36,27 +33,22 @@ def _scaled(value: int, base: int, units: Sequence[str]) -> str:
 
 def count(value: int) -> str:
     """A count to three digits: ``0``, ``999``, ``25.6 M``, ``4.09 G``."""
-    return _scaled(value, 1000, _COUNT_UNITS)
+    return _scaled(value, 1000, ("", "k", "M", "G", "T", "P", "E"))
 
 
 def size(nbytes: int) -> str:
     """Bytes to three digits, by 1024: ``512 B``, ``97.5 MiB``."""
-    return _scaled(nbytes, 1024, _BYTE_UNITS)
+    return _scaled(nbytes, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"))
 
 
 def percent(share: float) -> str:
     """A share of 1 with one place: ``5.7%``; what is more than nothing never reads ``0.0%``."""
-    if 0 < share < 0.0005:
-        return "<0.1%"
-    if 0.9995 <= share < 1:
-        return "99.9%"
-    return f"{100 * share:.1f}%"
+    return "<0.1%" if 0 < share < 0.0005 else "99.9%" if 0.9995 <= share < 1 else f"{100 * share:.1f}%"
 
 
 def duration(seconds: float) -> str:
     """A time to three digits: ``14.2 µs``, ``1.60 ms``, ``2.00 s``."""
-    nanoseconds = round(seconds * 1e9)
-    return _scaled(nanoseconds, 1000, ("ns", "µs", "ms", "s", "ks"))
+    return _scaled(round(seconds * 1e9), 1000, ("ns", "µs", "ms", "s", "ks"))
 
 
 def exact(value: int) -> str:
@@ -77,62 +69,45 @@ def plural(n: int, noun: str, nouns: str = "") -> str:
 def parse_count(text: str, what: str = "count") -> int:
     """Reads ``4.1G``, ``25e6``, ``25_557_032`` or ``25,557,032``, rounded down where it has a fraction.
 
-    Suffixes k, M, G (or B), T and P, in either case, scale by 1000.
-
-    Raises:
-        UsageError: If it is not a number, or negative; ``what`` is the name of the setting, here and below.
+    Suffixes k, M, G (or B), T and P scale by 1000. Raises `UsageError`, which names ``what`` was read, as all do here.
     """
-    match = re.fullmatch(
-        r"([0-9][0-9_,]*(?:\.[0-9]*)?|\.[0-9]+)(?:e\+?([0-9]{1,2}))?\s*([kKmMgGbBtTpP]?)", text.strip()
-    )
+    number = r"([0-9][0-9_,]*(?:\.[0-9]*)?|\.[0-9]+)(?:e\+?([0-9]{1,2}))?\s*([kKmMgGbBtTpP]?)"
+    match = re.fullmatch(number, text.strip())
     if match is None:
-        raise UsageError(
-            f"{what} is not a number", expected="a count such as 4.1G, 25M, 500k or 25557032", got=repr(text)
-        )
+        expected = "a count such as 4.1G, 25M, 500k or 25557032"
+        raise UsageError(f"{what} is not a number", expected=expected, got=repr(text))
     digits, power, suffix = match.groups()
     return int(Decimal(digits.replace(",", "").replace("_", "")).scaleb(int(power or 0)) * _FACTORS[suffix.lower()])
 
 
 def ratio(text: str) -> float:
-    """Reads ``0.5`` or ``50%``.
-
-    Raises:
-        ValueError: If it is neither.
+    """Reads ``0.5`` or ``50%``; a `ValueError` if it is neither.
 
     >>> ratio("50%"), ratio("0.5")
     (0.5, 0.5)
     """
-    stripped = text.strip()
-    return float(stripped[:-1]) / 100 if stripped.endswith("%") else float(stripped)
+    number = text.strip().removesuffix("%")
+    return float(number) / 100 if text.strip().endswith("%") else float(number)
 
 
 def parse_share(text: str, what: str = "share") -> float:
-    """Reads ``1%`` or ``0.01``.
-
-    Raises:
-        UsageError: If it is not a number, or not between 0 and 1 (0% and 100%).
+    """Reads ``1%`` or ``0.01``; a `UsageError` if it is not between 0 and 1.
 
     >>> parse_share("1%")
     0.01
     """
-    stripped = text.strip()
-    number = stripped.removesuffix("%")
     expected = "a part of the whole such as 1% or 0.01"
-    if not re.fullmatch(r"[0-9]+\.?[0-9]*|\.[0-9]+", number.strip()):
+    if not re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*%?", text.strip()):
         raise UsageError(f"{what} is not a share", expected=expected, got=repr(text))
-    share = ratio(stripped)
+    share = ratio(text)
     if share > 1:
-        hint = f"write {number}%" if float(number) <= 100 and not stripped.endswith("%") else None
+        hint = None if share > 100 or "%" in text else f"write {text.strip()}%"
         raise UsageError(f"{what} is more than the whole", expected=expected, got=repr(text), hint=hint)
     return share
 
 
 def parse_error(text: str, what: str = "error") -> float:
-    """Reads ``0.1`` or ``10%``; unlike a share it may be above 1.
-
-    Raises:
-        UsageError: If it is no number from 0.
-    """
+    """Reads ``0.1`` or ``10%``; unlike a share it may be above 1. A `UsageError` if it is no number from 0."""
     try:
         value = ratio(text)
     except ValueError:
@@ -144,16 +119,11 @@ def parse_error(text: str, what: str = "error") -> float:
 
 
 def parse_width(text: str, what: str = "width") -> int | float:
-    """Reads ``32`` as a width and ``0.5`` or ``50%`` as a ratio.
-
-    Raises:
-        UsageError: If it is neither, or out of range.
-    """
+    """Reads ``32`` as a width and ``0.5`` or ``50%`` as a ratio; a `UsageError` if it is neither, or out of range."""
     expected = "a width from 1 such as 32, or a ratio above 0 and up to 1 such as 0.5 or 50%"
-    stripped = text.strip()
+    whole = re.fullmatch(r"[+-]?[0-9]+", text.strip())
     try:
-        whole = re.fullmatch(r"[+-]?[0-9]+", stripped)
-        value = int(stripped) if whole else parse_error(stripped, what)
+        value = int(text) if whole else parse_error(text, what)
     except ValueError:
         raise UsageError(f"{what} is neither a width nor a ratio", expected=expected, got=repr(text)) from None
     if not (value >= 1 if whole else 0 < value <= 1):
@@ -162,27 +132,19 @@ def parse_width(text: str, what: str = "width") -> int | float:
 
 
 def parse_arg(text: str, what: str = "--arg") -> tuple[str, object]:
-    """Parses one ``--arg name=value`` to ``("num_classes", 10)``.
+    """Parses one ``--arg name=value`` to ``("num_classes", 10)``; a `UsageError` if it cannot.
 
     The value is a Python literal; a bare word that is none (``--arg act=relu``) is taken as a string.
-
-    Raises:
-        UsageError: There is no ``=``, the name is no identifier, or the value looks like a literal but is malformed.
     """
     name, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not name.isidentifier():
-        raise UsageError(
-            f"cannot read {what} {text!r}",
-            expected="NAME=VALUE, the value a Python literal",
-            hint="--arg num_classes=10, --arg layers=[3,4,6,3], --arg act=relu",
-        )
+        expected, hint = "NAME=VALUE, the value a Python literal", "--arg num_classes=10, --arg act=relu"
+        raise UsageError(f"cannot read {what} {text!r}", expected=expected, hint=hint)
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         if re.fullmatch(r"[^\W\d][\w.:/+-]*", value):
             return name, value
-        raise UsageError(
-            f"cannot read the value of {what} {text!r}",
-            expected="a Python literal (10, 0.5, True, None, 'text', [1, 2], (3, 4), {'a': 1}) or a bare word",
-            got=value or "nothing",
-        ) from error
+        expected = "a Python literal (10, 0.5, True, None, 'text', [1, 2], (3, 4), {'a': 1}) or a bare word"
+        got = value or "nothing"
+        raise UsageError(f"cannot read the value of {what} {text!r}", expected=expected, got=got) from error

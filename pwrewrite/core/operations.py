@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +32,9 @@ class FusedActivation:
     """An activation that a kernel can apply while it still holds a convolution's output.
 
     Attributes:
-        name: Its name in plans.
+        name: Its name in plans; oneDNN calls it ``attr``, and ``algorithm`` which of several approximations it is.
         plain: The same in plain torch: ``plain(x, *scalars)``.
-        attr: What oneDNN calls it.
         count: How many numbers it takes.
-        algorithm: Which of several approximations, as oneDNN calls it.
         fixed: Numbers that oneDNN wants and that its name already says.
     """
 
@@ -90,22 +87,6 @@ class Operation:
         return {self.name, *(function.strip("_") for function in self.functions)}
 
 
-# --------------------------------------------------------------------------------------------------- formulas
-
-
-def matmul_macs(left: tuple[int, ...], out: tuple[int, ...]) -> int:
-    """MACs of a matrix product: every output element sums over the left operand's last axis."""
-    return prod(out) * left[-1]
-
-
-def attention_macs(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) -> int:
-    """MACs of softmax(Q Kᵀ) V for ``(…, L, E)``, ``(…, S, E)``, ``(…, S, Ev)``: L·S·(E + Ev) per head and batch
-    item.
-    """
-    *lead, length, width = query
-    return prod(lead) * length * key[-2] * (width + value[-1])
-
-
 def _product(position: int, *names: str) -> Formula:
     """A product whose left operand, dense or sparse, is the argument at ``position``, or under one of ``names``."""
 
@@ -113,20 +94,20 @@ def _product(position: int, *names: str) -> Formula:
         left = args[position] if len(args) > position else next(kwargs[name] for name in names if name in kwargs)
         if left.layout is not torch.strided:  # every stored element meets every column
             return int(left._nnz() * out.shape[-1])
-        return matmul_macs(tuple(left.shape), tuple(out.shape))
+        return int(prod(out.shape) * left.shape[-1])
 
     return macs
 
 
 def _linear(args: Args, kwargs: Kwargs, out: Tensor) -> int:
-    weight = args[1] if len(args) > 1 else kwargs["weight"]
-    return int(out.numel() * weight.shape[-1])
+    return int(out.numel() * (args[1] if len(args) > 1 else kwargs["weight"]).shape[-1])
 
 
 def _attention(args: Args, kwargs: Kwargs, out: Tensor) -> int:
+    """softmax(Q Kᵀ) V of ``(…, L, E)``, ``(…, S, E)``, ``(…, S, Ev)``: L·S·(E + Ev) per head and batch item."""
     tensors = [*args[:3], *(kwargs[name] for name in ("query", "key", "value") if name in kwargs)]
-    query, key, value = (tuple(t.shape) for t in tensors[:3])
-    return attention_macs((*out.shape[:-2], *query[-2:]), key, value)
+    (*_, length, width), key, value = (tuple(t.shape) for t in tensors[:3])
+    return int(prod(out.shape[:-2]) * length * key[-2] * (width + value[-1]))
 
 
 _ORDER = {
@@ -138,10 +119,7 @@ _ORDER = {
 
 
 def convolution_call(name: str, args: Args, kwargs: Kwargs) -> tuple[ConvSpec, Tensor, Tensor | None]:
-    """The spec of a functional convolution call, with its weight and bias.
-
-    ``name`` is ``conv1d`` … ``conv_transpose3d``, or ``convolution`` for the dispatched operation.
-    """
+    """The spec, weight and bias of a call of ``conv1d`` … ``conv_transpose3d`` or the dispatched ``convolution``."""
     order = _ORDER[name.strip("_").removesuffix("_overrideable").rstrip("123d")]
     settings = {**dict(zip(("input", "weight", *order), args)), **kwargs}
     weight, bias = settings["weight"], settings.get("bias")
@@ -179,24 +157,18 @@ def _attention_backward(args: Args, kwargs: Kwargs, out: Tensor) -> int:
     return int(prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1]))
 
 
-def _convolution_pointwise(args: Args, kwargs: Kwargs, out: Tensor) -> int:
-    return int(prod(args[1].shape) * out.numel() // out.shape[1])
-
-
-# ------------------------------------------------------------------------------------------------------- rows
-
-
 def _activation(
     module: type[nn.Module] | None,
     name: str,
     attr: str = "",
+    fixed: tuple[float, ...] = (),
     *,
+    algorithm: str = "",
     scalars: tuple[tuple[str, float | None], ...] = (),
-    **kernel: Any,
 ) -> Operation:
     """An activation; one that oneDNN fuses under the name ``attr``, where that is given."""
-    plain = kernel.pop("plain", None) or getattr(F, name, None)
-    fused = FusedActivation(name, plain, attr, len(scalars), **kernel) if attr and plain is not None else None
+    plain = getattr(F, name, None) or getattr(torch, name)
+    fused = FusedActivation(name, plain, attr, len(scalars), algorithm, fixed) if attr else None
     modules = () if module is None else (module,)
     return Operation(name, "activation", "same", modules, (name,), kernel=fused, scalars=scalars)
 
@@ -212,7 +184,7 @@ def _each(kind: str, shape: str, names: str, *, linear: bool = False) -> Iterato
 
 def _activations() -> Iterator[Operation]:
     yield _activation(nn.ReLU, "relu", "relu")
-    yield _activation(nn.ReLU6, "relu6", "hardtanh", fixed=(0.0, 6.0))
+    yield _activation(nn.ReLU6, "relu6", "hardtanh", (0.0, 6.0))
     yield _activation(nn.SiLU, "silu", "swish")
     yield _activation(nn.GELU, "gelu", "gelu", algorithm="none")
     tanh = FusedActivation("gelu_tanh", partial(F.gelu, approximate="tanh"), "gelu", algorithm="tanh")
@@ -221,12 +193,10 @@ def _activations() -> Iterator[Operation]:
     yield _activation(nn.Hardsigmoid, "hardsigmoid", "hardsigmoid")
     yield _HARDTANH
     limits = (("min", None), ("max", None))
-    yield Operation(
-        "clamp", "elementwise", "same", functions=("clamp", "clip"), kernel=_HARDTANH.kernel, scalars=limits
-    )
+    yield Operation("clamp", "elementwise", "same", (), ("clamp", "clip"), kernel=_HARDTANH.kernel, scalars=limits)
     yield _activation(nn.LeakyReLU, "leaky_relu", "leaky_relu", scalars=(("negative_slope", 0.01),))
-    yield _activation(nn.Sigmoid, "sigmoid", "sigmoid", plain=torch.sigmoid)
-    yield _activation(nn.Tanh, "tanh", "tanh", plain=torch.tanh)
+    yield _activation(nn.Sigmoid, "sigmoid", "sigmoid")
+    yield _activation(nn.Tanh, "tanh", "tanh")
     yield _activation(nn.ELU, "elu")
     yield _activation(nn.SELU, "selu")
     yield _activation(nn.CELU, "celu")
@@ -259,10 +229,8 @@ def _arithmetic() -> Iterator[Operation]:
 
 
 def _norms() -> Iterator[Operation]:
-    dispatched = (
-        "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "batch_norm",
-        "cudnn_batch_norm", "miopen_batch_norm",
-    )  # fmt: skip
+    legit = ("_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
+    dispatched = ("native_batch_norm", *legit, "batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
     batch = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     yield Operation("batch_norm", "norm", "format", batch, ("batch_norm",), dispatched)
     yield Operation("group_norm", "norm", "format", (nn.GroupNorm,), ("group_norm",), ("native_group_norm",))
@@ -275,9 +243,8 @@ def _norms() -> Iterator[Operation]:
 
 def _noise_and_casts() -> Iterator[Operation]:
     modules = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-    names = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
-    functions = (*names, "feature_dropout")
-    yield Operation("dropout", "dropout", "", modules, functions, ("native_dropout",), linear=True)
+    names = "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout"
+    yield Operation("dropout", "dropout", "", modules, tuple(names.split()), ("native_dropout",), linear=True)
     yield Operation("identity", "cast", "input", (nn.Identity,), linear=True)
     yield from _each("cast", "", "contiguous clone to float half bfloat16 double", linear=True)
     yield from _each("cast", "", "type type_as detach copy lift_fresh requires_grad")
@@ -316,23 +283,23 @@ def _products() -> Iterator[Operation]:
     attention = tuple(f"_scaled_dot_product_{kernel}" for kernel in (*kernels, "fused_attention_overrideable"))
     yield Operation("attention", "product", "", (), ("scaled_dot_product_attention",), attention, _attention)
     yield Operation("lstm", "product", "recurrent", (), ("lstm", "gru", "rnn_tanh", "rnn_relu"), (), _recurrent)
+    pointwise: Formula = lambda args, kwargs, out: int(prod(args[1].shape) * out.numel() // out.shape[1])
     formulas: dict[str, Formula] = {
         "addbmm": lambda args, kwargs, out: prod(args[1].shape) * int(args[2].shape[-1]),
         "convolution_backward": _convolution_backward,
         **{f"{kernel}_backward": _attention_backward for kernel in attention},
         "mkldnn_rnn_layer": lambda args, kwargs, out: prod(args[0].shape[:2]) * (args[1].numel() + args[2].numel()),
         "torchvision::deform_conv2d": lambda args, kwargs, out: out.numel() * prod(args[1].shape[1:]),
-        "mkldnn::_convolution_pointwise": _convolution_pointwise,
-        "mkldnn::_convolution_pointwise_": _convolution_pointwise,
+        "mkldnn::_convolution_pointwise": pointwise,
+        "mkldnn::_convolution_pointwise_": pointwise,
         "mkldnn::_linear_pointwise": _product(0),
     }
     for name, macs in formulas.items():
         yield Operation(name.split("::")[-1], "product", dispatched=(name,), macs=macs)
 
 
-OPERATIONS: tuple[Operation, ...] = (
-    *_activations(), *_arithmetic(), *_norms(), *_noise_and_casts(), *_movement(), *_products()
-)  # fmt: skip
+_ROWS = (_activations, _arithmetic, _norms, _noise_and_casts, _movement, _products)
+OPERATIONS: tuple[Operation, ...] = tuple(row for rows in _ROWS for row in rows())
 """The table."""
 
 BY_FUNCTION: dict[str, Operation] = {name: operation for operation in OPERATIONS for name in operation.functions}
@@ -343,42 +310,36 @@ def _qualified(name: str) -> str:
     return name if "::" in name else f"aten::{name}"
 
 
-FORMULAS: dict[str, Formula] = {
-    _qualified(name): row.macs for row in OPERATIONS for name in row.dispatched if row.macs is not None
-}
+FORMULAS: dict[str, Formula] = {_qualified(n): row.macs for row in OPERATIONS for n in row.dispatched if row.macs}
 """Qualified name of a dispatched operation (``aten::mm``) to its MACs."""
 
 _MOVEMENT = """
     _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d avg_pool1d avg_pool2d avg_pool3d
     max_pool2d_with_indices max_pool3d_with_indices max_pool2d mkldnn_max_pool2d max_unpool2d max_unpool3d
-    _adaptive_avg_pool2d_backward fractional_max_pool2d
-    _softmax _log_softmax _safe_softmax _masked_softmax logsumexp softmax
-    mean sum amax amin max min prod std var std_mean var_mean var_mean.correction norm linalg_vector_norm _weight_norm
-    _weight_norm_interface argmax argmin any all aminmax median nanmedian cumsum cumprod count_nonzero
-    cat stack concatenate split split_with_sizes chunk unbind index index_select gather take embedding
-    index_put index_put_ _index_put_impl_ index_add index_add_ index_copy index_copy_ index_fill index_fill_ scatter
-    scatter_ scatter_add scatter_add_ scatter_reduce masked_fill masked_fill_ masked_select masked_scatter where
-    constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
-    replication_pad3d pad roll flip rot90 repeat repeat_interleave tile
-    upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
-    _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d
-    _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d grid_sampler_3d affine_grid_generator
-    _grid_sampler_2d_cpu_fallback
-    pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle im2col col2im unfold_copy
-    clone copy_ copy _to_copy to contiguous lift_fresh lift_fresh_copy detach detach_ alias empty empty_like
-    empty_strided new_empty new_empty_strided new_zeros new_ones new_full zeros zeros_like ones ones_like full full_like
-    arange linspace logspace eye scalar_tensor rand rand_like randn randn_like randint randperm bernoulli bernoulli_
-    normal_ uniform_ random_ fill_ fill zero_ zero tril triu tril_ triu_ tril_indices triu_indices
-    diag diagonal diag_embed diagonal_copy meshgrid one_hot bucketize searchsorted
-    sort topk nonzero nonzero_static unique_dim _unique2 unique_consecutive argsort isin kthvalue
-    _local_scalar_dense item equal is_same_size
-    _assert_async _assert_tensor_metadata _unsafe_view _reshape_alias view_as_real view_as_complex resize_
+    _adaptive_avg_pool2d_backward fractional_max_pool2d _softmax _log_softmax _safe_softmax _masked_softmax logsumexp
+    softmax mean sum amax amin max min prod std var std_mean var_mean var_mean.correction norm linalg_vector_norm
+    _weight_norm _weight_norm_interface argmax argmin any all aminmax median nanmedian cumsum cumprod count_nonzero cat
+    stack concatenate split split_with_sizes chunk unbind index index_select gather take embedding index_put index_put_
+    _index_put_impl_ index_add index_add_ index_copy index_copy_ index_fill index_fill_ scatter scatter_ scatter_add
+    scatter_add_ scatter_reduce masked_fill masked_fill_ masked_select masked_scatter where constant_pad_nd
+    reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d pad roll
+    flip rot90 repeat repeat_interleave tile upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d
+    upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d
+    grid_sampler_3d affine_grid_generator _grid_sampler_2d_cpu_fallback pixel_shuffle pixel_unshuffle channel_shuffle
+    native_channel_shuffle im2col col2im unfold_copy clone copy_ copy _to_copy to contiguous lift_fresh lift_fresh_copy
+    detach detach_ alias empty empty_like empty_strided new_empty new_empty_strided new_zeros new_ones new_full zeros
+    zeros_like ones ones_like full full_like arange linspace logspace eye scalar_tensor rand rand_like randn randn_like
+    randint randperm bernoulli bernoulli_ normal_ uniform_ random_ fill_ fill zero_ zero tril triu tril_ triu_
+    tril_indices triu_indices diag diagonal diag_embed diagonal_copy meshgrid one_hot bucketize searchsorted sort topk
+    nonzero nonzero_static unique_dim _unique2 unique_consecutive argsort isin kthvalue _local_scalar_dense item equal
+    is_same_size _assert_async _assert_tensor_metadata _unsafe_view _reshape_alias view_as_real view_as_complex resize_
     view reshape expand permute transpose t squeeze unsqueeze select slice narrow as_strided unfold movedim
-    _has_same_storage_numel _efficientzerotensor _make_dual _unpack_dual _fw_primal _zerotensor
-    select_copy dequantize quantize_per_tensor quantize_per_channel _to_sparse _to_dense to_padded_tensor
-    set_ _conj _neg_view resolve_conj resolve_neg complex polar
-    _nested_tensor_from_mask bincount histc multinomial floor_divide unsafe_split unsafe_split_with_sizes unsafe_chunk
-    torchvision::nms torchvision::roi_align torchvision::ps_roi_align torchvision::roi_pool
+    _has_same_storage_numel _efficientzerotensor _make_dual _unpack_dual _fw_primal _zerotensor select_copy dequantize
+    quantize_per_tensor quantize_per_channel _to_sparse _to_dense to_padded_tensor set_ _conj _neg_view resolve_conj
+    resolve_neg complex polar _nested_tensor_from_mask bincount histc multinomial floor_divide unsafe_split
+    unsafe_split_with_sizes unsafe_chunk torchvision::nms torchvision::roi_align torchvision::ps_roi_align
+    torchvision::roi_pool
 """
 FREE: frozenset[str] = frozenset(
     _qualified(name)

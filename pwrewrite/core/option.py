@@ -28,12 +28,9 @@ class Typed:
     """How an option is typed on the command line.
 
     Attributes:
-        help: What it does, in a sentence.
         flags: Its spellings, the usual one first; none for an argument without a flag.
         panel: The part of the help that shows it.
-        metavar: What stands for its value in the help.
         read: Makes the value of a text and the flag's name, which an error mentions; None to take the text.
-        choices: The values there are; none where any text is taken.
         least: Smallest value of a whole number; None where it is no number.
         gather: Makes the value of an option that may be given several times of all its values; None for a single one.
         split: Whether one text may hold several values with commas between.
@@ -119,11 +116,7 @@ def from_keywords(record: type[T], options: dict[str, Any]) -> T:
 
 
 def read_typed(typed: Typed, text: Any, what: str) -> Any:
-    """The value of what was typed for an option: a text, or several where it may be given several times.
-
-    Raises:
-        UsageError: If it cannot be read; ``what`` names the option.
-    """
+    """The value of what was typed for the option ``what``: a text, or several where it may be given several times."""
     if typed.least is not None:
         if not re.fullmatch("[0-9]+", str(text).strip()) or not typed.least <= int(text) < 2**63:
             raise UsageError(f"{what} makes no sense", expected=f"a whole number from {typed.least}", got=repr(text))
@@ -135,13 +128,8 @@ def read_typed(typed: Typed, text: Any, what: str) -> Any:
 
 
 def refuse_unknown(function: str, options: Mapping[str, object], *records: type[DataclassInstance]) -> None:
-    """Refuses keywords that are no option.
-
-    Raises:
-        UsageError: If there are any; it names what is near.
-    """
+    """Raises `UsageError` for keywords that are no option; it names what is near."""
     known = [each.name for record in records for each in fields(record)]
     for name in options:
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else None
+        hint = next((f"did you mean {near}?" for near in get_close_matches(name, known, n=1)), None)
         raise UsageError(f"{function}() has no option {name!r}", expected=", ".join(dict.fromkeys(known)), hint=hint)

@@ -16,7 +16,7 @@ from pathlib import Path
 from .errors import PlanError
 from .files import read_text
 from .json_text import JsonText, dumps, line_at, loads
-from .records import Json, Record, Shown
+from .records import Json, Record, Shown, as_data
 
 SCHEMA = "pwrewrite.plan/1"
 
@@ -100,7 +100,6 @@ class Op(Record):
         path: Absolute path of the layer or module it is done to.
         pass_name: Name of the pass or planner that proposed it, such as ``insert-bottleneck``.
         settings: What the action needs to know, as JSON data; each action documents its own.
-        estimate: Predicted change; None where not worked out yet.
         source: Where it was read from; None for one that was proposed.
     """
 
@@ -129,8 +128,7 @@ class Edit:
     Attributes:
         kind: ``module`` (a module took another's place) or ``graph`` (the code of ``graph_module`` was rewritten).
         method: The form, such as ``bottleneck`` or ``spatial``.
-        rank_in: First width between, per group.
-        rank_out: Last width between, per group; equal to ``rank_in`` where there is only one.
+        rank_in: First width between, per group; ``rank_out`` is the last one, the same where there is only one.
         relative_error: ``‖W − Ŵ‖ / ‖W‖`` of the weights; None for fresh ones.
         exact: ``eval``, ``train`` or ``both`` for an edit that changes no output in that mode; else None.
         renamed: Old parameter name to the names that came in its place.
@@ -161,11 +159,9 @@ class Edit:
 
 @dataclass(frozen=True, repr=False)
 class Plan(Shown, Record):
-    """What to do to a model, in order.
+    """What to do to a model, in order, and what was refused, and why.
 
     Attributes:
-        ops: What to do.
-        skips: What was refused, and why.
         model: What the plan was made for: ``class`` and, where known, ``target``; ``params`` before.
         budget: For a plan that was made under one: ``limits``, ``predicted_loss``, and how it was predicted.
     """
@@ -182,28 +178,17 @@ class Plan(Shown, Record):
         return iter(self.ops)
 
     def __add__(self, other: Plan) -> Plan:
-        """One plan after the other, without skips of layers that either carries out, and without the remark that a pass
-        did not mean a layer where another had more to say about it.
-        """
+        """One plan after the other, without skips of what either carries out or another reason explains better."""
         done = {op.path for op in (*self.ops, *other.ops)}
         skips = dict.fromkeys(s for s in (*self.skips, *other.skips) if s.path not in done)
         explained = {s.path for s in skips if s.reason is not SkipReason.EXCLUDED}
-        return Plan(
-            self.ops + other.ops,
-            tuple(s for s in skips if s.reason is not SkipReason.EXCLUDED or s.path not in explained),
-            self.model or other.model,
-            self.budget or other.budget,
-        )
+        kept = tuple(s for s in skips if s.reason is not SkipReason.EXCLUDED or s.path not in explained)
+        return Plan(self.ops + other.ops, kept, self.model or other.model, self.budget or other.budget)
 
     def to_dict(self) -> dict[str, Json]:
         """The same as plain JSON data."""
-        return {
-            "schema": SCHEMA,
-            "model": dict(self.model),
-            **({"budget": dict(self.budget)} if self.budget else {}),
-            "ops": [op.to_dict() for op in self.ops],
-            "skipped": [skip.to_dict() for skip in self.skips],
-        }
+        made_for = {"model": dict(self.model)} | ({"budget": dict(self.budget)} if self.budget else {})
+        return {"schema": SCHEMA, **made_for, "ops": as_data(self.ops), "skipped": as_data(self.skips)}
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """JSON text, made to be edited."""
@@ -211,20 +196,12 @@ class Plan(Shown, Record):
 
     @classmethod
     def from_json(cls, text: str, name: str = "plan") -> Plan:
-        """Reads what `to_json` wrote, called ``name`` in errors.
-
-        Raises:
-            PlanError: If it is not JSON or not a plan; says in which line.
-        """
+        """Reads what `to_json` wrote, called ``name`` in errors; a `PlanError` says in which line it makes no sense."""
         return _Reader(text, name).plan(loads(text, name))
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:
-        """Reads a plan from a file.
-
-        Raises:
-            PlanError: If the file cannot be read or is not a plan.
-        """
+        """Reads a plan from a file; raises `PlanError` where that cannot be read or is none."""
         try:
             text = read_text(path)
         except (OSError, UnicodeDecodeError, ValueError) as error:

@@ -15,11 +15,7 @@ LARGEST_SEED = 2**63 - 1
 
 
 def check_seed(seed: int) -> None:
-    """Refuses what is no seed.
-
-    Raises:
-        UsageError: If it is negative, too large or no whole number.
-    """
+    """Raises `UsageError` for what is negative, too large or no whole number."""
     if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
         raise UsageError("this is not a seed", expected="a whole number from 0 to 2**63 - 1", got=repr(seed)[:40])
 
@@ -43,11 +39,7 @@ def keeping_random_state() -> Iterator[None]:
 
 
 def seed_all(seed: int) -> None:
-    """Seeds torch on every device, Python and NumPy.
-
-    Raises:
-        UsageError: If it is no number that all of them take.
-    """
+    """Seeds torch on every device, Python and NumPy; raises `UsageError` for what they do not take."""
     check_seed(seed)
     torch.manual_seed(seed)
     random.seed(seed)

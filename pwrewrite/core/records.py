@@ -10,7 +10,8 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from typing import Any, ClassVar, Protocol
+from types import ModuleType
+from typing import Any, ClassVar
 
 Json = Any
 """JSON data: texts, numbers, None, lists, and dicts with texts as keys."""
@@ -50,24 +51,14 @@ class Record:
         return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-class Display(Protocol):
-    """What shows results: the whole report as text and as HTML, and a line about it."""
-
-    def text(self, result: object) -> str:
-        """The report as the command prints it."""
-
-    def html(self, result: object) -> str:
-        """The report as an HTML fragment."""
-
-    def summary(self, result: object) -> str:
-        """The result in one line."""
+_display: list[Callable[[], ModuleType]] = []
 
 
-_display: list[Callable[[], Display]] = []
+def show_with(load: Callable[[], ModuleType]) -> None:
+    """Names what shows results: ``text`` and ``html`` of the whole report, and a ``summary`` in one line.
 
-
-def show_with(load: Callable[[], Display]) -> None:
-    """Names what shows results; ``load`` is called whenever one is shown."""
+    ``load`` is called whenever one is shown.
+    """
     _display[:] = [load]
 
 
@@ -77,10 +68,10 @@ class Shown:
     __slots__ = ()
 
     def __str__(self) -> str:
-        return _display[0]().text(self)
+        return str(_display[0]().text(self))
 
     def __repr__(self) -> str:
-        return _display[0]().summary(self)
+        return str(_display[0]().summary(self))
 
     def _repr_html_(self) -> str:
-        return _display[0]().html(self)
+        return str(_display[0]().html(self))

@@ -21,10 +21,8 @@ class Verification(Shown, Record):
     """Whether a rewritten model is still the same model.
 
     Attributes:
-        checks: What was checked, in order.
         relative_error: ``‖y − ŷ‖ / ‖y‖`` over all floating outputs in eval mode; None where no run was possible.
-        agreement: Part of the inputs for which a classifier's largest output is the same; None for other models.
-        samples: How many inputs that was counted on.
+        agreement: Part of the samples for which a classifier's largest output is the same; None for other models.
         exact: Whether the outputs had to agree up to rounding, as those of an exact rewrite must.
         max_error: Largest relative error that passed, for a rewrite that is not exact; None where no limit was set.
         diverges_at: Path of the first layer where the two models differ by more than a check allows; ``(root)`` where

@@ -33,7 +33,6 @@ class Depthwise(PairFactors):
     Attributes:
         depthwise: ``(in·terms, 1, *k)``, to run with ``in`` groups.
         pointwise: ``(out, in/groups·terms)``, to run with ``groups`` groups.
-        terms: Filters per input channel.
     """
 
     depthwise: Tensor
@@ -92,15 +91,7 @@ def depthwise_spectrum(
 ) -> Spectrum[Depthwise]:
     """Factorises a kernel once for every number of terms up to ``min(out/groups, k)``.
 
-    Args:
-        kernel: ``(out, in/groups, *k)``, forward layout.
-        groups: Number of groups.
-        input_weight: ``C``, over ``in·k`` or ``in``; its diagonal blocks count.
-        output_weight: ``G``, over ``out``.
-
-    Raises:
-        UsageError: A kernel or weight of the wrong shape or dtype.
-        RefusedError: NaN or Inf.
+    As `split_spectrum`; of ``input_weight``, over ``in·k`` or ``in``, the diagonal blocks count.
     """
     prepared = prepare_kernel(kernel, groups)
     out, channels, *spatial = prepared.shape
@@ -110,7 +101,12 @@ def depthwise_spectrum(
     left = side_weight(output_weight, groups, out // groups, 1, prepared, "output_weight")
     if left is not None:
         left = SideWeight(left.matrix.repeat_interleave(channels, 0), 1)
-    right = _channel_blocks(side_weight(input_weight, groups, channels, size, prepared, "input_weight"), channels, size)
+    right = side_weight(input_weight, groups, channels, size, prepared, "input_weight")
+    if right is not None:  # its diagonal blocks (in, k, k), or (in, 1, 1) of one over channels
+        block = right.matrix.shape[-1] // channels
+        grouped = right.matrix.reshape(-1, channels, block, channels, block)
+        blocks = torch.diagonal(grouped, dim1=1, dim2=3).movedim(-1, 1).reshape(-1, block, block)
+        right = SideWeight(blocks, size // block)
 
     def build(cut: Truncation) -> Depthwise:
         terms = cut.left.shape[2]
@@ -125,13 +121,3 @@ def depthwise_spectrum(
         )
 
     return Spectrum(matrix, left, right, build)
-
-
-def _channel_blocks(weight: SideWeight | None, channels: int, size: int) -> SideWeight | None:
-    """The diagonal blocks ``(in, k, k)`` of a weight over ``channels·k``, or ``(in, 1, 1)`` over channels."""
-    if weight is None:
-        return None
-    block = weight.matrix.shape[-1] // channels
-    grouped = weight.matrix.reshape(-1, channels, block, channels, block)
-    blocks = torch.diagonal(grouped, dim1=1, dim2=3).movedim(-1, 1)
-    return SideWeight(blocks.reshape(-1, block, block), size // block)

@@ -28,22 +28,12 @@ from torch import Tensor
 from ..core.errors import UsageError
 from .layout import check_finite, compute_dtype
 
-_Array = npt.NDArray[np.float64]
-
-#: Points of the grid over log σ².
-_GRID = 64
-
 
 def evbmf_rank(values: Tensor, shape: Sequence[int] | None = None) -> int:
     """The number of singular values that EVBMF keeps, from 0 (nothing but noise) to ``min(shape)``.
 
-    Args:
-        values: A matrix ``(L, M)``; or, with its ``shape``, its singular values (1-D, in any order).
-        shape: The matrix's shape, when singular values are given.
-
-    Raises:
-        UsageError: Neither a matrix, nor singular values with a shape that they fit.
-        RefusedError: NaN or Inf.
+    ``values`` are a matrix ``(L, M)``; or, with its ``shape``, its singular values in any order. Raises `UsageError`
+    for anything else, and `RefusedError` for NaN or Inf.
     """
     if shape is None:
         if values.dim() != 2 or values.numel() == 0:
@@ -65,7 +55,7 @@ def evbmf_rank(values: Tensor, shape: Sequence[int] | None = None) -> int:
     return int(np.count_nonzero(squares > variance * high * threshold))
 
 
-def _noise_variance(squares: _Array, low: int, high: int, threshold: float) -> float:
+def _noise_variance(squares: npt.NDArray[np.float64], low: int, high: int, threshold: float) -> float:
     """The σ² that minimises the free energy, for squared singular values scaled to a largest one of 1."""
     from scipy.optimize import minimize_scalar
 
@@ -82,18 +72,13 @@ def _noise_variance(squares: _Array, low: int, high: int, threshold: float) -> f
     positive = np.maximum(padded, np.finfo(np.float64).tiny)
 
     def energy(log_sigma2: float) -> float:
-        return _free_energy(positive / (high * math.exp(log_sigma2)), alpha, threshold)
+        x = positive / (high * math.exp(log_sigma2))
+        shifted = x[x > threshold] - 1 - alpha
+        tau = (shifted + np.sqrt(np.maximum(shifted**2 - 4 * alpha, 0))) / 2
+        return float(np.sum(x - np.log(x)) + np.sum(np.log1p(tau) + alpha * np.log1p(tau / alpha) - tau))
 
-    grid = np.linspace(math.log(lower), math.log(upper), _GRID)
+    grid = np.linspace(math.log(lower), math.log(upper), 64)
     best = int(np.argmin([energy(float(point)) for point in grid]))
-    around = (float(grid[max(best - 1, 0)]), float(grid[min(best + 1, _GRID - 1)]))
+    around = (float(grid[max(best - 1, 0)]), float(grid[min(best + 1, len(grid) - 1)]))
     minimum = minimize_scalar(energy, bounds=around, method="bounded")
     return math.exp(float(minimum.x) if minimum.fun <= energy(float(grid[best])) else float(grid[best]))
-
-
-def _free_energy(x: _Array, alpha: float, threshold: float) -> float:
-    """``Σ ψ(x)``."""
-    shifted = x[x > threshold] - 1 - alpha
-    tau = (shifted + np.sqrt(np.maximum(shifted**2 - 4 * alpha, 0))) / 2
-    psi1 = np.log1p(tau) + alpha * np.log1p(tau / alpha) - tau
-    return float(np.sum(x - np.log(x)) + np.sum(psi1))

@@ -59,9 +59,9 @@ def best_subspaces(
         tensor: ``(*batch, out, k, in)``, contiguous, finite, of a scale whose square does not under- or overflow.
         rank_out: Width of the out axis.
         rank_in: Width of the in axis.
-        method: ``hosvd`` or ``hooi``.
-        sweeps: At most this many updates of both factors (HOOI).
-        tolerance: Share of the error that an update has to gain.
+        method: As the next two, see `pwrewrite.decompose.tucker2`.
+        sweeps: See there.
+        tolerance: See there.
         norm: The Frobenius norm of the tensor.
     """
     ranks = (rank_out, rank_in)

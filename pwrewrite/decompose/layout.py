@@ -16,6 +16,7 @@ import math
 import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -52,51 +53,33 @@ def frobenius(tensor: Tensor) -> float:
 
 
 def to_forward_layout(weight: Tensor, groups: int = 1, transposed: bool = False) -> Tensor:
-    """A convolution's weight ``(out, in/groups, *k)``, or ``(in, out/groups, *k)`` where transposed, in forward layout.
+    """A weight ``(out, in/groups, *k)``, or ``(in, out/groups, *k)`` where transposed, in forward layout.
 
-    Raises:
-        UsageError: The channels do not divide into the groups.
+    ``(g·a, b, *k) -> (g·b, a, *k)``, group by group, which is its own inverse. Raises `UsageError` where the channels
+    do not divide into the groups.
     """
-    return _swap_channels(weight, groups) if transposed else weight
-
-
-def from_forward_layout(kernel: Tensor, groups: int = 1, transposed: bool = False) -> Tensor:
-    """The inverse of `to_forward_layout`.
-
-    Raises:
-        UsageError: The channels do not divide into the groups.
-    """
-    return _swap_channels(kernel, groups) if transposed else kernel
-
-
-def _swap_channels(weight: Tensor, groups: int) -> Tensor:
-    """``(g·a, b, *k) -> (g·b, a, *k)``, group by group; its own inverse."""
+    if not transposed:
+        return weight
     check_groups(weight, groups)
     rows, columns, *spatial = weight.shape
     grouped = weight.reshape(groups, rows // groups, columns, *spatial)
     return grouped.transpose(1, 2).reshape(groups * columns, rows // groups, *spatial).contiguous()
 
 
+from_forward_layout = to_forward_layout
+
+
 def check_groups(weight: Tensor, groups: int) -> None:
     """Raises `UsageError` unless the first axis divides into ``groups``."""
     if groups < 1 or weight.dim() < 2 or weight.shape[0] % groups:
-        raise UsageError(
-            f"a weight of shape {tuple(weight.shape)} does not divide into {groups} groups",
-            expected="groups that divide the first axis",
-            got=f"groups={groups}",
-        )
+        message = f"a weight of shape {tuple(weight.shape)} does not divide into {groups} groups"
+        raise UsageError(message, expected="groups that divide the first axis", got=f"groups={groups}")
 
 
 def prepare_kernel(kernel: Tensor, groups: int, spatial: tuple[int, int] = (1, 3)) -> Tensor:
-    """Checks a kernel and brings it to its compute dtype, without a gradient; callers check that it is finite.
+    """A kernel in its compute dtype, without a gradient; callers check that it is finite.
 
-    Args:
-        kernel: ``(out, in/groups, *k)`` of any real floating dtype.
-        groups: Number of groups.
-        spatial: The fewest and the most spatial axes allowed.
-
-    Raises:
-        UsageError: Wrong rank, dtype, groups, or an empty axis.
+    Raises `UsageError` for a wrong dtype, number of axes (``spatial``: fewest and most), groups, or an empty axis.
     """
     low, high = spatial
     if not low <= kernel.dim() - 2 <= high:
@@ -118,44 +101,24 @@ def check_finite(norm: float, tensor: Tensor, name: str = "kernel") -> None:
     if math.isfinite(norm):
         return
     nans, infs = int(tensor.isnan().sum()), int(tensor.isinf().sum())
-    raise RefusedError(
-        f"the {name} holds {nans} NaN and {infs} Inf among {tensor.numel()} values: it cannot be decomposed",
-        expected="finite values",
-        got=f"{nans} NaN, {infs} Inf",
-        hint="repair the weights, or exclude this layer",
-    )
+    message = f"the {name} holds {nans} NaN and {infs} Inf among {tensor.numel()} values: it cannot be decomposed"
+    hint = "repair the weights, or exclude this layer"
+    raise RefusedError(message, expected="finite values", got=f"{nans} NaN, {infs} Inf", hint=hint)
 
 
 def check_rank(rank: int, limit: int, name: str = "rank") -> int:
-    """A width as a plain integer.
-
-    Raises:
-        UsageError: Not an integer from 1 to ``limit``; ``name`` is what it is called.
-    """
-    try:
-        width = operator.index(rank)
-    except TypeError:
-        width = 0
-    if isinstance(rank, bool) or not 1 <= width <= limit:
-        raise UsageError(
-            f"{name} {rank!r} is not a width of this kernel",
-            expected=f"an integer from 1 to {limit} (per group)",
-            got=repr(rank),
-            hint="resolve_rank turns a ratio such as 0.5 or '50%' into a width",
-        )
+    """A width as a plain integer; raises `UsageError` where it is none from 1 to ``limit``."""
+    width = operator.index(rank) if isinstance(rank, SupportsIndex) and not isinstance(rank, bool) else 0
+    if not 1 <= width <= limit:
+        expected = f"an integer from 1 to {limit} (per group)"
+        hint = "resolve_rank turns a ratio such as 0.5 or '50%' into a width"
+        raise UsageError(f"{name} {rank!r} is not a width of this kernel", expected=expected, got=repr(rank), hint=hint)
     return width
 
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """One convolution of a factorised convolution.
-
-    Attributes:
-        weight: ``(out, in/groups, *k)``, or ``(in, out/groups, *k)`` where ``transposed``.
-        groups: Number of groups of this stage.
-        transposed: Whether this stage is a transposed convolution.
-        axes: The spatial axes that it owns.
-    """
+    """One convolution, ``(out, in/groups, *k)`` or ``(in, out/groups, *k)``, with the spatial axes that it owns."""
 
     weight: Tensor
     groups: int
@@ -168,7 +131,6 @@ class Factors(ABC):
     """What every form has in common.
 
     Attributes:
-        groups: Groups of the original convolution.
         relative_error: ``‖W − Ŵ‖ / ‖W‖`` of the factors as they are returned; 0 for a zero kernel.
         weighted_error: ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖``; ``relative_error`` where there are no weights.
     """

@@ -24,11 +24,11 @@ _NARROW_FROM = 1200
 
 
 class Nested:
-    """Pairs of factors of one kernel at every rank.
+    """Pairs of factors of one kernel at every rank up to ``rank``.
 
     Args:
         spectrum: Where the first factors come from.
-        rank: The largest rank looked at; afterwards the largest that there is.
+        rank: The largest rank looked at.
         rows: The kernel ``W (groups, out, patch)``.
         moment: ``C (groups, patch, patch)``.
         spatial: The kernel's spatial sizes.

@@ -30,10 +30,8 @@ def default_multiple(channels: int) -> int:
 def round_rank(rank: float, channels: int, multiple: int | None = None) -> int:
     """A computed rank as a width from 1 to ``channels`` (per group): the nearest multiple.
 
-    A rank too small for any multiple is rounded to an integer instead, and one at the full width stays there.
-
-    Raises:
-        UsageError: A multiple below 1.
+    A rank too small for any multiple is rounded to an integer instead, and one at the full width stays there. Raises
+    `UsageError` for a multiple below 1.
     """
     multiple = default_multiple(channels) if multiple is None else multiple
     if multiple < 1:
@@ -45,34 +43,23 @@ def round_rank(rank: float, channels: int, multiple: int | None = None) -> int:
 
 
 def resolve_rank(spec: RankSpec, channels: int, multiple: int | None = None, name: str = "rank") -> int:
-    """A width from 1 to ``channels``, from what a user wrote.
+    """A width from 1 to ``channels`` (per group), from what a user wrote; raises `UsageError` for anything else.
 
     Args:
         spec: An integer or ``"32"`` is a width; a float in (0, 1], ``"0.5"`` or ``"50%"`` a ratio of ``channels``.
         channels: The channels on that side, per group where grouped.
         multiple: What a ratio is rounded to; None for `default_multiple`. A width is never rounded.
         name: What to call it in an error.
-
-    Raises:
-        UsageError: Zero, negative, beyond the channels, a ratio above 1, not a number, a bool, or text that is neither.
     """
     value = _parse(spec, name)
     if isinstance(value, int):
         if not 1 <= value <= channels:
-            raise UsageError(
-                f"{name} {spec!r} is not a width of {channels} channels",
-                expected=f"an integer from 1 to {channels}",
-                got=repr(spec),
-                hint="a ratio is written 0.5 or 50%",
-            )
+            message, hint = f"{name} {spec!r} is not a width of {channels} channels", "a ratio is written 0.5 or 50%"
+            raise UsageError(message, expected=f"an integer from 1 to {channels}", got=repr(spec), hint=hint)
         return value
     if not 0 < value <= 1:
-        raise UsageError(
-            f"{name} {spec!r} is not a ratio",
-            expected="a number in (0, 1], or a percentage up to 100%",
-            got=repr(spec),
-            hint="a width is written as an integer, without a point",
-        )
+        expected, hint = "a number in (0, 1], or a percentage up to 100%", "a width is an integer, without a point"
+        raise UsageError(f"{name} {spec!r} is not a ratio", expected=expected, got=repr(spec), hint=hint)
     return round_rank(value * channels, channels, multiple)
 
 
@@ -85,19 +72,12 @@ def _parse(spec: RankSpec, name: str) -> int | float:
             return operator.index(spec) if isinstance(spec, SupportsIndex) else float(spec)
     except (TypeError, ValueError):
         pass
-    raise UsageError(
-        f"{name} {spec!r} is neither a width nor a ratio",
-        expected="an integer such as 32, or a ratio such as 0.5 or '50%'",
-        got=repr(spec),
-    )
+    expected = "an integer such as 32, or a ratio such as 0.5 or '50%'"
+    raise UsageError(f"{name} {spec!r} is neither a width nor a ratio", expected=expected, got=repr(spec))
 
 
 def energy_rank(spectrum: Spectrum[Factors], energy: float) -> int:
-    """The smallest rank, from 1, that keeps a share of the energy ``‖W‖²`` (weighted, if the spectrum is).
-
-    Raises:
-        UsageError: A share out of (0, 1].
-    """
+    """The smallest rank, from 1, that keeps a share in (0, 1] of the energy ``‖W‖²`` (weighted, if the spectrum is)."""
     if not 0 < energy <= 1:
         raise UsageError(f"an energy of {energy!r} makes no sense", expected="a share in (0, 1]", got=repr(energy))
     lost = spectrum.relative_errors.square()

@@ -43,10 +43,9 @@ class Truncation:
 
 
 def left_basis(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A complete orthonormal basis of left singular vectors of ``(*batch, m, n)``, to working precision.
+    """A complete orthonormal basis of left singular vectors of ``(*batch, m, n)``, and their squared singular values.
 
-    Returns:
-        ``U (*batch, m, m)`` and the squared singular values ``(*batch, m)``, descending, both in the widest dtype.
+    ``(*batch, m, m)`` and ``(*batch, m)``, descending, both in the widest dtype.
     """
     wide = wide_dtype(matrix)
     if matrix.dtype != wide:
@@ -80,11 +79,8 @@ class Spectrum(Generic[_F]):
         build: Turns a truncation of the matrices into the form.
 
     Attributes:
-        energies: ``(groups, min(m, n))``: squared singular values of ``G^½ M C^½``, descending, in the widest dtype.
+        energies: ``(groups, max_rank)``: squared singular values of ``G^½ M C^½``, descending, in the widest dtype.
         max_rank: ``min(m, n)``, the rank (per group) at which the form is exact.
-
-    Raises:
-        RefusedError: NaN or Inf.
     """
 
     def __init__(
@@ -124,11 +120,7 @@ class Spectrum(Generic[_F]):
         return (losses / losses[0]).sqrt() if losses[0] > 0 else torch.zeros_like(losses)
 
     def right_basis(self, rank: int) -> Tensor:
-        """Rows ``(groups, rank, n)`` of which the first r span what the first factor of rank r spans, for every r.
-
-        Raises:
-            UsageError: A rank out of range.
-        """
+        """Rows ``(groups, rank, n)`` of which the first r span what the first factor of rank r spans, for every r."""
         basis = self._basis[..., : check_rank(rank, self.max_rank)]
         if self._on_columns:
             return (basis if self._inverse is None else kronecker_multiply(self._inverse, basis)).mT
@@ -142,11 +134,7 @@ class Spectrum(Generic[_F]):
         return self._build(Truncation(nothing, rows, math.nan, math.nan))
 
     def truncate(self, rank: int) -> _F:
-        """The form at one rank (per group), from the factorisation that is already there.
-
-        Raises:
-            UsageError: A rank out of range.
-        """
+        """The form at one rank (per group) from 1 to ``max_rank``, else a `UsageError`."""
         rank = check_rank(rank, self.max_rank)
         basis = self._basis[..., :rank]
         dtype, rows = self.matrix.dtype, self.matrix.mT if self._on_columns else self.matrix

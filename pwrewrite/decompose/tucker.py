@@ -34,7 +34,7 @@ from .layout import (
     relative,
     wide_dtype,
 )
-from .weighting import SideWeight, side_weight
+from .weighting import side_weight
 
 #: Below the first of these squared relative errors ‖W‖² − ‖core‖² has to be corrected for factors that are orthonormal
 #: to working precision only; below the second it has lost too many digits, and the residual itself is formed.
@@ -47,13 +47,7 @@ _SCALE = (1e-8, 1e8)
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Tucker2(Factors):
-    """A bottleneck.
-
-    Attributes:
-        reduce: ``(groups·rank_in, in/groups)``.
-        core: ``(groups·rank_out, rank_in, *k)``.
-        expand: ``(out, rank_out)``.
-    """
+    """``reduce (groups·rank_in, in/groups)``, ``core (groups·rank_out, rank_in, *k)``, ``expand (out, rank_out)``."""
 
     reduce: Tensor
     core: Tensor
@@ -153,17 +147,11 @@ class TuckerProblem:
         self.norm = norm / self.scale
         left = side_weight(output_weight, groups, out // groups, 1, kernel, "output_weight")
         right = side_weight(input_weight, groups, channels, 1, kernel, "input_weight")
-        self._roots = (self._root(left), self._root(right))
+        roots = [None if side is None else side.roots() for side in (left, right)]  # each with its inverse
+        self._roots = [pair and tuple(root[0] if groups == 1 else root for root in pair) for pair in roots]
         self.plain = left is None and right is None
         self.weighted = self.tensor if self.plain else self._weigh(self.tensor.to(wide_dtype(kernel)))
         self.weighted_norm = self.norm if self.plain else frobenius(self.weighted)
-
-    def _root(self, weight: SideWeight | None) -> tuple[Tensor, Tensor] | None:
-        """Root and inverse root, without a group axis when there is one group."""
-        if weight is None:
-            return None
-        root, inverse = weight.roots()
-        return (root[0], inverse[0]) if self.groups == 1 else (root, inverse)
 
     def _weigh(self, tensor: Tensor) -> Tensor:
         """``G^½ tensor C^½``."""
@@ -183,13 +171,7 @@ class TuckerProblem:
         )
 
     def finish(self, out: Tensor, inner: Tensor, core: Tensor | None = None) -> Tucker2:
-        """Orthonormal factors of the weighted tensor as a bottleneck of the kernel.
-
-        Args:
-            out: ``(*groups, out/groups, rank_out)``.
-            inner: ``(*groups, in/groups, rank_in)``.
-            core: The weighted tensor projected onto both, if it is at hand; used where nothing is weighted.
-        """
+        """Orthonormal factors of the weighted tensor as a bottleneck of the kernel; with their core, if it is known."""
         if self.plain:
             out, inner = out.to(self.dtype), inner.to(self.dtype)
             core = project(0, out.mT, project(1, inner.mT, self.tensor)) if core is None else core.to(self.dtype)
@@ -219,8 +201,8 @@ class TuckerProblem:
         )
 
     def _refined(self, out: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Factors and core where hardly anything is cut off: what the factors lack in orthonormality is then the whole
-        error, and one Newton–Schulz step in a wider dtype squares it.
+        """Factors and core where hardly anything is cut off: one Newton–Schulz step in a wider dtype squares what the
+        factors lack in orthonormality, which is the whole error then.
         """
         wide = wide_dtype(self.tensor)
         out, inner = (1.5 * u - 0.5 * u @ (u.mT @ u) for u in (out.to(wide), inner.to(wide)))

@@ -35,36 +35,23 @@ class Tucker2Spectrum:
         prepared = prepare_kernel(kernel, groups)
         self._problem = TuckerProblem(prepared, groups, input_weight, output_weight)
         weighted = self._problem.weighted
-        out, size, inner = weighted.shape[-3:]
-        batch = weighted.shape[:-3]
+        *batch, out, size, inner = weighted.shape
         self.max_ranks = (inner, out)
         self._out, _ = left_basis(weighted.reshape(*batch, out, size * inner))
         self._in, _ = left_basis(weighted.reshape(*batch, out * size, inner).mT)
         scale = self._problem.scale**2
         core = project(0, self._out.mT, project(1, self._in.mT, weighted.to(wide_dtype(weighted))))
         energy = core.square().sum(-2).reshape(groups, out, inner).sum(0) * scale
-        self.losses = _complement_sums(energy)
+        self.losses = energy.new_zeros(out + 1, inner + 1)
+        self.losses[1:, :inner] = energy.flip(1).cumsum(1).flip(1).cumsum(0)
+        self.losses[:out] += energy.sum(1).flip(0).cumsum(0).flip(0)[:, None]
         whole = self.losses[0, 0]
         self.relative_errors = (self.losses / whole).sqrt() if whole > 0 else torch.zeros_like(self.losses)
 
     def truncate(self, rank_in: int, rank_out: int, sweeps: int = 0, tolerance: float = 4e-4) -> Tucker2:
-        """The bottleneck at one pair of ranks: as tabulated, or with ``sweeps`` refined by HOOI as `tucker2` does.
-
-        Raises:
-            UsageError: A rank out of range.
-        """
+        """The bottleneck at one pair of ranks: as tabulated, or with ``sweeps`` refined by HOOI as `tucker2` does."""
         rank_in = check_rank(rank_in, self.max_ranks[0], "rank_in")
         rank_out = check_rank(rank_out, self.max_ranks[1], "rank_out")
         if sweeps:
             return self._problem.solve(rank_in, rank_out, "hooi", sweeps, tolerance)
         return self._problem.finish(self._out[..., :rank_out], self._in[..., :rank_in])
-
-
-def _complement_sums(energy: Tensor) -> Tensor:
-    """``(out, in)`` energies to ``(out + 1, in + 1)`` sums over everything outside of ``[:ro, :ri]``."""
-    out, inner = energy.shape
-    right = energy.new_zeros(out + 1, inner + 1)
-    right[1:, :inner] = energy.flip(1).cumsum(1).flip(1).cumsum(0)
-    below = energy.new_zeros(out + 1)
-    below[:out] = energy.sum(1).flip(0).cumsum(0).flip(0)
-    return right + below[:, None]

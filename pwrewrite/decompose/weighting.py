@@ -43,17 +43,13 @@ class SideWeight:
     def roots(self) -> tuple[Tensor, Tensor]:
         """The symmetric root and its inverse, each ``(groups, d, d)``, eigenvalues floored.
 
-        Raises:
-            UsageError: The weight has an eigenvalue that is clearly negative.
+        Raises `UsageError` where the weight has an eigenvalue that is clearly negative.
         """
         values, vectors = symmetric_eigen(self.matrix)
         top = values[..., -1:]
         if bool((values[..., :1] < -1e-4 * top.abs() - torch.finfo(torch.float32).tiny).any()):
-            raise UsageError(
-                "a weight is not positive semi-definite",
-                got=f"smallest eigenvalue {float(values.min()):.3g}, largest {float(values.max()):.3g}",
-                expected="a matrix of second moments",
-            )
+            got = f"smallest eigenvalue {float(values.min()):.3g}, largest {float(values.max()):.3g}"
+            raise UsageError("a weight is not positive semi-definite", expected="a matrix of second moments", got=got)
         floor = torch.where(top > 0, top * EIGENVALUE_FLOOR, torch.ones_like(top))
         root = torch.maximum(values, floor).sqrt()
         return (vectors * root.unsqueeze(-2)) @ vectors.mT, (vectors / root.unsqueeze(-2)) @ vectors.mT
@@ -92,7 +88,7 @@ Weight = Tensor | tuple[Tensor, Tensor]
 def side_weight(
     weight: Weight | None, groups: int, channels: int, rest: int, like: Tensor, name: str
 ) -> SideWeight | None:
-    """Checks a weight and brings it to a stack in the widest dtype.
+    """Checks the weight ``name`` and brings it to a stack in the widest dtype, on the device of ``like``.
 
     Args:
         weight: ``(d, d)`` over the channels of all groups, or ``(groups, d, d)``; a pair of stacks over the channels
@@ -102,10 +98,6 @@ def side_weight(
         rest: Product of the other axes on this side.
         like: A tensor on the device to use.
         name: What to call the weight in an error.
-
-    Raises:
-        UsageError: A shape that fits neither the channels nor the whole side.
-        RefusedError: NaN or Inf in the weight.
     """
     if weight is None:
         return None
@@ -123,11 +115,9 @@ def side_weight(
     if tuple(stacked.shape) not in [(groups, size, size) for size in sizes]:
         shapes = " or ".join(str((groups * size, groups * size)) for size in dict.fromkeys(sizes))
         stacks = " or ".join(str((groups, size, size)) for size in dict.fromkeys(sizes))
-        raise UsageError(
-            f"{name} of shape {tuple(weight.shape)} does not fit the kernel",
-            expected=f"{shapes}, or a stack {stacks}",
-            got=str(tuple(weight.shape)),
-        )
+        shape = tuple(weight.shape)
+        expected = f"{shapes}, or a stack {stacks}"
+        raise UsageError(f"{name} of shape {shape} does not fit the kernel", expected=expected, got=str(shape))
     check_finite(frobenius(stacked), stacked, name)
     return SideWeight((stacked + stacked.mT) / 2, channels * rest // stacked.shape[1])
 
@@ -143,15 +133,10 @@ def split_moment(moment: Tensor, channels: int, spatial: Sequence[int], axes: Se
         channels: Channels per matrix (per group for a stack).
         spatial: The spatial sizes ``k``.
         axes: The spatial axes that stay with the channels.
-
-    Raises:
-        UsageError: The moment's size is not ``channels·k``.
     """
     size = channels * math.prod(spatial)
     if moment.shape[-2:] != (size, size):
-        raise UsageError(
-            f"a moment of shape {tuple(moment.shape)} is not over {channels} channels and {tuple(spatial)}"
-        )
+        raise UsageError(f"a moment of shape {tuple(moment.shape)} is not over {channels} channels, {tuple(spatial)}")
     batch = moment.shape[:-2]
     near = [0] + [1 + axis for axis in axes]
     far = [1 + axis for axis in range(len(spatial)) if axis not in axes]

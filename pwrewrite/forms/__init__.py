@@ -19,33 +19,19 @@ FORMS: dict[str, Form] = {name: import_module(f".{name}", __package__).FORM for 
 
 
 def form_named(name: str) -> Form:
-    """The form of a name.
-
-    Raises:
-        UsageError: If there is none.
-    """
+    """The form of a name; raises `UsageError` if there is none."""
     if name in FORMS:
         return FORMS[name]
-    near = get_close_matches(str(name), FORMS, n=1)
-    hint = f"did you mean {near[0]}?" if near else None
+    hint = next((f"did you mean {near}?" for near in get_close_matches(str(name), FORMS, n=1)), None)
     raise UsageError(f"there is no form {name!r}", expected=f"one of {', '.join(FORMS)}", got=repr(name), hint=hint)
 
 
 def read_form(spec: ConvSpec, name: object, axes: object, where: Where) -> tuple[Form, Axes]:
-    """The form that a plan names and the axes of its first stage, checked against a layer.
+    """The form that a plan names and the axes of its first stage, checked against a layer; raises `PlanError`.
 
-    Args:
-        spec: The layer.
-        name: Name of the form.
-        axes: The axes as the plan has them; None for the form's default.
-        where: From the name of a setting to where it is found, for the error.
-
-    Raises:
-        PlanError: If there is no such form, or the axes do not fit it.
+    ``axes`` is None for the form's default; ``where`` says where a setting stands, for the error.
     """
     if not isinstance(name, str) or name not in FORMS:
-        raise PlanError(
-            f"unknown form {name!r}", where=where("form"), expected=f"one of {', '.join(FORMS)}", got=repr(name)
-        )
-    form = FORMS[name]
-    return form, form.read_axes(spec, axes, where)
+        expected = f"one of {', '.join(FORMS)}"
+        raise PlanError(f"unknown form {name!r}", where=where("form"), expected=expected, got=repr(name))
+    return FORMS[name], FORMS[name].read_axes(spec, axes, where)

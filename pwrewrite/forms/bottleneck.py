@@ -82,14 +82,10 @@ class Bottleneck(Form):
         reduction, cores = layer.once((self.name, min(inner, limit)), lambda: _cores(layer, min(inner, limit)))
         if inner > limit or outer > cores.max_rank:  # wider than the kernel's own rank: the plain form
             return tucker2(layer.kernel, rank_in=inner, rank_out=outer, groups=layer.spec.groups)
-        cut = cores.truncate(outer)
+        cut, groups = cores.truncate(outer), layer.spec.groups
+        reduce, expand = reduction.flatten(1), cut.second.flatten(1)
         return Tucker2(
-            reduce=reduction.flatten(1),
-            core=cut.first,
-            expand=cut.second.flatten(1),
-            groups=layer.spec.groups,
-            relative_error=nan,
-            weighted_error=nan,
+            reduce=reduce, core=cut.first, expand=expand, groups=groups, relative_error=nan, weighted_error=nan
         )
 
     def _tucker(self, layer: WeightedLayer) -> Tucker2Spectrum:

@@ -34,11 +34,7 @@ LADDER = 24
 
 @dataclass(frozen=True, slots=True)
 class FormPass:
-    """A pass that proposes a form, with the width or ratio that it takes where none is given.
-
-    Attributes:
-        linear: Whether it is for linear maps instead of convolutions.
-    """
+    """A pass that proposes a form, with the width or ratio it takes where none is given; ``linear`` for linear maps."""
 
     name: str
     summary: str
@@ -48,11 +44,8 @@ class FormPass:
 
 @dataclass(frozen=True, slots=True)
 class FormLoss:
-    """A form at some widths (per group) and axes, and what it loses.
-
-    Attributes:
-        loss: Predicted loss, ``½ · positions · tr(G Δ C Δᵀ)``.
-        error: Relative error in that norm, ``√(loss / loss of an all-zero kernel)``.
+    """A form at some widths (per group) and axes, and what it loses: ``½ · positions · tr(G Δ C Δᵀ)``, and its root
+    relative to the loss of an all-zero kernel.
     """
 
     widths: Mapping[str, int]
@@ -69,9 +62,6 @@ class Form(ABC):
     """One way to replace a layer by a chain of smaller convolutions.
 
     Attributes:
-        name: As in plans and on the command line.
-        widths: Names of its widths.
-        passes: The passes that propose it.
         title: What the module is called when a model is printed.
         pointwise: Whether all that it adds to a layer's own kind of kernel is 1×1.
     """
@@ -81,8 +71,6 @@ class Form(ABC):
     passes: ClassVar[tuple[FormPass, ...]]
     title: ClassVar[str]
     pointwise: ClassVar[bool] = False
-
-    # ------------------------------------------------------------------------------------------------ shapes
 
     def unfit(self, spec: ConvSpec) -> tuple[SkipReason, str] | None:
         """Why the form is not for a layer of this shape; None where it is."""
@@ -97,21 +85,13 @@ class Form(ABC):
         return (None,)
 
     def read_axes(self, spec: ConvSpec, axes: object, where: Where) -> Axes:
-        """Checks axes from a plan; the default where they are None.
-
-        Raises:
-            PlanError: If they do not fit the layer, or the form has none.
-        """
+        """Axes from a plan; the default where they are None. Raises `PlanError` where they do not fit."""
         if axes is not None:
             raise PlanError(f"the form {self.name} has no axes", where=where("axes"), got=repr(axes))
         return None
 
     def read_widths(self, spec: ConvSpec, widths: object, axes: Axes, where: Where) -> dict[str, int]:
-        """Checks widths from a plan.
-
-        Raises:
-            PlanError: If a width is missing, unknown, not an integer, below 1 or beyond the channels.
-        """
+        """Widths from a plan; raises `PlanError` where they are not integers from 1 to the form's limits."""
         limits = self.limits(spec, axes)
         if not isinstance(widths, Mapping) or set(widths) != set(limits):
             wanted, at = f"an object with {' and '.join(limits)}", where("widths")
@@ -134,8 +114,6 @@ class Form(ABC):
     def ladder(self, spec: ConvSpec, axes: Axes, multiple: int | None) -> list[dict[str, int]]:
         """Widths for the planner to look at, rounded to ``multiple``; None for 8 where the channels are 64 or more."""
 
-    # ----------------------------------------------------------------------------------------------- weights
-
     @abstractmethod
     def spectra(self, kernel: Tensor, spec: ConvSpec, axes: Axes) -> dict[str, Spectrum[Factors]]:
         """For every width the spectrum of a kernel in forward layout that it truncates, from which ranks are read."""
@@ -145,18 +123,9 @@ class Form(ABC):
         """The factors nearest to a kernel in forward layout, in the order of `stages`."""
 
     def factorize(self, weight: Tensor, spec: ConvSpec, widths: Mapping[str, int], axes: Axes = None) -> Factors:
-        """The factors nearest to a layer's weight, whose ``stages(transposed)`` are those of `stages` in order.
-
-        Args:
-            weight: As the layer has it: ``(out, in/groups, *k)``, or transposed, or linear.
-            spec: The layer.
-            widths: The form's widths, per group.
-            axes: The axes of the first stage, where the form leaves a choice.
-        """
+        """The factors nearest to a layer's weight in its own layout; their stages are those of `stages` in order."""
         kernel = decompose.to_forward_layout(weight.detach(), spec.groups, spec.transposed)
         return self.truncate(kernel, spec, widths, self.splits(spec)[0] if axes is None else axes)
-
-    # ------------------------------------------------------------------------- in the norm of the statistics
 
     @abstractmethod
     def predict(self, layer: WeightedLayer, axes: Axes, ladder: Sequence[Mapping[str, int]]) -> list[float]:

@@ -33,12 +33,9 @@ class Pair(SplitForm):
 
     def read_axes(self, spec: ConvSpec, axes: object, where: Where) -> Axes:
         if not spec.is_pointwise:
-            raise PlanError(
-                f"the form pair is not for a kernel of {spec.kernel_size}",
-                where=where("form"),
-                expected="a 1×1 convolution or a linear map",
-                hint="bottleneck, reduce, expand, spatial and depthwise are for k×k",
-            )
+            message, expected = f"the form pair is not for a kernel of {spec.kernel_size}", "a 1×1 or a linear map"
+            hint = "bottleneck, reduce, expand, spatial and depthwise are for k×k"
+            raise PlanError(message, where=where("form"), expected=expected, hint=hint)
         return super().read_axes(spec, axes, where)
 
     def first_axes(self, spec: ConvSpec, axes: Axes) -> tuple[int, ...]:

@@ -41,12 +41,9 @@ class Spatial(SplitForm):
             expected = f"a list of some of {', '.join(map(str, known))}"
             raise PlanError("axes are those of the first stage", where=where("axes"), expected=expected, got=repr(axes))
         if not 0 < len(set(axes)) < spec.dims:
-            raise PlanError(
-                f"axes {list(axes)} do not divide the {spec.dims} spatial axes of the layer between two stages",
-                where=where("axes"),
-                expected=f"some but not all of {', '.join(map(str, known))}",
-                got=repr(axes),
-            )
+            message = f"axes {list(axes)} do not divide the {spec.dims} spatial axes of the layer between two stages"
+            expected = f"some but not all of {', '.join(map(str, known))}"
+            raise PlanError(message, where=where("axes"), expected=expected, got=repr(axes))
         return tuple(axes)
 
     def first_axes(self, spec: ConvSpec, axes: Axes) -> tuple[int, ...]:

@@ -36,11 +36,7 @@ def spec_to_dict(spec: ConvSpec) -> dict[str, Json]:
 
 
 def spec_from_dict(data: Json, where: str) -> ConvSpec:
-    """Reads what `spec_to_dict` wrote.
-
-    Raises:
-        PlanError: If it is not that.
-    """
+    """Reads what `spec_to_dict` wrote; raises `PlanError` for anything else."""
     try:
         spec = ConvSpec(
             int(data["in_channels"]),
@@ -75,16 +71,7 @@ def spec_from_dict(data: Json, where: str) -> ConvSpec:
 def stage_spec(
     spec: ConvSpec, inputs: int, outputs: int, axes: Sequence[int], *, groups: int | None = None, bias: bool = False
 ) -> ConvSpec:
-    """One stage of a chain: the layer's settings on the axes it owns, 1×1 elsewhere; transposed only where it owns one.
-
-    Args:
-        spec: The layer.
-        inputs: Input channels of the stage.
-        outputs: Output channels of the stage.
-        axes: The spatial axes that it owns.
-        groups: Its groups; those of the layer where None.
-        bias: Whether it has a bias.
-    """
+    """One stage of a chain: the layer's settings on the axes it owns, 1×1 elsewhere; transposed only with an axis."""
     dims = range(spec.dims)
     transposed = spec.transposed and bool(axes)
     return ConvSpec(

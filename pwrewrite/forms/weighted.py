@@ -37,7 +37,7 @@ class WeightedLayer:
         multiple: What ranks are rounded to; None for 8 where the channels are 64 or more.
 
     Attributes:
-        kernel: The weight in forward layout and the compute dtype; ``rows`` is it as ``(groups, out/groups, patch)``.
+        kernel: In forward layout and the compute dtype; ``rows`` is it as ``(groups, out/groups, patch)``.
         scale: Loss of an all-zero kernel.
     """
 
