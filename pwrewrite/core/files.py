@@ -56,7 +56,7 @@ def check_writable(path: Path) -> None:
             what = "does not exist" if not folder.exists() else "is not a folder"
             raise OutputError(f"{cannot} {folder} {what}", where=where, hint="create it first")
         places = [path] if path.exists() else [folder]
-        if path.exists() and _is_regular(path):
+        if path.is_file():
             places.append(folder)
     if not all(os.access(place, os.W_OK) for place in places):
         raise OutputError(f"{cannot} permission denied", where=where, hint="choose a place that you may write")
@@ -98,7 +98,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
     path = Path(path)
     data = content.encode("utf-8", errors="surrogateescape") if isinstance(content, str) else content
     with _refusing(path, OSError, RuntimeError, ValueError):
-        if path.exists() and not _is_regular(path):
+        if path.exists() and not path.is_file():
             path.write_bytes(data)
             return
     with new_file(path) as scratch:
@@ -312,10 +312,6 @@ def _flush(path: str | Path) -> None:
     except OSError:
         if not os.path.isdir(path):
             raise
-
-
-def _is_regular(path: Path) -> bool:
-    return stat.S_ISREG(path.stat().st_mode)
 
 
 def _umask() -> int:

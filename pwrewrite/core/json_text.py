@@ -33,7 +33,8 @@ def loads(text: str, name: str) -> Json:
         hint = "a comma after the last entry or a missing quote is the usual cause"
         raise PlanError(f"{name} is not JSON: {error.msg}", where=where, hint=hint) from None
     except RecursionError:
-        raise PlanError(f"{name} is nested too deeply for a plan", expected="lists a few levels deep") from None
+        expected = "objects and lists a few levels deep"
+        raise PlanError(f"{name} is nested too deeply for a plan", expected=expected) from None
 
 
 _SHORT_LISTS = (re.compile(r"\[\n([^][{}\"]*?)\n *\]"), re.compile(r"\[\n((?:[^][{}\"]|\[[^][{}\"\n]*\])*?)\n *\]"))
@@ -74,8 +75,8 @@ class JsonText:
     def value_of(self, wanted: str) -> int:
         """Offset of a value of the outermost object; -1 where it has no such key."""
         values = [*self._values(self.text.index("{"))]
-        found = [start for (key, *_), (_, start, _) in zip(values[::2], values[1::2]) if key == wanted]
-        return found[-1] if found else -1  # the last one counts, as it does for json.loads
+        starts = [start for (key, *_), (_, start, _) in zip(values[::2], values[1::2]) if key == wanted]
+        return starts[-1] if starts else -1  # the last one counts, as it does for json.loads
 
     def find(self, what: str, start: int = 0, end: int | None = None) -> int:
         """Offset of a piece of text, or where the search began."""

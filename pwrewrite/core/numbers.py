@@ -138,7 +138,8 @@ def parse_arg(text: str, what: str = "--arg") -> tuple[str, object]:
     """
     name, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not name.isidentifier():
-        expected, hint = "NAME=VALUE, the value a Python literal", "--arg num_classes=10, --arg act=relu"
+        hint = "--arg num_classes=10, --arg layers=[3,4,6,3], --arg act=relu"
+        expected = "NAME=VALUE, the value a Python literal"
         raise UsageError(f"cannot read {what} {text!r}", expected=expected, hint=hint)
     try:
         return name, ast.literal_eval(value)

@@ -316,30 +316,34 @@ FORMULAS: dict[str, Formula] = {_qualified(n): row.macs for row in OPERATIONS fo
 _MOVEMENT = """
     _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d avg_pool1d avg_pool2d avg_pool3d
     max_pool2d_with_indices max_pool3d_with_indices max_pool2d mkldnn_max_pool2d max_unpool2d max_unpool3d
-    _adaptive_avg_pool2d_backward fractional_max_pool2d _softmax _log_softmax _safe_softmax _masked_softmax logsumexp
-    softmax mean sum amax amin max min prod std var std_mean var_mean var_mean.correction norm linalg_vector_norm
-    _weight_norm _weight_norm_interface argmax argmin any all aminmax median nanmedian cumsum cumprod count_nonzero cat
-    stack concatenate split split_with_sizes chunk unbind index index_select gather take embedding index_put index_put_
-    _index_put_impl_ index_add index_add_ index_copy index_copy_ index_fill index_fill_ scatter scatter_ scatter_add
-    scatter_add_ scatter_reduce masked_fill masked_fill_ masked_select masked_scatter where constant_pad_nd
-    reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d pad roll
-    flip rot90 repeat repeat_interleave tile upsample_nearest1d upsample_nearest2d upsample_nearest3d
-    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d
-    upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d
-    grid_sampler_3d affine_grid_generator _grid_sampler_2d_cpu_fallback pixel_shuffle pixel_unshuffle channel_shuffle
-    native_channel_shuffle im2col col2im unfold_copy clone copy_ copy _to_copy to contiguous lift_fresh lift_fresh_copy
-    detach detach_ alias empty empty_like empty_strided new_empty new_empty_strided new_zeros new_ones new_full zeros
-    zeros_like ones ones_like full full_like arange linspace logspace eye scalar_tensor rand rand_like randn randn_like
-    randint randperm bernoulli bernoulli_ normal_ uniform_ random_ fill_ fill zero_ zero tril triu tril_ triu_
-    tril_indices triu_indices diag diagonal diag_embed diagonal_copy meshgrid one_hot bucketize searchsorted sort topk
-    nonzero nonzero_static unique_dim _unique2 unique_consecutive argsort isin kthvalue _local_scalar_dense item equal
-    is_same_size _assert_async _assert_tensor_metadata _unsafe_view _reshape_alias view_as_real view_as_complex resize_
+    _adaptive_avg_pool2d_backward fractional_max_pool2d
+    _softmax _log_softmax _safe_softmax _masked_softmax logsumexp softmax
+    mean sum amax amin max min prod std var std_mean var_mean var_mean.correction norm linalg_vector_norm _weight_norm
+    _weight_norm_interface argmax argmin any all aminmax median nanmedian cumsum cumprod count_nonzero
+    cat stack concatenate split split_with_sizes chunk unbind index index_select gather take embedding
+    index_put index_put_ _index_put_impl_ index_add index_add_ index_copy index_copy_ index_fill index_fill_ scatter
+    scatter_ scatter_add scatter_add_ scatter_reduce masked_fill masked_fill_ masked_select masked_scatter where
+    constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+    replication_pad3d pad roll flip rot90 repeat repeat_interleave tile
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+    _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d
+    _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d grid_sampler_3d affine_grid_generator
+    _grid_sampler_2d_cpu_fallback
+    pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle im2col col2im unfold_copy
+    clone copy_ copy _to_copy to contiguous lift_fresh lift_fresh_copy detach detach_ alias empty empty_like
+    empty_strided new_empty new_empty_strided new_zeros new_ones new_full zeros zeros_like ones ones_like full full_like
+    arange linspace logspace eye scalar_tensor rand rand_like randn randn_like randint randperm bernoulli bernoulli_
+    normal_ uniform_ random_ fill_ fill zero_ zero tril triu tril_ triu_ tril_indices triu_indices
+    diag diagonal diag_embed diagonal_copy meshgrid one_hot bucketize searchsorted
+    sort topk nonzero nonzero_static unique_dim _unique2 unique_consecutive argsort isin kthvalue
+    _local_scalar_dense item equal is_same_size
+    _assert_async _assert_tensor_metadata _unsafe_view _reshape_alias view_as_real view_as_complex resize_
     view reshape expand permute transpose t squeeze unsqueeze select slice narrow as_strided unfold movedim
-    _has_same_storage_numel _efficientzerotensor _make_dual _unpack_dual _fw_primal _zerotensor select_copy dequantize
-    quantize_per_tensor quantize_per_channel _to_sparse _to_dense to_padded_tensor set_ _conj _neg_view resolve_conj
-    resolve_neg complex polar _nested_tensor_from_mask bincount histc multinomial floor_divide unsafe_split
-    unsafe_split_with_sizes unsafe_chunk torchvision::nms torchvision::roi_align torchvision::ps_roi_align
-    torchvision::roi_pool
+    _has_same_storage_numel _efficientzerotensor _make_dual _unpack_dual _fw_primal _zerotensor
+    select_copy dequantize quantize_per_tensor quantize_per_channel _to_sparse _to_dense to_padded_tensor
+    set_ _conj _neg_view resolve_conj resolve_neg complex polar
+    _nested_tensor_from_mask bincount histc multinomial floor_divide unsafe_split unsafe_split_with_sizes unsafe_chunk
+    torchvision::nms torchvision::roi_align torchvision::ps_roi_align torchvision::roi_pool
 """
 FREE: frozenset[str] = frozenset(
     _qualified(name)

@@ -187,8 +187,8 @@ class Plan(Shown, Record):
 
     def to_dict(self) -> dict[str, Json]:
         """The same as plain JSON data."""
-        made_for = {"model": dict(self.model)} | ({"budget": dict(self.budget)} if self.budget else {})
-        return {"schema": SCHEMA, **made_for, "ops": as_data(self.ops), "skipped": as_data(self.skips)}
+        facts = {"model": dict(self.model)} | ({"budget": dict(self.budget)} if self.budget else {})
+        return {"schema": SCHEMA, **facts, "ops": as_data(self.ops), "skipped": as_data(self.skips)}
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """JSON text, made to be edited."""
@@ -216,13 +216,13 @@ _KINDS: dict[type, str] = {str: "a string", dict: "an object", list: "a list"}
 class _Reader(JsonText):
     """Turns JSON data into a plan and knows which line a complaint is about."""
 
-    def check(self, value: Json, kind: type, message: str, at: int) -> None:
+    def check(self, value: Json, kind: type, message: str, at: int, expected: str = "") -> None:
         """Refuses data of another type."""
         if not isinstance(value, kind):
-            raise self.error(message, at, _KINDS[kind], value)
+            raise self.error(message, at, expected or _KINDS[kind], value)
 
     def plan(self, data: Json) -> Plan:
-        self.check(data, dict, "a plan is a JSON object", 0)
+        self.check(data, dict, "a plan is a JSON object", 0, "an object with schema, ops and skipped")
         schema = data.get("schema")
         if schema != SCHEMA:
             raise self.error("not a plan of this version", self.find('"schema"'), f'"schema": "{SCHEMA}"', schema)
@@ -232,7 +232,8 @@ class _Reader(JsonText):
             self.check(data[key], kind, f"{key} is {_KINDS[kind]}", self.find(f'"{key}"'))
         kinds: dict[str, type] = {"class": str, "target": str, "args": dict, "inputs": list}
         for key in [key for key in kinds if key in data["model"]]:
-            self.check(data["model"][key], kinds[key], f"model.{key} is {_KINDS[kinds[key]]}", self.find(f'"{key}"'))
+            expected = "a list of objects with shape and dtype" if key == "inputs" else _KINDS[kinds[key]]
+            self.check(data["model"][key], kinds[key], f"model.{key} is {expected}", self.find(f'"{key}"'), expected)
         for item in data["model"].get("inputs", []):
             shape = item.get("shape") if isinstance(item, dict) else None
             texts = isinstance(shape, list) and all(isinstance(item.get(k, ""), str) for k in ("dtype", "name"))

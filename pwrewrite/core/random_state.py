@@ -11,12 +11,10 @@ import torch
 
 from .errors import UsageError
 
-LARGEST_SEED = 2**63 - 1
-
 
 def check_seed(seed: int) -> None:
     """Raises `UsageError` for what is negative, too large or no whole number."""
-    if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
+    if type(seed) is not int or not 0 <= seed < 2**63:
         raise UsageError("this is not a seed", expected="a whole number from 0 to 2**63 - 1", got=repr(seed)[:40])
 
 

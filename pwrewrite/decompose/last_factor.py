@@ -10,7 +10,7 @@ patches and the kernel ``W``, the best ``F`` is linear least squares whatever th
     depthwise       M = filters (terms·in, in·k)         F = pointwise (out, terms·in)
 
 All of it per group, with a leading group axis. The rows of ``M`` are rank first, so that its leading rows are those of
-every smaller rank (`pwrewrite.decompose.nested`).
+every smaller rank (`Nested`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .layout import Factors
+from .spectrum import Spectrum
 
 RIDGE = 1e-9
 """What is added to the diagonal of a normal matrix, as a share of its mean diagonal, before it is solved."""
@@ -91,3 +92,57 @@ def solve_last(normal: Tensor, cross: Tensor, *, ridge: float = RIDGE, towards: 
 def mean_diagonal(normal: Tensor) -> Tensor:
     """``(groups, 1, 1)``: the mean of the diagonal, never 0."""
     return normal.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-300)[:, None, None]
+
+
+class Nested:
+    """Pairs of factors of one kernel at every rank up to ``rank``, and their losses in the full norm.
+
+    The first factors at ranks 1, 2, … are nested (`Spectrum.right_basis`). With the inner values ``M x`` in that order,
+    the leading blocks of one Cholesky factor ``L`` of ``M C Mᵀ`` are those of every rank, so with ``Z = L⁻¹ M C Wᵀ``
+
+        loss(r) = tr(G W C Wᵀ) − Σ_{i ≤ r} Z_i G Z_iᵀ
+
+    is a cumulative sum. A bottleneck cuts what a reduction leaves once more, at the outputs: with the first ``r``
+    blocks of ``Z`` its loss at an output width ``s`` is ``tr(G W C Wᵀ)`` less the ``s`` largest eigenvalues of
+    ``G^½ Zᵀ Z G^½``.
+
+    Args:
+        spectrum: Where the first factors come from.
+        rank: The largest rank looked at.
+        rows: The kernel ``W (groups, out, patch)``.
+        moment: ``C (groups, patch, patch)``.
+        spatial: The kernel's spatial sizes.
+    """
+
+    def __init__(
+        self, spectrum: Spectrum[PairFactors], rank: int, rows: Tensor, moment: Tensor, spatial: Sequence[int]
+    ) -> None:
+        first = torch.linalg.qr(spectrum.right_basis(rank).mT).Q.mT.contiguous()  # the same spans, well scaled
+        self.rank = first.shape[1]
+        factors = spectrum.with_right(first)
+        narrow = torch.float32 if rows.shape[2] > 1200 else rows.dtype  # sums of many products; solved in wide
+        half, normal = factors.normal(moment.to(narrow), spatial)
+        cross, normal = (half @ rows.mT.to(narrow)).to(rows.dtype), normal.to(rows.dtype)
+        size = normal.shape[-1]
+        level, eye = mean_diagonal(normal), torch.eye(size, dtype=normal.dtype, device=normal.device)
+        ridge = RIDGE
+        factor, bad = torch.linalg.cholesky_ex(normal + ridge * level * eye)
+        while bool(bad.any()) and ridge < 1:
+            ridge *= 100
+            factor, bad = torch.linalg.cholesky_ex(normal + ridge * level * eye)
+        self._block = size // self.rank
+        self._solved = torch.linalg.solve_triangular(factor, cross, upper=False)  # Z (groups, inner, out)
+
+    def explained(self, gradients: Tensor | None) -> Tensor:
+        """``(rank + 1,)``: what ranks 0, 1, … keep of ``tr(G W C Wᵀ)``."""
+        z = self._solved
+        shares = (z * (z if gradients is None else z @ gradients)).sum((0, 2))
+        sums = shares.reshape(self.rank, self._block).sum(1).cumsum(0)
+        return torch.cat([sums.new_zeros(1), sums])
+
+    def explained_cut(self, rank: int, root: Tensor | None) -> Tensor:
+        """``(out + 1,)``: the same for one rank and ``root = G^½``, cut to output widths 0, 1, …."""
+        z = self._solved[:, : rank * self._block]
+        z = z if root is None else z @ root
+        values = torch.linalg.eigvalsh(z.mT @ z).clamp(min=0).flip(-1).sum(0)
+        return torch.cat([values.new_zeros(1), values.cumsum(0)])

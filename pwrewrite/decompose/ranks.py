@@ -58,7 +58,8 @@ def resolve_rank(spec: RankSpec, channels: int, multiple: int | None = None, nam
             raise UsageError(message, expected=f"an integer from 1 to {channels}", got=repr(spec), hint=hint)
         return value
     if not 0 < value <= 1:
-        expected, hint = "a number in (0, 1], or a percentage up to 100%", "a width is an integer, without a point"
+        expected = "a number in (0, 1], or a percentage up to 100%"
+        hint = "a width is written as an integer, without a point"
         raise UsageError(f"{name} {spec!r} is not a ratio", expected=expected, got=repr(spec), hint=hint)
     return round_rank(value * channels, channels, multiple)
 

@@ -41,10 +41,7 @@ class SideWeight:
         return kronecker_multiply(self.matrix, rows)
 
     def roots(self) -> tuple[Tensor, Tensor]:
-        """The symmetric root and its inverse, each ``(groups, d, d)``, eigenvalues floored.
-
-        Raises `UsageError` where the weight has an eigenvalue that is clearly negative.
-        """
+        """The symmetric root and its inverse, eigenvalues floored; `UsageError` where one is clearly negative."""
         values, vectors = symmetric_eigen(self.matrix)
         top = values[..., -1:]
         if bool((values[..., :1] < -1e-4 * top.abs() - torch.finfo(torch.float32).tiny).any()):
@@ -136,7 +133,8 @@ def split_moment(moment: Tensor, channels: int, spatial: Sequence[int], axes: Se
     """
     size = channels * math.prod(spatial)
     if moment.shape[-2:] != (size, size):
-        raise UsageError(f"a moment of shape {tuple(moment.shape)} is not over {channels} channels, {tuple(spatial)}")
+        over = f"{channels} channels and {tuple(spatial)}"
+        raise UsageError(f"a moment of shape {tuple(moment.shape)} is not over {over}")
     batch = moment.shape[:-2]
     near = [0] + [1 + axis for axis in axes]
     far = [1 + axis for axis in range(len(spatial)) if axis not in axes]

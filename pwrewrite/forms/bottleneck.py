@@ -21,9 +21,6 @@ from .reduce import FORM as REDUCE
 from .specs import Chain, stage_spec
 from .weighted import WeightedLayer
 
-_INPUT_WIDTHS = 8
-"""At most about this many input widths are looked at."""
-
 
 class Bottleneck(Form):
     """1×1 → k×k → 1×1."""
@@ -53,7 +50,7 @@ class Bottleneck(Form):
         (most_in,) = REDUCE.limits(spec).values()
         return [
             {"rank_in": inner, "rank_out": outer}
-            for inner in ranks_to_try(most_in, multiple, _INPUT_WIDTHS)
+            for inner in ranks_to_try(most_in, multiple, 8)
             for outer in ranks_to_try(most_out, multiple)
             if inner < most_in and outer <= inner * prod(spec.kernel_size)
         ]

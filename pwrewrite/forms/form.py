@@ -28,9 +28,6 @@ Axes = tuple[int, ...] | None
 Where = Callable[[str], str]
 """From the name of a setting to where it stands in a plan, for errors."""
 
-LADDER = 24
-"""At most about this many widths of a form are looked at."""
-
 
 @dataclass(frozen=True, slots=True)
 class FormPass:
@@ -217,14 +214,15 @@ class SplitForm(OneRank):
     def stages(self, spec: ConvSpec, widths: Mapping[str, int], axes: Axes = None) -> Chain:
         first, middle = self._first(spec, axes), spec.groups * widths[self.widths[0]]
         second = [axis for axis in range(spec.dims) if axis not in first]
-        one = stage_spec(spec, spec.in_channels, middle, first)
-        return tuple(zip(self.stage_names, (one, stage_spec(spec, middle, spec.out_channels, second, bias=spec.bias))))
+        before = stage_spec(spec, spec.in_channels, middle, first)
+        behind = stage_spec(spec, middle, spec.out_channels, second, bias=spec.bias)
+        return tuple(zip(self.stage_names, (before, behind)))
 
     def _first(self, spec: ConvSpec, axes: Axes) -> tuple[int, ...]:
         return self.first_axes(spec, self.splits(spec)[0] if axes is None else axes)
 
 
-def ranks_to_try(limit: int, multiple: int | None = None, most: int = LADDER) -> list[int]:
+def ranks_to_try(limit: int, multiple: int | None = None, most: int = 24) -> list[int]:
     """About ``most`` ranks up to the full one: multiples (None for 8 from 64 on), denser below."""
     step = default_multiple(limit) if multiple is None else multiple
     ranks = [*range(step, limit, step), limit] if limit > step else [limit]

@@ -33,7 +33,8 @@ class Pair(SplitForm):
 
     def read_axes(self, spec: ConvSpec, axes: object, where: Where) -> Axes:
         if not spec.is_pointwise:
-            message, expected = f"the form pair is not for a kernel of {spec.kernel_size}", "a 1×1 or a linear map"
+            message = f"the form pair is not for a kernel of {spec.kernel_size}"
+            expected = "a 1×1 convolution or a linear map"
             hint = "bottleneck, reduce, expand, spatial and depthwise are for k×k"
             raise PlanError(message, where=where("form"), expected=expected, hint=hint)
         return super().read_axes(spec, axes, where)

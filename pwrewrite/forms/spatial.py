@@ -23,10 +23,9 @@ class Spatial(SplitForm):
     passes = (FormPass("factorize-spatial", "k×1 then 1×k in place of a k×k convolution", 0.25),)
 
     def unfit(self, spec: ConvSpec) -> tuple[SkipReason, str] | None:
-        if reason := super().unfit(spec):
-            return reason
-        one = sum(k > 1 for k in spec.kernel_size) < 2
-        return (SkipReason.WRONG_FORM, "has an extent along one axis only: there is nothing to split") if one else None
+        if super().unfit(spec) is None and sum(k > 1 for k in spec.kernel_size) < 2:
+            return SkipReason.WRONG_FORM, "has an extent along one axis only, so there is nothing to split"
+        return super().unfit(spec)
 
     def splits(self, spec: ConvSpec) -> Sequence[Axes]:
         """Every way to divide the axes that have an extent; the first of them alone comes first."""

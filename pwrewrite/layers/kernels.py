@@ -143,9 +143,9 @@ def check_known(name: str, act: Act) -> None:
     Raises:
         UsageError: It names the row.
     """
-    one = torch.ones(1, 1, 1, 1)
+    unit = torch.ones(1, 1, 1, 1)
     try:
-        convolve(one, one, None, Geometry([0, 0], [1, 1], [1, 1], 1), act)
+        convolve(unit, unit, None, Geometry([0, 0], [1, 1], [1, 1], 1), act)
     except RuntimeError as error:
         raise UsageError(
             f"oneDNN does not know the kernel of the operation {name!r}",
