@@ -29,26 +29,17 @@ from typing import TYPE_CHECKING, Any
 from .core.records import show_with
 
 if TYPE_CHECKING:
-    from . import decompose as decompose
-    from . import passes as passes
+    from . import decompose as decompose, passes as passes
     from .analysis.records import Analysis as Analysis
-    from .capturing import Capture as Capture
-    from .capturing import capture as capture
+    from .capturing import Capture as Capture, capture as capture
     from .capturing.network import graph as graph
     from .core.convolution import ConvSpec as ConvSpec
-    from .core.cost import Cost as Cost
-    from .core.cost import register_formula as register_formula
+    from .core.cost import Cost as Cost, register_formula as register_formula
     from .core.errors import PwrewriteError as PwrewriteError
     from .core.options import (
         Budget as Budget,
-    )
-    from .core.options import (
         PassOptions as PassOptions,
-    )
-    from .core.options import (
         Proof as Proof,
-    )
-    from .core.options import (
         TargetOptions as TargetOptions,
     )
     from .core.plan import Plan as Plan
@@ -57,18 +48,15 @@ if TYPE_CHECKING:
     from .edit.unfuse import unfuse as unfuse
     from .engines.frozen import freeze as freeze
     from .report.records import Report as Report
-    from .targets import LoadedModel as LoadedModel
-    from .targets import load_target as load_target
+    from .targets import LoadedModel as LoadedModel, load_target as load_target
     from .targets.opening import load as load
     from .targets.storage import save as save
     from .verifying import verify as verify
-    from .workflows.analyze import analyze as analyze
-    from .workflows.analyze import analyze_target as analyze_target
+    from .workflows.analyze import analyze as analyze, analyze_target as analyze_target
+    from .workflows.check import check as check, diff as diff
     from .workflows.fuse import fuse as fuse
-    from .workflows.plan import make_plan as make_plan
-    from .workflows.plan import plan as plan
-    from .workflows.rewrite import Rewritten as Rewritten
-    from .workflows.rewrite import rewrite as rewrite
+    from .workflows.plan import make_plan as make_plan, plan as plan
+    from .workflows.rewrite import Rewritten as Rewritten, rewrite as rewrite
 
     __version__: str
 
@@ -91,6 +79,7 @@ _NAMES = {
     "targets.storage": "save",
     "verifying": "verify",
     "workflows.analyze": "analyze analyze_target",
+    "workflows.check": "check diff",
     "workflows.fuse": "fuse",
     "workflows.plan": "make_plan plan",
     "workflows.rewrite": "Rewritten rewrite",

@@ -8,6 +8,7 @@ import typer
 
 from .analyze import analyze
 from .bridge import Command, Commands, as_command
+from .check import check, diff
 from .fuse import fuse
 from .passes import passes
 from .plan import plan
@@ -23,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for function in (analyze, rewrite, plan, verify, fuse, passes):
+for function in (analyze, rewrite, plan, verify, fuse, check, diff, passes):
     app.command(function.__name__, cls=Command, no_args_is_help=function is not passes)(as_command(function))
 
 

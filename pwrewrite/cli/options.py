@@ -61,6 +61,13 @@ class AnalysisReported(Reported):
 
 
 @dataclass(frozen=True)
+class CheckReported(Reported):
+    """The form of a gate, and where it goes."""
+
+    form: str = _of_output("table", "Form of the report.", "--format", choices=(*FORMATS, "github", "junit"))
+
+
+@dataclass(frozen=True)
 class AnalysisShown:
     """What is shown of an analysis."""
 

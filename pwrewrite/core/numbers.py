@@ -80,6 +80,22 @@ def parse_count(text: str, what: str = "count") -> int:
     return int(Decimal(digits.replace(",", "").replace("_", "")).scaleb(int(power or 0)) * _FACTORS[suffix.lower()])
 
 
+def parse_size(text: str, what: str = "size") -> int:
+    """Reads bytes: ``20MB``, ``20MiB``, ``512 KiB`` or ``1048576``.
+
+    Raises:
+        UsageError: If it is no size.
+
+    >>> parse_size("20MB"), parse_size("1KiB")
+    (20000000, 1024)
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?:([kmgt])(i?)b?|b)?", text.strip().lower())
+    if match is None:
+        raise UsageError(f"{what} is no size", expected="bytes such as 20MB, 20MiB or 1048576", got=repr(text))
+    digits, unit, binary = match.groups()
+    return int(Decimal(digits) * (1024 if binary else 1000) ** (" kmgt".index(unit) if unit else 0))
+
+
 def ratio(text: str) -> float:
     """Reads ``0.5`` or ``50%``; a `ValueError` if it is neither.
 
@@ -149,3 +165,23 @@ def parse_arg(text: str, what: str = "--arg") -> tuple[str, object]:
         expected = "a Python literal (10, 0.5, True, None, 'text', [1, 2], (3, 4), {'a': 1}) or a bare word"
         got = value or "nothing"
         raise UsageError(f"cannot read the value of {what} {text!r}", expected=expected, got=got) from error
+
+
+def parse_increase(text: str, what: str = "--max-increase") -> tuple[str, float]:
+    """Reads by how much a cost may grow.
+
+    Raises:
+        UsageError: If it is no ``KIND=SHARE``.
+
+    >>> parse_increase("macs=2%")
+    ('macs', 0.02)
+    """
+    kind, _, share = text.partition("=")
+    expected = "params, macs, weights or peak-memory, and a share: macs=2%"
+    try:
+        value = ratio(share)
+    except ValueError:
+        value = -1.0
+    if kind not in ("params", "macs", "weights", "peak-memory") or not 0 <= value < float("inf"):
+        raise UsageError(f"{what} makes no sense", expected=expected, got=repr(text))
+    return kind, value

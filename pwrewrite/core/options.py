@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .form_names import FORM_NAMES
-from .numbers import parse_arg, parse_error, parse_share, parse_width
+from .numbers import parse_arg, parse_count, parse_error, parse_increase, parse_share, parse_size, parse_width
 from .option import documented, option, path
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ Width = int | float
 """A width, or the part of the channels that it is."""
 
 MODEL, PASSES, BUDGET, PROOF = "Model and inputs", "What is rewritten", "Budget and calibration", "Verification"
+LIMITS = "Limits"
 """The panels in which the help of a command shows options."""
 
 _of_model, _of_passes, _of_budget, _of_proof = (partial(option, panel=p) for p in (MODEL, PASSES, BUDGET, PROOF))
@@ -248,3 +249,33 @@ class Proof:
     allow_output_change: bool = _of_proof(
         False, "An output may change its shape; the report says how.", "--allow-output-change"
     )
+
+
+_of_limits = partial(option, None, panel=LIMITS)
+
+
+@documented
+@dataclass(frozen=True)
+class GateOptions:
+    """What a model may cost; against a baseline without `max_increase`: no more parameters and no more MACs."""
+
+    max_params: int | None = _of_limits("Most parameters: 5M.", "--max-params N", read=parse_count)
+    max_macs: int | None = _of_limits("Most MACs: 600M.", "--max-macs N", read=parse_count)
+    max_weights: int | None = _of_limits("Most bytes of weights: 20MB.", "--max-weights SIZE", read=parse_size)
+    max_peak_memory: int | None = _of_limits(
+        "Most bytes of activations alive at one time: 20MB.", "--max-peak-memory SIZE", read=parse_size
+    )
+    baseline: str | None = _of_limits(
+        "What the model may not outgrow: an analysis as JSON, or a target.", "--baseline FILE"
+    )
+    max_increase: Mapping[str, float] = option(
+        {},
+        "With --baseline, by how much: macs=2%, params=0, weights=5%, peak-memory=10%; repeatable. "
+        r"[dim]\[default: macs=0 and params=0][/]",
+        "--max-increase K=SHARE",
+        panel=LIMITS,
+        read=parse_increase,
+        gather=dict,
+    )
+    warn_at: float | None = _of_limits("Warn from this part of a limit on: 90%.", "--warn-at SHARE", read=parse_share)
+    strict: bool = option(False, "Fail if an operation has no cost formula.", "--strict", panel=LIMITS)

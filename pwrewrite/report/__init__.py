@@ -11,8 +11,7 @@ import json
 
 from ..analysis.records import Analysis
 from ..core.errors import UsageError
-from . import analysis as analysis_page
-from . import spreadsheet, terminal
+from . import analysis as analysis_page, spreadsheet, terminal
 from .counts import Counts
 from .rows import SORTS, View
 from .to_html import html

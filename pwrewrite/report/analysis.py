@@ -6,8 +6,7 @@ from collections.abc import Iterable
 
 from ..analysis.records import Analysis, TreeNode
 from ..core.numbers import count, exact, percent, size
-from . import counts as other_tools
-from . import rows
+from . import counts as other_tools, rows
 from .counts import Counts
 from .page import Block, Column, Facts, Line, Notes, Page, Section, Table, Title
 from .rows import Selection, View

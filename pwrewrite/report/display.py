@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Sized
 from dataclasses import fields, is_dataclass
 
+from ..analysis.costs import Difference
+from ..analysis.gates import Check
 from ..analysis.records import Analysis
 from ..core.errors import shortened
 from ..core.numbers import count, plural
 from ..core.plan import Plan
 from ..core.verification import Verification
-from . import analysis, frontier, fused, rewrite, terminal, to_html
-from . import rewrite_rows as rows
+from . import analysis, costs, frontier, fused, rewrite, rewrite_rows as rows, terminal, to_html
 from .frontier import Frontier
 from .page import Facts, Line, Page, Title
 from .records import Report
@@ -33,6 +34,10 @@ def page(result: object) -> Page:
             return rewrite.plan_page(result)
         case Frontier():
             return frontier.page(result)
+        case Check():
+            return costs.check_page(result)
+        case Difference():
+            return costs.difference_page(result)
     report = getattr(result, "report", None)
     if not isinstance(report, Report):
         return (Title(_heading(result)), Line(""), Facts(_fields(result)))
@@ -57,6 +62,10 @@ def _summary(result: object) -> str:
             return f": {plural(len(ops), 'op')}, {plural(len(skips), 'skip')}"
         case Frontier(target=target, kind=kind, points=points):
             return f" of {target}: {plural(len(points), 'point')} by {kind}"
+        case Check(target=target):
+            return f" of {target}: {costs.headline(result)}"
+        case Difference(before=before, after=after, layers=layers):
+            return f" of {before.target} and {after.target}: {plural(len(layers), 'layer')} differ"
     report = getattr(result, "report", None)
     if not isinstance(report, Report):
         return _heading(result).removeprefix(type(result).__name__)

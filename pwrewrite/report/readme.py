@@ -9,8 +9,7 @@ from pathlib import Path
 from ..analysis.records import versions
 from ..core.plan import Plan
 from ..core.text import plain
-from . import rewrite
-from . import rewrite_rows as rows
+from . import rewrite, rewrite_rows as rows
 from .records import Report
 from .to_markdown import code, markdown, sentence
 

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from ..core.numbers import count, exact, plural
 from ..core.plan import Plan, Skip
 from ..core.verification import Verification
-from . import budget_rows
-from . import rewrite_rows as rows
+from . import budget_rows, rewrite_rows as rows
 from .page import Block, Column, Facts, Line, Listing, Page, Section, Table, Title, notes_part
 from .records import EditRow, Report
 

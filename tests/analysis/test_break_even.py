@@ -4,8 +4,7 @@ from fractions import Fraction
 from math import isqrt
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from pwrewrite.analysis.break_even import BottleneckCost
 from pwrewrite.core.convolution import ConvSpec

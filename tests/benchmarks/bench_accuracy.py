@@ -46,8 +46,7 @@ from pwrewrite.planning.budget import budgets_of
 from pwrewrite.planning.fitting import fit_steps
 from pwrewrite.planning.measure import compare
 from pwrewrite.planning.planner import Choice, Planner
-from pwrewrite.planning.refit import Target
-from pwrewrite.planning.refit import refit as fit
+from pwrewrite.planning.refit import Target, refit as fit
 
 GOALS = {("all", 0.7): -0.2, ("all", 0.5): -1.0, ("all", 0.4): -2.5, ("1x1", 0.5): -2.0}
 """Points of top-1 of the ResNet-20, by forms and share of the MACs."""

@@ -1,8 +1,7 @@
 """What comes from models, plans and exceptions is safe to show."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from pwrewrite.core.errors import PwrewriteError, first_line, shortened
 from pwrewrite.core.text import LONGEST, plain

@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 from decompose_cases import SPECTRA, convolutions, decaying, kernel_loss, kernels, least_dims, moment
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from pwrewrite import decompose

@@ -7,8 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from decompose_cases import Convolution, convolutions, full_rank, least_dims, moment
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from pwrewrite import decompose
 

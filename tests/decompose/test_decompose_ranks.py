@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from decompose_cases import SPECTRA, decaying
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from pwrewrite.core.errors import RefusedError, UsageError
 from pwrewrite.decompose import (

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from decompose_cases import SPECTRA, decaying, kernel_loss, kernels, moment
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from pwrewrite import decompose

@@ -9,8 +9,7 @@ from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from pwrewrite.core.errors import RefusedError
 from pwrewrite.planning import knapsack

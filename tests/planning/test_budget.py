@@ -5,8 +5,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from pwrewrite.core.errors import UsageError
 from pwrewrite.planning.budget import Kind, Limit, budgets_of, parse_budget

@@ -23,8 +23,7 @@ from torch.utils import _python_dispatch
 import pwrewrite
 from pwrewrite.core.errors import OutputError
 from pwrewrite.core.options import Budget
-from pwrewrite.planning import planner as planner_module
-from pwrewrite.planning import room
+from pwrewrite.planning import planner as planner_module, room
 from pwrewrite.planning.lockstep import Lockstep
 from pwrewrite.planning.planner import Planner
 from pwrewrite.planning.spill import Spill, _File

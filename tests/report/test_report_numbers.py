@@ -1,6 +1,5 @@
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from pwrewrite.core.errors import UsageError
 from pwrewrite.core.numbers import count, dims, duration, exact, parse_count, parse_share, percent, plural, size

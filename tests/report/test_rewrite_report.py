@@ -10,8 +10,7 @@ from rich.cells import cell_len
 
 from pwrewrite.core.plan import Edit, Op, Plan, Skip, SkipReason
 from pwrewrite.core.verification import Check, Verification
-from pwrewrite.report import markdown, rewrite
-from pwrewrite.report import rewrite_rows as rows
+from pwrewrite.report import markdown, rewrite, rewrite_rows as rows
 from pwrewrite.report.readme import readme
 from pwrewrite.report.records import EditRow, Report
 from pwrewrite.report.terminal import text as text_of

@@ -10,8 +10,7 @@ import torch
 
 import pwrewrite
 from pwrewrite.core.errors import TargetError
-from pwrewrite.targets import TargetOptions, load_target, open_target
-from pwrewrite.targets import user_code as user_code_module
+from pwrewrite.targets import TargetOptions, load_target, open_target, user_code as user_code_module
 
 FILE = """
 import numpy as np, torch

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from pwrewrite.core.errors import PwrewriteError, TargetError, TargetNotFound, UsageError
-from pwrewrite.targets import load_target, parse_arg, parse_target, resolve_model
-from pwrewrite.targets import user_code as user_code_module
+from pwrewrite.targets import load_target, parse_arg, parse_target, resolve_model, user_code as user_code_module
 
 HEAD = "import torch\nfrom torch import nn\n"
 NET = """

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from pwrewrite.core.errors import TargetError, UsageError
-from pwrewrite.targets import LoadedModel, TargetOptions, class_name, load, load_target
-from pwrewrite.targets import open_target as open_options
+from pwrewrite.targets import LoadedModel, TargetOptions, class_name, load, load_target, open_target as open_options
 from pwrewrite.targets.opening import recordable
 from pwrewrite.workflows.rewrite import rewrite
 

@@ -330,8 +330,7 @@ def test_a_failure_at_any_step_loses_nothing(
 
 
 def test_a_full_disk_under_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from safetensors import SafetensorError
-    from safetensors import torch as safetensors_torch
+    from safetensors import SafetensorError, torch as safetensors_torch
 
     error = SafetensorError("I/O error: No space left on device (os error 28)")
     monkeypatch.setattr(safetensors_torch, "save_file", failing(1, print, error))

@@ -12,8 +12,7 @@ import copy
 
 import torch
 from fusible_networks import fusibles
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from random_networks import Network, fingerprint, flat, networks
 from torch import Tensor, nn
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from random_networks import Network, fingerprint, flat, networks
 
 from pwrewrite import passes

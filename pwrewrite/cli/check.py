@@ -1,0 +1,84 @@
+"""``pwrewrite check`` and ``pwrewrite diff``: gates for a build, and what changed for a pull request."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+from ..core.options import GateOptions, TargetOptions
+from .bridge import Only
+from .options import CheckReported, Other, Reported
+from .running import uncollected, working
+from .showing import show
+
+if TYPE_CHECKING:
+    from ..analysis.gates import Check
+
+_OPENING = ("weights", "weights_lenient", "seed")
+"""What does not change what a model costs."""
+
+
+def check(
+    target: Annotated[TargetOptions, Only(_OPENING, but=True)], gate: GateOptions, reported: CheckReported
+) -> None:
+    """Fails where a model costs more than it may, and says [bold]which layers[/] are to blame.
+
+    [dim]pwrewrite check model.py --max-params 5M --max-macs 600M[/]
+
+    [dim]pwrewrite check model.py --baseline main.json --max-increase macs=2% --format github[/]
+    """
+    with uncollected(), working(reported) as progress:
+        from ..core import files
+        from ..core.errors import GateError
+        from ..report import costs, markdown
+        from ..workflows.check import check_target
+
+        if reported.output is not None:
+            files.check_writable(reported.output)
+        progress(f"checking {target.target}", None)
+        result = check_target(target, gate)
+        page = costs.check_page(result)
+    show(
+        reported,
+        page,
+        json=result.to_json,
+        junit=lambda: costs.junit(result),
+        github=lambda: costs.github(result, _file_of(target.target)),
+    )
+    summary = os.environ.get("GITHUB_STEP_SUMMARY") if reported.form == "github" else None
+    if summary:
+        with open(summary, "a", encoding="utf-8") as file:
+            file.write(markdown(page))
+    if not result.passed:
+        raise GateError(f"{result.target}: {costs.headline(result)}", got=_worst(result))
+
+
+def _worst(result: Check) -> str:
+    from ..report.costs import sentence
+
+    return "; ".join(sentence(finding) for finding in result.of("failed"))
+
+
+def _file_of(target: str) -> str | None:
+    """The file of a target, where it is one."""
+    file = target.rpartition(":")[0] or target
+    return next((name for name in (target, file) if name.endswith(".py") and os.path.isfile(name)), None)
+
+
+def diff(target: Annotated[TargetOptions, Only(_OPENING, but=True)], second: Other, reported: Reported) -> None:
+    """Compares what two models cost, layer by layer: targets, saved folders or analyses as JSON.
+
+    [dim]pwrewrite diff main.json model.py --format markdown[/]
+
+    [dim]pwrewrite diff model.py DIR[/]
+    """
+    with uncollected(), working(reported) as progress:
+        from ..core import files
+        from ..report.costs import difference_page
+        from ..workflows.check import diff as compared
+
+        if reported.output is not None:
+            files.check_writable(reported.output)
+        progress(f"comparing {target.target} with {second.other}", None)
+        difference = compared(target.target, second.other, target)
+    show(reported, difference_page(difference), json=difference.to_json)

@@ -1,0 +1,169 @@
+"""The pages of gates and of differences, and a gate as GitHub's annotations and as JUnit XML."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+from ..analysis.costs import BYTES, KINDS, NAMES, Difference, LayerDifference
+from ..analysis.gates import Check, Finding
+from ..core.numbers import count, exact, plural, size
+from ..core.text import plain
+from . import rewrite_rows as rows
+from .page import Block, Column, Facts, Line, Page, Section, Table, Title, notes_part
+
+_SIGNS = {"added": "+", "removed": "-", "changed": "~"}
+_MARKS = {"passed": ("✓", "green"), "warning": ("!", "yellow"), "failed": ("✗", "red")}
+
+
+def amount(kind: str, value: int) -> str:
+    """A cost as people read it."""
+    return size(value) if kind in BYTES else count(value)
+
+
+def signed(kind: str, value: int) -> str:
+    """A growth as people read it."""
+    return ("+" if value > 0 else "") + amount(kind, value)
+
+
+def check_page(check: Check) -> Page:
+    """A gate: each limit with what the model costs, and the layers to blame where it is exceeded or nearly so."""
+    shown = check.findings
+    marks, styles = zip(*(_MARKS[finding.severity] for finding in shown))
+    blocks: list[Block] = [
+        Title(check.target, [headline(check)]),
+        Table(
+            [
+                Column("", marks, right=False, styles=styles),
+                Column("limit", [finding.name for finding in shown], right=False),
+                Column("model", [amount(f.kind, f.value) for f in shown]),
+                Column("at most", [amount(f.kind, f.limit) for f in shown]),
+                Column("used", [_used(f) for f in shown], keep=2),
+                Column("baseline", ["–" if f.baseline is None else amount(f.kind, f.baseline) for f in shown], keep=3),
+            ]
+        ),
+    ]
+    for finding in shown:
+        if finding.layers:
+            note = "what costs most" if finding.baseline is None else "what grew most against the baseline"
+            blocks.append(Section(finding.name[:1].upper() + finding.name[1:], note))
+            sign = amount if finding.baseline is None else signed
+            blocks.append(Facts([(path or rows.ROOT, sign(finding.kind, n), "") for path, n in finding.layers]))
+    if check.difference is not None:
+        blocks += difference_page(check.difference)[1:]
+    return (*blocks, *notes_part(check.notes))
+
+
+def headline(check: Check) -> str:
+    """The verdict in a sentence."""
+    failed, warned = check.of("failed"), check.of("warning")
+    if failed:
+        return f"{len(failed)} of {plural(len(check.findings), 'limit')} exceeded: {', '.join(f.name for f in failed)}"
+    near = f"; nearly: {', '.join(f.name for f in warned)}" if warned else ""
+    return f"within {'its limit' if len(check.findings) == 1 else f'all {len(check.findings)} limits'}{near}"
+
+
+def _used(finding: Finding) -> str:
+    return f"{100 * finding.value / finding.limit:.1f}%" if finding.limit else "–"
+
+
+def sentence(finding: Finding) -> str:
+    """A finding in a sentence: ``MACs: 4,089,184,256, at most 4,000,000,000; most: layer1.0.conv2 (116 M)``."""
+    text = f"{finding.name}: {exact(finding.value)}, at most {exact(finding.limit)}"
+    if finding.baseline is not None:
+        text += f", {exact(finding.baseline)} in the baseline"
+    sign = amount if finding.baseline is None else signed
+    layers = ", ".join(f"{path or rows.ROOT} ({sign(finding.kind, n)})" for path, n in finding.layers)
+    return f"{text}; {'most' if finding.baseline is None else 'grown'}: {layers}" if layers else text
+
+
+def difference_page(difference: Difference) -> Page:
+    """Two models side by side: totals, then every layer that is not the same in both."""
+    before, after = difference.before, difference.after
+    names = [NAMES[kind] for kind in KINDS]
+    pairs = [(kind, int(getattr(before, kind)), int(getattr(after, kind))) for kind in KINDS]
+    changes = [rows.change(old, new) for _, old, new in pairs]
+    totals = Table(
+        [
+            Column("", names, right=False),
+            Column("before", [amount(kind, old) for kind, old, _ in pairs]),
+            Column("after", [amount(kind, new) for kind, _, new in pairs]),
+            Column("change", changes, styles=[_style(old, new) for _, old, new in pairs]),
+        ]
+    )
+    head = Title(f"{before.target} → {after.target}", [_summary(difference)])
+    blocks: list[Block] = [head, Section("Costs", silent=True), totals]
+    if difference.layers:
+        blocks += [Section("Layers that differ", plural(len(difference.layers), "layer")), _layers(difference.layers)]
+    if before.inputs != after.inputs:
+        blocks.append(Line(f"inputs: {', '.join(before.inputs)} before, {', '.join(after.inputs)} after", "yellow"))
+    return tuple(blocks)
+
+
+def _summary(difference: Difference) -> str:
+    kinds = [layer.change for layer in difference.layers]
+    parts = [f"{kinds.count(change)} {change}" for change in ("added", "removed", "changed") if change in kinds]
+    return ", ".join([*parts, f"{plural(difference.same, 'layer')} the same"])
+
+
+def _style(old: int, new: int) -> str:
+    return "" if new == old else "yellow" if new > old else "green"
+
+
+def _layers(layers: tuple[LayerDifference, ...]) -> Table:
+    whats = [
+        layer.after.what if layer.change == "added" or layer.before.what == layer.after.what
+        else layer.before.what if layer.change == "removed"
+        else f"{layer.before.what} → {layer.after.what}"
+        for layer in layers
+    ]  # fmt: skip
+    macs, params = ([(getattr(x.before, kind), getattr(x.after, kind)) for x in layers] for kind in ("macs", "params"))
+    return Table(
+        [
+            Column("", [_SIGNS[layer.change] for layer in layers], right=False),
+            Column(
+                "layer", [layer.path or rows.ROOT for layer in layers], right=False, style="cyan", shrink=18, code=True
+            ),
+            Column("what", whats, right=False, shrink=16, keep=2),
+            Column("params", [f"{count(old)} → {count(new)}" for old, new in params], keep=3),
+            Column("MACs", [f"{count(old)} → {count(new)}" for old, new in macs]),
+            Column("change", [rows.change(*pair) for pair in macs], styles=[_style(*pair) for pair in macs]),
+        ]
+    )
+
+
+def github(check: Check, file: str | None = None) -> str:
+    """A gate as workflow commands: an error or a warning for each limit that is exceeded or nearly so.
+
+    Args:
+        check: The gate.
+        file: The file that the annotations point to.
+    """
+    commands = {"failed": "error", "warning": "warning", "passed": "notice"}
+    place = f"file={_escaped(file, ':,')}," if file else ""
+    titles = [_escaped(f"{check.target}: {finding.name}", ":,") for finding in check.findings]
+    return "".join(
+        f"::{commands[finding.severity]} {place}title={title}::{_escaped(sentence(finding))}\n"
+        for finding, title in zip(check.findings, titles)
+    )
+
+
+def _escaped(text: str, more: str = "") -> str:
+    """Text in a workflow command: what would end it is spelt in percent signs."""
+    text = plain(text)
+    for character in ("%", "\r", "\n", *more):
+        text = text.replace(character, f"%{ord(character):02X}")
+    return text
+
+
+def junit(check: Check) -> str:
+    """A gate as JUnit XML, a test case for each limit."""
+    count_ = {"tests": str(len(check.findings)), "failures": str(len(check.of("failed")))}
+    suite = ElementTree.Element("testsuite", {"name": "pwrewrite check", **count_, "errors": "0", "skipped": "0"})
+    for finding in check.findings:
+        case = ElementTree.SubElement(suite, "testcase", {"classname": plain(check.target), "name": finding.name})
+        if finding.severity == "failed":
+            ElementTree.SubElement(case, "failure", {"message": plain(sentence(finding))})
+        else:
+            ElementTree.SubElement(case, "system-out").text = plain(sentence(finding))
+    ElementTree.indent(suite)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
