@@ -124,12 +124,24 @@ def _should_learn(name: str, before: Mapping[str, Tensor | None], frozen: Contai
     return True
 
 
+_NOISE = 1e-3
+"""Part of the norm of all gradients below which those that both models have may be rounding alone."""
+
+
 def gradient_difference(before: Mapping[str, Tensor | None], after: Mapping[str, Tensor | None]) -> float | None:
-    """Relative difference of the gradients that both have, taken together; None where there are none."""
-    difference = norm = 0.0
+    """Relative difference of the gradients that both have, taken together; None where there are none.
+
+    A bias before a norm has a gradient of rounding alone. Where nothing else is left that both have, the difference is
+    measured by `_NOISE` of the original's whole gradient.
+    """
+    difference = norm = whole = 0.0
     for name, old in before.items():
         new = after.get(name)
-        if old is not None and new is not None and old.shape == new.shape:
+        if old is None:
+            continue
+        square = float(torch.linalg.vector_norm(old, dtype=torch.float64)) ** 2
+        whole += square
+        if new is not None and old.shape == new.shape:
             difference += float(torch.linalg.vector_norm(new - old, dtype=torch.float64)) ** 2
-            norm += float(torch.linalg.vector_norm(old, dtype=torch.float64)) ** 2
-    return (difference / norm) ** 0.5 if norm else None
+            norm += square
+    return (difference / max(norm, _NOISE**2 * whole)) ** 0.5 if norm else None

@@ -22,9 +22,9 @@ tanh-GELU for erf-GELU change outputs by 1e-4 and more.
 Each tensor is judged by its own norm, so that a large one does not hide a small one. Where the reference is
 zero throughout, the norm of the inputs stands in. Where the model does not run in float64, a half-precision
 model is measured against float32. Failing that, and for a model in float64, which nothing finer judges, ``e`` is what
-an input changed by one rounding does to the original (a probe of the same amplification, but of one rounding among
-those of ``D`` layers, which add up as √D); the bound is ``max(16·e, 4·u·√D)`` against the original itself, and the
-check says so.
+an input (in float64 also the weights) changed by one rounding does to the original, a probe of the same amplification,
+but of one rounding among those of ``D`` layers, which add up as √D; the bound is ``max(16·e, 4·u·√D)`` against the
+original itself, and the check says so.
 
 Two runs that are each within a bound of ``f*`` are within ``bound + e`` of each other; at other batch and
 spatial sizes twice that is allowed, since a smaller map averages less; only where that is not enough does the float64

@@ -92,8 +92,13 @@ class Original:
             name = str(dtype).removeprefix("torch.")
             return Rounding(reference, measured, exact_limits(measured, floor), floor, name)
         moved = map_arguments(inputs, lambda t: nudged(t, self.seed))
-        probe = self._run(deep_copy(self.model), moved, training)
-        measured = errors(probe, before.output) if probe is not None else {}
+        probes = [self._run(deep_copy(self.model), moved, training)]
+        if not finer:  # a norm takes out again what moved its input, but not what moved its own or a later weight
+            noisy = noisy_copy(self.model, torch.finfo(torch.float64).eps, self.seed)
+            probes.append(self._run(noisy, inputs, training))
+        measured = {}
+        for probe in filter(None, probes):
+            measured |= {path: max(e, measured.get(path, 0.0)) for path, e in errors(probe, before.output).items()}
         floor *= 4 * sqrt(depth)
         limits = exact_limits(measured, floor, factor=16)
         why = "it does not run in float64" if finer else "nothing is finer than float64"

@@ -320,7 +320,8 @@ def reference_check(model: nn.Module, fused: nn.Module, inputs: Inputs, *, by_va
             break
     if not errors:
         return None
-    for seed in range(_TRIES if by_value else 0):
+    unmeasured = largest == torch.float64 and ours > 2 * own + floor
+    for seed in range(_TRIES if by_value or unmeasured else 0):
         copied = noisy_copy(model, torch.finfo(largest).eps / 2, seed)
         try:
             moved = _outputs(in_channels_last(copied) if seed % 2 else copied, drawn)

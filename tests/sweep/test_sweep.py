@@ -20,6 +20,8 @@ FOUND = [
     (22, "calibrated"),  # no gradients, because of writes into what a layer needs for its own
     (1007, "fuse"),  # a layer in a plain list
     (21554, "fuse"),  # a 1×1 in one of two branches, merged into the convolution before both
+    (20348, "fuse"),  # float64, whose rounding a norm amplifies
+    (21850, "full_rank"),  # a bias before a norm, whose gradient is rounding, and no other gradient left to compare
     (21607, "calibrated"),  # gradients for a layer in a plain list only
 ]
 """What was wrong once."""

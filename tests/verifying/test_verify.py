@@ -19,6 +19,7 @@ from pwrewrite.core.cost import Cost
 from pwrewrite.core.errors import InputError, UsageError
 from pwrewrite.verifying import verify
 from pwrewrite.verifying.divergence import layer_differences
+from pwrewrite.verifying.gradients import gradient_difference
 from pwrewrite.verifying.inputs import Draws
 from pwrewrite.verifying.numerics import exact_limits, roundoff
 from pwrewrite.verifying.training import gradient_limit
@@ -377,6 +378,15 @@ def test_the_floor_is_what_one_layer_rounds() -> None:
     assert roundoff({torch.float32, torch.int64}) == 8 * 2.0**-23
     assert roundoff({torch.float32, torch.bfloat16}) == 2.0**-7
     assert exact_limits({"": 1e-5, "b": 0.0}, 1e-6) == {"": 4e-5, "b": 1e-6}
+
+
+def test_a_gradient_of_rounding_alone_says_nothing() -> None:
+    whole = {"conv.weight": torch.full((8,), 1.0), "conv.bias": torch.full((8,), 1e-8)}  # a norm follows the bias
+    assert gradient_difference(whole, {"conv.core.weight": torch.ones(4), "conv.bias": -whole["conv.bias"]}) < 1e-4  # type: ignore[operator]
+    lost = gradient_difference(whole, {"conv.weight": torch.zeros(8), "conv.bias": whole["conv.bias"]})
+    assert lost == pytest.approx(1)
+    tenth = whole | {"other.weight": torch.full((8,), 0.01)}
+    assert gradient_difference(tenth, {"other.weight": torch.zeros(8)}) == pytest.approx(1)
 
 
 def test_gradients_may_differ_as_the_root_of_rounding() -> None:
