@@ -44,6 +44,8 @@ _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 def new(shape: Sequence[int], like: Tensor, other: Tensor | None = None) -> Tensor:
     """An empty tensor in the memory format that an operation keeps.
 
+    A 3-D convolution without oneDNN (in float64, of one small sample) keeps none, which is not followed here.
+
     Args:
         shape: Its shape.
         like: Gives dtype and device, and ``channels_last`` where it has that format.
