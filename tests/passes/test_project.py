@@ -8,36 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from check_passes import check_pass, plan_of
 from torch import Tensor, nn
 
-from pwrewrite.capturing import capture, info
+from pwrewrite.capturing import capture
 from pwrewrite.core.errors import PlanError, RefusedError, UsageError
-from pwrewrite.core.plan import Op, Plan, Skip, SkipReason
-from pwrewrite.edit.apply import Applied, carry_out
+from pwrewrite.core.plan import Op, Plan, SkipReason
+from pwrewrite.edit.apply import carry_out
 from pwrewrite.edit.survival import survives
 from pwrewrite.layers.factorized import Projected
 from pwrewrite.passes import InsertBottleneck, InsertReduction, ProjectBranch
 from pwrewrite.passes.base import Pass
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def plan_of(model: nn.Module, one: Pass, x: Tensor) -> Plan:
-    found = one.propose(capture(model, x))
-    return Plan(tuple(p for p in found if isinstance(p, Op)), tuple(p for p in found if isinstance(p, Skip)))
-
-
-def done(model: nn.Module, one: Pass, x: Tensor) -> Applied:
-    """A pass carried out, its predictions compared with a recount."""
-    before = capture(model, x)
-    applied = carry_out(model, plan_of(model, one, x), probe=survives(before, x))
-    assert not applied.skips
-    after = capture(applied.model, x)
-    estimates = [edit.op.estimate for edit in applied.edits]
-    assert after.params - before.params == sum(e.params_after - e.params_before for e in estimates if e)
-    macs = [sum(info(node).cost.macs for node in c.graph.nodes) for c in (before, after)]
-    assert macs[1] - macs[0] == sum(e.macs_after - e.macs_before for e in estimates if e)
-    return applied
 
 
 class Block(nn.Module):
@@ -72,13 +55,13 @@ def test_the_figure_of_googlenet() -> None:
         InsertReduction(16, include=["b5"]),
         ProjectBranch(["pool"], 32, init="fresh", allow_output_change=True),
     ):
-        applied = done(model, one, x)
+        applied = check_pass(one, model, x)
         model = applied.model
     assert sum(p.numel() for p in model.parameters()) == 163_328
     assert model(x).shape == (1, 256, 28, 28)
     (edit,) = applied.edits
     assert edit.op.settings["outputs"] == [{"output": 0, "before": 416, "after": 256}]
-    assert plan_of(model, one, x).ops == ()
+    assert plan_of(one, model, x).ops == ()
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
@@ -98,7 +81,7 @@ def test_the_figure_of_googlenet() -> None:
 def test_at_full_width_the_joint_factorisation_is_exact(behind: nn.Module) -> None:
     torch.manual_seed(0)
     model, x = Block(behind).eval().double(), X.double()
-    applied = done(model, ProjectBranch(["pool"], 8, allow_growth=True), x)
+    applied = check_pass(ProjectBranch(["pool"], 8, allow_growth=True), model, x)
     (edit,) = applied.edits
     # float64: one SVD of fewer than 100 rows and two sums of fewer than 200 products, 1e-16 each
     assert torch.allclose(applied.model(x), model(x), atol=1e-12)
@@ -120,9 +103,9 @@ class Chain(nn.Module):
 def test_several_readers_share_one_projection() -> None:
     torch.manual_seed(0)
     model, x = Block(Chain()).eval().double(), X.double()
-    exact = done(model, ProjectBranch(["pool"], 8, allow_growth=True), x)
+    exact = check_pass(ProjectBranch(["pool"], 8, allow_growth=True), model, x)
     assert torch.allclose(exact.model(x), model(x), atol=1e-12)  # as above
-    cut = done(model, ProjectBranch(["pool"], 3), x)
+    cut = check_pass(ProjectBranch(["pool"], 3), model, x)
     (edit,) = cut.edits
     assert edit.adapted == ("behind.a", "behind.b")
     assert cut.model.behind.b.in_channels == 13
@@ -138,7 +121,7 @@ def test_the_projection_keeps_dtype_flags_and_names() -> None:
     model = Block(nn.Conv2d(14, 5, 1)).bfloat16()
     model.behind.weight.requires_grad_(False)
     model.pool.eval()
-    applied = done(model, ProjectBranch(["pool"], 2), X.bfloat16())
+    applied = check_pass(ProjectBranch(["pool"], 2), model, X.bfloat16())
     changed: Any = applied.model
     assert changed.pool.project.weight.dtype == changed.behind.weight.dtype == torch.bfloat16
     assert not changed.pool.project.weight.requires_grad
@@ -158,7 +141,7 @@ def test_fresh_keeps_what_other_channels_know() -> None:
     model = Block(behind).eval()
     with torch.no_grad():
         behind[0].running_mean.normal_()  # type: ignore[union-attr, operator]
-    changed: Any = done(model, ProjectBranch(["pool"], 2, "fresh"), X).model
+    changed: Any = check_pass(ProjectBranch(["pool"], 2, "fresh"), model, X).model
     norm, conv = changed.behind[0], changed.behind[3]
     assert norm.num_features == conv.in_channels == 8
     assert torch.equal(norm.running_mean[:6], behind[0].running_mean[:6])
@@ -184,7 +167,7 @@ def test_two_branches_of_one_concatenation() -> None:
             return self.out(self.bn(torch.cat([self.a(x), self.b(x), self.c(x)], 1)))
 
     model = Three().eval()
-    changed: Any = done(model, ProjectBranch((), 3, "fresh"), X).model
+    changed: Any = check_pass(ProjectBranch((), 3, "fresh"), model, X).model
     assert isinstance(changed.a, Projected)
     assert isinstance(changed.c, Projected)
     assert changed.out.in_channels == changed.bn.num_features == 11
@@ -194,22 +177,21 @@ def test_two_branches_of_one_concatenation() -> None:
 def test_a_branch_of_several_modules_and_a_rewritten_reader() -> None:
     branch = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.ReLU())
     model = Block(nn.Conv2d(18, 16, 3), pool=branch).eval()
-    first = done(model, InsertBottleneck(4, include=["behind"]), X).model
-    changed: Any = done(first, ProjectBranch(["pool"], 2, "fresh"), X).model
+    first = check_pass(InsertBottleneck(4, include=["behind"]), model, X).model
+    changed: Any = check_pass(ProjectBranch(["pool"], 2, "fresh"), first, X).model
     assert isinstance(changed.pool.branch[0], nn.Conv2d)
     assert changed.behind.in_channels == changed.behind.reduce.in_channels == 8
-    after: Any = done(changed, InsertReduction(2, include=["pool.branch.0"]), X).model
+    after: Any = check_pass(InsertReduction(2, include=["pool.branch.0"]), changed, X).model
     assert after.pool.branch[0].reduce.out_channels == 2
 
 
 # ------------------------------------------------------------------------------------------------------------ skips
 
 
-def skip_of(model: nn.Module, one: Pass, x: Tensor = X) -> Skip:
-    plan = plan_of(model.eval(), one, x)
-    assert not plan.ops
-    (skip,) = plan.skips
-    return skip
+def check_skip(model: nn.Module, one: Pass, reason: SkipReason, *words: str) -> None:
+    """The one branch that the pass looks at is left."""
+    (path,) = {skip.path for skip in plan_of(one, model.eval(), X).skips}
+    check_pass(one, model, X, edits={}, skips={path: (reason, *words)})
 
 
 class Code(nn.Module):
@@ -237,10 +219,9 @@ class Code(nn.Module):
     ],
 )
 def test_weights_need_linear_ways(behind: nn.Module, word: str) -> None:
-    skip = skip_of(Block(behind), ProjectBranch(["pool"], 2, allow_output_change=True))
-    assert skip.reason is SkipReason.NOT_LINEAR
-    assert word in skip.detail
-    assert "fresh" in skip.detail
+    check_skip(
+        Block(behind), ProjectBranch(["pool"], 2, allow_output_change=True), SkipReason.NOT_LINEAR, word, "fresh"
+    )
 
 
 @pytest.mark.parametrize(
@@ -265,16 +246,15 @@ def test_weights_need_linear_ways(behind: nn.Module, word: str) -> None:
     ],
 )
 def test_ways_on_which_no_width_can_change(behind: nn.Module, word: str) -> None:
-    skip = skip_of(Block(behind), ProjectBranch(["pool"], 2, "fresh", allow_output_change=True))
-    assert skip.reason is SkipReason.NOT_LINEAR
-    assert word in skip.detail
+    check_skip(
+        Block(behind), ProjectBranch(["pool"], 2, "fresh", allow_output_change=True), SkipReason.NOT_LINEAR, word
+    )
 
 
 def test_an_output_changes_only_when_allowed() -> None:
-    skip = skip_of(Block(nn.ReLU()), ProjectBranch(["pool"], 2, "fresh"))
-    assert skip.reason is SkipReason.NOT_LINEAR
-    assert "8 channels instead of 14" in skip.detail
-    assert "allow_output_change" in skip.detail
+    one = ProjectBranch(["pool"], 2, "fresh")
+    words = "8 channels instead of 14", "allow_output_change"
+    check_skip(Block(nn.ReLU()), one, SkipReason.NOT_LINEAR, *words)
 
 
 def test_branches_that_are_none() -> None:
@@ -294,26 +274,24 @@ def test_branches_that_are_none() -> None:
     conv = nn.Conv2d(14, 3, 1)
     one = ProjectBranch(["pool"], 2, "fresh")
     for model, word in ((Elsewhere(conv), "also used"), (Again(conv), "several times")):
-        skip = skip_of(model, one)
-        assert skip.reason is SkipReason.WRONG_FORM
-        assert word in skip.detail
-    plan = plan_of(Double(nn.Conv2d(16, 3, 1)), one, X)
+        check_skip(model, one, SkipReason.WRONG_FORM, word)
+    plan = plan_of(one, Double(nn.Conv2d(16, 3, 1)), X)
     assert not plan.ops
     assert {skip.reason for skip in plan.skips} == {SkipReason.WRONG_FORM}
-    assert skip_of(Block(conv), ProjectBranch(["behind"], 2)).reason is SkipReason.WRONG_FORM
-    assert skip_of(Block(conv), ProjectBranch(["pool"], 8)).reason is SkipReason.NO_GAIN
-    assert "3 values" in skip_of(Block(conv), ProjectBranch(["pool"], 4)).detail
-    assert skip_of(Block(nn.Conv2d(14, 7, 1)), ProjectBranch(["pool"], 7)).reason is SkipReason.NO_GAIN
+    check_skip(Block(conv), ProjectBranch(["behind"], 2), SkipReason.WRONG_FORM)
+    check_skip(Block(conv), ProjectBranch(["pool"], 8), SkipReason.NO_GAIN)
+    check_skip(Block(conv), ProjectBranch(["pool"], 4), SkipReason.NO_GAIN, "3 values")
+    check_skip(Block(nn.Conv2d(14, 7, 1)), ProjectBranch(["pool"], 7), SkipReason.NO_GAIN)
 
 
 def test_patterns() -> None:
     model = Block(nn.Conv2d(14, 30, 3)).eval()
     with pytest.raises(UsageError, match="'pol' matches no branch") as caught:
-        plan_of(model, ProjectBranch(["pol"], 2), X)
+        plan_of(ProjectBranch(["pol"], 2), model, X)
     assert "pool" in str(caught.value.hint)
-    assert [op.path for op in plan_of(model, ProjectBranch((), 2), X)] == ["pool"]
-    assert [op.path for op in plan_of(model, ProjectBranch(["*"], 2), X)] == ["conv", "pool"]
-    assert not plan_of(model, ProjectBranch((), 2, exclude=["pool"]), X).ops
+    assert [op.path for op in plan_of(ProjectBranch((), 2), model, X)] == ["pool"]
+    assert [op.path for op in plan_of(ProjectBranch(["*"], 2), model, X)] == ["conv", "pool"]
+    assert not plan_of(ProjectBranch((), 2, exclude=["pool"]), model, X).ops
 
 
 @pytest.mark.parametrize("arguments", [{"channels": 0}, {"channels": 2.5}, {"channels": True}, {"init": "zeros"}])
@@ -325,7 +303,7 @@ def test_settings_that_make_no_sense(arguments: dict[str, Any]) -> None:
 def test_a_branch_held_elsewhere() -> None:
     model = Block(nn.Conv2d(14, 30, 3)).eval()
     model.listed = [model.pool]  # type: ignore[assignment]
-    (skip,) = carry_out(model, plan_of(model, ProjectBranch((), 2), X)).skips
+    (skip,) = carry_out(model, plan_of(ProjectBranch((), 2), model, X)).skips
     assert skip.reason is SkipReason.HELD_ELSEWHERE
 
 
@@ -336,14 +314,14 @@ def test_code_that_reads_the_branch() -> None:
             return super().forward(x)
 
     model = Reads(nn.Conv2d(14, 30, 3)).eval()
-    applied = carry_out(model, plan_of(model, ProjectBranch((), 2), X), probe=survives(capture(model, X), X))
+    applied = carry_out(model, plan_of(ProjectBranch((), 2), model, X), probe=survives(capture(model, X), X))
     assert [skip.reason for skip in applied.skips] == [SkipReason.BROKE_MODEL]
     assert applied.model.behind.in_channels == 14
 
 
 def test_nan_weights() -> None:
     model = Block(nn.Conv2d(14, 30, 3)).eval()
-    plan = plan_of(model, ProjectBranch((), 2), X)
+    plan = plan_of(ProjectBranch((), 2), model, X)
     with torch.no_grad():
         model.behind.weight[0, 9] = float("nan")
     with pytest.raises(RefusedError) as caught:
@@ -368,7 +346,7 @@ def test_nan_weights() -> None:
 )
 def test_a_plan_edited_into_nonsense(key: str, value: Any) -> None:
     model = Block(nn.Conv2d(14, 30, 3)).eval()
-    (op,) = plan_of(model, ProjectBranch((), 2), X)
+    (op,) = plan_of(ProjectBranch((), 2), model, X)
     text = Plan((Op(op.action, op.path, op.pass_name, {**op.settings, key: value}),)).to_json()
     with pytest.raises(PlanError) as caught:
         carry_out(model, Plan.from_json(text, "plan.json"))

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from check_passes import check_pass
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from pwrewrite.core.errors import PwrewriteError
-from pwrewrite.core.plan import Plan
+from pwrewrite.core.plan import Plan, SkipReason
 from pwrewrite.edit.apply import apply
 from pwrewrite.layers import PointwiseActivation
 from pwrewrite.passes import FoldBatchNorm, FusePointwiseActivation, Pass
@@ -111,17 +112,17 @@ def test_a_normalised_weight_is_kept(conv: nn.Conv2d, tmp_path: Path) -> None:
 
 
 def test_a_stock_layer_comes_out() -> None:
-    done = checked(nn.Sequential(Standard(4, 6, 3)), [FoldBatchNorm()])
+    done = check_pass(FoldBatchNorm(), nn.Sequential(Standard(4, 6, 3)).eval(), X, edits={"0": "fold"}, skips={})
     assert type(done.model[0]) is nn.Conv2d  # type: ignore[index]
-    double = checked(nn.Sequential(conv := Standard(4, 4, 1), nn.Tanh(), conv), [FoldBatchNorm()])
+    model = nn.Sequential(conv := Standard(4, 4, 1), nn.Tanh(), conv).eval()
+    double = check_pass(FoldBatchNorm(), model, X, edits={"0": "fold"}, skips={})
     assert double.model[0] is double.model[2]  # type: ignore[index]
 
 
 @pytest.mark.parametrize("conv", [Squared(4, 6, 3), Depends(4, 6, 3)])
 def test_what_does_more_stays(conv: nn.Module) -> None:
-    done = checked(nn.Sequential(conv), [FoldBatchNorm()])
-    assert not done.edits
-    assert [str(skip.reason) for skip in done.plan.skips] == ["overridden-forward"]
+    skips = {"0": SkipReason.OVERRIDDEN_FORWARD}
+    check_pass(FoldBatchNorm(), nn.Sequential(conv).eval(), X, edits={}, skips=skips)
 
 
 class Tied(nn.Module):
@@ -135,10 +136,10 @@ class Tied(nn.Module):
 
 
 def test_shared_and_hooked_ones_stay() -> None:
-    assert not checked(Tied(), [FoldBatchNorm()]).edits
-    model = nn.Sequential(Standard(4, 6, 3))
+    check_pass(FoldBatchNorm(), Tied().eval(), X, edits={})
+    model = nn.Sequential(Standard(4, 6, 3)).eval()
     model[0].register_forward_hook(lambda m, i, o: o * 2)
-    assert not checked(model, [FoldBatchNorm()]).edits
+    check_pass(FoldBatchNorm(), model, X, edits={}, skips={"0": SkipReason.HOOKS})
 
 
 def test_timm_layers() -> None:
@@ -152,8 +153,11 @@ def test_timm_layers() -> None:
 
 
 def test_an_activation_at_the_head_of_a_module() -> None:
-    assert not checked(nn.Sequential(nn.Conv2d(4, 6, 3), nn.Dropout(), nn.GELU()), [FusePointwiseActivation()]).edits
-    done = checked(nn.Sequential(nn.Conv2d(4, 6, 3), nn.Identity(), Gamma()), [FusePointwiseActivation()])
+    check_pass(
+        FusePointwiseActivation(), nn.Sequential(nn.Conv2d(4, 6, 3), nn.Dropout(), nn.GELU()).eval(), X, edits={}
+    )
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Identity(), Gamma()).eval()
+    done = check_pass(FusePointwiseActivation(), model, X)
     (edit,) = done.edits
     assert (edit.method, edit.kind, edit.graph_module) == ("gelu", "graph", "2")
     assert isinstance(done.model[2], fx.GraphModule)  # type: ignore[index]
@@ -178,10 +182,10 @@ def test_what_is_not_at_the_head() -> None:
         nn.Sequential(nn.Conv2d(4, 6, 3), Both()),
         nn.Sequential(nn.Conv2d(4, 6, 3), Later()),
     ):
-        assert not checked(model, [FusePointwiseActivation()]).edits
+        check_pass(FusePointwiseActivation(), model.eval(), X, edits={})
     hooked = nn.Sequential(nn.Conv2d(4, 6, 3), Gamma())
     hooked[1].register_forward_pre_hook(lambda m, args: None)
-    assert not checked(hooked, [FusePointwiseActivation()]).edits
+    check_pass(FusePointwiseActivation(), hooked.eval(), X, edits={})
 
 
 def test_errors_of_edited_plans() -> None:
