@@ -271,3 +271,24 @@ def test_a_functional_call_behind_an_assignment_in_place_is_left() -> None:
     made = rewrite(AroundIt(), torch.randn(1, 8, 6, 6), [InsertReduction(8, allow_growth=True)])
     assert not made.edits
     assert [skip.reason for skip in made.report.skips] == [SkipReason.NOT_TRACED]
+
+
+class UnreadResult(nn.Module):
+    """A functional convolution that runs, and whose result nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.conv = nn.Parameter(torch.randn(8, 4, 3, 3)), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        F.conv2d(x, self.weight)
+        return self.conv(x)
+
+
+def test_a_functional_call_whose_result_is_not_read_is_rewritten_and_verified() -> None:
+    from pwrewrite.passes import InsertBottleneck
+    from pwrewrite.workflows.rewrite import rewrite
+
+    made = rewrite(UnreadResult().eval(), torch.randn(1, 4, 8, 8), [InsertBottleneck(0.25, allow_growth=True)])
+    assert made.report.passed, made.report.verification
+    assert [edit.path for edit in made.edits] == ["weight"]
