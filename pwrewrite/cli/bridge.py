@@ -117,10 +117,5 @@ def _parameter(each: Field[Any], typed: Typed) -> Parameter:
         kind, default = known | None, None if default is None else known(default)
     else:
         kind, default = str | None, None
-    info = typer.Option(
-        *typed.flags,
-        help=typed.help,
-        metavar=typed.metavar,
-        rich_help_panel=typed.panel,
-    )
+    info = typer.Option(*typed.flags, help=typed.help, metavar=typed.metavar, rich_help_panel=typed.panel)
     return Parameter(each.name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info], default=default)

@@ -65,13 +65,10 @@ def check_checkpoint(path: Path) -> None:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Reads a checkpoint into a flat dictionary of tensors, on the CPU.
+    """The tensors of a checkpoint by name, on the CPU, and notes on what was chosen.
 
     Args:
         path: A file, or a folder with safetensors.
-
-    Returns:
-        The tensors by name, as the checkpoint names them, and notes on what was chosen.
 
     Raises:
         WeightsError: There is no such file; it is empty, truncated, holds code, or is no checkpoint.
@@ -135,9 +132,7 @@ def _read_safetensors(path: Path, only: set[str] | None = None) -> dict[str, Ten
             tensors = {name: file.get_tensor(name) for name in names if only is None or name in only}
     except SafetensorError as error:
         raise WeightsError(
-            f"{path} is a truncated or damaged safetensors file",
-            got=shortened(str(error)),
-            hint=_AGAIN,
+            f"{path} is a truncated or damaged safetensors file", got=shortened(str(error)), hint=_AGAIN
         ) from error
     if not tensors:
         raise WeightsError(f"{path} holds no tensors")

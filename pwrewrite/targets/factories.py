@@ -60,25 +60,14 @@ def takes(factory: Callable[..., object], but: Iterable[str] = ()) -> str:
     return ", ".join(shown) or "no arguments"
 
 
-def needs_error(factory: Callable[..., object], missing: list[str], what: str) -> TargetError:
-    """The error for a factory whose required arguments were not given."""
-    noun = "argument" if len(missing) == 1 else "arguments"
-    return TargetError(
-        f"{what} needs the {noun} {', '.join(missing)}",
-        expected=takes(factory),
-        hint=" ".join(f"--arg {name}=VALUE" for name in missing),
-    )
-
-
-def unknown_error(
+def _unknown_error(
     factory: Callable[..., object], unknown: list[str], what: str, but: Iterable[str] = ()
 ) -> TargetError:
     """The error for arguments that a factory does not take; ``but`` are parameters that are not the user's to give."""
     names = [n for n, p in (parameters_of(factory) or {}).items() if p.kind in _NAMED and n not in but]
     near = [n for name in unknown for n in nearest(name, names, n=1)]
-    noun = "argument" if len(unknown) == 1 else "arguments"
     return TargetError(
-        f"{what} takes no {noun} {', '.join(unknown)}",
+        f"{what} takes no argument{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}",
         expected=takes(factory, but),
         hint=did_you_mean(near),
     )
@@ -100,9 +89,13 @@ def construct(
         TargetError: An argument is missing or unknown, or the factory raised.
     """
     if unknown := unknown_args(factory, args):
-        raise unknown_error(factory, unknown, what, but)
+        raise _unknown_error(factory, unknown, what, but)
     if missing := missing_args(factory, args):
-        raise needs_error(factory, missing, what)
+        raise TargetError(
+            f"{what} needs the argument{'s' if len(missing) > 1 else ''} {', '.join(missing)}",
+            expected=takes(factory),
+            hint=" ".join(f"--arg {name}=VALUE" for name in missing),
+        )
     parameters = parameters_of(factory) or {}
     leading = [n for n, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY and n in args]
     by_name = {name: value for name, value in args.items() if name not in leading}
@@ -114,7 +107,7 @@ def construct(
             refused = _deep_unknown(error, args)
             if refused is None:
                 raise
-            raise unknown_error(refused[1] or factory, [refused[0]], what, {"self", *but}) from error
+            raise _unknown_error(refused[1] or factory, [refused[0]], what, {"self", *but}) from error
 
 
 def _deep_unknown(error: TypeError, args: Mapping[str, object]) -> tuple[str, Callable[..., object] | None] | None:

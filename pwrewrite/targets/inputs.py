@@ -57,13 +57,7 @@ class InputSpec:
 
 
 def parse_input(text: str) -> InputSpec:
-    """Parses one ``--input``.
-
-    Args:
-        text: ``[NAME=]SHAPE[:DTYPE]``.
-
-    Returns:
-        The spec.
+    """Parses one ``--input``, ``[NAME=]SHAPE[:DTYPE]``.
 
     Raises:
         InputError: It does not follow the grammar, a size is not positive, or there is no such dtype.
@@ -103,19 +97,11 @@ def _dtype(name: str, text: str) -> torch.dtype:
 def resolve_inputs(
     model: nn.Module, info: TargetInfo | None, specs: Sequence[str] = ()
 ) -> tuple[ExampleInputs, tuple[str, ...]]:
-    """The inputs to run a model on.
+    """The inputs to run a model on, as a tuple or a dict by name, and notes on what was assumed.
 
-    In this order, the first that is there: ``--input``; the file's ``example_inputs`` (a value or a function); timm's
-    ``pretrained_cfg``; what torchvision's own weight transforms crop to; the channels of the first convolution; the
-    features of the first linear layer.
-
-    Args:
-        model: The model.
-        info: Where it came from; None for a model that the caller made.
-        specs: The texts of ``--input``.
-
-    Returns:
-        A tuple of positional inputs or a dict of keyword ones, and notes on what was assumed.
+    The first that is there: ``--input`` (``specs``); the file's ``example_inputs`` (a value or a function); timm's
+    ``pretrained_cfg``; what torchvision's weight transforms crop to; the first convolution's channels; the first linear
+    layer's features. ``info`` is where the model came from; None for one that the caller made.
 
     Raises:
         InputError: A spec is wrong or does not fit ``forward``, or nothing tells what the model takes.
@@ -216,14 +202,9 @@ def _from_file(value: object, place: str, file: str | None) -> ExampleInputs:
 
 
 def describe_inputs(example_inputs: object) -> list[dict[str, Any]]:
-    """The tensors among example inputs, as plain data.
+    """The tensors among nested example inputs, as plain data.
 
-    Args:
-        example_inputs: A tensor, or tuples, lists and dicts of them, nested as they may be.
-
-    Returns:
-        For each tensor its ``shape`` (a list) and ``dtype`` (``"float32"``), and a ``name`` when it lies under a
-        key of a dict (``"a"``, ``"a.b"`` for a dict in a dict).
+    For each its ``shape`` (a list), its ``dtype`` (``"float32"``) and, under keys of dicts, its ``name`` (``"a.b"``).
     """
     return [
         {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), **({"name": name} if name else {})}

@@ -3,17 +3,13 @@
 In this order, the first that is there:
 
 1. an ``nn.Module`` instance named ``model``;
-2. a function ``build_model``, ``model``, ``get_model`` or ``create_model`` that needs no argument beyond what ``--arg``
-   gives;
-3. among the ``nn.Module`` subclasses *defined* in the file, the only one that constructs without arguments (beyond
-   ``--arg``). Where several do, those that are building blocks of another are set aside: each is constructed (with
-   empty weights, which cost nothing, or for real where that fails), and a class of which constructing another one makes
-   an instance is a block. A class without a ``forward`` of its own is a base class and no candidate.
+2. a function ``build_model``, ``model``, ``get_model`` or ``create_model`` that ``--arg`` gives all it needs;
+3. among the ``nn.Module`` subclasses *defined* in the file, the only one that constructs with ``--arg`` alone. Of
+   several, each is constructed (with empty weights, or for real where that fails), and one that another makes an
+   instance of is a building block and set aside. A class without a ``forward`` of its own is no candidate.
 
-A class whose constructor raises stays a candidate: it may well be the model, and the others its parts. If it is the one
-obvious model, its error is the answer; one that another candidate inherits from is a base class.
-
-Whatever is left over is an error that lists the candidates.
+A class whose constructor raises stays a candidate, and its error is the answer if it is the one obvious model; one that
+another candidate inherits from is a base class. Whatever is left over is an error that lists the candidates.
 """
 
 from __future__ import annotations
@@ -28,7 +24,7 @@ from torch import nn
 
 from ..core.errors import TargetError, first_line
 from .empty import empty_weights, real_weights
-from .factories import construct, missing_args, needs_error, unknown_args, unknown_error
+from .factories import construct, missing_args, unknown_args
 from .user_code import what_there_is
 
 _FACTORY_NAMES = ("build_model", "model", "get_model", "create_model")
@@ -41,15 +37,12 @@ Classes = dict[str, type[nn.Module]]
 
 
 def find_model(module: ModuleType, args: Mapping[str, object], path: str) -> tuple[object, tuple[str, ...]]:
-    """The model of a file whose target names none.
+    """What should be the model of a file whose target names none, and notes on how it was chosen.
 
     Args:
         module: The imported file.
         args: Arguments for whatever makes the model.
         path: The file, as the user wrote it.
-
-    Returns:
-        What should be a model, and notes on how it was chosen.
 
     Raises:
         TargetError: There is none, or several, or it cannot be constructed.
@@ -70,7 +63,7 @@ def find_model(module: ModuleType, args: Mapping[str, object], path: str) -> tup
     classes = _model_classes(module)
     if own and not any(_can_call(c, args) for c in classes.values()):
         name, function = next(iter(own.items()))
-        raise _cannot_call(function, args, f"{name}() in {path}")
+        return construct(function, args, f"{name}() in {path}", origin), ()  # which says what does not fit
     if not classes:
         raise TargetError(f"no model in {path}", expected=_EXPECTED, got=what_there_is(module))
     return _construct_class(classes, args, path, origin)
@@ -84,7 +77,7 @@ def _construct_class(
     if not ready:
         if len(classes) == 1:
             name, cls = next(iter(classes.items()))
-            raise _cannot_call(cls, args, f"class {name} in {path}")
+            return construct(cls, args, f"class {name} in {path}", origin), ()  # which says what does not fit
         needs = [f"{n} (needs {', '.join(missing_args(c, args)) or 'other arguments'})" for n, c in classes.items()]
         raise TargetError(
             f"no class in {path} constructs with " + ("the given arguments" if args else "no arguments"),
@@ -187,10 +180,3 @@ def _has_function(module: ModuleType, name: str) -> bool:
 
 def _can_call(factory: Callable[..., object], args: Mapping[str, object]) -> bool:
     return not missing_args(factory, args) and not unknown_args(factory, args)
-
-
-def _cannot_call(factory: Callable[..., object], args: Mapping[str, object], what: str) -> TargetError:
-    """The error for a factory whose arguments do not fit."""
-    if unknown := unknown_args(factory, args):
-        return unknown_error(factory, unknown, what)
-    return needs_error(factory, missing_args(factory, args), what)

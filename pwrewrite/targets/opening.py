@@ -19,7 +19,6 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -232,7 +231,7 @@ def _recorded_target(folder: str, plan: Plan, trusted: bool) -> str:
 
 def _inputs(original: nn.Module, info: TargetInfo, plan: Plan) -> tuple[ExampleInputs, tuple[str, ...]]:
     """The original's own inputs where they are of the recorded shapes; else inputs of these shapes."""
-    recorded: list[dict[str, Any]] = plan.model.get("inputs") or []
+    recorded: list[dict[str, object]] = plan.model.get("inputs") or []
     try:
         own, notes = resolve_inputs(original, info)
         if not recorded or _shapes(describe_inputs(own)) == _shapes(recorded):
@@ -259,7 +258,7 @@ def _with_shapes(original: nn.Module, plan: Plan) -> nn.Module:
     return materialized(original, *split_inputs(_recorded_inputs(original, plan)[0]))
 
 
-def _shapes(described: Sequence[Mapping[str, Any]]) -> list[tuple[Any, Any]]:
+def _shapes(described: Sequence[Mapping[str, object]]) -> list[tuple[object, object]]:
     return [(item.get("shape"), item.get("dtype")) for item in described]
 
 

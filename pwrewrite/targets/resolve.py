@@ -149,19 +149,15 @@ def _bare_word(target: str) -> TargetNotFound:
 def resolve_model(
     target: str, args: Mapping[str, object] | None = None, *, empty: bool = False
 ) -> tuple[nn.Module, TargetInfo]:
-    """Builds the model that a target means, and puts it in eval mode.
+    """Builds the model that a target means, in eval mode, and says where it came from.
 
     Args:
         target: One of the forms above.
         args: Arguments for whatever makes the model, as ``parse_arg`` gives them.
         empty: Build with empty weights (see `empty_weights`), and for real where the model's code fails with them.
 
-    Returns:
-        The model, and where it came from.
-
     Raises:
-        TargetError: The target does not lead to one model; the message says why and what to try.
-        TargetNotFound: The file or module does not exist.
+        TargetError: The target does not lead to one model (`TargetNotFound`: no such file or module).
     """
     buildings: list[AbstractContextManager[object]] = [empty_weights()] if empty else []
     if empty and target.startswith(("torchvision:", "timm:")):  # some of these models run themselves when they are made

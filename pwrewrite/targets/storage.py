@@ -39,19 +39,16 @@ def save(
     readme: str | None = None,
     force: bool = False,
 ) -> Path:
-    """Writes a rewritten model into a folder.
+    """Writes a rewritten model into a folder, which is made together with missing parents.
 
     Args:
-        folder: Where to; made here, together with missing parents.
+        folder: Where to.
         model: The rewritten model.
         plan: The plan from the original model to this one.
         edits: What was done, for the map of names.
         report: The report's JSON data.
         readme: Text of the folder's README.
         force: Whether a folder that was saved before is replaced.
-
-    Returns:
-        The folder.
 
     Raises:
         OutputError: If the folder exists, cannot be written, or the model keeps what cannot be saved.
@@ -136,9 +133,7 @@ def read_plan(folder: str | Path) -> Plan:
     """
     if not is_saved(folder):
         raise TargetError(
-            "not a folder that pwrewrite saved",
-            where=str(folder),
-            expected=f"a folder with {PLAN} and {WEIGHTS}",
+            "not a folder that pwrewrite saved", where=str(folder), expected=f"a folder with {PLAN} and {WEIGHTS}"
         )
     return Plan.read(Path(folder) / PLAN)
 

@@ -1,18 +1,14 @@
 """Runs a user's own Python as ``python model.py`` would, and says clearly where it went wrong.
 
-What is the same as under ``python model.py``: the file's folder is on ``sys.path`` (in front), ``sys.argv`` is the file
-alone. What differs: ``__name__`` is a unique module name and never ``__main__``, so the guarded script part does not
-run; what the file prints goes to stderr, because stdout belongs to the tool's own output; and a working directory that
-it changes is changed back, so that every other path on the command line still means what it meant.
+As there, the file's folder is in front on ``sys.path`` and ``sys.argv`` is the file alone. Otherwise ``__name__`` is a
+unique name and never ``__main__``, prints go to stderr, and a changed working directory is changed back.
 
-The folder stays on ``sys.path`` after the import, since a forward may import a sibling lazily. When a second target
-comes from another folder, siblings of the same name that an earlier target imported are dropped from ``sys.modules``
-first, so that each file gets its own; so are those that were imported with empty weights when the same file is then
-wanted for real.
+The folder stays on ``sys.path``, since a forward may import a sibling lazily. Siblings of the same name that a target
+from another folder imported are dropped from ``sys.modules`` first; so are those that were imported with empty weights
+when the same file is then wanted for real.
 
-A file inside a package (its folder has an ``__init__.py``) is imported by its full dotted name from the package's root.
-If it imports relatively, the root comes first on ``sys.path`` and its own folder last: a package may well
-have a ``types.py``, which must not shadow the standard library. If it does not, its own folder comes first.
+A file inside a package is imported by its dotted name from the package's root. If it imports relatively, the root comes
+first on ``sys.path`` and its own folder last: a ``types.py`` in it must not shadow the standard library.
 """
 
 from __future__ import annotations
@@ -85,9 +81,6 @@ def running_user_code(what: str, origin: Path | None, hint: str | None = None) -
         origin: The user's file, so that an error names the line; None where the code is not the user's.
         hint: What to try, where the caller knows better than the error tells.
 
-    Yields:
-        Nothing.
-
     Raises:
         TargetError: The code raised, even what is no ``Exception``; Ctrl-C passes through.
     """
@@ -113,10 +106,7 @@ def raised_in_user_code(error: BaseException) -> TargetError | None:
 
 
 def locate(error: BaseException, origin: Path | None) -> str | None:
-    """Where in the user's code an exception came from: ``file, line N: source``.
-
-    The deepest frame in the user's file, or else in its folder; None without, or where the code is not the user's.
-    """
+    """``file, line N: source`` of the deepest frame in the user's file, else in its folder; None without."""
     if origin is None:
         return None
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not Path(f.filename).is_relative_to(_OURS)]

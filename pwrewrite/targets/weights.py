@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -57,15 +58,12 @@ class Fit:
 
 
 def load_weights(model: nn.Module, path: Path, lenient: bool = False) -> tuple[str, ...]:
-    """Loads a checkpoint into a model, in place.
+    """Loads a checkpoint into a model, in place; returns notes on what was chosen and what does not fit.
 
     Args:
         model: The model; may be on the meta device.
         path: The checkpoint (see ``checkpoints``).
         lenient: Accept keys that are missing, unexpected or of another shape; those parts stay as they are.
-
-    Returns:
-        Notes on what was chosen and what does not fit.
 
     Raises:
         WeightsError: The checkpoint cannot be read, is not safe to read, or does not fit. The model is then untouched.
@@ -80,17 +78,14 @@ def load_weights(model: nn.Module, path: Path, lenient: bool = False) -> tuple[s
 def load_state(
     model: nn.Module, state: dict[str, Tensor], where: str, lenient: bool = False, hint: str | None = None
 ) -> tuple[str, ...]:
-    """Loads tensors into a model, in place.
+    """Loads tensors by name into a model, in place; returns notes on what does not fit.
 
     Args:
         model: The model; may be on the meta device.
         state: Tensors by name.
         where: Where they are from, for messages.
-        lenient: Accept keys that are missing, unexpected or of another shape; those parts stay as they are.
+        lenient: As for `load_weights`.
         hint: What to try if they do not fit; by default a guess at what is wrong.
-
-    Returns:
-        Notes on what does not fit.
 
     Raises:
         WeightsError: They do not fit. The model is then untouched.
@@ -247,13 +242,14 @@ def _rehearse(model: nn.Module, state: dict[str, Tensor], where: str) -> tuple[l
 @contextlib.contextmanager
 def _hollow(model: nn.Module) -> Iterator[None]:
     """Empties a model: every tensor gives way to one on meta, and the very same ones are back afterwards."""
-    saved = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    stores = [cast("dict[str, Tensor | None]", s) for m in model.modules() for s in (m._parameters, m._buffers)]
+    saved = [(store, dict(store)) for store in stores]
     empty: dict[int, Tensor] = {}
 
     def hollow(tensor: Tensor) -> Tensor:
         if id(tensor) not in empty:
             if is_lazy(tensor):
-                empty[id(tensor)] = type(tensor)(device="meta")  # type: ignore[call-arg]
+                empty[id(tensor)] = cast("Callable[..., Tensor]", type(tensor))(device="meta")
             else:
                 bare = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
                 empty[id(tensor)] = (
@@ -262,15 +258,13 @@ def _hollow(model: nn.Module) -> Iterator[None]:
         return empty[id(tensor)]
 
     try:
-        for module, parameters, buffers in saved:
-            module._parameters.update({n: hollow(p) for n, p in parameters.items() if p is not None})  # type: ignore[misc]
-            module._buffers.update({n: hollow(b) for n, b in buffers.items() if b is not None})
+        for store, tensors in saved:
+            store.update({name: hollow(tensor) for name, tensor in tensors.items() if tensor is not None})
         yield
     finally:
-        for module, parameters, buffers in saved:
-            for mine, old in ((module._parameters, parameters), (module._buffers, buffers)):
-                mine.clear()
-                mine.update(old)  # type: ignore[arg-type]
+        for store, tensors in saved:
+            store.clear()
+            store.update(tensors)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -55,11 +55,7 @@ def analyze(
 
 
 def analyze_target(
-    target: str | TargetOptions,
-    *,
-    hotspot_share: float = 0.01,
-    device: str | DeviceProfile = "cpu",
-    **opening: Any,
+    target: str | TargetOptions, *, hotspot_share: float = 0.01, device: str | DeviceProfile = "cpu", **opening: Any
 ) -> Analysis:
     """The same for what can be typed: a file, a Python name, a model of torchvision or timm, or a saved folder.
 

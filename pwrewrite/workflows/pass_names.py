@@ -23,15 +23,7 @@ from ..core.option import changed, flag_of
 from ..core.options import LayerOptions, PassOptions, Width
 from ..core.plan import Edit, Op, Skip, SkipReason
 from ..forms import FORMS
-from ..passes import (
-    ALL,
-    FORM_PASSES,
-    InsertBottleneck,
-    LayerPass,
-    Pass,
-    ProjectBranch,
-    Proposal,
-)
+from ..passes import ALL, FORM_PASSES, InsertBottleneck, LayerPass, Pass, ProjectBranch, Proposal
 
 DEFAULT_SHARE = 0.01
 """Least part of the MACs where neither a pass nor a layer is named."""

@@ -124,12 +124,7 @@ def plan(
 
 @torch.inference_mode(False)  # parameters made inside it could not be trained
 def frontier(
-    model: Subject,
-    example_inputs: Inputs | None,
-    budget: Budget,
-    *,
-    points: int = 25,
-    progress: Progress | None = None,
+    model: Subject, example_inputs: Inputs | None, budget: Budget, *, points: int = 25, progress: Progress | None = None
 ) -> Frontier:
     """The least predicted loss at every budget of MACs, within limits of other kinds.
 

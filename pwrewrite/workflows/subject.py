@@ -129,7 +129,7 @@ def with_notes_of(loaded: LoadedModel, report: Report) -> Report:
     return replace(report, notes=tuple(dict.fromkeys((*loaded.notes, *report.notes))))
 
 
-def _recordable(args: Mapping[str, Any]) -> bool:
+def _recordable(args: Mapping[str, object]) -> bool:
     try:
         json.dumps(args)
     except (TypeError, ValueError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..core.errors import UsageError
 from ..core.option import changed, flag_of, from_keywords, refuse_unknown
@@ -21,11 +21,13 @@ from ..targets.calibration import open_calibration, open_labels, open_metric
 from ..targets.user_objects import open_batch
 from .pass_names import as_list, passes_of
 
+T = TypeVar("T")
+
 What = Sequence[Pass] | Plan | Budget
 """Passes in order, a plan to carry out, or a budget to plan within."""
 
 
-def what_from_keywords(function: str, what: Any, options: Mapping[str, Any]) -> tuple[What, Proof]:
+def what_from_keywords(function: str, what: object, options: Mapping[str, Any]) -> tuple[What, Proof]:
     """What a Python call asks for.
 
     Args:
@@ -62,7 +64,7 @@ def what_from_keywords(function: str, what: Any, options: Mapping[str, Any]) -> 
     return what_of(pass_options, within, plan, proof.allow_output_change), proof
 
 
-def _only(value: Any, keyword: Any, name: str) -> Any:
+def _only(value: T, keyword: object, name: str) -> T:
     if keyword is not None:
         raise UsageError(f"{name} is given twice", hint=f"leave {name}= out")
     return value
@@ -84,7 +86,7 @@ def what_of(passes: PassOptions, budget: Budget, plan: Plan | None = None, allow
         budget, forms=as_list(budget.forms), include=as_list(budget.include), exclude=as_list(budget.exclude)
     )
     plan = budget.plan if plan is None else plan
-    limited = bool(_limits(budget)) or budget.max_drop is not None
+    limited = (not isinstance(budget.limits, (Mapping, Sequence)) or bool(budget.limits)) or budget.max_drop is not None
     for_passes, for_budget = changed(passes, LayerOptions), changed(budget, LayerOptions)
     for_budget = [name for name in for_budget if name not in ("seed", "plan")]
     check_goes_with_calibration(budget)
@@ -120,10 +122,6 @@ def check_goes_with_calibration(budget: Budget) -> None:
     for name in ("batch", "preprocess", "calibration_size", "labels", "outputs", "refit"):
         if getattr(budget, name) not in (None, "none") and budget.calibration is None:
             raise UsageError(f"{flag_of(Budget, name)} goes with --calibration")
-
-
-def _limits(budget: Budget) -> Any:
-    return budget.limits if isinstance(budget.limits, (Mapping, Sequence)) else (budget.limits,)
 
 
 def _excluded(flag: str) -> UsageError:
