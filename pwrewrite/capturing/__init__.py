@@ -24,7 +24,7 @@ from .inventory import Inventory
 from .layers import find_layers
 from .lazy import materialized
 from .origins import NeedsValues
-from .recorder import Recorder
+from .recorder import Recorder, path_of_failure
 from .records import Call, Capture, Coverage, Layer, MemoryEvent, NodeInfo, TensorSpec, Window, info
 from .shapes import ShapeError
 from .state import untouched
@@ -211,7 +211,7 @@ def _too_large(inventory: Inventory) -> bool:
 
 def _refused(error: Exception, args: Args, kwargs: Kwargs) -> CaptureError:
     shapes = ", ".join("×".join(map(str, t.shape)) or "scalar" for t in tensors_of((args, kwargs)))
-    where = getattr(error, "_pw_where", None)
+    where = path_of_failure(error)
     if isinstance(error, ShapeError):
         return CaptureError(
             f"the model does not take this input: {error}",

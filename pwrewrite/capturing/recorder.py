@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import AbstractContextManager, nullcontext
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -187,27 +188,23 @@ class Recorder(TorchFunctionMode):
         elif transforming() is None:
             rule = leaf_rule(type(module))
         attributes = module.__dict__
+        if rule is not None and "forward" not in attributes:
+            if not (attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]):
+                return self._leaf(module, path, rule, args, kwargs)
+            if not (rule.product and module._parameters.get("weight") is None):
+                attributes["forward"] = lambda *args, **kwargs: self._leaf(module, path, rule, args, kwargs)
+                try:  # the hooks run as ever, around the node
+                    return _original_call(module, *args, **kwargs)
+                finally:
+                    attributes.pop("forward", None)
+        scope = self.here.scope
+        scope.append(path)
         try:
-            if rule is not None and "forward" not in attributes:
-                if not (attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]):
-                    return self._leaf(module, path, rule, args, kwargs)
-                if not (rule.product and module._parameters.get("weight") is None):
-                    attributes["forward"] = lambda *args, **kwargs: self._leaf(module, path, rule, args, kwargs)
-                    try:  # the hooks run as ever, around the node
-                        return _original_call(module, *args, **kwargs)
-                    finally:
-                        attributes.pop("forward", None)
-            scope = self.here.scope
-            scope.append(path)
-            try:
-                if isinstance(module, torch.jit.ScriptModule):
-                    return self._script(module, path, args, kwargs)
-                return _original_call(module, *args, **kwargs)
-            finally:
-                scope.pop()
-        except Exception as error:
-            _blame(error, path)
-            raise
+            if isinstance(module, torch.jit.ScriptModule):
+                return self._script(module, path, args, kwargs)
+            return _original_call(module, *args, **kwargs)
+        finally:
+            scope.pop()
 
     def _scope(self) -> str:
         return self.here.scope[-1] if self.here.scope else ""
@@ -247,17 +244,13 @@ class Recorder(TorchFunctionMode):
             func, name, args = getattr, "getattr", (args[0], attribute)
         elif name in functions.SILENT:
             return func(*args, **kwargs)
-        try:
-            if isinstance(func, _DISPATCHED):
-                if isinstance(func, HigherOrderOperator):
-                    return self._higher_order(func, args, kwargs)
-                packet = func.overloadpacket if isinstance(func, OpOverload) else func
-                name = packet.__name__ if packet._qualified_op_name.startswith("aten::") else ""
-            with self._lock:
-                return self._function(func, name, args, kwargs)
-        except Exception as error:
-            _blame(error, self._scope())
-            raise
+        if isinstance(func, _DISPATCHED):
+            if isinstance(func, HigherOrderOperator):
+                return self._higher_order(func, args, kwargs)
+            packet = func.overloadpacket if isinstance(func, OpOverload) else func
+            name = packet.__name__ if packet._qualified_op_name.startswith("aten::") else ""
+        with self._lock:
+            return self._function(func, name, args, kwargs)
 
     def _function(self, func: Function, name: str, args: Args, kwargs: Kwargs) -> Any:
         origins = self.origins
@@ -359,7 +352,8 @@ _OPS = {
 }
 
 
-def _blame(error: Exception, path: str) -> None:
-    """Notes the innermost module that an exception came from."""
-    if not hasattr(error, "_pw_where"):
-        setattr(error, "_pw_where", path)  # noqa: B010
+def path_of_failure(error: Exception) -> str | None:
+    """Path of the innermost module whose call an exception came through, read off its traceback; None where none."""
+    code = Recorder.call_module.__code__
+    paths = [frame.f_locals["path"] for frame, _ in walk_tb(error.__traceback__) if frame.f_code is code]
+    return paths[-1] if paths else None

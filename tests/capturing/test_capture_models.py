@@ -450,6 +450,46 @@ def test_refused_inputs_name_the_layer(model: nn.Module, inputs: Tensor, where: 
         model(inputs)
 
 
+def test_exceptions_of_the_model_get_nothing_from_a_capture() -> None:
+    seen: list[Exception] = []
+
+    class Catching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Conv2d(5, 1, 1))
+            self.outer = nn.Conv2d(3, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for attempt in (self.inner, lambda x: x.view(7)):
+                try:
+                    attempt(x)
+                except Exception as error:
+                    seen.append(error)
+            return self.outer(x)
+
+    capture(Catching(), torch.zeros(1, 3, 2, 2))
+    assert len(seen) == 2
+    assert all(vars(error) == {} for error in seen)
+    assert [str(error.__cause__) for error in seen] == ["None"] * 2
+
+
+def test_the_path_is_that_of_the_failure_that_was_not_caught() -> None:
+    class Retrying(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Sequential(nn.Conv2d(5, 1, 1)), nn.Sequential(nn.Conv2d(7, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                return self.first(x)
+            except Exception:
+                return self.second(x)
+
+    with pytest.raises(CaptureError) as caught:
+        capture(Retrying(), torch.zeros(1, 3, 2, 2))
+    assert caught.value.where == "second.0"
+
+
 def test_wrong_number_of_inputs() -> None:
     with pytest.raises(CaptureError, match="positional argument"):
         capture(nn.Sequential(nn.ReLU()), (X, X))
