@@ -104,6 +104,16 @@ class _PathTracer(ShallowTracer):
         """The items of a proxy, of which there are a decided number."""
         return iter([obj[i] for i in range(_COUNTS[:3][self.decide(3)])])
 
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """As ever; a module that is no submodule, such as one that a class holds, is a function."""
+        try:
+            self.path_of_module(m)
+        except NameError:
+            return self.create_proxy("call_function", m, args, kwargs, name=type(m).__name__)
+        return super().call_module(m, forward, args, kwargs)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A value whose numbers are decisions."""
         return _Value(node, self)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from check_passes import check_pass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,6 +15,7 @@ import pwrewrite
 from pwrewrite.capturing.code_trace import NotTraceable, trace
 from pwrewrite.capturing.control_flow import MOST_PATHS, always_follows, paths
 from pwrewrite.core.plan import SkipReason
+from pwrewrite.passes import FoldBatchNorm
 
 
 def conv(stride: int = 1) -> nn.Conv2d:
@@ -258,3 +260,26 @@ def test_asking_the_code_leaves_containers_as_they_were() -> None:
     fused = pwrewrite.fuse(model, torch.randn(1, 3, 8, 8), thorough=False)
     assert fused.report.passed
     assert (model.made, model.seen) == ([], {"sums": [0], "kinds": set()})
+
+
+class OutsideActivation(nn.Module):
+    """Calls an activation that all of its kind have in common, and that is no submodule."""
+
+    act = nn.SiLU()
+
+    def __init__(self, decide: Callable[[Tensor], bool] = lambda x: True) -> None:
+        super().__init__()
+        self.a, self.n, self.decide = conv(), nn.BatchNorm2d(4), decide
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x) if self.decide(x) else x
+        return self.act(self.n(y))
+
+
+def test_a_module_that_is_no_submodule_is_no_reason_not_to_fold() -> None:
+    check_pass(
+        FoldBatchNorm(), nn.Sequential(OutsideActivation()).eval(), torch.rand(1, 4, 16, 16), edits={"0.n": "fold"}
+    )
+    by_size = nn.Sequential(OutsideActivation(lambda x: x.shape[-1] < 100)).eval()
+    skips = {"0.n": SkipReason.DATA_DEPENDENT}
+    check_pass(FoldBatchNorm(), by_size, torch.rand(1, 4, 16, 16), edits={}, skips=skips)
