@@ -184,7 +184,7 @@ class Graph:
         module = self.modules.get(owner) if isinstance(owner, str) else None
         if module is None or isinstance(first, fx.Node) or isinstance(then, fx.Node):
             return None
-        if any(end is not None and end not in self.modules for end in (first, then)):
+        if any(end is not None and (end not in self.modules or end == owner) for end in (first, then)):
             return f"the code of {owner or 'the model'} calls a layer that is no submodule of it, such as one in a list"
         before, behind = (None if end is None else self.modules[end] for end in (first, then))
         fixed = always_follows(module, before, behind, lambda m: is_identity(m) or drops(m), only=only)

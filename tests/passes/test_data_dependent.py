@@ -15,7 +15,7 @@ import pwrewrite
 from pwrewrite.capturing.code_trace import NotTraceable, trace
 from pwrewrite.capturing.control_flow import MOST_PATHS, always_follows, paths
 from pwrewrite.core.plan import SkipReason
-from pwrewrite.passes import FoldBatchNorm
+from pwrewrite.passes import FoldBatchNorm, FusePointwiseActivation
 
 
 def conv(stride: int = 1) -> nn.Conv2d:
@@ -277,9 +277,12 @@ class OutsideActivation(nn.Module):
 
 
 def test_a_module_that_is_no_submodule_is_no_reason_not_to_fold() -> None:
+    x = torch.rand(1, 4, 16, 16)
+    folded = check_pass(FoldBatchNorm(), nn.Sequential(OutsideActivation()).eval(), x, edits={"0.n": "fold"}, skips={})
+    left = (SkipReason.DATA_DEPENDENT, "calls a layer that is no submodule of it")
     check_pass(
-        FoldBatchNorm(), nn.Sequential(OutsideActivation()).eval(), torch.rand(1, 4, 16, 16), edits={"0.n": "fold"}
+        FusePointwiseActivation(), folded.model, x, edits={}, skips={"0.a": left, "0.silu": SkipReason.NOT_BEHIND_LAYER}
     )
     by_size = nn.Sequential(OutsideActivation(lambda x: x.shape[-1] < 100)).eval()
     skips = {"0.n": SkipReason.DATA_DEPENDENT}
-    check_pass(FoldBatchNorm(), by_size, torch.rand(1, 4, 16, 16), edits={}, skips=skips)
+    check_pass(FoldBatchNorm(), by_size, x, edits={}, skips=skips)
