@@ -62,7 +62,7 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
         for each, typed in _fields(record, *getattr(annotations[name], "__metadata__", ())):
             parameters.setdefault(each.name, _parameter(each, typed))
 
-    def called(**texts: Any) -> None:
+    def called(**texts: object) -> None:
         with handled(bool(texts.get("debug"))):
             function(**{name: read_record(record, texts) for name, record in records.items()})
 
@@ -72,12 +72,8 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
     return called
 
 
-def read_record(record: type[T], texts: dict[str, Any]) -> T:
-    """A record from what was typed.
-
-    Args:
-        record: The record's class.
-        texts: Name of a field to what was typed for it: texts, numbers, or whether a flag was given.
+def read_record(record: type[T], texts: dict[str, object]) -> T:
+    """A record from what was typed for each of its fields: texts, numbers, or whether a flag was given.
 
     Raises:
         UsageError: If a text cannot be read.
@@ -110,12 +106,10 @@ def _parameter(each: Field[Any], typed: Typed) -> Parameter:
         kind, default = bool, False
     elif typed.gather is not None:
         kind, default = list[str] | None, None
-    elif typed.least is not None:
-        kind, default = str | None, None if default is None else str(default)
-    elif typed.choices:
+    elif typed.choices and typed.least is None:
         known = cast(Any, StrEnum)("Choices", {choice: choice for choice in typed.choices})
         kind, default = known | None, None if default is None else known(default)
     else:
-        kind, default = str | None, None
+        kind, default = str | None, None if default is None or typed.least is None else str(default)
     info = typer.Option(*typed.flags, help=typed.help, metavar=typed.metavar, rich_help_panel=typed.panel)
     return Parameter(each.name, Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info], default=default)

@@ -29,12 +29,7 @@ _WIDTH = 60
 
 
 class Work:
-    """How far some work is.
-
-    Attributes:
-        what: The step.
-        done: The part of the work that is done, from 0 to 1.
-    """
+    """How far some work is: the step (``what``), and the part of it all that is done (0 to 1)."""
 
     def __init__(self) -> None:
         self.what, self.done, self.began = "starting", 0.0, time.monotonic()

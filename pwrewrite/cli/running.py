@@ -39,13 +39,9 @@ _STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOS
 
 @contextlib.contextmanager
 def handled(debug: bool) -> Iterator[None]:
-    """Turns every exception of a command into a message on stderr and an exit code.
+    """Turns every exception of a command into a message on stderr and a ``typer.Exit`` with its code.
 
-    Args:
-        debug: Whether to show the traceback too; the environment's ``PWREWRITE_DEBUG=1`` does the same.
-
-    Raises:
-        typer.Exit: With the exit code.
+    ``debug``, or the environment's ``PWREWRITE_DEBUG=1``, shows the traceback too.
     """
     debug = debug or os.environ.get("PWREWRITE_DEBUG", "") not in ("", "0")
     try:
@@ -92,11 +88,7 @@ def stdout_failed(error: OSError) -> int:
 
 
 class Terminated(KeyboardInterrupt):
-    """Another process asked this one to end; what is half done is cleaned up as after Ctrl-C.
-
-    Attributes:
-        number: Of the signal.
-    """
+    """Another process asked this one to end, by signal ``number``; what is half done is cleaned up as after Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -130,11 +122,7 @@ def _terminable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet(debug: bool) -> Iterator[None]:
-    """While models are built and run: warnings stay unsaid, and what their code and libraries print goes to stderr.
-
-    Args:
-        debug: Whether to let warnings through.
-    """
+    """While models run: warnings stay unsaid (not with ``debug``), and what code and libraries print goes to stderr."""
     with same_directory(), warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), _descriptor_to_stderr():
         if not debug:
             warnings.simplefilter("ignore")
@@ -163,10 +151,7 @@ def _descriptor_to_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Holds the garbage collector back: imports, models and graphs are many objects and no garbage.
-
-    It would take a sixth of the time. What little garbage there is dies with the process.
-    """
+    """Holds the garbage collector back, which would take a sixth of the time and find hardly any garbage."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -178,11 +163,7 @@ def uncollected() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Makes Ctrl-C count even where a library swallows it, as torch does while it is imported.
-
-    Raises:
-        KeyboardInterrupt: At the latest when the block ends.
-    """
+    """Makes Ctrl-C count, at the latest when the block ends, even where a library swallows it (torch's import)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -210,11 +191,7 @@ def interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def working(common: Common) -> Iterator[Say]:
-    """While a command works: libraries are quiet, Ctrl-C counts, and a person sees what is going on.
-
-    Yields:
-        What to call with each step.
-    """
+    """While a command works: libraries are quiet, Ctrl-C counts, and a person sees each step that is passed on."""
     if common.verbose and common.quiet:
         raise UsageError("--verbose and --quiet exclude each other")
     shown = progressing(lines=not common.quiet, steps=common.verbose)
@@ -241,9 +218,6 @@ def leave(code: int) -> NoReturn:
     """Ends the process. Once torch is loaded, taking Python apart would cost a third of a second: that is left out.
 
     Registered exit functions still run, and what was printed is flushed.
-
-    Args:
-        code: The exit code.
     """
     if "torch" not in sys.modules:
         try:

@@ -69,11 +69,7 @@ class Stored:
 
 
 def open_arrays(path: Path) -> dict[str, Stored]:
-    """The arrays of a file by name; reads no values.
-
-    Raises:
-        UsageError: There is no such file, it is of another kind, damaged, or holds Python objects.
-    """
+    """The arrays of a file by name; reads no values. A `UsageError` says why it cannot be read."""
     if not path.is_file():
         what = "not a regular file" if path.exists() else "no such file"
         raise UsageError(f"{what}: {path}", hint=suggest_files(path, SUFFIXES))

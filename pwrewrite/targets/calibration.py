@@ -93,10 +93,6 @@ class ArrayFile:
         size: At most so many samples, the first ones.
         labels: A class for each sample; else those in the file are taken.
 
-    Attributes:
-        samples: How many samples it gives.
-        notes: What should be told.
-
     Raises:
         UsageError: The file cannot be read, does not say which arrays are the inputs, or holds images as bytes and
             nothing says how the model takes them.

@@ -1,12 +1,9 @@
 """Builds models without memory for their weights.
 
-``with torch.device("meta")`` does that too, but also turns every other tensor of a constructor into one without values,
-and constructors that compute with small tensors (torchvision's RegNet its widths, others drop-path rates) then fail.
-Here only what becomes a parameter goes to meta, at the moment it is registered; ``torch.empty`` behind it never touched
-its pages, so nothing was spent. Buffers stay real: they are small, and their values often matter.
-
-The technique is that of accelerate's ``init_empty_weights``. A constructor that looks at its weights (prints a norm,
-fills them through NumPy, traces itself) does not bear it; whoever builds with empty weights tries again for real.
+Unlike under ``torch.device("meta")``, only what becomes a parameter goes to meta, at the moment it is registered
+(``torch.empty`` behind it never touched its pages): constructors that compute with small tensors, such as torchvision's
+RegNet, still can, and buffers stay real. The technique is that of accelerate's ``init_empty_weights``. A constructor
+that looks at its weights (prints a norm, traces itself) does not bear it; whoever builds so tries again for real.
 """
 
 from __future__ import annotations

@@ -48,9 +48,6 @@ class ImageFolder:
         labels: A class for each image, in the order of their paths.
         model: The model, which may say how its inputs are normalised.
 
-    Attributes:
-        samples: How many images it gives, as far as all can be read.
-
     Raises:
         UsageError: There is no image or no Pillow, or the model does not take images and there is no ``preprocess``.
             Iterating raises it when no image can be read.

@@ -43,13 +43,7 @@ _ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bf
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One parsed ``--input``.
-
-    Attributes:
-        shape: The sizes.
-        dtype: The dtype; None for the model's own.
-        name: The keyword; None for a positional input.
-    """
+    """One parsed ``--input``; without a dtype the model's own, without a name a positional input."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None = None
@@ -85,11 +79,10 @@ def _dtype(name: str, text: str) -> torch.dtype:
     }
     dtype = known.get(_ALIASES.get(name, name.removeprefix("torch.")))
     if dtype is None:
-        near = nearest(name, [*known, *_ALIASES], n=3)
         raise InputError(
             f"--input {text!r} has an unknown dtype {name!r}",
             expected="float32, float16, bfloat16, float64, int64, int32, uint8, bool, …",
-            hint=did_you_mean(near),
+            hint=did_you_mean(nearest(name, [*known, *_ALIASES], n=3)),
         )
     return dtype
 
@@ -201,7 +194,7 @@ def _from_file(value: object, place: str, file: str | None) -> ExampleInputs:
     )
 
 
-def describe_inputs(example_inputs: object) -> list[dict[str, Any]]:
+def describe_inputs(example_inputs: object) -> list[dict[str, object]]:
     """The tensors among nested example inputs, as plain data.
 
     For each its ``shape`` (a list), its ``dtype`` (``"float32"``) and, under keys of dicts, its ``name`` (``"a.b"``).

@@ -1,15 +1,12 @@
 """From what a person types to a model that can be captured: `open_target`, the one place where a target is opened.
 
 A folder that `pwrewrite.save` wrote is a target like any other, so rewrites compose: it opens as the rewritten model,
-together with the plan that leads to it from the original. The original comes from ``--model``, or from the target that
-the plan records when the user says that it is trusted.
+with the plan that leads to it from the original. The original comes from ``--model``, or from the target that the plan
+records when the user says that it is trusted. A plan records a file with its absolute path, so that the folder opens
+from any working directory of this machine, other targets as they are, and inputs as shapes and dtypes.
 
-What a plan records. A file is recorded with its absolute path, so that the folder can be opened from any working
-directory (of this machine; elsewhere the caller gives the model, as one who does not trust the folder would anyway).
-Names of modules and of the zoos are recorded as they are. Inputs are recorded as shapes and dtypes.
-
-Random weights. What a constructor draws is drawn after a seed, so that a model without a checkpoint is the same model
-in every run. The caller's own random state stays as it is.
+Random weights are drawn after a seed, so that a model without a checkpoint is the same in every run; the caller's own
+random state stays as it is.
 """
 
 from __future__ import annotations

@@ -27,13 +27,7 @@ _FORMS = "file.py:NAME or package.module:NAME"
 
 @dataclass(frozen=True)
 class Named:
-    """What a text named.
-
-    Attributes:
-        value: The object.
-        name: Its name, for messages: ``accuracy in eval.py``.
-        origin: The user's file, if it is one.
-    """
+    """What a text named: the object, its name for messages (``accuracy in eval.py``), and the user's file, if any."""
 
     value: object
     name: str

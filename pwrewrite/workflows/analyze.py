@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -55,18 +54,15 @@ def analyze(
 
 
 def analyze_target(
-    target: str | TargetOptions, *, hotspot_share: float = 0.01, device: str | DeviceProfile = "cpu", **opening: Any
+    target: str | TargetOptions, *, hotspot_share: float = 0.01, device: str | DeviceProfile = "cpu", **opening: object
 ) -> Analysis:
     """The same for what can be typed: a file, a Python name, a model of torchvision or timm, or a saved folder.
 
     Args:
         target: The target, or with how it is opened.
-        hotspot_share: Part of the MACs from which a k×k convolution is a hotspot.
-        device: The device profile for the roofline classes, or its name.
+        hotspot_share: As for `analyze`.
+        device: As for `analyze`.
         **opening: The other fields of `pwrewrite.core.options.TargetOptions`: ``weights``, ``inputs``, ….
-
-    Returns:
-        The analysis, with the notes of loading before its own.
 
     Raises:
         PwrewriteError: If the target does not lead to a model, or the model does not run.
@@ -80,12 +76,7 @@ def analyze_target(
 
 @dataclass(frozen=True)
 class Captured:
-    """What a person typed, loaded and captured.
-
-    Attributes:
-        loaded: The model with its example inputs and the notes of loading.
-        capture: Its capture.
-    """
+    """What a person typed: the loaded model with its inputs and notes, and its capture."""
 
     loaded: LoadedModel
     capture: Capture
@@ -94,11 +85,8 @@ class Captured:
 def capture_target(options: TargetOptions) -> Captured:
     """Loads and captures what can be typed.
 
-    The model is built without memory for its weights, since their values matter to few models. Where they do, it is
-    built once more for real; a user's file is then executed twice.
-
-    Args:
-        options: The target, and how it is opened.
+    The model is built without memory for its weights. Where their values matter, it is built once more for real; a
+    user's file is then executed twice.
 
     Raises:
         PwrewriteError: If the target does not lead to a model, or the model does not run.

@@ -199,7 +199,7 @@ def planner_of(run: Run, budget: Budget) -> Planner:
     planner = Planner(
         run.model,
         run.inputs,
-        cast("Iterable[Any] | None", budget.calibration),
+        cast("Iterable[object] | None", budget.calibration),
         budget,
         size=budget.calibration_size,
         say=run.say,
@@ -267,7 +267,7 @@ def search(
 
     Args:
         planner: The model, calibrated.
-        metric: A callable on a model, larger is better.
+        metric: Of a model; larger is better.
         max_drop: How much it may fall, in its own unit.
         kind: What is to be small.
         budgets: Limits that hold beside it.

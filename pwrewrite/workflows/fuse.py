@@ -82,7 +82,7 @@ def fuse(
     keep_nan: bool | None = None,
     target: str | None = None,
     progress: Progress | None = None,
-    **options: Any,
+    **options: object,
 ) -> Fused:
     """Makes a model faster without changing what it computes in evaluation.
 
@@ -135,7 +135,7 @@ def fuse(
         last = None
         if isinstance(each, ChannelsLast):
             before = run.state
-            run.take(_surviving(run, plan))
+            run.state = _surviving(run, plan)
             last = (before, plan) if len(run.rows) > len(before.rows) else None
             continue
         done = len(run.rows)
@@ -148,7 +148,7 @@ def fuse(
     if last is not None and proof is not None and not proof.passed:
         state, plan = last
         detail = f"some kernels of torch are less exact in it ({proof.failures[0].detail})"
-        run.take(state.skipping(plan, SkipReason.BROKE_MODEL, detail))
+        run.state = state.skipping(plan, SkipReason.BROKE_MODEL, detail)
         proof = _verified(model, run, thorough)
     costs = traffic(run.first), traffic(run.captured)
     report = run.report(*run.analyses(target), target, proof)
@@ -360,7 +360,7 @@ def _doubled(t: Tensor) -> Tensor:
     return t.double() if t.is_floating_point() else t
 
 
-def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """The output tensors of a copy of a model in evaluation mode, on copies of inputs, without gradients."""
     args, kwargs = split_inputs(map_tensors(inputs, lambda t: t.clone()))
     runner = deep_copy(model).eval()

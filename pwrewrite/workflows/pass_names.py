@@ -24,6 +24,7 @@ from ..core.options import LayerOptions, PassOptions, Width
 from ..core.plan import Edit, Op, Skip, SkipReason
 from ..forms import FORMS
 from ..passes import ALL, FORM_PASSES, InsertBottleneck, LayerPass, Pass, ProjectBranch, Proposal
+from ..targets.user_code import did_you_mean
 
 DEFAULT_SHARE = 0.01
 """Least part of the MACs where neither a pass nor a layer is named."""
@@ -77,12 +78,8 @@ def parse_set(text: str) -> LayerForm:
             hint="--set b3=reduce:96, --set 'layer3.*.conv2=bottleneck:0.5', --set fc=keep",
         )
     if form not in known:
-        near = get_close_matches(form, known, n=1)
-        raise UsageError(
-            f"--set {text!r} names an unknown form {form!r}",
-            expected=", ".join(known),
-            hint=f"did you mean {near[0]}?" if near else None,
-        )
+        hint = did_you_mean(get_close_matches(form, known, n=1))
+        raise UsageError(f"--set {text!r} names an unknown form {form!r}", expected=", ".join(known), hint=hint)
     what = f"a width in --set {text!r}"
     widths = tuple(parse_width(part, what) for part in widths_text.split(",")) if colon else ()
     names = () if form == "keep" else ("channels",) if form == "project" else FORMS[form].widths
@@ -128,17 +125,13 @@ def passes_of(options: PassOptions, allow_output_change: bool = False) -> list[P
     return [*passes, SetLayers(layers, common)] if layers else passes
 
 
-def as_list(values: Any) -> tuple[Any, ...]:
+def as_list(values: object) -> tuple[Any, ...]:
     """Several values; a single one, a text above all, counts as one of them."""
     return tuple(values) if isinstance(values, Sequence) and not isinstance(values, str) else (values,)
 
 
-def named_pass(name: Any, kinds: Sequence[type[Pass]] | None = None) -> type[Pass] | Pass:
-    """A pass, or the class of this name.
-
-    Args:
-        name: A pass, its class or its name.
-        kinds: The classes there are; those of `pwrewrite.passes.ALL` by default.
+def named_pass(name: object, kinds: Sequence[type[Pass]] | None = None) -> type[Pass] | Pass:
+    """A pass, or the class of this name among ``kinds`` (all by default).
 
     Raises:
         UsageError: If there is no such pass.
@@ -299,11 +292,6 @@ class SetLayers(Pass):
 
 def check_forms(passes: Sequence[Pass], edits: Sequence[Edit], skips: Sequence[Skip]) -> None:
     """Refuses a result in which what was named layer by layer was not done.
-
-    Args:
-        passes: What was run.
-        edits: What was done.
-        skips: What was not, and why.
 
     Raises:
         RefusedError: If nothing was done for a layer that was named.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -27,12 +26,7 @@ from .what import What, opened, what_from_keywords
 
 @dataclass(frozen=True, repr=False)
 class Planned(Shown):
-    """A plan that was not carried out.
-
-    Attributes:
-        plan: What would be done, and what would not.
-        report: What it would change, from shapes alone: no errors, no verification.
-    """
+    """A plan that was not carried out, and what it would change, from shapes alone: no errors, no verification."""
 
     plan: Plan
     report: Report
@@ -46,7 +40,7 @@ def make_plan(
     *,
     target: str | None = None,
     progress: Progress | None = None,
-    **options: Any,
+    **options: object,
 ) -> Planned:
     """The plan that `rewrite` would carry out, without decomposing weights where no later pass reads them.
 
@@ -85,11 +79,11 @@ def make_plan(
 def plan(
     model: Subject,
     example_inputs: Inputs | None,
-    budget: Any,
-    calibration: Iterable[Any] | str | None = None,
+    budget: object,
+    calibration: Iterable[object] | str | None = None,
     *,
     progress: Progress | None = None,
-    **options: Any,
+    **options: object,
 ) -> Plan:
     """Chooses which layers to rewrite, in which form and how wide, so that a budget is met at the least loss.
 

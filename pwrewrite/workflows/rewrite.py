@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -62,9 +61,6 @@ class Rewritten(Shown):
             force: Whether a folder that an earlier rewrite was saved in is replaced.
             unverified: Whether to save although the verification failed or was left out; the README says so.
 
-        Returns:
-            The folder.
-
         Raises:
             VerificationError: If the verification failed or was left out, and ``unverified`` is off.
             OutputError: If the folder exists, or cannot be written.
@@ -105,7 +101,7 @@ def rewrite(
     proof: Proof | None = None,
     target: str | None = None,
     progress: Progress | None = None,
-    **options: Any,
+    **options: object,
 ) -> Rewritten:
     """Rewrites a model, keeps its weights' knowledge, and proves what did not change.
 

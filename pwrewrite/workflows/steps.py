@@ -45,12 +45,7 @@ def silent(what: str, share: float | None) -> None:
 
 
 def propose(captured: Capture, passes: Sequence[Pass]) -> Plan:
-    """A plan from what several passes propose on one capture; the first to propose for a layer has it.
-
-    Args:
-        captured: The model.
-        passes: The passes, in order.
-    """
+    """A plan from what several passes, in order, propose on one capture; the first to propose for a layer has it."""
     plan = Plan(model=model_facts(captured))
     taken: set[str] = set()
     for each in passes:
@@ -98,7 +93,7 @@ class Run:
 
     Attributes:
         first: The capture of the model as it was.
-        state: What the steps so far made of it.
+        state: What the steps so far made of it; may be set to an earlier one, or one that was tried.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, say: Progress, *, fill: bool = True) -> None:
@@ -135,10 +130,6 @@ class Run:
     def result(self) -> nn.Module:
         """The model as it is now; a copy where nothing was done, since the input model is never shared."""
         return copy_of(self.model) if self.model is self.first.model else self.model
-
-    def take(self, state: State) -> None:
-        """Goes on from another state, such as an earlier one or one that was tried."""
-        self.state = state
 
     def all(self, what: Sequence[Pass] | Plan, decomposer: Decomposer | None = None) -> None:
         """Carries out passes, or a plan, whose weights a decomposer may give."""
@@ -325,12 +316,7 @@ def _narrowed(rows: Sequence[EditRow]) -> list[str]:
 
 
 def join_names(first: Mapping[str, tuple[str, ...]], then: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Two maps from old parameter names to new ones, one after the other.
-
-    Args:
-        first: The earlier one.
-        then: The later one, which may rename what the earlier one made.
-    """
+    """Two maps from old parameter names to new ones; the second may rename what the first made."""
     renamed = {name for names in first.values() for name in names}
     joined = {old: tuple(n for name in names for n in then.get(name, (name,))) for old, names in first.items()}
     return joined | {old: tuple(names) for old, names in then.items() if old not in renamed}
@@ -341,7 +327,7 @@ def totals(analysis: Analysis) -> dict[str, int]:
     return cast("dict[str, int]", analysis.to_dict()["totals"])
 
 
-def model_facts(captured: Capture, **more: Any) -> dict[str, Any]:
+def model_facts(captured: Capture, **more: object) -> dict[str, Any]:
     """What a plan records about the model it was made for."""
     kind = type(captured.model)
     inputs = [

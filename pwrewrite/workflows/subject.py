@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -27,11 +26,7 @@ _OPERATOR = type(torch.ops.aten.relu.default)
 
 
 def loaded_of(model: Subject, example_inputs: Inputs | None) -> LoadedModel:
-    """A model with its example inputs; a copy, run once on them, where it has lazy modules.
-
-    Args:
-        model: The model.
-        example_inputs: Its inputs; those that came with it where None.
+    """A model with its example inputs (None: those it came with); a copy, run once on them, where it has lazy modules.
 
     Raises:
         InputError: If it is no model, or there are no inputs.
@@ -65,11 +60,7 @@ def _compiled_notes(model: nn.Module) -> tuple[str, ...]:
 
 
 def compiled_parts(model: nn.Module) -> dict[str, str]:
-    """Parts of a model that are graphs without layers to replace, by path.
-
-    Returns:
-        Path to what the part is: ``an exported program``, or ``a TorchScript module``.
-    """
+    """Parts of a model that are graphs without layers to replace: their paths, and what each is."""
     parts: dict[str, str] = {}
     for path, module in model.named_modules():
         if any(path.startswith(f"{outer}." if outer else "") for outer in parts):
@@ -104,11 +95,11 @@ def out_of_inference_mode(model: nn.Module) -> nn.Module:
         return copy_of(model)
 
 
-def origin_of(loaded: LoadedModel) -> dict[str, Any]:
+def origin_of(loaded: LoadedModel) -> dict[str, object]:
     """What a plan records about where the original comes from; nothing for a model at hand."""
     if not loaded.origin:
         return {}
-    facts: dict[str, Any] = {"target": loaded.origin}
+    facts: dict[str, object] = {"target": loaded.origin}
     if loaded.plan is None:
         facts["class"] = class_name(loaded.model)
     if loaded.args and _recordable(loaded.args):

@@ -27,7 +27,7 @@ What = Sequence[Pass] | Plan | Budget
 """Passes in order, a plan to carry out, or a budget to plan within."""
 
 
-def what_from_keywords(function: str, what: object, options: Mapping[str, Any]) -> tuple[What, Proof]:
+def what_from_keywords(function: str, what: object, options: Mapping[str, object]) -> tuple[What, Proof]:
     """What a Python call asks for.
 
     Args:
@@ -38,7 +38,7 @@ def what_from_keywords(function: str, what: object, options: Mapping[str, Any]) 
     Raises:
         UsageError: If there is no such keyword, or they make no sense together.
     """
-    rest = dict(options)
+    rest: dict[str, Any] = dict(options)
     proof = from_keywords(Proof, rest)
     plan, budget = rest.pop("plan", None), rest.pop("budget", None)
     passes = rest.pop("passes", None)
