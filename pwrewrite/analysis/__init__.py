@@ -6,12 +6,9 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from ..capturing.network import dtype_name, graph
 from ..capturing.records import Capture, info
+from ..capturing.state import no_collection
 from ..core.errors import UsageError
 from .by_op import by_op
 from .critical_path import critical_path
@@ -54,20 +51,8 @@ def analyze_capture(
     if not 0.0 <= hotspot_share <= 1.0:
         raise UsageError("the hotspot share is a part of the MACs", expected="0 to 1", got=str(hotspot_share))
     profile = device_profile(device)
-    with _no_collection():
+    with no_collection():
         return _analyze(capture, target, hotspot_share, profile)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Holds back the garbage collector: an analysis is many small records, none of them garbage yet."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _analyze(capture: Capture, target: str, hotspot_share: float, profile: DeviceProfile) -> Analysis:

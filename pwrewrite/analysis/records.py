@@ -9,7 +9,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -81,7 +80,7 @@ class LayerReport(Record):
     activation_bytes: int
     sees_whole_input: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The same as plain JSON data."""
         layer, skip = self.layer, self.skip
         names = ("kernel_size", "stride", "padding", "dilation", "groups")
@@ -114,7 +113,7 @@ class LayerReport(Record):
         }
 
 
-def _call(call: Call) -> dict[str, Any]:
+def _call(call: Call) -> dict[str, object]:
     shapes = {"input_shape": list(call.input_shape), "output_shape": list(call.output_shape)}
     return {"node": call.node, **shapes, "macs": call.cost.macs, "island": call.island}
 
@@ -130,7 +129,7 @@ class OpTotal(Record):
     read_bytes: int
     write_bytes: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The same as plain JSON data."""
         data = {"op": self.op, "calls": self.calls, "params": self.params, "macs": self.macs, "flops": 2 * self.macs}
         return {**data, "read_bytes": self.read_bytes, "write_bytes": self.write_bytes}
@@ -284,7 +283,7 @@ class Analysis(Shown, Record):
         """Name of the device profile behind the roofline classes."""
         return self.roofline.device
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The analysis as plain JSON data of schema ``pwrewrite.analysis/1``: integers unscaled, names stable."""
         return {
             "schema": SCHEMA,

@@ -7,11 +7,8 @@ The model is left exactly as it was.
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +24,7 @@ from .origins import NeedsValues
 from .recorder import Recorder, path_of_failure
 from .records import Call, Capture, Coverage, Layer, MemoryEvent, NodeInfo, TensorSpec, Window, info
 from .shapes import ShapeError
-from .state import untouched
+from .state import no_collection, untouched
 from .tensors import byte_count, conventions, element_count, has_shape_only, kind_of
 
 __all__ = [
@@ -88,7 +85,7 @@ def capture(
     if any(isinstance(module, LazyModuleMixin) for module in inventory.modules):
         inventory = Inventory(materialized(model, args, kwargs))
     failure: Exception | None = None
-    with _one_at_a_time, _no_collection():
+    with _one_at_a_time, no_collection():
         for attempt in attempts:
             real = attempt == "real"
             if real and failure is not None and _too_large(inventory):
@@ -124,18 +121,6 @@ def _record(inventory: Inventory, args: Args, kwargs: Kwargs, *, real: bool, tra
         if not recorder.origins.lost:
             break
     return recorder
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Holds back the garbage collector: a graph is many small objects, none of them garbage yet."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _run(recorder: Recorder, args: Args, kwargs: Kwargs) -> None:

@@ -37,7 +37,7 @@ def value_or(value: Any, default: Any) -> Any:
 class _Item(fx.Proxy):
     """A value in a trace that takes items."""
 
-    def __setitem__(self, key: Any, value: Any) -> None:
+    def __setitem__(self, key: object, value: object) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 

@@ -63,7 +63,7 @@ class _Value(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         return _Attribute(self, name)
 
-    def __setitem__(self, key: Any, value: Any) -> None:
+    def __setitem__(self, key: object, value: object) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 
@@ -213,7 +213,7 @@ def _calls(owner: nn.Module, node: fx.Node, module: nn.Module) -> bool:
     return node.op == "call_module" and owner.get_submodule(str(node.target)) is module
 
 
-def _is_input(node: Any) -> bool:
+def _is_input(node: object) -> bool:
     return isinstance(node, fx.Node) and node.op == "placeholder"
 
 

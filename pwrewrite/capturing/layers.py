@@ -98,11 +98,11 @@ def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _argument(node: fx.Node, position: int, name: str) -> Any:
+def _argument(node: fx.Node, position: int, name: str) -> object:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
-def _is_stored(weight: Any) -> TypeGuard[fx.Node]:
+def _is_stored(weight: object) -> TypeGuard[fx.Node]:
     """Whether an argument is a tensor under a name of the model's."""
     return isinstance(weight, fx.Node) and weight.op == "get_attr" and not str(weight.target).startswith("_constant")
 

@@ -32,7 +32,6 @@ them). A question of one's own is then a line or two::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import networkx as nx
 import torch
@@ -58,9 +57,9 @@ def graph(capture: Capture) -> nx.DiGraph:
     ['input', 'conv2d', 'relu', 'output']
     """
     layer_of = {call.node: call.layer for call in capture.calls}
-    nodes: list[tuple[str, dict[str, Any]]] = []
-    edges: list[tuple[str, str, dict[str, Any]]] = []
-    flows: dict[fx.Node, dict[str, Any]] = {}
+    nodes: list[tuple[str, dict[str, object]]] = []
+    edges: list[tuple[str, str, dict[str, object]]] = []
+    flows: dict[fx.Node, dict[str, object]] = {}
     for node in capture.graph.nodes:
         if node.op == "get_attr":
             continue
@@ -79,7 +78,7 @@ def graph(capture: Capture) -> nx.DiGraph:
     return result
 
 
-def _attributes(facts: NodeInfo, layer: str | None) -> dict[str, Any]:
+def _attributes(facts: NodeInfo, layer: str | None) -> dict[str, object]:
     outputs, cost = facts.outputs, facts.cost
     return {
         "op": facts.op,
@@ -96,11 +95,11 @@ def _attributes(facts: NodeInfo, layer: str | None) -> dict[str, Any]:
     }
 
 
-def _flow(tensors: Sequence[TensorSpec]) -> dict[str, Any]:
+def _flow(tensors: Sequence[TensorSpec]) -> dict[str, object]:
     return {"bytes": sum([t.nbytes for t in tensors]), "shape": tensors[0].shape if tensors else ()}
 
 
-def _part(node: fx.Node, source: fx.Node) -> dict[str, Any]:
+def _part(node: fx.Node, source: fx.Node) -> dict[str, object]:
     """What ``node`` reads of the tensors that ``source`` makes: its inputs that no other source accounts for."""
     rest = list(info(node).inputs)
     for other in node.all_input_nodes:

@@ -115,7 +115,7 @@ class Origins:
         set_info(node, NodeInfo("input", "", (), (spec_of(t),), Cost()))
         return node
 
-    def output(self, value: Any) -> fx.Node:
+    def output(self, value: object) -> fx.Node:
         """Appends what the model returned."""
         node: fx.Node = self.graph.output(map_tensors(value, self.node, plain=True))
         return node
@@ -136,7 +136,7 @@ class Origins:
 
     # ------------------------------------------------------------------------------------------- origins
 
-    def mark(self, out: Any, node: fx.Node) -> None:
+    def mark(self, out: object, node: fx.Node) -> None:
         """Notes that ``node`` made a tensor, or the tensors in a container."""
         if isinstance(out, Tensor):
             setattr(out, _ORIGIN, node)
@@ -166,7 +166,7 @@ class Origins:
         name = self._liveness.maker(t) if self.transformed else ""
         return next((node for node in self.graph.nodes if node.name == name), None) if name else None
 
-    def _mark_pieces(self, value: Any, node: fx.Node, where: tuple[Any, ...]) -> None:
+    def _mark_pieces(self, value: object, node: fx.Node, where: tuple[object, ...]) -> None:
         if isinstance(value, Tensor):
             self._set_origin(value, Piece(node, where) if where else node)
         elif isinstance(value, (tuple, list)):

@@ -27,6 +27,7 @@ new island.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from traceback import walk_tb
 from typing import Any
@@ -107,7 +108,7 @@ class Recorder(TorchFunctionMode):
         self.origins = Origins(inventory, self.liveness, real=real, items=items, device=self.device)
         self.opaque: list[str] = []
         self.notes: dict[str, None] = {}
-        self.deep = deep
+        self._depth: Callable[[], AbstractContextManager[object]] = _Deep if deep else nullcontext
         self.here = _Here()
         self._lock = threading.RLock()
         self._books = Bookkeeper(self.origins, self.liveness, inventory, self.here)
@@ -132,7 +133,7 @@ class Recorder(TorchFunctionMode):
             origins.mark(tensor, node)
         recorder, here = self, self.here
 
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def call(module: nn.Module, *args: object, **kwargs: object) -> object:
             state = here.state
             if state == _RECORDED:
                 return recorder.call_module(module, args, kwargs)
@@ -164,7 +165,7 @@ class Recorder(TorchFunctionMode):
         """
         here = self.here
 
-        def recorded(*args: Any, **kwargs: Any) -> Any:
+        def recorded(*args: object, **kwargs: object) -> object:
             if here.recorded:
                 return function(*args, **kwargs)
             here.state, here.scope = _RECORDED, list(scope)
@@ -176,10 +177,7 @@ class Recorder(TorchFunctionMode):
 
         return recorded
 
-    def _depth(self) -> AbstractContextManager[object]:
-        return _Deep() if self.deep else nullcontext()  # type: ignore[no-untyped-call]
-
-    def call_module(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+    def call_module(self, module: nn.Module, args: Args, kwargs: Kwargs) -> object:
         """What replaces ``nn.Module.__call__``: a leaf becomes a node, the rest runs and is looked into."""
         path = self._paths.get(id(module))
         rule = None
@@ -209,7 +207,7 @@ class Recorder(TorchFunctionMode):
     def _scope(self) -> str:
         return self.here.scope[-1] if self.here.scope else ""
 
-    def _leaf(self, module: nn.Module, path: str, rule: Leaf, args: Args, kwargs: Kwargs) -> Any:
+    def _leaf(self, module: nn.Module, path: str, rule: Leaf, args: Args, kwargs: Kwargs) -> object:
         here = self.here
         with DisableTorchFunction(), self._lock:
             here.state = _BUSY
@@ -218,7 +216,7 @@ class Recorder(TorchFunctionMode):
             finally:
                 here.state = _RECORDED
 
-    def _script(self, module: nn.Module, path: str, args: Args, kwargs: Kwargs) -> Any:
+    def _script(self, module: nn.Module, path: str, args: Args, kwargs: Kwargs) -> object:
         self.opaque.append(path)
         with DisableTorchFunction(), self._lock:
             self.here.state = _BUSY
@@ -229,7 +227,7 @@ class Recorder(TorchFunctionMode):
 
     # ----------------------------------------------------------------------------------------- functions
 
-    def __torch_function__(self, func: Any, types: object, args: Args = (), kwargs: Kwargs | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Args = (), kwargs: Kwargs | None = None) -> object:
         """Sees every torch function and tensor method that runs outside a leaf."""
         kwargs = kwargs or {}
         if self.here.state != _RECORDED:
@@ -252,7 +250,7 @@ class Recorder(TorchFunctionMode):
         with self._lock:
             return self._function(func, name, args, kwargs)
 
-    def _function(self, func: Function, name: str, args: Args, kwargs: Kwargs) -> Any:
+    def _function(self, func: Function, name: str, args: Args, kwargs: Kwargs) -> object:
         origins = self.origins
         if not args and "input" in kwargs:
             args, kwargs = (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
@@ -310,7 +308,7 @@ class Recorder(TorchFunctionMode):
 
     # ----------------------------------------------------------------------------- higher-order operators
 
-    def _higher_order(self, operator: HigherOrderOperator, args: Args, kwargs: Kwargs) -> Any:
+    def _higher_order(self, operator: HigherOrderOperator, args: Args, kwargs: Kwargs) -> object:
         """Records what an operator calls; on ``meta`` both branches of a ``cond`` and one round of a ``while_loop``."""
         name, values = operator.__name__, [*args, *kwargs.values()]
         with self:
@@ -328,7 +326,7 @@ class Recorder(TorchFunctionMode):
                 return implementation(*args, **kwargs)
         return self._function(operator, "", args, kwargs)
 
-    def _join(self, operator: HigherOrderOperator, args: Args, results: Any, unpriced: tuple[str, ...]) -> Any:
+    def _join(self, operator: HigherOrderOperator, args: Args, results: object, unpriced: tuple[str, ...]) -> object:
         """One node behind what an operator called."""
         with DisableTorchFunction(), self._lock:
             out = map_tensors(results, torch.empty_like)

@@ -9,6 +9,7 @@ attributes) are not followed.
 
 from __future__ import annotations
 
+import gc
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,18 @@ def same(container: Any, saved: Any) -> bool:
     if isinstance(container, set):
         return bool(container == saved)
     return all(map(is_, container, saved))
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Holds back the garbage collector: a graph is many small objects, none of them garbage yet."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Kept:

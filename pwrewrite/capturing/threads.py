@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 
 class _Thread(Protocol):
@@ -29,7 +29,7 @@ class _Recorder(Protocol):
     @property
     def here(self) -> _Thread: ...
 
-    def within(self, function: Callable[..., Any], scope: list[str]) -> Callable[..., Any]: ...
+    def within(self, function: Callable[..., object], scope: list[str]) -> Callable[..., object]: ...
 
 
 @contextmanager
@@ -43,7 +43,9 @@ def recorded_threads(recorder: _Recorder) -> Iterator[None]:
             setattr(thread, "run", recorder.within(thread.run, recorder.here.scope))  # noqa: B010
         start(thread)
 
-    def submit_recorded(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+    def submit_recorded(
+        self: ThreadPoolExecutor, fn: Callable[..., object], /, *args: object, **kwargs: object
+    ) -> Future[object]:
         if recorder.here.recorded:
             fn = recorder.within(fn, recorder.here.scope)
         return submit(self, fn, *args, **kwargs)

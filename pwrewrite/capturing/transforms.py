@@ -57,7 +57,7 @@ def uncompiled() -> Iterator[None]:
     compiler = torch.compile
     stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
 
-    def leave(model: Any = None, **settings: Any) -> Any:
+    def leave(model: object = None, **settings: object) -> object:
         return leave if model is None else model
 
     setattr(torch, "compile", leave)  # noqa: B010
@@ -71,7 +71,7 @@ def uncompiled() -> Iterator[None]:
         setattr(torch, "compile", compiler)  # noqa: B010
 
 
-def in_python(operator: HigherOrderOperator) -> Callable[..., Any] | None:
+def in_python(operator: HigherOrderOperator) -> Callable[..., object] | None:
     """The Python that torch runs for a higher-order operator in eager mode."""
-    implementation: Callable[..., Any] | None = operator.py_kernels.get(DispatchKey.CompositeExplicitAutograd)
+    implementation: Callable[..., object] | None = operator.py_kernels.get(DispatchKey.CompositeExplicitAutograd)
     return implementation

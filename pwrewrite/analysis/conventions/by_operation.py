@@ -79,7 +79,7 @@ def _dispatched(node: fx.Node) -> int | None:
 
     read = list(info(node).inputs)
 
-    def empty(source: fx.Node) -> Any:
+    def empty(source: fx.Node) -> fx.node.Argument:
         outputs = info(source).outputs
         spec = outputs[0] if len(outputs) == 1 else next(spec for spec in read if spec in outputs)  # a piece of it
         if spec in read:

@@ -194,7 +194,7 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-def shape_of(value: Any) -> tuple[int, ...] | None:
+def shape_of(value: object) -> tuple[int, ...] | None:
     """Shape of a graph argument; None where it is no tensor."""
     if isinstance(value, fx.Node):
         outputs = info(value).outputs
