@@ -22,7 +22,15 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^<!-- run(?:: exit (\d))? -->\n```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-PAGES = ("README.md", "docs/analyze.md", "docs/rewrite.md", "docs/budget.md", "docs/fuse.md", "docs/check.md")
+PAGES = (
+    "README.md",
+    "docs/analyze.md",
+    "docs/rewrite.md",
+    "docs/budget.md",
+    "docs/fuse.md",
+    "docs/check.md",
+    "docs/export.md",
+)
 
 
 def blocks(page: str) -> list[tuple[int, str, str]]:

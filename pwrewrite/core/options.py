@@ -279,3 +279,21 @@ class GateOptions:
     )
     warn_at: float | None = _of_limits("Warn from this part of a limit on: 90%.", "--warn-at SHARE", read=parse_share)
     strict: bool = option(False, "Fail if an operation has no cost formula.", "--strict", panel=LIMITS)
+
+
+_of_export = partial(option, panel="Output")
+
+
+@documented
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a model is exported to, and where."""
+
+    to: Sequence[str] = _of_export(
+        ("onnx",), r"Formats: onnx, pt2, openvino; repeatable. [dim]\[default: onnx][/]", "--to NAMES", split=True
+    )
+    out: Path | None = _of_export(
+        None, "Write the files there, whole and verified or not at all.", "--out DIR", read=path
+    )
+    static: bool = _of_export(False, "Fix all shapes to those of the example inputs.", "--static")
+    force: bool = _of_export(False, "Replace a folder that an earlier export wrote.", "--force")

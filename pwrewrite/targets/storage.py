@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -69,8 +69,20 @@ def save(
     return Path(folder)
 
 
-def check_place(folder: str | Path, *, force: bool = False) -> None:
+def check_place(
+    folder: str | Path,
+    *,
+    force: bool = False,
+    files: Collection[str] = _FILES,
+    ours: Callable[[Path], bool] = lambda folder: _is_plan(folder / PLAN),
+) -> None:
     """Checks, before any work, that a folder can be written.
+
+    Args:
+        folder: The folder.
+        force: Whether one that pwrewrite wrote may be replaced.
+        files: Names of what it may hold.
+        ours: Whether pwrewrite wrote a folder.
 
     Raises:
         OutputError: If it is a file, cannot be written, exists and ``force`` is off, or holds what pwrewrite did not
@@ -88,12 +100,12 @@ def check_place(folder: str | Path, *, force: bool = False) -> None:
         raise unwritable(folder, error) from error
     if entries and not force:
         raise OutputError("the output folder exists", where=str(folder), hint="--force replaces what was saved there")
-    strange = sorted(e.name for e in entries if e.name not in _FILES or not e.is_file(follow_symlinks=False))
-    if entries and (strange or not _is_plan(target / PLAN)):
+    strange = sorted(e.name for e in entries if e.name not in files or not e.is_file(follow_symlinks=False))
+    if entries and (strange or not ours(target)):
         raise OutputError(
             "the output folder holds what pwrewrite did not write, so it is not replaced",
             where=str(folder),
-            got=", ".join(strange[:5]) or f"no {PLAN} of pwrewrite",
+            got=", ".join(strange[:5]) or "no report of pwrewrite",
             hint="give another place, or remove it yourself",
         )
     try:
