@@ -95,17 +95,21 @@ class Inventory:
         return sum(map(byte_count if self.kinds else attrgetter("nbytes"), (*self.parameters, *self.buffers)))
 
     @cached_property
-    def strays(self) -> dict[int, str]:
-        """Modules that a module holds in a plain list, tuple or dict, and theirs, by identity, with a name for each."""
-        strays: dict[int, str] = {}
+    def strays(self) -> dict[str, nn.Module]:
+        """Modules that a module holds in a plain list, tuple or dict, and theirs, once, by a name for each."""
+        strays: dict[int, tuple[str, nn.Module]] = {}
         for module in self.modules:
             path = self.names[id(module)][0]
             for name, value in module.__dict__.items():
                 if name[:1] != "_" and isinstance(value, (list, tuple, dict)):
                     for inner, part in _modules_in(value, f"{path}.{name}" if path else name):
                         if id(part) not in self.names:
-                            strays.setdefault(id(part), inner)
-        return strays
+                            strays.setdefault(id(part), (inner, part))
+        return dict(strays.values())
+
+    def stray_name(self, module: nn.Module) -> str | None:
+        """The name of one of them; None where it is none."""
+        return next((name for name, stray in self.strays.items() if stray is module), None)
 
     @cached_property
     def owned(self) -> dict[int, tuple[str, Tensor]]:

@@ -118,7 +118,7 @@ def _functional_path(node: fx.Node, scope: str, inventory: Inventory) -> tuple[s
         alone = holder is not None and sum(p is not None and p.dim() > 1 for p in holder._parameters.values()) <= 1
         whole = attribute == "weight" and (isinstance(holder, _KINDS) or (bool(owner) and alone))
         return (owner if whole else name), name
-    if isinstance(modules.get(scope), _KINDS) or scope in inventory.strays.values():
+    if isinstance(modules.get(scope), _KINDS) or scope in inventory.strays:
         return scope, ""  # the layer's own code computes its weight, or it is outside the model's tree
     return f"{scope}.{node.name}" if scope else node.name, ""
 

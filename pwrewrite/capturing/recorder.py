@@ -182,7 +182,7 @@ class Recorder(TorchFunctionMode):
         path = self._paths.get(id(module))
         rule = None
         if path is None:
-            path = self.inventory.strays.get(id(module), self._scope())
+            path = self.inventory.stray_name(module) or self._scope()
         elif transforming() is None:
             rule = leaf_rule(type(module))
         attributes = module.__dict__

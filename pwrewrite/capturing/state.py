@@ -2,9 +2,9 @@
 
 Capturing runs the model's own code, which may store tensors (``self.last = x``), count calls, grow lists or draw
 random numbers. Restored are every module's ``__dict__`` (by identity, so training flags, hooks, replaced submodules
-and new attributes are covered), the contents of plain containers in it, the values of its tensors where real values
-ran, and the random states of torch, Python and NumPy. Objects that the model only refers to (a config object's
-attributes) are not followed.
+and new attributes are covered, also of modules in plain lists), the contents of plain containers in it, the values of
+its tensors where real values ran, and the random states of torch, Python and NumPy. Objects that the model only
+refers to (a config object's attributes) are not followed.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def untouched(inventory: Inventory, *, values: bool) -> Iterator[None]:
     dicts: list[tuple[dict[str, Any], dict[str, Any]]] = []
     containers: list[tuple[Any, Any]] = []
     empty: list[Any] = []
-    for module in inventory.modules:
+    strays = inventory.strays.values()
+    for module in (*inventory.modules, *strays):
         attributes = module.__dict__
         dicts.append((attributes, attributes.copy()))
         for value in attributes.values():
@@ -112,7 +113,10 @@ def untouched(inventory: Inventory, *, values: bool) -> Iterator[None]:
                     contents(value, containers, _DEPTH)
                 else:
                     empty.append(value)
-    tensors = [_Kept(t) for _, t in inventory.owned.values() if not t.is_meta and not is_lazy(t)] if values else []
+    owned = {id(t): t for _, t in inventory.owned.values()} if values else {}
+    for stray in strays if values else ():
+        owned |= {id(t): t for t in (*stray.parameters(recurse=False), *stray.buffers(recurse=False))}
+    tensors = [_Kept(t) for t in owned.values() if not t.is_meta and not is_lazy(t)]
     try:
         with same_directory(), keeping_random_state():
             yield

@@ -231,3 +231,32 @@ def test_what_a_forward_writes_into_its_own_tensors_is_put_back(way: str, needs_
     assert torch.equal(model.conv.weight, weight)
     assert model.conv.weight.data_ptr() == place
     assert model.scale.item() == model.table[0][0].item() == 1
+
+
+@pytest.mark.parametrize("needs_values", [False, True])
+@pytest.mark.parametrize("holder", [list, tuple, lambda modules: {"one": modules}])
+def test_modules_in_plain_containers_are_left_as_they_were(holder: Any, needs_values: bool) -> None:
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            normed = nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3))
+            self.body, self.held = nn.Conv2d(4, 4, 1), holder([normed, nn.BatchNorm2d(4)])
+
+        def parts(self) -> list[nn.Module]:
+            return list(self.held["one"] if isinstance(self.held, dict) else self.held)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for part in self.parts():
+                x = part(x)
+            return x.relu() if needs_values and x.sum() > 0 else x
+
+    model = Holds()
+    before = [(b, b.clone(), b._version) for part in model.parts() for b in part.buffers()]
+    flags = [module.training for part in model.parts() for module in part.modules()]
+    capture(model, X)
+    after = [b for part in model.parts() for b in part.buffers()]
+    assert len(after) == len(before) == 5
+    for (buffer, values, _), now in zip(before, after):
+        assert now is buffer
+        assert torch.equal(now, values)
+    assert flags == [module.training for part in model.parts() for module in part.modules()]
