@@ -162,6 +162,9 @@ class ConvSpec:
         size = self.output_size(before, None if wanted is None else tuple(int(w) for w in wanted)[-self.dims :])
         if any(n < (0 if self.transposed else 1) for n in size):
             raise ValueError(f"{self.op} with kernel {self.kernel_size} does not fit an input of size {before}")
+        most = {"reflect": 0, "circular": 1}.get(self.padding_mode)  # beyond an input's size less one
+        if most is not None and any(max(pads) >= n + most for pads, n in zip(self.padding, before)):
+            raise ValueError(f"{self.op} cannot pad an input of size {before} by {self.padding} ({self.padding_mode})")
         return (*shape[:lead], self.out_channels, *size)
 
     def macs(self, input_shape: Sequence[int], output_shape: Sequence[int]) -> int:

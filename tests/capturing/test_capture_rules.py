@@ -15,6 +15,7 @@ from pwrewrite.capturing import capture, info
 from pwrewrite.capturing.functions import words
 from pwrewrite.capturing.module_rules import MODULE_RULES, leaf_rule
 from pwrewrite.capturing.shapes import FUNCTION_RULES, ShapeError
+from pwrewrite.core.errors import CaptureError
 from pwrewrite.core.nested import map_tensors, tensors_of
 
 FAST = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -408,3 +409,18 @@ def test_tensors_of_finds_them_everywhere() -> None:
     a, b = torch.zeros(1), torch.zeros(2)
     found = tensors_of(({"x": [a, (b,)]}, slice(a, None), 3, None))
     assert [id(t) for t in found] == [id(a), id(b), id(a)]
+
+
+@pytest.mark.parametrize("mode", ["reflect", "circular", "replicate", "zeros"])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("padding", [0, 1, 2, 3, "same"])
+def test_padding_by_the_input_needs_enough_of_it(mode: str, size: int, padding: int | str) -> None:
+    conv = nn.Conv2d(2, 2, 3, padding=padding, padding_mode=mode, dilation=1 if padding != "same" else 2)
+    x = torch.zeros(1, 2, size, 9)
+    try:
+        expected = tuple(conv(x).shape)
+    except RuntimeError:
+        with pytest.raises(CaptureError):
+            capture(conv, x)
+    else:
+        assert info(list(capture(conv, x).graph.nodes)[-2]).outputs[0].shape == expected
