@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from ..core.option import T, Typed, default_of, read_typed, typed_fields
+from .config import options_of
 from .running import handled
 
 
@@ -33,6 +34,10 @@ class Only:
     but: bool = False
 
 
+_NEVER = ("help", "debug")
+"""Options that are typed and not kept."""
+
+
 class _Untyped:
     """Help in which a flag has no type: typer writes ``<bool>`` beside its own."""
 
@@ -46,7 +51,16 @@ class _Untyped:
 
 
 class Command(_Untyped, TyperCommand):
-    """A command of the application."""
+    """A command of the application; what is not typed comes from the project's options, see `config`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Reads what was typed over the project's options."""
+        if not ctx.resilient_parsing and not {"-h", "--help"} & set(args):
+            flags = {(p.opts[0].lstrip("-")): p.name for p in self.get_params(ctx) if p.name not in _NEVER}
+            with handled(False):
+                ctx.default_map = options_of(str(self.name), ctx.parent.command.commands, flags)
+            self.no_args_is_help = self.no_args_is_help and not ctx.default_map
+        return super().parse_args(ctx, args)
 
 
 class Commands(_Untyped, TyperGroup):

@@ -1,0 +1,88 @@
+"""A project's options: ``pwrewrite.toml``, or ``[tool.pwrewrite]`` in ``pyproject.toml``, in the current directory.
+
+A table per command holds options by their names, and ``target``; what is typed wins over it, value by value::
+
+    [check]
+    target = "model.py"
+    max-macs = "600M"
+    max-increase = { macs = "2%" }
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+
+from ..core.errors import UsageError
+from ..core.files import read_text
+
+OWN, SHARED = "pwrewrite.toml", "pyproject.toml"
+
+
+def options_of(command: str, commands: Iterable[str], flags: Mapping[str, str]) -> dict[str, object]:
+    """The options that the project gives a command.
+
+    Args:
+        command: The command.
+        commands: All commands.
+        flags: How each of its options is written in the file, to the parameter that it fills.
+
+    Returns:
+        Parameter to a text, a list of texts, or whether a flag is given.
+
+    Raises:
+        UsageError: If the file is no TOML, or holds what is no command or option; names the nearest.
+    """
+    file, tables = _read()
+    for name, table in tables.items():
+        if name not in commands:
+            raise _unknown("command", name, commands, file)
+        if not isinstance(table, dict):
+            raise UsageError(f"[{name}] is not a table", where=file, got=repr(table))
+    options: dict[str, object] = {}
+    mine = tables.get(command, {})
+    assert isinstance(mine, dict)
+    for name, value in mine.items():
+        if name not in flags:
+            raise _unknown(f"option of {command}", name, flags, file)
+        options[flags[name]] = _typed(value, f"{file}, {command}.{name}")
+    return options
+
+
+def _read() -> tuple[str, dict[str, object]]:
+    """The file there is, and its tables."""
+    for file in (OWN, SHARED):
+        try:
+            data = tomllib.loads(read_text(Path(file)))
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            if file == SHARED and not isinstance(error, tomllib.TOMLDecodeError):
+                continue
+            raise UsageError(f"{file} cannot be read: {error}", where=file) from None
+        tables = data if file == OWN else data.get("tool", {}).get("pwrewrite")
+        if tables is not None:
+            return file, tables
+    return OWN, {}
+
+
+def _typed(value: object, where: str) -> object:
+    """A value as the command line has it: texts, lists of texts, and flags."""
+    match value:
+        case bool():
+            return value
+        case str() | int() | float():
+            return str(value)
+        case list():
+            return [str(item) for item in value]
+        case dict():
+            return [f"{key}={item}" for key, item in value.items()]
+    raise UsageError("this is no value of an option", where=where, expected="a text, a number, true, a list or a table")
+
+
+def _unknown(what: str, name: str, known: Iterable[str], file: str) -> UsageError:
+    near = get_close_matches(name, list(known), n=1)
+    hint = f"did you mean {near[0]}?" if near else None
+    return UsageError(f"no such {what}: {name}", where=file, expected=", ".join(known), hint=hint)
