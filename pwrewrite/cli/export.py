@@ -1,4 +1,4 @@
-"""``pwrewrite export``: files for other runtimes, each verified where it will run."""
+"""``pwrewrite export``: a model as other runtimes take it, each run in its own and compared."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from .showing import show, tell
 
 
 def export(target: TargetOptions, options: ExportOptions, reported: Reported) -> None:
-    """Writes ONNX, PT2 or OpenVINO files, runs [bold]each in its own runtime[/] and keeps those that agree.
+    """Exports a model, and runs every export in its [bold]own runtime[/] at two batch sizes against the model.
 
-    [dim]pwrewrite export model.py --weights w.pt --to onnx,pt2 --out DIR[/]
+    [dim]pwrewrite export model.py --weights w.pt --to onnx,openvino --out DIR[/]
 
-    [dim]pwrewrite export FOLDER --model model.py --to openvino --out DIR[/]
+    [dim]pwrewrite export model.py --dynamic x:2=height --dynamic x:3=width --out DIR[/]
     """
     with working(reported) as progress:
         from ..core import files
-        from ..core.errors import UsageError
-        from ..engines.exports import formats_of
+        from ..core.errors import VerificationError
         from ..report.exported import page
-        from ..targets import open_target
-        from ..workflows.export import check_export_place, export
+        from ..workflows.export import export_target
 
-        if options.out is None:
-            raise UsageError("there is no place to export to", hint="give --out DIR")
         if reported.output is not None:
             files.check_writable(reported.output)
-        formats_of(options.to)
-        check_export_place(options.out, force=options.force)
-        progress("loading", None)
-        loaded = open_target(target)
-        result = export(loaded, None, options, progress=progress, seed=target.seed)
+        result = export_target(target, options, progress=progress)
     show(reported, page(result), json=result.to_json)
-    tell(f"exported to {options.out}", reported)
+    failed = [row for row in result.formats if not row.passed]
+    written = [row.format for row in result.formats if row.passed]
+    tell(f"{', '.join(written)} saved in {options.out}" if written else "nothing was saved", reported)
+    if failed:
+        first = failed[0]
+        raise VerificationError(
+            f"the {first.format} export does not do what the model does", where=first.differs_at, got=first.detail
+        )

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .form_names import FORM_NAMES
+from .form_names import EXPORT_NAMES, FORM_NAMES
 from .numbers import parse_arg, parse_count, parse_error, parse_increase, parse_share, parse_size, parse_width
 from .option import documented, option, path
 
@@ -281,19 +281,24 @@ class GateOptions:
     strict: bool = option(False, "Fail if an operation has no cost formula.", "--strict", panel=LIMITS)
 
 
-_of_export = partial(option, panel="Output")
+_of_export = partial(option, panel="Export")
 
 
 @documented
 @dataclass(frozen=True)
 class ExportOptions:
-    """What a model is exported to, and where."""
+    """What is exported, and what stays variable; Python takes ``to`` as a name or a list of them."""
 
     to: Sequence[str] = _of_export(
-        ("onnx",), r"Formats: onnx, pt2, openvino; repeatable. [dim]\[default: onnx][/]", "--to NAMES", split=True
+        ("onnx",), rf"Formats: {', '.join(EXPORT_NAMES)}. [dim]\[default: onnx][/]", "--to FORMATS", split=True
     )
+    dynamic: Sequence[str] = _of_export(
+        (),
+        "A further axis of an input that may vary: x:2, or x:2=height; axes of one label vary together; repeatable.",
+        "--dynamic INPUT:AXIS",
+    )
+    static: bool = _of_export(False, "Keep the batch size of the example inputs.", "--static")
     out: Path | None = _of_export(
-        None, "Write the files there, whole and verified or not at all.", "--out DIR", read=path
+        None, "Where to: the files that agree with the model and export.json.", "--out DIR", read=path
     )
-    static: bool = _of_export(False, "Fix all shapes to those of the example inputs.", "--static")
     force: bool = _of_export(False, "Replace a folder that an earlier export wrote.", "--force")

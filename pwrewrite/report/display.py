@@ -12,11 +12,11 @@ from ..analysis.costs import Difference
 from ..analysis.gates import Check
 from ..analysis.records import Analysis
 from ..core.errors import shortened
+from ..core.exports import Exports
 from ..core.numbers import count, plural
 from ..core.plan import Plan
 from ..core.verification import Verification
 from . import analysis, costs, exported, frontier, fused, rewrite, rewrite_rows as rows, terminal, to_html
-from .exported import Export
 from .frontier import Frontier
 from .page import Facts, Line, Page, Title
 from .records import Report
@@ -39,7 +39,7 @@ def page(result: object) -> Page:
             return costs.check_page(result)
         case Difference():
             return costs.difference_page(result)
-        case Export():
+        case Exports():
             return exported.page(result)
     report = getattr(result, "report", None)
     if not isinstance(report, Report):
@@ -67,8 +67,8 @@ def _summary(result: object) -> str:
             return f" of {target}: {plural(len(points), 'point')} by {kind}"
         case Check(target=target):
             return f" of {target}: {costs.headline(result)}"
-        case Export(target=target, formats=formats, folder=folder):
-            return f" of {target} to {', '.join(each.format for each in formats)} in {folder}"
+        case Exports(target=target):
+            return f" of {target}: {exported.headline(result)}"
         case Difference(before=before, after=after, layers=layers):
             return f" of {before.target} and {after.target}: {plural(len(layers), 'layer')} differ"
     report = getattr(result, "report", None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -74,15 +74,10 @@ def check_place(
     *,
     force: bool = False,
     files: Collection[str] = _FILES,
-    ours: Callable[[Path], bool] = lambda folder: _is_plan(folder / PLAN),
+    marker: str = PLAN,
+    schema: str = SCHEMA,
 ) -> None:
-    """Checks, before any work, that a folder can be written.
-
-    Args:
-        folder: The folder.
-        force: Whether one that pwrewrite wrote may be replaced.
-        files: Names of what it may hold.
-        ours: Whether pwrewrite wrote a folder.
+    """Checks, before any work, that a folder can be written, over an earlier one of these files with that marker.
 
     Raises:
         OutputError: If it is a file, cannot be written, exists and ``force`` is off, or holds what pwrewrite did not
@@ -101,11 +96,11 @@ def check_place(
     if entries and not force:
         raise OutputError("the output folder exists", where=str(folder), hint="--force replaces what was saved there")
     strange = sorted(e.name for e in entries if e.name not in files or not e.is_file(follow_symlinks=False))
-    if entries and (strange or not ours(target)):
+    if entries and (strange or not _has_schema(target / marker, schema)):
         raise OutputError(
             "the output folder holds what pwrewrite did not write, so it is not replaced",
             where=str(folder),
-            got=", ".join(strange[:5]) or "no report of pwrewrite",
+            got=", ".join(strange[:5]) or f"no {marker} of pwrewrite",
             hint="give another place, or remove it yourself",
         )
     try:
@@ -122,13 +117,13 @@ def check_place(
         raise unwritable(folder, error) from error
 
 
-def _is_plan(path: Path) -> bool:
-    """Whether a file is a plan that was saved beside a model."""
+def _has_schema(path: Path, schema: str) -> bool:
+    """Whether a file is JSON of ours: a plan that was saved beside a model."""
     try:
         data = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(data, dict) and data.get("schema") == SCHEMA
+    return isinstance(data, dict) and data.get("schema") == schema
 
 
 def is_saved(path: str | Path) -> bool:

@@ -29,7 +29,7 @@ Key = tuple[str, int]
 """Path of a module and the number of its call."""
 
 
-def _watch(
+def watch(
     model: nn.Module,
     paths: Collection[str],
     inputs: Arguments,
@@ -99,7 +99,7 @@ def layer_differences(
     def keep(key: Key, output: Any) -> None:
         outputs[key] = [t.detach().clone() for t in flatten(output).floating.values()]
 
-    _watch(original, paths, inputs, seed, training, keep)
+    watch(original, paths, inputs, seed, training, keep)
 
     calls: Counter[str] = Counter()
 
@@ -118,9 +118,9 @@ def layer_differences(
 
     rounding: dict[Key, float] = {}
     if reference is not None:
-        _watch(reference[0], paths, reference[1], seed, training, differ(rounding))
+        watch(reference[0], paths, reference[1], seed, training, differ(rounding))
     errors: dict[Key, float] = {}
-    raised = _watch(rewritten, paths, inputs, seed, training, differ(errors))
+    raised = watch(rewritten, paths, inputs, seed, training, differ(errors))
     # Where a layer is called less often than before, its calls are no longer the same ones.
     before = Counter(path for path, _ in outputs)
     other = {path for path, count in before.items() if calls[path] != count} if raised is None else set()

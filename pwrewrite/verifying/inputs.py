@@ -9,7 +9,7 @@ global random state alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -57,6 +57,7 @@ class Draws:
     Attributes:
         batch: The example's batch size; None where no batch axis is known.
         drawn: Whether the first inputs are drawn rather than given.
+        images: The list of images that detection models take in place of a batch, if any.
     """
 
     def __init__(self, example_inputs: Inputs, device: torch.device | None, seed: int) -> None:
@@ -65,10 +66,10 @@ class Draws:
         tensors = list(flatten((self.args, self.kwargs)).tensors.values())
         floating = [t for t in tensors if t.dtype.is_floating_point or t.dtype.is_complex]
         self.drawn = not any(not t.is_meta and not _constant(t) for t in floating)
-        self._images = self._find_images()
+        self.images = self._find_images()
         dims = [t for t in floating if t.dim() > 1] or [t for t in tensors if t.dim()]
-        if self._images is not None:
-            self.batch: int | None = len(self._images)
+        if self.images is not None:
+            self.batch: int | None = len(self.images)
         else:
             self.batch = dims[0].shape[0] if dims and dims[0].shape[0] else None
         flat = max((t.dim() for t in floating), default=0) < 4
@@ -108,7 +109,7 @@ class Draws:
         """Spatial sizes of an input; empty where it has none."""
         if not t.dtype.is_floating_point or t.dim() < self._spatial_from:
             return ()
-        return tuple(t.shape[1:] if self._images is not None and t.dim() == 3 else t.shape[2:])
+        return tuple(t.shape[1:] if self.images is not None and t.dim() == 3 else t.shape[2:])
 
     def shapes(self, batch: int | None = None, size: str | None = None) -> Arguments:
         """Inputs without values, on ``meta``."""
@@ -128,12 +129,29 @@ class Draws:
         plain = variant == 0 and size is None and batch in (None, self.batch)
         return self._build(batch, size, lambda t, shape: self._values(t, shape, plain, generator))
 
+    def resized(self, sizes: Sequence[Mapping[int, int]], variant: int = 0) -> Arguments:
+        """Inputs with values, in which axes of each tensor have other sizes.
+
+        Args:
+            sizes: For each tensor, in order, the axes and their sizes.
+            variant: Other values for another number.
+        """
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + variant)
+        order = iter(sizes)
+
+        def convert(t: Tensor) -> Tensor:
+            other = next(order)
+            shape = tuple(other.get(axis, n) for axis, n in enumerate(t.shape))
+            return self._values(t, shape, False, generator)
+
+        return map_arguments((self.args, self.kwargs), convert)
+
     def _build(
         self, batch: int | None, size: str | None, make: Callable[[Tensor, tuple[int, ...]], Tensor]
     ) -> Arguments:
         def shape(t: Tensor) -> tuple[int, ...]:
             result = list(t.shape)
-            if batch and self._images is None and self.batch and result and result[0] == self.batch:
+            if batch and self.images is None and self.batch and result and result[0] == self.batch:
                 result[0] = batch
             space = self._space(t)
             if size and space:
@@ -144,7 +162,7 @@ class Draws:
             return make(t, shape(t))
 
         def item(value: Any) -> Any:
-            images = self._images
+            images = self.images
             if batch and images and isinstance(value, (list, tuple)) and [*map(id, value)] == [*map(id, images)]:
                 return type(value)(convert(images[i % len(images)]) for i in range(batch))
             return map_tensors(value, convert)

@@ -1,259 +1,204 @@
-"""The last step: files for other runtimes, each run there and compared with the model before it is kept.
+"""Exporting a model to other runtimes, each export run in its own and compared with the model: `export`.
 
-The model is exported once by ``torch.export``, with a batch that may vary; every format is written from that program.
-What was written then runs in its own runtime on fresh inputs at two batch sizes, neither of them the one it was traced
-with, and is held against a float64 copy of the model: shapes, dtypes, number of outputs, and values within what
-rounding does to the model itself. What does not agree is not left behind.
+The model is copied, put into evaluation and onto the CPU, and its fused layers become plain ones (`pwrewrite.unfuse`).
+One program of `torch.export` is the source of all formats. An export that does not do what the model does is deleted.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..capturing import Inputs
-from ..core.errors import RefusedError, UsageError, VerificationError, first_line
-from ..core.files import new_folder, read_text
+from ..capturing import Inputs, split_inputs
+from ..capturing.inputs import input_names
+from ..core.errors import PwrewriteError, RefusedError, UsageError, first_line
+from ..core.exports import EXPORT_SCHEMA, Exported, Exports
+from ..core.files import new_folder
+from ..core.form_names import EXPORT_NAMES
+from ..core.nested import tensors_of
+from ..core.numbers import dims
 from ..core.option import from_keywords, refuse_unknown
-from ..core.options import ExportOptions
-from ..edit.apply import copy_of
+from ..core.options import ExportOptions, TargetOptions
 from ..edit.unfuse import unfuse
-from ..engines.exports import FORMATS, Format, formats_of, program_of, tensors_of
-from ..engines.timing import time_in_turns
-from ..report.exported import SCHEMA, Export, Exported
-from ..targets import class_name
+from ..engines.exporting import Axes, Format, Program, format_named, identifier, measured
+from ..targets import open_target
 from ..targets.storage import check_place
-from ..verifying.inputs import Arguments, Draws, map_arguments
-from ..verifying.numerics import Bound, compare
+from ..verifying.exports import Expected, batch_axes, expectations, first_difference, judge
+from ..verifying.inputs import Draws
 from ..verifying.outputs import Flat, dtype_text
-from ..verifying.rounding import Original
-from ..verifying.runs import Outcome, run
 from .steps import Progress, silent
 from .subject import Subject, loaded_of
 
 REPORT = "export.json"
-NAMES = frozenset({REPORT, *(name for each in FORMATS for name in each.files)})
-"""Every file that an export may write."""
-
-_TRACED, _TRIED = 2, (3, 5)
-"""Batch sizes: that of the trace, which torch must not take for 1 or for a constant, and those of the comparison."""
-
-_FACTOR = 4.0
-"""How much further from float64 than an exact rewrite in torch's own kernels another runtime may be: it sums in tiles,
-by Winograd's algorithm, or with other functions."""
+_ALL = (REPORT, *(file for name in EXPORT_NAMES for file in format_named(name).files))
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """A plain copy of the model, and what it computes.
-
-    Attributes:
-        model: The copy, in evaluation mode on the CPU.
-        scaled: Which of its input tensors have the batch as their first dim.
-        runs: Batch size, None for the example's, with inputs and outcome of each run.
-        notes: What a reader should be told.
-    """
-
-    model: nn.Module
-    scaled: frozenset[int]
-    runs: tuple[tuple[int | None, Arguments, Outcome], ...]
-    notes: tuple[str, ...] = ()
-
-
+@torch.inference_mode(False)
 def export(
     model: Subject,
     example_inputs: Inputs | None = None,
-    what: ExportOptions | None = None,
     *,
-    seed: int = 0,
+    target: str | None = None,
     progress: Progress | None = None,
-    **options: object,
-) -> Export:
-    """Exports a model, and verifies every file in its own runtime.
+    **options: Any,
+) -> Exports:
+    """Writes a model for other runtimes, runs each export there at two batch sizes and compares it with the model.
 
     Args:
-        model: The model, fused, rewritten or plain, or what `pwrewrite.load_target` gave; it is not changed.
-        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones.
-        what: Which formats, and where to.
-        seed: Of the inputs that are drawn.
+        model: A module, or what `pwrewrite.load_target` gives; stays as it is, and is exported in evaluation mode.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones; a loaded model has its own.
+        target: Name for the report.
         progress: Called at each step.
-        **options: Fields of `pwrewrite.core.options.ExportOptions` as keywords: ``to=["onnx", "pt2"], out="dir"``.
+        **options: Fields of `pwrewrite.core.options.ExportOptions`: ``to``, ``out``, ``dynamic``, ``static``,
+            ``force``.
 
     Returns:
-        What was written, with sizes, times and errors.
+        What became of each format; ``passed`` tells whether all do what the model does. Only those that do are left in
+        ``out``, beside ``export.json``.
 
     Raises:
-        RefusedError: If the model cannot be traced, or a package is missing.
-        VerificationError: If a file does not do what the model does; nothing is left behind then.
-        OutputError: If the folder is there, or cannot be written.
+        UsageError: If a format is unknown or what it needs is not installed.
+        OutputError: If the folder cannot be written, or exists without ``force``.
+        RefusedError: If torch cannot export the model, or the model cannot be compared.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     made = export(nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 8, 8), to="pt2", out=f"{folder}/out")
+    >>> made.passed, made.inputs
+    (True, {'input': 'batch×3×8×8 float32'})
     """
-    say = progress or silent
-    what = what or from_keywords(ExportOptions, options)
+    chosen = from_keywords(ExportOptions, options)
     refuse_unknown("export", options, ExportOptions)
-    formats = formats_of(what.to)
-    if not formats or what.out is None:
-        raise UsageError("nothing to export to", expected="formats, and out, a folder")
+    if chosen.out is None:
+        raise UsageError("there is no place to export to", hint="--out DIR, or out=")
+    names = (chosen.to,) if isinstance(chosen.to, str) else tuple(dict.fromkeys(chosen.to))
+    formats = [format_named(name) for name in names]
+    for each in formats:
+        each.require()
+    files = (REPORT, *(file for each in formats for file in each.files))
+    place = partial(check_place, chosen.out, force=chosen.force, files=_ALL, marker=REPORT, schema=EXPORT_SCHEMA)
+    place()
+    say = progress or silent
     loaded = loaded_of(model, example_inputs)
-    if any(t.is_meta for t in (*loaded.model.parameters(), *loaded.model.buffers())):
-        raise RefusedError("the model has no weights to export", hint="give it weights, or initialise it")
-    check_export_place(what.out, force=what.force)
-    say("trying the model", None)
-    draws = Draws(loaded.example_inputs, torch.device("cpu"), seed)
-    trial = _try(unfuse(copy_of(loaded.model)).cpu().eval(), draws, static=what.static)
-    args, kwargs = _resized(draws, _TRACED, trial.scaled) if trial.scaled else trial.runs[0][1]
-    say("tracing", None)
-    scaled = [t for i, t in enumerate(tensors_of((args, kwargs))) if i in trial.scaled]
-    program = program_of(trial.model, args, kwargs, scaled)
-    names = _names(list(_output(trial.runs[0][2]).tensors))
-    results = []
-    with new_folder(what.out, NAMES) as scratch:
-        for each in formats:
-            say(f"writing {each.name}", None)
-            try:
-                each.write(program, names, scratch)
-            except Exception as error:
-                raise RefusedError(f"{each.name} cannot be written: {first_line(error)}") from error
-            say(f"running {each.name}", None)
-            results.append(_verified(each, scratch, trial, seed))
-        user_inputs = program.graph_signature.user_inputs
-        result = Export(
-            target=loaded.target or class_name(loaded.model),
-            formats=tuple(results),
-            dynamic=tuple(str(name) for i, name in enumerate(user_inputs) if i in trial.scaled),
-            outputs=tuple(names),
-            weight_bytes=sum(t.nbytes for t in trial.model.state_dict().values()),
-            folder=str(what.out),
-            notes=tuple(dict.fromkeys((*loaded.notes, *trial.notes))),
-        )
-        (scratch / REPORT).write_text(result.to_json(), encoding="utf-8")
+    program, expected, notes = _prepared(loaded.model, loaded.example_inputs, chosen, say)
+    args, kwargs = expected[0].call
+    with torch.no_grad():
+        seconds = measured(lambda: program.model(*args, **kwargs))
+    say("torch.export", None)
+    assert program.exported
+    weights = {id(t): t.nbytes for t in (*program.model.parameters(), *program.model.buffers())}
+    with TemporaryDirectory() as scratch:
+        rows = tuple(_exported(each, program, expected, Path(scratch), say) for each in formats)
+        name = target or loaded.target or type(loaded.model).__name__
+        inputs, outputs = _described(program, expected[0].output)
+        result = Exports(name, rows, inputs, outputs, sum(weights.values()), seconds, (*loaded.notes, *notes))
+        if any(row.passed for row in rows):
+            with new_folder(chosen.out, files) as folder:
+                for file in Path(scratch).iterdir():
+                    copyfile(file, folder / file.name)
+                (folder / REPORT).write_text(result.to_json(), encoding="utf-8")
+                place()  # what came there meanwhile is not ours to replace
     return result
 
 
-def check_export_place(folder: str | Path, *, force: bool = False) -> None:
-    """Checks, before any work, that an export can be written to a folder; raises `OutputError`."""
-    check_place(folder, force=force, files=NAMES, ours=_is_export)
+def export_target(target: TargetOptions, options: ExportOptions, *, progress: Progress | None = None) -> Exports:
+    """The same for what can be typed."""
+    (progress or silent)("loading", None)
+    return export(open_target(target), progress=progress, **vars(options))
 
 
-def _is_export(folder: Path) -> bool:
+def _prepared(
+    model: nn.Module, example_inputs: Inputs, options: ExportOptions, say: Progress
+) -> tuple[Program, list[Expected], list[str]]:
+    """What is exported, what it should compute, and notes."""
+    tensors = (*model.parameters(), *model.buffers())
+    if any(t.is_meta for t in tensors):
+        raise RefusedError("the model has no weights to export: they are on meta")
+    notes = ["exported in evaluation mode; the model is in training mode"] if model.training else []
+    plain = unfuse(model).cpu().eval().requires_grad_(False)
+    args, kwargs = split_inputs(example_inputs)
+    draws = Draws(example_inputs, torch.device("cpu"), 0)
+    names = tuple(input_names(plain, args, kwargs))
+    say("which axes may vary", None)
+    axes = batch_axes(plain, draws, names) if not options.static else tuple({} for _ in names)
+    if not options.static and not any(axes):
+        notes.append("static: the model takes no other batch size than the example's")
+    axes, example = _with_dynamic(axes, options.dynamic, names, [tuple(t.shape) for t in tensors_of((args, kwargs))])
+    say("running the model at two sizes", None)
+    expected = expectations(plain, draws, axes, example)
+    labels = list(dict.fromkeys(label for each in axes for label in each.values()))
+    sizes = {label: k + 2 for k, label in enumerate(labels)} | example
+    inputs = draws.resized([{axis: sizes[label] for axis, label in each.items()} for each in axes])
+    return Program(plain, inputs, names, _output_names(expected[0].output, names), axes), expected, notes
+
+
+def _with_dynamic(
+    axes: Axes, texts: Sequence[str], names: Sequence[str], shapes: Sequence[tuple[int, ...]]
+) -> tuple[Axes, dict[str, int]]:
+    """Axes with those of ``--dynamic``, and the sizes of these in the example."""
+    result, example = [dict(each) for each in axes], dict[str, int]()
+    for text in texts:
+        match = re.fullmatch(r"(\w+):(\d+)(?:=([A-Za-z_]\w*))?", text)
+        if match is None or match[1] not in names or int(match[2]) >= len(shapes[names.index(match[1])]):
+            known = ", ".join(f"{name}:0 to {name}:{len(shape) - 1}" for name, shape in zip(names, shapes) if shape)
+            raise UsageError("--dynamic names no axis of an input", expected=f"{known}, such as x:2=height", got=text)
+        place, axis = names.index(match[1]), int(match[2])
+        label = match[3] or f"{match[1]}_{axis}"
+        result[place][axis] = label
+        example[label] = shapes[place][axis]
+    return tuple(result), example
+
+
+def _output_names(output: Flat, taken: Sequence[str]) -> dict[str, str]:
+    """Path of an output tensor to its name: a dict's keys as they are, others numbered."""
+    names: dict[str, str] = {}
+    for path in output.tensors:
+        name = identifier(path).lstrip("_")
+        name = name if name.isidentifier() else f"output_{name}".rstrip("_")
+        while name in taken or name in names.values():
+            name += "_out"
+        names[path] = name
+    return names
+
+
+def _exported(each: Format, program: Program, expected: Sequence[Expected], folder: Path, say: Progress) -> Exported:
+    """Writes one format, runs it and compares; deletes it where it differs."""
+    say(f"{each.name}: writing", None)
+    error: float | None = None
+    seconds, engine, where = None, "", None
     try:
-        data = json.loads(read_text(folder / REPORT))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(data, dict) and data.get("schema") == SCHEMA
+        each.write(program, folder)
+        say(f"{each.name}: running at two sizes", None)
+        done = each.run(program, folder, [one.call for one in expected])
+        seconds, engine = done.seconds, done.engine
+        problems, error, at = judge(program, expected, done)
+        where = first_difference(program, each, folder, at) if problems else None
+    except PwrewriteError as failure:
+        problems = [f"{failure.message}: {failure.got}" if failure.got else failure.message]
+    except Exception as failure:  # of other people's exporters and runtimes, which raise anything
+        problems = [first_line(failure)]
+    files = [folder / name for name in each.files if (folder / name).exists()]
+    size = sum(file.stat().st_size for file in files)
+    for file in files if problems else ():
+        file.unlink()
+    detail = "; ".join(problems[:3]) or f"agrees at {' and at '.join(one.sizes for one in expected)}"
+    kept = () if problems else tuple(file.name for file in files)
+    return Exported(each.name, not problems, detail, kept, size, seconds, engine, error, where)
 
 
-def _try(model: nn.Module, draws: Draws, *, static: bool) -> _Trial:
-    """Runs the model in torch: at the example's shapes, and at batch sizes that an export has to take."""
-    example = draws.draw()
-    first = run(model, example, seed=draws.seed)
-    if first.output is None:
-        raise RefusedError(f"the model does not run on its example inputs: {first.error}")
-    if not first.output.tensors:
-        raise RefusedError("the model returns no tensors", got=first.output.describe())
-    if first.drew:
-        raise RefusedError("the model draws random numbers, so that no two runs agree")
-    tensors = tensors_of(example)
-    alike = [i for i, t in enumerate(tensors) if t.dim() and t.shape[0] == draws.batch]
-    for scaled in dict.fromkeys((frozenset(alike), frozenset(alike[:1]))):
-        if static or not scaled:
-            break
-        resized = [(n, _resized(draws, n, scaled)) for n in _TRIED]
-        runs = [(n, inputs, run(model, inputs, seed=draws.seed)) for n, inputs in resized]
-        if all(outcome.ran for *_, outcome in runs):
-            rest = len(alike) - len(scaled)
-            note = f"the batch varies in the first input only: the model does not run where {rest} more vary with it"
-            return _Trial(model, scaled, ((None, example, first), *runs), (note,) if rest else ())
-    again = draws.draw(variant=1)
-    still = ((None, example, first), (None, again, run(model, again, seed=draws.seed)))
-    why = "as asked" if static else "the model does not run at other batch sizes"
-    return _Trial(model, frozenset(), still, (f"all shapes are fixed to those of the example inputs: {why}",))
-
-
-def _resized(draws: Draws, batch: int, scaled: frozenset[int]) -> Arguments:
-    """Fresh inputs of a batch size; those that do not scale keep the example's values."""
-    example = tensors_of(draws.draw())
-    number = iter(range(len(example)))
-    return map_arguments(draws.draw(batch, variant=1), lambda t: t if (i := next(number)) in scaled else example[i])
-
-
-def _names(paths: Sequence[str]) -> list[str]:
-    """Names of outputs from where they are: ``output`` of a single one, ``boxes`` of ``['boxes']``, ``output_0``."""
-    if len(paths) == 1:
-        return ["output"]
-    names = ["_".join(re.findall(r"\w+", path)) for path in paths]
-    return [f"output_{name or i}" if not name or name[0].isdigit() else name for i, name in enumerate(names)]
-
-
-def _verified(each: Format, folder: Path, trial: _Trial, seed: int) -> Exported:
-    """Runs what was written and compares it, run by run.
-
-    Raises:
-        VerificationError: At the first that does not agree.
-    """
-    sizes = tuple(batch for batch, *_ in trial.runs if batch is not None)
-    try:
-        results = each.run(folder, [tensors_of(inputs) for _, inputs, _ in trial.runs])
-    except Exception as error:
-        tried = f"to run at batch {', '.join(map(str, sizes))}" if sizes else None
-        where = each.files[0]
-        raise VerificationError(
-            f"{each.name} does not run", where=where, expected=tried, got=first_line(error)
-        ) from error
-    original, errors, own = Original(trial.model, seed), [0.0], [0.0]
-    depth = max(1, sum(hasattr(module, "weight") for module in trial.model.modules()))
-    for (batch, inputs, outcome), tensors in zip(trial.runs, results, strict=True):
-        expected = _output(outcome)
-        problems = _form(expected, tensors)
-        if not problems:
-            rounding = original.rounding(inputs, outcome, False, depth)
-            limits = {path: _FACTOR * limit for path, limit in rounding.limits.items()}
-            returned = replace(expected, tensors=dict(zip(expected.tensors, tensors)))
-            comparison = compare(rounding.reference, returned, Bound(limits=limits, flips={}))
-            problems = [*comparison.exceeded, *(f"output{path} has NaN or Inf" for path in comparison.spoiled)]
-            errors.append(comparison.error or 0.0)
-            own += rounding.errors.values()
-        if problems:
-            where = f"{each.files[0]}, batch {batch}" if batch else each.files[0]
-            wrong = f"{each.name} does not compute what the model does"
-            raise VerificationError(wrong, where=where, got="; ".join(problems[:4]))
-    args, kwargs = trial.runs[0][1]
-    runs = [partial(trial.model, *args, **kwargs), partial(each.open(folder), tensors_of((args, kwargs)))]
-    with torch.no_grad():
-        before, after = time_in_turns(runs, torch.device("cpu"), seconds=2.0)
-    written = [folder / name for name in each.files if (folder / name).exists()]
-    return Exported(
-        format=each.name,
-        file=each.files[0],
-        nbytes=sum(file.stat().st_size for file in written),
-        runtime=each.runtime(folder),
-        error=max(errors),
-        own_error=max(own),
-        batches=sizes,
-        seconds=after.seconds,
-        seconds_before=before.seconds,
-    )
-
-
-def _output(outcome: Outcome) -> Flat:
-    if outcome.output is None:
-        raise RefusedError(f"the model does not run: {outcome.error}")
-    return outcome.output
-
-
-def _form(expected: Flat, tensors: Sequence[Tensor]) -> list[str]:
-    """What is wrong with the number, shapes and dtypes of what a runtime returned."""
-    if len(tensors) != len(expected.tensors):
-        return [f"{len(tensors)} outputs, expected {len(expected.tensors)}"]
-    problems = []
-    for (path, before), after in zip(expected.tensors.items(), tensors):
-        if before.shape != after.shape or before.dtype != after.dtype:
-            texts = (f"{'×'.join(map(str, t.shape))} {dtype_text(t.dtype)}" for t in (after, before))
-            problems.append("output{} is {}, expected {}".format(path, *texts))
-    return problems
+def _described(program: Program, output: Flat) -> tuple[dict[str, str], dict[str, str]]:
+    """The form of every input and output, as people read it."""
+    inputs = {
+        name: "×".join(axes.get(i, str(n)) for i, n in enumerate(t.shape)) + f" {dtype_text(t.dtype)}"
+        for name, axes, t in zip(program.input_names, program.axes, tensors_of(program.inputs))
+    }
+    outputs = {program.outputs[p]: f"{dims(t.shape)} {dtype_text(t.dtype)}" for p, t in output.tensors.items()}
+    return inputs, outputs

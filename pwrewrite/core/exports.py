@@ -1,0 +1,67 @@
+"""What an export comes to, as plain records. `pwrewrite.export` makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .records import Record, Shown
+
+EXPORT_SCHEMA = "pwrewrite.export/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Exported(Record):
+    """One format.
+
+    Attributes:
+        format: Its name.
+        passed: Whether what was written does what the model does; nothing is left where it does not.
+        detail: What was compared, or what differs.
+        files: The names of the files.
+        bytes: Their size.
+        seconds: The time of the first of the calls compared, in its runtime; None where it did not run.
+        engine: What ran it.
+        error: Largest relative difference of an output, ``‖y − ŷ‖ / ‖y‖``, to the model in float64.
+        differs_at: The first layer or node that differs.
+    """
+
+    format: str
+    passed: bool
+    detail: str
+    files: tuple[str, ...] = ()
+    bytes: int = 0
+    seconds: float | None = None
+    engine: str = ""
+    error: float | None = None
+    differs_at: str | None = None
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Exports(Shown, Record):
+    """An export in all its formats.
+
+    Attributes:
+        target: What was exported.
+        formats: What became of each format.
+        inputs: Name of an input to its form, such as ``batch×3×224×224 float32``.
+        outputs: The same of the outputs, as at the first call.
+        bytes: Of the model's weights.
+        seconds: The time of the model itself, for the first call.
+        notes: What a user should know.
+    """
+
+    target: str
+    formats: tuple[Exported, ...]
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    bytes: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+    schema: str = field(default=EXPORT_SCHEMA)
+    also = ("passed",)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every format does what the model does."""
+        return all(each.passed for each in self.formats)

@@ -1,0 +1,238 @@
+"""What an export format is, and what it is given: a program of `torch.export` with names for its inputs and outputs.
+
+A format writes files from a `Program` and runs them in the runtime that they are for. It is one file,
+``NAME_format.py``, that ends in ``FORMAT = Name()``, and an entry in `pwrewrite.core.form_names.EXPORT_NAMES`.
+
+Axes that may vary get one symbol per label. Where the code of the model asks for more than that (a multiple of
+something, another label's size), torch chooses the relation itself; an axis that it freezes is refused, never kept
+silently.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module, util
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+
+from ..core.errors import RefusedError, UsageError, first_line
+from ..core.form_names import EXPORT_NAMES
+from ..core.nested import Args, Kwargs, tensors_of
+
+Call = tuple[Args, Kwargs]
+"""Positional and keyword arguments."""
+
+Axes = tuple[Mapping[int, str], ...]
+"""For each input tensor the axes that may vary, with their labels; axes of one label vary together."""
+
+_SECONDS = 0.5
+"""About how long a runtime is timed."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model as it is exported: in evaluation, on the CPU, without layers of pwrewrite's own kernels.
+
+    Attributes:
+        model: The plain model.
+        inputs: What it is traced with.
+        input_names: One per input tensor.
+        outputs: Path of an output tensor, such as ``['out']``, to its name.
+        axes: What may vary.
+    """
+
+    model: nn.Module
+    inputs: Call
+    input_names: tuple[str, ...]
+    outputs: Mapping[str, str]
+    axes: Axes
+
+    @cached_property
+    def exported(self) -> ExportedProgram:
+        """The program; raises `RefusedError` where torch cannot make it, or freezes an axis that is to vary."""
+        labels = {label: Dim(label) for axes in self.axes for label in axes.values()}
+        try:
+            return self._export(labels)
+        except Exception as error:
+            if not labels:
+                raise _refused(error) from error
+        try:
+            program = self._export(dict.fromkeys(labels, Dim.AUTO))
+        except Exception as error:
+            raise _refused(error) from error
+        nodes = {node.name: node for node in program.graph.nodes}
+        shapes = [nodes[n].meta["val"].shape for n in program.graph_signature.user_inputs if n in nodes]
+        for name, axes, shape in zip(self.input_names, self.axes, shapes):
+            for axis, label in axes.items():
+                if str(shape[axis]).isdecimal():  # a plain number, or a symbol that stands for one
+                    raise RefusedError(
+                        f"torch.export freezes the axis {label}",
+                        where=f"axis {axis} of {name}",
+                        got=f"always {shape[axis]}",
+                        hint="x.shape[0] in place of len(x) and int(…) in the model, or --static",
+                    )
+        return program
+
+    def _export(self, labels: Mapping[str, object]) -> ExportedProgram:
+        args, kwargs = self.inputs
+        shapes = ShapesCollection()  # type: ignore[no-untyped-call]
+        for tensor, axes in zip(tensors_of(self.inputs), self.axes):
+            if axes:
+                shapes[tensor] = {axis: labels[label] for axis, label in axes.items()}
+        with torch.no_grad():
+            return torch.export.export(self.model, args, kwargs, dynamic_shapes=shapes if labels else None)
+
+    def feeds(self, call: Call) -> dict[str, Tensor]:
+        """The input tensors of a call by name."""
+        return dict(zip(self.input_names, tensors_of(call)))
+
+
+def _refused(error: Exception) -> RefusedError:
+    return RefusedError("torch.export does not take the model", got=first_line(error))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a runtime made of several calls.
+
+    Attributes:
+        outputs: For each call the name of an output to its tensor.
+        seconds: The median time of the first call.
+        engine: What ran: runtime and version, provider, precision, threads.
+    """
+
+    outputs: Sequence[Mapping[str, Tensor]]
+    seconds: float
+    engine: str
+
+
+class Format(ABC):
+    """One kind of export.
+
+    Attributes:
+        name: As it is typed.
+        extra: The extra of pwrewrite that brings what it needs; empty where torch suffices.
+        needs: The modules that it imports.
+        files: All files that it may write.
+        main: The one that a user loads.
+    """
+
+    name: str
+    extra = ""
+    needs: tuple[str, ...] = ()
+    files: tuple[str, ...]
+    main: str
+
+    def require(self) -> None:
+        """Raises `UsageError` where a module that it needs is not installed."""
+        missing = [module for module in self.needs if util.find_spec(module) is None]
+        if missing:
+            hint = f'pip install "pwrewrite[{self.extra}]"'
+            raise UsageError(f"{self.name} needs {', '.join(missing)}, not installed here", hint=hint)
+
+    @abstractmethod
+    def write(self, program: Program, folder: Path) -> None:
+        """Writes the files."""
+
+    @abstractmethod
+    def run(self, program: Program, folder: Path, calls: Sequence[Call]) -> Run:
+        """Runs what was written, in its own runtime."""
+
+    def values(self, program: Program, folder: Path, call: Call) -> dict[str, Tensor]:
+        """Values inside, by the name of the program's node that they stand for; empty where a runtime gives none."""
+        return {}
+
+
+def format_named(name: str) -> Format:
+    """The format of a name; raises `UsageError` for another."""
+    if name not in EXPORT_NAMES:
+        raise UsageError(f"no export format {name!r}", expected=", ".join(EXPORT_NAMES))
+    named: Format = import_module(f"{__package__}.{name}_format").FORMAT
+    return named
+
+
+def measured(call: Callable[[], object]) -> float:
+    """The median time of a call in seconds, after one to warm up."""
+    call()
+    times: list[float] = []
+    while not times or (len(times) < 50 and sum(times) < _SECONDS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def identifier(text: str) -> str:
+    """A text as a name: ``[0]['a']`` becomes ``_0_a``."""
+    return re.sub(r"\W+", "_", text).rstrip("_")
+
+
+_CHILD = """
+import statistics, sys, time
+sys.modules["pwrewrite"] = None
+sys.path.insert(0, ".")
+import torch
+
+def flat(value, path=""):
+    if isinstance(value, torch.Tensor):
+        return {path: value.clone()}
+    if isinstance(value, dict):
+        items = [(f"[{key!r}]", item) for key, item in value.items()]
+    elif hasattr(value, "_fields"):
+        items = [(f".{key}", getattr(value, key)) for key in value._fields]
+    elif isinstance(value, (tuple, list)):
+        items = [(f"[{i}]", item) for i, item in enumerate(value)]
+    else:
+        items = [(f".{key}", item) for key, item in getattr(value, "__dict__", {}).items()]
+    return {p: t for key, item in items for p, t in flat(item, path + key).items()}
+
+torch.set_num_threads(int(sys.argv[2]))
+calls = torch.load(f"{sys.argv[1]}/calls", weights_only=True)
+with torch.no_grad():
+    LOAD
+    torch.save([flat(model(*args, **kwargs)) for args, kwargs in calls], f"{sys.argv[1]}/outputs")
+    (args, kwargs), times = calls[0], []
+    while not times or (len(times) < 50 and sum(times) < float(sys.argv[3])):
+        start = time.perf_counter()
+        model(*args, **kwargs)
+        times.append(time.perf_counter() - start)
+print(statistics.median(times))
+"""
+
+
+def run_apart(load: str, program: Program, folder: Path, calls: Sequence[Call]) -> Run:
+    """Runs what was written in a process of its own, which has torch and cannot import pwrewrite.
+
+    Args:
+        load: Python that makes ``model`` from the files in the working directory.
+        program: What was written.
+        folder: Where to.
+        calls: The inputs.
+
+    Raises:
+        RefusedError: If it does not run there.
+    """
+    with TemporaryDirectory() as scratch:
+        torch.save(list(calls), f"{scratch}/calls")
+        code = [sys.executable, "-W", "ignore", "-c", _CHILD.replace("LOAD", load), scratch]
+        command = [*code, str(torch.get_num_threads()), str(_SECONDS)]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise RefusedError("it does not run in a process of its own", got=lines[-1])
+        outputs = torch.load(f"{scratch}/outputs", weights_only=True)
+    named = [{program.outputs.get(path, path): t for path, t in each.items()} for each in outputs]
+    threads = torch.get_num_threads()
+    return Run(named, float(done.stdout.split()[-1]), f"torch {torch.__version__}, CPU, {threads} threads")

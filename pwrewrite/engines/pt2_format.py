@@ -1,0 +1,28 @@
+"""PT2: the program of `torch.export` itself, saved, and run by torch in a process without pwrewrite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .exporting import Call, Format, Program, Run, run_apart
+
+
+class Pt2(Format):
+    """``model.pt2``, which ``torch.export.load`` reads."""
+
+    name = "pt2"
+    files, main = ("model.pt2",), "model.pt2"
+
+    def write(self, program: Program, folder: Path) -> None:
+        """Saves the program."""
+        torch.export.save(program.exported, folder / self.main)
+
+    def run(self, program: Program, folder: Path, calls: Sequence[Call]) -> Run:
+        """Reads it again and runs it."""
+        return run_apart(f"model = torch.export.load({self.main!r}).module()", program, folder, calls)
+
+
+FORMAT = Pt2()
