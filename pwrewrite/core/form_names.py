@@ -6,5 +6,5 @@ They stand here and not in `pwrewrite.forms`, so that ``--help`` can name them w
 FORM_NAMES = ("bottleneck", "reduce", "expand", "spatial", "depthwise", "pair")
 """Every form, by the name of its file in `pwrewrite.forms`, in the order in which they are shown."""
 
-EXPORT_NAMES = ("onnx", "pt2", "openvino")
+EXPORT_NAMES = ("onnx", "pt2", "openvino", "source")
 """The export formats, each of them `pwrewrite/engines/NAME_format.py`."""

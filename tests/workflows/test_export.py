@@ -277,3 +277,39 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert again.exit_code == 0, again.output
     assert not (tmp_path / "out" / "model.pt2").exists()
     assert json.loads(again.stdout)["inputs"] == {"input": "1×3×8×8 float32"}
+
+
+class Hard(nn.Module):
+    """What code has to say that no module says: control flow, constants, slices, sums and shared layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular"), nn.GELU("tanh")])
+        self.scale = nn.Parameter(torch.rand(3, 1, 1))
+        self.register_buffer("steps", torch.arange(16), persistent=False)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor, pair: tuple[Tensor, dict[str, Tensor]], *, double: bool = False) -> list[Any]:
+        for _ in range(2):
+            for layer in self.layers:
+                x = x + layer(x) * self.scale
+        if double:
+            x = x * 2
+        y = x[:, 1:, ::2] / 2 + self.steps.sin() + pair[0]
+        z, _ = self.attention(y[:, 0], y[:, 0], y[:, 0])
+        return [y.flatten(1), {"mask": x > 0, "z": (z, pair[1]["weight"].masked_fill(pair[1]["weight"] < 0, -1.5))}]
+
+
+def test_source_is_plain_code_that_is_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = {"x": X, "pair": (torch.randn(1, 2, 8, 16), {"weight": torch.randn(1, 5)}), "double": True}
+    result = pwrewrite.export(Hard().eval(), inputs, to=("source", "pt2"), out=tmp_path / "out")
+    assert result.passed, result.formats
+    text = (tmp_path / "out" / "model.py").read_text()
+    assert "pwrewrite." not in text
+    assert "nn.Conv2d(3, 3, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), padding_mode='circular')" in text
+    assert text.count("nn.Conv2d(") == 1
+    assert text.count("= self.layers_0(") == 2
+    assert "def forward(self, x=None, pair=None, double=None):" in text
+    assert "torch.ops" not in text
+    assert "[:, 1:]" in text
