@@ -287,7 +287,9 @@ def _settings(module: nn.Module) -> dict[str, object]:
 
 
 def _dropped(node: fx.Node) -> bool:
-    """Whether a node is a check or a mere name, which code does without."""
+    """Whether a node is a check or another name of a value, such as all of it as a slice: code does without."""
+    if str(node.target) == "aten.slice.Tensor" and node.args[2:] == (0, 2**63 - 1):
+        return True
     return isinstance(node.target, OpOverload) and str(node.target).split(".")[1] in _DROPPED
 
 
