@@ -1,8 +1,4 @@
-"""Questions asked of a captured model, one per file: where its work goes, and what could be done about it.
-
-`analyze_capture` asks them all. Each can be asked alone: `hotspots.hotspots`, `critical_path.critical_path`,
-`memory.peak_memory`, `roofline.roofline`, `receptive_field.receptive_fields`, `by_op.by_op`, `tree.module_tree`.
-"""
+"""Questions asked of a captured model, one per file: where its work goes, and what could be done about it."""
 
 from __future__ import annotations
 
@@ -31,11 +27,7 @@ __all__ = [
 
 
 def analyze_capture(
-    capture: Capture,
-    *,
-    target: str = "",
-    hotspot_share: float = HOTSPOT_SHARE,
-    device: str | DeviceProfile = "cpu",
+    capture: Capture, *, target: str = "", hotspot_share: float = HOTSPOT_SHARE, device: str | DeviceProfile = "cpu"
 ) -> Analysis:
     """Asks every question of a captured model.
 

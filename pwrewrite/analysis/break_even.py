@@ -9,15 +9,12 @@ where transposed)::
                   in R / g  +    K R S / g  +    S out / g        for parameters
 
 This is the Tucker-2 form of Kim et al. 2016 (*Compression of deep convolutional neural networks for fast and low
-power mobile applications*, section 3.1, with its equations for parameters and MACs), extended to groups, strides and
-transposed convolutions. Where there is a stride, P > Q, the reduction weighs more in MACs than in parameters, and the
-break-even ranks differ.
+power mobile applications*, section 3.1), extended to groups, strides and transposed convolutions. A bias stays where
+it was and does not enter.
 
 Both ranks follow one ratio r in (0, 1]: each group keeps ``max(1, floor(r in/g))`` and ``max(1, floor(r out/g))``
-channels. The cost is a step function that never falls as r grows, so the ratios that do not raise the cost are an
-interval, and break-even is its last step. It is found in integers, from a floating-point guess that is corrected.
-
-A bias does not enter: it sits on the expansion as it sat on the original.
+channels. The cost is a step function that never falls as r grows; break-even is the last step that does not raise it,
+found in integers from a floating-point guess that is corrected.
 """
 
 from __future__ import annotations
@@ -36,7 +33,6 @@ class BottleneckCost:
     Attributes:
         fan_in: Input channels per group.
         fan_out: Output channels per group.
-        groups: Number of groups.
         reduce: Cost per rank_in, all groups: g P in/g.
         core: Cost per rank_in and rank_out, all groups: g C K.
         expand: Cost per rank_out, all groups: g Q out/g.
@@ -56,12 +52,7 @@ class BottleneckCost:
 
     @classmethod
     def of_macs(cls, spec: ConvSpec, shapes: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> BottleneckCost:
-        """In MACs.
-
-        Args:
-            spec: The convolution.
-            shapes: Input and output shape of each of its calls, batched or not.
-        """
+        """In MACs; ``shapes`` are input and output shape of each of its calls, batched or not."""
         before = after = 0
         for input_shape, output_shape in shapes:
             before += _positions(input_shape, spec.dims)

@@ -12,11 +12,7 @@ NO_OPERATION = frozenset({"input", "output", "get_attr", "unknown"})
 
 
 def by_op(infos: Iterable[NodeInfo]) -> tuple[OpTotal, ...]:
-    """One row per kind of operation, largest MACs first and then most bytes.
-
-    Args:
-        infos: Facts of all nodes.
-    """
+    """One row per kind of operation, largest MACs first and then most bytes."""
     totals: dict[str, list[int]] = {}
     for facts in infos:
         if facts.op in NO_OPERATION:

@@ -1,10 +1,8 @@
 """The chain of dependent operations with the most MACs, and how much of the work lies off it.
 
-On a directed acyclic graph with weights on its nodes, the heaviest path to a node is its own weight plus the heaviest
-path to any of its predecessors. One pass in topological order suffices, and the graph of a capture is already in that
-order (`pwrewrite.graph`). It is the classical critical path, with MACs as duration: no schedule on any number of
-devices does the model in less than the time that this chain takes, and what lies off it can overlap with it (the
-branches of an Inception module).
+The heaviest path to a node is its own weight plus the heaviest path to any of its predecessors: one pass in
+topological order, the order of `pwrewrite.graph`. No schedule on any number of devices does the model in less than
+this chain takes; what lies off it can overlap with it (the branches of an Inception module).
 
 Limits: MACs are not time. Operations without MACs weigh nothing here, and equally heavy branches count one of them.
 """
@@ -17,11 +15,7 @@ from .records import CriticalPath
 
 
 def critical_path(graph: nx.DiGraph) -> CriticalPath:
-    """Finds the heaviest path by MACs.
-
-    Args:
-        graph: A graph made by `pwrewrite.graph`; its nodes are in topological order.
-    """
+    """The heaviest path by MACs of a graph made by `pwrewrite.graph`, whose nodes are in topological order."""
     heaviest: dict[str, int] = {}
     before: dict[str, str] = {}
     macs: dict[str, int] = dict(graph.nodes(data="macs"))

@@ -2,14 +2,10 @@
 
 A *hotspot* is a dense k×k convolution (k > 1 in some dimension, not depthwise) with at least a given share of the
 model's MACs. For each layer the table says either where a bottleneck breaks even (`pwrewrite.analysis.break_even`) or
-why none may be inserted: it has nothing to squeeze (pointwise, depthwise, linear), it may not be touched
-(`pwrewrite.capturing.eligibility`), or it is too small to gain.
+why none may be inserted. Break-even is necessary, not sufficient: three small convolutions can be slower than one
+large one, and how low a rank the weights allow is for their spectrum to say.
 
-Break-even is necessary, not sufficient: three small convolutions can be slower than one large one, and how low a rank
-the weights allow is for their spectrum to say.
-
-Limits: a dense layer that already stands between a 1×1 reduction and a 1×1 expansion (the middle of a ResNet
-bottleneck) is judged like any other.
+Limits: a dense layer that already stands between a 1×1 reduction and a 1×1 expansion is judged like any other.
 """
 
 from __future__ import annotations
@@ -45,8 +41,7 @@ def hotspots(
         capture: The captured model.
         infos: Facts of its nodes by name.
         device: Device profile of the roofline columns.
-        receptive_fields: Node name to the extent of the input that one position of its output sees, and whether that
-            is all of it.
+        receptive_fields: As `pwrewrite.analysis.receptive_fields` returns them.
         total_macs: MACs of the model, linear maps and attention included.
         hotspot_share: Share from which a dense k×k layer is a hotspot.
     """
@@ -83,13 +78,7 @@ def _dtype(layer: Layer, infos: Mapping[str, NodeInfo]) -> torch.dtype:
 
 
 def squeeze(capture: Capture, layer: Layer, owners: Owners | None = None) -> BreakEven | Skip:
-    """Where a bottleneck in place of a layer breaks even, or why none may be inserted.
-
-    Args:
-        capture: The captured model.
-        layer: One of its layers.
-        owners: ``Owners(capture)`` where many layers are asked for.
-    """
+    """Where a bottleneck in place of a layer breaks even, or why none may be inserted."""
     spec = layer.spec
     if spec is None:
         return Skip(
@@ -106,11 +95,7 @@ def squeeze(capture: Capture, layer: Layer, owners: Owners | None = None) -> Bre
 
 
 def break_even(layer: Layer) -> BreakEven | Skip:
-    """Break-even of a dense k×k layer over all its calls, or the skip of one where no rank gains anything.
-
-    Args:
-        layer: A convolution (``layer.spec`` is not None) that is called.
-    """
+    """Break-even of a called dense k×k convolution over all its calls, or the skip where no rank gains anything."""
     spec = layer.spec
     assert spec is not None
     macs = BottleneckCost.of_macs(spec, [(call.input_shape, call.output_shape) for call in layer.calls])

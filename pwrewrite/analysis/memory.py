@@ -1,12 +1,9 @@
 """Peak activation memory, and which tensors make it up.
 
-A capture holds the births and deaths of activation storages in the order in which running the model makes them: a
-storage is born when an operation makes it and dies when the last tensor that shares it does, as in eager PyTorch,
-where Python's reference counts decide. Replaying them gives the bytes alive at every moment.
-
-Inputs count, for the caller holds them; weights do not. Limits: this is what tensors occupy. A caching allocator
-rounds up and keeps freed blocks, and kernels take workspaces (a convolution's im2col buffer, an attention's scratch)
-that no tensor shows.
+A storage is born when an operation makes it and dies when the last tensor that shares it does, as in eager PyTorch.
+Replaying births and deaths gives the bytes alive at every moment. Inputs count, for the caller holds them; weights do
+not. Limits: this is what tensors occupy. A caching allocator rounds up and keeps freed blocks, and kernels take
+workspaces that no tensor shows.
 """
 
 from __future__ import annotations
@@ -21,12 +18,7 @@ TENSORS = 32
 
 
 def peak_memory(events: Iterable[MemoryEvent], infos: Mapping[str, NodeInfo]) -> Peak:
-    """Replays births and deaths and finds the moment with the most bytes alive.
-
-    Args:
-        events: ``Capture.memory``.
-        infos: Facts of the nodes by name, for paths and shapes.
-    """
+    """Replays ``Capture.memory`` and finds the moment with the most bytes alive; ``infos`` has paths and shapes."""
     events = tuple(events)
     live = peak = 0
     moment = -1

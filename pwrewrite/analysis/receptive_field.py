@@ -332,9 +332,6 @@ _RULES = {
 def receptive_fields(capture: Capture) -> dict[str, tuple[tuple[int, ...], bool]]:
     """What one position of every tensor sees of the model's input.
 
-    Args:
-        capture: The captured model.
-
     Returns:
         Name of a node to the extent of the input, per spatial dim, that a position of its output sees, and whether it
         is global: every dim counts as seen whole. Nodes of which it is unknown are left out.

@@ -1,8 +1,4 @@
-"""What an analysis says, as plain records: totals, rows by kind of operation, hotspots, memory, paths.
-
-Integers are stored and scaled only where they are rendered. ``Analysis.to_dict()`` is the JSON of schema
-``pwrewrite.analysis/1``; names in it are stable.
-"""
+"""What an analysis says, as plain records; ``Analysis.to_dict()`` is the JSON of schema ``pwrewrite.analysis/1``."""
 
 from __future__ import annotations
 
@@ -23,19 +19,11 @@ SCHEMA = "pwrewrite.analysis/1"
 
 @dataclass(frozen=True, slots=True)
 class BreakEven(Record):
-    """Ranks at which a bottleneck costs as much as the layer it replaces, at equal ratio on both sides.
+    """Largest ranks at which a bottleneck does not cost more than the layer it replaces, at equal ratio on both sides.
 
-    A bottleneck gains below these ranks. They differ between MACs and parameters where there is a stride: the
-    reduction runs at the input's resolution, core and expansion at the output's. Ranks are totals over the groups,
-    hence multiples of their number; 0 on both sides where even rank 1 per group costs more than the layer.
-
-    Attributes:
-        macs_rank_in: Largest width after the reduction that does not raise the MACs.
-        macs_rank_out: Largest width before the expansion that does not raise the MACs.
-        params_rank_in: The same for parameters.
-        params_rank_out: The same for parameters.
-        half_macs: MACs of a bottleneck at half width on both sides, all calls.
-        half_params: Parameters, bias included, of a bottleneck at half width on both sides.
+    MACs and parameters differ where there is a stride: the reduction runs at the input's resolution, core and expansion
+    at the output's. Ranks are totals over the groups; 0 where even rank 1 per group costs more than the layer.
+    ``half_macs`` (all calls) and ``half_params`` (bias included) are a bottleneck's at half width on both sides.
     """
 
     macs_rank_in: int
@@ -51,7 +39,6 @@ class LayerReport(Record):
     """One layer of the table: the layer, its share and what could be done with it.
 
     Attributes:
-        layer: The layer.
         share: Its part of the model's MACs, 0 to 1.
         cumulative: Its share and that of all layers above it in ``Analysis.layers``.
         hotspot: Whether it is dense, k×k and at or above the hotspot share.
@@ -63,8 +50,7 @@ class LayerReport(Record):
         intensity: MACs per byte moved, all calls; 0 where it is not called.
         seconds: Lower bound of the time of all its calls on the stated device.
         activation_bytes: Bytes of the outputs of all its calls.
-        sees_whole_input: Whether its receptive field is global: attention, a product, a pool or a reshape before it
-            mixes all positions.
+        sees_whole_input: Whether its receptive field is global: something before it mixes all positions.
     """
 
     layer: Layer
@@ -167,7 +153,6 @@ class CriticalPath(Record):
     """The chain of dependent operations with the most MACs.
 
     Attributes:
-        macs: MACs along it.
         nodes: Names of its nodes that have MACs.
         off_path_share: Part of the model's MACs that lies off it, 0 to 1: what parallel branches could overlap.
     """
@@ -182,9 +167,7 @@ class Roofline(Record):
     """A device, and what it makes of the model at best.
 
     Attributes:
-        device: Name of the device profile.
         macs_per_s: Its peak MACs per second in the model's main dtype.
-        bytes_per_s: Its memory bandwidth.
         ridge: MACs per byte above which an operation is compute-bound.
         seconds: Lower bound of one forward pass, node after node: the larger of compute time and transfer time of each.
         memory_bound_share: Part of ``seconds`` spent in memory-bound nodes, 0 to 1.
@@ -206,7 +189,6 @@ class TreeNode(Shown):
         path: Its absolute path; ``""`` for the model.
         kind: Class name.
         params: Parameter elements of it and its children; a tensor counts where it is first met, once.
-        macs: MACs of all that runs in it and its children.
         children: Its children, in module order; a module under several paths is at the first.
     """
 
@@ -242,13 +224,8 @@ class Analysis(Shown, Record):
         macs: MACs of one forward pass.
         weight_bytes: Bytes of parameters and buffers, each once.
         activation_bytes: Bytes of all tensors written in one forward pass, views excluded.
-        peak: Peak activation memory.
-        critical_path: The longest dependent chain.
-        roofline: The device profile behind the roofline classes, and the time it takes at best.
         layers: Every convolution and linear map, largest MACs first.
         by_op: Totals by kind of operation, largest MACs first and then most bytes.
-        tree: The module hierarchy.
-        coverage: What the graph holds of the model.
         notes: What a reader should be told.
     """
 
@@ -288,11 +265,7 @@ class Analysis(Shown, Record):
         return {
             "schema": SCHEMA,
             "versions": versions(),
-            "model": {
-                "target": self.target,
-                "class": self.model_class,
-                "inputs": as_data(self.inputs),
-            },
+            "model": {"target": self.target, "class": self.model_class, "inputs": as_data(self.inputs)},
             "totals": {
                 "params": self.params,
                 "macs": self.macs,
@@ -319,11 +292,7 @@ class Analysis(Shown, Record):
         }
 
     def to_json(self, *, indent: int | None = 2) -> str:
-        """`to_dict` as JSON text, without a line break at the end.
-
-        Args:
-            indent: Spaces per level; None for one line.
-        """
+        """`to_dict` as JSON text, on one line where ``indent`` is None."""
         return super().to_json(indent=indent).rstrip("\n")
 
 

@@ -4,12 +4,9 @@ The roofline of Williams, Waterman & Patterson 2009 (*Roofline: an insightful vi
 architectures*): an operation that does M MACs and moves B bytes takes at least ``max(M / peak, B / bandwidth)``
 seconds. It is compute-bound where M / B is at or above the *ridge* ``peak / bandwidth``, memory-bound below.
 
-Bytes are those of inputs, weights and outputs, each moved once and nothing kept in a cache between operations, so the
-sum over nodes bounds a run without operator fusion. Peaks are datasheet figures for dense matrix arithmetic, two
-FLOPs to a MAC, and real kernels reach a part of them: read the result as a classification and a floor, not as a
-forecast.
-
-`DEVICES` is an open table; a profile of one's own can be given wherever a name can.
+Inputs, weights and outputs are each moved once and nothing is cached between operations, so the sum over nodes bounds
+a run without operator fusion. Peaks are datasheet figures for dense matrix arithmetic, two FLOPs to a MAC: read the
+result as a classification and a floor, not as a forecast.
 """
 
 from __future__ import annotations
@@ -28,13 +25,12 @@ from .records import Roofline
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """What a device can do at best.
+    """What a device can do at best; a profile of one's own can be given wherever a name can.
 
     Attributes:
         name: Short name, as users give it.
         label: What it is.
         macs_per_s: Peak MACs per second by dtype; must have ``torch.float32``, which stands for any dtype not listed.
-        bytes_per_s: Memory bandwidth.
         source: Where the figures come from.
     """
 
@@ -173,12 +169,7 @@ def layer_bound(layer: Layer, dtype: torch.dtype, device: DeviceProfile) -> Boun
 
 
 def roofline(infos: Iterable[NodeInfo], device: DeviceProfile) -> Roofline:
-    """What a device makes of a whole model at best, node after node.
-
-    Args:
-        infos: Facts of all nodes.
-        device: The profile. Each node counts in the dtype of its first output.
-    """
+    """What a device makes of a whole model at best, node after node, each in the dtype of its first output."""
     total = waiting = 0.0
     macs: dict[torch.dtype, int] = {}
     for facts in infos:

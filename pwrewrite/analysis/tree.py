@@ -1,8 +1,7 @@
 """The module hierarchy with the cost of all that runs inside each module.
 
 MACs belong to the module whose code runs them: a leaf's to the leaf, a function call's to the module that makes it.
-Parameters belong to the first module that holds them, each tensor once; a module or a parameter found again under
-another name adds nothing there. Built without recursion, for models of any depth.
+Parameters belong to the first module that holds them, each tensor once.
 """
 
 from __future__ import annotations
@@ -17,12 +16,7 @@ from .records import TreeNode
 
 
 def module_tree(model: nn.Module, infos: Iterable[NodeInfo]) -> TreeNode:
-    """Makes the hierarchy of a model.
-
-    Args:
-        model: The model.
-        infos: Facts of all nodes of its graph.
-    """
+    """The hierarchy of a model, from the facts of all nodes of its graph."""
     modules = dict(model.named_modules())
     macs = dict.fromkeys(modules, 0)
     for facts in infos:

@@ -1,8 +1,7 @@
 """Capturing any model as one graph: `capture`.
 
-The model runs once on ``meta`` tensors under a recorder (see `recorder`), so nothing is computed and its own control
-flow decides. Where its code needs values, it is recorded once more with real ones, seeded, and the coverage says so.
-The model is left exactly as it was.
+The model runs once on ``meta`` tensors under a recorder (see `recorder`), so its own control flow decides. Where its
+code needs values, it is recorded once more with real ones, seeded, and the coverage says so.
 """
 
 from __future__ import annotations
@@ -52,16 +51,12 @@ def capture(
     """Captures a model as a graph with shapes and costs, without computing where shapes suffice.
 
     Args:
-        model: Any module; its weights may be on any device, ``meta`` included.
-        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs, real or on ``meta``; tensors
-            may be nested.
+        model: Any module, on any device, ``meta`` included; left as it was. One with lazy modules is copied first.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs, real or on ``meta``.
         training: Whether the model runs as in training; by default as in evaluation.
         values: ``meta`` (shapes only), ``real`` (compute) or ``auto`` (compute only if the model needs values).
         items: Whether each of several tensors that an operation makes (``x.chunk(2)``) gets a ``getitem`` node, so that
             the graph can be executed; otherwise their users read the operation's node.
-
-    Returns:
-        The capture. ``model`` is as it was before; one with lazy modules is captured as a copy that was run once.
 
     Raises:
         InputError: If ``example_inputs`` is of the wrong kind.
@@ -103,9 +98,7 @@ def capture(
 
 
 _one_at_a_time = threading.RLock()
-"""Held while a model is captured: a capture changes what calling a module does, and sets random states and training
-flags.
-"""
+"""Held during a capture, which changes what calling a module does and sets random states and training flags."""
 
 
 def _record(inventory: Inventory, args: Args, kwargs: Kwargs, *, real: bool, training: bool, items: bool) -> Recorder:

@@ -25,14 +25,7 @@ class _Thread(Protocol):
 
 
 class Bookkeeper:
-    """Keeps the books of one recording.
-
-    Args:
-        origins: Where tensors come from.
-        liveness: When storages are born and die.
-        inventory: The parts of the model.
-        thread: The modules whose forward runs in this thread.
-    """
+    """Keeps the books of one recording; ``thread`` knows the modules whose forward runs."""
 
     def __init__(self, origins: Origins, liveness: Liveness, inventory: Inventory, thread: _Thread) -> None:
         self.origins, self.liveness, self._thread = origins, liveness, thread

@@ -1,14 +1,10 @@
 """A module's own code as an `fx.Graph`: `trace`.
 
-A trace holds what the code did once. Where that would differ from what the code does, `trace` refuses: code that
-branches on ``self.training``, that sets attributes, or that a graph cannot hold at all.
+A trace holds what the code did once; code that branches on ``self.training``, sets attributes or that a graph cannot
+hold is refused. ``if shortcut is None: shortcut = x`` leaves no trace where the input is given, so such code is traced
+with and without it: where the graphs differ only in what stands in its place, a call of `value_or` stands there.
 
-Inputs that may be left out. ``if shortcut is None: shortcut = x`` leaves no trace where the input is given. So such
-code is traced with and without it; where the two graphs differ only in what stands in the input's place, the graph has
-a call of `value_or` there, else it is refused.
-
-Items. ``x[i] = y`` is a call of ``operator.setitem`` in the graph, at its place among the others; whoever changes such
-a graph has to leave that order as it is.
+``x[i] = y`` is a call of ``operator.setitem`` at its place; whoever changes such a graph has to keep the order.
 """
 
 from __future__ import annotations
@@ -42,11 +38,7 @@ class _Item(fx.Proxy):
 
 
 class ShallowTracer(fx.Tracer):
-    """Traces one module's own code; its children are leaves whatever they are.
-
-    Args:
-        absent: Names of inputs that are None.
-    """
+    """Traces one module's own code; its children are leaves, and the inputs named in ``absent`` are None."""
 
     proxy_buffer_attributes = True
 
@@ -78,9 +70,6 @@ _OPTIONAL = 3
 def trace(module: nn.Module) -> fx.Graph:
     """A module's own code as a graph, in which its children are calls.
 
-    Args:
-        module: The module.
-
     Raises:
         NotTraceable: If the code depends on values, shapes or the training mode, does something else where an input
             is left out, or sets attributes.
@@ -111,15 +100,7 @@ def trace(module: nn.Module) -> fx.Graph:
 
 
 def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Graph:
-    """The graph of a module's own code.
-
-    Args:
-        module: The module.
-        absent: Names of inputs that are None.
-
-    Raises:
-        NotTraceable: If it does not trace, sets attributes, or is another one in training.
-    """
+    """The graph of a module's own code, inputs in ``absent`` being None; refused if it is another one in training."""
     kind = type(module).__name__
     flags = {child: child.training for child in module.modules()}
     graphs = []
@@ -144,8 +125,7 @@ def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Gra
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[list[str]]:
-    """Puts back what code changes while it is traced, at every depth: attributes, parameters, buffers, submodules, and
-    what attributes hold that are containers.
+    """Puts back what code changes while it is traced: attributes, parameters, submodules, what containers hold.
 
     Yields:
         A list that holds the names of what was put back, once the block has ended.
@@ -181,15 +161,7 @@ _STOCK = frozenset(vars(nn.Module()))
 
 
 def _merge(graph: fx.Graph, without: fx.Graph, name: str) -> None:
-    """Puts a call of `value_or` wherever a graph reads an input that another one reads something else for.
-
-    Whether the two do the same otherwise is for `_text` to say.
-
-    Args:
-        graph: The graph with the input; changed.
-        without: The graph where the input is None.
-        name: The input.
-    """
+    """Puts a call of `value_or` wherever ``graph`` reads the input ``name`` and ``without`` another node instead."""
     mine = [node for node in graph.nodes if node.target is not value_or]
     same = dict(zip(without.nodes, mine))
     choices: dict[fx.Node, fx.Node] = {}
@@ -221,12 +193,7 @@ def _leaves(node: fx.Node) -> list[Any]:
 
 
 def _text(graph: fx.Graph, absent: Sequence[str] = ()) -> list[str]:
-    """A graph's calls in order, whatever its nodes are called.
-
-    Args:
-        graph: The graph.
-        absent: Names of inputs that are None.
-    """
+    """A graph's calls in order, whatever its nodes are called."""
     nodes = [node for node in graph.nodes if node.target is not value_or]
     names = {node: f"%{i}" for i, node in enumerate(nodes)}
 

@@ -1,10 +1,8 @@
 """Whether a module's own code hands one child's result to another child whatever its input is: `always_follows`.
 
-A capture is one run. Where code branches on a value or a size, another run may take another way: a norm behind two
-convolutions of which one was called is still behind both. So before an exact pass takes a norm or an activation out, it
-asks the code. The code is traced on proxies, once for every way in which its decisions can go: each time a proxy is
-asked for its truth value or its length, the trace is repeated with the other answers. What holds in every trace holds
-for every input.
+A capture is one run; where code branches on a value or a size, another run may take another way. So the code is traced
+on proxies, once for every way in which its decisions can go: each time a proxy is asked for its truth value or its
+length, the trace is repeated with the other answers. What holds in every trace holds for every input.
 
 Limits: at most `MOST_PATHS` ways are tried. A length or a whole number (``range(x.shape[-1] // 32)``, ``int(x.sum())``)
 is tried as a few values only. Code that proxies cannot follow at all gets the answer None, "unknown".
@@ -75,14 +73,7 @@ class _Attribute(fx.proxy.Attribute, _Value):
 
 
 class _PathTracer(ShallowTracer):
-    """Traces one way through a module's code.
-
-    Args:
-        answers: Which option the first decisions take; later ones take their first option, and are appended.
-
-    Attributes:
-        options: How many options each decision had.
-    """
+    """Traces one way: decisions take the option in ``answers``, later ones their first; ``options`` counts theirs."""
 
     def __init__(self, answers: list[int]) -> None:
         super().__init__()
@@ -124,12 +115,7 @@ class _NotFollowed(RuntimeError):
 
 
 def paths(module: nn.Module) -> list[fx.Graph] | None:
-    """The graphs of all ways through a module's own code, its children being leaves.
-
-    Ways that end in an exception, such as failed assertions, are left out.
-
-    Args:
-        module: The module; its attributes are as before afterwards.
+    """The graphs of all ways through a module's own code, its children being leaves; ways that raise are left out.
 
     Returns:
         The graphs; None where the code cannot be followed or has more than `MOST_PATHS` ways.

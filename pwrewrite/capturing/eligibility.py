@@ -1,10 +1,8 @@
 """Which layers may be replaced by several convolutions, and why the others may not.
 
-A replacement puts new modules (or new calls) where the layer was. It is right only if the layer is *nothing but* its
-weight and its shape facts: no forward of its own, no weight made on the fly, no hook that would vanish, no second
-owner of the weight that would keep the old one, no element type that the algebra does not cover. `eligible` checks
-these facts and says, for a refusal, what was found and what would change it. Whether a replacement would *pay* is
-another question (`pwrewrite.analysis.hotspots`).
+A replacement is right only if the layer is *nothing but* its weight and its shape facts: no forward of its own, no
+weight made on the fly, no hook that would vanish, no second owner of the weight, no element type that the algebra does
+not cover. Whether it would *pay* is another question (`pwrewrite.analysis.hotspots`).
 
 Limits: references to a module held outside the module tree (in a list, a closure, a bound method) are not seen here;
 the applier looks for them. A hook registered globally for all modules is not taken for a hook on the layer.
@@ -58,16 +56,7 @@ class Owners:
 
 
 def eligible(capture: Capture, layer: Layer, owners: Owners | None = None) -> Skip | None:
-    """Whether a layer may be replaced at all.
-
-    Args:
-        capture: The capture that the layer belongs to.
-        layer: One of ``capture.layers``.
-        owners: ``Owners(capture)`` where many layers are asked for; made anew where left out.
-
-    Returns:
-        None where it may be, else why not.
-    """
+    """None where a layer of a capture may be replaced, else why not; ``owners`` is made anew where left out."""
     if not layer.called:
         return _not_called(capture, layer)
     owners = owners or Owners(capture)
@@ -79,16 +68,7 @@ def eligible(capture: Capture, layer: Layer, owners: Owners | None = None) -> Sk
 
 
 def module_refusal(path: str, module: nn.Module, holders: Mapping[int, list[str]]) -> Skip | None:
-    """Whether a module may be replaced, as far as can be seen without a capture.
-
-    Args:
-        path: Its path.
-        module: A convolution or linear module.
-        holders: As in `Owners`.
-
-    Returns:
-        None where it may be, else why not.
-    """
+    """None where a module may be replaced, as far as can be seen without a capture, else why not."""
     if isinstance(module, LazyModuleMixin):
         return Skip(path, SkipReason.LAZY, "a lazy module; run the model once so that it takes its final shape")
     if parametrize.is_parametrized(module):
@@ -122,11 +102,7 @@ def module_refusal(path: str, module: nn.Module, holders: Mapping[int, list[str]
 
 
 def find_holders(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
-    """Identity of a parameter to the paths of the distinct modules that hold it.
-
-    Args:
-        modules: Path to module, aliases included, in module order.
-    """
+    """Identity of a parameter to the paths of the distinct modules that hold it."""
     holders: dict[int, list[str]] = {}
     seen: set[int] = set()
     for path, module in modules.items():

@@ -39,14 +39,9 @@ class Evaluator:
         self._free: set[object] = set()
 
     def result(self, func: Function, name: str, args: Args, kwargs: Kwargs, on_meta: bool) -> Result:
-        """What a function returns, its MACs and what of it has no price.
+        """What a function returns, its MACs and what of it has no price; arguments are as tensors stand for them here.
 
-        Args:
-            func: The function.
-            name: Its name; empty where no rule holds, as for custom operations and wrappers of ``vmap``.
-            args: Positional arguments, as tensors stand for them here.
-            kwargs: Keyword arguments.
-            on_meta: Whether the tensors are on ``meta``.
+        ``name`` is empty where no rule holds, as for custom operations and wrappers of ``vmap``.
         """
         out: Any = NotImplemented
         if on_meta and name:
@@ -76,22 +71,14 @@ class Evaluator:
 
 
 def read(func: Function, name: str, args: Args, kwargs: Kwargs, tensors: list[Tensor], origins: Origins) -> object:
-    """Reads values where all of them are the user's own, as a learnt scalar's are.
-
-    Raises:
-        NeedsValues: If some are not there.
-    """
+    """Reads values where all of them are the user's own, as a learnt scalar's are; else raises `NeedsValues`."""
     if any(t.is_meta or (origins.overwritten(t) and not isinstance(t, nn.Parameter)) for t in tensors):
         raise NeedsValues(f"{name} reads the values of a tensor of shape {tuple(tensors[0].shape)}")
     return func(*map_tensors(args, Tensor.detach), **map_tensors(kwargs, Tensor.detach))
 
 
 def redirect(func: Any, name: str, args: Args, kwargs: Kwargs, device: torch.device | str) -> tuple[Any, Args, Kwargs]:
-    """Sends tensors that the model's code moves to a device to where values live here.
-
-    Returns:
-        The function to call, and its arguments.
-    """
+    """The function to call and its arguments, so that what code moves to a device goes to where values live here."""
     if name in functions.DEVICE_METHODS:
         return Tensor.to, (args[0], device), {}
     rest = tuple(torch.device(device) if functions.is_device(a) else a for a in args[1:])

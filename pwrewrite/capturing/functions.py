@@ -85,8 +85,7 @@ INDEXED = frozenset(f"{kind}max_pool{d}d" for kind in ("", "adaptive_") for d in
 def temporary_bytes(name: str, values: Args, out: object) -> int:
     """Bytes that a function holds beside its result while it runs.
 
-    Max pooling makes an index tensor; a batched matrix product copies operands whose leading dims are
-    not one dim in memory.
+    Max pooling makes an index tensor; a batched matrix product copies operands with leading dims that are not one dim.
     """
     if name in INDEXED:
         return int(out.numel() * torch.int64.itemsize) if isinstance(out, Tensor) else 0

@@ -17,7 +17,6 @@ class Inventory:
     """The parts of one model, by identity.
 
     Attributes:
-        model: The model.
         modules: Every module once, in the order of ``named_modules``.
         names: ``id(module)`` to all its paths, the first first.
         paths: Every path to its module.
@@ -55,10 +54,7 @@ class Inventory:
 
     @cached_property
     def _named_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
-        """Parameters with their holder and their name there, those under several names several times.
-
-        Taken before the model runs, which may put others in their place for a while, as ``functional_call`` does.
-        """
+        """Parameters with holder and name, taken before the model runs: ``functional_call`` swaps them for a while."""
         holders = [m for m in self.modules if m._parameters]
         return [(m, name, p) for m in holders for name, p in m._parameters.items() if p is not None]
 
@@ -113,10 +109,7 @@ class Inventory:
 
     @cached_property
     def owned(self) -> dict[int, tuple[str, Tensor]]:
-        """Parameters, buffers and tensor attributes by identity, with their full names.
-
-        Tensors in lists and dicts that modules hold have no name that a graph could use: theirs is empty.
-        """
+        """Parameters, buffers and tensor attributes by identity, with full names; ``""`` in lists and dicts."""
         owned: dict[int, tuple[str, Tensor]] = {}
         loose: list[Tensor] = []
         attributes = [(m, name, value) for m in self.modules for name, value in m.__dict__.items()]

@@ -22,10 +22,6 @@ _KINDS = (*CONV_MODULES, nn.Linear)
 def find_layers(inventory: Inventory, graph: fx.Graph) -> tuple[Layer, ...]:
     """Every convolution and linear map of a model, with the calls that the graph makes of it.
 
-    Args:
-        inventory: The parts of the model that was recorded.
-        graph: Its graph; nodes carry their `NodeInfo`.
-
     Returns:
         Layers in graph order, then those that the graph does not call in module order.
     """

@@ -31,12 +31,7 @@ def has_lazy_modules(model: nn.Module) -> bool:
 def materialized(model: nn.Module, args: Args, kwargs: Kwargs) -> nn.Module:
     """The model itself, or a copy whose lazy modules have taken their shapes from a run on these inputs.
 
-    New weights are drawn from a fixed seed; the random states stay as they are.
-
-    Args:
-        model: Any module; stays as it is.
-        args: Its positional inputs, real or on ``meta`` (then random ones of their shapes are run).
-        kwargs: Its keyword inputs.
+    New weights are drawn from a fixed seed; random states stay. Inputs on ``meta`` are replaced by random ones.
 
     Raises:
         CaptureError: If the model cannot be copied, does not run, or does not call one of them.

@@ -21,28 +21,14 @@ from .tensors import byte_count
 
 
 class Leaves:
-    """Records the calls of leaves.
-
-    Args:
-        origins: Where tensors come from.
-        books: What is written down.
-        real: Whether values are computed.
-    """
+    """Records the calls of leaves."""
 
     def __init__(self, origins: Origins, books: Bookkeeper, *, real: bool) -> None:
         self._origins, self._books, self._real = origins, books, real
         self._specs: dict[int, tuple[ConvSpec, Window]] = {}
 
     def call(self, module: Any, path: str, rule: Leaf, args: Args, kwargs: Kwargs) -> object:
-        """Records a call of a leaf.
-
-        Args:
-            module: The leaf.
-            path: Its path.
-            rule: How it is handled.
-            args: Positional arguments.
-            kwargs: Keyword arguments.
-        """
+        """Records a call of a leaf."""
         op, spec, window, macs = rule.op, None, None, 0
         if rule.convolution:
             facts = self._specs.get(id(module))

@@ -33,11 +33,7 @@ class _Storage:
 
 
 class Liveness:
-    """Watches tensors and keeps the log.
-
-    Attributes:
-        events: Births and deaths so far.
-    """
+    """Watches tensors and logs births and deaths in ``events``."""
 
     def __init__(self) -> None:
         self.events: list[MemoryEvent] = []
@@ -45,12 +41,7 @@ class Liveness:
         self._births: set[_Birth] = set()
 
     def watch(self, t: Tensor, node: str, *, known: bool) -> str | None:
-        """Starts to watch a tensor.
-
-        Args:
-            t: The tensor.
-            node: Name of the node that made it.
-            known: Whether this tensor object is watched already.
+        """Starts to watch a tensor that ``node`` made; ``known`` says that this object is watched already.
 
         Returns:
             The node that made its storage, where that is another tensor's; None for a new storage.

@@ -24,7 +24,6 @@ class Leaf(NamedTuple):
         op: Canonical name; that of a convolution comes from its spec.
         output: ``output(module, x, *args, **kwargs) -> Tensor``.
         product: Whether it has a weight that it multiplies with.
-        convolution: Whether it is a convolution.
     """
 
     op: str

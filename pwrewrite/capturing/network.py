@@ -1,11 +1,8 @@
 """A capture as one `networkx.DiGraph`: activations flow along its edges, costs sit on its nodes.
 
-Nodes are keyed by the name of the node in ``Capture.graph`` and inserted in the order in which they run, so *the
-insertion order is a topological order*: a pass over ``graph.nodes`` needs no sort. An edge ``u → v`` says that ``v``
-reads what ``u`` makes, and carries its bytes. Weights and constants (``get_attr``) are left out: they are no
-activations, and what they cost is in ``params`` and ``read_bytes`` of the node that uses them.
-
-The attributes are plain Python data, so that ``networkx.node_link_data(graph(capture))`` becomes JSON. Node attributes:
+Nodes have the names of ``Capture.graph`` and stand in the order in which they run, which is topological. An edge
+``u → v`` says that ``v`` reads what ``u`` makes. Weights and constants (``get_attr``) are left out: their cost is in
+``params`` and ``read_bytes`` of the node that uses them. All is plain data for ``networkx.node_link_data``:
 
 ========================  ====================================================================================
 ``op``                    kind of operation: ``conv2d``, ``relu``, ``add``, ``input``, ``output``, …
@@ -13,15 +10,13 @@ The attributes are plain Python data, so that ``networkx.node_link_data(graph(ca
 ``layer``                 path of the layer that it calls, or None
 ``shape``, ``dtype``      of its first output (``()`` and ``""`` where it makes no tensor)
 ``shapes``                of all its outputs
-``params``                parameters used first here
-``macs``                  multiply-accumulates
+``params``, ``macs``      parameters used first here; multiply-accumulates
 ``read_bytes``            bytes of activations and weights read
 ``write_bytes``           bytes of activations written; 0 for views
 ``alias_of``              node whose storage it shares (views, in-place operations), or None
 ========================  ====================================================================================
 
-Edge attributes are ``bytes`` (of the tensors that ``v`` reads of what ``u`` makes) and ``shape`` (of the first of
-them). A question of one's own is then a line or two::
+Edges have ``bytes`` (of the tensors that ``v`` reads of what ``u`` makes) and ``shape`` (of the first of them)::
 
     g = pwrewrite.graph(capture)
     max(g.edges(data="bytes"), key=lambda edge: edge[2])            # the largest tensor between two operations
@@ -41,13 +36,7 @@ from .records import Capture, NodeInfo, TensorSpec, info
 
 
 def graph(capture: Capture) -> nx.DiGraph:
-    """Makes the graph of a capture.
-
-    Args:
-        capture: What `pwrewrite.capturing.capture` returned.
-
-    Returns:
-        A new directed acyclic graph, in the order of execution; see the module docstring for its attributes.
+    """The graph of a capture, a new directed acyclic one in the order of execution; see the module for its attributes.
 
     >>> import torch
     >>> from torch import nn

@@ -1,9 +1,8 @@
 """The graph under construction, and where every tensor in it comes from.
 
 A tensor's origin is an attribute on the tensor object, so that nothing here keeps an activation alive. Tensors that the
-run did not make (parameters, buffers, constants of the user's code) carry no mark: they are stood for by an alias that
-does. A wrapper of ``vmap`` or ``grad`` comes from where the tensor in it comes from, and what a transform returns comes
-from what made its memory.
+run did not make (parameters, buffers, constants of the user's code) are stood for by an alias that has the mark. A
+wrapper of ``vmap`` or ``grad`` comes from where the tensor in it does, a transform's result from what made its memory.
 """
 
 from __future__ import annotations
@@ -59,7 +58,6 @@ class Origins:
         device: Where real values live.
 
     Attributes:
-        graph: The graph so far.
         constants: Tensors that the graph reads and no module owns, by their name in the graph.
         lost: How many tensors came from code that torch functions do not show.
         outside: Weights that the graph reads and that are no parameters of the model.
@@ -87,15 +85,7 @@ class Origins:
     # --------------------------------------------------------------------------------------------- nodes
 
     def create(self, op: str, target: Any, args: Any, kwargs: Any, base: str) -> fx.Node:
-        """Appends a node.
-
-        Args:
-            op: As in ``torch.fx``.
-            target: As in ``torch.fx``.
-            args: Positional arguments, tensors in any nesting.
-            kwargs: Keyword arguments.
-            base: What to name it after.
-        """
+        """Appends a node named after ``base``; arguments hold tensors in any nesting."""
         if len(args) == 1 and isinstance(args[0], Tensor):
             lowered: Any = (self.node(args[0]),)
         else:
@@ -267,12 +257,9 @@ class Origins:
         return wrapper
 
     def written(self, t: Tensor, node: fx.Node, *, on_meta: bool) -> None:
-        """Notes that ``node`` wrote into a tensor: it is the tensor's origin from now on.
+        """Notes that ``node`` wrote into a tensor of the model's code: it is its origin from now on.
 
-        Args:
-            t: The tensor object that the model's code holds.
-            node: The writer.
-            on_meta: Whether it wrote values that are not there, so that the tensor's own are void.
+        ``on_meta`` says that the values written are not there, so that the tensor's own are void.
         """
         value = self.value(t)
         if on_meta and not value.is_meta:

@@ -1,23 +1,12 @@
 """Runs a model once on ``meta`` tensors and writes down what it does as a `torch.fx.Graph`.
 
-``torch.fx.symbolic_trace`` hands proxies to the model's code, and fails where that code branches on a shape, iterates
-over a tensor or asks ``isinstance(x, Tensor)``. The recorder hands out real tensors that have no data: Python control
-flow runs as it always does, sizes are integers, and a `TorchFunctionMode` sees every torch function while a replaced
-``nn.Module.__call__`` sees every module. Modules with a rule (convolutions, norms, activations, pooling …, see
-`rules`) become ``call_module`` nodes without running; all else is looked into. So
+The recorder hands out real tensors without data, not proxies: Python control flow runs as ever, sizes are integers. A
+`TorchFunctionMode` sees every torch function, a replaced ``nn.Module.__call__`` every module. Modules with a rule
+(see `module_rules`) become ``call_module`` nodes without running; all else is looked into. Code that needs a tensor's
+*values* raises `NeedsValues`, and the caller records again with real, seeded ones.
 
-- whatever runs can be captured, and nothing is computed where shapes suffice;
-- sizes in the graph are those of the example inputs;
-- code that needs a tensor's *values* (``if x.sum() > 0``, ``nonzero``) cannot run on meta: `NeedsValues` tells the
-  caller, who records again with real, seeded values.
-
-The recorder keeps no activation alive (see `origins`), so that the deaths it observes are those of an ordinary run:
-``memory`` is what eager execution holds, references in callers' frames included.
-
+The recorder keeps no activation alive (see `origins`), so that the deaths it observes are those of an ordinary run.
 C++ that torch functions do not show (TorchScript functions) is recorded in a second run, one aten operation at a time.
-
-Other threads that the model starts, or hands work to, are recorded as its own; see `threads`. What stands between the
-model's code and the functions it calls (function transforms, higher-order operators) is for `transforms`.
 
 Limits: an in-place write through a view is an edge from the view, not from its base, and values that leave torch
 (through NumPy or Python numbers) and come back are constants. A TorchScript *module* is one opaque node, and starts a
@@ -63,12 +52,7 @@ _APART, _RECORDED, _BUSY = range(3)
 
 
 class _Here(threading.local):
-    """What a recorder knows of one thread.
-
-    Attributes:
-        state: Whether what the thread does is apart from the recording, recorded, or the recorder's own.
-        scope: Paths of the modules whose code runs, the innermost last.
-    """
+    """What a recorder knows of one thread; ``scope`` has the paths of the modules whose code runs, innermost last."""
 
     state = _APART
 
@@ -91,8 +75,6 @@ class Recorder(TorchFunctionMode):
         items: Whether each of several tensors that a node makes gets a node of its own.
 
     Attributes:
-        origins: The graph and the origins of tensors.
-        liveness: Births and deaths of activations.
         opaque: Paths of TorchScript modules, which are not looked into.
         notes: What a reader should be told of how operations were recorded.
     """
@@ -119,13 +101,7 @@ class Recorder(TorchFunctionMode):
     # ------------------------------------------------------------------------------------------- running
 
     def run(self, args: Args, kwargs: Kwargs, names: list[str]) -> None:
-        """Calls the model on prepared inputs and records the graph.
-
-        Args:
-            args: Positional inputs; tensors are the recorder's own copies.
-            kwargs: Keyword inputs.
-            names: One name per input tensor, in order.
-        """
+        """Calls the model on prepared inputs, the recorder's own copies, one name for each; records the graph."""
         origins = self.origins
         for tensor, name in zip(tensors_of((args, kwargs)), names):
             node = origins.placeholder(name, tensor)
@@ -157,12 +133,7 @@ class Recorder(TorchFunctionMode):
             set_info(node, NodeInfo("output", "", tuple(map(spec_of, results)), (), Cost()))
 
     def within(self, function: Function, scope: list[str]) -> Function:
-        """A function that is recorded in whatever thread it is called.
-
-        Args:
-            function: The function.
-            scope: Paths of the modules whose code calls it.
-        """
+        """A function that is recorded in whatever thread it is called, as the code of the modules in ``scope``."""
         here = self.here
 
         def recorded(*args: object, **kwargs: object) -> object:
@@ -344,10 +315,7 @@ class _Deep(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-_OPS = {
-    "multi_head_attention_forward": "attention",
-    "scaled_dot_product_attention": "attention",
-}
+_OPS = {"multi_head_attention_forward": "attention", "scaled_dot_product_attention": "attention"}
 
 
 def path_of_failure(error: Exception) -> str | None:

@@ -1,9 +1,7 @@
-"""What a capture consists of: plain records about tensors, nodes, layers and calls, and the live `Capture` that holds
-them.
+"""What a capture consists of: records about tensors, nodes, layers and calls, and the live `Capture` that holds them.
 
-A *layer* is one weight (a convolution or a linear map) under one or more paths; a *call* is one use of it in the
-graph. Parameters belong to layers, MACs to calls. Every node of ``Capture.graph`` (a `torch.fx.Graph`) carries a
-`NodeInfo`, which `info` returns.
+A *layer* is one weight under one or more paths; a *call* is one use of it in the graph. Parameters belong to layers,
+MACs to calls. Every node of ``Capture.graph`` carries a `NodeInfo`, which `info` returns.
 """
 
 from __future__ import annotations
@@ -58,13 +56,11 @@ class NodeInfo:
     """The facts of one node of the captured graph.
 
     Attributes:
-        op: Canonical name of the operation: ``conv2d``, ``linear``, ``batch_norm``, ``relu``, ``add``, ``cat``,
-            ``attention``, ``input``, ``output``, ….
+        op: Canonical name of the operation: ``conv2d``, ``linear``, ``batch_norm``, ``attention``, ``input``, ….
         path: Path of the module that ran it (the leaf itself for a module call, the enclosing module for a function).
         inputs: Activations read, in order, without repetition. Weights are not among them.
         outputs: Tensors made, flattened in order.
-        cost: Parameters used here (0 from the second call of a layer on), MACs, bytes read and written. A view moves no
-            bytes.
+        cost: Parameters used here (0 from the second call of a layer on), MACs, bytes; a view moves no bytes.
         alias_of: Name of the node whose storage the output shares: views and in-place operations.
         window: For convolutions and local pooling.
         spec: For convolutions.
@@ -97,10 +93,7 @@ class Call:
     """One use of a layer.
 
     Attributes:
-        layer: Path of the layer.
         node: Name of the graph node.
-        input_shape: Shape of the activation that goes in.
-        output_shape: Shape of what comes out.
         cost: MACs and bytes of this call; ``params`` is 0, they belong to the layer.
         island: Name of the connected part of the graph that the call is in; ``""`` where there is one.
     """
@@ -121,13 +114,9 @@ class Layer:
         path: First path of the module, or of the parameter that serves as weight where no module does.
         aliases: Other paths under which the same module or weight is found.
         op: ``conv1d`` … ``conv_transpose3d`` or ``linear``.
-        in_channels: Input channels or features.
-        out_channels: Output channels or features.
         params: Elements of weight and bias.
-        weight_bytes: Bytes of weight and bias.
         spec: The convolution's shape facts; None for a linear map.
         functional: Whether it is called as a function (``F.conv2d(x, self.weight)``) and not as a module.
-        called: Whether the graph reaches it at all.
         weight: Full name of the weight parameter, or ``""`` where the weight is computed in the graph.
         calls: Its uses, in graph order.
     """
@@ -177,14 +166,12 @@ class Coverage:
 
 @dataclass(frozen=True, repr=False)
 class Capture(Shown):
-    """A model as a graph: live, holds the model itself.
+    """A model as a graph: live, holds the model itself, untouched.
 
     Attributes:
-        model: The model, untouched.
         inputs: ``(name, spec)`` of every input tensor, nested ones flattened.
         graph: One `torch.fx.Graph`; sizes in it are those of the example inputs. `info` has the facts of a node.
         layers: Every convolution and linear map, reached or not, in graph order and then in module order.
-        coverage: What the graph holds of the model.
         memory: Births and deaths of activation storages, in the order in which running the model makes them.
         params: Elements of all parameters, each tensor once.
         weight_bytes: Bytes of all parameters and buffers, each tensor once.
@@ -208,11 +195,7 @@ class Capture(Shown):
         return tuple(call for layer in self.layers for call in layer.calls)
 
     def layer(self, path: str) -> Layer:
-        """The layer under ``path`` or under one of its aliases.
-
-        Raises:
-            KeyError: If there is none.
-        """
+        """The layer under ``path`` or one of its aliases; raises `KeyError` if there is none."""
         for layer in self.layers:
             if path == layer.path or path in layer.aliases:
                 return layer

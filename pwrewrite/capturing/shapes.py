@@ -1,11 +1,9 @@
 """Shapes by rule: what operations return, as empty tensors of the right shape, dtype and memory format.
 
-A rule takes a function's arguments, tensors on ``meta`` (or any device), and makes a new tensor without computing. It
-returns `NotImplemented` where the call is unusual; the function then runs on ``meta`` itself. Only what is slow there
-has a rule: arithmetic, norms and activations take ten to a hundred times longer on ``meta``, pooling does not. An input
-that the real operation would refuse raises `ShapeError`.
-
-Which operation follows which rule stands in `pwrewrite.core.operations`; names there are keys of `RULES`.
+A rule takes a function's arguments, tensors on ``meta`` (or any device), and makes a new tensor. It returns
+`NotImplemented` where the call is unusual; the function then runs on ``meta`` itself. Only what is slow there has a
+rule. An input that the real operation would refuse raises `ShapeError`. Which operation follows which rule stands in
+`pwrewrite.core.operations`; names there are keys of `RULES`.
 """
 
 from __future__ import annotations
@@ -42,14 +40,9 @@ _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def new(shape: Sequence[int], like: Tensor, other: Tensor | None = None) -> Tensor:
-    """An empty tensor in the memory format that an operation keeps.
+    """An empty tensor like another, ``channels_last`` where it or ``other`` (such as a convolution's weight) is.
 
-    A 3-D convolution without oneDNN (in float64, of one small sample) keeps none, which is not followed here.
-
-    Args:
-        shape: Its shape.
-        like: Gives dtype and device, and ``channels_last`` where it has that format.
-        other: A second tensor that may bring ``channels_last``, such as a convolution's weight.
+    A 3-D convolution without oneDNN (in float64, of one small sample) keeps no format, which is not followed here.
     """
     if like.is_contiguous() and (other is None or other.is_contiguous()):
         return empty(shape, like)
@@ -78,11 +71,7 @@ def default(x: Tensor, *_: object, **__: object) -> Tensor:
 def convolve(
     spec: ConvSpec, x: Tensor, weight: Tensor | None = None, output_size: Sequence[int] | None = None
 ) -> Tensor:
-    """What a convolution returns for ``x``.
-
-    Raises:
-        ShapeError: If the convolution does not take ``x``.
-    """
+    """What a convolution returns for ``x``; raises `ShapeError` if it does not take it."""
     try:
         shape = spec.output_shape(x.shape, output_size)
     except ValueError as error:
@@ -138,11 +127,7 @@ def _spread(value: Sequence[_T] | _T, dims: int) -> tuple[_T, ...]:
 
 
 def _broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
-    """The shape that two shapes broadcast to.
-
-    Raises:
-        ShapeError: If they do not.
-    """
+    """The shape that two shapes broadcast to; raises `ShapeError` if they do not."""
     if len(a) < len(b):
         a, b = b, a
     out = list(a)

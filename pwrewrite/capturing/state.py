@@ -1,10 +1,9 @@
 """Leaving a model as it was: a snapshot of everything that running its forward can change, and its restoration.
 
-Capturing runs the model's own code, which may store tensors (``self.last = x``), count calls, grow lists or draw
-random numbers. Restored are every module's ``__dict__`` (by identity, so training flags, hooks, replaced submodules
-and new attributes are covered, also of modules in plain lists), the contents of plain containers in it, the values of
-its tensors where real values ran, and the random states of torch, Python and NumPy. Objects that the model only
-refers to (a config object's attributes) are not followed.
+Restored are every module's ``__dict__`` (by identity: training flags, hooks, replaced submodules and new attributes,
+also of modules in plain lists), the contents of plain containers in it, the values of its tensors where real values
+ran, and the random states of torch, Python and NumPy. Objects that the model only refers to (a config object's
+attributes) are not followed.
 """
 
 from __future__ import annotations
@@ -94,10 +93,7 @@ class _Kept:
 def untouched(inventory: Inventory, *, values: bool) -> Iterator[None]:
     """Restores a model, the random states and the working directory on leaving, whatever happened in between.
 
-    Args:
-        inventory: The parts of the model.
-        values: Whether real values will run through it, so that its tensors may change too: buffers, and parameters
-            and tensor attributes that forward writes into.
+    ``values`` says that real values will run through the model, so that forward may write into its tensors, too.
     """
     dicts: list[tuple[dict[str, Any], dict[str, Any]]] = []
     containers: list[tuple[Any, Any]] = []

@@ -1,11 +1,9 @@
 """Work that a model does in threads of its own: `recorded_threads`.
 
 A torch function mode belongs to one thread. So while a model is recorded, threads that it starts and work that it hands
-to a ``concurrent.futures`` pool run under the recorder, too, and calls of the model's modules with the recording's
-tensors are recorded in whatever thread they come.
-
-Limits: functions (not modules) that other pools run in threads started before are not seen. Tensors that come back from
-them are counted, so that the report says that the totals are too low.
+to a ``concurrent.futures`` pool run under the recorder, and modules called with the recording's tensors are recorded in
+any thread. Limits: functions (not modules) that other pools run in threads started before are not seen; tensors that
+come back from them are counted, so that the report says that the totals are too low.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What torch runs on the model's behalf: function transforms, higher-order operators, compilation.
 
-**Transforms** (``vmap``, ``grad``, ``jvp``) hand out wrappers: a tensor of one lane stands for all of them. What runs
-on wrappers reaches the dispatcher with all lanes, where it is priced; the wrapper's tensor says where it comes from.
-The interface to wrappers is private to torch and used in this file only; without it no tensor counts as wrapped.
+**Transforms** (``vmap``, ``grad``, ``jvp``) hand out wrappers: a tensor of one lane stands for all. What runs on them
+reaches the dispatcher with all lanes, where it is priced. The interface to wrappers is private to torch and used in
+this file only; without it no tensor counts as wrapped.
 
 **Higher-order operators** (``torch.cond``, ``while_loop``, ``map``, ``flex_attention``) run as the Python that torch
 has for them. Where that would need a value, both branches of a ``cond`` and one round of a ``while_loop`` are recorded.

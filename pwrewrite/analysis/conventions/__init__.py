@@ -1,10 +1,8 @@
 """What other tools would say of the same model, and why: `count`, `explain`.
 
-FLOPs are not one thing. FlopCounterMode counts matrix products and convolutions, fvcore adds norms and adaptive
-pooling and calls a multiply-accumulate a flop, thop and torchinfo look at modules only, ptflops at modules and at
-patched functions, and functions that no tool looks at count as 0. Here each tool's total is reproduced from a
-`Capture` alone: nothing runs, and the tool need not be installed. Every total is a sum of `Row`s, each with what the
-same operations cost by our own count, so that the difference between the two is explained to the last digit.
+FLOPs are not one thing: tools differ in what they see and in whether a multiply-accumulate is one flop or two. Each
+tool's total is reproduced from a `Capture` alone: nothing runs, and the tool need not be installed. A total is a sum of
+`Row`s, each with what the same operations cost by our count, so the difference is explained to the last digit.
 
 The conventions are those of torch 2.11 to 2.15 (``FlopCounterMode``, its FLOPs halved), fvcore 0.1.5.post20221221,
 thop 0.1.1.post2209072238, ptflops 0.7.5 (its default, the ``pytorch`` backend) and torchinfo 1.8.0, each called on
@@ -14,9 +12,8 @@ Not reproduced, because a graph does not hold it; `Count.caveats` says so where 
 
 - recurrent modules in thop and ptflops, multi-head attention modules in fvcore and ptflops, timm's ``Attention`` in
   ptflops;
-- ptflops patches ``Tensor.add``, ``mul`` and ``matmul``, but not the operators ``+``, ``*`` and ``@``, which look the
-  same in a graph: a method call is told by its name in the code of the class that makes it, so a class that uses
-  both, or a helper outside the class that uses the method, is counted wrong;
+- ptflops patches ``Tensor.add``, ``mul`` and ``matmul``, but not ``+``, ``*`` and ``@``: a method call is told by its
+  name in the code of the class that makes it, so a class that uses both is counted wrong;
 - a call of a module of one's own, without children, that is followed at once by a second call of the same module on
   the first one's output passes for one call (matters to torchinfo only).
 """
@@ -69,8 +66,7 @@ class Count(Shown):
     """A model's total under a tool's convention.
 
     Attributes:
-        tool: Name of the tool.
-        total: What it says.
+        total: What the tool says.
         unit: What it calls that: ``MACs``, ``flops`` or ``mult-adds``; one multiply-accumulate is one of it in each.
         ours: Our own MACs.
         rows: What the total consists of, largest first, then what counts as 0.
@@ -114,14 +110,7 @@ TOOLS = tuple(_TOOLS)
 
 
 def count(capture: Capture, tool: str) -> Count:
-    """A model's total as a tool would give it.
-
-    Args:
-        capture: The model, captured in evaluation mode.
-        tool: One of `TOOLS`.
-
-    Returns:
-        The total with what it consists of.
+    """The total of a model, captured in evaluation mode, as one of `TOOLS` would give it.
 
     Raises:
         UsageError: If the tool is not known.
@@ -132,11 +121,7 @@ def count(capture: Capture, tool: str) -> Count:
 
 
 def explain(capture: Capture) -> tuple[Count, ...]:
-    """Every tool's total, in the order of `TOOLS`; ``reasons`` of each say how it comes about.
-
-    Args:
-        capture: The model, captured in evaluation mode.
-    """
+    """Every tool's total for a model captured in evaluation mode, in the order of `TOOLS`."""
     all_units = units(capture)
     return tuple(_count(capture, tool, all_units) for tool in TOOLS)
 

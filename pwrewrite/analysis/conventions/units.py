@@ -1,7 +1,6 @@
 """A graph as tools with module hooks see it: calls of modules, and functions that larger modules call themselves.
 
-A graph holds a call of a common module as one node, and whatever else a module does as the functions that it calls. A
-hook fires once per call, so the functions that one call of a childless module makes are put together again here:
+A hook fires once per call, so the functions that one call of a childless module makes are put together again here:
 neighbours in the graph, under the same module, connected by data (the two calls of a norm that is applied to query
 and key are not).
 """
@@ -20,13 +19,9 @@ from ...capturing import Capture, NodeInfo, TensorSpec, info
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a tool counts for one operation by one rule.
+    """What a tool counts for one operation by one rule; named as in `Row`.
 
-    Attributes:
-        kind: What the operation is.
-        rule: How it is counted where that differs from ours.
-        counted: The tool's figure; a fraction only where ptflops makes one.
-        ours: Our MACs of the same operation; 0 where another share of it has them.
+    ``counted`` is a fraction only where ptflops makes one; ``ours`` is 0 where another share of the operation has them.
     """
 
     kind: str
@@ -40,10 +35,8 @@ class Unit:
     """One call of a childless module, or one function that a larger module calls.
 
     Attributes:
-        kind: What it does, in words: ``conv2d``, ``batch norm``.
         module: The module called; for a function, the module whose code calls it.
         whole: Whether ``module`` is what is called here, so that a hook on it fires.
-        nodes: The nodes of it.
         ours: Its MACs by our count.
         main: The node whose input and output a hook sees, where hooks on the module or a weight that is computed make
             others around it; None for all nodes together.
@@ -79,14 +72,7 @@ def childless(module: nn.Module) -> bool:
 
 
 def units(capture: Capture) -> list[Unit]:
-    """Everything a captured model does, in graph order.
-
-    Args:
-        capture: The captured model.
-
-    Returns:
-        Units that together hold each node of the graph that runs something exactly once.
-    """
+    """Everything a captured model does, in graph order: each node that runs something in exactly one unit."""
     modules = dict(capture.model.named_modules(remove_duplicate=False))
     result: list[Unit] = []
     run: list[fx.Node] = []
@@ -169,9 +155,7 @@ def words(op: str) -> str:
 def visits(root: nn.Module, stop: Callable[[nn.Module], bool] | None = None) -> Counter[nn.Module]:
     """How often a walk over ``children()`` comes by each module: more than once where modules share it.
 
-    Args:
-        root: Where the walk starts.
-        stop: Modules whose children the walk does not enter; the root's are entered in any case.
+    It does not enter modules for which ``stop`` holds, but the root's children in any case.
     """
     counts: Counter[nn.Module] = Counter({root: 1})
     stack = [root]
