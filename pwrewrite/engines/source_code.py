@@ -38,7 +38,7 @@ _OPERATORS = {
 _METHODS = """
     view reshape flatten unflatten permute transpose contiguous mean relu_ relu sigmoid sigmoid_ tanh tanh_ add_ mul_
     sub_ div_ clamp clamp_ softmax log_softmax expand unsqueeze squeeze chunk split select roll masked_fill exp sqrt
-    rsqrt pow abs neg sin cos clone detach repeat amax amin argmax cumsum flip fill_ copy_ zero_ hardtanh_ t unbind
+    rsqrt pow abs neg sin cos clone detach repeat amax amin argmax cumsum flip fill_ copy_ zero_ t unbind
     narrow bmm floor ceil round type_as movedim
 """.split()  # noqa: SIM905
 """Tensor methods that take what the operation of that name takes."""
@@ -48,7 +48,7 @@ _FUNCTIONS = """
 """.split()  # noqa: SIM905
 """The same of functions of torch, and of ``torch.nn.functional``:"""
 _FUNCTIONAL = """
-    linear adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d avg_pool2d gelu silu silu_ hardswish hardswish_
+    linear adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d avg_pool2d gelu silu hardswish
     hardsigmoid leaky_relu elu mish softplus scaled_dot_product_attention pad pixel_shuffle one_hot
 """.split()  # noqa: SIM905
 _DROPPED = ("_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range", "alias", "lift_fresh")

@@ -19,7 +19,7 @@ from pwrewrite.capturing import Inputs
 from pwrewrite.core.errors import OutputError, RefusedError, UsageError
 from pwrewrite.core.exports import Exports
 from pwrewrite.core.form_names import EXPORT_NAMES
-from pwrewrite.engines import exporting, pt2_format
+from pwrewrite.engines import exporting, pt2_format, source_code
 
 X = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -277,6 +277,19 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert again.exit_code == 0, again.output
     assert not (tmp_path / "out" / "model.pt2").exists()
     assert json.loads(again.stdout)["inputs"] == {"input": "1×3×8×8 float32"}
+
+
+def test_names_that_source_uses_are_torchs() -> None:
+    assert all(hasattr(Tensor, name) for name in source_code._METHODS)
+    assert all(hasattr(torch, name) for name in source_code._FUNCTIONS)
+    assert all(hasattr(nn.functional, name) for name in source_code._FUNCTIONAL)
+
+
+def test_source_of_activations_in_place(tmp_path: Path) -> None:
+    layers = (nn.Hardswish(inplace=True), nn.SiLU(inplace=True), nn.Hardsigmoid(inplace=True), nn.Mish(inplace=True))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), *layers, nn.LeakyReLU(0.1, inplace=True), nn.ELU(inplace=True)).eval()
+    result = pwrewrite.export(net, X, to="source", out=tmp_path / "out")
+    assert result.passed, result.formats
 
 
 class Hard(nn.Module):

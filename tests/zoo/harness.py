@@ -77,6 +77,8 @@ def candidates() -> list[Candidate]:
 
 def build(candidate: Candidate, *, real: bool = False) -> Built:
     """Builds a model in evaluation mode, on meta unless ``real`` is asked for or its constructor needs values."""
+    if candidate.library == "examples":
+        return _example(candidate)
     why = "asked" if real else ""
     if not real:
         try:
@@ -91,6 +93,15 @@ def build(candidate: Candidate, *, real: bool = False) -> Built:
     if not why:
         inputs = _to_meta(inputs)
     return Built(candidate, model.eval(), inputs, why)
+
+
+def _example(candidate: Candidate) -> Built:
+    """A model of ``examples``, with its own inputs."""
+    from pwrewrite import load_target
+
+    loaded = load_target(str(Path(__file__).parents[2] / "examples" / f"{candidate.name}.py"))
+    args = (loaded.example_inputs,) if isinstance(loaded.example_inputs, Tensor) else tuple(loaded.example_inputs)
+    return Built(candidate, loaded.model.eval(), args, "an example")
 
 
 def _construct(candidate: Candidate) -> nn.Module:
