@@ -62,15 +62,9 @@ class BottleneckCost:
     @classmethod
     def _of(cls, spec: ConvSpec, before: int, after: int) -> BottleneckCost:
         taps = prod(spec.kernel_size)
-        fan_in, fan_out = spec.in_channels // spec.groups, spec.out_channels // spec.groups
-        return cls(
-            fan_in,
-            fan_out,
-            spec.groups,
-            before * spec.in_channels,
-            (before if spec.transposed else after) * taps * spec.groups,
-            after * spec.out_channels,
-        )
+        core = (before if spec.transposed else after) * taps * spec.groups
+        fans = spec.in_channels // spec.groups, spec.out_channels // spec.groups
+        return cls(*fans, spec.groups, before * spec.in_channels, core, after * spec.out_channels)
 
     @property
     def original(self) -> int:

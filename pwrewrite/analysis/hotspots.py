@@ -51,47 +51,29 @@ def hotspots(
     reports = []
     for layer, share, cumulative in zip(ranked, shares, accumulate(shares)):
         verdict = squeeze(capture, layer, owners)
-        bound = layer_bound(layer, _dtype(layer, infos), device)
-        spec = layer.spec
+        dtype = infos[layer.calls[0].node].outputs[0].dtype if layer.calls else torch.float32
+        bound = layer_bound(layer, dtype, device)
+        spec, written = layer.spec, sum(call.cost.write_bytes for call in layer.calls)
+        hotspot = spec is not None and spec.is_dense_spatial and layer.called and share >= hotspot_share
         extent, whole = receptive_fields.get(layer.calls[0].node, (None, False)) if layer.calls else (None, False)
-        reports.append(
-            LayerReport(
-                layer=layer,
-                share=share,
-                cumulative=min(1.0, cumulative),
-                hotspot=spec is not None and spec.is_dense_spatial and layer.called and share >= hotspot_share,
-                break_even=verdict if isinstance(verdict, BreakEven) else None,
-                skip=verdict if isinstance(verdict, Skip) else None,
-                receptive_field=extent,
-                sees_whole_input=whole,
-                bound=bound.bound,
-                intensity=bound.intensity,
-                seconds=bound.seconds,
-                activation_bytes=sum(call.cost.write_bytes for call in layer.calls),
-            )
-        )
+        gain, skip = (None, verdict) if isinstance(verdict, Skip) else (verdict, None)
+        work = (layer, share, min(1.0, cumulative), hotspot, gain, skip)
+        reports.append(LayerReport(*work, extent, *bound, activation_bytes=written, sees_whole_input=whole))
     return tuple(reports)
-
-
-def _dtype(layer: Layer, infos: Mapping[str, NodeInfo]) -> torch.dtype:
-    return infos[layer.calls[0].node].outputs[0].dtype if layer.calls else torch.float32
 
 
 def squeeze(capture: Capture, layer: Layer, owners: Owners | None = None) -> BreakEven | Skip:
     """Where a bottleneck in place of a layer breaks even, or why none may be inserted."""
     spec = layer.spec
     if spec is None:
-        return Skip(
-            layer.path, SkipReason.POINTWISE, "a linear map has no kernel to squeeze; a pair of low rank may apply"
-        )
+        why = "a linear map has no kernel to squeeze; a pair of low rank may apply"
+        return Skip(layer.path, SkipReason.POINTWISE, why)
     if spec.is_pointwise:
         return Skip(layer.path, SkipReason.POINTWISE, "a 1×1 convolution has no kernel to squeeze")
     if spec.is_depthwise:
-        return Skip(
-            layer.path, SkipReason.DEPTHWISE, "each channel is filtered on its own; there are no channels to squeeze"
-        )
-    refused = eligible(capture, layer, owners)
-    return refused if refused is not None else break_even(layer)
+        why = "each channel is filtered on its own; there are no channels to squeeze"
+        return Skip(layer.path, SkipReason.DEPTHWISE, why)
+    return eligible(capture, layer, owners) or break_even(layer)
 
 
 def break_even(layer: Layer) -> BreakEven | Skip:
@@ -102,10 +84,7 @@ def break_even(layer: Layer) -> BreakEven | Skip:
     params = BottleneckCost.of_params(spec)
     by_macs, by_params = macs.break_even(), params.break_even()
     if not any(by_macs) and not any(by_params):
-        return Skip(
-            layer.path,
-            SkipReason.TOO_SMALL,
-            f"even a bottleneck of rank {spec.groups} has {macs.at(1, 1):,} MACs and {params.at(1, 1):,} weights, "
-            f"the layer {macs.original:,} and {params.original:,}",
-        )
+        least = f"even a bottleneck of rank {spec.groups} has {macs.at(1, 1):,} MACs and {params.at(1, 1):,} weights"
+        why = f"{least}, the layer {macs.original:,} and {params.original:,}"
+        return Skip(layer.path, SkipReason.TOO_SMALL, why)
     return BreakEven(*by_macs, *by_params, macs.half, params.half + (spec.out_channels if spec.bias else 0))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from ..capturing.records import MemoryEvent, NodeInfo
+from ..core.cost import Cost
 from .records import LiveTensor, Peak
 
 TENSORS = 32
@@ -32,14 +33,9 @@ def peak_memory(events: Iterable[MemoryEvent], infos: Mapping[str, NodeInfo]) ->
     for event in events[: moment + 1]:
         held[event.node] = held.get(event.node, 0) + event.nbytes
     largest = sorted((item for item in held.items() if item[1]), key=lambda item: -item[1])
-    node = events[moment].node
-    return Peak(peak, node, _path(infos, node), tuple(_live(infos, *item) for item in largest[:TENSORS]))
-
-
-def _path(infos: Mapping[str, NodeInfo], node: str) -> str:
-    return infos[node].path if node in infos else ""
-
-
-def _live(infos: Mapping[str, NodeInfo], node: str, nbytes: int) -> LiveTensor:
-    outputs = infos[node].outputs if node in infos else ()
-    return LiveTensor(node, _path(infos, node), outputs[0].shape if outputs else (), nbytes)
+    node, nothing = events[moment].node, NodeInfo("", "", (), (), Cost())
+    tensors = []
+    for name, nbytes in largest[:TENSORS]:
+        facts = infos.get(name, nothing)
+        tensors.append(LiveTensor(name, facts.path, facts.outputs[0].shape if facts.outputs else (), nbytes))
+    return Peak(peak, node, infos.get(node, nothing).path, tuple(tensors))

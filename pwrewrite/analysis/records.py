@@ -72,31 +72,24 @@ class LayerReport(Record):
         names = ("kernel_size", "stride", "padding", "dilation", "groups")
         window = {name: as_data(getattr(layer.spec, name, None)) for name in names}
         return {
-            "path": layer.path,
-            "aliases": list(layer.aliases),
-            "op": layer.op,
+            **_named(layer, "path aliases op"),
             "kernel": window.pop("kernel_size"),
             **window,
-            "in_channels": layer.in_channels,
-            "out_channels": layer.out_channels,
-            "functional": layer.functional,
-            "params": layer.params,
-            "macs": layer.macs,
+            **_named(layer, "in_channels out_channels functional params macs"),
             "flops": 2 * layer.macs,
             "share": self.share,
             "cumulative_share": self.cumulative,
             "hotspot": self.hotspot,
             "weight_bytes": layer.weight_bytes,
-            "activation_bytes": self.activation_bytes,
-            "intensity": self.intensity,
-            "bound": self.bound,
-            "seconds": self.seconds,
-            "receptive_field": as_data(self.receptive_field),
-            "sees_whole_input": self.sees_whole_input,
+            **_named(self, "activation_bytes intensity bound seconds receptive_field sees_whole_input"),
             "calls": [_call(call) for call in layer.calls],
             "break_even": as_data(self.break_even),
             "skip": {"reason": str(skip.reason), "detail": skip.detail} if skip else None,
         }
+
+
+def _named(record: object, names: str) -> dict[str, object]:
+    return {name: as_data(getattr(record, name)) for name in names.split()}
 
 
 def _call(call: Call) -> dict[str, object]:
@@ -117,8 +110,8 @@ class OpTotal(Record):
 
     def to_dict(self) -> dict[str, object]:
         """The same as plain JSON data."""
-        data = {"op": self.op, "calls": self.calls, "params": self.params, "macs": self.macs, "flops": 2 * self.macs}
-        return {**data, "read_bytes": self.read_bytes, "write_bytes": self.write_bytes}
+        counts = {**_named(self, "op calls params macs"), "flops": 2 * self.macs}
+        return {**counts, **_named(self, "read_bytes write_bytes")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,32 +255,22 @@ class Analysis(Shown, Record):
 
     def to_dict(self) -> dict[str, object]:
         """The analysis as plain JSON data of schema ``pwrewrite.analysis/1``: integers unscaled, names stable."""
+        unpriced = [{"op": op, "calls": calls} for op, calls in self.coverage.unpriced]
         return {
             "schema": SCHEMA,
             "versions": versions(),
             "model": {"target": self.target, "class": self.model_class, "inputs": as_data(self.inputs)},
             "totals": {
-                "params": self.params,
-                "macs": self.macs,
-                "flops": self.flops,
-                "weight_bytes": self.weight_bytes,
-                "activation_bytes": self.activation_bytes,
+                **_named(self, "params macs flops weight_bytes activation_bytes"),
                 "peak_activation_bytes": self.peak.nbytes,
                 "critical_path_macs": self.critical_path.macs,
             },
-            "layers": [report.to_dict() for report in self.layers],
-            "by_op": [total.to_dict() for total in self.by_op],
-            "peak": self.peak.to_dict(),
-            "critical_path": self.critical_path.to_dict(),
-            "roofline": self.roofline.to_dict(),
+            **_named(self, "layers by_op peak critical_path roofline"),
             "modules": [
                 {"path": node.path, "kind": node.kind, "depth": depth, "params": node.params, "macs": node.macs}
                 for depth, node in self.tree.walk()
             ],
-            "coverage": {
-                **as_data(self.coverage),
-                "unpriced": [{"op": op, "calls": calls} for op, calls in self.coverage.unpriced],
-            },
+            "coverage": as_data(self.coverage) | {"unpriced": unpriced},
             "notes": list(self.notes),
         }
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 
@@ -132,16 +133,12 @@ def device_profile(device: str | DeviceProfile) -> DeviceProfile:
         limit = parse_count(bandwidth, "the bandwidth of the device")
         return DeviceProfile(str(device), "a device as given", _peaks(peak, peak), float(limit), "given")
     if profile is None:
-        raise UsageError(
-            f"no device profile is called {str(device)!r}",
-            expected=", ".join(DEVICES),
-            hint="give the peak in FLOP/s and the bandwidth in bytes/s from the data sheet instead: 82.6T,1008G",
-        )
+        hint = "give the peak in FLOP/s and the bandwidth in bytes/s from the data sheet instead: 82.6T,1008G"
+        raise UsageError(f"no device profile is called {str(device)!r}", expected=", ".join(DEVICES), hint=hint)
     return profile
 
 
-@dataclass(frozen=True, slots=True)
-class Bound:
+class Bound(NamedTuple):
     """Roofline class of an operation (``""`` where nothing runs), its intensity, and the least seconds it takes."""
 
     bound: str
@@ -173,25 +170,12 @@ def roofline(infos: Iterable[NodeInfo], device: DeviceProfile) -> Roofline:
     total = waiting = 0.0
     macs: dict[torch.dtype, int] = {}
     for facts in infos:
-        cost = facts.cost
-        nbytes = cost.read_bytes + cost.write_bytes
-        if not nbytes and not cost.macs:
-            continue
         dtype = facts.outputs[0].dtype if facts.outputs else torch.float32
-        if cost.macs:
-            macs[dtype] = macs.get(dtype, 0) + cost.macs
-        compute, transfer = cost.macs / device.peak(dtype), nbytes / device.bytes_per_s
-        if compute >= transfer:
-            total += compute
-        else:
-            total += transfer
-            waiting += transfer
+        if facts.cost.macs:
+            macs[dtype] = macs.get(dtype, 0) + facts.cost.macs
+        limit, _, seconds = bound(facts.cost.macs, facts.cost.read_bytes + facts.cost.write_bytes, dtype, device)
+        total += seconds
+        waiting += seconds if limit == "memory" else 0.0
     main = max(macs, key=macs.__getitem__) if macs else torch.float32
-    return Roofline(
-        device=device.name,
-        macs_per_s=device.peak(main),
-        bytes_per_s=device.bytes_per_s,
-        ridge=device.ridge(main),
-        seconds=total,
-        memory_bound_share=waiting / total if total else 0.0,
-    )
+    share = waiting / total if total else 0.0
+    return Roofline(device.name, device.peak(main), device.bytes_per_s, device.ridge(main), total, share)

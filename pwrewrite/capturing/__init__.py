@@ -156,31 +156,19 @@ def _finish(recorder: Recorder, values: str, failure: Exception | None) -> Captu
         notes.append(f"TorchScript modules are opaque: {', '.join(p or '(root)' for p in recorder.opaque[:5])}")
     if origins.lost:
         unpriced["unseen code"] += origins.lost
-        notes.append(
-            f"{origins.lost} tensors come from code that torch functions do not show: the totals may be too low"
-        )
+        lost = "tensors come from code that torch functions do not show: the totals may be too low"
+        notes.append(f"{origins.lost} {lost}")
     if origins.outside:
         size = sum(map(element_count, origins.outside))
         notes.append(
             f"{len(origins.outside)} weights ({size:,} elements) outside model.parameters(), which no column of "
             "parameters counts: a list instead of a ModuleList, or modules made in forward?"
         )
-    notes += recorder.notes
-    notes += conventions(inventory.kinds)
-    return Capture(
-        model=inventory.model,
-        inputs=tuple(inputs),
-        graph=graph,
-        layers=layers,
-        coverage=Coverage(
-            kind, len(convolutions), sum(layer.called for layer in convolutions), tuple(unpriced.most_common()), values
-        ),
-        memory=tuple(recorder.liveness.events),
-        params=inventory.size,
-        weight_bytes=inventory.nbytes,
-        notes=tuple(notes),
-        constants=origins.constants,
-    )
+    notes += [*recorder.notes, *conventions(inventory.kinds)]
+    called = sum(layer.called for layer in convolutions)
+    coverage = Coverage(kind, len(convolutions), called, tuple(unpriced.most_common()), values)
+    recorded = (inventory.model, tuple(inputs), graph, layers, coverage, tuple(recorder.liveness.events))
+    return Capture(*recorded, inventory.size, inventory.nbytes, tuple(notes), origins.constants)
 
 
 def _too_large(inventory: Inventory) -> bool:
@@ -190,16 +178,9 @@ def _too_large(inventory: Inventory) -> bool:
 def _refused(error: Exception, args: Args, kwargs: Kwargs) -> CaptureError:
     shapes = ", ".join("×".join(map(str, t.shape)) or "scalar" for t in tensors_of((args, kwargs)))
     where = path_of_failure(error)
+    what = f"the model does not run on this input: {first_line(error)}"
+    hint = "check that model(*example_inputs) runs in plain PyTorch on these inputs"
     if isinstance(error, ShapeError):
-        return CaptureError(
-            f"the model does not take this input: {error}",
-            where=where,
-            got=f"inputs of shape {shapes}",
-            hint="give the shape the model was made for, such as --input 1x3x224x224",
-        )
-    return CaptureError(
-        f"the model does not run on this input: {first_line(error)}",
-        where=where,
-        got=f"inputs of shape {shapes}",
-        hint="check that model(*example_inputs) runs in plain PyTorch on these inputs",
-    )
+        what = f"the model does not take this input: {error}"
+        hint = "give the shape the model was made for, such as --input 1x3x224x224"
+    return CaptureError(what, where=where, got=f"inputs of shape {shapes}", hint=hint)

@@ -18,6 +18,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..core.errors import first_line
+from ..core.nested import Tree
 from .state import CONTAINERS, contents, refill, same
 
 
@@ -25,12 +26,12 @@ class NotTraceable(RuntimeError):
     """The module's own code cannot be turned into a graph."""
 
 
-def value_or(value: Any, default: Any) -> Any:
+def value_or(value: object, default: object) -> object:
     """An input, or what the code takes in its place where it was left out."""
     return default if value is None else value
 
 
-class _Item(fx.Proxy):
+class Item(fx.Proxy):
     """A value in a trace that takes items."""
 
     def __setitem__(self, key: object, value: object) -> None:
@@ -52,11 +53,11 @@ class ShallowTracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A value that takes items."""
-        return _Item(node, self)
+        return Item(node, self)
 
     def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
+        self, root_fn: Callable[..., object], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[object]]:
         """As ever, with None for what is absent."""
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         left_out = [isinstance(arg, fx.Proxy) and str(arg.node.target) in self.absent for arg in args]
@@ -142,7 +143,7 @@ def untouched(module: nn.Module) -> Iterator[list[str]]:
                 refill(container, saved)
 
 
-def _stores(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+def _stores(module: nn.Module) -> Iterator[tuple[str, Tree, Tree]]:
     """Where a module's attributes lie, and a copy of it; with a name where that is a container in one of them."""
     own = vars(module)
     yield "", own, dict(own)
@@ -150,7 +151,7 @@ def _stores(module: nn.Module) -> Iterator[tuple[str, Any, Any]]:
         if name in _REGISTERED:
             yield "", value, dict(value)
         elif name not in _STOCK and isinstance(value, CONTAINERS):
-            copies: list[tuple[Any, Any]] = []
+            copies: list[tuple[Tree, Tree]] = []
             contents(value, copies, 3)
             yield from ((name, container, copy) for container, copy in copies)
 
@@ -166,12 +167,12 @@ def _merge(graph: fx.Graph, without: fx.Graph, name: str) -> None:
     same = dict(zip(without.nodes, mine))
     choices: dict[fx.Node, fx.Node] = {}
     for other, node in same.items():
-        theirs = _leaves(other)
-        if len(theirs) != len(_leaves(node)):
+        theirs = leaves_of(other)
+        if len(theirs) != len(leaves_of(node)):
             return
         leaves = iter(theirs)
 
-        def choose(leaf: Any, node: fx.Node = node, leaves: Iterator[Any] = leaves) -> Any:
+        def choose(leaf: object, node: fx.Node = node, leaves: Iterator[object] = leaves) -> Tree:
             read = next(leaves)
             instead = same.get(read) if isinstance(read, fx.Node) else None
             if not isinstance(leaf, fx.Node) or leaf.op != "placeholder" or leaf.target != name or instead is None:
@@ -185,9 +186,9 @@ def _merge(graph: fx.Graph, without: fx.Graph, name: str) -> None:
         node.args, node.kwargs = args, kwargs
 
 
-def _leaves(node: fx.Node) -> list[Any]:
-    """What a call is given, out of its containers."""
-    leaves: list[Any] = []
+def leaves_of(node: fx.Node) -> list[fx.node.Argument]:
+    """What a node is given, out of its containers."""
+    leaves: list[fx.node.Argument] = []
     fx.node.map_aggregate((node.args, node.kwargs), leaves.append)
     return leaves
 
@@ -197,7 +198,7 @@ def _text(graph: fx.Graph, absent: Sequence[str] = ()) -> list[str]:
     nodes = [node for node in graph.nodes if node.target is not value_or]
     names = {node: f"%{i}" for i, node in enumerate(nodes)}
 
-    def value(node: Any) -> str | None:
+    def value(node: Tree) -> str | None:
         if node.target is value_or:
             first, second = node.args
             return value(second if first.target in absent else first)

@@ -10,13 +10,13 @@ is tried as a few values only. Code that proxies cannot follow at all gets the a
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import fx, nn
 
-from .code_trace import ShallowTracer, untouched
+from ..core.nested import Args, Kwargs, Tree
+from .code_trace import Item, ShallowTracer, leaves_of, untouched
 
 _T = TypeVar("_T")
 
@@ -39,7 +39,7 @@ _COUNTS = (1, 0, 2, 4096)
 _NUMBERS = (1.0, -1.0, 0.0, 1e6)
 
 
-class _Value(fx.Proxy):
+class _Value(Item):
     """A value in a trace; asking it for a number or its length is a decision."""
 
     def _decide(self, options: Sequence[_T]) -> _T:
@@ -58,11 +58,8 @@ class _Value(fx.Proxy):
     def __float__(self) -> float:
         return self._decide(_NUMBERS)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> _Attribute:
         return _Attribute(self, name)
-
-    def __setitem__(self, key: object, value: object) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 
 class _Attribute(fx.proxy.Attribute, _Value):
@@ -91,13 +88,11 @@ class _PathTracer(ShallowTracer):
         """The truth value of a proxy, which is a decision."""
         return self.decide(2) == 0
 
-    def iter(self, obj: Any) -> Iterator[Any]:
+    def iter(self, obj: Tree) -> Iterator[fx.Proxy]:
         """The items of a proxy, of which there are a decided number."""
         return iter([obj[i] for i in range(_COUNTS[:3][self.decide(3)])])
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def call_module(self, m: nn.Module, forward: Callable[..., object], args: Args, kwargs: Kwargs) -> object:
         """As ever; a module that is no submodule, such as one that a class holds, is a function."""
         try:
             self.path_of_module(m)
@@ -178,12 +173,13 @@ def always_follows(
         readers = [n for n in graph.nodes if (n.op == "output" if then is None else _calls(module, n, then))]
         sources = [n for n in graph.nodes if first is not None and _calls(module, n, first)]
         for reader in readers:
-            read = _elements(reader) if then is None else [_first_argument(reader)]
+            read = leaves_of(reader) if then is None else [_first_argument(reader)]
             read = [_before(module, node, passes_on) for node in read]
-            hits = [i for i, n in enumerate(read) if (n in sources if first is not None else _is_input(n))]
+            wanted = sources if first is not None else [n for n in graph.nodes if n.op == "placeholder"]
+            hits = [i for i, n in enumerate(read) if n in wanted]
             if hits:
                 places.add(tuple(hits))
-                inputs.update(read[i].name for i in hits if first is None)
+                inputs.update(str(read[i]) for i in hits if first is None)
             elif only or then is None:
                 return False
         if any(not _only_read_by(module, source, readers, passes_on) for source in sources):
@@ -199,22 +195,11 @@ def _calls(owner: nn.Module, node: fx.Node, module: nn.Module) -> bool:
     return node.op == "call_module" and owner.get_submodule(str(node.target)) is module
 
 
-def _is_input(node: object) -> bool:
-    return isinstance(node, fx.Node) and node.op == "placeholder"
-
-
-def _first_argument(node: fx.Node) -> Any:
+def _first_argument(node: fx.Node) -> fx.node.Argument:
     return node.args[0] if node.args else next(iter(node.kwargs.values()), None)
 
 
-def _elements(output: fx.Node) -> list[Any]:
-    """What code returns, out of its containers."""
-    elements: list[Any] = []
-    fx.node.map_aggregate(output.args, elements.append)
-    return elements
-
-
-def _before(owner: nn.Module, node: Any, passes_on: Callable[[nn.Module], bool]) -> Any:
+def _before(owner: nn.Module, node: fx.node.Argument, passes_on: Callable[[nn.Module], bool]) -> fx.node.Argument:
     """A node, or the one before the modules that return what they are given."""
     while isinstance(node, fx.Node) and node.op == "call_module" and passes_on(owner.get_submodule(str(node.target))):
         node = _first_argument(node)

@@ -11,7 +11,6 @@ the applier looks for them. A hook registered globally for all modules is not ta
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -73,30 +72,20 @@ def module_refusal(path: str, module: nn.Module, holders: Mapping[int, list[str]
         return Skip(path, SkipReason.LAZY, "a lazy module; run the model once so that it takes its final shape")
     if parametrize.is_parametrized(module):
         names = ", ".join(sorted(getattr(module, "parametrizations", {})))
-        return Skip(
-            path,
-            SkipReason.PARAMETRIZED,
-            f"{names} is parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it an ordinary one",
-        )
+        why = f"{names} is parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it an ordinary one"
+        return Skip(path, SkipReason.PARAMETRIZED, why)
     weight = module._parameters.get("weight")
     if weight is None and isinstance(getattr(module, "weight", None), Tensor):
-        return Skip(
-            path,
-            SkipReason.PARAMETRIZED,
-            "its weight is computed from other tensors before each call (weight_norm, spectral_norm or pruning of the "
-            "older kind); remove_weight_norm, remove_spectral_norm or prune.remove makes it an ordinary parameter",
-        )
-    hooks = sorted({name for attribute, name in _HOOKS if getattr(module, attribute, None)})
-    if hooks:
-        return Skip(
-            path, SkipReason.HOOKS, f"has a {' and a '.join(hooks)}, which would be lost; remove it and put it back"
-        )
+        how = "weight_norm, spectral_norm or pruning of the older kind"
+        undo = "remove_weight_norm, remove_spectral_norm or prune.remove makes it an ordinary parameter"
+        why = f"its weight is computed from other tensors before each call ({how}); {undo}"
+        return Skip(path, SkipReason.PARAMETRIZED, why)
+    if hooks := sorted({name for attribute, name in _HOOKS if getattr(module, attribute, None)}):
+        why = f"has a {' and a '.join(hooks)}, which would be lost; remove it and put it back"
+        return Skip(path, SkipReason.HOOKS, why)
     if not _stock(module):
-        return Skip(
-            path,
-            SkipReason.OVERRIDDEN_FORWARD,
-            f"{type(module).__qualname__} has a forward of its own, which a replacement would not run",
-        )
+        why = f"{type(module).__qualname__} has a forward of its own, which a replacement would not run"
+        return Skip(path, SkipReason.OVERRIDDEN_FORWARD, why)
     refused = _weight(path, weight, type(module).__qualname__)
     return refused or _shared(path, path, weight, module._parameters.get("bias"), holders)
 
@@ -117,16 +106,10 @@ def find_holders(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
 
 def _not_called(capture: Capture, layer: Layer) -> Skip:
     if capture.coverage.capture == "whole":
-        return Skip(
-            layer.path,
-            SkipReason.NOT_CALLED,
-            "not called for these inputs in this mode; it may be used only in training",
-        )
-    return Skip(
-        layer.path,
-        SkipReason.NOT_TRACED,
-        "not in the graph: the model does not trace whole; capture the submodule that holds it",
-    )
+        why = "not called for these inputs in this mode; it may be used only in training"
+        return Skip(layer.path, SkipReason.NOT_CALLED, why)
+    why = "not in the graph: the model does not trace whole; capture the submodule that holds it"
+    return Skip(layer.path, SkipReason.NOT_TRACED, why)
 
 
 def _stock(module: nn.Module) -> bool:
@@ -144,11 +127,8 @@ def _weight(path: str, weight: Tensor | None, kind: str) -> Skip | None:
     if weight.dtype.is_complex:
         return Skip(path, SkipReason.COMPLEX, f"its weight is {weight.dtype}; the decompositions are of real weights")
     if type(weight) not in (Parameter, Tensor) or weight.is_quantized or not weight.dtype.is_floating_point:
-        return Skip(
-            path,
-            SkipReason.QUANTIZED,
-            f"its weight is a {type(weight).__name__} of {weight.dtype}; rewrite the model before it is quantized",
-        )
+        why = f"its weight is a {type(weight).__name__} of {weight.dtype}; rewrite the model before it is quantized"
+        return Skip(path, SkipReason.QUANTIZED, why)
     return None
 
 
@@ -160,11 +140,8 @@ def _shared(
         held_by = holders.get(id(tensor), [])
         others = [other for other in held_by if other not in (path, holder)]
         if tensor is not None and len(held_by) > 1:
-            return Skip(
-                path,
-                SkipReason.SHARED_WEIGHT,
-                f"its {name} is also that of {_few(others)}, which would keep the old one",
-            )
+            why = f"its {name} is also that of {_few(others)}, which would keep the old one"
+            return Skip(path, SkipReason.SHARED_WEIGHT, why)
     return None
 
 
@@ -176,57 +153,36 @@ def _read_directly(layer: Layer, owners: Owners) -> Skip | None:
         users = (user.name for node in owners.reads.get(f"{prefix}{name}", []) for user in node.users)
         readers = [user for user in dict.fromkeys(users) if user not in calls]
         if readers:
-            return Skip(
-                layer.path,
-                SkipReason.WEIGHT_READ,
-                f"its {name} is also read directly, by {_few(readers)}, which would see the old one",
-            )
+            why = f"its {name} is also read directly, by {_few(readers)}, which would see the old one"
+            return Skip(layer.path, SkipReason.WEIGHT_READ, why)
     return None
 
 
 def _functional(layer: Layer, owners: Owners) -> Skip | None:
     if not layer.weight and _outside(layer, owners):
-        return Skip(
-            layer.path,
-            SkipReason.FUNCTIONAL,
-            "its weight is outside model.parameters(); hold its module in an nn.ModuleList, or as an attribute",
-        )
+        why = "its weight is outside model.parameters(); hold its module in an nn.ModuleList, or as an attribute"
+        return Skip(layer.path, SkipReason.FUNCTIONAL, why)
     if not layer.weight:
-        return Skip(
-            layer.path,
-            SkipReason.PARAMETRIZED,
-            "its weight is computed in the graph, so there is no parameter to decompose; store it as one",
-        )
+        why = "its weight is computed in the graph, so there is no parameter to decompose; store it as one"
+        return Skip(layer.path, SkipReason.PARAMETRIZED, why)
     path, _, name = layer.weight.rpartition(".")
     holder = owners.modules.get(path)
-    weight: Any = None
-    if holder is not None:
-        if parametrize.is_parametrized(holder, name):
-            return Skip(
-                layer.path,
-                SkipReason.PARAMETRIZED,
-                f"{layer.weight} is parametrized; remove_parametrizations makes it an ordinary parameter",
-            )
-        weight = getattr(holder, name, None)
+    if holder is not None and parametrize.is_parametrized(holder, name):
+        why = f"{layer.weight} is parametrized; remove_parametrizations makes it an ordinary parameter"
+        return Skip(layer.path, SkipReason.PARAMETRIZED, why)
+    weight = getattr(holder, name, None)
     if not isinstance(weight, Tensor):
         return Skip(layer.path, SkipReason.FUNCTIONAL, f"no parameter is found under {layer.weight}")
     calls = {call.node for call in layer.calls}
     reads = owners.reads.get(layer.weight, [])
     bias_name, bias_reads = _bias(reads, calls, owners)
     users = {user.name for node in (*reads, *bias_reads) for user in node.users}
-    others = sorted(users - calls)
-    if others:
-        return Skip(
-            layer.path,
-            SkipReason.WEIGHT_READ,
-            f"its weight or bias is also read by {_few(others)}, which would see the old one",
-        )
+    if others := sorted(users - calls):
+        why = f"its weight or bias is also read by {_few(others)}, which would see the old one"
+        return Skip(layer.path, SkipReason.WEIGHT_READ, why)
     if len(calls) > 1:
-        return Skip(
-            layer.path,
-            SkipReason.FUNCTIONAL,
-            f"one weight in {len(calls)} functional calls, which may differ in stride or padding; make it one module",
-        )
+        why = f"one weight in {len(calls)} functional calls, which may differ in stride or padding; make it one module"
+        return Skip(layer.path, SkipReason.FUNCTIONAL, why)
     owner, _, attribute = bias_name.rpartition(".")
     bias = getattr(owners.modules.get(owner), attribute, None) if attribute else None
     refused = _weight(layer.path, weight, "the function")
@@ -244,10 +200,9 @@ def _bias(reads: list[fx.Node], calls: set[str], owners: Owners) -> tuple[str, l
     """Name and graph reads of the bias that goes with a functional call's weight; ``""`` where none is stored."""
     for read in reads:
         for user in read.users:
-            bias: Any = user.args[2] if len(user.args) > 2 else user.kwargs.get("bias")
+            bias = user.args[2] if len(user.args) > 2 else user.kwargs.get("bias")
             if user.name in calls and isinstance(bias, fx.Node) and bias.op == "get_attr":
-                name = str(bias.target)
-                return name, owners.reads.get(name, [])
+                return str(bias.target), owners.reads.get(str(bias.target), [])
     return "", []
 
 

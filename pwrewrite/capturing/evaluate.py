@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.cost import PricingMode
-from ..core.nested import Args, Kwargs, map_tensors
+from ..core.nested import Args, Kwargs, Tree, map_tensors
 from ..core.operations import BY_FUNCTION, FREE_FUNCTIONS
 from . import functions
 from .origins import NeedsValues, Origins
@@ -27,7 +27,7 @@ Function = Callable[..., Any]
 class Result(NamedTuple):
     """What a function returned, its MACs, and what of it has no price."""
 
-    out: Any
+    out: Tree
     macs: int = 0
     unpriced: tuple[str, ...] = ()
 
@@ -43,7 +43,7 @@ class Evaluator:
 
         ``name`` is empty where no rule holds, as for custom operations and wrappers of ``vmap``.
         """
-        out: Any = NotImplemented
+        out: Tree = NotImplemented
         if on_meta and name:
             rule = FUNCTION_RULES.get(name)
             if rule is not None:
@@ -77,7 +77,9 @@ def read(func: Function, name: str, args: Args, kwargs: Kwargs, tensors: list[Te
     return func(*map_tensors(args, Tensor.detach), **map_tensors(kwargs, Tensor.detach))
 
 
-def redirect(func: Any, name: str, args: Args, kwargs: Kwargs, device: torch.device | str) -> tuple[Any, Args, Kwargs]:
+def redirect(
+    func: Function, name: str, args: Args, kwargs: Kwargs, device: torch.device | str
+) -> tuple[Function, Args, Kwargs]:
     """The function to call and its arguments, so that what code moves to a device goes to where values live here."""
     if name in functions.DEVICE_METHODS:
         return Tensor.to, (args[0], device), {}

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from inspect import Parameter, signature
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError, shortened
-from ..core.nested import Args, Kwargs, tensors_of
+from ..core.nested import Args, Kwargs, Tree, tensors_of
 
-Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+Inputs = Tensor | Sequence[Tree] | Mapping[str, Tree]
 
 
-def tensors_for(inputs: object) -> Any:
+def tensors_for(inputs: object) -> Tree:
     """Example inputs with a tensor where something else plainly stands for one: zeros for a shape, or a NumPy array's.
 
     ``(1, 3, 224, 224)`` is a shape, and so is every item of ``[(1, 3, 64, 64), (1, 10)]``; other values stay.
@@ -50,17 +49,13 @@ def split_inputs(example_inputs: Inputs) -> tuple[Args, Kwargs]:
     elif isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
         args = tuple(example_inputs)
     else:
-        raise InputError(
-            "example inputs of a kind that no model takes",
-            expected="a tensor, a tuple of positional inputs or a dict of keyword inputs",
-            got=type(example_inputs).__name__,
-        )
+        expected = "a tensor, a tuple of positional inputs or a dict of keyword inputs"
+        got = type(example_inputs).__name__
+        raise InputError("example inputs of a kind that no model takes", expected=expected, got=got)
     if not tensors_of((args, kwargs)):
-        raise InputError(
-            "no tensor among the example inputs",
-            expected="a tensor, a tuple of positional inputs, a dict of keyword ones, or a shape: (1, 3, 64, 64)",
-            got=shortened(repr(example_inputs), 80),
-        )
+        expected = "a tensor, a tuple of positional inputs, a dict of keyword ones, or a shape: (1, 3, 64, 64)"
+        got = shortened(repr(example_inputs), 80)
+        raise InputError("no tensor among the example inputs", expected=expected, got=got)
     return args, kwargs
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 from operator import attrgetter
-from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.nested import tensors_of
+from ..core.nested import Tree, tensors_of
 from .tensors import byte_count, element_count, kind_of
 
 
@@ -124,7 +123,7 @@ class Inventory:
         return owned
 
 
-def _modules_in(value: Any, path: str, depth: int = 3) -> Iterator[tuple[str, nn.Module]]:
+def _modules_in(value: Tree, path: str, depth: int = 3) -> Iterator[tuple[str, nn.Module]]:
     """Modules in plain containers and theirs, each with a path."""
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         if isinstance(item, nn.Module):

@@ -8,7 +8,7 @@ predicted from the input), through the module whose code makes the call.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from torch import Tensor, fx, nn
 
@@ -25,73 +25,68 @@ def find_layers(inventory: Inventory, graph: fx.Graph) -> tuple[Layer, ...]:
     Returns:
         Layers in graph order, then those that the graph does not call in module order.
     """
-    modules, names = inventory.paths, inventory.names
     islands = _islands(graph)
     calls: defaultdict[str, list[Call]] = defaultdict(list)
-    known: dict[str, dict[str, Any]] = {}
+    first: dict[str, tuple[fx.Node, str]] = {}
     for node in graph.nodes:
         facts = info(node)
-        spec = facts.spec
-        if spec is None and facts.op != "linear":
+        if facts.spec is None and facts.op != "linear":
             continue
-        if node.op == "call_module":
-            path = node.target
-            if path not in known:
-                module = modules[path]
-                known[path] = _of_module(module, names[id(module)], spec)
-        else:
-            path, weight_name = _functional_path(node, facts.path, inventory)
-            if path not in known:
-                known[path] = _of_call(node, path, weight_name, modules, names)
+        leaf = node.op == "call_module"
+        path, weight = (str(node.target), "") if leaf else _functional_path(node, facts.path, inventory)
+        first.setdefault(path, (node, weight))
         call = Call(path, node.name, facts.inputs[0].shape, facts.outputs[0].shape, facts.cost, islands.get(node, ""))
         calls[path].append(call)
+    layers = [_layer(path, *use, tuple(calls[path]), inventory) for path, use in first.items()]
     for module in inventory.modules:
-        if isinstance(module, _KINDS):
-            same = names[id(module)]
-            if not any(path in known for path in same):
-                known[same[0]] = _of_module(module, same, None)
-    return tuple([Layer(path=path, calls=tuple(calls[path]), **facts) for path, facts in known.items()])
+        if isinstance(module, _KINDS) and not any(path in first for path in inventory.names[id(module)]):
+            layers.append(_of_module(inventory.names[id(module)], module, None))
+    return tuple(layers)
 
 
-def _of_module(module: Any, names: list[str], spec: ConvSpec | None) -> dict[str, Any]:
-    linear = isinstance(module, nn.Linear)
-    if spec is None and not linear:
-        spec = _spec_of(module)
+def _layer(path: str, node: fx.Node, weight_name: str, calls: tuple[Call, ...], inventory: Inventory) -> Layer:
+    facts = info(node)
+    spec, module, functional = facts.spec, inventory.paths.get(path), node.op != "call_module"
+    if module is not None and (not functional or isinstance(module, _KINDS)):
+        return _of_module([path, *inventory.names[id(module)][1:]], module, spec, functional, calls)
+    weight = _argument(node, 1, "weight")
+    tensors = [info(arg).outputs[0] for arg in (weight, _argument(node, 2, "bias")) if _is_stored(arg)]
+    shape = info(weight).outputs[0].shape if isinstance(weight, fx.Node) else ()
+    widths = (spec.in_channels, spec.out_channels) if spec else (shape[-1], shape[0]) if shape else (0, 0)
+    params, size = sum(t.numel for t in tensors), sum(t.nbytes for t in tensors)
+    return Layer(path, (), facts.op, *widths, params, size, spec, True, weight_name, calls)
+
+
+def _of_module(
+    names: list[str], module: nn.Module, spec: ConvSpec | None, functional: bool = False, calls: tuple[Call, ...] = ()
+) -> Layer:
+    if isinstance(module, nn.Linear):
+        op, widths = "linear", (module.in_features, module.out_features)
+    else:
+        spec = spec or _spec_of(module)
+        op, widths = spec.op, (spec.in_channels, spec.out_channels)
     params = size = 0
     for t in _weights(module):
         params += t.numel()
         size += t.nbytes
-    return {
-        "aliases": tuple(names[1:]),
-        "op": "linear" if spec is None else spec.op,
-        "in_channels": module.in_features if linear else module.in_channels,
-        "out_channels": module.out_features if linear else module.out_channels,
-        "params": params,
-        "weight_bytes": size,
-        "spec": spec,
-        "functional": False,
-        "weight": "" if module._parameters.get("weight") is None else _joined(names[0], "weight"),
-    }
+    weight = "" if module._parameters.get("weight") is None else f"{names[0]}.weight".removeprefix(".")
+    return Layer(names[0], tuple(names[1:]), op, *widths, params, size, spec, functional, weight, calls)
 
 
-def _weights(module: Any) -> list[Tensor]:
+def _weights(module: nn.Module) -> list[Tensor]:
     """The parameters of a layer: its own, and the originals of those that are computed from others."""
-    own = [p for p in module._parameters.values() if p is not None]
+    own: list[Tensor] = [p for p in module._parameters.values() if p is not None]
     parametrizations = module._modules.get("parametrizations") if module._modules else None
     return own if parametrizations is None else [*own, *parametrizations.parameters()]
 
 
-def _spec_of(module: Any) -> ConvSpec:
+def _spec_of(module: nn.Module) -> ConvSpec:
     """The spec of a convolution without asking for a weight or bias that would have to be computed."""
     if not (module._modules and "parametrizations" in module._modules):
         return ConvSpec.of_module(module)
     shell = nn.Module()
     shell.__dict__.update(module.__dict__, bias=module._parameters.get("bias", "computed"))
     return ConvSpec.of_module(shell)
-
-
-def _joined(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _argument(node: fx.Node, position: int, name: str) -> object:
@@ -117,32 +112,6 @@ def _functional_path(node: fx.Node, scope: str, inventory: Inventory) -> tuple[s
     if isinstance(modules.get(scope), _KINDS) or scope in inventory.strays:
         return scope, ""  # the layer's own code computes its weight, or it is outside the model's tree
     return f"{scope}.{node.name}" if scope else node.name, ""
-
-
-def _of_call(
-    node: fx.Node, path: str, weight_name: str, modules: dict[str, nn.Module], names: dict[int, list[str]]
-) -> dict[str, Any]:
-    facts = info(node)
-    module: Any = modules.get(path)
-    spec = facts.spec
-    if isinstance(module, _KINDS):
-        return {**_of_module(module, names[id(module)], spec), "functional": True}
-    tensors = [
-        info(arg).outputs[0] for arg in (_argument(node, 1, "weight"), _argument(node, 2, "bias")) if _is_stored(arg)
-    ]
-    weight = _argument(node, 1, "weight")
-    shape = info(weight).outputs[0].shape if isinstance(weight, fx.Node) else ()
-    return {
-        "aliases": (),
-        "op": facts.op,
-        "in_channels": spec.in_channels if spec else (shape[-1] if shape else 0),
-        "out_channels": spec.out_channels if spec else (shape[0] if shape else 0),
-        "params": sum(t.numel for t in tensors),
-        "weight_bytes": sum(t.nbytes for t in tensors),
-        "spec": spec,
-        "functional": True,
-        "weight": weight_name,
-    }
 
 
 def _islands(graph: fx.Graph) -> dict[fx.Node, str]:

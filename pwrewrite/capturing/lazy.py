@@ -69,9 +69,5 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def _unshaped(path: str, reason: str) -> CaptureError:
-    return CaptureError(
-        "a lazy module has no shapes yet",
-        where=path or "(root)",
-        got=reason,
-        hint="run the model once on real inputs first: model(*example_inputs)",
-    )
+    hint = "run the model once on real inputs first: model(*example_inputs)"
+    return CaptureError("a lazy module has no shapes yet", where=path or "(root)", got=reason, hint=hint)

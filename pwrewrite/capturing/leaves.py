@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.convolution import ConvSpec
 from ..core.cost import PricingMode
-from ..core.nested import Args, Kwargs, map_tensors, tensors_of
+from ..core.nested import Args, Kwargs, Tree, map_tensors, tensors_of
 from . import functions
 from .bookkeeping import Bookkeeper
 from .module_rules import Leaf, module_window
@@ -36,7 +36,7 @@ class Leaves:
                 spec = ConvSpec.of_module(module)
                 facts = self._specs[id(module)] = spec, Window.of(spec)
             spec, window = facts
-        out: Any = NotImplemented if self._real else self._by_rule(module, rule, spec, args, kwargs)
+        out: Tree = NotImplemented if self._real else self._by_rule(module, rule, spec, args, kwargs)
         if out is NotImplemented:
             out = self._run(module, args, kwargs)
         if spec is not None:
@@ -48,12 +48,9 @@ class Leaves:
         elif op in functions.WINDOWED:
             window = module_window(module)
         params, size, strided = 0, 0, torch.strided
-        for t in module._parameters.values():
+        for t in (*module._parameters.values(), *module._buffers.values()):
             if t is not None:
                 params += self._books.count(t)
-                size += t.nbytes if t.layout is strided else byte_count(t)
-        for t in module._buffers.values():
-            if t is not None:
                 size += t.nbytes if t.layout is strided else byte_count(t)
         self._books.record(
             self._origins.create("call_module", path, args, kwargs, path or op),

@@ -7,6 +7,7 @@ one that overrides it is not. A leaf without a rule, or one whose rule returns `
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -109,20 +110,11 @@ def module_window(module: Any) -> Window:
     return pool_window(dims, module.kernel_size, module.stride, module.padding, getattr(module, "dilation", 1))
 
 
-_leaf_of_type: dict[type, Leaf | None] = {}
-
-
+@cache
 def leaf_rule(kind: type) -> Leaf | None:
     """The rule for modules of class ``kind``; None where they are looked into."""
-    try:
-        return _leaf_of_type[kind]
-    except KeyError:
-        leaf = MODULE_RULES.get(getattr(kind, "forward", None))
-        if leaf is not None and leaf.convolution:
-            base: type[nn.Module] = next(base for base in CONV_MODULES if issubclass(kind, base))
-            if getattr(kind, "_conv_forward", None) is not getattr(base, "_conv_forward", None):
-                leaf = None
-        if isinstance(getattr(kind, "weight", None), property):  # parametrized: the weight is computed
-            leaf = None
-        _leaf_of_type[kind] = leaf
-        return leaf
+    leaf = MODULE_RULES.get(getattr(kind, "forward", None))
+    if leaf is None or isinstance(getattr(kind, "weight", None), property):  # parametrized: the weight is computed
+        return None
+    base: type = next((base for base in CONV_MODULES if leaf.convolution and issubclass(kind, base)), kind)
+    return leaf if getattr(kind, "_conv_forward", None) is getattr(base, "_conv_forward", None) else None

@@ -27,6 +27,7 @@ Edges have ``bytes`` (of the tensors that ``v`` reads of what ``u`` makes) and `
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import networkx as nx
 import torch
@@ -99,12 +100,7 @@ def _part(node: fx.Node, source: fx.Node) -> dict[str, object]:
     return _flow(taken or info(source).outputs)
 
 
-_dtype_names: dict[torch.dtype, str] = {}
-
-
+@cache
 def dtype_name(dtype: torch.dtype) -> str:
     """``float32`` for ``torch.float32``."""
-    name = _dtype_names.get(dtype)
-    if name is None:
-        name = _dtype_names[dtype] = str(dtype).removeprefix("torch.")
-    return name
+    return str(dtype).removeprefix("torch.")

@@ -7,6 +7,7 @@ wrapper of ``vmap`` or ``grad`` comes from where the tensor in it does, a transf
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from operator import getitem
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..core.cost import Cost
-from ..core.nested import map_tensors, tensors_of, to_meta
+from ..core.nested import Args, Kwargs, map_tensors, tensors_of, to_meta
 from .inventory import Inventory
 from .liveness import Liveness
 from .records import NodeInfo, TensorSpec, info, set_info
@@ -42,7 +43,7 @@ class Piece:
 
     __slots__ = ("graph", "maker", "node", "where")
 
-    def __init__(self, maker: fx.Node, where: tuple[Any, ...]) -> None:
+    def __init__(self, maker: fx.Node, where: Args) -> None:
         self.maker, self.where, self.graph = maker, where, maker.graph
         self.node: fx.Node | None = None
 
@@ -69,14 +70,10 @@ class Origins:
     ) -> None:
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
-        self.lost = 0
+        self.lost, self.transformed = 0, False
         self.outside: list[Tensor] = []
-        self.transformed = False
-        self._inventory = inventory
-        self._liveness = liveness
-        self._real = real
-        self._items = items
-        self._device = device
+        self._inventory, self._liveness = inventory, liveness
+        self._real, self._items, self._device = real, items, device
         self._aliases: dict[int, Tensor] = {}
         self._held: list[Tensor] = []
         self._attributes: dict[str, fx.Node] = {}
@@ -84,10 +81,10 @@ class Origins:
 
     # --------------------------------------------------------------------------------------------- nodes
 
-    def create(self, op: str, target: Any, args: Any, kwargs: Any, base: str) -> fx.Node:
+    def create(self, op: str, target: str | Callable[..., Any], args: Args, kwargs: Kwargs, base: str) -> fx.Node:
         """Appends a node named after ``base``; arguments hold tensors in any nesting."""
         if len(args) == 1 and isinstance(args[0], Tensor):
-            lowered: Any = (self.node(args[0]),)
+            lowered: Args = (self.node(args[0]),)
         else:
             lowered = map_tensors(args, self.node, plain=True)
         named = map_tensors(kwargs, self.node, plain=True) if kwargs else None
@@ -291,12 +288,9 @@ class Origins:
 
     def _materialized(self, name: str, t: Tensor) -> Tensor:
         """Seeded values for a weight that has none: small normal weights, unit variances, zeros elsewhere."""
-        if not t.is_floating_point():
-            return torch.zeros(t.shape, dtype=t.dtype, device=self._device)
-        if name.endswith("running_var") or (t.dim() <= 1 and name.endswith("weight")):
-            return torch.ones(t.shape, dtype=t.dtype, device=self._device)
-        if isinstance(t, nn.Parameter) and t.dim() > 1:
+        one = name.endswith("running_var") or (t.dim() <= 1 and name.endswith("weight"))
+        if t.is_floating_point() and not one and isinstance(t, nn.Parameter) and t.dim() > 1:
             generator = torch.Generator().manual_seed(0)
             values = torch.randn(t.shape, dtype=torch.float32, generator=generator).mul_(prod(t.shape[1:]) ** -0.5)
             return values.to(self._device, t.dtype)
-        return torch.zeros(t.shape, dtype=t.dtype, device=self._device)
+        return torch.full(t.shape, t.is_floating_point() and one, dtype=t.dtype, device=self._device)

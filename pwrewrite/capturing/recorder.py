@@ -37,7 +37,7 @@ from .evaluate import Evaluator, Function, read, redirect, without_masks
 from .inventory import Inventory
 from .leaves import Leaves
 from .liveness import Liveness
-from .module_rules import Leaf, leaf_rule
+from .module_rules import leaf_rule
 from .origins import Origins, spec_of
 from .records import NodeInfo, Window, set_info
 from .shapes import pool_call_window
@@ -113,11 +113,8 @@ class Recorder(TorchFunctionMode):
             state = here.state
             if state == _RECORDED:
                 return recorder.call_module(module, args, kwargs)
-            if (
-                state == _APART
-                and id(module) in recorder._paths
-                and any(map(origins.known, tensors_of((args, kwargs))))
-            ):
+            apart = state == _APART and id(module) in recorder._paths
+            if apart and any(map(origins.known, tensors_of((args, kwargs)))):
                 return recorder.within(recorder.call_module, [])(module, args, kwargs)
             return _original_call(module, *args, **kwargs)
 
@@ -155,13 +152,14 @@ class Recorder(TorchFunctionMode):
         if path is None:
             path = self.inventory.stray_name(module) or self._scope()
         elif transforming() is None:
-            rule = leaf_rule(type(module))
+            kind: type = type(module)
+            rule = leaf_rule(kind)
         attributes = module.__dict__
         if rule is not None and "forward" not in attributes:
             if not (attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]):
-                return self._leaf(module, path, rule, args, kwargs)
+                return self._as_node(self._leaves.call, module, path, rule, args, kwargs)
             if not (rule.product and module._parameters.get("weight") is None):
-                attributes["forward"] = lambda *args, **kwargs: self._leaf(module, path, rule, args, kwargs)
+                attributes["forward"] = lambda *a, **k: self._as_node(self._leaves.call, module, path, rule, a, k)
                 try:  # the hooks run as ever, around the node
                     return _original_call(module, *args, **kwargs)
                 finally:
@@ -170,7 +168,8 @@ class Recorder(TorchFunctionMode):
         scope.append(path)
         try:
             if isinstance(module, torch.jit.ScriptModule):
-                return self._script(module, path, args, kwargs)
+                self.opaque.append(path)
+                return self._as_node(self._leaves.script, module, path, args, kwargs)
             return _original_call(module, *args, **kwargs)
         finally:
             scope.pop()
@@ -178,23 +177,14 @@ class Recorder(TorchFunctionMode):
     def _scope(self) -> str:
         return self.here.scope[-1] if self.here.scope else ""
 
-    def _leaf(self, module: nn.Module, path: str, rule: Leaf, args: Args, kwargs: Kwargs) -> object:
+    def _as_node(self, call: Function, *args: object) -> object:
         here = self.here
         with DisableTorchFunction(), self._lock:
             here.state = _BUSY
             try:
-                return self._leaves.call(module, path, rule, args, kwargs)
+                return call(*args)
             finally:
                 here.state = _RECORDED
-
-    def _script(self, module: nn.Module, path: str, args: Args, kwargs: Kwargs) -> object:
-        self.opaque.append(path)
-        with DisableTorchFunction(), self._lock:
-            self.here.state = _BUSY
-            try:
-                return self._leaves.script(module, path, args, kwargs)
-            finally:
-                self.here.state = _RECORDED
 
     # ----------------------------------------------------------------------------------------- functions
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..core.convolution import ConvSpec, Sizes
-from ..core.nested import tensors_of
+from ..core.nested import Tree, tensors_of
 from ..core.operations import OPERATIONS, convolution_call
 from .records import Window
 
@@ -113,7 +113,7 @@ def pool_window(
 
 
 def pool_call_window(
-    name: str, x: Tensor, kernel_size: Sizes, stride: Sizes | None = None, padding: Sizes = 0, *args: Any, **kwargs: Any
+    name: str, x: Tensor, kernel_size: Sizes, stride: Sizes | None = None, padding: Sizes = 0, *args: int, **kwargs: int
 ) -> Window:
     """The window of a functional pooling call named ``max_pool2d`` or ``avg_pool1d`` and the like."""
     dilation = kwargs.get("dilation", args[0] if args and name.startswith("max") else 1)
@@ -219,12 +219,12 @@ def _linear(x: Tensor, weight: Tensor, bias: object = None) -> Tensor:
     return project(x, weight.shape[-1], weight.shape[0]) if weight.dim() == 2 else ON_META
 
 
-def _convolution(name: str, *args: Any, **kwargs: Any) -> Tensor:
+def _convolution(name: str, *args: Tree, **kwargs: Tree) -> Tensor:
     spec, weight, _ = convolution_call(name, args, kwargs)
     return convolve(spec, args[0] if args else kwargs["input"], weight)
 
 
-def _recurrent(*args: Any, **kwargs: Any) -> Any:
+def _recurrent(*args: Tree, **kwargs: Tree) -> Tree:
     """The output and the last state or states of ``torch.lstm`` and its kin, which ``meta`` runs step by step."""
     if kwargs:
         return ON_META

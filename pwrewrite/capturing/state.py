@@ -13,13 +13,13 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import is_
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..core.files import same_directory
+from ..core.nested import Tree
 from ..core.random_state import keeping_random_state
 from .inventory import Inventory
 from .tensors import kind_of
@@ -30,7 +30,7 @@ _PLAIN = frozenset((bool, int, float, str, tuple, type(None)))
 _DEPTH = 3
 
 
-def contents(value: Any, copies: list[tuple[Any, Any]], depth: int) -> None:
+def contents(value: Tree, copies: list[tuple[Tree, Tree]], depth: int) -> None:
     """Appends ``(container, shallow copy)`` for ``value`` and the containers in it."""
     copies.append((value, value.copy()))
     if depth and value:
@@ -39,7 +39,7 @@ def contents(value: Any, copies: list[tuple[Any, Any]], depth: int) -> None:
                 contents(item, copies, depth - 1)
 
 
-def refill(container: Any, saved: Any) -> None:
+def refill(container: Tree, saved: Tree) -> None:
     """Gives a container its earlier contents."""
     container.clear()
     if isinstance(container, (dict, set)):
@@ -48,7 +48,7 @@ def refill(container: Any, saved: Any) -> None:
         container.extend(saved)
 
 
-def same(container: Any, saved: Any) -> bool:
+def same(container: Tree, saved: Tree) -> bool:
     """Whether a container holds the very objects that it held."""
     if len(container) != len(saved):
         return False
@@ -95,9 +95,9 @@ def untouched(inventory: Inventory, *, values: bool) -> Iterator[None]:
 
     ``values`` says that real values will run through the model, so that forward may write into its tensors, too.
     """
-    dicts: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    containers: list[tuple[Any, Any]] = []
-    empty: list[Any] = []
+    dicts: list[tuple[dict[str, Tree], dict[str, Tree]]] = []
+    containers: list[tuple[Tree, Tree]] = []
+    empty: list[Tree] = []
     strays = inventory.strays.values()
     for module in (*inventory.modules, *strays):
         attributes = module.__dict__

@@ -91,18 +91,12 @@ class Count(Shown):
         return tuple(sorted((row for row in self.rows if row.difference), key=lambda row: -abs(row.difference)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Tool:
-    unit: str
-    shares: Callable[[Capture, Sequence[Unit]], tuple[list[Share], list[str]]]
-
-
-_TOOLS = {
-    "torch": _Tool("MACs", torch_shares),
-    "fvcore": _Tool("flops", fvcore_shares),
-    "thop": _Tool("MACs", thop_shares),
-    "ptflops": _Tool("MACs", ptflops_shares),
-    "torchinfo": _Tool("mult-adds", torchinfo_shares),
+_TOOLS: dict[str, tuple[str, Callable[[Capture, Sequence[Unit]], tuple[list[Share], list[str]]]]] = {
+    "torch": ("MACs", torch_shares),
+    "fvcore": ("flops", fvcore_shares),
+    "thop": ("MACs", thop_shares),
+    "ptflops": ("MACs", ptflops_shares),
+    "torchinfo": ("mult-adds", torchinfo_shares),
 }
 
 TOOLS = tuple(_TOOLS)
@@ -127,7 +121,8 @@ def explain(capture: Capture) -> tuple[Count, ...]:
 
 
 def _count(capture: Capture, tool: str, all_units: Sequence[Unit]) -> Count:
-    shares, caveats = _TOOLS[tool].shares(capture, all_units)
+    unit, shares_of = _TOOLS[tool]
+    shares, caveats = shares_of(capture, all_units)
     sums: dict[tuple[str, str], list[float]] = {}
     for share in shares:
         entry = sums.setdefault((share.kind, share.rule), [0, 0, 0])
@@ -136,10 +131,7 @@ def _count(capture: Capture, tool: str, all_units: Sequence[Unit]) -> Count:
         entry[2] += share.ours
     total = int(sum(counted for _, counted, _ in sums.values()))
     rows = [Row(kind, rule, int(n), int(counted), int(ours)) for (kind, rule), (n, counted, ours) in sums.items()]
-    missing = total - sum(row.counted for row in rows)
-    if missing:
-        rows.append(Row("fractions", "", 0, missing, 0))
-    rows = [row for row in rows if row.counted or row.ours]
-    rows.sort(key=lambda row: (-row.counted, -row.ours))
+    rows.append(Row("fractions", "", 0, total - sum(row.counted for row in rows), 0))
+    rows = sorted((row for row in rows if row.counted or row.ours), key=lambda row: (-row.counted, -row.ours))
     ours = sum(info(node).cost.macs for node in capture.graph.nodes)
-    return Count(tool, total, _TOOLS[tool].unit, ours, tuple(rows), tuple(dict.fromkeys(caveats)))
+    return Count(tool, total, unit, ours, tuple(rows), tuple(dict.fromkeys(caveats)))

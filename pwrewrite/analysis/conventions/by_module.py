@@ -15,19 +15,16 @@ from math import prod
 from torch import nn
 
 from ...capturing import Capture
+from ...core.convolution import CONV_MODULES
 from .units import Share, Unit, childless, visits
 
-_STOCK_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
-def uncounted(unit: Unit, tool: str) -> Share:
+def uncounted(unit: Unit) -> Share:
     """The share of what no hook sees."""
-    if unit.whole:
-        rule = f"class {type(unit.module).__name__} has no hook: counted as 0"
-    else:
-        rule = "called as a function: counted as 0"
-    return Share(unit.kind, rule, 0, unit.ours)
+    reason = f"class {type(unit.module).__name__} has no hook" if unit.whole else "called as a function"
+    return Share(unit.kind, f"{reason}: counted as 0", 0, unit.ours)
 
 
 _Rule = Callable[[Unit], tuple[int, str]]
@@ -45,7 +42,7 @@ def thop_shares(capture: Capture, all_units: Sequence[Unit]) -> tuple[list[Share
             caveats.append("thop has formulas of its own for recurrent modules, here they count as 0")
         if rule is None:
             if unit.ours:
-                shares.append(uncounted(unit, "thop"))
+                shares.append(uncounted(unit))
             continue
         counted, text = rule(unit)
         shares.append(Share(unit.kind, text, counted, unit.ours))
@@ -58,12 +55,8 @@ def thop_shares(capture: Capture, all_units: Sequence[Unit]) -> tuple[list[Share
 def _thop_convolution(unit: Unit) -> tuple[int, str]:
     # its figure for transposed ones: output positions × weight taken as (out, in/groups)
     counted = unit.output.numel * (unit.input.shape[1] // unit.module.groups) * prod(unit.module.weight.shape[2:])
-    return counted, "" if counted == unit.ours else _transposed_rule(unit)
-
-
-def _transposed_rule(unit: Unit) -> str:
-    transposed = getattr(unit.module, "transposed", False)
-    return "transposed, counted at output resolution" if transposed else "counted differently"
+    rule = "transposed, counted at output resolution" if unit.module.transposed else "counted differently"
+    return counted, "" if counted == unit.ours else rule
 
 
 def _thop_norm(unit: Unit) -> tuple[int, str]:
@@ -90,21 +83,21 @@ def _nothing(unit: Unit) -> tuple[int, str]:
     return 0, ""
 
 
+def _once(unit: Unit) -> tuple[int, str]:
+    return unit.output.numel, "1 per output element"
+
+
 _THOP: dict[type[nn.Module], _Rule] = {
-    **dict.fromkeys(_STOCK_CONVOLUTIONS, _thop_convolution),
+    **dict.fromkeys(CONV_MODULES, _thop_convolution),
     nn.Linear: lambda unit: (unit.module.in_features * unit.output.numel, ""),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm), _thop_norm),
     **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _thop_norm),
-    **dict.fromkeys(
-        (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), lambda unit: (unit.output.numel, "1 per output element")
-    ),
+    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), _once),
     **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), _thop_adaptive_pool),
     **dict.fromkeys((nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d), _thop_upsample),
     nn.Softmax: _thop_softmax,
     nn.PReLU: lambda unit: (unit.input.numel, "1 per element"),
-    **dict.fromkeys(
-        (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Dropout, nn.Sequential, nn.PixelShuffle), lambda unit: (0, "")
-    ),
+    **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Dropout, nn.Sequential, nn.PixelShuffle), _nothing),
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.ZeroPad2d), _nothing),
     **dict.fromkeys((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), _nothing),
 }
@@ -116,10 +109,9 @@ def torchinfo_shares(capture: Capture, all_units: Sequence[Unit]) -> tuple[list[
     caveats: list[str] = []
     for unit in all_units:
         if not unit.whole or not childless(unit.module):
-            if unit.ours:
-                shares.append(uncounted(unit, "torchinfo"))
-            continue
-        shares += _by_parameters(unit, caveats)
+            shares += [uncounted(unit)] if unit.ours else []
+        else:
+            shares += _by_parameters(unit, caveats)
     return shares, caveats
 
 

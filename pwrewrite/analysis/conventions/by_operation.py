@@ -20,6 +20,7 @@ from ...capturing import Capture, NodeInfo, info
 from .units import Share, Unit, argument, function_name, operand_shapes, shape_of, words
 
 _COMPLEX = "complex: three real convolutions"
+_FAILS = "matrix-vector products counted as 0"
 
 
 def torch_shares(capture: Capture, all_units: Sequence[Unit]) -> tuple[list[Share], list[str]]:
@@ -52,12 +53,10 @@ def _rule(facts: NodeInfo, counted: int, macs: int) -> str:
         return ""
     if _is_complex(facts):
         return _COMPLEX
+    if counted:
+        return "counted as what it runs"
     vector = facts.op in ("mv", "addmv", "dot", "vdot", "inner", "matmul", "vecdot")
-    return (
-        "counted as what it runs"
-        if counted
-        else f"{'matrix-vector products' if vector else 'no formula:'} counted as 0"
-    )
+    return _FAILS if vector else "no formula: counted as 0"
 
 
 def _is_complex(facts: NodeInfo) -> bool:
@@ -96,9 +95,6 @@ def _dispatched(node: fx.Node) -> int | None:
     return int(counter.get_total_flops()) // 2
 
 
-_FAILS = "matrix-vector products counted as 0"
-
-
 @dataclass(frozen=True, slots=True)
 class _Call:
     """A node, its facts, and the module that it calls; None for a function."""
@@ -120,33 +116,26 @@ def fvcore_shares(capture: Capture, all_units: Sequence[Unit]) -> tuple[list[Sha
             facts = info(node)
             module = unit.module if node.op == "call_module" else None
             name = function_name(node)
+            macs = facts.cost.macs
             private = name.startswith("_") and not name.startswith("_convolution")  # which have no handle
             handle = None if private else _HANDLES.get(facts.op)
             if handle is None:
-                if facts.cost.macs:
-                    shares.append(Share(words(facts.op), "no handle: counted as 0", 0, facts.cost.macs))
-                if facts.op == "attention" and function_name(node) == "multi_head_attention_forward":
+                shares += [Share(words(facts.op), "no handle: counted as 0", 0, macs)] if macs else []
+                if facts.op == "attention" and name == "multi_head_attention_forward":
                     caveats.append("fvcore counts the parts of nn.MultiheadAttention, here it counts as 0")
                 continue
             counted, rule = handle(_Call(node, facts, module))
             if rule == _FAILS:
                 caveats.append("fvcore fails on a matrix-vector product, here it counts as 0")
-            shares.append(Share(words(facts.op), rule, counted, facts.cost.macs))
+            shares.append(Share(words(facts.op), rule, counted, macs))
     return shares, caveats
 
 
 def _convolution(call: _Call) -> tuple[float, str]:
-    if call.module is not None:
-        named = isinstance(call.module.padding, str) and call.module.padding_mode == "zeros"
-    else:
-        named = isinstance(argument(call.node, 4, "padding"), str)
-    if named:
+    padding = argument(call.node, 4, "padding") if call.module is None else call.module.padding
+    if isinstance(padding, str) and getattr(call.module, "padding_mode", "zeros") == "zeros":
         return 0, 'padding="same" or "valid": no handle, counted as 0'
     return (3 * call.facts.cost.macs, _COMPLEX) if _is_complex(call.facts) else (call.facts.cost.macs, "")
-
-
-def _as_ours(call: _Call) -> tuple[float, str]:
-    return call.facts.cost.macs, ""
 
 
 def _matmul(call: _Call) -> tuple[float, str]:
@@ -214,35 +203,27 @@ def _is_torch(node: fx.Node, name: str) -> bool:
     return node.target is getattr(torch, name)
 
 
-def _adaptive_pool(call: _Call) -> tuple[float, str]:
-    return call.facts.inputs[0].numel, "1 per input element"
-
-
 def _interpolate(call: _Call) -> tuple[float, str]:
     mode = call.module.mode if isinstance(call.module, nn.Upsample) else argument(call.node, 3, "mode", "nearest")
-    each = {"nearest": 1, "bilinear": 4}.get(mode, 0) if len(call.facts.outputs[0].shape) == 4 else 0
-    if argument(call.node, 6, "antialias", False):
-        each = 0
-    return each * call.facts.outputs[0].numel, f"{each} per output element"
+    known = len(call.facts.outputs[0].shape) == 4 and not argument(call.node, 6, "antialias", False)
+    return _sampled({"nearest": 1, "bilinear": 4}.get(mode, 0) if known else 0)(call)
 
 
-def _grid_sample(call: _Call) -> tuple[float, str]:
-    return 4 * call.facts.outputs[0].numel, "4 per output element"
+def _sampled(each: int) -> _Handle:
+    return lambda call: (each * call.facts.outputs[0].numel, f"{each} per output element")
 
 
 _HANDLES: dict[str, _Handle] = {
     **{f"conv{kind}{dims}d": _convolution for kind in ("", "_transpose") for dims in (1, 2, 3)},
     "convolution": _convolution,
-    **dict.fromkeys(("linear", "mm", "bmm", "addmm"), _as_ours),
+    **dict.fromkeys(("linear", "mm", "bmm", "addmm"), lambda call: (call.facts.cost.macs, "")),
     "matmul": _matmul,
     "einsum": _einsum,
     "batch_norm": _batch_norm,
-    "layer_norm": _norm(2),
-    "group_norm": _norm(2),
+    **dict.fromkeys(("layer_norm", "group_norm"), _norm(2)),
     "instance_norm": _norm(3),
-    "adaptive_avg_pool2d": _adaptive_pool,
-    "interpolate": _interpolate,
-    "upsample": _interpolate,
-    "upsample_nearest2d": lambda call: (call.facts.outputs[0].numel, "1 per output element"),
-    **dict.fromkeys(("grid_sample", "grid_sampler", "upsample_bilinear2d"), _grid_sample),
+    "adaptive_avg_pool2d": lambda call: (call.facts.inputs[0].numel, "1 per input element"),
+    **dict.fromkeys(("interpolate", "upsample"), _interpolate),
+    "upsample_nearest2d": _sampled(1),
+    **dict.fromkeys(("grid_sample", "grid_sampler", "upsample_bilinear2d"), _sampled(4)),
 }

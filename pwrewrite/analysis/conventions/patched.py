@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ...capturing import Capture, NodeInfo, info
+from ...core.convolution import CONV_MODULES
 from .by_module import RECURRENT, uncounted
 from .units import Share, Unit, argument, function_name, operand_shapes, visits, words
 
@@ -31,7 +32,7 @@ _PATCHED = frozenset((*_ACTIVATIONS, *_RESIZES)) | frozenset(
     f"{kind}_pool{dims}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for dims in (1, 2, 3)
 )
 _PATCHED_TENSOR = frozenset(["matmul", "mm", "bmm", "addmm", "baddbmm", "mul", "add"])
-_OPERATORS = frozenset(["matmul", "mul", "add"])
+_OPERATORS = ("matmul", "mul", "add")
 """Methods that an operator calls too, under the same name."""
 
 
@@ -47,7 +48,7 @@ def ptflops_shares(capture: Capture, all_units: Sequence[Unit]) -> tuple[list[Sh
         own: list[Share] = rule(unit) if rule is not None else []
         functions = [share for node in unit.nodes if (share := _function(node, unit)) is not None]
         if rule is None and unit.ours and not functions:
-            shares.append(uncounted(unit, "ptflops"))
+            shares.append(uncounted(unit))
         elif rule is None and functions:
             functions[0] = Share(functions[0].kind, functions[0].rule, functions[0].counted, unit.ours)
         times = added[unit.module] if own else 1
@@ -55,10 +56,9 @@ def ptflops_shares(capture: Capture, all_units: Sequence[Unit]) -> tuple[list[Sh
         hooked += times * counted
         shares += own + functions
         if times != 1 and counted:
-            rule_ = (
-                f"shared module, each call counted {times} times" if times else "inside a module with its own formula"
-            )
-            shares.append(Share(unit.kind, rule_, (times - 1) * counted))
+            shared = f"shared module, each call counted {times} times"
+            why = shared if times else "inside a module with its own formula"
+            shares.append(Share(unit.kind, why, (times - 1) * counted))
         _warn(unit, caveats)
     if batch > 1:
         shares.append(Share("modules", f"divided by the batch size, {batch}", hooked / batch - hooked))
@@ -121,34 +121,24 @@ def _linear(unit: Unit) -> list[Share]:
     return shares
 
 
-def _per_output(unit: Unit) -> list[Share]:
-    return [Share(unit.kind, "1 per element", unit.output.numel)]
-
-
-def _per_input(unit: Unit) -> list[Share]:
-    return [Share(unit.kind, "1 per input element", unit.input.numel)]
-
-
 def _norm(unit: Unit) -> list[Share]:
     each = 2 if getattr(unit.module, "affine", False) else 1
     return [Share(unit.kind, f"{each} per element", each * unit.input.numel)]
 
 
-def _upsample(unit: Unit) -> list[Share]:
-    return [Share(unit.kind, "1 per output element of the first item", prod(unit.output.shape[1:]))]
-
-
 def _hooks() -> dict[type[nn.Module], _Hook]:
-    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
     activations = (nn.ReLU, nn.PReLU, nn.ELU, nn.LeakyReLU, nn.ReLU6, nn.GELU)
-    table: dict[type[nn.Module], _Hook] = dict.fromkeys(convolutions, _convolution)
+    table: dict[type[nn.Module], _Hook] = dict.fromkeys(CONV_MODULES, _convolution)
     table |= dict.fromkeys((*norms, nn.GroupNorm, nn.LayerNorm), _norm)
-    table |= dict.fromkeys(activations, _per_output)
+    table |= dict.fromkeys(activations, lambda unit: [Share(unit.kind, "1 per element", unit.output.numel)])
     for dims in (1, 2, 3):
         for kind in ("Max", "Avg", "AdaptiveMax", "AdaptiveAvg"):
-            table[getattr(nn, f"{kind}Pool{dims}d")] = _per_input
-    return table | {nn.Linear: _linear, nn.Upsample: _upsample}
+            pool = getattr(nn, f"{kind}Pool{dims}d")
+            table[pool] = lambda unit: [Share(unit.kind, "1 per input element", unit.input.numel)]
+    first = "1 per output element of the first item"
+    table[nn.Upsample] = lambda unit: [Share(unit.kind, first, prod(unit.output.shape[1:]))]
+    return table | {nn.Linear: _linear}
 
 
 _HOOKS = _hooks()
@@ -199,10 +189,10 @@ def _inside(module: nn.Module, facts: NodeInfo) -> Share | None:
 def _interpolated(node: fx.Node) -> float:
     shape = info(node).inputs[0].shape
     dims = len(shape) - 2
-    size: Any = argument(node, 1, "size")
+    size = argument(node, 1, "size")
     if size is not None:
         return prod(size if isinstance(size, (tuple, list)) else (size,) * dims) * prod(shape[:2])
-    scale: Any = argument(node, 2, "scale_factor")
+    scale = argument(node, 2, "scale_factor")
     if isinstance(scale, tuple) and len(scale) == dims:
         return prod(shape) * int(prod(scale))
     return float(prod(shape) * (scale[0] if isinstance(scale, (tuple, list)) else scale) ** dims)
@@ -249,7 +239,7 @@ def _calls_by(module: nn.Module, name: str) -> bool:
 
 
 def _names_of(module: nn.Module) -> frozenset[str]:
-    kind: type = type(module)
+    kind: type = type(module)  # which mypy takes for hashable
     return _names(kind)
 
 

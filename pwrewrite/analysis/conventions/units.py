@@ -15,6 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 from ...capturing import Capture, NodeInfo, TensorSpec, info
+from ...core.nested import Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,21 +170,18 @@ def visits(root: nn.Module, stop: Callable[[nn.Module], bool] | None = None) -> 
 
 def function_name(node: fx.Node) -> str:
     """Name of the function or method that a node calls."""
-    target: Any = node.target
-    return target if isinstance(target, str) else str(getattr(target, "__name__", target))
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
 
 
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+def argument(node: fx.Node, position: int, name: str, default: object = None) -> Tree:
     """An argument of a call by position or name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def shape_of(value: object) -> tuple[int, ...] | None:
     """Shape of a graph argument; None where it is no tensor."""
-    if isinstance(value, fx.Node):
-        outputs = info(value).outputs
-        return outputs[0].shape if outputs else None
-    return None
+    outputs = info(value).outputs if isinstance(value, fx.Node) else ()
+    return outputs[0].shape if outputs else None
 
 
 def operand_shapes(node: fx.Node) -> list[tuple[int, ...]]:
