@@ -73,9 +73,15 @@ class WeightedLayer:
 
     def with_kernel(self, rows: Tensor) -> WeightedLayer:
         """The same norm of another kernel ``(groups, out/groups, patch)``."""
-        other = copy(self)
-        other.rows, other.kernel, other._cache = rows, rows.reshape(self.kernel.shape), {}
+        other = self.bare()
+        other.rows, other.kernel = rows, rows.reshape(self.kernel.shape)
         other.scale = other.loss_of(other.kernel)
+        return other
+
+    def bare(self) -> WeightedLayer:
+        """The same layer without what forms have made of it."""
+        other = copy(self)
+        other._cache = {}
         return other
 
     def once(self, key: Hashable, make: Callable[[], _T]) -> _T:
@@ -128,7 +134,8 @@ class Cuts:
     """
 
     def __init__(self, layer: WeightedLayer, spectrum: Spectrum[PairFactors], exact: bool) -> None:
-        self._layer, self._spectrum, self._exact = layer, spectrum, exact
+        # A layer holds its cuts: if they held it too, its moments would wait for the garbage collector.
+        self._layer, self._spectrum, self._exact = layer.bare(), spectrum, exact
         self._nested: Nested | None = None
         self.truncate = spectrum.truncate
         self.max_rank = spectrum.max_rank

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from decompose_cases import SPECTRA, kernel_loss
@@ -179,3 +182,18 @@ def test_a_product_of_weights_is_never_formed_and_the_same() -> None:
     dense = torch.stack([torch.kron(a, b) for a, b in zip(outer, few)])
     one_, other_ = (SPECTRA["spatial"](kernel, groups=2, output_weight=weight) for weight in ((outer, few), dense))
     torch.testing.assert_close(one_.losses, other_.losses)
+
+
+def test_what_forms_make_of_a_layer_goes_with_it() -> None:
+    """Without the garbage collector, since a large model's moments would fill the memory until it runs."""
+    gc.collect()
+    gc.disable()
+    try:
+        layer = weighted("dense")
+        for form in forms_of("dense"):
+            losses(layer, form)
+        gone = weakref.ref(layer)
+        del layer
+        assert gone() is None
+    finally:
+        gc.enable()
