@@ -8,11 +8,11 @@ HiGHS through `scipy.optimize.milp`, and the answer is checked in exact arithmet
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import fsum, isfinite
+from math import fsum, inf, nan
 
 import numpy as np
 
@@ -29,15 +29,13 @@ _SURE = 1e-7
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One thing that a group could be.
-
-    Attributes:
-        loss: What it loses, at least 0.
-        costs: What it costs, by kind.
-    """
+    """One thing that a group could be: what it loses, at least 0, and what it costs, by kind."""
 
     loss: float
     costs: Mapping[str, float]
+
+
+Groups = Sequence[Sequence[Option]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Allocation:
     chosen: tuple[int, ...]
     loss: float
     gap: float
-    costs: Mapping[str, float] = field(default_factory=dict)
+    costs: Mapping[str, float]
 
 
 class Infeasible(RefusedError):
@@ -77,7 +75,7 @@ class Infeasible(RefusedError):
 
 
 def allocate(
-    groups: Sequence[Sequence[Option]],
+    groups: Groups,
     limits: Mapping[str, float],
     *,
     gap: float = 1e-4,
@@ -97,32 +95,31 @@ def allocate(
         Infeasible: If no choice meets the limits.
         RefusedError: If none that does was found in time, which only several limits can cause.
     """
-    kinds = tuple(limits)
     best = [min(range(len(group)), key=[option.loss for option in group].__getitem__) for group in groups]
     if _excess(groups, best, limits) is None:
-        return _allocation(groups, best, kinds, 0.0)
+        return _allocation(groups, best, limits, 0.0)
     for kind, limit in limits.items():
         smallest = sum((min(Fraction(option.costs[kind]) for option in group) for group in groups), Fraction(0))
         if smallest > limit:
             raise Infeasible(kind, float(smallest), limit)
-    binding = {kind: limit for kind, limit in limits.items() if limit != float("inf")}
+    binding = {kind: limit for kind, limit in limits.items() if limit != inf}
     answer, least = _search(groups, binding, gap, time_limit, start)
-    if answer.chosen is None and start is not None and _excess(groups, start, limits) is None:
-        return _allocation(groups, start, kinds, float("inf"))
-    if answer.chosen is None and not answer.impossible:
-        raise RefusedError(
-            f"no choice within the limits was found in {time_limit:g} s",
-            hint="loosen one of the limits, or allow more time",
-        )
-    if answer.chosen is None:
-        raise Infeasible(None, float("nan"), float("nan"), _together(groups, binding))
-    total = fsum(group[i].loss for group, i in zip(groups, answer.chosen))
-    proven = (total - least - answer.bound) / total if total > 0 else 0.0
-    return _allocation(groups, answer.chosen, kinds, proven if proven > _SURE else 0.0)
+    if answer.chosen is not None:
+        total = fsum(group[i].loss for group, i in zip(groups, answer.chosen))
+        proven = (total - least - answer.bound) / total if total > 0 else 0.0
+        return _allocation(groups, answer.chosen, limits, proven if proven > _SURE else 0.0)
+    if start is not None and _excess(groups, start, limits) is None:
+        return _allocation(groups, start, limits, inf)
+    if answer.impossible:
+        raise Infeasible(None, nan, nan, _together(groups, binding))
+    raise RefusedError(
+        f"no choice within the limits was found in {time_limit:g} s",
+        hint="loosen one of the limits, or allow more time",
+    )
 
 
 def frontier(
-    groups: Sequence[Sequence[Option]],
+    groups: Groups,
     kind: str,
     *,
     limits: Mapping[str, float] | None = None,
@@ -145,7 +142,7 @@ def frontier(
         Infeasible: If the other limits cannot be met.
     """
     fixed = {k: v for k, v in (limits or {}).items() if k != kind}
-    allocations = [allocate(groups, {**fixed, kind: float("inf")}, gap=gap)]
+    allocations = [allocate(groups, {**fixed, kind: inf}, gap=gap)]
     most = allocations[0].costs[kind]
     cheapest = _cheapest(groups, kind, fixed)
     least = cheapest.costs[kind]
@@ -161,57 +158,38 @@ def frontier(
     return front
 
 
-def _undominated(group: Sequence[Option], kinds: Sequence[str]) -> list[int]:
-    """Indices of the options that no other beats, or equals with a lower index."""
-    order = sorted(range(len(group)), key=lambda i: (group[i].loss, *(group[i].costs[k] for k in kinds), i))
-    costs = np.array([[group[i].costs[k] for k in kinds] for i in order], dtype=float)
-    beaten = np.triu(np.all(costs[:, None] <= costs[None], axis=-1), 1).sum(0)
-    return [i for i, other in zip(order, beaten) if other == 0 and isfinite(group[i].loss)]
-
-
 def _search(
-    groups: Sequence[Sequence[Option]],
-    limits: Mapping[str, float],
-    gap: float,
-    time_limit: float,
-    start: Sequence[int] | None,
+    groups: Groups, limits: Mapping[str, float], gap: float, time_limit: float, start: Sequence[int] | None
 ) -> tuple[Answer, float]:
-    """Looks for the best choice within finite limits, each of which can be met alone.
-
-    Returns:
-        The answer, its bound above the second: the sum of the least losses of the groups.
-    """
-    kinds = tuple(limits)
-    left = [_undominated(group, kinds) for group in groups]
-    while True:
-        if not all(left):
+    """The best choice within finite limits that can each be met alone, and above what its bound counts from."""
+    tables, names, least = [], [], []
+    for group in groups:
+        table = np.array([[option.loss, *(option.costs[kind] for kind in limits)] for option in group], dtype=float)
+        order = np.lexsort(table.T[::-1])
+        costs = table[order, 1:]
+        beaten = np.triu(np.all(costs[:, None] <= costs[None], axis=-1), 1).any(0)  # or equalled, by an earlier one
+        left = order[~beaten & np.isfinite(table[order, 0])]
+        if not len(left):
             return Answer(None, 0.0, impossible=True), 0.0
-        # Only what an option costs above the least of its group matters, in units of what there is to spend.
-        least = [[min(group[i].costs[kind] for i in options) for kind in kinds] for group, options in zip(groups, left)]
-        spent = [sum((Fraction(row[k]) for row in least), Fraction(0)) for k in range(len(kinds))]
-        room = np.array([float(Fraction(limits[kind]) - total) for kind, total in zip(kinds, spent)])
-        if (room < 0).any():
-            return Answer(None, 0.0, impossible=True), 0.0
-        costs = [
-            np.array([[group[i].costs[kind] for kind in kinds] for i in options], dtype=float) - row
-            for group, options, row in zip(groups, left, least)
-        ]
-        affordable = [np.all(part <= room * (1 + _ROUNDING), axis=1) for part in costs]
-        if all(np.all(mask) for mask in affordable):
-            break
-        left = [[i for i, fits in zip(options, mask) if fits] for options, mask in zip(left, affordable)]
-    losses = [np.array([group[i].loss for i in options]) for group, options in zip(groups, left)]
-    problem = Knapsack(
-        np.concatenate([part - part.min() for part in losses]),
-        np.concatenate(costs) / np.where(room > 0, room, 1.0),
-        np.repeat(np.arange(len(left)), [len(options) for options in left]),
-        np.concatenate([np.array(options) for options in left]),
-    )
-    answer = Search(problem, lambda chosen: _excess(groups, chosen, limits), gap, time_limit, start).run()
-    return answer, fsum(float(part.min()) for part in losses)
+        tables.append(table[left])
+        names.append(left)
+        least.append(table[left].min(0))
+    # Only what an option costs above the least of its group matters, in units of what there is to spend.
+    spent = [sum(map(Fraction, column), Fraction(0)) for column in np.array(least)[:, 1:].T.tolist()]
+    room = np.array([float(Fraction(limit) - total) for limit, total in zip(limits.values(), spent)])
+    if (room < 0).any():
+        return Answer(None, 0.0, impossible=True), 0.0
+    above = np.concatenate([table - row for table, row in zip(tables, least)])
+    owner = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    problem = Knapsack(above[:, 0], above[:, 1:] / np.where(room > 0, room, 1.0), owner, np.concatenate(names))
+    affordable = np.all(above[:, 1:] <= room * (1 + _ROUNDING), axis=1)
+    if len(np.unique(owner[affordable])) < len(tables):
+        return Answer(None, 0.0, impossible=True), 0.0
+    search = Search(problem.keep(affordable), lambda chosen: _excess(groups, chosen, limits), gap, time_limit, start)
+    return search.run(), fsum(row[0] for row in least)
 
 
-def _together(groups: Sequence[Sequence[Option]], limits: Mapping[str, float]) -> dict[str, float]:
+def _together(groups: Groups, limits: Mapping[str, float]) -> dict[str, float]:
     """The smallest total of each kind while the others stay within their limits, where they can."""
     smallest = {}
     for kind in limits:
@@ -220,28 +198,26 @@ def _together(groups: Sequence[Sequence[Option]], limits: Mapping[str, float]) -
     return smallest
 
 
-def _cheapest(groups: Sequence[Sequence[Option]], kind: str, limits: Mapping[str, float]) -> Allocation:
+def _cheapest(groups: Groups, kind: str, limits: Mapping[str, float]) -> Allocation:
     """The choice with the smallest total of a kind within limits on others; its total is rounded up."""
     priced = [[Option(option.costs[kind], option.costs) for option in group] for group in groups]
     chosen = allocate(priced, limits, gap=1e-6, time_limit=_CHEAPEST).chosen
-    exact = sum((Fraction(group[i].costs[kind]) for group, i in zip(groups, chosen)), Fraction(0))
-    total = float(exact) if float(exact) >= exact else float(np.nextafter(float(exact), np.inf))
-    cheapest = _allocation(groups, chosen, (*limits, kind), 0.0)
+    exact = _total(groups, chosen, kind)
+    total = float(exact) if float(exact) >= exact else float(np.nextafter(float(exact), inf))
+    cheapest = _allocation(groups, chosen, limits, 0.0)
     return replace(cheapest, costs={**cheapest.costs, kind: total})
 
 
-def _excess(groups: Sequence[Sequence[Option]], chosen: Sequence[int], limits: Mapping[str, float]) -> int | None:
+def _total(groups: Groups, chosen: Sequence[int], kind: str) -> Fraction:
+    return sum((Fraction(group[i].costs[kind]) for group, i in zip(groups, chosen)), Fraction(0))
+
+
+def _excess(groups: Groups, chosen: Sequence[int], limits: Mapping[str, float]) -> int | None:
     """The number of the first limit that the exact totals exceed; None where they exceed none."""
-    for number, (kind, limit) in enumerate(limits.items()):
-        total = sum((Fraction(group[i].costs[kind]) for group, i in zip(groups, chosen)), Fraction(0))
-        if total > limit:
-            return number
-    return None
+    over = (number for number, (kind, limit) in enumerate(limits.items()) if _total(groups, chosen, kind) > limit)
+    return next(over, None)
 
 
-def _allocation(
-    groups: Sequence[Sequence[Option]], chosen: Sequence[int], kinds: Sequence[str], gap: float
-) -> Allocation:
-    picked = [group[i] for group, i in zip(groups, chosen)]
-    costs = {kind: float(sum((Fraction(o.costs[kind]) for o in picked), Fraction(0))) for kind in kinds}
-    return Allocation(tuple(chosen), fsum(option.loss for option in picked), gap, costs)
+def _allocation(groups: Groups, chosen: Sequence[int], kinds: Iterable[str], gap: float) -> Allocation:
+    loss = fsum(group[i].loss for group, i in zip(groups, chosen))
+    return Allocation(tuple(chosen), loss, gap, {kind: float(_total(groups, chosen, kind)) for kind in kinds})

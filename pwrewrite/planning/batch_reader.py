@@ -187,10 +187,7 @@ def _check_kind(tensor: Tensor, example: Tensor, place: str) -> None:
     if example.is_floating_point() and tensor.dtype is torch.uint8:
         hint = _SCALE
     raise UsageError(
-        f"{place} has another dtype than the model takes",
-        expected=described(example),
-        got=described(tensor),
-        hint=hint,
+        f"{place} has another dtype than the model takes", expected=described(example), got=described(tensor), hint=hint
     )
 
 

@@ -2,22 +2,22 @@
 
 For any price per unit of each cost, the options that are best at that price give a lower bound on the least loss
 (Lagrangian relaxation; Fisher 1981, *The Lagrangian relaxation method for solving integer programming problems*); at
-the right price they are nearly an answer. Two things follow. An option that at some price is further behind than the
-best answer known is above the bound is in no better answer (Kellerer, Pferschy & Pisinger 2004, *Knapsack Problems*,
-section 11.4) and is left out. And the size of the losses that matter is known, so that they reach the solver as numbers
-around `_SCALE`, far above its absolute tolerances, whatever else there is to choose from.
+the right price they are nearly an answer. An option that at some price is further behind than the best answer known is
+above the bound is in no better answer (Kellerer, Pferschy & Pisinger 2004, *Knapsack Problems*, section 11.4) and is
+left out before HiGHS is asked. The size of the losses that matter is then known too, so that they reach it as numbers
+around `_SCALE`, far above its absolute tolerances.
 
 Losses and costs count here from the least of each group, and costs in units of what there is to spend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import fsum
+from math import fsum, inf
 from time import perf_counter
-from typing import Any
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +29,6 @@ _SCALE = 1e3
 """What the best answer known loses, in the solver's numbers."""
 _ROUNDING = 1e-9
 """Rounding that is allowed for, as a share, before an option is left out."""
-_STEPS = 90
-"""How often a price is bisected."""
 _ROUNDS = 6
 """How often options are left out before the solver is asked."""
 _UNSURE = 1e-5
@@ -41,6 +39,31 @@ _CUTS = 20
 """How many answers that are over a limit by the solver's tolerance are forbidden one by one."""
 _TIGHTER = 4e-6
 """By how much limits are tightened after that, as a share of what there is to spend."""
+
+
+class Priced(NamedTuple):
+    """The best option of each group at a price, the bound it gives, its rounding, how far each option is behind."""
+
+    chosen: Ints
+    bound: float
+    rounding: float
+    behind: Floats
+
+
+class Answer(NamedTuple):
+    """The option of each group by its name, a bound that no choice loses less than, whether there can be no choice."""
+
+    chosen: tuple[int, ...] | None
+    bound: float
+    impossible: bool = False
+
+
+class _Solved(Protocol):
+    """What `scipy.optimize.milp` gives."""
+
+    x: Floats | None
+    status: int
+    mip_dual_bound: float | None
 
 
 @dataclass(frozen=True)
@@ -68,54 +91,20 @@ class Knapsack:
         """The same with some of the options."""
         return Knapsack(self.losses[mask], self.costs[mask], self.owner[mask], self.names[mask])
 
-    def at(self, prices: Floats) -> Priced:
-        """The best options at some prices, the first among equals."""
+    def at(self, price: float) -> Priced:
+        """The best options at one price for a unit of every cost, the first among equals."""
+        prices = np.full(self.costs.shape[1], price)
         priced = self.losses + self.costs @ prices
         least = np.minimum.reduceat(priced, self.starts)
         behind = priced - least[self.owner]
         best = np.flatnonzero(behind == 0)
         chosen = best[np.searchsorted(self.owner[best], np.arange(len(self.starts)))]
-        return Priced(prices, chosen, fsum(least) - float(prices.sum()), behind)
-
-    def loss(self, chosen: Ints) -> float:
-        """Total loss of a choice."""
-        return fsum(self.losses[chosen])
+        spent = float(prices.sum())
+        return Priced(chosen, fsum(least) - spent, _ROUNDING * spent, behind)
 
     def within(self, chosen: Ints) -> bool:
         """Whether a choice stays within the limits, up to rounding."""
         return bool((self.costs[chosen].sum(0) <= 1 + _ROUNDING).all())
-
-
-@dataclass(frozen=True)
-class Priced:
-    """What is best at some prices.
-
-    Attributes:
-        prices: Loss that a unit of each cost is worth, ``(kinds,)``, at least 0.
-        chosen: The best option of each group, ``(groups,)``.
-        bound: No choice within the limits loses less.
-        behind: How far each option falls behind the best of its group, ``(options,)``.
-    """
-
-    prices: Floats
-    chosen: Ints
-    bound: float
-    behind: Floats
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The result of a search.
-
-    Attributes:
-        chosen: The option of each group by its name; None where there is none.
-        bound: No choice within the limits loses less.
-        impossible: Where there is none: whether there can be none.
-    """
-
-    chosen: tuple[int, ...] | None
-    bound: float
-    impossible: bool = False
 
 
 class Search:
@@ -125,7 +114,7 @@ class Search:
         problem: The options.
         excess: The number of a kind of which a choice costs too much in exact arithmetic; None where it fits.
         gap: Relative gap that suffices.
-        time_limit: Seconds after which the best found until then is taken.
+        time_limit: Seconds after which the best known by then is taken.
         start: A choice to begin with, by name.
     """
 
@@ -139,7 +128,7 @@ class Search:
     ) -> None:
         self.view, self.excess, self.gap = problem, excess, gap
         self.end = perf_counter() + time_limit
-        self.bound, self.loss = 0.0, float("inf")
+        self.bound, self.loss = 0.0, inf
         self.chosen: tuple[int, ...] | None = None
         if start is not None:
             started = np.flatnonzero(problem.names == np.array(start)[problem.owner])
@@ -147,67 +136,47 @@ class Search:
                 self._offer(started)
 
     def run(self) -> Answer:
-        """Searches."""
-        self._narrow()
-        if self.chosen is None:
-            impossible = self._ask_solver(None)
-            if self.chosen is None:
-                return Answer(None, self.bound, impossible)
-            self._narrow()
-        while not self._done:
-            before = self.loss
-            self._ask_solver(_SCALE / before)
-            if self._done or self.loss > before / 10:
-                break
-            self._narrow()  # what matters is far smaller than the solver was told
-        return Answer(self.chosen, min(self.bound, self.loss))
+        """Searches: what bounds leave goes to the solver, again where what matters was far smaller than it was told."""
+        while True:
+            for _ in range(_ROUNDS):
+                before = len(self.view.losses)
+                self._narrow()
+                if self._done or len(self.view.losses) > 0.8 * before:
+                    break
+            known = self.loss
+            impossible = (self.chosen is None or not self._done) and self._ask_solver()
+            if self._done or self.loss > known / 10 or self.loss == inf:
+                return Answer(self.chosen, min(self.bound, self.loss), impossible and self.chosen is None)
 
     @property
     def _done(self) -> bool:
-        return self.loss - self.bound <= self.gap * self.loss or perf_counter() > self.end
-
-    # --------------------------------------------------------------------------------- bounds and first answers
+        return self.loss - self.bound <= self.gap * self.loss < inf or perf_counter() > self.end
 
     def _narrow(self) -> None:
-        """Finds bounds and answers, and leaves out what they rule out, as long as that is much."""
-        for _ in range(_ROUNDS):
-            before = len(self.view.losses)
-            self._leave_out(self._bisect_price())
-            if self._done or len(self.view.losses) > 0.8 * before:
-                break
-
-    def _bisect_price(self) -> Priced:
-        """Looks where, at growing prices of all kinds alike, the best options begin to fit.
-
-        Returns:
-            What gave the highest bound.
-        """
+        """Leaves out what the highest bound rules out, at growing prices until the best options fit."""
         view = self.view
         worth = view.costs.sum(1)
-        tall, wide = view.losses[view.losses > 0], worth[worth > 0]
-        unit = np.ones(view.costs.shape[1])
-        best = self._look(view.at(unit * 0.0))
-        if view.within(best.chosen) or not tall.size or not wide.size:
-            return best
-        # Beyond these prices only loss counts, or only cost.
-        low, high = np.log(tall.min() / wide.max()) - 30, np.log(tall.max() / wide.min()) + 30
-        fits = view.within(self._look(view.at(unit * np.exp(high))).chosen)
-        last = None
-        for _ in range(_STEPS):
-            middle = (low + high) / 2
-            priced = view.at(unit * np.exp(middle))
-            if priced.bound > best.bound:
-                best = priced
-            # Where even the cheapest do not fit in every kind, the price of the highest bound is still looked for.
-            if view.within(priced.chosen) if fits else worth[priced.chosen].sum() <= len(unit):
-                high, last = middle, priced
-            else:
-                low = middle
-            if high - low < 1e-9:
-                break
-        for priced in filter(None, (last, best)):
-            self._look(priced)
-        return best
+        losses, costs = view.losses[view.losses > 0], worth[worth > 0]
+        best = self._look(view.at(0.0))
+        if not view.within(best.chosen) and losses.size and costs.size:
+            # Beyond these prices only loss counts, or only cost.
+            low, high = np.log(losses.min() / costs.max()) - 30, np.log(losses.max() / costs.min()) + 30
+            last = self._look(view.at(np.exp(high)))
+            fits = view.within(last.chosen)
+            while high - low > 1e-9:
+                middle = (low + high) / 2
+                priced = view.at(np.exp(middle))
+                best = max(best, priced, key=lambda each: each.bound)
+                # Where even the cheapest do not fit in every kind, the price of the highest bound is still looked for.
+                if view.within(priced.chosen) if fits else worth[priced.chosen].sum() <= view.costs.shape[1]:
+                    high, last = middle, priced
+                else:
+                    low = middle
+            self._look(last)
+            self._look(best)
+        if self.chosen is not None:
+            most = self.loss * (1 + _ROUNDING) + best.rounding
+            self.view = view.keep((view.losses <= most) & (best.bound + best.behind <= most))
 
     def _look(self, priced: Priced) -> Priced:
         """Takes note of a bound, and of the answer it may be near."""
@@ -224,7 +193,7 @@ class Search:
         """
         over = None
         for answer in (_improved(self.view, chosen), chosen):
-            names, loss = tuple(self.view.names[answer].tolist()), self.view.loss(answer)
+            names, loss = tuple(self.view.names[answer].tolist()), fsum(self.view.losses[answer])
             if loss >= self.loss:
                 return None
             over = self.excess(names)
@@ -233,31 +202,14 @@ class Search:
                 return None
         return over
 
-    def _leave_out(self, priced: Priced) -> None:
-        """Leaves out the options that no answer better than the best one known has."""
-        if self.chosen is None:
-            return
-        view, most = self.view, self.loss * (1 + _ROUNDING) + _ROUNDING * float(priced.prices.sum())
-        self.view = view.keep((view.losses <= most) & (priced.bound + priced.behind <= most))
-
-    # ------------------------------------------------------------------------------------------------ the solver
-
-    def _ask_solver(self, scale: float | None) -> bool:
-        """Asks the solver for an answer among the options that are left.
-
-        Args:
-            scale: What makes losses the solver's numbers; None where any answer will do.
-
-        Returns:
-            Whether it proved that there is none.
-        """
+    def _ask_solver(self) -> bool:
+        """Asks the solver for an answer among the options left, for any where none is known; whether there is none."""
         view, cuts = self.view, list[Floats]()
-        losses = view.losses * scale if scale else np.zeros_like(view.losses)
+        scale = _SCALE / self.loss  # 0 where no answer is known: any will do
         for attempt in range(_CUTS + 4):
             exact = attempt < _CUTS
             room = 1.0 if exact else 1.0 - _TIGHTER * 4 ** (attempt - _CUTS)
-            options = {"mip_rel_gap": self.gap, "time_limit": max(0.1, self.end - perf_counter())}
-            solved = _solved(view, losses, room, cuts, options)
+            solved = _solved(view, view.losses * scale, room, cuts, (self.gap, max(0.1, self.end - perf_counter())))
             if exact and scale and solved.mip_dual_bound is not None:
                 self.bound = max(self.bound, (float(solved.mip_dual_bound) - _UNSURE) / scale)
             if solved.x is None:
@@ -286,9 +238,8 @@ def _improved(view: Knapsack, chosen: Ints) -> Ints:
     return chosen
 
 
-def _solved(
-    view: Knapsack, losses: Floats, room: float, cuts: Sequence[Floats], options: Mapping[str, float | int]
-) -> Any:
+def _solved(view: Knapsack, losses: Floats, room: float, cuts: Sequence[Floats], stop: tuple[float, float]) -> _Solved:
+    """What HiGHS makes of it; it stops at a relative gap, or after so many seconds."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
@@ -300,4 +251,8 @@ def _solved(
         constraints.append(LinearConstraint(view.costs[:, used].T, -np.inf, room))
     if cuts:
         constraints.append(LinearConstraint(np.array(cuts), -np.inf, len(view.starts) - 1))
-    return milp(losses, integrality=np.ones(len(losses)), bounds=Bounds(0, 1), constraints=constraints, options=options)
+    options = dict(zip(("mip_rel_gap", "time_limit"), stop))
+    solved: _Solved = milp(
+        losses, integrality=np.ones(count), bounds=Bounds(0, 1), constraints=constraints, options=options
+    )
+    return solved

@@ -27,8 +27,7 @@ def checked(budget: Budget, calibrated: bool) -> Budget:
         raise UsageError(f"unknown sensitivity {chosen!r}", expected=", ".join(SENSITIVITIES))
     if chosen != "weights" and not calibrated:
         raise UsageError(
-            f"the sensitivity {chosen} needs calibration inputs",
-            hint="give some, or choose the sensitivity weights",
+            f"the sensitivity {chosen} needs calibration inputs", hint="give some, or choose the sensitivity weights"
         )
     refit = budget.refit or "full"
     if refit not in REFITS:
