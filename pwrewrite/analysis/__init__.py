@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ..capturing.network import dtype_name, graph
+from ..capturing.network import graph
 from ..capturing.records import Capture, info
 from ..capturing.state import no_collection
+from ..capturing.tensors import dtype_name
 from ..core.errors import UsageError
 from .by_op import by_op
 from .critical_path import critical_path

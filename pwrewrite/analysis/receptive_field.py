@@ -28,6 +28,7 @@ from math import ceil, floor, gcd, lcm, prod
 
 from torch import fx, nn
 
+from ..capturing.functions import words
 from ..capturing.records import Capture, NodeInfo, info
 from ..core.operations import OPERATIONS
 
@@ -139,22 +140,18 @@ def resize_taps(ratio: Fraction, mode: str, corners: bool) -> Taps:
     return ratio.numerator, tuple((floor(s),) if mode == "nearest" else (floor(s), ceil(s)) for s in sources)
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_CONSTANT = _names(
+_CONSTANT = words(
     """zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full
     new_tensor zero fill size dim numel unknown"""
 )
 """Operations whose result does not depend on the values of their inputs."""
 
-_FIRST_ONLY = _names("expand_as view_as reshape_as resize_as type_as to")
+_FIRST_ONLY = words("expand_as view_as reshape_as resize_as type_as to")
 """Operations that take only the shape, the dtype or the device of their further operands."""
 
 _ELEMENTWISE = (
     *(name for row in OPERATIONS if row.pointwise for name in row.names),
-    *_names("channel_shuffle native_channel_shuffle expand expand_as broadcast_to repeat"),
+    *words("channel_shuffle native_channel_shuffle expand expand_as broadcast_to repeat"),
 )
 """Operations that keep positions, with broadcasting."""
 
@@ -244,7 +241,7 @@ def _along_dims(call: _Call, reach: Reach) -> State:
 
 _CUTS = ("chunk", "split", "split_with_sizes", "tensor_split", "unbind")
 _DIMS: dict[str, tuple[int, int | None]] = {
-    **dict.fromkeys(_names("mean sum amax amin max min prod std var logsumexp all any argmax argmin"), (1, None)),
+    **dict.fromkeys(words("mean sum amax amin max min prod std var logsumexp all any argmax argmin"), (1, None)),
     **dict.fromkeys(("softmax", "log_softmax", "linear"), (1, -1)),
     **dict.fromkeys(_CUTS, (2, 0)),
     "norm": (2, None),
@@ -315,14 +312,14 @@ def _getitem(call: _Call, reach: Reach) -> State:
 
 _RULES = {
     **dict.fromkeys(_ELEMENTWISE, _broadcast),
-    **dict.fromkeys(_names("view reshape flatten unflatten squeeze unsqueeze view_as reshape_as resize_as"), _reshape),
-    **dict.fromkeys(_names("permute transpose swapaxes swapdims t adjoint"), _permute),
+    **dict.fromkeys(words("view reshape flatten unflatten squeeze unsqueeze view_as reshape_as resize_as"), _reshape),
+    **dict.fromkeys(words("permute transpose swapaxes swapdims t adjoint"), _permute),
     **dict.fromkeys(_DIMS, _along_dims),
-    **dict.fromkeys(_names("matmul mm bmm attention"), _multiplied),
-    **dict.fromkeys(_names("cat concat concatenate stack"), _cat),
+    **dict.fromkeys(words("matmul mm bmm attention"), _multiplied),
+    **dict.fromkeys(words("cat concat concatenate stack"), _cat),
     **{f"adaptive_{kind}_pool{d}d": _resize for kind in ("avg", "max") for d in (1, 2, 3)},
-    **dict.fromkeys(_names("interpolate upsample"), _resize),
-    **dict.fromkeys(_names("pixel_shuffle pixel_unshuffle"), _shuffle),
+    **dict.fromkeys(words("interpolate upsample"), _resize),
+    **dict.fromkeys(words("pixel_shuffle pixel_unshuffle"), _shuffle),
     "pad": _pad,
     "getitem": _getitem,
 }

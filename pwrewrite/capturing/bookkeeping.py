@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
@@ -16,18 +14,13 @@ from .liveness import Liveness
 from .origins import Origins, spec_of
 from .records import NodeInfo, TensorSpec, Window, info, set_info
 from .tensors import byte_count
-
-
-class _Thread(Protocol):
-    @property
-    def scope(self) -> list[str]:
-        """Paths of the modules whose forward runs, outermost first; changes while the model runs."""
+from .threads import Here
 
 
 class Bookkeeper:
     """Keeps the books of one recording; ``thread`` knows the modules whose forward runs."""
 
-    def __init__(self, origins: Origins, liveness: Liveness, inventory: Inventory, thread: _Thread) -> None:
+    def __init__(self, origins: Origins, liveness: Liveness, inventory: Inventory, thread: Here) -> None:
         self.origins, self.liveness, self._thread = origins, liveness, thread
         self._parameters = {id(p) for p in inventory.parameters if not inventory.kinds or not is_lazy(p)}
         self._counted: set[int] = set()

@@ -23,16 +23,11 @@ from .records import Capture, Layer
 
 _LAYERS = (*CONV_MODULES, nn.Linear)
 
-_HOOKS = (
-    ("_forward_hooks", "forward hook"),
-    ("_forward_pre_hooks", "forward pre-hook"),
-    ("_backward_hooks", "backward hook"),
-    ("_backward_pre_hooks", "backward pre-hook"),
-    ("_state_dict_hooks", "state_dict hook"),
-    ("_state_dict_pre_hooks", "state_dict pre-hook"),
-    ("_load_state_dict_pre_hooks", "load_state_dict pre-hook"),
-    ("_load_state_dict_post_hooks", "load_state_dict post-hook"),
-)
+_HOOKS = {
+    name: " ".join(name[1:-1].replace("pre_", "pre-").replace("post_", "post-").rsplit("_", 1))
+    for name in vars(nn.Module())
+    if name.endswith("_hooks")
+}
 """Attributes of a module that hold its hooks, and what they are called."""
 
 
@@ -80,7 +75,7 @@ def module_refusal(path: str, module: nn.Module, holders: Mapping[int, list[str]
         undo = "remove_weight_norm, remove_spectral_norm or prune.remove makes it an ordinary parameter"
         why = f"its weight is computed from other tensors before each call ({how}); {undo}"
         return Skip(path, SkipReason.PARAMETRIZED, why)
-    if hooks := sorted({name for attribute, name in _HOOKS if getattr(module, attribute, None)}):
+    if hooks := sorted({name for attribute, name in _HOOKS.items() if getattr(module, attribute, None)}):
         why = f"has a {' and a '.join(hooks)}, which would be lost; remove it and put it back"
         return Skip(path, SkipReason.HOOKS, why)
     if not _stock(module):

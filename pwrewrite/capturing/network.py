@@ -27,13 +27,12 @@ Edges have ``bytes`` (of the tensors that ``v`` reads of what ``u`` makes) and `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import networkx as nx
-import torch
 from torch import fx
 
 from .records import Capture, NodeInfo, TensorSpec, info
+from .tensors import dtype_name
 
 
 def graph(capture: Capture) -> nx.DiGraph:
@@ -98,9 +97,3 @@ def _part(node: fx.Node, source: fx.Node) -> dict[str, object]:
             rest.remove(outputs[0])
     taken = [t for t in rest if t in info(source).outputs]
     return _flow(taken or info(source).outputs)
-
-
-@cache
-def dtype_name(dtype: torch.dtype) -> str:
-    """``float32`` for ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")

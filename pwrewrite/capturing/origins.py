@@ -20,7 +20,7 @@ from ..core.nested import Args, Kwargs, map_tensors, tensors_of, to_meta
 from .inventory import Inventory
 from .liveness import Liveness
 from .records import NodeInfo, TensorSpec, info, set_info
-from .tensors import has_shape_only, kind_of, shape_of
+from .tensors import has_shape_only, kind_of
 from .transforms import rewrapped, unwrapped
 
 _ORIGIN = "_pw_node"
@@ -30,8 +30,8 @@ _CONSTANT_LIMIT = 1_000_000
 
 
 def spec_of(t: Tensor) -> TensorSpec:
-    """Shape and dtype of a tensor."""
-    return TensorSpec(shape_of(t) if t.is_nested else tuple(t.shape), t.dtype)
+    """Shape and dtype of a tensor; the shape of a nested one is how many elements it has."""
+    return TensorSpec((t.numel(),) if t.is_nested else tuple(t.shape), t.dtype)
 
 
 class NeedsValues(RuntimeError):

@@ -41,28 +41,14 @@ from .module_rules import leaf_rule
 from .origins import Origins, spec_of
 from .records import NodeInfo, Window, set_info
 from .shapes import pool_call_window
-from .threads import recorded_threads
+from .state import replaced
+from .threads import APART, BUSY, RECORDED, Here, recorded_threads
 from .transforms import in_python, is_wrapped, transforming, uncompiled
 
 _original_call = nn.Module.__call__
 
 
 _DISPATCHED = (HigherOrderOperator, OpOverload, OpOverloadPacket)
-_APART, _RECORDED, _BUSY = range(3)
-
-
-class _Here(threading.local):
-    """What a recorder knows of one thread; ``scope`` has the paths of the modules whose code runs, innermost last."""
-
-    state = _APART
-
-    def __init__(self) -> None:
-        self.scope: list[str] = []
-
-    @property
-    def recorded(self) -> bool:
-        """Whether what the thread does belongs to the recording."""
-        return self.state != _APART
 
 
 class Recorder(TorchFunctionMode):
@@ -91,7 +77,7 @@ class Recorder(TorchFunctionMode):
         self.opaque: list[str] = []
         self.notes: dict[str, None] = {}
         self._depth: Callable[[], AbstractContextManager[object]] = _Deep if deep else nullcontext
-        self.here = _Here()
+        self.here = Here()
         self._lock = threading.RLock()
         self._books = Bookkeeper(self.origins, self.liveness, inventory, self.here)
         self._leaves = Leaves(self.origins, self._books, real=real)
@@ -111,19 +97,15 @@ class Recorder(TorchFunctionMode):
 
         def call(module: nn.Module, *args: object, **kwargs: object) -> object:
             state = here.state
-            if state == _RECORDED:
+            if state == RECORDED:
                 return recorder.call_module(module, args, kwargs)
-            apart = state == _APART and id(module) in recorder._paths
+            apart = state == APART and id(module) in recorder._paths
             if apart and any(map(origins.known, tensors_of((args, kwargs)))):
                 return recorder.within(recorder.call_module, [])(module, args, kwargs)
             return _original_call(module, *args, **kwargs)
 
-        setattr(nn.Module, "__call__", call)  # noqa: B010
-        try:
-            with recorded_threads(self), uncompiled():
-                out = self.within(self.model, [])(*args, **kwargs)
-        finally:
-            setattr(nn.Module, "__call__", _original_call)  # noqa: B010
+        with replaced(nn.Module, "__call__", call), recorded_threads(self), uncompiled():
+            out = self.within(self.model, [])(*args, **kwargs)
         with DisableTorchFunction():
             results = tensors_of(out)
             node = origins.output(out)
@@ -136,12 +118,12 @@ class Recorder(TorchFunctionMode):
         def recorded(*args: object, **kwargs: object) -> object:
             if here.recorded:
                 return function(*args, **kwargs)
-            here.state, here.scope = _RECORDED, list(scope)
+            here.state, here.scope = RECORDED, list(scope)
             try:
                 with torch.no_grad(), self._depth(), self:
                     return function(*args, **kwargs)
             finally:
-                here.state = _APART
+                here.state = APART
 
         return recorded
 
@@ -180,18 +162,18 @@ class Recorder(TorchFunctionMode):
     def _as_node(self, call: Function, *args: object) -> object:
         here = self.here
         with DisableTorchFunction(), self._lock:
-            here.state = _BUSY
+            here.state = BUSY
             try:
                 return call(*args)
             finally:
-                here.state = _RECORDED
+                here.state = RECORDED
 
     # ----------------------------------------------------------------------------------------- functions
 
     def __torch_function__(self, func: Any, types: object, args: Args = (), kwargs: Kwargs | None = None) -> object:
         """Sees every torch function and tensor method that runs outside a leaf."""
         kwargs = kwargs or {}
-        if self.here.state != _RECORDED:
+        if self.here.state != RECORDED:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "function")
         if name == "__get__":
@@ -232,11 +214,11 @@ class Recorder(TorchFunctionMode):
             call, own_args, own_kwargs = redirect(func, name, own_args, own_kwargs, "meta" if on_meta else self.device)
         elif on_meta and name in ("__getitem__", "__setitem__"):
             own_args = (own_args[0], without_masks(args[1], own_args[1], origins), *own_args[2:])
-        self.here.state = _BUSY
+        self.here.state = BUSY
         try:
             result = self._evaluator.result(call, "" if wrapped else name, own_args, own_kwargs, on_meta)
         finally:
-            self.here.state = _RECORDED
+            self.here.state = RECORDED
         out = result.out
         outputs = tensors_of(out)
         if not outputs and not writes:

@@ -19,6 +19,7 @@ from ..core.convolution import ConvSpec, Sizes
 from ..core.nested import Tree, tensors_of
 from ..core.operations import OPERATIONS, convolution_call
 from .records import Window
+from .tensors import dtype_name
 
 Rule = Callable[..., object]
 ON_META: Tensor = NotImplemented
@@ -77,14 +78,11 @@ def convolve(
     except ValueError as error:
         raise ShapeError(str(error)) from None
     if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled("cpu"):
-        raise ShapeError(f"{spec.op} with a weight of {_dtype(weight)} takes {_dtype(weight)}, got {_dtype(x)}")
+        dtype = dtype_name(weight.dtype)
+        raise ShapeError(f"{spec.op} with a weight of {dtype} takes {dtype}, got {dtype_name(x.dtype)}")
     if spec.padding_mode == "circular":  # the padding is a copy of its own, in the default format
         return empty(shape, x)
     return new(shape, x, weight)
-
-
-def _dtype(t: Tensor) -> str:
-    return str(t.dtype).removeprefix("torch.")
 
 
 def project(x: Tensor, in_features: int, out_features: int) -> Tensor:

@@ -71,6 +71,17 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Sets an attribute for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
 class _Kept:
     """A tensor with its values, however forward may change them: in place, or by another ``data``."""
 

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Set
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -63,9 +64,10 @@ def byte_count(t: Tensor) -> int:
     return sum(part.nbytes for part in parts)
 
 
-def shape_of(t: Tensor) -> tuple[int, ...]:
-    """Shape of a tensor; that of a nested one is how many elements it has."""
-    return (t.numel(),) if t.is_nested else tuple(t.shape)
+@cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def conventions(kinds: Set[str]) -> list[str]:

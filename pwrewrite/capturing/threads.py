@@ -14,18 +14,29 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol
 
+from .state import replaced
 
-class _Thread(Protocol):
-    @property
-    def recorded(self) -> bool: ...
+APART, RECORDED, BUSY = range(3)
+"""What a thread does is apart from the recording, recorded, or the recorder's own."""
+
+
+class Here(threading.local):
+    """What a recorder knows of one thread; ``scope`` has the paths of the modules whose code runs, innermost last."""
+
+    state = APART
+
+    def __init__(self) -> None:
+        self.scope: list[str] = []
 
     @property
-    def scope(self) -> list[str]: ...
+    def recorded(self) -> bool:
+        """Whether what the thread does belongs to the recording."""
+        return self.state != APART
 
 
 class _Recorder(Protocol):
     @property
-    def here(self) -> _Thread: ...
+    def here(self) -> Here: ...
 
     def within(self, function: Callable[..., object], scope: list[str]) -> Callable[..., object]: ...
 
@@ -48,10 +59,5 @@ def recorded_threads(recorder: _Recorder) -> Iterator[None]:
             fn = recorder.within(fn, recorder.here.scope)
         return submit(self, fn, *args, **kwargs)
 
-    setattr(threading.Thread, "start", start_recorded)  # noqa: B010
-    setattr(ThreadPoolExecutor, "submit", submit_recorded)  # noqa: B010
-    try:
+    with replaced(threading.Thread, "start", start_recorded), replaced(ThreadPoolExecutor, "submit", submit_recorded):
         yield
-    finally:
-        setattr(threading.Thread, "start", start)  # noqa: B010
-        setattr(ThreadPoolExecutor, "submit", submit)  # noqa: B010

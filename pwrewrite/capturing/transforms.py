@@ -11,13 +11,15 @@ has for them. Where that would need a value, both branches of a ``cond`` and one
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch._ops import HigherOrderOperator
+
+from .state import replaced
 
 _functorch: Any = getattr(torch._C, "_functorch", None)
 
@@ -54,21 +56,13 @@ def uncompiled() -> Iterator[None]:
     """Runs what is wrapped with ``torch.compile``, before or now, as the code it was made from."""
     import sys
 
-    compiler = torch.compile
-    stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
+    stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
     def leave(model: object = None, **settings: object) -> object:
         return leave if model is None else model
 
-    setattr(torch, "compile", leave)  # noqa: B010
-    try:
-        if stance is None:
-            yield
-        else:
-            with stance:
-                yield
-    finally:
-        setattr(torch, "compile", compiler)  # noqa: B010
+    with replaced(torch, "compile", leave), stance:
+        yield
 
 
 def in_python(operator: HigherOrderOperator) -> Callable[..., object] | None:

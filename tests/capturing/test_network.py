@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pwrewrite.analysis import analyze_capture
 from pwrewrite.capturing import Capture, capture
-from pwrewrite.capturing.network import dtype_name, graph
+from pwrewrite.capturing.network import graph
+from pwrewrite.capturing.tensors import dtype_name
 
 
 @cache
