@@ -45,31 +45,27 @@ def analyze_capture(
         raise UsageError("the hotspot share is a part of the MACs", expected="0 to 1", got=str(hotspot_share))
     profile = device_profile(device)
     with no_collection():
-        return _analyze(capture, target, hotspot_share, profile)
-
-
-def _analyze(capture: Capture, target: str, hotspot_share: float, profile: DeviceProfile) -> Analysis:
-    infos = {node.name: info(node) for node in capture.graph.nodes}
-    macs = sum(facts.cost.macs for facts in infos.values())
-    kind = type(capture.model)
-    return Analysis(
-        target=target or kind.__name__,
-        model_class=f"{kind.__module__}.{kind.__qualname__}",
-        inputs=tuple(
-            {"name": name, "shape": list(spec.shape), "dtype": dtype_name(spec.dtype)} for name, spec in capture.inputs
-        ),
-        params=capture.params,
-        macs=macs,
-        weight_bytes=capture.weight_bytes,
-        activation_bytes=sum(facts.cost.write_bytes for facts in infos.values()),
-        peak=peak_memory(capture.memory, infos),
-        critical_path=critical_path(graph(capture)),
-        roofline=roofline(infos.values(), profile),
-        layers=hotspots(
-            capture, infos, profile, receptive_fields(capture), total_macs=macs, hotspot_share=hotspot_share
-        ),
-        by_op=by_op(infos.values()),
-        tree=module_tree(capture.model, infos.values()),
-        coverage=capture.coverage,
-        notes=capture.notes,
-    )
+        infos = {node.name: info(node) for node in capture.graph.nodes}
+        facts = infos.values()
+        macs = sum(each.cost.macs for each in facts)
+        kind = type(capture.model)
+        fields = receptive_fields(capture)
+        return Analysis(
+            target=target or kind.__name__,
+            model_class=f"{kind.__module__}.{kind.__qualname__}",
+            inputs=tuple(
+                {"name": name, "shape": list(x.shape), "dtype": dtype_name(x.dtype)} for name, x in capture.inputs
+            ),
+            params=capture.params,
+            macs=macs,
+            weight_bytes=capture.weight_bytes,
+            activation_bytes=sum(each.cost.write_bytes for each in facts),
+            peak=peak_memory(capture.memory, infos),
+            critical_path=critical_path(graph(capture)),
+            roofline=roofline(facts, profile),
+            layers=hotspots(capture, infos, profile, fields, total_macs=macs, hotspot_share=hotspot_share),
+            by_op=by_op(facts),
+            tree=module_tree(capture.model, facts),
+            coverage=capture.coverage,
+            notes=capture.notes,
+        )

@@ -6,11 +6,10 @@ receptive fields of convolutional neural networks*, Distill, equations 1 to 3)::
 
     low'(o) = low(s o - p)        high'(o) = high(s o - p + d (k - 1))
 
-Both advance by the same jump from one position to the next; behind an upsampling (transposed convolution,
-interpolation, pixel shuffle) they do so once per period of positions, which `Reach` holds one by one. Branches that
-are added or concatenated join in their hull. Where attention, a product, a pool or a reshape mixes positions, and
-behind it, all of the input counts as seen. What moves positions in another way (rolls, sampling grids) leaves the
-field *unknown*: a layer behind it has none, rather than a wrong one.
+Both advance by the same jump from one position to the next, behind an upsampling once per period of positions, which
+`Reach` holds one by one. Branches that are added or concatenated join in their hull. Where attention, a product, a
+pool or a reshape mixes positions, and behind it, all of the input counts as seen; what moves positions in another way
+(rolls, sampling grids) leaves the field *unknown*.
 
 Limits: padding counts as input, so a deep network's field exceeds its input. The hull of a dilated field counts its
 holes. Statistics of norms are not counted. The input meant is the first with as many spatial dims as the first

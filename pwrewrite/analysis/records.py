@@ -39,11 +39,9 @@ class LayerReport(Record):
     """One layer of the table: the layer, its share and what could be done with it.
 
     Attributes:
-        share: Its part of the model's MACs, 0 to 1.
-        cumulative: Its share and that of all layers above it in ``Analysis.layers``.
+        share: Its part of the model's MACs, 0 to 1; ``cumulative`` with all layers above it in ``Analysis.layers``.
         hotspot: Whether it is dense, k×k and at or above the hotspot share.
-        break_even: Ranks below which a bottleneck gains; None where none may be inserted.
-        skip: Why no bottleneck may be inserted; None where one may.
+        break_even: Ranks below which a bottleneck gains; None where none may be inserted, and ``skip`` says why.
         receptive_field: Extent of the model's input that one output position of its first call sees, per spatial dim;
             None where unknown (a dim that is seen whole has the input's size).
         bound: ``compute`` or ``memory``: its roofline class on the stated device; ``""`` where it is not called.
@@ -131,7 +129,6 @@ class Peak(Record):
     Attributes:
         nbytes: Bytes of activations (inputs included, weights not) alive then.
         node: Name of the node that ran then.
-        path: Its module path.
         tensors: What was alive, largest first.
     """
 
@@ -211,15 +208,12 @@ class Analysis(Shown, Record):
 
     Attributes:
         target: What was analysed, as the user named it, or the class name.
-        model_class: Qualified class name.
         inputs: ``{"name": str, "shape": [int], "dtype": str}`` per input tensor.
-        params: Parameter elements, each tensor once.
+        params: Parameter elements, each tensor once; ``weight_bytes`` of parameters and buffers.
         macs: MACs of one forward pass.
-        weight_bytes: Bytes of parameters and buffers, each once.
         activation_bytes: Bytes of all tensors written in one forward pass, views excluded.
         layers: Every convolution and linear map, largest MACs first.
         by_op: Totals by kind of operation, largest MACs first and then most bytes.
-        notes: What a reader should be told.
     """
 
     target: str

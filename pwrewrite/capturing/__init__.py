@@ -103,26 +103,12 @@ _one_at_a_time = threading.RLock()
 
 def _record(inventory: Inventory, args: Args, kwargs: Kwargs, *, real: bool, training: bool, items: bool) -> Recorder:
     """Records the model, once more and deeper where some of it ran outside of torch functions."""
-    for deep in (False, True):
-        recorder = Recorder(inventory, real=real, deep=deep, items=items)
-        with untouched(inventory, values=real):
-            for module in inventory.modules:
-                if module.training != training:
-                    module.__dict__["training"] = training
-            torch.manual_seed(0)
-            _run(recorder, args, kwargs)
-        if not recorder.origins.lost:
-            break
-    return recorder
-
-
-def _run(recorder: Recorder, args: Args, kwargs: Kwargs) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator()
 
     def prepare(t: Tensor) -> Tensor:
-        if not has_shape_only(t) and not recorder.real:
+        if not has_shape_only(t) and not real:
             raise NeedsValues(f"a {kind_of(t)} tensor has no form without values")
-        if not recorder.real:
+        if not real:
             return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
         if not t.is_meta:
             return t.detach().clone()
@@ -130,7 +116,19 @@ def _run(recorder: Recorder, args: Args, kwargs: Kwargs) -> None:
             return torch.rand(t.shape, generator=generator, dtype=torch.float32).to(recorder.device, t.dtype)
         return torch.zeros(t.shape, dtype=t.dtype, device=recorder.device)
 
-    recorder.run(map_tensors(args, prepare), map_tensors(kwargs, prepare), input_names(recorder.model, args, kwargs))
+    names = input_names(inventory.model, args, kwargs)
+    for deep in (False, True):
+        recorder = Recorder(inventory, real=real, deep=deep, items=items)
+        with untouched(inventory, values=real):
+            for module in inventory.modules:
+                if module.training != training:
+                    module.__dict__["training"] = training
+            torch.manual_seed(0)
+            generator.manual_seed(0)
+            recorder.run(map_tensors(args, prepare), map_tensors(kwargs, prepare), names)
+        if not recorder.origins.lost:
+            break
+    return recorder
 
 
 def _finish(recorder: Recorder, values: str, failure: Exception | None) -> Capture:

@@ -46,17 +46,9 @@ class Bookkeeper:
         """Writes down the facts of a node, and that it made ``out``.
 
         Args:
-            node: The node.
-            op: Canonical name.
-            path: Path of the module.
             read: Its arguments, tensors in any nesting.
-            out: What it returned.
-            macs: Its MACs.
             writes: Whether it writes into an argument.
-            params: Parameters that it used first, those in ``read`` apart.
-            weight_bytes: Bytes of the weights that it read, those in ``read`` apart.
-            window: For convolutions and pooling.
-            spec: For convolutions.
+            params: Parameters that it used first, those in ``read`` apart; likewise ``weight_bytes``.
             unpriced: Operations without a formula.
             temporary: Bytes that it holds beside its result while it runs.
             weights: Identities of tensors in ``read`` that serve as weights though they are no parameters.

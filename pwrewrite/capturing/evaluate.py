@@ -43,8 +43,10 @@ class Evaluator:
 
         ``name`` is empty where no rule holds, as for custom operations and wrappers of ``vmap``.
         """
+        if not name:
+            return self._priced(func, args, kwargs)
         out: Tree = NotImplemented
-        if on_meta and name:
+        if on_meta:
             rule = FUNCTION_RULES.get(name)
             if rule is not None:
                 out = rule(*args, **kwargs)
@@ -52,8 +54,6 @@ class Evaluator:
                 out = args[0]
         row = BY_FUNCTION.get(name)
         macs_of = None if row is None else row.macs
-        if not name:
-            return self._priced(func, args, kwargs)
         if out is NotImplemented and macs_of is None and name not in FREE_FUNCTIONS and func not in self._free:
             return self._priced(func, args, kwargs, remember=name not in functions.SOMETIMES_PRODUCTS)
         if out is NotImplemented:

@@ -54,13 +54,11 @@ class Inventory:
     @cached_property
     def _named_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
         """Parameters with holder and name, taken before the model runs: ``functional_call`` swaps them for a while."""
-        holders = [m for m in self.modules if m._parameters]
-        return [(m, name, p) for m in holders for name, p in m._parameters.items() if p is not None]
+        return [(m, name, p) for m in self.modules for name, p in m._parameters.items() if p is not None]
 
     @cached_property
     def _named_buffers(self) -> list[tuple[nn.Module, str, Tensor]]:
-        holders = [m for m in self.modules if m._buffers]
-        return [(m, name, b) for m in holders for name, b in m._buffers.items() if b is not None]
+        return [(m, name, b) for m in self.modules for name, b in m._buffers.items() if b is not None]
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:

@@ -104,7 +104,7 @@ class Recorder(TorchFunctionMode):
                 return recorder.within(recorder.call_module, [])(module, args, kwargs)
             return _original_call(module, *args, **kwargs)
 
-        with replaced(nn.Module, "__call__", call), recorded_threads(self), uncompiled():
+        with replaced(nn.Module, "__call__", call), recorded_threads(here, self.within), uncompiled():
             out = self.within(self.model, [])(*args, **kwargs)
         with DisableTorchFunction():
             results = tensors_of(out)
@@ -116,7 +116,7 @@ class Recorder(TorchFunctionMode):
         here = self.here
 
         def recorded(*args: object, **kwargs: object) -> object:
-            if here.recorded:
+            if here.state != APART:
                 return function(*args, **kwargs)
             here.state, here.scope = RECORDED, list(scope)
             try:

@@ -59,11 +59,9 @@ class NodeInfo:
         op: Canonical name of the operation: ``conv2d``, ``linear``, ``batch_norm``, ``attention``, ``input``, ….
         path: Path of the module that ran it (the leaf itself for a module call, the enclosing module for a function).
         inputs: Activations read, in order, without repetition. Weights are not among them.
-        outputs: Tensors made, flattened in order.
         cost: Parameters used here (0 from the second call of a layer on), MACs, bytes; a view moves no bytes.
         alias_of: Name of the node whose storage the output shares: views and in-place operations.
-        window: For convolutions and local pooling.
-        spec: For convolutions.
+        window: For convolutions and local pooling; ``spec`` for convolutions.
         unpriced: Operations inside that have no cost formula, one entry per occurrence.
         callers: Paths of the modules whose code was running, outermost first; the last one's code made the call.
     """
@@ -112,13 +110,11 @@ class Layer:
 
     Attributes:
         path: First path of the module, or of the parameter that serves as weight where no module does.
-        aliases: Other paths under which the same module or weight is found.
         op: ``conv1d`` … ``conv_transpose3d`` or ``linear``.
         params: Elements of weight and bias.
         spec: The convolution's shape facts; None for a linear map.
         functional: Whether it is called as a function (``F.conv2d(x, self.weight)``) and not as a module.
         weight: Full name of the weight parameter, or ``""`` where the weight is computed in the graph.
-        calls: Its uses, in graph order.
     """
 
     path: str
@@ -149,10 +145,8 @@ class Coverage:
     """How much of the model the graph holds.
 
     Attributes:
-        capture: ``whole`` (one graph), ``islands`` (parts that torch functions cannot connect) or ``eager`` (no layer
-            in a graph).
-        convolutions: Distinct convolution layers the model has.
-        in_graph: How many of them the graph calls.
+        capture: ``whole`` (one graph), ``islands`` (parts that torch functions cannot connect) or ``eager`` (no layer).
+        convolutions: Distinct convolution layers the model has; ``in_graph`` how many of them the graph calls.
         unpriced: ``(operation, calls)`` without a formula.
         values: ``meta`` where shapes sufficed, ``real`` where the model needed one seeded real run.
     """
@@ -173,8 +167,7 @@ class Capture(Shown):
         graph: One `torch.fx.Graph`; sizes in it are those of the example inputs. `info` has the facts of a node.
         layers: Every convolution and linear map, reached or not, in graph order and then in module order.
         memory: Births and deaths of activation storages, in the order in which running the model makes them.
-        params: Elements of all parameters, each tensor once.
-        weight_bytes: Bytes of all parameters and buffers, each tensor once.
+        params: Elements of all parameters, each tensor once; ``weight_bytes`` those of parameters and buffers.
         notes: What a reader should be told.
     """
 

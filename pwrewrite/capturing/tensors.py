@@ -1,11 +1,4 @@
-"""Sizes of tensors of every kind, those that are not a plain block of memory included.
-
-- A *sparse* tensor holds its indices and its stored elements; a product with it counts the stored elements only.
-- An *uninitialized* parameter (``nn.UninitializedParameter``, lazy modules) has no shape yet, and counts as nothing.
-- A *quantized* tensor holds integers; what is computed with it has no formula here and is listed as unpriced.
-- A *nested* tensor holds what its parts hold.
-- A *complex* product counts one multiply-accumulate for a pair of complex numbers.
-"""
+"""Sizes of tensors of every kind, also of those that are no plain block of memory; `conventions` says how to count."""
 
 from __future__ import annotations
 

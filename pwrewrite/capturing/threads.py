@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Protocol
 
 from .state import replaced
 
@@ -28,36 +27,23 @@ class Here(threading.local):
     def __init__(self) -> None:
         self.scope: list[str] = []
 
-    @property
-    def recorded(self) -> bool:
-        """Whether what the thread does belongs to the recording."""
-        return self.state != APART
 
-
-class _Recorder(Protocol):
-    @property
-    def here(self) -> Here: ...
-
-    def within(self, function: Callable[..., object], scope: list[str]) -> Callable[..., object]: ...
+Function = Callable[..., object]
 
 
 @contextmanager
-def recorded_threads(recorder: _Recorder) -> Iterator[None]:
-    """Records what a recorded thread starts or submits."""
+def recorded_threads(here: Here, within: Callable[[Function, list[str]], Function]) -> Iterator[None]:
+    """Records what a recorded thread starts or submits, in what ``within`` makes of it."""
     start, submit = threading.Thread.start, ThreadPoolExecutor.submit
 
     def start_recorded(thread: threading.Thread) -> None:
         pool = getattr(thread, "_target", None)  # the workers of a pool outlive the recording; their work is recorded
-        if recorder.here.recorded and getattr(pool, "__module__", "") != "concurrent.futures.thread":
-            setattr(thread, "run", recorder.within(thread.run, recorder.here.scope))  # noqa: B010
+        if here.state != APART and getattr(pool, "__module__", "") != "concurrent.futures.thread":
+            setattr(thread, "run", within(thread.run, here.scope))  # noqa: B010
         start(thread)
 
-    def submit_recorded(
-        self: ThreadPoolExecutor, fn: Callable[..., object], /, *args: object, **kwargs: object
-    ) -> Future[object]:
-        if recorder.here.recorded:
-            fn = recorder.within(fn, recorder.here.scope)
-        return submit(self, fn, *args, **kwargs)
+    def submit_recorded(pool: ThreadPoolExecutor, fn: Function, /, *args: object, **kwargs: object) -> Future[object]:
+        return submit(pool, fn if here.state == APART else within(fn, here.scope), *args, **kwargs)
 
     with replaced(threading.Thread, "start", start_recorded), replaced(ThreadPoolExecutor, "submit", submit_recorded):
         yield
