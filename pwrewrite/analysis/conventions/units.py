@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import networkx as nx
 from torch import fx, nn
 
 from ...capturing import Capture, NodeInfo, TensorSpec, info
@@ -128,24 +129,12 @@ def _calls(run: Sequence[fx.Node], module: nn.Module) -> Iterator[Unit]:
         for node in real:
             yield _unit(module, True, (node,))
         return
-    group: dict[fx.Node, list[fx.Node]] = {}
-    for node in run:
-        merged: list[fx.Node] = []
-        for source in node.all_input_nodes:
-            known = group.get(source)
-            if known is not None and known is not merged:
-                known += merged
-                merged = known
-                for other in merged:
-                    group[other] = merged
-        merged.append(node)
-        group[node] = merged
-    done: set[int] = set()
-    for node in real:
-        nodes = group[node]
-        if id(nodes) not in done:
-            done.add(id(nodes))
-            yield _unit(module, True, tuple(other for other in real if group[other] is nodes))
+    own = set(run)
+    links = nx.Graph([(source, node) for node in run for source in node.all_input_nodes if source in own])
+    links.add_nodes_from(run)
+    for part in nx.connected_components(links):
+        if nodes := tuple(node for node in real if node in part):
+            yield _unit(module, True, nodes)
 
 
 def words(op: str) -> str:
