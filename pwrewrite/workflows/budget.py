@@ -32,15 +32,7 @@ Metric = Callable[[nn.Module], float]
 
 
 class Budgeted:
-    """A run under a budget.
-
-    Args:
-        run: The run; nothing was done on it yet.
-        budget: The budget, opened.
-
-    Raises:
-        PwrewriteError: If the budget or the calibration makes no sense, or calibrating fails.
-    """
+    """A run on which nothing was done yet, under an opened budget."""
 
     def __init__(self, run: Run, budget: Budget) -> None:
         self.run, self.budget, self.limits = run, budget, budgets_of(budget.limits)
@@ -59,14 +51,11 @@ class Budgeted:
         elif plan is None:
             plan = self.planner.choose(self.limits).plan
         self.run.all(plan, self.planner.decomposer)
-        if self.run.rows:
-            self.run.fitted(self.planner.refit(self.run.model, self.run.plan))
+        if self.run.state.rows:
+            self.run.fitted(self.planner.refit(self.run.state.model, self.run.state.plan))
 
     def sample(self) -> Inputs:
-        """Held-out inputs to verify on, at most as many as the example inputs, which stand in where there are none.
-
-        What a fitted model makes of noise or zeros says little about it.
-        """
+        """Held-out inputs to verify on, at most as many as the example inputs, which stand in where there are none."""
         batches = self.planner.batches
         if batches is None:
             return self.run.inputs
@@ -83,13 +72,9 @@ class Budgeted:
         return {name: cut(value) for name, value in kwargs.items()} if kwargs and not args else tuple(map(cut, args))
 
     def complete(self, report: Report) -> Report:
-        """A report with the limits, what was predicted and what was measured.
-
-        Raises:
-            RefusedError: If a limit is missed by what was measured in the end, unless the budget is ``best_effort``.
-        """
+        """With limits, prediction and measurement; a limit missed is refused, unless the budget is ``best_effort``."""
         result, notes = self._measured()
-        before, after = costs_of(self.run.first), costs_of(self.run.captured)
+        before, after = costs_of(self.run.first), costs_of(self.run.state.captured)
         if result.latency is not None:
             before["latency"], after["latency"] = result.latency
         reached = {kind: after[kind] / before[kind] for kind in result.limits if before.get(kind)}
@@ -103,21 +88,15 @@ class Budgeted:
         )
 
     def _measured(self) -> tuple[BudgetReport, list[str]]:
-        planner, facts = self.planner, self.run.plan.budget
+        planner, facts = self.planner, self.run.state.plan.budget
         settings = planner.settings
-        result = BudgetReport(
-            facts.get("limits", {str(limit.kind): str(limit).partition("=")[2] for limit in self.limits}),
-            {},
-            str(settings.sensitivity),
-            str(settings.refit),
-            planner.statistics.samples if planner.statistics is not None else 0,
-            facts.get("predicted_loss") if facts.get("sensitivity") == settings.sensitivity else None,
-            facts.get("gap", 0.0),
-        )
+        limits = facts.get("limits", {str(limit.kind): str(limit).partition("=")[2] for limit in self.limits})
+        predicted = facts.get("predicted_loss") if facts.get("sensitivity") == settings.sensitivity else None
+        result = report_of(planner, limits, predicted, facts.get("gap", 0.0))
         notes = list(planner.notes)
         if planner.batches is not None:
             self.run.say("measuring on held-out inputs", None)
-            measured = compare(planner.model, self.run.model, planner.batches.held_out(), planner.outputs)
+            measured = compare(planner.model, self.run.state.model, planner.batches.held_out(), planner.outputs)
             result = replace(
                 result,
                 measured=measured.loss,
@@ -145,7 +124,7 @@ class Budgeted:
         limit = next((limit for limit in self.limits if limit.kind == "latency"), None)
         for seconds in (4.0, 8.0):
             self.run.say("timing both models", None)
-            models = [self.run.first.model, self.run.model]
+            models = [self.run.first.model, self.run.state.model]
             before, after = time_models(models, args, kwargs, seconds=seconds, threads=self.budget.threads)
             if limit is None or after.seconds <= limit.absolute(before.seconds) * MEASURED:
                 break
@@ -178,11 +157,13 @@ class Budgeted:
         return errors
 
     def _metrics(self) -> dict[str, tuple[float, float]]:
-        values = {name: (self._before[name], self._score(name, m, self.run.model)) for name, m in self.metrics.items()}
+        values = {
+            name: (self._before[name], self._score(name, m, self.run.state.model)) for name, m in self.metrics.items()
+        }
         batches = self.planner.batches
         labels = None if batches is None else batches.labels("held_out")
         if batches is not None and labels is not None:
-            models = (self.planner.model, self.run.model)
+            models = (self.planner.model, self.run.state.model)
             scored = accuracy(models, batches.held_out(), labels, self.planner.outputs)
             if not isinstance(scored, str):
                 name, values[name] = scored
@@ -197,19 +178,25 @@ def planner_of(run: Run, budget: Budget) -> Planner:
     """A calibrated planner for what a run has come to, after what the budget asks for before anything is planned."""
     run.all([UnfuseLayers(), *([BakeWeights()] if budget.bake else [])])
     planner = Planner(
-        run.model,
+        run.state.model,
         run.inputs,
         cast("Iterable[object] | None", budget.calibration),
         budget,
         size=budget.calibration_size,
         say=run.say,
-        captured=run.captured,
+        captured=run.state.captured,
     )
-    if any(row.edit.op.action == "unfuse" for row in run.rows):
+    if any(row.edit.op.action == "unfuse" for row in run.state.rows):
         planner.notes.append(
             "fused layers were taken apart, since no fused one can be made smaller: fuse the result again"
         )
     return planner
+
+
+def report_of(planner: Planner, limits: Mapping[str, str], predicted: float | None, gap: float) -> BudgetReport:
+    """How a plan was made and what it predicts; nothing is measured yet."""
+    settings, samples = planner.settings, planner.statistics.samples if planner.statistics is not None else 0
+    return BudgetReport(limits, {}, str(settings.sensitivity), str(settings.refit), samples, predicted, gap)
 
 
 def metrics_of(budget: Budget) -> dict[str, Metric]:
@@ -239,14 +226,7 @@ def _astray(result: BudgetReport) -> list[str]:
 
 @dataclass(frozen=True)
 class Smallest:
-    """The smallest model that keeps a metric.
-
-    Attributes:
-        choice: Its plan.
-        before: The metric of the original.
-        after: Its metric, fitted.
-        tried: MACs as a share of the original and metric of each model that was tried, in order.
-    """
+    """The smallest model that keeps a metric; ``tried``: each one's share of the cost and metric, in order."""
 
     choice: Choice
     before: float

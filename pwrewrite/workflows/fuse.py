@@ -131,18 +131,18 @@ def fuse(
     last: tuple[State, Plan] | None = None  # before a change of the memory format, where the last pass made one
     for each in chosen:
         run.say(f"{each.name}: proposing", None)
-        plan = propose(run.captured, [each])
+        plan = propose(run.state.captured, [each])
         last = None
         if isinstance(each, ChannelsLast):
             before = run.state
             run.state = _surviving(run, plan)
-            last = (before, plan) if len(run.rows) > len(before.rows) else None
+            last = (before, plan) if len(run.state.rows) > len(before.rows) else None
             continue
-        done = len(run.rows)
+        done = len(run.state.rows)
         run.step(plan)
-        while isinstance(each, _REPEATED) and len(run.rows) > done:
-            done = len(run.rows)
-            run.step(propose(run.captured, [each]))
+        while isinstance(each, _REPEATED) and len(run.state.rows) > done:
+            done = len(run.state.rows)
+            run.step(propose(run.state.captured, [each]))
     thorough = proof_options.thorough
     proof = _verified(model, run, thorough) if proof_options.verify else None
     if last is not None and proof is not None and not proof.passed:
@@ -150,11 +150,11 @@ def fuse(
         detail = f"some kernels of torch are less exact in it ({proof.failures[0].detail})"
         run.state = state.skipping(plan, SkipReason.BROKE_MODEL, detail)
         proof = _verified(model, run, thorough)
-    costs = traffic(run.first), traffic(run.captured)
+    costs = traffic(run.first), traffic(run.state.captured)
     report = run.report(*run.analyses(target), target, proof)
-    report = replace(report, fusing=FusingReport(*costs), notes=(*report.notes, *_nan_notes(run.model)))
-    edits = tuple(row.edit for row in run.rows)
-    plan, names = plan_from_original(loaded, run.finished(target)), join_names(loaded.names, run.names)
+    report = replace(report, fusing=FusingReport(*costs), notes=(*report.notes, *_nan_notes(run.state.model)))
+    edits = tuple(row.edit for row in run.state.rows)
+    plan, names = plan_from_original(loaded, run.finished(target)), join_names(loaded.names, run.state.names)
     return Fused(run.result(), plan, with_notes_of(loaded, report), edits, names, *costs)
 
 
@@ -262,10 +262,10 @@ def _verified(model: nn.Module, run: Run, thorough: bool) -> Verification:
 
     run.say("verifying", None)
     before, _ = run.analyses(None)
-    edits = [row.edit for row in run.rows]
+    edits = [row.edit for row in run.state.rows]
     proof = verify(
         model,
-        run.model,
+        run.state.model,
         run.inputs,
         edits=edits,
         expected=run.expected(before),
@@ -274,7 +274,7 @@ def _verified(model: nn.Module, run: Run, thorough: bool) -> Verification:
     )
     run.say("verifying: against float64", None)
     by_value = run.first.coverage.values == "real"
-    check = reference_check(model, run.model, run.inputs, by_value=by_value)
+    check = reference_check(model, run.state.model, run.inputs, by_value=by_value)
     return proof if check is None else replace(proof, checks=(*proof.checks, check))
 
 

@@ -18,7 +18,7 @@ from ..planning.planner import Planner
 from ..report.frontier import Frontier, Point
 from ..report.records import BudgetReport, Report
 from ..targets import LoadedModel, describe_inputs
-from .budget import metrics_of, planner_of, search
+from .budget import metrics_of, planner_of, report_of, search
 from .steps import Progress, Run, model_facts, silent
 from .subject import Subject, check_editable, loaded_of, origin_of, with_notes_of
 from .what import What, opened, what_from_keywords
@@ -67,7 +67,7 @@ def make_plan(
         what, budget_report, notes = _within(what, loaded, progress)
     run = Run(loaded.model, loaded.example_inputs, progress or silent, fill=False)
     run.all(what)
-    if not run.rows:
+    if not run.state.rows:
         check_editable(loaded.model)
     report = with_notes_of(loaded, run.report(*run.analyses(target), target, None))
     report = replace(report, budget=budget_report, notes=tuple(dict.fromkeys((*report.notes, *notes))))
@@ -112,7 +112,7 @@ def plan(
     loaded = loaded_of(model, example_inputs)
     run = Run(loaded.model, loaded.example_inputs, progress or silent)
     planner = planner_of(run, opened(what, loaded))
-    chosen = run.plan + planner.choose(budgets_of(what.limits)).plan
+    chosen = run.state.plan + planner.choose(budgets_of(what.limits)).plan
     return replace(chosen, model=model_facts(run.first, inputs=describe_inputs(loaded.example_inputs)))
 
 
@@ -155,26 +155,21 @@ def _within(
     planner = planner_of(run, budget)
     if budget.max_drop is None:
         choice = planner.choose(limits)
-        return run.plan + choice.plan, _predicted(planner, choice, {}), tuple(planner.notes)
+        return run.state.plan + choice.plan, _predicted(planner, choice, {}), tuple(planner.notes)
     ((name, metric),) = metrics_of(budget).items()
     result = search(planner, metric, budget.max_drop, budgets=limits)
     tried = ", ".join(f"{share:.1%} of the MACs: {name} {value:.4g}" for share, value in result.tried)
     metrics = {name: (result.before, result.after)}
-    whole = run.plan + result.choice.plan
+    whole = run.state.plan + result.choice.plan
     return whole, _predicted(planner, result.choice, metrics), (*planner.notes, f"tried {tried}")
 
 
 def _predicted(planner: Planner, choice: Choice, metrics: dict[str, tuple[float, float]]) -> BudgetReport:
-    limits, settings, statistics = choice.plan.budget.get("limits", {}), planner.settings, planner.statistics
+    limits, statistics = choice.plan.budget.get("limits", {}), planner.statistics
     costs = {kind: cost for kind, cost in choice.costs.items() if kind in limits and planner.original[kind]}
-    return BudgetReport(
-        limits,
-        {kind: cost / planner.original[kind] for kind, cost in costs.items()},
-        str(settings.sensitivity),
-        str(settings.refit),
-        statistics.samples if statistics is not None else 0,
-        choice.loss,
-        choice.gap,
+    return replace(
+        report_of(planner, limits, choice.loss, choice.gap),
+        reached={kind: cost / planner.original[kind] for kind, cost in costs.items()},
         kind="classes" if statistics is None else statistics.outcome or "values",
         metrics=metrics,
     )

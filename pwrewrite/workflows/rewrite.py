@@ -151,7 +151,7 @@ def rewrite(
         budgeted.carry_out()
     elif not isinstance(what, Budget):
         run.all(what)
-    if not run.rows:
+    if not run.state.rows:
         check_editable(loaded.model)
     target = target or loaded.target or None
     before, after = run.analyses(target)
@@ -164,8 +164,8 @@ def rewrite(
         run.result(),
         plan_from_original(loaded, run.finished(target)),
         with_notes_of(loaded, report if budgeted is None else budgeted.complete(report)),
-        tuple(row.edit for row in run.rows),
-        join_names(loaded.names, run.names),
+        tuple(row.edit for row in run.state.rows),
+        join_names(loaded.names, run.state.names),
     )
 
 
@@ -199,9 +199,9 @@ def check_rewritten(result: Rewritten, what: What, target: str) -> None:
 def _verified(run: Run, inputs: Inputs, before: Analysis, proof: Proof) -> Verification:
     return verify(
         run.first.model,
-        run.model,
+        run.state.model,
         inputs,
-        edits=[row.edit for row in run.rows],
+        edits=[row.edit for row in run.state.rows],
         expected=run.expected(before),
         expected_at=None if inputs is run.inputs else run.inputs,
         allow_output_change=proof.allow_output_change,

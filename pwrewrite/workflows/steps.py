@@ -102,46 +102,21 @@ class Run:
         self.first = capture(model, inputs)
         self.state = State(model, self.first)
 
-    @property
-    def model(self) -> nn.Module:
-        """The model as it is now."""
-        return self.state.model
-
-    @property
-    def captured(self) -> Capture:
-        """Its capture."""
-        return self.state.captured
-
-    @property
-    def plan(self) -> Plan:
-        """What was carried out, and what was skipped."""
-        return self.state.plan
-
-    @property
-    def rows(self) -> tuple[EditRow, ...]:
-        """The edits so far."""
-        return self.state.rows
-
-    @property
-    def names(self) -> Mapping[str, tuple[str, ...]]:
-        """Old parameter names to new ones."""
-        return self.state.names
-
     def result(self) -> nn.Module:
         """The model as it is now; a copy where nothing was done, since the input model is never shared."""
-        return copy_of(self.model) if self.model is self.first.model else self.model
+        return copy_of(self.state.model) if self.state.model is self.first.model else self.state.model
 
     def all(self, what: Sequence[Pass] | Plan, decomposer: Decomposer | None = None) -> None:
         """Carries out passes, or a plan, whose weights a decomposer may give."""
         if isinstance(what, Plan):
-            self.state = replace(self.state, plan=replace(self.plan, skips=what.skips, budget=what.budget))
+            self.state = replace(self.state, plan=replace(self.state.plan, skips=what.skips, budget=what.budget))
             for part in self._parts(what):
                 self.state = self.tried(part, decomposer=decomposer)
             return
         for i, each in enumerate(what):
             self.say(f"{each.name}: proposing", None)
             read_later = any(_reads_weights(later) for later in what[i + 1 :])
-            self.step(propose(self.captured, [each]), fill=self.fill or read_later)
+            self.step(propose(self.state.captured, [each]), fill=self.fill or read_later)
 
     def _parts(self, plan: Plan) -> list[Plan]:
         """A plan in steps: an op on what an earlier one puts in waits for it, so that each step has a capture."""
@@ -190,14 +165,14 @@ class Run:
             replace(row, edit=replace(row.edit, relative_error=errors[row.edit.path], exact=None))
             if row.edit.path in errors
             else row
-            for row in self.rows
+            for row in self.state.rows
         )
         self.state = replace(self.state, rows=rows)
 
     def analyses(self, target: str | None) -> tuple[Analysis, Analysis]:
         """The model before and after."""
         before = analyze_capture(self.first, target=target or "")
-        return before, analyze_capture(self.captured, target=target or "") if self.rows else before
+        return before, analyze_capture(self.state.captured, target=target or "") if self.state.rows else before
 
     def expected(self, before: Analysis) -> Cost | None:
         """What was predicted; None where an op has no estimate."""
@@ -212,13 +187,13 @@ class Run:
     def finished(self, target: str | None) -> Plan:
         """The whole plan, with facts about the model."""
         facts = model_facts(self.first, inputs=describe_inputs(self.inputs))
-        return replace(self.plan, skips=self.skips(), model=facts | ({"target": target} if target else {}))
+        return replace(self.state.plan, skips=self.skips(), model=facts | ({"target": target} if target else {}))
 
     def skips(self) -> tuple[Skip, ...]:
         """One skip a layer, the one that tells most; none for what this run itself put in."""
-        inside = tuple(f"{row.edit.path}." if row.edit.path else "" for row in self.rows)
+        inside = tuple(f"{row.edit.path}." if row.edit.path else "" for row in self.state.rows)
         skips: dict[str, Skip] = {}
-        for skip in self.plan.skips:
+        for skip in self.state.plan.skips:
             ours = bool(inside) and skip.path.startswith(inside)
             if ours and (skip.reason in _MILD or skip.reason is SkipReason.ALREADY_BOTTLENECK):
                 continue
@@ -233,11 +208,11 @@ class Run:
             target or type(self.first.model).__name__,
             totals(before),
             totals(after),
-            self.rows,
+            self.state.rows,
             self.skips(),
             proof,
-            _output_changes(self.first, self.captured),
-            tuple(dict.fromkeys((*self.first.notes, *self.captured.notes, *_narrowed(self.rows)))),
+            _output_changes(self.first, self.state.captured),
+            tuple(dict.fromkeys((*self.first.notes, *self.state.captured.notes, *_narrowed(self.state.rows)))),
         )
 
 
