@@ -5,6 +5,9 @@ from __future__ import annotations
 LONGEST = 2000
 """Characters of one text that a report or a message shows at most."""
 
+NO_WEIGHTS = "no --weights"
+"""How the note of a model begins that nobody gave weights: those that its code makes."""
+
 
 def plain(text: str, *, lines: bool = False) -> str:
     """A text whose control characters (escape sequences, marks that reverse the direction of writing, line breaks

@@ -182,7 +182,7 @@ class LayerPass(Pass):
         share = layer.macs / total
         if share < self.min_share:
             return Skip(
-                layer.path, SkipReason.BELOW_SHARE, f"{share:.2%} of the MACs, below min_share {self.min_share:.2%}"
+                layer.path, SkipReason.BELOW_SHARE, f"{share:.2%} of the MACs, below --min-share {self.min_share:.2%}"
             )
         spec = spec_of(layer)
         axes = self.form.splits(spec)[0]
@@ -225,13 +225,13 @@ class LayerPass(Pass):
         """The op for given widths, or a skip where it would not pay and growth is not allowed."""
         estimate = estimate_chain(layer, spec, self.form, widths, axes)
         if not self.allow_growth and self.init == "weights":
-            shown = ", ".join(f"{name} {width}" for name, width in widths.items())
+            shown = ", ".join(f"{name.replace('_', '-')} {width}" for name, width in widths.items())
             if grows(estimate):
                 return Skip(layer.path, SkipReason.NO_GAIN, growth(f"at {shown}", estimate))
             gain = 1 - estimate.macs_after / estimate.macs_before
             if gain < self.min_gain:
                 detail = (
-                    f"at {shown} it would save {gain:.1%} of its MACs, less than {self.min_gain:.1%} (min_gain); "
+                    f"at {shown} it would save {gain:.1%} of its MACs, less than {self.min_gain:.1%} (--min-gain); "
                     "give a smaller width, or a smaller least gain"
                 )
                 return Skip(layer.path, SkipReason.NO_GAIN, detail)

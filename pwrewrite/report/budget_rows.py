@@ -15,14 +15,21 @@ NORMS = {
 _REFITS = {"full": "factors, biases and norms", "bias": "biases and norms", "none": "nothing"}
 
 
-def lines(budget: BudgetReport) -> list[Line]:
-    """Name and text of each line."""
+def caveat(random: bool, calibrated: bool) -> str:
+    """What a predicted loss cannot say, after a semicolon; empty where it means what it says."""
+    if random:
+        return "; random weights: says nothing about a trained model"
+    return "" if calibrated else "; not calibrated: says nothing about the outputs"
+
+
+def lines(budget: BudgetReport, *, random: bool = False) -> list[Line]:
+    """Name and text of each line; ``random`` where nobody trained the weights."""
     facts = [(kind, _limit(kind, text, budget)) for kind, text in budget.limits.items()]
     facts.append(("chosen", NORMS[budget.sensitivity] + (f", gap {percent(budget.gap)}" if budget.gap > 0 else "")))
     if budget.samples:
         fitted = f"{_REFITS[budget.refit]} {'fitted' if budget.measured is not None else 'to be fitted'}"
         facts.append(("calibration", f"{plural(budget.samples, 'input')}; {fitted}"))
-    facts += _losses(budget)
+    facts += _losses(budget, random)
     facts += [
         (name, f"{before:.4g} → {after:.4g} ({after - before:+.3g})")
         for name, (before, after) in budget.metrics.items()
@@ -40,12 +47,12 @@ def _limit(kind: str, text: str, budget: BudgetReport) -> str:
     return f"at most {text}" + (f"; {percent(reached)} of the original" if reached is not None else "")
 
 
-def _losses(budget: BudgetReport) -> list[Line]:
+def _losses(budget: BudgetReport, random: bool) -> list[Line]:
     unit = "KL divergence in nats" if budget.kind == "classes" else "half the squared relative output error"
     facts = []
     if budget.predicted is not None:
         what = unit if budget.sensitivity == "loss" else "sum of relative squared errors of the layers"
-        facts.append(("predicted loss", f"{budget.predicted:.3g} ({what})"))
+        facts.append(("predicted loss", f"{budget.predicted:.3g} ({what}{caveat(random, budget.samples > 0)})"))
     if budget.measured is not None:
         agreed = "" if budget.agreement is None else f"; same class for {percent(budget.agreement)}"
         held = f"{exact(budget.held_out)} held-out inputs"

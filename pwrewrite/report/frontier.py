@@ -11,7 +11,7 @@ from ..core.numbers import count, duration, exact, percent, plural, size
 from ..core.records import Record, Shown
 from ..core.text import plain
 from . import spreadsheet
-from .budget_rows import NORMS
+from .budget_rows import NORMS, caveat
 from .page import Column, Line, Page, Table, Title
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 400, 80, 50
@@ -43,6 +43,7 @@ class Frontier(Shown, Record):
         original: What the model costs now, by kind.
         sensitivity: In what norm errors count.
         points: From the original down.
+        random: Whether the weights are those that the model's code makes.
     """
 
     target: str
@@ -50,6 +51,7 @@ class Frontier(Shown, Record):
     original: Mapping[str, float]
     sensitivity: str
     points: tuple[Point, ...]
+    random: bool = False
 
     def share(self, point: Point, kind: str) -> float:
         """A cost as a share of the original's."""
@@ -79,6 +81,7 @@ def page(frontier: Frontier) -> Page:
     columns.append(Column("loss", [f"{point.loss:.3g}" for point in frontier.points]))
     columns.append(Column("layers", [exact(point.layers) for point in frontier.points]))
     line = f"least predicted loss at every budget, {NORMS.get(frontier.sensitivity, frontier.sensitivity)}"
+    line += caveat(frontier.random, frontier.sensitivity != "weights")
     return (Title(frontier.target, [line]), Line(""), Table(columns))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from ..core.numbers import count, exact, plural
 from ..core.plan import Plan, Skip
+from ..core.text import NO_WEIGHTS
 from ..core.verification import Verification
 from . import budget_rows, rewrite_rows as rows
 from .page import Block, Column, Facts, Line, Listing, Page, Section, Table, Title, notes_part
@@ -36,7 +37,9 @@ def body(report: Report, *, everything: bool = False, planned: bool = False) -> 
     """The report's parts, without its title."""
     blocks: list[Block] = [Line(""), saving(rows.totals(report))]
     if report.budget is not None:
-        blocks += [Section("Budget"), Facts([(*line, "") for line in budget_rows.lines(report.budget)])]
+        random = any(note.startswith(NO_WEIGHTS) for note in report.notes)
+        facts = [(*line, "") for line in budget_rows.lines(report.budget, random=random)]
+        blocks += [Section("Budget"), Facts(facts)]
     blocks += [Line(f"{line}, as allowed", "yellow") for line in report.output_changes]
     if not planned:
         blocks += verdicts(report.verification)

@@ -28,6 +28,7 @@ from ..core.options import TargetOptions
 from ..core.plan import Plan
 from ..core.random_state import check_seed
 from ..core.records import Shown
+from ..core.text import NO_WEIGHTS
 from . import storage
 from .checkpoints import check_checkpoint
 from .inputs import ExampleInputs, describe_inputs, parse_input, resolve_inputs
@@ -35,7 +36,7 @@ from .resolve import TargetInfo, parse_target, resolve_model
 from .weights import load_weights
 
 RANDOM_WEIGHTS = (
-    "no --weights: the weights are those that the model's code makes (seed {seed}). Errors of random weights are "
+    f"{NO_WEIGHTS}: the weights are those that the model's code makes (seed {{seed}}). Errors of random weights are "
     "larger than those of trained ones, and predictions say nothing"
 )
 

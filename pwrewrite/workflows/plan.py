@@ -12,6 +12,7 @@ from ..core.errors import UsageError
 from ..core.options import Budget
 from ..core.plan import Plan
 from ..core.records import Shown
+from ..core.text import NO_WEIGHTS
 from ..planning.allocator import Choice
 from ..planning.budget import budgets_of
 from ..planning.planner import Planner
@@ -141,7 +142,8 @@ def frontier(
     planner = planner_of(Run(loaded.model, loaded.example_inputs, progress or silent), opened(budget, loaded))
     choices = planner.frontier("macs", limits, points)
     rows = tuple(Point(dict(choice.costs), choice.loss, len(choice.plan.ops)) for choice in choices)
-    return Frontier(loaded.target, "macs", dict(planner.original), str(planner.settings.sensitivity), rows)
+    random = any(note.startswith(NO_WEIGHTS) for note in loaded.notes)
+    return Frontier(loaded.target, "macs", dict(planner.original), str(planner.settings.sensitivity), rows, random)
 
 
 def _within(

@@ -383,7 +383,9 @@ def test_a_rewrite_pays_by_a_least_gain() -> None:
     default = passes.InsertBottleneck()
     (skip,) = [p for p in proposed(model, default, x) if isinstance(p, Skip)]
     assert (skip.path, skip.reason) == ("0", SkipReason.NO_GAIN)
-    assert "less than 10.0% (min_gain)" in skip.detail
+    assert "less than 10.0% (--min-gain)" in skip.detail
+    assert "at rank-in 2, rank-out 16 " in skip.detail
+    assert "_" not in skip.detail
     assert set(widths(model, default, x)) == {"2"}
     for asked in (
         passes.InsertBottleneck(min_gain=0.0),

@@ -12,7 +12,7 @@ from pwrewrite.core.plan import Edit, Op, Plan, Skip, SkipReason
 from pwrewrite.core.verification import Check, Verification
 from pwrewrite.report import markdown, rewrite, rewrite_rows as rows
 from pwrewrite.report.readme import readme
-from pwrewrite.report.records import EditRow, Report
+from pwrewrite.report.records import BudgetReport, EditRow, Report
 from pwrewrite.report.terminal import text as text_of
 
 Golden = Callable[[str, str], None]
@@ -189,3 +189,17 @@ def test_the_error_column_is_explained() -> None:
     assert "| weight error |" in markdown(rewrite.page(report()))
     fresh = tuple(row for row in report().edits if row.edit.relative_error is None)
     assert "error:" not in text_of(rewrite.page(report(edits=fresh)))
+
+
+def test_a_predicted_loss_says_in_its_own_row_where_it_says_nothing() -> None:
+    def row(samples: int, *notes: str) -> str:
+        sensitivity = "loss" if samples else "weights"
+        budget = BudgetReport({"macs": "0.5"}, {}, sensitivity, "full", samples, predicted=0.1)
+        shown = text_of(rewrite.page(report(budget=budget, notes=notes)), 200)
+        return next(line for line in shown.splitlines() if line.startswith("predicted loss"))
+
+    random = "no --weights: the weights are those that the model's code makes (seed 0)"
+    assert row(8).endswith("0.1 (KL divergence in nats)")
+    assert row(8, random).endswith("0.1 (KL divergence in nats; random weights: says nothing about a trained model)")
+    assert row(0).endswith("; not calibrated: says nothing about the outputs)")
+    assert "random weights" in row(0, random)
