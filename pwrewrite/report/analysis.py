@@ -20,13 +20,7 @@ _FREE_KINDS = 4
 
 
 def page(analysis: Analysis, view: View | None = None, counts: Counts | None = None) -> Page:
-    """The whole report.
-
-    Args:
-        analysis: The analysis.
-        view: What to show.
-        counts: How other tools count, where that is wanted.
-    """
+    """The whole report."""
     view, counts = view or View(), counts or Counts()
     selection = rows.select(analysis, view)
     blocks: list[Block] = [_title(analysis, counts)]
@@ -132,12 +126,7 @@ def _facts(analysis: Analysis) -> list[tuple[str, str, str]]:
 
 
 def tree(analysis: Analysis, depth: int) -> Table:
-    """The module hierarchy with the cost of all that runs inside each module; modules that cost nothing are left out.
-
-    Args:
-        analysis: The analysis.
-        depth: How many levels below the model itself.
-    """
+    """The modules down to ``depth`` below the model, each with the cost of all that runs inside, unless none."""
     shown = list(_walk(analysis.tree, depth, ()))
     shares = [rows.share_of(node.macs, analysis.macs) for node, _, _ in shown]
     names = [_stem(lasts) + (node.name or "(model)") + (" …" if more else "") for node, lasts, more in shown]

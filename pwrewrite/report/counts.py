@@ -1,7 +1,4 @@
-"""How other tools count the same model (`pwrewrite.analysis.conventions`), beside our own.
-
-A tool's figure is compared with our MACs, since one multiply-accumulate is one of whatever each of them counts.
-"""
+"""How other tools count the same model, beside our MACs: one multiply-accumulate is one of whatever each counts."""
 
 from __future__ import annotations
 
@@ -25,12 +22,7 @@ _MOST = 6
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Which counts a report shows.
-
-    Attributes:
-        chosen: The tool whose total stands in the place of ours; None for ours.
-        explained: The tools whose totals a section explains.
-    """
+    """Which counts a report shows: the tool whose total stands in the place of ours, and those that are explained."""
 
     chosen: Count | None = None
     explained: tuple[Count, ...] = ()
@@ -72,12 +64,7 @@ def difference_text(counted: Count) -> str:
 
 
 def reason_texts(counted: Count, most: int = _MOST) -> list[str]:
-    """The reasons of a tool's difference, largest first, then what keeps the total from being exact.
-
-    Args:
-        counted: The tool's count.
-        most: How many reasons to show before the rest is summed up.
-    """
+    """The ``most`` largest reasons of a difference, the rest in sum, and what keeps the total from being exact."""
     reasons = counted.reasons
     cut = len(reasons) if len(reasons) <= most + 1 else most
     texts = [str(row) + (f" ({exact(row.calls)} calls)" if row.calls > 1 else "") for row in reasons[:cut]]

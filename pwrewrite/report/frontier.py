@@ -20,13 +20,7 @@ _KINDS = {"macs": "MACs", "flops": "FLOPs", "params": "parameters", "bytes": "by
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One budget.
-
-    Attributes:
-        costs: What the model then costs, by kind.
-        loss: The least predicted loss.
-        layers: How many layers are rewritten.
-    """
+    """One budget: what the model then costs, by kind, the least predicted loss, and how many layers are rewritten."""
 
     costs: Mapping[str, float]
     loss: float

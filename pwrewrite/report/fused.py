@@ -16,12 +16,7 @@ _WORDS = {"fold": "batch norm folded", "remove": "module without effect removed"
 
 
 def page(report: Report, *, everything: bool = False) -> Page:
-    """The whole report.
-
-    Args:
-        report: What changed, and the proof; of a model that was fused.
-        everything: Whether to name every layer.
-    """
+    """The whole report of a model that was fused; with ``everything`` it names every layer."""
     fusing = report.fusing
     assert fusing is not None
     blocks: list[Block] = [Title(report.target, [_headline(report)]), Line(""), _saving(report, fusing)]

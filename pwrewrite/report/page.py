@@ -46,12 +46,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Title:
-    """What the page is about.
-
-    Attributes:
-        name: The model or file.
-        lines: What is said of it; a tuple holds the same at two lengths, of which a narrow terminal takes the second.
-    """
+    """What the page is about; of a tuple in ``lines``, a narrow terminal takes the second text."""
 
     name: str
     lines: Sequence[str | tuple[str, str]] = ()
@@ -59,14 +54,7 @@ class Title:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """The head of a part.
-
-    Attributes:
-        title: Its title.
-        note: A sentence about it.
-        verdict: For a proof, whether the note is good news.
-        silent: Whether a terminal shows a blank line in its place.
-    """
+    """The head of a part; ``verdict`` tells whether a proof is good, ``silent`` makes it a blank line in a terminal."""
 
     title: str
     note: str = ""

@@ -12,14 +12,7 @@ from .page import Column, Line, Page, Table
 
 @dataclass(frozen=True, slots=True)
 class PassRow(Record):
-    """A pass.
-
-    Attributes:
-        name: As for ``--pass``.
-        summary: What it does.
-        exact: ``no``, ``eval``, ``train`` or ``both``.
-        set: How ``--set`` asks for it, or which command runs it.
-    """
+    """A pass: its ``--pass`` name, what it does, where it is exact, and the ``--set`` or command that runs it."""
 
     name: str
     summary: str

@@ -15,13 +15,7 @@ from .to_markdown import code, markdown, sentence
 
 
 def readme(report: Report, plan: Plan, folder: str | Path) -> str:
-    """The text. Paths in it are relative to the folder, so that it says nothing of the machine it was written on.
-
-    Args:
-        report: The report of the rewrite.
-        plan: The plan from the original model.
-        folder: Where it will lie.
-    """
+    """The text for a ``folder``; its paths are relative, so that it says nothing of the machine it was written on."""
     target = _relative(report.target, None)
     blocks = [f"# {code(target)}, rewritten", sentence(rows.headline(report))]
     if not report.passed:

@@ -19,13 +19,7 @@ SCHEMA = "pwrewrite.report/1"
 
 @dataclass(frozen=True, slots=True)
 class EditRow:
-    """An edit with its MACs as recounted from the models before and after it.
-
-    Attributes:
-        edit: The edit.
-        macs_before: MACs of the layer, all calls.
-        macs_after: MACs of what replaced it, all calls.
-    """
+    """An edit with the MACs of the layer, all calls, as recounted from the models before and after it."""
 
     edit: Edit
     macs_before: int

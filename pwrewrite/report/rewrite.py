@@ -1,7 +1,4 @@
-"""The report of a rewrite: the saving, the proof, the layers, what was left and why.
-
-A plan that was not carried out is shown likewise, without a proof (`planned=True`).
-"""
+"""The report of a rewrite, or of a plan that was not carried out: the saving, the proof, the layers, what was left."""
 
 from __future__ import annotations
 
@@ -22,13 +19,7 @@ _ERROR = (
 
 
 def page(report: Report, *, everything: bool = False, planned: bool = False) -> Page:
-    """The whole report.
-
-    Args:
-        report: The report.
-        everything: Whether to show every layer, and every layer that was left with its own reason.
-        planned: Whether nothing was done yet.
-    """
+    """The whole report: ``everything`` shows every layer, ``planned`` is for what was not carried out."""
     title = Title(report.target, [rows.headline(report, planned=planned)])
     return (title, *body(report, everything=everything, planned=planned))
 
@@ -72,12 +63,7 @@ def plan_page(plan: Plan) -> Page:
 
 
 def verification_page(proof: Verification, names: tuple[str, str] | None = None) -> Page:
-    """A verification on its own.
-
-    Args:
-        proof: The verification.
-        names: What the two models are called.
-    """
+    """A verification of two models, called ``names``, on its own."""
     blocks: list[Block] = [Title(names[0], [f"against {names[1]}"])] if names else []
     return (*blocks, *verdicts(proof), *notes_part(proof.notes))
 

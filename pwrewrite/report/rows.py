@@ -1,7 +1,4 @@
-"""What the cells of every rendering say: which layers, in which order, and the words for each of their facts.
-
-What a kernel or a saving is called is decided here, once, for every form of the report.
-"""
+"""What the cells of every rendering say: which layers, in which order, and the words for each of their facts."""
 
 from __future__ import annotations
 
@@ -71,14 +68,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which layers a rendering shows.
-
-    Attributes:
-        reports: Them, in order.
-        cumulative: Their running share of the MACs, in the same order.
-        left_out: How many more there would be.
-        hotspots: Whether these are the hotspots, or all layers.
-    """
+    """The layers shown, their running share of the MACs, and how many more hotspots or layers there are."""
 
     reports: tuple[LayerReport, ...]
     cumulative: tuple[float, ...]
@@ -189,13 +179,7 @@ def input_texts(analysis: Analysis) -> list[str]:
 
 
 def totals_text(analysis: Analysis, counted: Count | None = None, *, digits: bool = True) -> str:
-    """Parameters, MACs, FLOPs and weight bytes in one line.
-
-    Args:
-        analysis: The analysis.
-        counted: Another tool's total, which then stands in the place of our MACs and FLOPs.
-        digits: Whether large numbers stand with all their digits, too.
-    """
+    """Parameters, MACs, FLOPs and weight bytes in a line; the total in ``counted`` takes the place of ours."""
 
     def total(value: int) -> str:
         return f"{count(value)} ({exact(value)})" if digits and value >= 1000 else count(value)
@@ -281,12 +265,7 @@ def notes_of(analysis: Analysis) -> list[str]:
 
 
 def op_rows(analysis: Analysis, most: int | None) -> tuple[list[OpTotal], list[OpTotal]]:
-    """Totals by kind of operation, split into the rows to show and the rest.
-
-    Args:
-        analysis: The analysis.
-        most: How many kinds without MACs and parameters to show at most; None for all.
-    """
+    """Totals by kind of operation: those to show, of which ``most`` without MACs and parameters, and the rest."""
     counted = [total for total in analysis.by_op if total.macs or total.params]
     free = [total for total in analysis.by_op if not (total.macs or total.params)]
     free.sort(key=lambda total: -(total.read_bytes + total.write_bytes))

@@ -26,15 +26,7 @@ LAYER_COLUMNS = (
 
 
 def layers(analysis: Analysis, view: View) -> str:
-    """One row per layer, all of them unless ``view.top`` says otherwise.
-
-    Args:
-        analysis: The analysis.
-        view: Their order and number.
-
-    Returns:
-        CSV text with a head. Sizes are joined by ``x``, several paths by blanks; shapes are those of the first call.
-    """
+    """One row per layer, up to ``view.top``: sizes joined by ``x``, paths by blanks, shapes those of the first call."""
     reports = sort_layers(analysis, analysis.layers, view.sort)[: view.top]
     return table(LAYER_COLUMNS, (_row(report) for report in reports))
 

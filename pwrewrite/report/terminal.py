@@ -101,15 +101,7 @@ def _listing(columns: Sequence[Column], width: int) -> RichTable:
 
 
 def fit(columns: Sequence[Column], width: int) -> RichTable:
-    """A table of those columns that fit.
-
-    Args:
-        columns: The columns, from left to right, all with as many cells.
-        width: Cells there are.
-
-    Returns:
-        A table no wider than ``width``, as long as the columns that may not be dropped allow it.
-    """
+    """A table of the columns that fit into ``width`` cells, as long as those that may not be dropped allow it."""
     cells = {id(c): [plain(cell) for cell in c.cells] for c in columns}
     widths = {id(c): max(cell_len(cell) for cell in (c.title, *cells[id(c)])) for c in columns}
     chosen = list(columns)
@@ -145,15 +137,7 @@ def fit(columns: Sequence[Column], width: int) -> RichTable:
 
 
 def shorten(text: str, width: int) -> str:
-    """Cuts a text to a width in its middle; the end of a path says more than its start and keeps two thirds.
-
-    Args:
-        text: The text.
-        width: Terminal cells it may take.
-
-    Returns:
-        The text itself where it fits, else ``backbone.…layer4.conv2``.
-    """
+    """Cuts a text to ``width`` cells in its middle; its end keeps two thirds: ``backbone.…layer4.conv2``."""
     if cell_len(text) <= width:
         return text
     if width <= 1:

@@ -80,18 +80,9 @@ def layer_differences(
 ) -> tuple[dict[Key, float], dict[Key, float], str | None]:
     """Relative difference of every common layer's output, in the original's order.
 
-    Args:
-        original: The original.
-        rewritten: The rewritten model.
-        inputs: What both run on.
-        seed: Of both runs.
-        training: The mode.
-        reference: The original in another precision, and its inputs; its differences to the original are those of
-            rounding.
-
-    Returns:
-        Differences of the rewritten model (∞ where shapes differ or only it has NaN or Inf) in layers that both call
-        equally often, those of the reference, and the module in which the rewritten model raised.
+    ``reference`` is the original in another precision, with its inputs. Returns the rewritten model's differences (∞
+    where shapes differ or only it has NaN or Inf) in layers that both call equally often, the reference's, and the
+    module in which the rewritten model raised.
     """
     paths = common_paths(original, rewritten)
     outputs: dict[Key, list[Tensor]] = {}
@@ -137,20 +128,9 @@ def first_divergence(
     allowed: float = inf,
     edited: Collection[str] = (),
 ) -> str:
-    """Names the first layer where two models part.
+    """The path of the first layer whose outputs differ by more than ``allowed`` (∞: shapes and NaN only), or `ROOT`.
 
-    Args:
-        original: The original.
-        rewritten: The rewritten model.
-        inputs: What both run on.
-        seed: Of both runs.
-        training: The mode.
-        allowed: Relative difference up to which layers agree; ∞ looks at shapes and NaN only.
-        edited: Paths of layers that were edited exactly, whose own output may mean something else now (a norm
-            folded in): they are named only where nothing behind them differs.
-
-    Returns:
-        The path; `ROOT` where all layers agree and the model's own code does not.
+    A layer in ``edited`` may mean something else now (a norm folded in): it is named only where none behind it differs.
     """
     errors, _, raised = layer_differences(original, rewritten, inputs, seed=seed, training=training)
     apart = [path for (path, _), error in errors.items() if not error <= allowed or error == inf]

@@ -18,10 +18,7 @@ Free = frozenset[tuple[str, int]]
 
 
 def check_evaluation(context: Context) -> tuple[Results, Context, bool]:
-    """Compares one run in evaluation.
-
-    Returns:
-        What was found, what is known now, and whether the rewritten model runs.
+    """Compares one run in evaluation: what was found, what is known now, and whether the rewritten model runs.
 
     Raises:
         InputError: If the original does not run on the inputs.
@@ -111,11 +108,7 @@ def real_differences(
 
 
 def _sizes_by_value(context: Context, inputs: Arguments, before: Flat, wanted: AbstractSet[tuple[str, int]]) -> Free:
-    """Finds sizes that depend on values: those that other inputs, or slightly other weights, change.
-
-    The weights are moved, and made smaller, as a factorisation makes them: a detector that always finds as many
-    boxes as it may then finds fewer.
-    """
+    """Finds sizes that other inputs change, or weights made smaller as a factorisation does (a detector finds less)."""
     original, seed, free = context.original, context.options.seed, set(context.free)
     noisy, smaller = noisy_copy(original, 0.1, seed), noisy_copy(original, 0.0, seed, scale=0.9)
     first, second, third = (context.draws.draw(variant=variant) for variant in (1, 2, 3))

@@ -56,15 +56,7 @@ def batch_axes(model: nn.Module, draws: Draws, names: Sequence[str]) -> Axes:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the model makes of a call.
-
-    Attributes:
-        sizes: The sizes of the labels, in words.
-        call: The inputs.
-        output: The outputs.
-        reference: The same as computed exactly.
-        limits: Path of an output to the largest relative difference to the reference.
-    """
+    """What the model makes of a call, computed exactly too, and by output the largest difference to that allowed."""
 
     sizes: str
     call: Call

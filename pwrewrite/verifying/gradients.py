@@ -23,12 +23,7 @@ from .outputs import Flat
 
 @dataclass(slots=True)
 class Gradients:
-    """What one backward pass gave.
-
-    Attributes:
-        of: Parameter name to gradient; None for those without.
-        error: Why there was no backward pass; empty where there was.
-    """
+    """Gradients of one backward pass by parameter name, None where there is none; or why there was no backward pass."""
 
     of: dict[str, Tensor | None] = field(default_factory=dict)
     error: str = ""
@@ -57,11 +52,7 @@ def backward(model: nn.Module, output: Flat) -> Gradients:
 
 
 def origins(edits: Iterable[Edit]) -> dict[str, set[str]]:
-    """Names of parameters of a rewritten model to the original's parameters that became them.
-
-    Args:
-        edits: What was done, in order; a later edit may rename what an earlier one made.
-    """
+    """Names of the rewritten model's parameters to the original's; a later edit may rename what an earlier one made."""
     sources: dict[str, set[str]] = {}
     for edit in edits:
         became: dict[str, set[str]] = {}
@@ -79,17 +70,7 @@ def complaints(
     sources: Mapping[str, set[str]] | None = None,
     frozen: Container[str] = (),
 ) -> list[str]:
-    """What is wrong with the rewritten model's gradients, given the original's.
-
-    Args:
-        before: Parameter name to gradient in the original.
-        after: The same in the rewritten model.
-        sources: From `origins`.
-        frozen: Parameters of the rewritten model that need no gradient.
-
-    Returns:
-        One sentence per parameter.
-    """
+    """What is wrong with the gradients ``after``, given those ``before``, the `origins` and what is frozen."""
     problems = []
     for name, gradient in after.items():
         old = name in before

@@ -116,26 +116,14 @@ class Draws:
         return self._build(batch, size, lambda t, shape: torch.empty(shape, dtype=t.dtype, device="meta"))
 
     def draw(self, batch: int | None = None, size: str | None = None, variant: int = 0) -> Arguments:
-        """Inputs with values.
-
-        Args:
-            batch: Batch size; the example's by default.
-            size: Name of a spatial size in `SIZES`; the example's by default.
-            variant: Other values for another number; 0 with no other argument are the given values, where
-                those say something.
-        """
+        """Inputs of the example's batch and size by default; variant 0 keeps given values, others vary them."""
         number = (variant * 8 + (list(SIZES).index(size) + 1 if size else 0)) * 1009 + (batch or 0)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         plain = variant == 0 and size is None and batch in (None, self.batch)
         return self._build(batch, size, lambda t, shape: self._values(t, shape, plain, generator))
 
     def resized(self, sizes: Sequence[Mapping[int, int]], variant: int = 0) -> Arguments:
-        """Inputs with values, in which axes of each tensor have other sizes.
-
-        Args:
-            sizes: For each tensor, in order, the axes and their sizes.
-            variant: Other values for another number.
-        """
+        """Inputs with values, in which axes of each tensor, in order, have the ``sizes`` given."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + variant)
         order = iter(sizes)
 

@@ -85,10 +85,9 @@ def _norm(t: Tensor) -> float:
 
 
 def relative_difference(value: Tensor, reference: Tensor) -> float:
-    """``‖value − reference‖ / ‖reference‖`` over the finite part of the reference.
+    """``‖value − reference‖ / ‖reference‖`` where that is finite; ∞ where only ``value`` is not.
 
-    Returns:
-        ∞ where only ``value`` is not finite; the largest float where only the reference is zero.
+    The largest float where only the reference is zero.
     """
     difference, norm, spoiled = _norms(value, reference)
     if spoiled:
@@ -140,13 +139,7 @@ class Bound:
 
 
 def compare(before: Flat, after: Flat, bound: Bound) -> Comparison:
-    """Compares the values of two outputs.
-
-    Args:
-        before: The reference.
-        after: The rewritten model's.
-        bound: What may differ.
-    """
+    """Compares the values of two outputs, the first of which is the reference, within a bound."""
     result = Comparison()
     squares = norms = 0.0
     for path, reference in before.tensors.items():

@@ -1,8 +1,7 @@
 """What a model returned, flattened: every tensor under a path such as ``[0]['boxes']``, and the containers around them.
 
-Tuples, named tuples, lists, mappings, dataclasses and objects that hold tensors as attributes are looked into.
-Two outputs are compared by `differences`, which knows nothing of values: kinds of containers, shapes, dtypes.
-It serves live tensors and the shape records of a capture alike.
+Containers, dataclasses and objects with tensors as attributes are looked into; live tensors and a capture's shape
+records alike.
 """
 
 from __future__ import annotations
@@ -22,12 +21,7 @@ _DEPTH = 12
 
 @dataclass(slots=True)
 class Flat:
-    """A nested value, flattened.
-
-    Attributes:
-        kinds: Path to the kind of what is there: ``tensor``, ``list of 2``, ``dict of 'a', 'b'``, ``int``, ….
-        tensors: Path to tensor, or to its `TensorSpec`.
-    """
+    """A nested value flattened: path to kind (``tensor``, ``list of 2``, …), and path to tensor or `TensorSpec`."""
 
     kinds: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, Any] = field(default_factory=dict)
@@ -52,12 +46,7 @@ def dtype_text(dtype: torch.dtype) -> str:
 def flatten(
     value: Any, leaf: Callable[[Any], Any] = lambda value: value if isinstance(value, Tensor) else None
 ) -> Flat:
-    """Flattens a nested value.
-
-    Args:
-        value: What a model returned.
-        leaf: Gives the tensor or spec that a value stands for, None where it stands for none.
-    """
+    """Flattens a nested value; ``leaf`` gives the tensor or spec that a value stands for, None where for none."""
     flat = Flat()
     _flatten(value, "", flat, leaf, 0)
     return flat
@@ -101,16 +90,7 @@ def flatten_captured(capture: Capture) -> Flat:
 
 
 def differences(before: Flat, after: Flat, free: Collection[tuple[str, int]] = ()) -> list[str]:
-    """What differs between two outputs in structure, shape or dtype.
-
-    Args:
-        before: The original's.
-        after: The rewritten model's.
-        free: ``(path, dim)`` of sizes that depend on values and may differ.
-
-    Returns:
-        One sentence per difference; those of structure first.
-    """
+    """Sentences on what differs in structure, shape or dtype; sizes in ``free``, ``(path, dim)``, may differ."""
     problems = []
     for path, kind in before.kinds.items():
         now = after.kinds.get(path, "nothing")

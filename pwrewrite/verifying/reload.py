@@ -38,15 +38,7 @@ def check_reloading(context: Context) -> Results:
 
 
 def reloaded(rewritten: nn.Module, original: nn.Module) -> tuple[nn.Module | None, list[str], list[str]]:
-    """Saves a model's state and loads it into an emptied copy.
-
-    Args:
-        rewritten: The model; not changed.
-        original: What it was made from.
-
-    Returns:
-        The copy, None where loading failed; what is wrong, one sentence each; and what a reader should know.
-    """
+    """An emptied copy with the saved state loaded, or None; what is wrong, and what a reader should know."""
     state = rewritten.state_dict()
     problems, notes = _names(rewritten, original, state)
     tensor_problems, tensor_notes = _safetensors(state, original)

@@ -38,12 +38,7 @@ class Rounding:
 
 
 class Original:
-    """The original model in other precisions, each made when it is first asked for.
-
-    Args:
-        model: The user's model; stays as it is.
-        seed: Of all runs.
-    """
+    """The original model in other precisions, each made when it is first asked for."""
 
     def __init__(self, model: nn.Module, seed: int) -> None:
         self.model, self.seed = model, seed
@@ -69,14 +64,7 @@ class Original:
         return self._copies[dtype]
 
     def rounding(self, inputs: Arguments, before: Outcome, training: bool, depth: int) -> Rounding:
-        """What rounding alone does to the original on these inputs.
-
-        Args:
-            inputs: The inputs.
-            before: What the original made of them.
-            training: The mode.
-            depth: Layers that round, one after the other.
-        """
+        """What rounding alone does to the original on these inputs; ``depth`` layers round, one after the other."""
         assert before.output is not None
         floor = self.floor(before.output)
         finer = [torch.float64] if floor > roundoff([torch.float64]) else []  # its own precision would measure nothing

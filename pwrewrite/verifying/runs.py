@@ -75,17 +75,10 @@ def _random_state(model: nn.Module) -> tuple[bytes, object]:
 
 
 def run(model: nn.Module, inputs: Arguments, *, seed: int, training: bool = False, grad: bool = False) -> Outcome:
-    """Runs a model once.
+    """Runs a model once; an exception of the model is an outcome too.
 
-    Args:
-        model: A copy that may be changed: its mode is set, its buffers may move.
-        inputs: Kept as they are.
-        seed: Of all randomness in the run.
-        training: The mode.
-        grad: Whether gradients are tracked; the outputs are then those of the graph, otherwise copies.
-
-    Returns:
-        The outcome; an exception of the model is one too.
+    The model is a copy that may change: its mode is set, its buffers move. With ``grad`` the outputs are
+    those of the graph, otherwise copies.
     """
     model.train(training)
     args, kwargs = copied(inputs)

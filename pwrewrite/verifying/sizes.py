@@ -29,12 +29,7 @@ Variants = Mapping[str, tuple[int | None, str | None]]
 
 
 def check_batch_sizes(context: Context, predicts: bool) -> tuple[Results, Context]:
-    """Tries batches of 1, 2 and 3, and for classifiers up to 8 in the real run, whose predictions are counted.
-
-    Args:
-        context: The models.
-        predicts: Whether predictions were counted on the example.
-    """
+    """Tries batches of 1, 2 and 3, and for classifiers up to 8 in the real run, whose predictions are counted."""
     batch = context.draws.batch
     variants: Variants = {str(b): (b, None) for b in (1, 2, 3) if b != batch} if batch else {}
     many = max(2, min(8, _REAL_MACS // max(context.macs, 1))) if predicts else 2

@@ -98,11 +98,7 @@ def _check_values(context: Context, results: Results, inputs: Arguments, before:
 
 
 def buffer_differences(before: Mapping[str, Tensor], after: Mapping[str, Tensor], limit: float) -> list[str]:
-    """Modules whose buffers differ by more than ``limit``, all buffers of a module measured together.
-
-    A running mean may be close to zero, and its rounding is that of the values that cancelled in it; the
-    variance beside it knows their size.
-    """
+    """Modules whose buffers, measured together, differ by more than ``limit``: a mean near zero may be all rounding."""
     modules: dict[str, list[tuple[Tensor, Tensor]]] = {}
     problems = []
     for name, old in before.items():

@@ -162,13 +162,10 @@ def unlike(context: Context, before: Outcome, after: Outcome) -> list[str]:
 
 
 def _layers_instead(context: Context, inputs: Arguments, verdict: Verdict) -> bool:
-    """Where values decide which results come out, compares the layers up to where rounding changes that.
+    """Where values decide which results come out, compares the layers before; False where there is none.
 
-    The boundary is the first layer that the original's own copies part at by more than `SCRAMBLED`: one in float64, one
+    The boundary is the first layer where the original parts by more than `SCRAMBLED` from its float64 copy, or from one
     with its weights moved by a quarter of what is allowed.
-
-    Returns:
-        Whether there was a layer to compare.
     """
     limit, seed = verdict.allowed, context.options.seed
     if limit == inf:
