@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..core.nested import Tree, tensors_of
 from .tensors import byte_count, element_count, kind_of
 
+_ATOMS = frozenset((bool, int, float, str, type(None)))
+
 
 class Inventory:
     """The parts of one model, by identity.
@@ -92,9 +94,14 @@ class Inventory:
         """Modules that a module holds in a plain list, tuple or dict, and theirs, once, by a name for each."""
         strays: dict[int, tuple[str, nn.Module]] = {}
         for module in self.modules:
+            if type(module).__module__.startswith("torch.nn."):
+                continue  # what torch's own modules hold are sizes
             path = self.names[id(module)][0]
             for name, value in module.__dict__.items():
-                if name[:1] != "_" and isinstance(value, (list, tuple, dict)):
+                if type(value) in _ATOMS or name[:1] == "_" or not isinstance(value, (list, tuple, dict)):
+                    continue
+                items = value.values() if isinstance(value, dict) else value
+                if any(type(item) not in _ATOMS for item in items):  # most are sizes: strides, paddings
                     for inner, part in _modules_in(value, f"{path}.{name}" if path else name):
                         if id(part) not in self.names:
                             strays.setdefault(id(part), (inner, part))
