@@ -47,8 +47,11 @@ def check(
     )
     summary = os.environ.get("GITHUB_STEP_SUMMARY") if reported.form == "github" else None
     if summary:
-        with open(summary, "a", encoding="utf-8") as file:
-            file.write(markdown(page))
+        try:
+            with open(summary, "a", encoding="utf-8") as file:
+                file.write(markdown(page))
+        except OSError as error:
+            raise files.unwritable(summary, error) from None
     if not result.passed:
         raise GateError(f"{result.target}: {costs.headline(result)}", got=_worst(result))
 

@@ -62,9 +62,12 @@ def _read() -> tuple[str, dict[str, object]]:
             if file == SHARED and not isinstance(error, tomllib.TOMLDecodeError):
                 continue
             raise UsageError(f"{file} cannot be read: {error}", where=file) from None
-        tables = data if file == OWN else data.get("tool", {}).get("pwrewrite")
-        if tables is not None:
+        shared = data.get("tool")
+        tables = data if file == OWN else shared.get("pwrewrite") if isinstance(shared, dict) else None
+        if isinstance(tables, dict):
             return file, tables
+        if tables is not None:
+            raise UsageError("[tool.pwrewrite] is not a table", where=file, got=repr(tables))
     return OWN, {}
 
 

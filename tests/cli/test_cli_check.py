@@ -83,6 +83,13 @@ def test_for_github(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "| limit |" in summary.replace("|  |", "|")
 
 
+def test_a_summary_that_cannot_be_written_is_an_error(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(folder))
+    result = run("check", "net.py", "--max-params", "5k", "--format", "github")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: cannot write")
+
+
 def test_for_junit(run: Run) -> None:
     result = run("check", "net.py", "--max-params", "1k", "--max-macs", "2M", "--format", "junit")
     suite = ElementTree.fromstring(result.stdout)

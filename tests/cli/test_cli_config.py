@@ -70,6 +70,14 @@ def test_what_makes_no_sense_is_said(run: Run, folder: Path, text: str, says: st
     assert run("check", "--help").exit_code == 0
 
 
+@pytest.mark.parametrize(("text", "code"), [("[tool]\npwrewrite = 3\n", 2), ("tool = 3\n", 0)])
+def test_pyproject_without_tables(run: Run, folder: Path, text: str, code: int) -> None:
+    (folder / "pyproject.toml").write_text(text)
+    result = run("check", "net.py", "--max-params", "5k")
+    assert result.exit_code == code
+    assert "internal error" not in result.stderr
+
+
 def test_a_choice_that_there_is_not(run: Run, folder: Path) -> None:
     (folder / "pwrewrite.toml").write_text("[analyze]\nsort = 'colour'\n")
     result = run("analyze", "net.py")
