@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ..capturing.network import graph
 from ..capturing.records import Capture, info
-from ..capturing.state import no_collection
 from ..capturing.tensors import dtype_name
+from ..core.collector import no_collection
 from ..core.errors import UsageError
 from .by_op import by_op
 from .critical_path import critical_path

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from ..core.collector import no_collection
 from ..core.errors import CaptureError, InputError, first_line
 from ..core.nested import Args, Kwargs, map_tensors, tensors_of
 from .inputs import Inputs, input_names, split_inputs
@@ -23,7 +24,7 @@ from .origins import NeedsValues
 from .recorder import Recorder, path_of_failure
 from .records import Call, Capture, Coverage, Layer, MemoryEvent, NodeInfo, TensorSpec, Window, info
 from .shapes import ShapeError
-from .state import no_collection, untouched
+from .state import untouched
 from .tensors import byte_count, conventions, element_count, has_shape_only, kind_of
 
 __all__ = [

@@ -8,7 +8,6 @@ attributes) are not followed.
 
 from __future__ import annotations
 
-import gc
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,18 +56,6 @@ def same(container: Tree, saved: Tree) -> bool:
     if isinstance(container, set):
         return bool(container == saved)
     return all(map(is_, container, saved))
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """Holds back the garbage collector: a graph is many small objects, none of them garbage yet."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

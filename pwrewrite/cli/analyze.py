@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
+from ..core.collector import no_collection
 from ..core.options import TargetOptions
 from .bridge import Only
 from .options import AnalysisReported, AnalysisShown, Limits
-from .running import interruptible, uncollected, working
+from .running import interruptible, working
 from .showing import show
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def analyze(
 
     [dim]pwrewrite analyze timm:convnext_tiny --format json --output report.json[/]
     """
-    with uncollected(), working(reported) as progress:
+    with no_collection(), working(reported) as progress:
         from ..analysis.roofline import device_profile
         from ..core import files
         from ..report import gates, render

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Annotated
 
+from ..core.collector import no_collection
 from ..core.options import GateOptions, TargetOptions
 from .bridge import Only
 from .options import CheckReported, Other, Reported
-from .running import uncollected, working
+from .running import working
 from .showing import show
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def check(
 
     [dim]pwrewrite check model.py --baseline main.json --max-increase macs=2% --format github[/]
     """
-    with uncollected(), working(reported) as progress:
+    with no_collection(), working(reported) as progress:
         from ..core import files
         from ..core.errors import GateError
         from ..report import costs, markdown
@@ -75,7 +76,7 @@ def diff(target: Annotated[TargetOptions, Only(_OPENING, but=True)], second: Oth
 
     [dim]pwrewrite diff model.py DIR[/]
     """
-    with uncollected(), working(reported) as progress:
+    with no_collection(), working(reported) as progress:
         from ..core import files
         from ..report.costs import difference_page
         from ..workflows.check import diff as compared

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
-import gc
 import logging
 import os
 import signal
@@ -147,18 +146,6 @@ def _descriptor_to_stderr() -> Iterator[None]:
         with contextlib.suppress(OSError):
             os.dup2(stdout, 1)
             os.close(stdout)
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Holds the garbage collector back, which would take a sixth of the time and find hardly any garbage."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextlib.contextmanager

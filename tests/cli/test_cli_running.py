@@ -12,7 +12,8 @@ import pytest
 import typer
 
 from pwrewrite.cli.progress import Work, progressing
-from pwrewrite.cli.running import handled, interruptible, quiet, uncollected
+from pwrewrite.cli.running import handled, interruptible, quiet
+from pwrewrite.core.collector import no_collection
 from pwrewrite.core.errors import GateError, PwrewriteError, UsageError
 
 
@@ -101,9 +102,9 @@ def test_the_collector_is_put_back() -> None:
     import gc
 
     assert gc.isenabled()
-    with uncollected():
+    with no_collection():
         assert not gc.isenabled()
-        with uncollected():
+        with no_collection():
             pass
         assert not gc.isenabled()
     assert gc.isenabled()
