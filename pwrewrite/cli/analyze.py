@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from ..core.collector import no_collection
-from ..core.options import TargetOptions
+from ..core.options import GateOptions, TargetOptions
 from .bridge import Only
 from .options import AnalysisReported, AnalysisShown, Limits
 from .running import interruptible, working
@@ -32,9 +32,10 @@ def analyze(
     [dim]pwrewrite analyze timm:convnext_tiny --format json --output report.json[/]
     """
     with no_collection(), working(reported) as progress:
+        from ..analysis.gates import judge
         from ..analysis.roofline import device_profile
         from ..core import files
-        from ..report import gates, render
+        from ..report import costs, render
         from ..report.analysis import page
         from ..workflows.analyze import analyze_captured, capture_target
 
@@ -53,7 +54,7 @@ def analyze(
         json=lambda: render(analysis, "json", view, counts),
         csv=lambda: render(analysis, "csv", view, counts),
     )
-    gates.check(analysis, strict=limits.strict, max_params=limits.max_params, max_macs=limits.max_macs)
+    costs.hold(judge(analysis, GateOptions(limits.max_params, limits.max_macs, strict=limits.strict)))
 
 
 def _view(shown: AnalysisShown, form: str) -> View:

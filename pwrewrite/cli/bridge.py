@@ -81,7 +81,7 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
             function(**{name: read_record(record, texts) for name, record in records.items()})
 
     called.__name__, called.__doc__ = function.__name__, function.__doc__
-    called.__signature__ = Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    vars(called)["__signature__"] = Signature(list(parameters.values()))
     called.__annotations__ = {}
     return called
 

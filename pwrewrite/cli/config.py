@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 
 from ..core.errors import UsageError
 from ..core.files import read_text
+from ..core.text import did_you_mean
 
 OWN, SHARED = "pwrewrite.toml", "pyproject.toml"
 
@@ -86,6 +86,5 @@ def _typed(value: object, where: str) -> object:
 
 
 def _unknown(what: str, name: str, known: Iterable[str], file: str) -> UsageError:
-    near = get_close_matches(name, list(known), n=1)
-    hint = f"did you mean {near[0]}?" if near else None
-    return UsageError(f"no such {what}: {name}", where=file, expected=", ".join(known), hint=hint)
+    expected = ", ".join(known)
+    return UsageError(f"no such {what}: {name}", where=file, expected=expected, hint=did_you_mean(known, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
@@ -31,7 +32,8 @@ def model_budget() -> ModelBudget:
     def hold(model: nn.Module, example_inputs: Inputs, **limits: object) -> Check:
         from ..workflows.check import check
 
-        verdict = check(model, example_inputs, **limits)  # type: ignore[arg-type]
+        holding: Callable[..., Check] = check
+        verdict = holding(model, example_inputs, **limits)
         if not verdict.passed:
             pytest.fail(str(verdict), pytrace=False)
         return verdict

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 
 from .errors import UsageError
 
-_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12, "p": 10**15}
+COUNTS = {"": 1, "b": 10**9, **{prefix: 1000**n for n, prefix in enumerate("kmgtp", 1)}}
+BYTES = {"": 1, "b": 1, **{p + unit: 1000**n for n, p in enumerate("kmgt", 1) for unit in ("", "b")}}
+BYTES |= {p + unit: 1024**n for n, p in enumerate("kmgt", 1) for unit in ("i", "ib")}
+"""What the units of counts and of bytes, in lower case, scale by."""
 
 
 def _scaled(value: int, base: int, units: Sequence[str]) -> str:
@@ -66,34 +69,36 @@ def plural(n: int, noun: str, nouns: str = "") -> str:
     return f"{exact(n)} {noun}" if n == 1 else f"{exact(n)} {nouns or noun + 's'}"
 
 
+def amount(text: str) -> tuple[Decimal, str] | None:
+    """A number as a person types it (``4.1G``, ``25e6``, ``25,557,032``) and its unit as it stands; None for none."""
+    match = re.fullmatch(
+        r"([+-]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:e[+-]?\d{1,2})?)\s*(%|[^\W\d]*)", text.strip(), re.IGNORECASE
+    )
+    return (Decimal(match[1].replace(",", "").replace("_", "")), match[2]) if match else None
+
+
+def _parse_whole(text: str, message: str, expected: str, units: Mapping[str, int]) -> int:
+    number, unit = amount(text) or (Decimal(-1), "")
+    if number < 0 or unit.lower() not in units:
+        raise UsageError(message, expected=expected, got=repr(text))
+    return int(number * units[unit.lower()])
+
+
 def parse_count(text: str, what: str = "count") -> int:
     """Reads ``4.1G``, ``25e6``, ``25_557_032`` or ``25,557,032``, rounded down where it has a fraction.
 
     Suffixes k, M, G (or B), T and P scale by 1000. Raises `UsageError`, which names ``what`` was read, as all do here.
     """
-    number = r"([0-9][0-9_,]*(?:\.[0-9]*)?|\.[0-9]+)(?:e\+?([0-9]{1,2}))?\s*([kKmMgGbBtTpP]?)"
-    match = re.fullmatch(number, text.strip())
-    if match is None:
-        expected = "a count such as 4.1G, 25M, 500k or 25557032"
-        raise UsageError(f"{what} is not a number", expected=expected, got=repr(text))
-    digits, power, suffix = match.groups()
-    return int(Decimal(digits.replace(",", "").replace("_", "")).scaleb(int(power or 0)) * _FACTORS[suffix.lower()])
+    return _parse_whole(text, f"{what} is not a number", "a count such as 4.1G, 25M, 500k or 25557032", COUNTS)
 
 
 def parse_size(text: str, what: str = "size") -> int:
     """Reads bytes: ``20MB``, ``20MiB``, ``512 KiB`` or ``1048576``.
 
-    Raises:
-        UsageError: If it is no size.
-
     >>> parse_size("20MB"), parse_size("1KiB")
     (20000000, 1024)
     """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?:([kmgt])(i?)b?|b)?", text.strip().lower())
-    if match is None:
-        raise UsageError(f"{what} is no size", expected="bytes such as 20MB, 20MiB or 1048576", got=repr(text))
-    digits, unit, binary = match.groups()
-    return int(Decimal(digits) * (1024 if binary else 1000) ** (" kmgt".index(unit) if unit else 0))
+    return _parse_whole(text, f"{what} is no size", "bytes such as 20MB, 20MiB or 1048576", BYTES)
 
 
 def ratio(text: str) -> float:
@@ -168,10 +173,7 @@ def parse_arg(text: str, what: str = "--arg") -> tuple[str, object]:
 
 
 def parse_increase(text: str, what: str = "--max-increase") -> tuple[str, float]:
-    """Reads by how much a cost may grow.
-
-    Raises:
-        UsageError: If it is no ``KIND=SHARE``.
+    """Reads by how much a cost may grow, ``KIND=SHARE``.
 
     >>> parse_increase("macs=2%")
     ('macs', 0.02)

@@ -10,11 +10,11 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UsageError
+from .text import did_you_mean
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -131,5 +131,5 @@ def refuse_unknown(function: str, options: Mapping[str, object], *records: type[
     """Raises `UsageError` for keywords that are no option; it names what is near."""
     known = [each.name for record in records for each in fields(record)]
     for name in options:
-        hint = next((f"did you mean {near}?" for near in get_close_matches(name, known, n=1)), None)
-        raise UsageError(f"{function}() has no option {name!r}", expected=", ".join(dict.fromkeys(known)), hint=hint)
+        expected = ", ".join(dict.fromkeys(known))
+        raise UsageError(f"{function}() has no option {name!r}", expected=expected, hint=did_you_mean(known, name))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from .errors import UsageError
+
+_cuda_runs: Callable[[], bool] = torch.cuda.is_initialized
 
 
 def check_seed(seed: int) -> None:
@@ -21,17 +23,13 @@ def check_seed(seed: int) -> None:
 @contextmanager
 def keeping_random_state() -> Iterator[None]:
     """Puts the random states back on leaving, whatever happened in between."""
-    state, python = torch.get_rng_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    numpy = sys.modules.get("numpy.random")
+    python, numpy = random.getstate(), sys.modules.get("numpy.random")
     numpy_state = numpy.get_state() if numpy is not None else None
     try:
-        yield
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if _cuda_runs() else (), device_type="cuda"):
+            yield
     finally:
-        torch.set_rng_state(state)
         random.setstate(python)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
         if numpy is not None and numpy_state is not None:
             numpy.set_state(numpy_state)
 

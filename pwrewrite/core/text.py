@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 LONGEST = 2000
 """Characters of one text that a report or a message shows at most."""
 
 NO_WEIGHTS = "no --weights"
 """How the note of a model begins that nobody gave weights: those that its code makes."""
+
+
+def nearest(name: str, known: Iterable[str], n: int = 1) -> list[str]:
+    """The known names most like a given one, compared without case, best first; none if none is near."""
+    by_lower = {k.lower(): k for k in known}
+    return [by_lower[k] for k in get_close_matches(name.lower(), by_lower, n=n)]
+
+
+def did_you_mean(known: Iterable[str], *names: str, n: int = 1) -> str | None:
+    """The hint that offers, for each of the names, the ``n`` known ones most like it; None without any."""
+    near = [match for name in names for match in nearest(name, known, n)]
+    return f"did you mean {', '.join(near)}?" if near else None
 
 
 def plain(text: str, *, lines: bool = False) -> str:

@@ -6,12 +6,12 @@ modules, plans, ``--set``, ``--forms`` and the help texts all ask the object.
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from importlib import import_module
 
 from ..core.convolution import ConvSpec
 from ..core.errors import PlanError, UsageError
 from ..core.form_names import FORM_NAMES
+from ..core.text import did_you_mean
 from .form import Axes, Form, Where
 
 FORMS: dict[str, Form] = {name: import_module(f".{name}", __package__).FORM for name in FORM_NAMES}
@@ -22,7 +22,7 @@ def form_named(name: str) -> Form:
     """The form of a name; raises `UsageError` if there is none."""
     if name in FORMS:
         return FORMS[name]
-    hint = next((f"did you mean {near}?" for near in get_close_matches(str(name), FORMS, n=1)), None)
+    hint = did_you_mean(FORMS, str(name))
     raise UsageError(f"there is no form {name!r}", expected=f"one of {', '.join(FORMS)}", got=repr(name), hint=hint)
 
 

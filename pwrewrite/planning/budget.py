@@ -8,9 +8,7 @@ operations each.
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -18,24 +16,19 @@ from numbers import Integral, Real
 from typing import Literal, cast
 
 from ..core.errors import UsageError
+from ..core.numbers import BYTES, COUNTS, amount
+from ..core.text import did_you_mean
 
 Kind = Literal["macs", "params", "bytes", "latency"]
 
-_COUNTS = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12, "p": 10**15}
-_BYTES = {
-    "b": 1,
-    **{prefix: 1000**n for n, prefix in enumerate("kmgt", 1)},
-    **{f"{prefix}b": 1000**n for n, prefix in enumerate("kmgt", 1)},
-    **{f"{prefix}ib": 1024**n for n, prefix in enumerate("kmgt", 1)},
-}
 _SECONDS = {
     unit: Decimal(1).scaleb(power) for unit, power in (("s", 0), ("ms", -3), ("us", -6), ("µs", -6), ("ns", -9))
 }
 _UNITS: dict[str, Mapping[str, int | Decimal]] = {
-    "macs": _COUNTS,
-    "flops": _COUNTS,
-    "params": _COUNTS,
-    "bytes": _BYTES,
+    "macs": COUNTS,
+    "flops": COUNTS,
+    "params": COUNTS,
+    "bytes": BYTES,
     "latency": _SECONDS,
 }
 _SHOWN: dict[str, str] = {
@@ -165,12 +158,8 @@ def _budget(kind: str, value: object) -> Limit:
     """One budget of a kind and a limit."""
     name = kind.lower()
     if name not in _UNITS:
-        near = difflib.get_close_matches(name, list(_UNITS), n=1, cutoff=0.5)
-        raise UsageError(
-            f"no budget of the kind {kind!r}",
-            expected=", ".join(_UNITS),
-            hint=f"did you mean {near[0]}?" if near else None,
-        )
+        hint = did_you_mean(_UNITS, name)
+        raise UsageError(f"no budget of the kind {kind!r}", expected=", ".join(_UNITS), hint=hint)
     number, relative = _read(name, value) if isinstance(value, str) else _take(name, value)
     if not relative and name == "flops":
         number /= 2
@@ -193,17 +182,13 @@ def _refusal(message: str, name: str, value: object, hint: str | None = None) ->
 
 def _read(name: str, text: str) -> tuple[Decimal, bool]:
     """A limit in text, and whether it is a ratio."""
-    match = re.fullmatch(
-        r"([+-]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:e[+-]?\d{1,3})?)\s*(%|[^\W\d]*)", text.strip(), re.IGNORECASE
-    )
-    if match is None:
+    number, unit = amount(text) or (None, "")
+    if number is None:
         raise _refusal("the budget {} is not a number", name, text)
-    digits, unit = match[1].replace(",", "").replace("_", ""), match[2]
-    number = Decimal(digits)
     if unit == "%":
         return _ratio(name, number / 100, text), True
     if not unit:
-        return _take(name, int(digits) if re.fullmatch(r"[+-]?\d+", digits) else float(digits), text)
+        return _take(name, float(number) if number.as_tuple().exponent else int(number), text)
     units = {key.replace("μ", "µ"): scale for key, scale in _UNITS[name].items()}
     scale = units.get(unit.lower().replace("μ", "µ"))
     if scale is None:

@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 
 from ..analysis.costs import BYTES, KINDS, NAMES, Difference, LayerDifference
 from ..analysis.gates import Check, Finding
+from ..core.errors import GateError
 from ..core.numbers import count, exact, plural, size
 from ..core.text import plain
 from . import rewrite_rows as rows
@@ -74,6 +75,14 @@ def sentence(finding: Finding) -> str:
     sign = amount if finding.baseline is None else signed
     layers = ", ".join(f"{path or rows.ROOT} ({sign(finding.kind, n)})" for path, n in finding.layers)
     return f"{text}; {'most' if finding.baseline is None else 'grown'}: {layers}" if layers else text
+
+
+def hold(check: Check) -> None:
+    """Raises `GateError` where a limit is exceeded: what the model costs, and what costs most."""
+    if failed := check.of("failed"):
+        unpriced = any(finding.kind == "unpriced" for finding in failed)
+        hint = "pwrewrite.register_formula gives an operation its cost" if unpriced else None
+        raise GateError(f"{check.target}: {headline(check)}", got="; ".join(map(sentence, failed)), hint=hint)
 
 
 def difference_page(difference: Difference) -> Page:

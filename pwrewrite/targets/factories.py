@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from ..core.errors import TargetError
-from .user_code import did_you_mean, nearest, running_user_code
+from ..core.text import did_you_mean
+from .user_code import running_user_code
 
 _SHOWN = 16
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -65,11 +66,10 @@ def _unknown_error(
 ) -> TargetError:
     """The error for arguments that a factory does not take; ``but`` are parameters that are not the user's to give."""
     names = [n for n, p in (parameters_of(factory) or {}).items() if p.kind in _NAMED and n not in but]
-    near = [n for name in unknown for n in nearest(name, names, n=1)]
     return TargetError(
         f"{what} takes no argument{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}",
         expected=takes(factory, but),
-        hint=did_you_mean(near),
+        hint=did_you_mean(names, *unknown),
     )
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError, TargetError
+from ..core.text import did_you_mean
 from .defaults import (
     Guess,
     floating_dtype,
@@ -32,7 +33,7 @@ from .defaults import (
 )
 from .factories import kind_of
 from .resolve import TargetInfo
-from .user_code import did_you_mean, nearest, running_user_code
+from .user_code import running_user_code
 
 #: What a model is called with: positional inputs as a tuple, keyword inputs as a dict.
 ExampleInputs = tuple[Any, ...] | dict[str, Any]
@@ -82,7 +83,7 @@ def _dtype(name: str, text: str) -> torch.dtype:
         raise InputError(
             f"--input {text!r} has an unknown dtype {name!r}",
             expected="float32, float16, bfloat16, float64, int64, int32, uint8, bool, …",
-            hint=did_you_mean(nearest(name, [*known, *_ALIASES], n=3)),
+            hint=did_you_mean([*known, *_ALIASES], name, n=3),
         )
     return dtype
 
@@ -138,11 +139,10 @@ def _from_specs(model: nn.Module, specs: list[InputSpec]) -> ExampleInputs:
         raise InputError(f"--input gives {', '.join(repeated)} more than once")
     by_name = {n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     if unknown := [n for n in names if not takes_any and n not in by_name]:
-        near = [m for n in unknown for m in nearest(n, list(parameters), n=1)]
         raise InputError(
             f"{type(model).__name__}.forward takes no input {', '.join(unknown)}",
             expected=shown,
-            hint=did_you_mean(near),
+            hint=did_you_mean(parameters, *unknown),
         )
     if parameters and not star and not detection and len(plain) > len(positional):
         raise InputError(

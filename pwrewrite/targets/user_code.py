@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -30,6 +29,7 @@ from torch import nn
 
 from ..core import files
 from ..core.errors import PwrewriteError, TargetError, TargetNotFound
+from ..core.text import did_you_mean, nearest
 from .empty import real_weights, weights_are_empty
 
 #: What the names of modules begin with that files are imported as.
@@ -45,17 +45,6 @@ _imported_empty: set[str] = set()
 _OURS = Path(__file__).resolve().parent.parent
 
 
-def nearest(name: str, known: list[str], n: int = 5) -> list[str]:
-    """The known names most like a given one, compared without case, best first: at most ``n``, none if none is near."""
-    by_lower = {k.lower(): k for k in known}
-    return [by_lower[k] for k in difflib.get_close_matches(name.lower(), list(by_lower), n=n, cutoff=0.6)]
-
-
-def did_you_mean(names: list[str]) -> str | None:
-    """The hint that offers near names; None without any."""
-    return f"did you mean {', '.join(names)}?" if names else None
-
-
 def suggest_files(path: Path, suffixes: tuple[str, ...], only_near: bool = False) -> str | None:
     """A hint that names the files nearest to a missing one, or (unless ``only_near``) what the folder has instead."""
     folder = path.parent
@@ -65,8 +54,8 @@ def suggest_files(path: Path, suffixes: tuple[str, ...], only_near: bool = False
         names = sorted(p.name for p in folder.iterdir() if p.name.endswith(suffixes))
     except OSError:
         return None
-    if near := nearest(path.name, names):
-        return did_you_mean([str(folder / n) for n in near])
+    if near := nearest(path.name, names, n=5):
+        return f"did you mean {', '.join(str(folder / name) for name in near)}?"
     if only_near or not names:
         return None
     return f"{folder} has {', '.join(names[:5])}" + (", …" if len(names) > 5 else "")
@@ -91,21 +80,18 @@ def running_user_code(what: str, origin: Path | None, hint: str | None = None) -
     except (PwrewriteError, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:
-        raise user_error(error, what, origin, hint) from error
+        raise _user_error(error, what, origin, hint) from error
     finally:
         sys.argv = argv
 
 
 def raised_in_user_code(error: BaseException) -> TargetError | None:
     """The error to tell for an exception that nobody expected, if the user's own code raised it; else None."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames or not _is_in(Path(frames[-1].filename), _target_roots):
-        return None
-    file = Path(frames[-1].filename)
-    return user_error(error, "the model's code", file)
+    file = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return _user_error(error, "the model's code", file) if _is_in(file, _target_roots) else None
 
 
-def locate(error: BaseException, origin: Path | None) -> str | None:
+def _locate(error: BaseException, origin: Path | None) -> str | None:
     """``file, line N: source`` of the deepest frame in the user's file, else in its folder; None without."""
     if origin is None:
         return None
@@ -117,47 +103,35 @@ def locate(error: BaseException, origin: Path | None) -> str | None:
     return None
 
 
-def user_error(error: BaseException, what: str, origin: Path | None, hint: str | None = None) -> TargetError:
+def _user_error(error: BaseException, what: str, origin: Path | None, hint: str | None = None) -> TargetError:
     """The error that a person can act on for an exception that left the user's code."""
-    where = locate(error, origin)
-    if isinstance(error, SyntaxError):
-        return _syntax_error(error)
-    if isinstance(error, SystemExit):
-        return TargetError(
-            f"{what} calls sys.exit({error.code!r})",
-            where=where,
-            hint='put the part that is a script under if __name__ == "__main__": and raise errors elsewhere',
-        )
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        top = error.name.partition(".")[0]
-        return TargetError(
-            f"{what} imports {error.name!r}, which cannot be found",
-            where=where,
-            hint=hint
-            or f"pip install {top}; or, if {top!r} is code of your own, put the folder it lies in on PYTHONPATH",
-        )
-    if isinstance(error, ImportError):
-        if "no known parent package" in str(error):
-            hint = (
-                "the folder has no __init__.py, so it is no package: add one, or import the sibling by its plain name"
-            )
-        return TargetError(f"{what} has an import that fails: {error}", where=where, hint=hint)
-    text = str(error)
-    return TargetError(f"{what} raised {type(error).__name__}" + (f": {text}" if text else ""), where=where, hint=hint)
+    match error:
+        case SyntaxError():
+            return _syntax_error(error)
+        case SystemExit():
+            message = f"{what} calls sys.exit({error.code!r})"
+            hint = 'put the part that is a script under if __name__ == "__main__": and raise errors elsewhere'
+        case ModuleNotFoundError(name=str(name)):
+            message, top = f"{what} imports {name!r}, which cannot be found", name.partition(".")[0]
+            own = f"if {top!r} is code of your own, put the folder it lies in on PYTHONPATH"
+            hint = hint or f"pip install {top}; or, {own}"
+        case ImportError():
+            message = f"{what} has an import that fails: {error}"
+            if "no known parent package" in str(error):
+                hint = "the folder has no __init__.py, so it is no package: add one, or import by the plain name"
+        case _:
+            message = f"{what} raised {type(error).__name__}" + (f": {error}" if str(error) else "")
+    return TargetError(message, where=_locate(error, origin), hint=hint)
 
 
 def _syntax_error(error: SyntaxError) -> TargetError:
     """The error for a file that does not parse, with its line and a caret under the column."""
-    message = f"syntax error in {error.filename}"
-    if error.lineno:
-        message += f", line {error.lineno}"
+    message = f"syntax error in {error.filename}" + (f", line {error.lineno}" if error.lineno else "")
     message += f": {error.msg}"
     if error.text and error.lineno:
-        line = error.text.rstrip("\n")
-        number = str(error.lineno)
-        body = line.lstrip()
-        caret = max((error.offset or 1) - 1 - (len(line) - len(body)), 0)
-        message += f"\n  {number} | {body}\n  {' ' * len(number)} | {' ' * caret}^"
+        number, line = str(error.lineno), error.text.rstrip("\n")
+        caret = max((error.offset or 1) - 1 - (len(line) - len(line.lstrip())), 0)
+        message += f"\n  {number} | {line.lstrip()}\n  {' ' * len(number)} | {' ' * caret}^"
     return TargetError(message)
 
 
@@ -173,15 +147,13 @@ def what_there_is(module: ModuleType) -> str:
     """The classes, functions and models that a module offers, to choose from."""
     offers: list[str] = []
     for name, value in vars(module).items():
-        if name.startswith("_"):
-            continue
         if isinstance(value, nn.Module):
             offers.append(f"{name} (an instance of {type(value).__name__})")
-        elif getattr(value, "__module__", None) == module.__name__:
-            if inspect.isclass(value):
-                offers.append(f"class {name}")
-            elif inspect.isfunction(value):
-                offers.append(f"{name}()")
+        elif getattr(value, "__module__", None) == module.__name__ and inspect.isclass(value):
+            offers.append(f"class {name}")
+        elif getattr(value, "__module__", None) == module.__name__ and inspect.isfunction(value):
+            offers.append(f"{name}()")
+    offers = [offer for offer in offers if not offer.removeprefix("class ").startswith("_")]
     shown = ", ".join(offers[:12]) + (", …" if len(offers) > 12 else "")
     return shown or "a file that defines no class, no function and no model"
 
@@ -198,8 +170,7 @@ def find_named(text: str) -> tuple[object, ModuleType, str]:
     value: object = module
     for part in name.split("."):
         if not hasattr(value, part):
-            names = [n for n in vars(module) if not n.startswith("_")]
-            hint = did_you_mean(nearest(name, names, n=3))
+            hint = did_you_mean([n for n in vars(module) if not n.startswith("_")], name, n=3)
             raise TargetError(f"{place} has no {name!r}", got=what_there_is(module), hint=hint)
         value = getattr(value, part)
     return value, module, place
@@ -222,7 +193,7 @@ def import_file(path: Path) -> ModuleType:
     except OSError as error:
         raise TargetError(f"cannot read {path}: {error.strerror}") from error
     except SyntaxError as error:
-        raise user_error(error, str(path), absolute) from error
+        raise _syntax_error(error) from error
     except (ValueError, RecursionError, MemoryError) as error:  # null bytes, on the older interpreters; deep nesting
         raise TargetError(f"{path} is not Python source: {error}") from error
 
@@ -240,36 +211,30 @@ def import_module(dotted: str) -> ModuleType:
         TargetNotFound: There is no such module.
         TargetError: It raised while it ran.
     """
-    with _on_path([Path.cwd()], []), running_user_code(f"module {dotted}", None), real_weights():
+    what = f"module {dotted}"
+    with _on_path([Path.cwd()], []), running_user_code(what, None), real_weights():
         try:
             return importlib.import_module(dotted)
-        except ModuleNotFoundError as error:
-            if error.name and f"{dotted}.".startswith(f"{error.name}."):
-                raise TargetNotFound(f"no module named {error.name!r}", hint=_module_hint(dotted)) from error
-            raise user_error(error, f"module {dotted}", _origin_of(dotted, error)) from error
         except Exception as error:
-            raise user_error(error, f"module {dotted}", _origin_of(dotted, error)) from error
+            if isinstance(error, ModuleNotFoundError) and error.name and f"{dotted}.".startswith(f"{error.name}."):
+                raise TargetNotFound(f"no module named {error.name!r}", hint=_module_hint(dotted)) from error
+            raise _user_error(error, what, _origin_of(dotted, error)) from error
 
 
 def _module_hint(dotted: str) -> str:
     """What to try when a module is not found: a near name, or what the forms of a target are."""
     here = [p.stem if p.suffix == ".py" else p.name for p in Path.cwd().iterdir() if p.suffix == ".py" or p.is_dir()]
-    near = nearest(dotted.partition(".")[0], ["torchvision", "timm", *here], n=3)
+    near = did_you_mean(["torchvision", "timm", *here], dotted.partition(".")[0], n=3)
     forms = "a target is model.py, model.py:NAME, package.module:NAME, torchvision:NAME or timm:NAME"
-    return f"did you mean {', '.join(near)}? ({forms})" if near else forms
+    return f"{near} ({forms})" if near else forms
 
 
 def _origin_of(dotted: str, error: BaseException) -> Path | None:
     """The file of a module whose import raised, as far as it can be known without importing again."""
-    tail = Path(*dotted.split("."))
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        if (
-            path.with_suffix("").parts[-len(tail.parts) :] == tail.parts
-            or path.parent.parts[-len(tail.parts) :] == tail.parts
-        ):
-            return path
-    return None
+    names = tuple(dotted.split("."))
+    paths = [Path(frame.filename) for frame in reversed(traceback.extract_tb(error.__traceback__))]
+    ends = ((path, part.parts[-len(names) :]) for path in paths for part in (path.with_suffix(""), path.parent))
+    return next((path for path, end in ends if end == names), None)
 
 
 def _package_of(path: Path) -> tuple[Path, str | None]:
@@ -288,21 +253,18 @@ def _import_dotted(dotted: str, path: Path) -> ModuleType:
     module = importlib.import_module(dotted)
     file = getattr(module, "__file__", None)
     if file is None or Path(file).resolve() != path:
-        raise TargetError(
-            f"{path} is {dotted} by its folders, but Python already has another {dotted}",
-            got=str(file),
-            hint="rename the package, or give the target as package.module:NAME",
-        )
+        message = f"{path} is {dotted} by its folders, but Python already has another {dotted}"
+        raise TargetError(message, got=str(file), hint="rename the package, or give the target as package.module:NAME")
     return module
 
 
 def _execute(path: Path, code: CodeType) -> ModuleType:
     """Runs a file as a module of its own under a unique name, without writing a bytecode cache."""
     base = _MODULE + re.sub(r"\W", "_", path.stem)
-    name, n = base, 1
+    name, taken = base, 1
     while name in sys.modules:
-        n += 1
-        name = f"{base}_{n}"
+        taken += 1
+        name = f"{base}_{taken}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
         raise TargetError(f"{path} is not a Python file", hint="a target file ends in .py")
@@ -319,17 +281,14 @@ def _execute(path: Path, code: CodeType) -> ModuleType:
 @contextlib.contextmanager
 def _on_path(first: list[Path], last: list[Path]) -> Iterator[None]:
     """Puts folders on ``sys.path``, for good unless the import fails, and makes way for the modules in them."""
-    saved = list(sys.path)
-    roots = [*first, *last]
+    saved, roots = list(sys.path), [*first, *last]
     for root in roots:
         _forget_namesakes(root)
     if not weights_are_empty():
-        for name in _imported_empty:
-            sys.modules.pop(name, None)
-        _imported_empty.clear()
-    front = list(dict.fromkeys(str(p) for p in first))
-    rest = [p for p in sys.path if p not in front]
-    sys.path[:] = [*front, *rest, *(str(p) for p in last if str(p) not in front and str(p) not in rest)]
+        while _imported_empty:
+            sys.modules.pop(_imported_empty.pop(), None)
+    front = [str(p) for p in first]
+    sys.path[:] = dict.fromkeys([*front, *sys.path, *map(str, last)])
     importlib.invalidate_caches()
     before = set(sys.modules)
     try:

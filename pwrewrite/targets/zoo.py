@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from types import ModuleType
 
 from ..core.errors import TargetError
+from ..core.text import did_you_mean
 from .factories import construct, parameters_of
-from .user_code import did_you_mean, nearest
 
 #: Arguments with which the zoos would fetch or read weights, and what is harmless to say about them.
 _FETCHING = ("weights", "weights_backbone", "pretrained", "pretrained_backbone", "checkpoint_path")
@@ -99,8 +99,7 @@ def _without_weights(args: Mapping[str, object]) -> dict[str, object]:
 
 def _unknown(zoo: str, name: str, known: list[str]) -> TargetError:
     """The error for a name that a zoo does not have."""
-    near = nearest(name.partition(".")[0], known)
-    hint = did_you_mean(near) or f"see {zoo}'s list_models()"
+    hint = did_you_mean(known, name.partition(".")[0], n=5) or f"see {zoo}'s list_models()"
     other = "timm" if zoo == "torchvision" else "torchvision"
     try:
         if other == "timm":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from inspect import signature
 from typing import Any, cast
@@ -22,9 +21,9 @@ from ..core.numbers import parse_width
 from ..core.option import changed, flag_of
 from ..core.options import LayerOptions, PassOptions, Width
 from ..core.plan import Edit, Op, Skip, SkipReason
+from ..core.text import did_you_mean
 from ..forms import FORMS
 from ..passes import ALL, FORM_PASSES, InsertBottleneck, LayerPass, Pass, ProjectBranch, Proposal
-from ..targets.user_code import did_you_mean
 
 DEFAULT_SHARE = 0.01
 """Least part of the MACs where neither a pass nor a layer is named."""
@@ -78,7 +77,7 @@ def parse_set(text: str) -> LayerForm:
             hint="--set b3=reduce:96, --set 'layer3.*.conv2=bottleneck:0.5', --set fc=keep",
         )
     if form not in known:
-        hint = did_you_mean(get_close_matches(form, known, n=1))
+        hint = did_you_mean(known, form)
         raise UsageError(f"--set {text!r} names an unknown form {form!r}", expected=", ".join(known), hint=hint)
     what = f"a width in --set {text!r}"
     widths = tuple(parse_width(part, what) for part in widths_text.split(",")) if colon else ()
@@ -150,12 +149,8 @@ def named_pass(name: object, kinds: Sequence[type[Pass]] | None = None) -> type[
             expected="a pass such as InsertBottleneck(0.5), or the name of one",
             got=shortened(repr(name), 80),
         )
-    near = get_close_matches(name, by_name, n=2)
-    raise UsageError(
-        f"there is no pass {name!r}",
-        expected=", ".join(by_name),
-        hint=f"did you mean {' or '.join(near)}?" if near else None,
-    )
+    hint = did_you_mean(by_name, name, n=2)
+    raise UsageError(f"there is no pass {name!r}", expected=", ".join(by_name), hint=hint)
 
 
 def _check(options: PassOptions, forms: Sequence[LayerForm], kinds: Sequence[type[Pass]]) -> None:

@@ -2,19 +2,22 @@ from collections.abc import Callable
 
 import pytest
 
+from pwrewrite.analysis.gates import judge
 from pwrewrite.analysis.records import Analysis
 from pwrewrite.capturing.records import Coverage
 from pwrewrite.core.errors import GateError
-from pwrewrite.report.gates import check
+from pwrewrite.core.options import GateOptions
+from pwrewrite.report.costs import hold
 
 
 def test_gates(analysis: Analysis, make_analysis: Callable[..., Analysis]) -> None:
-    check(analysis)
-    check(analysis, max_params=analysis.params, max_macs=analysis.macs)
-    with pytest.raises(GateError, match=r"too many parameters and too many MACs") as raised:
-        check(analysis, max_params=analysis.params - 1, max_macs=100)
-    assert "319,999" in str(raised.value)
-    assert "1 too many" in str(raised.value)
-    with pytest.raises(GateError, match="mylib::correlate ×2"):
-        check(analysis, strict=True)
-    check(make_analysis(coverage=Coverage("whole", 5, 5, (), "meta")), strict=True)
+    hold(judge(analysis, GateOptions()))
+    hold(judge(analysis, GateOptions(analysis.params, analysis.macs)))
+    with pytest.raises(GateError, match=r"2 of 2 limits exceeded: parameters, MACs") as raised:
+        hold(judge(analysis, GateOptions(analysis.params - 1, 100)))
+    assert "parameters: 320,000, at most 319,999" in str(raised.value)
+    assert "MACs: " in str(raised.value)
+    with pytest.raises(GateError, match=r"mylib::correlate \(2\)") as raised:
+        hold(judge(analysis, GateOptions(strict=True)))
+    assert "register_formula" in str(raised.value)
+    hold(judge(make_analysis(coverage=Coverage("whole", 5, 5, (), "meta")), GateOptions(strict=True)))

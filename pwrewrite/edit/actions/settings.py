@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from difflib import get_close_matches
 from functools import cache
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_
 from ...core.convolution import ConvSpec
 from ...core.errors import PlanError
 from ...core.plan import Op
+from ...core.text import did_you_mean
 from ...forms.specs import spec_from_dict
 
 if TYPE_CHECKING:
@@ -92,12 +92,11 @@ class _Reader:
         names = [field.name for field in fields(kind)]
         unknown = [key for key in data if key not in names]
         if unknown:
-            near = get_close_matches(unknown[0], names, n=1)
             raise PlanError(
                 f"{self.op.action} has no setting {unknown[0]!r}",
                 where=self.op.where(unknown[0]),
                 expected=f"one of {', '.join(names)}",
-                hint=f"did you mean {near[0]}?" if near else "remove it",
+                hint=did_you_mean(names, unknown[0]) or "remove it",
             )
         types, values = _types(kind), dict[str, Any]()
         for field in fields(kind):
