@@ -1,8 +1,8 @@
 """One batch of calibration inputs: which part of it the model takes, by the example inputs, and how it is cut.
 
-A batch is an array, a tuple or list of positional inputs, or a dict of keyword inputs. What comes behind the inputs is
-no input: labels where it looks like them (an integer, or a whole float, for each sample; ``0`` and ``1`` in a row for
-each sample), else a target, which is left out with a note.
+A batch is an array, a tuple or list of positional inputs, or a dict of keyword inputs. What comes beside the inputs are
+labels where it looks like them (an integer, or a whole float, for each sample; ``0`` and ``1`` in a row for each
+sample), else a target, which is left out with a note.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import numpy as np
 from torch import Tensor, as_tensor
 
 from ..core.errors import UsageError
+from ..core.nested import Args, Kwargs
 from ..targets.arrays import LABEL_NAMES
 
 Array = Tensor | np.ndarray
+
+_OWN = "name a function that takes a batch and gives the inputs (--batch file.py:NAME, batch=)"
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class Batch:
         whole: Whether it cannot be cut: its inputs share no batch dim.
     """
 
-    args: tuple[object, ...]
-    kwargs: Mapping[str, object]
+    args: Args
+    kwargs: Kwargs
     labels: Tensor | None
     samples: int
     number: int
@@ -75,13 +78,11 @@ def described(value: object) -> str:
     return type(value).__name__
 
 
-def sort_out(
-    batch: object, number: int, args: tuple[object, ...], kwargs: Mapping[str, object]
-) -> tuple[Batch, str | None]:
+def sort_out(batch: object, number: int, args: Args, kwargs: Kwargs) -> tuple[Batch, str | None]:
     """Tells the inputs in a batch from what comes beside them.
 
     Args:
-        batch: What came: an array, a tuple or list of positional inputs, a dict of keyword ones.
+        batch: What came.
         number: Its number.
         args: The example inputs, positional.
         kwargs: The example inputs by name.
@@ -92,37 +93,33 @@ def sort_out(
     Raises:
         UsageError: It has fewer inputs, or other names, than the example.
     """
-    named: dict[str, object] = {}
-    values: tuple[object, ...] = ()
+    named: Kwargs = {}
+    values: Args = ()
+    beside: Sequence[object]
     if isinstance(batch, (list, tuple)) and not batch:  # an empty last batch of lists
         return Batch((), {}, None, 0, number), None
     if isinstance(batch, Mapping):
         named = _by_name(batch, number, args, kwargs)
         beside = [batch[name] for name in batch if name not in named]
     else:
-        values, behind = _by_place(batch, number, args or tuple(kwargs.values()))
-        beside = list(behind)
+        values, beside = _by_place(batch, number, args or tuple(kwargs.values()))
         if kwargs and not args:
             values, named = (), dict(zip(kwargs, values, strict=True))
     samples, whole = _count([*values, *named.values()])
     labels = next((labels for value in beside if (labels := _labels(value, samples)) is not None), None)
-    note = None
-    if beside and labels is None and samples:
-        note = f"{described(beside[0])} beside the inputs was taken for targets and left out"
+    left_out = beside and labels is None and samples
+    note = f"{described(beside[0])} beside the inputs was taken for targets and left out" if left_out else None
     return Batch(values, named, labels, samples, number, 0, whole), note
 
 
-def _by_name(
-    batch: Mapping[object, object], number: int, args: tuple[object, ...], kwargs: Mapping[str, object]
-) -> dict[str, object]:
+def _by_name(batch: Mapping[str, object], number: int, args: Args, kwargs: Kwargs) -> Kwargs:
     """The keyword inputs in a dict."""
     if args or not kwargs:
         raise UsageError(
             f"batch {number} of the calibration inputs is a dict, and the example inputs are positional",
             expected=described(args[0]) if len(args) == 1 else described(args),
             got=described(batch),
-            hint="give both by name or both by position, or name a function that takes a batch and gives the inputs "
-            "(--batch file.py:NAME, batch=)",
+            hint=f"give both by name or both by position, or {_OWN}",
         )
     missing = [name for name in kwargs if name not in batch]
     other = [name for name in batch if name not in kwargs and name not in LABEL_NAMES]
@@ -132,12 +129,12 @@ def _by_name(
             f"batch {number} of the calibration inputs {lacks}",
             expected=f"the inputs {', '.join(kwargs)}",
             got=", ".join(map(str, batch)) or "nothing",
-            hint="name a function that takes a batch and gives the inputs (--batch file.py:NAME, batch=)",
+            hint=_OWN,
         )
     return {name: batch[name] for name in kwargs}
 
 
-def _by_place(batch: object, number: int, example: tuple[object, ...]) -> tuple[tuple[object, ...], Sequence[object]]:
+def _by_place(batch: object, number: int, example: Args) -> tuple[Args, Sequence[object]]:
     """The positional inputs in an array, a tuple or a list, and what comes behind them."""
     count = len(example)
     takes_list = count == 1 and isinstance(example[0], (list, tuple))
@@ -159,7 +156,7 @@ def _by_place(batch: object, number: int, example: tuple[object, ...]) -> tuple[
         f"batch {number} of the calibration inputs is not what the model takes",
         expected="a list of images, each a tensor" if takes_list else many if count > 1 else described(example[0]),
         got=described(batch),
-        hint="name a function that takes a batch and gives the inputs (--batch file.py:NAME, batch=)",
+        hint=_OWN,
     )
 
 

@@ -1,18 +1,17 @@
 """Calibration inputs: any iterable of batches, checked, cast and cut into chunks, some of them held out for measuring.
 
-What in a batch are inputs, and what comes beside them, `pwrewrite.planning.batch_inputs` tells by the example inputs;
-labels are at hand in `Batches.labels`. A batch of another kind goes through a function of the user's first.
-
-The source is gone through anew for every pass, and memory holds a few chunks of it at a time; iterators and generators
-are stored as they go by; a shuffling loader gets one order for all passes (`pwrewrite.planning.sources`).
+What in a batch are inputs, and what comes beside them, `pwrewrite.planning.batch_inputs` tells by the example inputs. A
+batch of another kind goes through a function of the user's first. The source is gone through anew for every pass
+(`pwrewrite.planning.sources`), and memory holds a few chunks of it at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sized
+from functools import cached_property
+from itertools import chain, islice
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,13 +19,11 @@ from torch.utils.data import DataLoader
 
 from ..capturing import Inputs, split_inputs
 from ..core.errors import PwrewriteError, UsageError, first_line
-from ..core.nested import tensors_of
-from .batch_inputs import Batch, described, sort_out
+from ..core.nested import Tree, tensors_of
+from .batch_inputs import Batch, sort_out
 from .batch_reader import Reader
+from .running import Chunk
 from .sources import SameOrder, Stored, stable
-
-Chunk = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword inputs of one run of the model."""
 
 Part = Literal["all", "calibration", "held_out"]
 """Which chunks: every one, those to gather statistics from, those kept for measuring."""
@@ -37,7 +34,7 @@ _HELD = frozenset({"all", "held_out"})
 
 
 class Batches:
-    """Calibration inputs in chunks, the same in every pass.
+    """Calibration inputs in chunks, the same in every pass; iterating gives all of them.
 
     Every ``holdout``-th chunk is held out. Where there are fewer chunks than that, the last ``1/holdout`` of the
     samples is; a single sample is used for both.
@@ -46,14 +43,9 @@ class Batches:
         source: An iterable of batches, a ``Dataset``, or one batch.
         example_inputs: What the model takes: a tensor, a tuple of positional inputs or a dict of keyword inputs.
         size: Use at most so many samples, the first ones.
-        chunk: Samples in a chunk, at most. Inputs without a batch dim in common, such as lists of images, stay whole:
-            one chunk a batch.
-        device: Where the chunks go; where the example inputs are, if None.
-        dtype: Of floating inputs; that of the example inputs, if None.
+        chunk: Samples in a chunk, at most. Inputs without a batch dim in common, such as lists of images, stay whole.
         holdout: Every how many chunks one is held out, 2 or more; 0 to measure on what was calibrated on.
-        preprocess: Called with the inputs of each chunk as they came (labels left out); returns what the model takes.
-        batch: Called with each batch of the source as it came, before anything is told apart; returns the inputs, or
-            the inputs and labels.
+        batch: Called with each batch of the source as it came; returns the inputs, or the inputs and labels.
 
     Raises:
         UsageError: If the source is no iterable of batches, or a setting makes no sense. Passes raise it for a batch
@@ -62,34 +54,26 @@ class Batches:
 
     def __init__(
         self,
-        source: Iterable[Any],
+        source: Iterable[Tree],
         example_inputs: Inputs,
         *,
         size: int | None = None,
         chunk: int = 32,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
         holdout: int = 5,
-        preprocess: Callable[..., Any] | None = None,
-        batch: Callable[[Any], Any] | None = None,
+        batch: Callable[[Tree], Tree] | None = None,
     ) -> None:
         for name, value, least in (("size", size, 1), ("chunk", chunk, 1), ("holdout", holdout or 2, 2)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise UsageError(f"{name} of the calibration inputs must be {least} or more", got=str(value))
         self.size, self.chunk, self.holdout = size, chunk, holdout
-        self._args, self._kwargs = split_inputs(example_inputs)
-        self._reader = Reader(self._args, self._kwargs, device, dtype)
-        self._preprocess, self._batch = preprocess, batch
-        self._original = source
-        self._source = stable(source, chunk)
+        self._reader = Reader(*split_inputs(example_inputs))
+        self._batch, self._original, self._source = batch, source, stable(source, chunk)
         self._notes: list[str] = []
         self._seen = 0
         self._first: Batch | None = None
         self._labels: list[tuple[frozenset[str], Tensor | None]] | None = None
-        self._fingerprint: str | None = None
 
     def __iter__(self) -> Iterator[Chunk]:
-        """All chunks, those held out included."""
         return self._read("all")
 
     def calibration(self) -> Iterator[Chunk]:
@@ -103,7 +87,7 @@ class Batches:
     def first(self) -> tuple[Chunk, Tensor | None]:
         """The first chunk and its labels, where it has any."""
         batch = self._first or next(self._chunks())
-        return self._reader.read(self._prepared(batch)), batch.labels
+        return self._reader.read(batch), batch.labels
 
     @property
     def samples(self) -> int:
@@ -114,7 +98,7 @@ class Batches:
     def expected(self) -> int | None:
         """About how many samples there will be, without a pass; None where nothing tells."""
         known = self._seen if self._labels is not None else self._length()
-        return self.size if known is None else known if self.size is None else min(known, self.size)
+        return min((n for n in (known, self.size) if n is not None), default=None)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -124,10 +108,7 @@ class Batches:
         return tuple(dict.fromkeys([*of_source, *self._notes, *self._reader.notes]))
 
     def labels(self, part: Part = "all") -> Tensor | None:
-        """The labels that came with the inputs.
-
-        Args:
-            part: Of which chunks.
+        """The labels that came with the inputs of some chunks.
 
         Returns:
             One integer per sample, or a row of 0 and 1, in the order of the chunks, on the CPU; None where any chunk
@@ -141,44 +122,20 @@ class Batches:
         alike = len({of_chunk.shape[1:] for of_chunk in known}) == 1
         return torch.cat(known) if alike and len(known) == len(labels) else None
 
+    @cached_property
     def fingerprint(self) -> str:
-        """A hash of all chunks: their values, shapes, dtypes and names, and which are held out.
-
-        Returns:
-            64 hex digits; another for the same samples in other chunks, since what is sampled of them differs too.
-        """
-        if self._fingerprint is None:
-            digest = hashlib.sha256()
-            reader = Reader(self._args, self._kwargs, "cpu", self._reader.dtype)
-            for batch, parts in self._parts():
-                args, kwargs = reader.read(self._prepared(batch))
-                digest.update(repr((sorted(parts), len(args), sorted(kwargs))).encode())
-                for tensor in tensors_of((args, [kwargs[name] for name in sorted(kwargs)])):
-                    digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-                    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+        """A hash of all chunks, 64 hex digits: values, shapes, dtypes, names, how they are cut, what is held out."""
+        digest, reader = hashlib.sha256(), Reader(self._reader.args, self._reader.kwargs, "cpu")
+        for batch, parts in self._parts():
+            args, kwargs = reader.read(batch)
+            digest.update(repr((sorted(parts), len(args), sorted(kwargs))).encode())
+            for tensor in tensors_of((args, [kwargs[name] for name in sorted(kwargs)])):
+                digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def _read(self, part: Part) -> Iterator[Chunk]:
-        """The chunks of a part, as the model takes them."""
-        for batch, parts in self._parts():
-            if part in parts:
-                yield self._reader.read(self._prepared(batch))
-
-    def _prepared(self, batch: Batch) -> Batch:
-        """A batch after the user's preprocessing."""
-        if self._preprocess is None:
-            return batch
-        result = self._preprocess(*batch.args, **batch.kwargs)
-        inputs, _ = sort_out(result, batch.number, self._args, self._kwargs)
-        if inputs.samples != batch.samples:
-            raise UsageError(
-                f"preprocess made {inputs.samples} samples of {batch.samples} in batch {batch.number}",
-                got=described(result),
-                hint="it is called with a whole batch, not with each sample",
-            )
-        self._reader.check(inputs)
-        return replace(batch, args=inputs.args, kwargs=inputs.kwargs, whole=inputs.whole)
+        return (self._reader.read(batch) for batch, parts in self._parts() if part in parts)
 
     def _parts(self) -> Iterator[tuple[Batch, frozenset[str]]]:
         """One pass: every chunk, and which parts it belongs to."""
@@ -191,30 +148,26 @@ class Batches:
 
     def _dealt(self) -> Iterator[tuple[Batch, frozenset[str]]]:
         """Chunks and the parts they belong to; the first ``holdout`` of them wait, in case there are no more."""
+        chunks = self._chunks()
         if not self.holdout:
-            for batch in self._chunks():
-                yield batch, _BOTH
+            yield from ((batch, _BOTH) for batch in chunks)
             return
-        waiting: list[Batch] = []
-        for place, batch in enumerate(self._chunks()):
-            if place < self.holdout:
-                waiting.append(batch)
-                if place < self.holdout - 1:
-                    continue
-                yield from ((earlier, _GATHERED) for earlier in waiting[:-1])
-                waiting.clear()
-            yield batch, _HELD if place % self.holdout == self.holdout - 1 else _GATHERED
-        if waiting:
+        waiting = list(islice(chunks, self.holdout))
+        if len(waiting) < self.holdout:
             yield from self._few(waiting)
+            return
+        chunks = chain(iter(waiting), chunks)
+        del waiting  # the iterator lets go of it once it is through
+        for place, batch in enumerate(chunks, 1):
+            yield batch, _GATHERED if place % self.holdout else _HELD
 
     def _few(self, batches: list[Batch]) -> Iterator[tuple[Batch, frozenset[str]]]:
         """Deals fewer chunks than ``holdout``: the last samples are held out."""
-        last, alone = batches[-1], len(batches) == 1
         total = sum(batch.samples for batch in batches)
-        if alone and (total == 1 or last.whole):
+        if len(batches) == 1 and (total == 1 or batches[0].whole):
             what = "one calibration sample" if total == 1 else "one calibration batch, which cannot be cut"
             self._note(f"there is only {what}: what the plan loses is measured on it too, and may read too low")
-            yield last, _BOTH
+            yield batches[0], _BOTH
             return
         wanted = left = max(1, round(total / self.holdout))
         held = [0] * len(batches)
@@ -235,17 +188,12 @@ class Batches:
         """Batches cut into chunks, up to ``size`` samples."""
         seen = 0
         for batch in self._batches():
-            left = batch.samples if self.size is None else min(batch.samples, self.size - seen)
-            if batch.whole:
-                seen += batch.samples
+            end = batch.samples if self.size is None else min(batch.samples, self.size - seen)
+            ranges = ((start, min(start + self.chunk, end)) for start in range(0, end, self.chunk))
+            for part in [batch] if batch.whole else (batch.part(*each) for each in ranges):
+                seen += part.samples
                 self._seen = max(self._seen, seen)
-                yield batch
-            else:
-                for start in range(0, left, self.chunk):
-                    stop = min(start + self.chunk, left)
-                    seen += stop - start
-                    self._seen = max(self._seen, seen)
-                    yield batch.part(start, stop) if stop - start < batch.samples else batch
+                yield part
             if self.size is not None and seen >= self.size:
                 return
         if not seen:
@@ -268,19 +216,18 @@ class Batches:
                 if note and not any("left out" in earlier for earlier in self._notes):
                     self._note(note)
                 if batch.samples:
-                    if self._preprocess is None:
-                        self._reader.check(batch)
+                    self._reader.check(batch)
                     yield batch
                 number += 1
         except PwrewriteError:
             raise
         except Exception as error:
-            raise UsageError(
-                f"batch {number} of the calibration inputs cannot be read", got=first_line(error)
-            ) from error
+            what = f"batch {number} of the calibration inputs cannot be read"
+            raise UsageError(what, got=first_line(error)) from error
 
-    def _sorted(self, value: Any, number: int) -> tuple[Batch, str | None]:
-        return sort_out(value if self._batch is None else self._batch(value), number, self._args, self._kwargs)
+    def _sorted(self, value: Tree, number: int) -> tuple[Batch, str | None]:
+        value = value if self._batch is None else self._batch(value)
+        return sort_out(value, number, self._reader.args, self._reader.kwargs)
 
     def _note(self, text: str) -> None:
         """Notes something, once."""
@@ -289,12 +236,12 @@ class Batches:
 
     def _length(self) -> int | None:
         """How many samples the source holds, where that is known without a pass."""
-        source: Any = self._source.loader if isinstance(self._source, SameOrder) else self._source
+        source: object = self._source.loader if isinstance(self._source, SameOrder) else self._source
         try:
             if isinstance(source, list):
                 return sum(self._sorted(batch, 0)[0].samples for batch in source)
             if isinstance(source, DataLoader):
-                return len(source.dataset)  # type: ignore[arg-type]
+                return len(source.dataset) if isinstance(source.dataset, Sized) else None
         except (UsageError, TypeError, NotImplementedError):
             return None
         samples = getattr(source, "samples", None)

@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..capturing.records import Capture
 from ..core.convolution import ConvSpec
 from ..core.errors import first_line
 from ..core.files import new_file
+from .running import wide_dtype
 from .statistics import LayerStatistics, Statistics
 
 LIMIT = 8 * 1024**3
@@ -33,38 +34,21 @@ _FACTS = ("samples", "chunks", "kind", "outcome", "outputs")
 
 
 def content_key(capture: Capture, layers: Mapping[str, ConvSpec], inputs: str, settings: Mapping[str, object]) -> str:
-    """A hash of all that statistics depend on.
-
-    Args:
-        capture: The model.
-        layers: The layers looked at.
-        inputs: A hash of the inputs.
-        settings: Seed, kind and the like.
-    """
+    """A hash of all that statistics depend on: the model, the layers looked at, a hash of the inputs, the settings."""
     digest = hashlib.sha256(f"{_VERSION}|{torch.__version__}|{inputs}|{json.dumps(settings, sort_keys=True)}".encode())
     digest.update(repr(sorted((path, repr(spec)) for path, spec in layers.items())).encode())
     for node in capture.graph.nodes:
         digest.update(f"{node.name}|{node.op}|{node.meta['info'].op}|{[a.name for a in node.all_input_nodes]}".encode())
-    _add_weights(digest, capture.model)
-    return digest.hexdigest()
-
-
-def _add_weights(digest: hashlib._Hash, model: nn.Module) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in (*capture.model.named_parameters(), *capture.model.named_buffers()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_statistics(
     folder: Path | None, key: str, device: torch.device, layers: Mapping[str, ConvSpec]
 ) -> tuple[Statistics | None, bool, str]:
-    """What is cached under a key.
-
-    Args:
-        folder: Where statistics are cached; None where nothing is.
-        key: What `content_key` made.
-        device: Where they are wanted.
-        layers: The layers that they may be of.
+    """What is cached under a key, of such layers, brought to a device.
 
     Returns:
         The statistics, None where there are none that can be read; whether they are complete; and a note where a file
@@ -86,7 +70,6 @@ def read_statistics(
 
 
 def _read(file: Path, device: torch.device) -> tuple[Statistics, bool]:
-    wide = torch.float64 if device.type != "mps" else torch.float32
     with safe_open(file, framework="pt", device=str(device)) as opened:
         facts = json.loads(opened.metadata()["pwrewrite"])
         statistics = Statistics(**{name: facts[name] for name in _FACTS})
@@ -95,7 +78,7 @@ def _read(file: Path, device: torch.device) -> tuple[Statistics, bool]:
                 raise TypeError(f"{name} is {facts[name]!r}")
         for number, layer in enumerate(facts["layers"]):
             statistics.layers[layer["path"]] = LayerStatistics(
-                opened.get_tensor(f"{number}.inputs").to(wide),
+                opened.get_tensor(f"{number}.inputs").to(wide_dtype(device)),
                 opened.get_tensor(f"{number}.means"),
                 float(layer["weight"]),
                 int(layer["rows"]),

@@ -1,28 +1,27 @@
 """Many forwards of a model at once, all stopped at the same layer: what one needs to fit a layer to what reaches it.
 
 Fitting layers in order wants, for each, what the layers before it, already fitted, make of *all* the calibration
-inputs. Running the model anew for each layer would cost a forward per layer. Here every chunk of inputs has a forward
-of its own, in a thread that serves as a coroutine: it runs until a layer that is waited for, stops there with its live
-activations on its own stack, and goes on when it is told to. One pass of the data through the model serves all layers,
-whatever Python code the model is made of. Only one thread runs at a time. Activations that are too many for memory wait
-on disk (`pwrewrite.planning.spill`).
+inputs. Here every chunk of inputs has a forward of its own, in a thread that serves as a coroutine: it runs until a
+layer that is waited for, stops there with its live activations on its own stack, and goes on when it is told to. One
+pass of the data through the model serves all layers, whatever Python code the model is made of. Only one thread runs at
+a time. Activations that are too many for memory wait on disk (`pwrewrite.planning.spill`).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..core.files import same_directory
+from ..core.nested import Args, Kwargs
+from .running import Chunk
 from .spill import Spill
-from .statistics import Chunk
 
 _CURRENT: ContextVar[Forward | None] = ContextVar("forward", default=None)
 """The forward that runs in this thread."""
@@ -52,11 +51,10 @@ class Forward:
         self._model, self._chunk, self._watching = model, chunk, watching
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
-        self._ended = False
+        self._ended = self.finished = False
+        self.recorded: dict[tuple[str, str], Tensor] = {}
         self.path: str | None = None
         self.value = torch.empty(0)
-        self.finished = False
-        self.recorded: dict[tuple[str, str], Tensor] = {}
         self._threads = torch.get_num_threads()
         self._random = torch.Generator().manual_seed(seed).get_state()
         cuda = any(parameter.is_cuda for parameter in model.parameters())
@@ -65,11 +63,7 @@ class Forward:
         self._thread.start()
 
     def advance(self) -> None:
-        """Runs to the next stop, or to the end.
-
-        Raises:
-            Exception: What the model raised.
-        """
+        """Runs to the next stop, or to the end; raises what the model raised."""
         if self.finished:
             return
         self._leave()
@@ -79,11 +73,7 @@ class Forward:
             raise self._error
 
     def advance_to(self, path: str) -> bool:
-        """Runs to a layer, past other stops.
-
-        Returns:
-            Whether it reached it.
-        """
+        """Runs to a layer, past other stops; whether it reached it."""
         while not self.finished and self.path != path:
             self.advance()
         return self.path is not None
@@ -136,7 +126,7 @@ class Forward:
 
 
 class Lockstep:
-    """Forwards of one model on several chunks.
+    """Forwards of one model on several chunks; a context manager that ends them and takes its hooks off.
 
     Args:
         model: The model.
@@ -168,7 +158,7 @@ class Lockstep:
         ]
 
     def _hook(self, module: nn.Module, path: str, side: str, stops: bool) -> RemovableHandle:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *output: Tensor) -> None:
+        def hook(module: nn.Module, args: Args, kwargs: Kwargs, *output: Tensor) -> None:
             forward = _CURRENT.get()
             if forward is None or forward not in self.forwards:
                 return
@@ -182,15 +172,11 @@ class Lockstep:
         register = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
         return register(hook, with_kwargs=True)
 
-    def close(self) -> None:
-        """Ends all forwards and takes the hooks off."""
-        for forward in self.forwards:
-            forward.end()
-        for handle in self._handles:
-            handle.remove()
-
     def __enter__(self) -> Lockstep:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        for forward in self.forwards:
+            forward.end()
+        for handle in self._handles:
+            handle.remove()

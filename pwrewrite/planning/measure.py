@@ -7,18 +7,15 @@ predicts. A model that draws random numbers draws the same ones as the model tha
 
 from __future__ import annotations
 
-import random
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.files import same_directory
 from .outputs import Scoring, class_scores, floating, log_probabilities, scoring
-from .running import evaluating
-from .statistics import Chunk, samples_of
+from .running import Chunk, evaluating, run_seeded, samples_of
 
 FAR = 4.0
 """A measured loss is far from the predicted one from this factor on."""
@@ -42,17 +39,9 @@ class Measured:
 
 
 def compare(original: nn.Module, rewritten: nn.Module, chunks: Iterable[Chunk], outputs: str = "logits") -> Measured:
-    """Runs both models in eval mode and compares their outputs.
-
-    Args:
-        original: The original.
-        rewritten: The rewritten model.
-        chunks: Inputs.
-        outputs: What the outputs are, as `pwrewrite.planning.outputs` says.
-    """
+    """Runs both models in eval mode on inputs and compares their outputs, of a kind of `pwrewrite.planning.outputs`."""
     loss, same, samples, kind = 0.0, 0, 0, "values"
-    errors: list[float] = []
-    powers: list[float] = []
+    errors, powers = defaultdict[int, float](float), defaultdict[int, float](float)
     with torch.no_grad(), evaluating(original), evaluating(rewritten):
         for number, chunk in enumerate(chunks):
             first, second = run_seeded(original, chunk, number), run_seeded(rewritten, chunk, number)
@@ -64,17 +53,13 @@ def compare(original: nn.Module, rewritten: nn.Module, chunks: Iterable[Chunk], 
                 loss += float((p.exp() * (p - q)).sum())
                 same += int((p.argmax(-1) == q.argmax(-1)).sum())
                 continue
-            pairs = list(zip(floating(first), floating(second)))
-            errors += [0.0] * (len(pairs) - len(errors))
-            powers += [0.0] * (len(pairs) - len(powers))
-            for i, (a, b) in enumerate(pairs):
+            for i, (a, b) in enumerate(zip(floating(first), floating(second))):
                 if a.shape == b.shape:
                     errors[i] += float((a - b).double().square().sum())
                     powers[i] += float(a.double().square().sum())
     if kind == "classes":
         return Measured(loss / max(samples, 1), same / max(samples, 1), samples, kind)
-    relative = sum(error / power for error, power in zip(errors, powers) if power > 0)
-    return Measured(relative / 2, None, samples, kind)
+    return Measured(sum(errors[i] / power for i, power in powers.items() if power > 0) / 2, None, samples, kind)
 
 
 def accuracy(
@@ -107,13 +92,3 @@ def accuracy(
     if isinstance(how, str):
         return how
     return how.name, (right[0] / max(total, 1), right[1] / max(total, 1))
-
-
-def run_seeded(model: nn.Module, chunk: Chunk, seed: int) -> object:
-    """A forward that draws the random numbers that go with a seed; inside `evaluating`, which puts the states back."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-    args, kwargs = chunk
-    with same_directory():
-        return model(*args, **kwargs)

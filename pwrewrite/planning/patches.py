@@ -8,13 +8,15 @@ position, so there a row is the input's channels, and what holds for rows of inp
 
 from __future__ import annotations
 
-from math import prod
+from math import ceil, prod
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.convolution import ConvSpec
+
+_LEAST_POSITIONS = 64
 
 
 def row_size(spec: ConvSpec) -> int:
@@ -31,22 +33,16 @@ def batched(x: Tensor, spec: ConvSpec) -> Tensor:
 
 
 def input_rows(x: Tensor, spec: ConvSpec, positions: Tensor | None = None) -> Tensor:
-    """Input rows of a call.
+    """Input rows of a call, ``(groups, rows, row_size)``, in float32 at least.
 
     Args:
         x: The layer's input, from `batched`.
         spec: The layer.
         positions: Flat positions to take, of the output (of the input where transposed; of all rows for a linear
             map); all where None.
-
-    Returns:
-        ``(groups, rows, row_size)``.
     """
-    if not spec.dims:
-        return (x if positions is None else x[positions])[None]
-    if spec.transposed:
-        flat = x.flatten(2)
-        return _grouped(flat if positions is None else flat[..., positions], spec.groups)
+    if not spec.dims or spec.transposed:
+        return output_rows(x, spec, positions)
     size = spec.output_size(x.shape[2:])
     if any(side != (0, 0) for side in spec.padding):
         sides = [n for side in reversed(spec.padding) for n in side]
@@ -54,45 +50,40 @@ def input_rows(x: Tensor, spec: ConvSpec, positions: Tensor | None = None) -> Te
     index = _indices(x.shape[2:], size, spec, positions).to(x.device)
     rows = x.flatten(2)[:, :, index.flatten()].reshape(*x.shape[:2], *index.shape)  # (N, in, positions, taps)
     count, channels = rows.shape[0] * rows.shape[2], spec.in_channels // spec.groups
-    rows = rows.transpose(1, 2).reshape(count, spec.groups, channels * index.shape[1])
-    return rows.transpose(0, 1)
+    return _wide(rows.transpose(1, 2).reshape(count, spec.groups, channels * index.shape[1]).transpose(0, 1))
 
 
 def output_rows(y: Tensor, spec: ConvSpec, positions: Tensor | None = None) -> Tensor:
-    """Rows of an output (or of the gradient there).
+    """Rows of an output (or of the gradient there) from `batched`: ``(groups, rows, out/groups)``; as `input_rows`."""
+    if not spec.dims:
+        return _wide((y if positions is None else y[positions])[None])
+    flat = y.flatten(2) if positions is None else y.flatten(2)[..., positions]
+    return _wide(flat.transpose(1, 2).reshape(-1, spec.groups, flat.shape[1] // spec.groups).transpose(0, 1))
+
+
+def position_count(x: Tensor, spec: ConvSpec, size: tuple[int, ...]) -> int:
+    """Flat positions that `input_rows` may take, per sample or of all rows for a linear map; ``size``: the output's."""
+    return prod((x.shape[2:] if spec.transposed else size) if spec.dims else x.shape[:1])
+
+
+def sampled(count: int, spec: ConvSpec, per_sample: float, samples: int, generator: torch.Generator) -> Tensor | None:
+    """Flat positions of a call to take, drawn at random; None for all, where there are not many more than wanted.
 
     Args:
-        y: The layer's output, from `batched`.
+        count: How many there are.
         spec: The layer.
-        positions: Flat output positions to take; all where None.
-
-    Returns:
-        ``(groups, rows, out/groups)``.
+        per_sample: How many are wanted of each sample.
+        samples: Samples in the call.
+        generator: What draws.
     """
-    if not spec.dims:
-        return (y if positions is None else y[positions])[None]
-    flat = y.flatten(2)
-    return _grouped(flat if positions is None else flat[..., positions], spec.groups)
+    limit = max(_LEAST_POSITIONS, ceil(per_sample)) * (1 if spec.dims else samples)
+    if count <= limit + limit // 4:
+        return None
+    return torch.randperm(count, generator=generator)[:limit].sort().values
 
 
-def position_count(x: Tensor, spec: ConvSpec, wanted: tuple[int, ...] | None = None) -> int:
-    """How many flat positions a call has that `input_rows` may take: per sample, or rows for a linear map.
-
-    Args:
-        x: From `batched`.
-        spec: The layer.
-        wanted: The output's spatial size where it is known.
-    """
-    if not spec.dims:
-        return x.shape[0]
-    return prod(x.shape[2:] if spec.transposed else wanted or spec.output_size(x.shape[2:]))
-
-
-def _grouped(flat: Tensor, groups: int) -> Tensor:
-    """``(N, channels, positions)`` as ``(groups, N·positions, channels/groups)``."""
-    count, channels, positions = flat.shape
-    rows = flat.transpose(1, 2).reshape(count * positions, groups, channels // groups)
-    return rows.transpose(0, 1)
+def _wide(rows: Tensor) -> Tensor:
+    return rows if rows.dtype.itemsize >= 4 else rows.float()
 
 
 def _indices(padded: torch.Size, size: tuple[int, ...], spec: ConvSpec, positions: Tensor | None) -> Tensor:

@@ -34,11 +34,10 @@ from .cache import content_key, read_statistics, write_statistics
 from .candidates import LayerCandidates, ReplaceableLayers, forms_named, make_candidates, timed, weighted_layer
 from .fitting import fit_steps, shift_biases
 from .latency import MEASURED, Conditions, LatencyTable, time_plan
-from .measure import run_seeded
 from .outputs import kind_of_outputs, scoring
 from .refit import refit
 from .room import Capacity, Limited, capacity_in_lockstep, samples_in_run
-from .running import evaluating
+from .running import device_of, evaluating, run_seeded
 from .settings import checked
 from .spill import Spill
 from .statistics import Gathering, NoGradientsError, Statistics, gather
@@ -153,9 +152,8 @@ class Planner:
             "outputs": settings.outputs,
         }
         self.say("reading the calibration inputs", None)
-        key = content_key(self.captured, specs, batches.fingerprint(), facts) if folder is not None else ""
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        statistics, complete, damage = read_statistics(folder, key, device, specs)
+        key = content_key(self.captured, specs, batches.fingerprint, facts) if folder is not None else ""
+        statistics, complete, damage = read_statistics(folder, key, device_of(self.model), specs)
         if damage:
             self.notes.append(damage)
         self.outputs = self._look_at_outputs(batches, "" if statistics is None else statistics.outputs)

@@ -7,13 +7,11 @@ the regularised least-squares one,
     Ŵ = W + (E[y x̃ᵀ] − W E[x̃ x̃ᵀ]) (E[x̃ x̃ᵀ] + λ)⁻¹        (centred; the bias makes up for the means)
 
 and the chain takes its best approximation in the norm of ``E[x̃ x̃ᵀ]`` and of the output gradients: reduced-rank
-regression (Izenman 1975). Zhang et al. 2016 (*Accelerating very deep convolutional networks*, "asymmetric"
-reconstruction) refit the same way for one of the forms.
+regression (Izenman 1975; Zhang et al. 2016, *Accelerating very deep convolutional networks*, for one of the forms).
 
 A layer whose output goes to a residual sum is fitted to its output plus what has gone wrong on the other side of the
-sum by then (`pwrewrite.planning.residuals`), in the units of its own output: the sum is what later layers read.
-
-A batch norm behind rewritten layers is re-estimated: its running mean moves by as much as the mean of what it reads.
+sum by then (`pwrewrite.planning.residuals`), in the units of its own output: the sum is what later layers read. The
+running mean of a batch norm behind rewritten layers moves by as much as the mean of what it reads.
 
 All inputs move through both models together (`pwrewrite.planning.lockstep`), so the price is one forward of each model
 and the solving. The live activations of all of them wait at every layer, in memory or on disk
@@ -25,8 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import ceil
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -36,18 +33,17 @@ from ..core.convolution import ConvSpec
 from ..forms.weighted import WeightedLayer
 from ..layers.factorized import Factorized
 from .lockstep import Forward, Lockstep
-from .patches import batched, input_rows, output_rows, position_count, row_size
+from .patches import batched, input_rows, output_rows, position_count, row_size, sampled
 from .residuals import Residual
-from .running import evaluating
+from .running import Chunk, evaluating, samples_of, wide_dtype
 from .spill import Spill, give_back_memory
-from .statistics import LARGEST_ROW, Chunk, samples_of, wide_dtype
+from .statistics import LARGEST_ROW
 
 RIDGE = 1e-3
 """How far the fit is drawn to the original weights, as a share of the mean square of what the layer reads."""
 
 _RAISED = (1e-6, 1e-5, 1e-4, 1e-3)
 _DEAD = 1e-2
-_LEAST_POSITIONS = 64
 _ROWS_PER_SIZE = 16
 
 Pairs = Iterable[tuple[Forward, Forward]]
@@ -75,15 +71,6 @@ class Target:
     factors: bool = True
 
 
-class _Centred(NamedTuple):
-    """``E[x xᵀ]`` and ``E[y xᵀ]`` without the means, and the means."""
-
-    xx: Tensor
-    yx: Tensor
-    x: Tensor
-    y: Tensor
-
-
 class _Moments:
     """Sums of what a rewritten layer reads and the original's writes, off the means of the first rows.
 
@@ -107,11 +94,12 @@ class _Moments:
         self.y += y.sum(1).to(self.xx)
         self.count += x.shape[1]
 
-    def centred(self) -> _Centred:
+    def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``E[x xᵀ]`` and ``E[y xᵀ]`` without the means, and the means of ``x`` and ``y``."""
         x, y = self.x / self.count, self.y / self.count
         xx = self.xx / self.count - x[:, :, None] * x[:, None, :]
         yx = self.yx / self.count - y[:, :, None] * x[:, None, :]
-        return _Centred(_positive((xx + xx.mT) / 2), yx, x + self._from_x[:, 0], y + self._from_y[:, 0])
+        return _positive((xx + xx.mT) / 2), yx, x + self._from_x[:, 0], y + self._from_y[:, 0]
 
 
 def _positive(moment: Tensor) -> Tensor:
@@ -161,12 +149,11 @@ def refit(
             stack.enter_context(spill)
         inputs = [chunk if spill is None else spill.keep(number, chunk) for number, chunk in enumerate(chunks)]
         stack.callback(inputs.clear)
-        samples = [samples_of(*chunk) for chunk in inputs]
-        chunks_of_first = sum(samples) / max(samples[0], 1)
+        total = sum(samples_of(*chunk) for chunk in inputs)
+        share = total / max(samples_of(*inputs[0]), 1)
         record = _recorded_for(targets)
-        before = stack.enter_context(
-            Lockstep(original, inputs, behind=layers, before=norms, record=record, spill=spill)
-        )
+        before = Lockstep(original, inputs, behind=layers, before=norms, record=record, spill=spill)
+        stack.enter_context(before)
         after = stack.enter_context(Lockstep(rewritten, inputs, before=[*layers, *norms], record=record, spill=spill))
         for i, step in enumerate(steps):
             path = step if isinstance(step, str) else step.path
@@ -179,7 +166,7 @@ def refit(
                 elif not step.factors or step.spec.transposed or row_size(step.spec) > LARGEST_ROW:
                     _fit_bias(step.spec, cast(Factorized, module), pairs)
                 else:
-                    moments = _gather_moments(step, pairs, _residual_scale(step, original), generator, chunks_of_first)
+                    moments = _gather_moments(step, pairs, _residual_scale(step, original), generator, share)
                     errors[path] = _fit_layer(step, cast(Factorized, module), moments)
             except _NotReached:
                 break
@@ -199,11 +186,7 @@ def _recorded_for(targets: Iterable[Target]) -> set[tuple[str, str]]:
 
 
 def _pairs_at(path: str, before: Lockstep, after: Lockstep, spill: Spill | None) -> Iterator[tuple[Forward, Forward]]:
-    """Runs the forwards of both models to a layer, chunk by chunk; what a pair holds is in memory while it is out.
-
-    Raises:
-        _NotReached: If one does not come there.
-    """
+    """Runs the forwards of both models to a layer, chunk by chunk; what a pair holds is in memory while it is out."""
     for number, pair in enumerate(zip(before.forwards, after.forwards)):
         if spill is not None:
             spill.wake(number)
@@ -219,48 +202,38 @@ def _gather_moments(
 ) -> _Moments:
     """The moments of a rewritten layer's input and of what its output should be.
 
-    Args:
-        target: The layer.
-        pairs: The forwards that stand at it.
-        scale: What an error on the other side of a residual sum is in units of the layer's own output.
-        generator: Of the positions that are sampled.
-        chunks_of_first: How many chunks like the first one there are.
+    ``scale`` is of `_residual_scale`; ``chunks_of_first``: how many chunks like the first one there are.
     """
     spec = target.spec
     moments = _Moments(spec.groups, row_size(spec), spec.out_channels // spec.groups, target.weight.device)
     samples = 0
     for before, after in pairs:
         y, x = batched(before.value, spec), batched(after.value, spec)
-        samples = samples or round(len(x) * chunks_of_first)
-        taken = _sampled(position_count(x, spec, tuple(y.shape[2:])), spec, samples, len(x), generator)
-        rows = _float(output_rows(y, spec, taken))
+        samples = samples or max(1, round(len(x) * chunks_of_first))
+        per_sample = _ROWS_PER_SIZE * row_size(spec) / samples
+        taken = sampled(position_count(x, spec, tuple(y.shape[2:])), spec, per_sample, len(x), generator)
+        rows = output_rows(y, spec, taken)
         if target.residual is not None and scale is not None:
             place = (target.residual.module, target.residual.side)
-            missing = before.recorded[place] - after.recorded[place]
-            rows = rows + _float(output_rows(batched(missing, spec), spec, taken)) * scale.to(rows)
-        moments.add(_float(input_rows(x, spec, taken)), rows)
+            missing = batched(before.recorded[place] - after.recorded[place], spec)
+            rows = rows + output_rows(missing, spec, taken) * scale.to(rows)
+        moments.add(input_rows(x, spec, taken), rows)
     return moments
 
 
 def _fit_layer(target: Target, module: Factorized, moments: _Moments) -> float:
-    """Fits one layer to the outputs of the original, from the inputs in the rewritten model.
-
-    Returns:
-        How far the weights have moved, as a share.
-    """
-    spec, means = target.spec, moments.centred()
-    size = means.xx.shape[-1]
-    level = means.xx.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    share = RIDGE + 0.02 * size / max(moments.count, 1)
-    eye = torch.eye(size, dtype=means.xx.dtype, device=means.xx.device)
-    weighted = WeightedLayer(target.weight, spec, means.xx, target.gradients)
-    root = torch.linalg.cholesky(means.xx + share * level * eye)
-    kernel = weighted.rows + torch.cholesky_solve((means.yx - weighted.rows @ means.xx).mT, root).mT
+    """Fits a layer to the outputs of the original, from what the rewritten model reads; its weights' relative error."""
+    xx, yx, x, y = moments.centred()
+    weighted = WeightedLayer(target.weight, target.spec, xx, target.gradients)
+    level = xx.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    share = RIDGE + 0.02 * xx.shape[-1] / max(moments.count, 1)
+    root = torch.linalg.cholesky(xx + share * level * torch.eye(xx.shape[-1], dtype=xx.dtype, device=xx.device))
+    kernel = weighted.rows + torch.cholesky_solve((yx - weighted.rows @ xx).mT, root).mT
     factors = module.form.fit(weighted.with_kernel(kernel), module.widths, module.axes)
     approximation = factors.reconstruct().reshape(kernel.shape)
     module.load_factors(factors, None)
     if module.bias is not None:
-        module.bias.copy_((means.y - (approximation @ means.x[:, :, None])[..., 0]).flatten())
+        module.bias.copy_((y - (approximation @ x[:, :, None])[..., 0]).flatten())
     norm = float(weighted.rows.norm())
     return float((approximation - weighted.rows).norm()) / norm if norm else 0.0
 
@@ -279,7 +252,7 @@ def _residual_scale(target: Target, original: nn.Module) -> Tensor | None:
     if norm.affine:
         gain = gain * norm.weight.detach()
     dead = gain.abs() <= _DEAD * gain.abs().max()  # a channel that is switched off can make up for nothing
-    return torch.where(dead, torch.zeros_like(gain), 1 / torch.where(dead, torch.ones_like(gain), gain)).reshape(shape)
+    return (1 / gain).masked_fill(dead, 0).reshape(shape)
 
 
 def _fit_bias(spec: ConvSpec, module: Factorized, pairs: Pairs) -> None:
@@ -308,15 +281,3 @@ def _fit_norm(module: _BatchNorm, pairs: Pairs) -> None:
         shift += (new.to(wide) - old.to(wide)).sum([i for i in range(old.dim()) if i != 1])
         count += old.numel() // old.shape[1]
     module.running_mean += (shift / count).to(module.running_mean)
-
-
-def _sampled(count: int, spec: ConvSpec, samples: int, here: int, generator: torch.Generator) -> Tensor | None:
-    per_sample = max(_LEAST_POSITIONS, ceil(_ROWS_PER_SIZE * row_size(spec) / max(samples, 1)))
-    limit = per_sample if spec.dims else per_sample * here
-    if count <= limit + limit // 4:
-        return None
-    return torch.randperm(count, generator=generator)[:limit].sort().values
-
-
-def _float(rows: Tensor) -> Tensor:
-    return rows if rows.dtype.itemsize >= 4 else rows.float()

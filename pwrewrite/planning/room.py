@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..capturing.records import Capture, info
-from .statistics import Chunk, samples_of
+from .running import Chunk, samples_of
 
 _MOST = 32
 _RUN_BYTES = 1024**3
@@ -56,12 +56,7 @@ def samples_in_run(captured: Capture) -> int:
 
 
 def capacity_in_lockstep(captured: Capture, samples: int | None) -> Capacity:
-    """The memory and disk for the live activations of two models that run in lock-step.
-
-    Args:
-        captured: The model.
-        samples: Of how many samples they are; None where that is not known.
-    """
+    """The memory and disk for the live activations of so many samples; None where their number is not known."""
     live = peak = 0
     for event in captured.memory:
         live += event.nbytes
@@ -74,9 +69,8 @@ def capacity_in_lockstep(captured: Capture, samples: int | None) -> Capacity:
     except OSError:
         folder, disk = "no temporary folder", 0
     spilled = samples is None or samples * each > MEMORY
-    return Capacity(
-        max(1, (MEMORY + (disk if spilled else 0)) // each), spilled and disk > 0, each, MEMORY, disk, folder
-    )
+    room = max(1, (MEMORY + (disk if spilled else 0)) // each)
+    return Capacity(room, spilled and disk > 0, each, MEMORY, disk, folder)
 
 
 def most_chunks() -> int:

@@ -2,36 +2,57 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from ..capturing.inventory import Inventory
 from ..capturing.state import untouched
+from ..core.files import same_directory
+from ..core.nested import Args, Kwargs
+
+Chunk = tuple[Args, Kwargs]
+"""Positional and keyword inputs of one run of the model."""
+
+
+def samples_of(args: Args, kwargs: Kwargs) -> int:
+    """How many samples a chunk holds: the first dim of its first tensor, or the length of its first list."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.dim()):
+            return len(value)
+    return 1
 
 
 @contextmanager
 def evaluating(model: nn.Module, *, buffers: bool = True) -> Iterator[None]:
     """The model in eval mode; afterwards it and the random states are as they were, what its code cached included.
 
-    Args:
-        model: The model.
-        buffers: Whether its buffers are as they were, too; not where they are being fitted.
+    With ``buffers=False`` its buffers and parameters are not: they are being fitted.
     """
     with untouched(Inventory(model), values=buffers):
         model.eval()
         yield
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """The model with parameters that need no gradient, and as they were afterwards."""
-    needing = [p for p in model.parameters() if p.requires_grad]
-    for parameter in needing:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in needing:
-            parameter.requires_grad_(True)
+def run_seeded(model: nn.Module, chunk: Chunk, seed: int) -> object:
+    """A forward that draws the random numbers that go with a seed; inside `evaluating`, which puts the states back."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    args, kwargs = chunk
+    with same_directory():
+        return model(*args, **kwargs)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first parameter is."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The widest dtype to sum in on a device."""
+    return torch.float32 if device.type == "mps" else torch.float64

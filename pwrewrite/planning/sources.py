@@ -1,10 +1,9 @@
 """Calibration inputs that come in the same order every time they are gone through.
 
-What can be iterated again is, so that memory holds one batch at a time. An iterator or a generator is stored as it goes
-by the first time. A shuffling `torch.utils.data.DataLoader` would give other batches each time, and what was held out
-for measuring would come back as calibration: its order is drawn from the same seed every time. The user's loader and
-the global random state stay as they are. What a dataset changes at random by itself (augmentation) is not fixed: give
-the transforms of evaluation.
+What can be iterated again is, so that memory holds one batch at a time; an iterator is stored as it goes by the first
+time. A shuffling loader would give other batches each time, and what was held out for measuring would come back as
+calibration: its order is drawn from the same seed every time, and the user's loader and the global random state stay as
+they are. What a dataset changes at random by itself (augmentation) is not fixed: give the transforms of evaluation.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,15 +29,12 @@ from ..core.errors import UsageError, shortened
 _RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
-def stable(source: object, chunk: int) -> Iterable[Any]:
+def stable(source: object, chunk: int) -> Iterable[object]:
     """An iterable of batches that gives the same ones in the same order every time.
 
     Args:
         source: The calibration inputs of the user.
         chunk: The batch size for a dataset without a loader.
-
-    Returns:
-        The source itself where it does so already.
 
     Raises:
         UsageError: If it is no iterable of inputs.
@@ -57,43 +52,31 @@ def stable(source: object, chunk: int) -> Iterable[Any]:
         )
     if isinstance(source, DataLoader) and isinstance(_sampler(source), _RANDOM):
         return SameOrder(source)
-    if isinstance(source, Iterator):
-        return Stored(source)
-    return source
+    return Stored(source) if isinstance(source, Iterator) else source
 
 
 class Stored:
-    """The items of an iterator, stored as they go by.
+    """The items of an iterator, which is gone through once, and no further than anyone needs."""
 
-    Args:
-        iterator: The iterator; gone through once, and no further than anyone needs.
-    """
+    def __init__(self, iterator: Iterator[object]) -> None:
+        self._iterator, self._batches = iterator, list[object]()
 
-    def __init__(self, iterator: Iterator[Any]) -> None:
-        self._iterator = iterator
-        self._batches: list[Any] = []
-
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         for place in itertools.count():
             if place == len(self._batches):
-                try:
-                    self._batches.append(next(self._iterator))
-                except StopIteration:
-                    return
+                self._batches.extend(itertools.islice(self._iterator, 1))
+            if place == len(self._batches):
+                return
             yield self._batches[place]
 
 
 class SameOrder:
-    """A shuffling loader that draws the same order every time; its generator is as it was after each pass.
+    """A shuffling loader that draws the same order every time; its generator is as it was after each pass."""
 
-    Args:
-        loader: The loader; stays as it is.
-    """
-
-    def __init__(self, loader: DataLoader[Any]) -> None:
+    def __init__(self, loader: DataLoader[object]) -> None:
         self.loader = loader
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         own: torch.Generator | None = getattr(_sampler(self.loader), "generator", None)
         before = own.get_state() if own is not None else None
         try:
@@ -108,7 +91,7 @@ class SameOrder:
                 own.set_state(before)
 
 
-def _sampler(loader: DataLoader[Any]) -> Any:
+def _sampler(loader: DataLoader[object]) -> object:
     """What orders a loader's samples: its own sampler, or that of a batch sampler the user made."""
     batches = loader.batch_sampler
     return getattr(batches, "sampler", None) if batches is not None else loader.sampler

@@ -3,12 +3,12 @@
 The activations of a forward that was stopped are held by local variables of whatever code the model is made of. They
 stay where they are: only the bytes behind them come and go. The storage of a tensor is resized to nothing when its
 bytes are on disk and to its old size before they are read, and all views of it see the same. `Spill.watch` is a mode
-of torch under which a forward runs. Under it every storage that an operation makes is noted, and what an operation
-reads is brought back first, so that a tensor that one forward keeps in the model for the others is safe too.
+of torch under which a forward runs: every storage that an operation makes is noted, and what an operation reads is
+brought back first, so that a tensor that one forward keeps in the model for the others is safe too.
 
-Who runs forwards together wakes and settles them one by one (`Spill.wake`, `Spill.settle`): settling spills what that
-one holds as far as all of them exceed the allowance. The first ones then stay in memory and the last ones go to disk
-at every stop. Forwards go round and round, and to spill the one that waited longest would be to spill what comes next.
+Who runs forwards together wakes and settles them one by one: settling spills what that one holds as far as all of them
+exceed the allowance. The first ones then stay in memory and the last ones go to disk at every stop: forwards go round
+and round, and to spill the one that waited longest would be to spill what comes next.
 
 The file has no name on systems that allow it: nothing is left of it when the process ends, however that happens. It
 lies where `tempfile` puts files, in the folder that ``TMPDIR`` names.
@@ -21,19 +21,18 @@ import tempfile
 import threading
 import weakref
 from bisect import insort
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from io import FileIO
-from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.errors import OutputError
-from ..core.nested import map_tensors, tensors_of
-from .statistics import Chunk
+from ..core.nested import Args, Kwargs, map_tensors, tensors_of
+from .running import Chunk
 
 SMALLEST = 4096
 """Storages of fewer bytes stay in memory and are not counted."""
@@ -54,13 +53,7 @@ def give_back_memory() -> None:
 
 @dataclass(eq=False, slots=True)
 class _Held:
-    """A storage that a forward made.
-
-    Attributes:
-        storage: The storage, while anything holds it.
-        nbytes: Its bytes.
-        place: Where they are in the file; None while they are in memory.
-    """
+    """A storage that a forward made, its bytes, and where they are in the file; None while they are in memory."""
 
     storage: weakref.ref[UntypedStorage]
     nbytes: int
@@ -82,32 +75,25 @@ class Spill:
 
     def __init__(self, allowance: int) -> None:
         self.allowance, self.held, self.written = allowance, 0, 0
-        self._file, self._trimmed_at = _File(), 0
+        self._file, self._trimmed_at, self._leaving = _File(), 0, ExitStack()
         self._known: weakref.WeakKeyDictionary[UntypedStorage, _Held] = weakref.WeakKeyDictionary()
         self._of: dict[int, list[_Held]] = {}
         self._lock = threading.RLock()  # forwards take turns, but for a moment after an interruption
-        # Modes set flags of the process and put back what was there. This one is the first to begin and the last to
-        # end, so that those of the threads in between, which end in any order, leave nothing behind.
-        self._outermost = _Watch(self, None)
 
     def __enter__(self) -> Spill:
-        self._outermost.__enter__()  # type: ignore[no-untyped-call]
+        # Modes set flags of the process and put back what was there. This one is the first to begin and the last to
+        # end, so that those of the threads in between, which end in any order, leave nothing behind.
+        self._leaving.enter_context(_Watch(self, None))
+        self._leaving.callback(self._file.close)
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        try:
+    def __exit__(self, *error: object) -> None:
+        with self._leaving:
             for number in self._of:
                 self.wake(number)
-        finally:
-            self._file.close()
-            self._outermost.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def watch(self, number: int) -> TorchDispatchMode:
-        """The mode under which a forward runs.
-
-        Args:
-            number: Of the forward; several may share one, and are then woken and settled together.
-        """
+        """The mode under which a forward runs; forwards that share a number are woken and settled together."""
         return _Watch(self, number)
 
     def keep(self, number: int, chunk: Chunk) -> Chunk:
@@ -134,11 +120,12 @@ class Spill:
         with self._lock:
             alive = []
             for held in self._of.get(number, ()):
-                storage = held.storage()
-                if storage is None:
-                    self._forget(held)
-                else:
+                if (storage := held.storage()) is not None:
                     alive.append((held, storage))
+                elif held.place is None:
+                    self.held -= held.nbytes
+                else:
+                    self._file.free(held.place, held.nbytes)
             self._of[number] = [held for held, _ in alive]
             for held, storage in alive:
                 if self.held <= self.allowance:
@@ -184,12 +171,6 @@ class Spill:
         self._file.read(place, storage)
         self._file.free(place, held.nbytes)
 
-    def _forget(self, held: _Held) -> None:
-        if held.place is None:
-            self.held -= held.nbytes
-        else:
-            self._file.free(held.place, held.nbytes)
-
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Tells a `Spill` what operations read and make in the thread that enters it."""
@@ -206,8 +187,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return True
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: Callable[..., object], types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
         """Runs an operation on what is in memory."""
         kwargs = kwargs or {}
         read = list(_storages((args, kwargs)))
@@ -228,17 +209,14 @@ class _File:
         self._gaps: list[tuple[int, int]] = []
 
     def write(self, storage: UntypedStorage) -> int:
-        """Writes a storage's bytes.
-
-        Returns:
-            Where they are.
+        """Writes a storage's bytes and says where they are.
 
         Raises:
             OutputError: If they cannot be written.
         """
         place = self._place(storage.nbytes())
         host = _flat(storage).cpu()
-        left = _memory(host)
+        left = _bytes(host)
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="pwrewrite-", buffering=0)  # noqa: SIM115
@@ -259,7 +237,7 @@ class _File:
         assert self._file is not None
         flat = _flat(storage)
         host = flat if flat.device.type == "cpu" else torch.empty_like(flat, device="cpu")
-        left = _memory(host)
+        left = _bytes(host)
         self._file.seek(place)
         while left:
             count = self._file.readinto(left)
@@ -275,9 +253,8 @@ class _File:
         merged: list[tuple[int, int]] = []
         for start, size in self._gaps:
             if merged and sum(merged[-1]) == start:
-                merged[-1] = (merged[-1][0], merged[-1][1] + size)
-            else:
-                merged.append((start, size))
+                start, size = merged[-1][0], merged.pop()[1] + size
+            merged.append((start, size))
         if self._file is not None and merged and sum(merged[-1]) == self._end:
             self._end = merged.pop()[0]
             self._file.truncate(self._end)
@@ -298,20 +275,18 @@ class _File:
         return self._end - nbytes
 
 
-def _storages(value: Any) -> Iterator[UntypedStorage]:
+def _storages(value: object) -> Iterator[UntypedStorage]:
     """The storages behind the tensors in a nest, of those that have held."""
     for tensor in tensors_of(value):
         if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.device.type != "meta":
-            try:
+            with suppress(NotImplementedError, RuntimeError):  # functorch's tensors have none
                 yield tensor.untyped_storage()
-            except (NotImplementedError, RuntimeError):  # functorch's tensors have none
-                continue
 
 
 def _flat(storage: UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _memory(flat: Tensor) -> memoryview:
+def _bytes(flat: Tensor) -> memoryview:
     """The bytes of a tensor in main memory; unlike a view of numpy's, it leaves the storage resizable."""
     return memoryview((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr())).cast("B")

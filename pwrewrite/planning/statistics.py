@@ -1,7 +1,6 @@
 """What calibration inputs say about each layer: second moments of its input and of the loss's gradient at its output.
 
-`gather` runs a model over calibration inputs once and holds, per layer, sums only: memory is bounded by the layers and
-not by the data.
+`gather` runs a model over calibration inputs once and holds sums only: memory is bounded by the layers, not the data.
 
 **Inputs.** ``C = E[x xᵀ]`` over the patches ``x`` under the output positions (`pwrewrite.planning.patches`), with their
 mean. Large maps are sampled: enough positions of every input that the patches outnumber their size several times.
@@ -10,13 +9,13 @@ mean. Large maps are sampled: enough positions of every input that the patches o
 labels. Where the outputs are class scores (`pwrewrite.planning.outputs`) it is the cross-entropy of a label drawn from
 the model's own prediction, so that ``G`` is a diagonal block of the Fisher information (Martens 2014, *New insights and
 perspectives on the natural gradient method*; Martens & Grosse 2015): a change of the layer's outputs then changes the
-predicted distribution, in KL divergence, by half its square in that norm, to second order. For any other outputs
-(feature maps, boxes, segmentations) it is the inner product with Gaussian noise, scaled per output tensor to
-``1/√(n·rms²)``: the same half square is then half the expected squared relative error of the outputs.
+predicted distribution, in KL divergence, by half its square in that norm, to second order. For any other outputs it is
+the inner product with Gaussian noise, scaled per output tensor to ``1/√(n·rms²)``: the same half square is then half
+the expected squared relative error of the outputs.
 
-Assumptions of the loss that is made of them, ``½ · positions · tr(G ΔW C ΔWᵀ)``: gradients do not depend on inputs, and
-errors at different positions and in different layers do not add coherently. `pwrewrite.planning.measure` measures what
-that misses.
+The loss that is made of them, ``½ · positions · tr(G ΔW C ΔWᵀ)``, assumes that gradients do not depend on inputs, and
+that errors at different positions and in different layers do not add coherently. `pwrewrite.planning.measure` measures
+what that misses.
 """
 
 from __future__ import annotations
@@ -24,9 +23,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from math import ceil, prod
+from math import prod
 from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +34,10 @@ from torch.overrides import TorchFunctionMode
 from ..core.convolution import ConvSpec
 from ..core.errors import RefusedError, first_line
 from ..core.files import same_directory
+from ..core.nested import Args, Kwargs
 from .outputs import class_scores, floating, log_probabilities
-from .patches import batched, input_rows, output_rows, position_count, row_size
-from .running import evaluating, frozen
-
-Chunk = tuple[tuple[Any, ...], Mapping[str, Any]]
-"""Positional and keyword inputs of one run of the model."""
+from .patches import batched, input_rows, output_rows, position_count, row_size, sampled
+from .running import Chunk, device_of, evaluating, samples_of, wide_dtype
 
 LARGEST_ROW = 8192
 """Longer input rows than this get no second moment of their own, only that of their mean square."""
@@ -49,8 +45,10 @@ LARGEST_ROW = 8192
 _LAYERS = frozenset(
     (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 )
-_LEAST_POSITIONS = 64
 _ROWS_PER_SIZE = 8
+
+Hook = Callable[[nn.Module | None, Args, Kwargs, Tensor], Tensor | None]
+"""A forward hook: module, inputs by place and by name, output; what takes the output's place, if anything does."""
 
 
 @dataclass
@@ -84,10 +82,7 @@ class LayerStatistics:
 
     def add_inputs(self, rows: Tensor, weight: float) -> None:
         """Adds input rows ``(groups, n, d)`` that each stand for ``weight`` positions."""
-        if self.inputs.dim() == 3:
-            product = rows.mT @ rows
-        else:
-            product = rows.square().sum(1)
+        product = rows.mT @ rows if self.inputs.dim() == 3 else rows.square().sum(1)
         self.inputs.add_(product.to(self.inputs.dtype), alpha=weight)
         self.means.add_(rows.sum(1).to(self.means.dtype), alpha=weight)
         self.weight += weight * rows.shape[1]
@@ -102,11 +97,7 @@ class LayerStatistics:
         self.gradient_weight += weight * rows.shape[1]
 
     def input_moment(self, *, centred: bool = False) -> Tensor | None:
-        """``C (groups, d, d)``, the mean of ``x xᵀ``; None where ``d`` is larger than `LARGEST_ROW`.
-
-        Args:
-            centred: Whether the mean of ``x`` is taken off, as it may be where a bias makes up for it.
-        """
+        """``C (groups, d, d)``, without the mean of ``x`` where centred; None where ``d`` is above `LARGEST_ROW`."""
         if self.inputs.dim() == 2:
             return None
         weight = max(self.weight, 1e-300)
@@ -115,9 +106,9 @@ class LayerStatistics:
             return moment
         # Where the mean is nearly all there is, what products and rounding in float32 left could be negative.
         noise = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(moment)
-        centred_moment = moment - mean[:, :, None] * mean[:, None, :]
-        centred_moment.diagonal(dim1=-2, dim2=-1).add_(noise[:, None])
-        return centred_moment
+        moment = moment - mean[:, :, None] * mean[:, None, :]
+        moment.diagonal(dim1=-2, dim2=-1).add_(noise[:, None])
+        return moment
 
     def level(self, centred: bool = False) -> float:
         """The mean square of an element of ``x``; its variance where centred."""
@@ -168,8 +159,8 @@ class Gathering:
 
     Attributes:
         outputs: What the model's outputs are, as `pwrewrite.planning.outputs` says; None to gather no gradients.
-        seed: Of the positions sampled, of the labels and the noise drawn, and of what the model draws itself; a chunk's
-            draw depends on it and on its number.
+        seed: Of the positions sampled, of the labels and the noise drawn, and of what the model draws itself, together
+            with the number of the chunk.
         expected: About how many samples there will be; decides how many positions of each are sampled.
         functions: Path and name of the weight of those layers that are called as functions and are no modules.
     """
@@ -199,14 +190,10 @@ def gather(
         start: Statistics of the first chunks, which are then passed over.
         each: Called after every chunk with the statistics by then.
 
-    Returns:
-        The statistics.
-
     Raises:
-        RefusedError: If an activation or a gradient holds NaN or Inf.
+        RefusedError: If an activation or a gradient holds NaN or Inf, or the model cannot be differentiated.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    gradients = how.outputs is not None
+    device, gradients = device_of(model), how.outputs is not None
     statistics = start or Statistics(kind="loss" if gradients else "activations")
     for path, spec in layers.items():
         if path not in statistics.layers:
@@ -216,14 +203,17 @@ def gather(
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         if gradients:
-            stack.enter_context(frozen(model))
-        hooks: list[tuple[Tensor, Callable[..., Tensor | None]]] = []
+            needing = [p for p in model.parameters() if p.requires_grad]
+            for parameter in needing:
+                stack.callback(parameter.requires_grad_)
+                parameter.requires_grad_(False)
+        hooks: list[tuple[Tensor, Hook]] = []
         for path, spec in layers.items():
             if path in how.functions:
                 hooks.append((attrgetter(how.functions[path])(model), watch.hook(path, spec)))
-                continue
-            handle = model.get_submodule(path).register_forward_hook(watch.hook(path, spec), with_kwargs=True)
-            stack.callback(handle.remove)
+            else:
+                handle = model.get_submodule(path).register_forward_hook(watch.hook(path, spec), with_kwargs=True)
+                stack.callback(handle.remove)
         if hooks:
             stack.enter_context(_Functions(hooks))
         for number, (args, kwargs) in enumerate(chunks):
@@ -237,35 +227,21 @@ def gather(
                 if gradients:
                     statistics.outcome = watch.backward(outputs)
             watch.end()
-            statistics.samples += watch.samples
-            statistics.chunks += 1
             if each is not None:
                 each(statistics)
     return statistics
 
 
-def samples_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """How many samples a chunk holds: the first dim of its first tensor, or the length of its first list."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim():
-            return int(value.shape[0])
-        if isinstance(value, (list, tuple)):
-            return len(value)
-    return 1
-
-
 class _Functions(TorchFunctionMode):
-    """Shows hooks the calls of functions with certain weights, as if modules had made them.
+    """Shows hooks the calls of functions with certain weights, as if modules had made them."""
 
-    Args:
-        hooks: Weights and forward hooks.
-    """
-
-    def __init__(self, hooks: Sequence[tuple[Tensor, Callable[..., Tensor | None]]]) -> None:
+    def __init__(self, hooks: Sequence[tuple[Tensor, Hook]]) -> None:
         super().__init__()
         self._hooks = hooks
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Tensor], types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
         """Runs a function, and the hook that waits for its weight."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
@@ -296,19 +272,19 @@ class _Watch:
             add()
         self.pending.clear()
         self.roots.clear()
+        self.statistics.samples += self.samples
+        self.statistics.chunks += 1
 
-    def hook(self, path: str, spec: ConvSpec) -> Callable[..., Any]:
+    def hook(self, path: str, spec: ConvSpec) -> Hook:
         """The forward hook of a layer."""
         sums = self.statistics.layers[path]
 
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        def after(module: nn.Module | None, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor | None:
             x = batched((args[0] if args else kwargs["input"]).detach(), spec)
-            size = tuple(output.shape[output.dim() - spec.dims :])
-            count = position_count(x, spec, size)
+            count = position_count(x, spec, tuple(output.shape[output.dim() - spec.dims :]))
             taken, share = self._sampled(count, row_size(spec), spec)
             # The rows are taken now, since a later in-place operation may change what was read.
-            rows = input_rows(x, spec, taken)
-            rows = _checked(rows if rows.dtype.itemsize >= 4 else rows.float(), path, "the input")
+            rows = _checked(input_rows(x, spec, taken), path, "the input")
             self.pending.append(lambda: sums.add_inputs(rows, share))
             return None if self.how.outputs is None else self._follow(path, spec, sums, output)
 
@@ -321,13 +297,11 @@ class _Watch:
             output = output.detach().requires_grad_()
             self.roots.append(output)
             replaced = output.clone()  # a leaf must not be changed in place
-        shape = tuple(output.shape)
-        count = prod(shape[len(shape) - spec.dims :] if spec.dims else shape[:-1])
+        count = prod(output.shape[output.dim() - spec.dims :] if spec.dims else output.shape[:-1])
         taken, share = self._sampled(count, spec.out_channels // spec.groups, spec)
 
         def back(gradient: Tensor) -> None:
-            rows = output_rows(batched(gradient.detach(), spec), spec, taken)
-            rows = _checked(rows if rows.dtype.itemsize >= 4 else rows.float(), path, "the gradient")
+            rows = _checked(output_rows(batched(gradient.detach(), spec), spec, taken), path, "the gradient")
             self.pending.append(lambda: sums.add_gradients(rows, share))
 
         output.register_hook(back)  # type: ignore[no-untyped-call]
@@ -335,19 +309,12 @@ class _Watch:
 
     def _sampled(self, count: int, size: int, spec: ConvSpec) -> tuple[Tensor | None, float]:
         """Positions to take of those there are, and how many each stands for."""
-        per_sample = max(_LEAST_POSITIONS, ceil(_ROWS_PER_SIZE * size / (self.how.expected or 64)))
-        limit = per_sample if spec.dims else per_sample * self.samples
-        if count <= limit + limit // 4:
-            return None, 1.0
-        taken = torch.randperm(count, generator=self.generator)[:limit].sort().values
-        return taken, count / limit
+        per_sample = _ROWS_PER_SIZE * size / (self.how.expected or 64)
+        taken = sampled(count, spec, per_sample, self.samples, self.generator)
+        return taken, 1.0 if taken is None else count / len(taken)
 
-    def backward(self, outputs: Any) -> str:
-        """Goes back from a loss of the outputs; the hooks add what comes.
-
-        Returns:
-            What the loss is of: ``classes`` or ``values``.
-        """
+    def backward(self, outputs: object) -> str:
+        """Goes back from a loss of the outputs, and says what of: ``classes`` or ``values``; hooks add what comes."""
         tensors = [tensor for tensor in floating(outputs) if tensor.requires_grad]
         if not tensors or not self.roots:
             return ""
@@ -357,10 +324,8 @@ class _Watch:
             predicted = log_probabilities(scores.float(), kind)
             drawn = torch.multinomial(predicted.detach().exp().cpu(), 1, generator=self.generator)
             loss = F.nll_loss(predicted, drawn[:, 0].to(predicted.device), reduction="sum")
-            outcome = "classes"
         else:
             loss = torch.stack([self._noisy(t) for t in tensors]).sum()
-            outcome = "values"
         try:
             torch.autograd.backward(loss, inputs=self.roots)
         except RuntimeError as error:
@@ -371,7 +336,7 @@ class _Watch:
                 expected="code that writes into no tensor that a layer before it needs for its gradient",
                 hint="the sensitivity activations needs no gradients",
             ) from error
-        return outcome
+        return "values" if scores is None else "classes"
 
     def _noisy(self, output: Tensor) -> Tensor:
         """An output's inner product with noise, in units in which its squared gradient is a relative error."""
@@ -384,11 +349,6 @@ class _Watch:
 
 class NoGradientsError(RefusedError):
     """The model cannot be differentiated."""
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """The widest dtype to sum in on a device."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _checked(rows: Tensor, path: str, what: str) -> Tensor:

@@ -24,7 +24,7 @@ from ..planning.budget import Limit, budgets_of
 from ..planning.latency import MEASURED
 from ..planning.measure import FAR, accuracy, compare
 from ..planning.planner import Planner, costs_of
-from ..planning.statistics import samples_of
+from ..planning.running import samples_of
 from ..report.records import BudgetReport, Report
 from .steps import Run
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from pwrewrite.core.errors import UsageError
-from pwrewrite.planning.batches import Batches, Chunk
+from pwrewrite.planning.batches import Batches
+from pwrewrite.planning.running import Chunk
 
 IMAGE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -324,26 +325,11 @@ def test_inputs_come_in_the_dtype_of_the_example() -> None:
     source = [images(4).double(), images(4).half(), images(4).bfloat16(), images(4).numpy().astype(">f8")]
     for batch in source:
         assert all(args[0].dtype is torch.float32 for args, _ in Batches([batch], IMAGE))
-    assert all(args[0].dtype is torch.bfloat16 for args, _ in Batches([images(4)], IMAGE, dtype=torch.bfloat16))
+    assert all(args[0].dtype is torch.bfloat16 for args, _ in Batches([images(4)], IMAGE.bfloat16()))
     assert all(args[0].dtype is torch.float64 for args, _ in Batches([images(4)], IMAGE.double()))
     tokens = torch.zeros(1, 7, dtype=torch.int64)
     assert all(args[0].dtype is torch.int64 for args, _ in Batches([np.zeros((4, 7), np.uint8)], tokens))
     assert all(args[0].device.type == "cpu" for args, _ in Batches([images(4)], IMAGE.to("meta")))
-    assert all(args[0].is_meta for args, _ in Batches([images(4)], IMAGE, device="meta"))
-
-
-def test_preprocess_makes_inputs_of_what_came() -> None:
-    raw = np.zeros((6, 8, 8, 3), np.uint8)
-
-    def scale(batch: Any) -> Tensor:
-        return torch.from_numpy(np.array(batch)).permute(0, 3, 1, 2) / 255
-
-    batches = Batches([(raw, np.arange(6))], IMAGE, preprocess=scale, chunk=4)
-    assert sizes(iter(batches)) == [4, 1, 1]
-    labels = batches.labels()
-    assert labels is not None
-    assert labels.tolist() == list(range(6))
-    assert "not with each sample" in refusal([raw], preprocess=lambda batch: scale(batch)[:1])
 
 
 # Refusals
@@ -377,7 +363,7 @@ def test_values_that_are_none_are_named(value: float, what: str) -> None:
     bad = images(40).clone()
     bad[37, 1, 2, 3] = value
     assert f"{what} in image 37 of batch 1" in refusal([images(4), bad])
-    assert "as float16" in refusal([images(4) * 1e9], dtype=torch.float16)
+    assert "as float16" in refusal([images(4) * 1e9], IMAGE.half())
     assert "sample 2 of batch 0" in refusal([torch.tensor([[0.0], [0.0], [value]])], torch.zeros(1, 1))
 
 
@@ -412,10 +398,12 @@ def test_settings_that_make_no_sense(settings: dict[str, Any]) -> None:
 
 def test_the_fingerprint_is_of_the_content() -> None:
     def of(source: Any, **settings: Any) -> str:
-        return Batches(source, IMAGE, **settings).fingerprint()
+        return Batches(source, settings.pop("example", IMAGE), **settings).fingerprint
 
     same = of(images(40))
-    assert same == of([images(40)]) == of(images(40).double().numpy()) == of(iter([images(40)]), device="meta")
+    assert (
+        same == of([images(40)]) == of(images(40).double().numpy()) == of(iter([images(40)]), example=IMAGE.to("meta"))
+    )
     assert len(same) == 64
     other = images(40).clone()
     other[39, 2, 7, 7] += 1e-4
@@ -427,4 +415,4 @@ def test_the_fingerprint_is_of_the_content() -> None:
         of(images(40), holdout=20),
     ):
         assert different != same
-    assert of(images(40), dtype=torch.bfloat16) != same
+    assert of(images(40), example=IMAGE.bfloat16()) != same

@@ -31,7 +31,7 @@ def test_rows_times_weight_are_the_output(name: str) -> None:
     rows = input_rows(x, spec)
     assert rows.shape[-1] == row_size(spec)
     torch.testing.assert_close(rows @ weight.mT + bias, output_rows(y, spec))
-    taken = torch.tensor([0, 3, position_count(x, spec) - 1])
+    taken = torch.tensor([0, 3, position_count(x, spec, tuple(y.shape[2:])) - 1])
     torch.testing.assert_close(input_rows(x, spec, taken) @ weight.mT + bias, output_rows(y, spec, taken))
 
 

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.core.errors import RefusedError
 from pwrewrite.decompose.weighting import SideWeight
-from pwrewrite.planning.statistics import Gathering, LayerStatistics, Statistics, gather, samples_of
+from pwrewrite.planning.running import samples_of
+from pwrewrite.planning.statistics import Gathering, LayerStatistics, Statistics, gather
 
 
 class Net(nn.Module):
