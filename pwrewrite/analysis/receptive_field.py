@@ -67,7 +67,7 @@ class Reach:
     @property
     def extent(self) -> int:
         """Most input positions that one position sees, from the first to the last."""
-        return max((high - low + 1 for low, high in filter(None, self.spans)), default=0)
+        return max([high - low + 1 for low, high in filter(None, self.spans)], default=0)
 
     def at(self, position: int) -> Span | None:
         """First and last input position that a position sees."""
@@ -336,31 +336,32 @@ def receptive_fields(capture: Capture) -> dict[str, tuple[tuple[int, ...], bool]
     inputs = (spec for _, spec in capture.inputs if len(spec.shape) > dims and spec.dtype.is_floating_point)
     frame = next((spec.shape[-dims:] for spec in inputs), ()) if dims else ()
     start = tuple(Reach(axis, 1, ((0, 0),)) for axis in range(-len(frame), 0))
-    fields: dict[str, Field] = {}
+    fields: dict[str, tuple[Shape | None, Field]] = {}
     hulls: Hulls = {}
     for node in capture.graph.nodes if frame else ():
         facts = info(node)
+        shape = facts.outputs[0].shape if facts.outputs else None
         if node.op == "placeholder":
-            if facts.outputs and facts.outputs[0].shape[-dims:] == frame:
-                fields[node.name] = start
+            if shape is not None and shape[-dims:] == frame:
+                fields[node.name] = shape, start
         elif facts.op not in _CONSTANT and node.op != "output":
             operands: Sequence[object] = node.all_input_nodes
             if facts.op in _FIRST_ONLY or facts.op == "copy":  # of which what is written counts, not what was there
                 operands = node.args[1:2] if facts.op == "copy" else node.args[:1]
-            seen = [a for a in operands if isinstance(a, fx.Node) and a.name in fields and info(a).outputs]
-            sources = [(info(a).outputs[0].shape, fields[a.name]) for a in seen]
+            seen = [fields[a.name] for a in operands if isinstance(a, fx.Node) and a.name in fields]
+            sources = [(shape, field) for shape, field in seen if shape is not None]
             if sources:
-                fields[node.name] = _step(node, capture.model, sources, hulls)
-                base = facts.alias_of or ""
-                through_view = str(node.target).endswith("_") and base not in map(str, node.args[:1])
-                if base in fields and through_view and (facts.op == "copy" or len(sources) > 1):
-                    fields[base] = (UNKNOWN,) * dims  # later readers see what was written there, too
-    extents = {
-        id(field): (tuple([s.extent if isinstance(s, Reach) else n for s, n in zip(field, frame)]), {*field} == {WHOLE})
-        for field in fields.values()
-        if UNKNOWN not in field
-    }
-    return {name: extents[id(field)] for name, field in fields.items() if id(field) in extents}
+                fields[node.name] = shape, _step(node, capture.model, sources, hulls)
+                base = facts.alias_of
+                if base in fields and (facts.op == "copy" or len(sources) > 1):
+                    if str(node.target).endswith("_") and base not in map(str, node.args[:1]):
+                        fields[base] = fields[base][0], (UNKNOWN,) * dims  # later readers see what was written there
+    extents: dict[int, tuple[tuple[int, ...], bool]] = {}
+    for _, field in fields.values():  # few are different ones
+        if id(field) not in extents and not any(s is UNKNOWN for s in field):
+            extent = tuple([s.extent if isinstance(s, Reach) else n for s, n in zip(field, frame)])
+            extents[id(field)] = extent, all(s is WHOLE for s in field)
+    return {name: extents[id(field)] for name, (_, field) in fields.items() if id(field) in extents}
 
 
 def _step(node: fx.Node, model: nn.Module, sources: list[tuple[Shape, Field]], hulls: Hulls) -> Field:

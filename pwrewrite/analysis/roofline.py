@@ -173,9 +173,10 @@ def roofline(infos: Iterable[NodeInfo], device: DeviceProfile) -> Roofline:
         dtype = facts.outputs[0].dtype if facts.outputs else torch.float32
         if facts.cost.macs:
             macs[dtype] = macs.get(dtype, 0) + facts.cost.macs
-        limit, _, seconds = bound(facts.cost.macs, facts.cost.read_bytes + facts.cost.write_bytes, dtype, device)
-        total += seconds
-        waiting += seconds if limit == "memory" else 0.0
+        compute = facts.cost.macs / device.peak(dtype)
+        transfer = (facts.cost.read_bytes + facts.cost.write_bytes) / device.bytes_per_s
+        total += max(compute, transfer)
+        waiting += transfer if transfer > compute else 0.0
     main = max(macs, key=macs.__getitem__) if macs else torch.float32
     share = waiting / total if total else 0.0
     return Roofline(device.name, device.peak(main), device.bytes_per_s, device.ridge(main), total, share)

@@ -9,7 +9,7 @@ from operator import attrgetter
 from torch import Tensor, nn
 
 from ..core.nested import Tree, tensors_of
-from .tensors import byte_count, element_count, kind_of
+from .tensors import all_plain, byte_count, element_count, kind_of
 
 _ATOMS = frozenset((bool, int, float, str, type(None)))
 
@@ -75,9 +75,10 @@ class Inventory:
     @cached_property
     def kinds(self) -> set[str]:
         """Kinds of its parameters and buffers that are no plain tensors."""
-        alike = {(type(t), t.layout, t.dtype): t for t in (*self.parameters, *self.buffers)}
-        nested = [t for t in self.buffers if t.is_nested]
-        return set(map(kind_of, (*alike.values(), *nested))) - {""}
+        tensors = (*self.parameters, *self.buffers)
+        if all_plain(tensors):
+            return set()
+        return set(map(kind_of, tensors)) - {""}
 
     @cached_property
     def size(self) -> int:

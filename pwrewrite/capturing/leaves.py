@@ -48,10 +48,13 @@ class Leaves:
         elif op in functions.WINDOWED:
             window = module_window(module)
         params, size, strided = 0, 0, torch.strided
-        for t in (*module._parameters.values(), *module._buffers.values()):
-            if t is not None:
-                params += self._books.count(t)
-                size += t.nbytes if t.layout is strided else byte_count(t)
+        for p in module._parameters.values():
+            if p is not None:
+                params += self._books.count(p)
+                size += p.nbytes if p.layout is strided else byte_count(p)
+        for b in module._buffers.values():
+            if b is not None:
+                size += b.nbytes if b.layout is strided else byte_count(b)
         self._books.record(
             self._origins.create("call_module", path, args, kwargs, path or op),
             op, path, args if not kwargs else (args, kwargs), out,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from functools import cache
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,13 @@ def kind_of(t: Tensor) -> str:
     if t.layout is not torch.strided:
         return "sparse"
     return "quantized" if t.is_quantized else "complex" if t.is_complex() else ""
+
+
+def all_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether the kind of each is empty."""
+    dtypes, layouts = set(map(attrgetter("dtype"), tensors)), set(map(attrgetter("layout"), tensors))
+    ordinary = dtypes <= _ORDINARY and layouts <= {torch.strided} and set(map(type, tensors)) <= {*_PLAIN}
+    return ordinary and not any(map(attrgetter("is_nested"), tensors))
 
 
 def has_shape_only(t: Tensor) -> bool:
