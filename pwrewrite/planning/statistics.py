@@ -35,6 +35,7 @@ from ..core.convolution import ConvSpec
 from ..core.errors import RefusedError, first_line
 from ..core.files import same_directory
 from ..core.nested import Args, Kwargs
+from ..decompose.eigen import symmetric_eigen
 from .outputs import class_scores, floating, log_probabilities
 from .patches import batched, input_rows, output_rows, position_count, row_size, sampled
 from .running import Chunk, device_of, evaluating, samples_of, wide_dtype
@@ -45,6 +46,8 @@ LARGEST_ROW = 8192
 _LAYERS = frozenset(
     (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 )
+_NEARLY_CONSTANT = 0.03
+"""Below this share of its second moment, the variance of what a layer reads is near the rounding of its sums."""
 _ROWS_PER_SIZE = 8
 
 Hook = Callable[[nn.Module | None, Args, Kwargs, Tensor], Tensor | None]
@@ -104,17 +107,22 @@ class LayerStatistics:
         moment, mean = self.inputs / weight, self.means / weight
         if not centred:
             return moment
-        # Where the mean is nearly all there is, what products and rounding in float32 left could be negative.
-        noise = torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(moment)
-        moment = moment - mean[:, :, None] * mean[:, None, :]
-        moment.diagonal(dim1=-2, dim2=-1).add_(noise[:, None])
-        return moment
+        size = torch.linalg.matrix_norm(moment)
+        noise = torch.finfo(torch.float32).eps * size
+        rest = moment - mean[:, :, None] * mean[:, None, :]
+        if bool((torch.linalg.matrix_norm(rest) < _NEARLY_CONSTANT * size).any()):
+            # The mean is nearly all there is: of what is left, rounding of sums in float32 makes some negative.
+            values, vectors = symmetric_eigen(rest)
+            return (vectors * torch.maximum(values, noise[:, None]).unsqueeze(-2)) @ vectors.mT
+        rest.diagonal(dim1=-2, dim2=-1).add_(noise[:, None])
+        return rest
 
     def level(self, centred: bool = False) -> float:
         """The mean square of an element of ``x``; its variance where centred."""
         weight = max(self.weight, 1e-300)
         squares = self.inputs if self.inputs.dim() == 2 else self.inputs.diagonal(dim1=-2, dim2=-1)
-        return float((squares / weight - ((self.means / weight).square() if centred else 0)).mean())
+        level = float((squares / weight - ((self.means / weight).square() if centred else 0)).mean())
+        return max(level, 0.0)  # rounding
 
     def gradient_moment(self) -> Tensor | None:
         """``G (groups, o, o)``, the mean of ``g gᵀ``; None where no gradient reached the layer."""

@@ -251,9 +251,11 @@ def test_what_counts_as_a_sample() -> None:
     assert samples_of((), {"x": torch.zeros(5, 3)}) == 5
 
 
-def test_inputs_that_hardly_vary_have_a_moment_off_their_mean() -> None:
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-4, 1e-2])
+def test_inputs_that_hardly_vary_have_a_moment_off_their_mean(spread: float) -> None:
     one = LayerStatistics.empty(ConvSpec.of_module(nn.Conv2d(16, 4, 1)), torch.device("cpu"))
-    rows = 3 + 1e-4 * torch.randn(1, 500, 16, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.rand(16, generator=draw) + spread * torch.randn(1, 5_000, 16, generator=draw)
     one.add_inputs(rows, 1.0)
     found = Statistics({"conv": one}, samples=500)
     found.round()
