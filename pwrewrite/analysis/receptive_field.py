@@ -352,10 +352,10 @@ def receptive_fields(capture: Capture) -> dict[str, tuple[tuple[int, ...], bool]
             sources = [(shape, field) for shape, field in seen if shape is not None]
             if sources:
                 fields[node.name] = shape, _step(node, capture.model, sources, hulls)
-                base = facts.alias_of
-                if base in fields and (facts.op == "copy" or len(sources) > 1):
-                    if str(node.target).endswith("_") and base not in map(str, node.args[:1]):
-                        fields[base] = fields[base][0], (UNKNOWN,) * dims  # later readers see what was written there
+                base = facts.alias_of or ""
+                written = base in fields and (facts.op == "copy" or len(sources) > 1)
+                if written and str(node.target).endswith("_") and base not in map(str, node.args[:1]):
+                    fields[base] = fields[base][0], (UNKNOWN,) * dims  # later readers see what was written there
     extents: dict[int, tuple[tuple[int, ...], bool]] = {}
     for _, field in fields.values():  # few are different ones
         if id(field) not in extents and not any(s is UNKNOWN for s in field):
