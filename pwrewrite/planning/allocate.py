@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import fsum, inf, nan
+from math import fsum, inf
 
 import numpy as np
 
@@ -60,18 +60,15 @@ class Infeasible(RefusedError):
 
     Attributes:
         kind: Which limit cannot be met even alone; None where only all of them together cannot.
-        smallest: The smallest total of that kind.
-        together: Where they cannot be met together: the smallest total of each kind while the others stay within
-            their limits; without kinds where the others cannot be met either.
+        least: The smallest total of that kind; or of each kind while the others stay within their limits, without
+            kinds where the others cannot be met either.
     """
 
-    def __init__(
-        self, kind: str | None, smallest: float, limit: float, together: Mapping[str, float] | None = None
-    ) -> None:
-        what = f"a total {kind} of {limit:g} cannot be met" if kind else "the limits cannot be met together"
-        self.kind, self.smallest, self.together = kind, smallest, dict(together or {})
-        expected = [f"{other} of at least {least:g}" for other, least in self.together.items()]
-        super().__init__(what, expected=f"at least {smallest:g}" if kind else ", or ".join(expected) or None)
+    def __init__(self, kind: str | None, least: Mapping[str, float]) -> None:
+        self.kind, self.least = kind, least
+        expected = ", or ".join(f"{other} of at least {total:g}" for other, total in least.items())
+        what = f"the limit on {kind} cannot be met" if kind else "the limits cannot be met together"
+        super().__init__(what, expected=expected or None)
 
 
 def allocate(
@@ -101,7 +98,7 @@ def allocate(
     for kind, limit in limits.items():
         smallest = sum((min(Fraction(option.costs[kind]) for option in group) for group in groups), Fraction(0))
         if smallest > limit:
-            raise Infeasible(kind, float(smallest), limit)
+            raise Infeasible(kind, {kind: float(smallest)})
     binding = {kind: limit for kind, limit in limits.items() if limit != inf}
     answer, least = _search(groups, binding, gap, time_limit, start)
     if answer.chosen is not None:
@@ -111,7 +108,7 @@ def allocate(
     if start is not None and _excess(groups, start, limits) is None:
         return _allocation(groups, start, limits, inf)
     if answer.impossible:
-        raise Infeasible(None, nan, nan, _together(groups, binding))
+        raise Infeasible(None, _together(groups, binding))
     raise RefusedError(
         f"no choice within the limits was found in {time_limit:g} s",
         hint="loosen one of the limits, or allow more time",
@@ -119,27 +116,14 @@ def allocate(
 
 
 def frontier(
-    groups: Groups,
-    kind: str,
-    *,
-    limits: Mapping[str, float] | None = None,
-    points: int = 25,
-    gap: float = 1e-4,
+    groups: Groups, kind: str, *, limits: Mapping[str, float] | None = None, points: int = 25, gap: float = 1e-4
 ) -> list[Allocation]:
-    """The least losses for limits on one kind, from no limit down to the smallest total.
+    """The least losses for so many limits on one kind, evenly apart from no limit down to the smallest total.
 
-    Args:
-        groups: The options of each group.
-        kind: The kind whose limit varies.
-        limits: Limits on other kinds, which stay.
-        points: How many limits, evenly apart.
-        gap: As for `allocate`.
+    ``limits`` are on other kinds, and stay; as in `allocate` they may be `Infeasible`.
 
     Returns:
         Allocations of falling cost and never falling loss; equal ones once.
-
-    Raises:
-        Infeasible: If the other limits cannot be met.
     """
     fixed = {k: v for k, v in (limits or {}).items() if k != kind}
     allocations = [allocate(groups, {**fixed, kind: inf}, gap=gap)]

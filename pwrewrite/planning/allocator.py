@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..core.errors import RefusedError
 from ..core.plan import Plan, Skip, SkipReason
-from .allocate import Allocation, Infeasible, Option, allocate, frontier
+from .allocate import Allocation, Infeasible, allocate, frontier
 from .budget import Limit
-from .candidates import LayerCandidates
+from .candidates import Candidate, LayerCandidates
 
 _REMEDIES = {
     SkipReason.PARAMETRIZED: "bake the parametrizations into plain weights first (--bake)",
@@ -66,47 +66,34 @@ class Allocator:
         Raises:
             RefusedError: If a limit cannot be met; says what the smallest one is, and why layers were left.
         """
-        fixed = self._fixed(absolute)
         try:
-            allocation = allocate(
-                self._options(absolute), {kind: limit - fixed[kind] for kind, limit in absolute.items()}
-            )
+            return self._choice(allocate(self._groups, self._left(absolute)), limits)
         except Infeasible as error:
-            raise self._unmet(error, limits, fixed) from None
-        return self._choice(allocation, limits)
+            raise self._unmet(error, limits) from None
 
     def cheapest(self, kind: str, limits: Sequence[Limit], others: Mapping[str, float]) -> Choice:
         """The choice that costs least of one kind, within limits of others."""
-        fixed = self._fixed({**others, kind: 0.0})
-        within = {other: limit - fixed[other] for other, limit in others.items()}
-        return self._choice(frontier(self._options({**others, kind: 0.0}), kind, limits=within, points=2)[-1], limits)
+        return self._choice(frontier(self._groups, kind, limits=self._left(others), points=2)[-1], limits)
 
     def frontier(self, kind: str, limits: Sequence[Limit] = (), points: int = 25) -> list[Choice]:
-        """The least losses for limits of one kind, from the original down to the smallest.
-
-        Args:
-            kind: What is limited.
-            limits: Limits of other kinds, which hold beside it.
-            points: How many limits.
-        """
-        absolute = self.absolute(limits)
-        fixed = self._fixed({**absolute, kind: 0.0})
-        left = {k: limit - fixed[k] for k, limit in absolute.items()}
+        """As `Planner.frontier`, whose work this is."""
         try:
-            allocations = frontier(self._options({**absolute, kind: 0.0}), kind, limits=left, points=points)
+            allocations = frontier(self._groups, kind, limits=self._left(self.absolute(limits)), points=points)
         except Infeasible as error:
-            raise self._unmet(error, limits, fixed) from None
+            raise self._unmet(error, limits) from None
         return [self._choice(allocation, limits) for allocation in allocations]
 
-    def _fixed(self, kinds: Iterable[str]) -> dict[str, float]:
-        """What the part of the model that cannot change costs."""
-        return {k: self.original[k] - sum(layer.candidates[0].costs[k] for layer in self.layers) for k in kinds}
+    @property
+    def _groups(self) -> list[list[Candidate]]:
+        return [layer.candidates for layer in self.layers]
 
-    def _options(self, kinds: Iterable[str]) -> list[list[Option]]:
-        kinds = tuple(kinds)
-        return [
-            [Option(c.loss, {kind: c.costs[kind] for kind in kinds}) for c in each.candidates] for each in self.layers
-        ]
+    def _fixed(self, kind: str) -> float:
+        """What the part of the model that cannot change costs."""
+        return self.original[kind] - sum(layer.candidates[0].costs[kind] for layer in self.layers)
+
+    def _left(self, absolute: Mapping[str, float]) -> dict[str, float]:
+        """What limits leave to the layers that may change."""
+        return {kind: limit - self._fixed(kind) for kind, limit in absolute.items()}
 
     def _choice(self, allocation: Allocation, limits: Sequence[Limit]) -> Choice:
         picked = [(layer, layer.candidates[i]) for layer, i in zip(self.layers, allocation.chosen)]
@@ -129,18 +116,17 @@ class Allocator:
         plan = Plan(ops, (*self.skips, *unchanged), {}, facts)
         return Choice(plan, allocation.loss, allocation.gap, costs)
 
-    def _unmet(self, error: Infeasible, limits: Sequence[Limit], fixed: Mapping[str, float]) -> RefusedError:
-        left, hint = reasons_of(self.skips), remedy_for(self.skips)
-        kind = error.kind
+    def _unmet(self, error: Infeasible, limits: Sequence[Limit]) -> RefusedError:
+        (left, hint), kind = _left_out(self.skips), error.kind
+        totals = {k: least + self._fixed(k) for k, least in error.least.items()}
         if kind is None:
-            each = [f"{k}={_amount(k, least + fixed[k])}" for k, least in error.together.items()]
+            each = [f"{k}={_amount(k, total)}" for k, total in totals.items()]
             return RefusedError(
                 f"the budgets {' and '.join(map(str, limits))} cannot be met together{left}",
                 expected=f"within the others, at least {' or '.join(each)}" if each else None,
                 hint=f"loosen one of them, {hint}",
             )
-        least = error.smallest + fixed[kind]
-        limit = next(limit for limit in limits if limit.kind == kind)
+        least, limit = totals[kind], next(limit for limit in limits if limit.kind == kind)
         share = least / self.original[kind] if self.original[kind] else 1.0
         return RefusedError(
             f"the budget {limit} cannot be met{left}",
@@ -150,21 +136,13 @@ class Allocator:
         )
 
 
-def reasons_of(skips: Sequence[Skip]) -> str:
-    """Why layers were left, counted: ``: 3 layers were left (2 parametrized, 1 hooked)``; empty where none was."""
-    counts = Counter(str(skip.reason) for skip in skips if skip.reason is not SkipReason.POINTWISE)
-    if not counts:
-        return ""
-    each = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-    return f": {sum(counts.values())} layers are left as they are ({each})"
-
-
-def remedy_for(skips: Sequence[Skip]) -> str:
-    """What helps against the most frequent reason."""
-    reasons = Counter(skip.reason for skip in skips if skip.reason in _REMEDIES)
-    if not reasons:
-        return "or allow more --forms or layers"
-    return f"or {_REMEDIES[reasons.most_common(1)[0][0]]}"
+def _left_out(skips: Sequence[Skip]) -> tuple[str, str]:
+    """Why layers were left, counted (empty where none was), and what helps against the most frequent reason."""
+    counts = Counter(skip.reason for skip in skips if skip.reason is not SkipReason.POINTWISE).most_common()
+    remedy = next((_REMEDIES[reason] for reason, _ in counts if reason in _REMEDIES), "allow more --forms or layers")
+    each = ", ".join(f"{count} {reason}" for reason, count in counts)
+    left = f": {sum(count for _, count in counts)} layers are left as they are ({each})" if counts else ""
+    return left, f"or {remedy}"
 
 
 def _amount(kind: str, value: float) -> str:

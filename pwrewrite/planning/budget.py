@@ -21,17 +21,16 @@ from ..core.text import did_you_mean
 
 Kind = Literal["macs", "params", "bytes", "latency"]
 
-_SECONDS = {
-    unit: Decimal(1).scaleb(power) for unit, power in (("s", 0), ("ms", -3), ("us", -6), ("µs", -6), ("ns", -9))
-}
-_UNITS: dict[str, Mapping[str, int | Decimal]] = {
-    "macs": COUNTS,
-    "flops": COUNTS,
-    "params": COUNTS,
+_SECONDS = {"s": Decimal(1), "ms": Decimal("1e-3"), "us": Decimal("1e-6"), "ns": Decimal("1e-9")}
+_UNITS: Mapping[str, Mapping[str, int | Decimal]] = {
+    **dict.fromkeys(("macs", "flops", "params"), COUNTS),
     "bytes": BYTES,
     "latency": _SECONDS,
 }
-_SHOWN: dict[str, str] = {
+_SHOWN = {"bytes": ("TiB", "GiB", "MiB", "KiB", "TB", "GB", "MB", "kB", "B"), "latency": ("s", "ms", "us")}
+_SHOWN_COUNTS = ("P", "T", "G", "M", "k", "")
+"""Units in which a limit is shown: the first in which it is at least 1 and has at most four digits, else the last."""
+_TAKES = {
     "macs": "a ratio such as 0.5 or 50%, or a count such as 2.1G",
     "flops": "a ratio such as 0.5 or 50%, or a count such as 4.2G",
     "params": "a ratio such as 0.5 or 50%, or a count such as 12M",
@@ -44,7 +43,7 @@ _LEAST_COUNT = 1000
 
 @dataclass(frozen=True)
 class Limit:
-    """One limit.
+    """One limit; as text it is what `budgets_of` reads.
 
     Attributes:
         kind: What is limited.
@@ -57,101 +56,62 @@ class Limit:
     relative: bool
 
     def absolute(self, original: float) -> float:
-        """The most there may be.
-
-        Args:
-            original: What the original costs.
-
-        Returns:
-            The limit in the unit of ``original``; more than that where the budget is.
-        """
+        """The most there may be where the original costs so much, in its unit."""
         return self.limit * original if self.relative else self.limit
 
     def __str__(self) -> str:
-        return f"{self.kind}={repr(self.limit).removesuffix('.0') if self.relative else self._amount()}"
-
-    def _amount(self) -> str:
-        """An absolute limit as `parse_budget` reads it."""
-        if self.kind == "latency":
-            return _in_units(Decimal(repr(self.limit)), [("s", _SECONDS["s"]), ("ms", _SECONDS["ms"])], "us", _SECONDS)
-        whole = Decimal(int(self.limit))
-        if self.kind == "bytes":
-            units = [(f"{p}iB", Decimal(1024**n)) for n, p in ((4, "T"), (3, "G"), (2, "M"), (1, "K"))]
-            units += [(f"{p}B", Decimal(1000**n)) for n, p in ((4, "T"), (3, "G"), (2, "M"), (1, "k"))]
-            return _in_units(whole, units, "B", {"B": Decimal(1)})
-        units = [(p, Decimal(1000**n)) for n, p in ((5, "P"), (4, "T"), (3, "G"), (2, "M"), (1, "k"))]
-        return _in_units(whole, units, "", {"": Decimal(1)})
-
-
-def _in_units(
-    value: Decimal, units: Sequence[tuple[str, Decimal]], last: str, scales: Mapping[str, int | Decimal]
-) -> str:
-    """A value in the first unit in which it has at least 1 and at most four digits, else in the last."""
-    for unit, scale in units:
-        scaled = (value / scale).normalize()
-        if scaled >= 1 and len(scaled.as_tuple().digits) <= 4:
-            return f"{scaled:f}{unit}"
-    return f"{(value / scales[last]).normalize():f}{last}"
-
-
-def parse_budget(texts: Sequence[str]) -> tuple[Limit, ...]:
-    """Reads budgets as a person types them.
-
-    Args:
-        texts: ``KIND=LIMIT``, each: ``macs=0.5``, ``macs=50%``, ``params=12M``, ``flops=8G``, ``bytes=40MiB``,
-            ``latency=8ms``.
-
-    Returns:
-        The budgets, in order.
-
-    Raises:
-        UsageError: A text is malformed, a kind or unit unknown, a ratio not in (0, 1], or a kind given twice.
-    """
-    pairs: list[tuple[str, object]] = []
-    for text in texts:
-        kind, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(
-                f"cannot read the budget {text!r}", expected="KIND=LIMIT", hint="macs=0.5, params=12M or latency=8ms"
-            )
-        pairs.append((kind.strip(), value.strip()))
-    return _unique(pairs)
+        if self.relative:
+            return f"{self.kind}={repr(self.limit).removesuffix('.0')}"
+        value = Decimal(repr(self.limit)) if self.kind == "latency" else Decimal(int(self.limit))
+        units = _SHOWN.get(self.kind, _SHOWN_COUNTS)
+        scaled = {unit: (value / _UNITS[self.kind][unit.lower()]).normalize() for unit in units}
+        short = (unit for unit, number in scaled.items() if number >= 1 and len(number.as_tuple().digits) <= 4)
+        unit = next(short, units[-1])
+        return f"{self.kind}={scaled[unit]:f}{unit}"
 
 
 def budgets_of(limits: object) -> tuple[Limit, ...]:
-    """Limits as Python gives them.
+    """Limits as Python or a person gives them.
 
     Args:
-        limits: Kind to limit, where a float in (0, 1] is a ratio, an integer above 1 absolute, a string as in
-            `parse_budget`: ``{"macs": 0.5, "params": 12_000_000, "latency": "8ms"}``. Or such texts as `parse_budget`
-            reads, or limits, or a single number or text, which limits the MACs.
+        limits: Kind to limit, where a float in (0, 1] is a ratio, an integer above 1 absolute, a string any of them
+            with its unit: ``{"macs": 0.5, "params": 12_000_000, "latency": "8ms"}``. Or texts ``KIND=LIMIT``
+            (``macs=50%``, ``flops=8G``, ``bytes=40MiB``), or limits, or a single number or text, which limits the MACs.
 
     Returns:
         The limits, in order.
 
     Raises:
-        UsageError: As in `parse_budget`, or a limit that is neither a number nor a string.
+        UsageError: A text is malformed, a kind or unit unknown, a ratio not in (0, 1], a kind given twice, or a limit
+            neither a number nor a string.
     """
+    pairs: list[tuple[str, object]] = []
     if isinstance(limits, Mapping):
-        return _unique([(str(kind), value) for kind, value in limits.items()])
-    if isinstance(limits, str):
-        return parse_budget([limits if "=" in limits else f"macs={limits}"])
-    if isinstance(limits, Sequence):
-        known = [limit for limit in limits if isinstance(limit, Limit)]
-        return tuple(known) if len(known) == len(limits) else parse_budget([str(text) for text in limits])
-    return _unique([("macs", limits)])
-
-
-def _unique(pairs: Sequence[tuple[str, object]]) -> tuple[Limit, ...]:
-    """Budgets of kinds and limits, no kind twice."""
-    budgets: list[Limit] = []
+        pairs = [(str(kind), value) for kind, value in limits.items()]
+    elif not isinstance(limits, Sequence):
+        pairs = [("macs", limits)]
+    else:
+        texts = [limits if "=" in limits else f"macs={limits}"] if isinstance(limits, str) else limits
+        known = [limit for limit in texts if isinstance(limit, Limit)]
+        if len(known) == len(texts):
+            return tuple(known)
+        pairs = [_pair(str(text)) for text in texts]
+    budgets: dict[str, Limit] = {}
     for kind, value in pairs:
         budget = _budget(kind, value)
-        if any(other.kind == budget.kind for other in budgets):
+        if budget.kind in budgets:
             also = " (flops are macs, at two each)" if "flops" in (k.lower() for k, _ in pairs) else ""
             raise UsageError(f"the budget limits {budget.kind} more than once{also}", hint="give the tighter one")
-        budgets.append(budget)
-    return tuple(budgets)
+        budgets[budget.kind] = budget
+    return tuple(budgets.values())
+
+
+def _pair(text: str) -> tuple[str, str]:
+    kind, equals, value = text.partition("=")
+    if not equals:
+        hint = "macs=0.5, params=12M or latency=8ms"
+        raise UsageError(f"cannot read the budget {text!r}", expected="KIND=LIMIT", hint=hint)
+    return kind.strip(), value.strip()
 
 
 def _budget(kind: str, value: object) -> Limit:
@@ -160,7 +120,7 @@ def _budget(kind: str, value: object) -> Limit:
     if name not in _UNITS:
         hint = did_you_mean(_UNITS, name)
         raise UsageError(f"no budget of the kind {kind!r}", expected=", ".join(_UNITS), hint=hint)
-    number, relative = _read(name, value) if isinstance(value, str) else _take(name, value)
+    number, relative = _read(name, value) if isinstance(value, str) else _take(name, value, value)
     if not relative and name == "flops":
         number /= 2
     if not relative and name != "latency":
@@ -172,12 +132,8 @@ def _budget(kind: str, value: object) -> Limit:
 
 def _refusal(message: str, name: str, value: object, hint: str | None = None) -> UsageError:
     """The error for one budget, with what its kind takes."""
-    return UsageError(
-        message.format(f"{name}={value}"),
-        expected=_SHOWN[name],
-        got=repr(value) if isinstance(value, str) else str(value),
-        hint=hint,
-    )
+    got = repr(value) if isinstance(value, str) else str(value)
+    return UsageError(message.format(f"{name}={value}"), expected=_TAKES[name], got=got, hint=hint)
 
 
 def _read(name: str, text: str) -> tuple[Decimal, bool]:
@@ -189,20 +145,18 @@ def _read(name: str, text: str) -> tuple[Decimal, bool]:
         return _ratio(name, number / 100, text), True
     if not unit:
         return _take(name, float(number) if number.as_tuple().exponent else int(number), text)
-    units = {key.replace("μ", "µ"): scale for key, scale in _UNITS[name].items()}
-    scale = units.get(unit.lower().replace("μ", "µ"))
-    if scale is None:
-        of = [kind for kind, known in _UNITS.items() if unit.lower() in known and kind != name]
+    plain = unit.lower().replace("µ", "u").replace("μ", "u")
+    if plain not in _UNITS[name]:
+        of = [kind for kind, units in _UNITS.items() if plain in units]
         hint = f"{unit} is a unit of {' and '.join(of)}" if of else None
         raise _refusal(f"the budget {{}} has an unknown unit {unit!r}", name, text, hint)
     if number <= 0:
         raise _refusal("the budget {} is not above 0", name, text)
-    return number * scale, False
+    return number * _UNITS[name][plain], False
 
 
-def _take(name: str, value: object, shown: object = None) -> tuple[Decimal, bool]:
+def _take(name: str, value: object, shown: object) -> tuple[Decimal, bool]:
     """A limit that is a bare number, and whether it is a ratio."""
-    shown = value if shown is None else shown
     if isinstance(value, bool) or not isinstance(value, Real):
         raise _refusal("the budget {} is neither a number nor text", name, shown)
     if not math.isfinite(value):

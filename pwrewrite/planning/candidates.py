@@ -18,6 +18,7 @@ from ..capturing.eligibility import Owners
 from ..capturing.records import Capture, Layer
 from ..core.convolution import ConvSpec
 from ..core.errors import UsageError
+from ..core.options import Budget
 from ..core.plan import Op, Skip, SkipReason
 from ..edit.actions.evaluation import code_graph
 from ..edit.graph_edit import FunctionalCall
@@ -27,6 +28,7 @@ from ..forms.specs import Chain, stage_output
 from ..forms.weighted import WeightedLayer
 from ..passes import FORM_PASSES, LayerPass
 from ..passes.base import chosen, estimate_chain, scope_of, spec_of, weight_of
+from .allocate import Option
 from .latency import LatencyTable, Variant
 from .statistics import Statistics
 
@@ -43,32 +45,22 @@ _FASTER = 0.97
 """A candidate is faster than the layer below this share of its time."""
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One thing that a layer could become.
+@dataclass(frozen=True, slots=True)
+class Candidate(Option):
+    """One thing that a layer could become: its predicted loss, what the layer then costs, and how.
 
     Attributes:
         op: The op that does it; None to keep the layer.
-        loss: Predicted loss.
         error: Relative error of the layer in the norm of the prediction.
-        costs: ``params`` and ``macs`` of the layer with it; others as they are measured.
     """
 
-    op: Op | None
-    loss: float
-    error: float
-    costs: Mapping[str, float]
+    op: Op | None = None
+    error: float = 0.0
 
 
 @dataclass
 class LayerCandidates:
-    """A layer and its candidates.
-
-    Attributes:
-        layer: The layer.
-        spec: Its shape facts.
-        candidates: The first keeps it.
-    """
+    """A layer and its candidates, of which the first keeps it."""
 
     layer: Layer
     spec: ConvSpec
@@ -81,47 +73,28 @@ def forms_named(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         UsageError: An unknown name.
     """
-    forms: dict[str, None] = {}
+    known = FORM_SETS | {name: (name,) for name in FORMS}
     for name in names:
-        if name not in FORM_SETS and name not in FORMS:
-            raise UsageError(
-                f"there is no form {name!r}", expected=f"some of {', '.join((*FORM_SETS, *FORMS))}", got=name
-            )
-        forms |= dict.fromkeys(FORM_SETS.get(name, (name,)))
-    return tuple(forms)
+        if name not in known:
+            raise UsageError(f"there is no form {name!r}", expected=f"some of {', '.join(known)}", got=name)
+    return tuple(dict.fromkeys(form for name in names for form in known[name]))
 
 
 class ReplaceableLayers:
-    """The layers of a capture that may be replaced, and by which pass each form is proposed.
-
-    Args:
-        capture: The model.
-        forms: The forms that may be used.
-        include: Patterns on paths; all layers where empty.
-        exclude: Patterns on paths that stay as they are.
-        replan: Whether parts of earlier rewrites are looked at.
+    """The layers of a capture that a budget lets be replaced, and by which pass each form is proposed.
 
     Attributes:
-        capture: The model.
         layers: What may be replaced, with the passes that apply to it.
         skips: What may not, and why.
     """
 
-    def __init__(
-        self,
-        capture: Capture,
-        forms: Sequence[str],
-        *,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
-        replan: bool = False,
-    ) -> None:
-        self.capture = capture
-        self.owners = Owners(capture)
+    def __init__(self, capture: Capture, budget: Budget) -> None:
+        self.capture, self.owners = capture, Owners(capture)
         self.layers: list[tuple[Layer, dict[str, LayerPass]]] = []
         self.skips: list[Skip] = []
-        passes = [kind(replan=replan, min_gain=0.0) for form in forms for kind in FORM_PASSES[form]]
-        chosen_layers = chosen(capture, include, exclude)
+        kinds = [kind for form in forms_named(budget.forms) for kind in FORM_PASSES[form]]
+        passes = [kind(replan=budget.replan, min_gain=0.0) for kind in kinds]
+        chosen_layers = chosen(capture, budget.include, budget.exclude)
         for layer in capture.layers:
             if id(layer) not in chosen_layers:
                 self.skips.append(Skip(layer.path, SkipReason.EXCLUDED, "left out by include or exclude"))
@@ -129,8 +102,7 @@ class ReplaceableLayers:
             answers = {each: each.refusal(capture, layer, self.owners) for each in passes if each.concerns(layer)}
             applying = {each.form.name: each for each, refusal in answers.items() if refusal is None}
             refusals = [refusal for refusal in answers.values() if refusal is not None]
-            in_code = _refused_in_code(capture, layer) if layer.functional and applying else None
-            if in_code is not None:
+            if layer.functional and applying and (in_code := _refused_in_code(capture, layer)) is not None:
                 refusals, applying = [in_code], {}
             if applying:
                 self.layers.append((layer, applying))
@@ -162,8 +134,7 @@ def _refused_in_code(capture: Capture, layer: Layer) -> Skip | None:
     scope = scope_of(capture, layer)
     prefix = f"{scope}." if scope else ""
     if not layer.weight.startswith(prefix):
-        detail = f"{layer.weight} lies outside {scope}, whose code reads it"
-        return Skip(layer.path, SkipReason.NOT_TRACED, detail)
+        return Skip(layer.path, SkipReason.NOT_TRACED, f"{layer.weight} lies outside {scope}, whose code reads it")
     try:
         FunctionalCall(code_graph(capture.model.get_submodule(scope)), layer.weight.removeprefix(prefix))
     except NotTraceable as failure:
@@ -174,37 +145,32 @@ def _refused_in_code(capture: Capture, layer: Layer) -> Skip | None:
 def make_candidates(
     replaceable: ReplaceableLayers,
     statistics: Statistics | None,
-    *,
-    centred: bool = True,
-    multiple: int | None = None,
-    max_layer_error: float | None = None,
-    progress: Callable[[str, float], None] | None = None,
+    budget: Budget,
+    progress: Callable[[str, float], None],
 ) -> list[LayerCandidates]:
     """The candidates of every layer that may be replaced.
 
     Args:
         replaceable: The layers.
         statistics: What calibration said; None for the weights' own norm, relative per layer.
-        centred: Whether the mean of what a layer reads is taken off, since a bias or norm makes up for it.
-        multiple: What widths are rounded to.
-        max_layer_error: Largest relative error of a layer in the norm of the prediction.
+        budget: The largest error of a layer in the norm of the prediction, what widths are rounded to, and whether the
+            mean of what a layer reads is taken off, since a refit makes up for it.
         progress: Called with a layer's path and how much is done.
     """
     layers = []
     for i, (layer, passes) in enumerate(replaceable.layers):
-        if progress is not None:
-            progress(layer.path, i / len(replaceable.layers))
+        progress(layer.path, i / len(replaceable.layers))
         weight = weight_of(layer, replaceable.owners)
         assert weight is not None
         spec, scope = spec_of(layer), scope_of(replaceable.capture, layer)
-        off_mean = centred and replaceable.off_mean(layer.path)
-        weighted = weighted_layer(weight, spec, layer.path, statistics, centred=off_mean, multiple=multiple)
+        off_mean = budget.refit != "none" and replaceable.off_mean(layer.path)
+        weighted = weighted_layer(weight, spec, layer.path, statistics, centred=off_mean, multiple=budget.multiple)
         costs = {"params": float(layer.params), "macs": float(layer.macs), "bytes": _bytes(layer, [("", spec)])}
-        candidates = [Candidate(None, 0.0, 0.0, costs)]
+        candidates = [Candidate(0.0, costs)]
         for proposer in passes.values():
             form = proposer.form
             for predicted in form.losses(weighted, _saves(layer, spec, form)):
-                if max_layer_error is not None and predicted.error > max_layer_error:
+                if budget.max_layer_error is not None and predicted.error > budget.max_layer_error:
                     continue
                 op = proposer.op(layer, spec, predicted.widths, axes=predicted.axes, scope=scope)
                 if isinstance(op, Op) and op.estimate is not None:
@@ -213,7 +179,7 @@ def make_candidates(
                         "macs": float(op.estimate.macs_after),
                         "bytes": _bytes(layer, form.stages(spec, predicted.widths, predicted.axes)),
                     }
-                    candidates.append(Candidate(op, predicted.loss, predicted.error, after))
+                    candidates.append(Candidate(predicted.loss, after, op, predicted.error))
         layers.append(LayerCandidates(layer, spec, candidates))
     return layers
 
@@ -230,17 +196,16 @@ def weighted_layer(
     """A layer's kernel in the norm of its statistics."""
     if statistics is None:
         weighted = WeightedLayer(weight, spec, None, None, multiple=multiple)
-        weighted.normalise(1.0)  # the relative squared error of each layer
-        return weighted
-    layer = statistics.layers[path]
-    inputs, positions = layer.input_moment(centred=centred), statistics.positions(path)
-    if inputs is None:  # too large to be kept: its mean square stands for it
-        positions *= layer.level(centred)
     else:
-        inputs = shrunk(inputs, layer.rows)
-    weighted = WeightedLayer(weight, spec, inputs, layer.gradient_moment(), positions, multiple)
-    if statistics.kind != "loss":
-        weighted.normalise(1.0)
+        layer = statistics.layers[path]
+        inputs, positions = layer.input_moment(centred=centred), statistics.positions(path)
+        if inputs is None:  # too large to be kept: its mean square stands for it
+            positions *= layer.level(centred)
+        else:
+            inputs = shrunk(inputs, layer.rows)
+        weighted = WeightedLayer(weight, spec, inputs, layer.gradient_moment(), positions, multiple)
+    if statistics is None or statistics.kind != "loss":
+        weighted.normalise(1.0)  # the relative squared error of each layer
     return weighted
 
 

@@ -41,7 +41,14 @@ def fit_steps(
     Returns:
         Layers and paths of norms in the order in which they run; empty where there is no layer to fit.
     """
-    targets = _targets(captured, rewritten, plan, specs, statistics, factors)
+    once = {layer.path for layer in captured.layers if len(layer.calls) == 1}
+    planned = [op.path for op in plan.ops if op.action == "factorize" and op.path in specs and op.path in once]
+    paths = [path for path in planned if isinstance(_module(rewritten, path), Factorized)]
+    sums, targets = residuals(captured, paths), dict[str, Target]()
+    for path in paths:
+        weight = cast(Tensor, captured.model.get_submodule(path).weight).detach()
+        gradients = None if statistics is None else statistics.layers[path].gradient_moment()
+        targets[path] = Target(path, specs[path], weight, gradients, sums.get(path), factors)
     order: list[str] = []
     for node in captured.graph.nodes:
         facts = info(node)
@@ -60,32 +67,6 @@ def fit_steps(
     return steps
 
 
-def _targets(
-    captured: Capture,
-    rewritten: nn.Module,
-    plan: Plan,
-    specs: Mapping[str, ConvSpec],
-    statistics: Statistics | None,
-    factors: bool,
-) -> dict[str, Target]:
-    calls = {layer.path: len(layer.calls) for layer in captured.layers}
-    paths = [
-        op.path
-        for op in plan.ops
-        if op.action == "factorize"
-        and op.path in specs
-        and calls.get(op.path) == 1
-        and isinstance(_module(rewritten, op.path), Factorized)
-    ]
-    sums = residuals(captured, paths)
-    targets = {}
-    for path in paths:
-        weight = cast(Tensor, captured.model.get_submodule(path).weight).detach()
-        gradients = None if statistics is None else statistics.layers[path].gradient_moment()
-        targets[path] = Target(path, specs[path], weight, gradients, sums.get(path), factors)
-    return targets
-
-
 def shift_biases(
     original: nn.Module,
     rewritten: nn.Module,
@@ -96,14 +77,7 @@ def shift_biases(
     """Makes up for what a change of the weights does to the mean of the outputs: ``b += (W − Ŵ) E[x]``, in place.
 
     For layers that are called several times. A forward that stands still at one call cannot be fitted to all of them,
-    but the mean over all of them is known.
-
-    Args:
-        original: The original.
-        rewritten: The rewritten model.
-        paths: The layers; those without a bias, and transposed ones, stay.
-        specs: Shape facts of the layers.
-        statistics: Of the original; nothing is done where None.
+    but the mean over all of them is known. Those without a bias, and transposed ones, stay.
     """
     for path in paths:
         sums = statistics.layers.get(path) if statistics is not None else None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import fsum, inf
 from time import perf_counter
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,14 +56,6 @@ class Answer(NamedTuple):
     chosen: tuple[int, ...] | None
     bound: float
     impossible: bool = False
-
-
-class _Solved(Protocol):
-    """What `scipy.optimize.milp` gives."""
-
-    x: Floats | None
-    status: int
-    mip_dual_bound: float | None
 
 
 @dataclass(frozen=True)
@@ -209,12 +201,13 @@ class Search:
         for attempt in range(_CUTS + 4):
             exact = attempt < _CUTS
             room = 1.0 if exact else 1.0 - _TIGHTER * 4 ** (attempt - _CUTS)
-            solved = _solved(view, view.losses * scale, room, cuts, (self.gap, max(0.1, self.end - perf_counter())))
-            if exact and scale and solved.mip_dual_bound is not None:
-                self.bound = max(self.bound, (float(solved.mip_dual_bound) - _UNSURE) / scale)
-            if solved.x is None:
-                return exact and int(solved.status) == _NONE
-            chosen = view.starts + np.array([int(np.argmax(part)) for part in np.split(solved.x, view.starts[1:])])
+            stop = self.gap, max(0.1, self.end - perf_counter())
+            answer, none, bound = _solved(view, view.losses * scale, room, cuts, stop)
+            if exact and scale and bound is not None:
+                self.bound = max(self.bound, (bound - _UNSURE) / scale)
+            if answer is None:
+                return exact and none
+            chosen = view.starts + np.array([int(np.argmax(part)) for part in np.split(answer, view.starts[1:])])
             over = self._offer(chosen)
             if over is None:
                 break
@@ -238,8 +231,10 @@ def _improved(view: Knapsack, chosen: Ints) -> Ints:
     return chosen
 
 
-def _solved(view: Knapsack, losses: Floats, room: float, cuts: Sequence[Floats], stop: tuple[float, float]) -> _Solved:
-    """What HiGHS makes of it; it stops at a relative gap, or after so many seconds."""
+def _solved(
+    view: Knapsack, losses: Floats, room: float, cuts: Sequence[Floats], stop: tuple[float, float]
+) -> tuple[Floats | None, bool, float | None]:
+    """HiGHS's answer, whether there is none, and its bound; it stops at a relative gap, or after so many seconds."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
@@ -252,7 +247,5 @@ def _solved(view: Knapsack, losses: Floats, room: float, cuts: Sequence[Floats],
     if cuts:
         constraints.append(LinearConstraint(np.array(cuts), -np.inf, len(view.starts) - 1))
     options = dict(zip(("mip_rel_gap", "time_limit"), stop))
-    solved: _Solved = milp(
-        losses, integrality=np.ones(count), bounds=Bounds(0, 1), constraints=constraints, options=options
-    )
-    return solved
+    result = milp(losses, integrality=np.ones(count), bounds=Bounds(0, 1), constraints=constraints, options=options)
+    return result.x, result.status == _NONE, result.mip_dual_bound

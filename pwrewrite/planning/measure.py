@@ -65,13 +65,7 @@ def compare(original: nn.Module, rewritten: nn.Module, chunks: Iterable[Chunk], 
 def accuracy(
     models: tuple[nn.Module, nn.Module], chunks: Iterable[Chunk], labels: Tensor, outputs: str
 ) -> tuple[str, tuple[float, float]] | str:
-    """The share of labels that two models get right.
-
-    Args:
-        models: The original and the rewritten model.
-        chunks: Inputs.
-        labels: All their labels, in order.
-        outputs: What the outputs are.
+    """The share of labels, all those of some inputs in order, that two models get right.
 
     Returns:
         The name of the score and both values; or why there is none.
@@ -86,9 +80,9 @@ def accuracy(
             if isinstance(how, str):
                 return how
             of_chunk = labels[at : at + samples_of(*chunk)]
-            counts = [how.count_right(result, of_chunk) for result in results]
-            right = [so_far + count for so_far, (count, _) in zip(right, counts)]
-            total, at = total + counts[0][1], at + len(of_chunk)
+            rights = [how.right(result, of_chunk) for result in results]
+            right = [so_far + int(each.sum()) for so_far, each in zip(right, rights)]
+            total, at = total + rights[0].numel(), at + len(of_chunk)
     if isinstance(how, str):
         return how
     return how.name, (right[0] / max(total, 1), right[1] / max(total, 1))

@@ -3,8 +3,7 @@
 A single output ``(N, classes)`` holds class scores. They are probabilities where the rows are not negative and sum to
 1; logits else, log-probabilities included. Rows that are never negative and sum to something else (sigmoids,
 coordinates, counts), and rows of length 1 (embeddings), are no class scores. An embedding without such a scale looks
-like logits: there ``--outputs values`` helps, and labels that it names no better than chance give no accuracy. With
-scores, a loss is the KL divergence of the predictions; else half the squared relative error.
+like logits: there ``--outputs values`` helps, and labels that it names no better than chance give no accuracy.
 
 An accuracy exists where labels fit the outputs (`scoring`): a class each and class scores, 0 or 1 and a single score
 each, or 0 and 1 for every column.
@@ -12,7 +11,7 @@ each, or 0 and 1 for every column.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from ..core.nested import tensors_of
 
 _ROUNDING = {2: 2e-2, 4: 1e-3, 8: 1e-3}
 """How far sums of probabilities, and lengths, may be from 1, by the bytes of a number."""
+_ACCURACY = "accuracy on held-out inputs"
 
 
 def floating(outputs: object) -> list[Tensor]:
@@ -61,41 +61,27 @@ def log_probabilities(scores: Tensor, kind: str) -> Tensor:
     return (scores.clamp_min(1e-12).log() if kind == "probabilities" else scores).log_softmax(-1)
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """How outputs are held against labels.
-
-    Attributes:
-        name: What the score is called in a report.
-        kind: ``classes``: the largest score names the class; ``single``: one score, above the threshold for label 1;
-            ``columns``: the same for each column.
-        threshold: From where on a score stands for 1.
-    """
+class Scoring(NamedTuple):
+    """How outputs are held against labels: the score's name, and from where on one stands for 1, None for classes."""
 
     name: str
-    kind: str
-    threshold: float = 0.0
+    threshold: float | None
 
-    def count_right(self, outputs: object, labels: Tensor) -> tuple[int, int]:
-        """How many labels outputs get right, and of how many."""
+    def right(self, outputs: object, labels: Tensor) -> Tensor:
+        """Which labels outputs get right: by the largest score, or by each score alone."""
         scores = floating(outputs)[0].detach().float().cpu()
-        if self.kind == "classes":
-            right = scores.argmax(1) == (labels.argmax(1) if labels.dim() == 2 else labels)
-        else:
-            right = (scores.reshape(labels.shape) > self.threshold) == labels.bool()
-        return int(right.sum()), right.numel()
+        if self.threshold is None:
+            return scores.argmax(1) == _classes(labels)
+        return (scores.reshape(labels.shape) > self.threshold) == labels.bool()
 
 
 def scoring(outputs: object, labels: Tensor, kind: str) -> Scoring | str:
-    """How outputs are held against labels.
+    """How outputs of a kind are held against labels, or why there is no way to.
 
     Args:
         outputs: What the model gives for some inputs.
         labels: Labels of these inputs and those after them, ``(M,)`` or, 0 and 1, ``(M, columns)``.
         kind: What the outputs are.
-
-    Returns:
-        The scoring, or why there is none.
 
     Raises:
         UsageError: The outputs are class scores, and a label is beyond their classes.
@@ -108,12 +94,12 @@ def scoring(outputs: object, labels: Tensor, kind: str) -> Scoring | str:
     threshold = 0.5 if kind == "probabilities" or within else 0.0
     single = shape[1:] in ((), (1,))
     if labels.dim() == 1 and single:
-        if not _binary(labels):
+        if not bool(((labels == 0) | (labels == 1)).all()):
             return f"the model gives one score for each input, and the labels go up to {int(labels.max())}"
-        return Scoring("accuracy on held-out inputs", "single", threshold)
+        return Scoring(_ACCURACY, threshold)
     columns = labels.dim() == len(shape) == 2 and shape[1] == labels.shape[1]
     if columns and (kind == "values" or not _one_hot(labels)):
-        return Scoring("accuracy over all labels of held-out inputs", "columns", threshold)
+        return Scoring("accuracy over all labels of held-out inputs", threshold)
     if len(shape) != 2 or shape[1] < 2:
         return f"there is one label for each input, and the outputs are {shown}: no class scores"
     check_labels(outputs, labels, kind)
@@ -127,19 +113,15 @@ def scoring(outputs: object, labels: Tensor, kind: str) -> Scoring | str:
         )
     if kind == "values":
         return f"the outputs, {shown}, are no class scores by their values (--outputs logits says that they are)"
-    return Scoring("accuracy on held-out inputs", "classes")
+    return Scoring(_ACCURACY, None)
 
 
 def check_labels(outputs: object, labels: Tensor, kind: str) -> None:
-    """Refuses labels beyond the classes of class scores; negative ones pass, since they stand for "ignored" or so.
-
-    Raises:
-        UsageError: If there is one.
-    """
+    """Refuses labels beyond the classes of class scores; negative ones pass, since they stand for "ignored" or so."""
     scores = class_scores(outputs, kind)
     if scores is None or (labels.dim() == 2 and not _one_hot(labels)):
         return
-    classes = labels.argmax(1) if labels.dim() == 2 else labels
+    classes = _classes(labels)
     beyond = (classes >= scores.shape[1]).nonzero().flatten().tolist()
     if beyond:
         raise UsageError(
@@ -153,8 +135,7 @@ def check_labels(outputs: object, labels: Tensor, kind: str) -> None:
 
 def _unrelated(scores: Tensor, labels: Tensor) -> bool:
     """Whether there are more scores than classes, and the largest one names the labels no better than by chance."""
-    classes = labels.argmax(1) if labels.dim() == 2 else labels
-    predicted = scores.detach().cpu().argmax(1)
+    classes, predicted = _classes(labels), scores.detach().cpu().argmax(1)
     count, top = len(predicted), scores.shape[1]
     if count < 8 or int(classes.max()) + 1 >= top or int(classes.min()) < 0:
         return False
@@ -164,8 +145,8 @@ def _unrelated(scores: Tensor, labels: Tensor) -> bool:
     return right < 0.5 and right <= chance + 2 * (chance * (1 - chance) / count) ** 0.5
 
 
-def _binary(labels: Tensor) -> bool:
-    return bool(((labels == 0) | (labels == 1)).all())
+def _classes(labels: Tensor) -> Tensor:
+    return labels.argmax(1) if labels.dim() == 2 else labels
 
 
 def _one_hot(labels: Tensor) -> bool:

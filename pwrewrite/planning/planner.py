@@ -9,19 +9,19 @@ and `Planner.refit` fits them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..capturing import Inputs, capture, split_inputs
 from ..capturing.records import Capture, info
-from ..core.convolution import ConvSpec
 from ..core.errors import RefusedError, UsageError
 from ..core.files import cache_folder
+from ..core.nested import Tree
+from ..core.option import typed_fields
 from ..core.options import Budget
 from ..core.plan import Op, Plan
 from ..decompose import Factors
@@ -31,14 +31,13 @@ from .allocator import Allocator, Choice
 from .batches import Batches
 from .budget import Limit
 from .cache import content_key, read_statistics, write_statistics
-from .candidates import LayerCandidates, ReplaceableLayers, forms_named, make_candidates, timed, weighted_layer
+from .candidates import ReplaceableLayers, make_candidates, timed, weighted_layer
 from .fitting import fit_steps, shift_biases
 from .latency import MEASURED, Conditions, LatencyTable, time_plan
 from .outputs import kind_of_outputs, scoring
 from .refit import refit
-from .room import Capacity, Limited, capacity_in_lockstep, samples_in_run
+from .room import Room, samples_in_run
 from .running import device_of, evaluating, run_seeded
-from .settings import checked
 from .spill import Spill
 from .statistics import Gathering, NoGradientsError, Statistics, gather
 
@@ -52,13 +51,13 @@ _log = logging.getLogger(__name__)
 
 
 class Planner:
-    """A model, calibrated.
+    """A model, calibrated; it stays as it is.
 
     Args:
-        model: The model; stays as it is.
+        model: The model.
         inputs: Example inputs.
         calibration: Any iterable of inputs, or `Batches`; None to plan by the weights alone.
-        settings: Which limits, calibration inputs and forms, and how to fit.
+        settings: Which limits and forms, and how to fit.
         size: Use at most so many calibration inputs.
         say: Called at each step.
         captured: The model's capture, where it is at hand.
@@ -77,7 +76,7 @@ class Planner:
         self,
         model: nn.Module,
         inputs: Inputs,
-        calibration: Iterable[Any] | None,
+        calibration: Iterable[Tree] | None,
         settings: Budget,
         *,
         size: int | None = None,
@@ -86,24 +85,22 @@ class Planner:
     ) -> None:
         self.say = say or (lambda what, share: None)
         self._sensitivity_given = settings.sensitivity is not None
-        self.settings = checked(settings, calibration is not None)
+        self.settings = _checked(settings, calibration is not None)
         self.model, self.inputs = model, inputs
         self.captured = captured or capture(model, inputs)
         self.notes: list[str] = []
-        forms = forms_named(self.settings.forms)
-        self.replaceable = ReplaceableLayers(
-            self.captured,
-            forms,
-            include=self.settings.include,
-            exclude=self.settings.exclude,
-            replan=self.settings.replan,
-        )
+        self.replaceable = ReplaceableLayers(self.captured, self.settings)
         self.batches: Batches | None = None
         if calibration is not None:
             self.batches = _batches(calibration, inputs, self.settings, size, samples_in_run(self.captured))
         self.outputs = "values"
         self.statistics = self._calibrate()
-        self.layers: list[LayerCandidates] = self._candidates()
+        self.layers = make_candidates(
+            self.replaceable,
+            self.statistics,
+            self.settings,
+            lambda path, share: self.say(f"looking at {path}", share),
+        )
         self.original = costs_of(self.captured)
         facts = {
             "sensitivity": self.settings.sensitivity,
@@ -125,10 +122,11 @@ class Planner:
             with torch.no_grad(), evaluating(self.model):
                 outputs = run_seeded(self.model, chunk, self.settings.seed)
             kind = kind or kind_of_outputs(outputs, labels)
-            every = None if labels is None else batches.labels()
-            why = None if labels is None else scoring(outputs, labels if every is None else every, kind)
-            if isinstance(why, str):
-                self._warn(f"no accuracy is measured, since the labels do not fit: {why}")
+            if labels is not None:
+                every = batches.labels()
+                why = scoring(outputs, labels if every is None else every, kind)
+                if isinstance(why, str):
+                    self._warn(f"no accuracy is measured, since the labels do not fit: {why}")
         return kind
 
     def _warn(self, note: str) -> None:
@@ -145,12 +143,8 @@ class Planner:
             return None
         folder = cache_folder("statistics")
         specs = self.replaceable.specs()
-        facts = {
-            "seed": settings.seed,
-            "kind": settings.sensitivity,
-            "chunk": batches.chunk,
-            "outputs": settings.outputs,
-        }
+        facts = {"seed": settings.seed, "kind": settings.sensitivity}
+        facts |= {"chunk": batches.chunk, "outputs": settings.outputs}
         self.say("reading the calibration inputs", None)
         key = content_key(self.captured, specs, batches.fingerprint, facts) if folder is not None else ""
         statistics, complete, damage = read_statistics(folder, key, device_of(self.model), specs)
@@ -159,7 +153,7 @@ class Planner:
         self.outputs = self._look_at_outputs(batches, "" if statistics is None else statistics.outputs)
         if statistics is None or not complete:
             try:
-                statistics = self._gather(statistics, folder, key, specs)
+                statistics = self._gather(batches, statistics, folder, key)
             except NoGradientsError as error:
                 if self._sensitivity_given:
                     raise
@@ -171,25 +165,18 @@ class Planner:
         self._note_sparse(statistics)
         return statistics
 
-    def _gather(
-        self, start: Statistics | None, folder: Path | None, key: str, specs: Mapping[str, ConvSpec]
-    ) -> Statistics:
-        batches = self.batches
-        assert batches is not None
-        expected = batches.expected
-        statistics = start or Statistics(kind=str(self.settings.sensitivity), outputs=self.outputs)
-        how = Gathering(
-            self.outputs if self.settings.sensitivity == "loss" else None,
-            self.settings.seed,
-            expected,
-            self.replaceable.functions(),
-        )
+    def _gather(self, batches: Batches, start: Statistics | None, folder: Path | None, key: str) -> Statistics:
+        expected, kind = batches.expected, str(self.settings.sensitivity)
+        statistics = start or Statistics(kind=kind, outputs=self.outputs)
+        outputs = self.outputs if kind == "loss" else None
+        how = Gathering(outputs, self.settings.seed, expected, self.replaceable.functions())
 
         def each(now: Statistics) -> None:
             self.say("calibrating", min(1.0, now.samples / expected) if expected else None)
 
         try:
-            gather(self.model, specs, batches.calibration(), how, start=statistics, each=each)
+            specs, chunks = self.replaceable.specs(), batches.calibration()
+            gather(self.model, specs, chunks, how, start=statistics, each=each)
         except BaseException:
             write_statistics(folder, key, statistics, complete=False)
             raise
@@ -208,17 +195,6 @@ class Planner:
         blind = [path for path, sums in statistics.layers.items() if sums.gradients is None]
         if blind and statistics.kind == "loss":
             self.notes.append(f"no gradient reaches {_few(blind)}: their errors count without a weight")
-
-    def _candidates(self) -> list[LayerCandidates]:
-        settings = self.settings
-        return make_candidates(
-            self.replaceable,
-            self.statistics,
-            centred=settings.refit != "none",
-            multiple=settings.multiple,
-            max_layer_error=settings.max_layer_error,
-            progress=lambda path, share: self.say(f"looking at {path}", share),
-        )
 
     def _time(self) -> None:
         """Measures the model, its layers and their candidates; those that are not faster are given up."""
@@ -316,11 +292,7 @@ class Planner:
         return FORMS[op.settings["form"]].fit(weighted, op.settings["widths"], op.settings.get("axes"))
 
     def refit(self, rewritten: nn.Module, plan: Plan) -> dict[str, float]:
-        """Fits a rewritten model to the original on the calibration inputs, in place.
-
-        Args:
-            rewritten: The model with the plan carried out.
-            plan: The plan.
+        """Fits the model with a plan carried out to the original on the calibration inputs, in place.
 
         Returns:
             Path to the relative error of the weights of every layer that was fitted.
@@ -339,20 +311,36 @@ class Planner:
         steps = fit_steps(self.captured, rewritten, plan, specs, self.statistics, factors=factors)
         if not steps:
             return {}
-        room = capacity_in_lockstep(self.captured, self.batches.expected)
-        chunks = Limited(self.batches.calibration(), room.samples)
+        room = Room(self.captured, self.batches.expected)
         errors = refit(
             self.model,
             rewritten,
             steps,
-            chunks,
+            room.first(self.batches.calibration()),
             seed=self.settings.seed,
             progress=lambda path, share: self.say(f"fitting {path}", share),
             spill=Spill(room.memory) if room.spilled else None,
         )
-        if chunks.cut:
-            self.notes.append(_left_out(chunks, self.batches.samples, room))
+        self.notes += room.notes(self.batches.samples)
         return errors
+
+
+def _checked(budget: Budget, calibrated: bool) -> Budget:
+    """The same, with what was left open filled in."""
+    sensitivity = budget.sensitivity or ("loss" if calibrated else "weights")
+    for option, typed in typed_fields(Budget):
+        value = getattr(budget, option.name)
+        if typed.choices and value is not None and value not in typed.choices:
+            raise UsageError(f"unknown {option.name} {value!r}", expected=", ".join(typed.choices))
+    if sensitivity != "weights" and not calibrated:
+        hint = "give some, or choose the sensitivity weights"
+        raise UsageError(f"the sensitivity {sensitivity} needs calibration inputs", hint=hint)
+    error = budget.max_layer_error
+    if error is not None and not 0 < error <= 1:
+        raise UsageError("the largest error of a layer is out of range", expected="above 0, up to 1", got=str(error))
+    if budget.multiple is not None and budget.multiple < 1:
+        raise UsageError("widths are multiples of 1 or more", got=str(budget.multiple))
+    return replace(budget, sensitivity=sensitivity, refit=budget.refit or "full" if calibrated else "none")
 
 
 def costs_of(captured: Capture) -> dict[str, float]:
@@ -362,24 +350,12 @@ def costs_of(captured: Capture) -> dict[str, float]:
     return {"params": float(captured.params), "macs": float(macs), "bytes": float(nbytes)}
 
 
-def _batches(calibration: Iterable[Any], inputs: Inputs, settings: Budget, size: int | None, chunk: int) -> Batches:
+def _batches(calibration: Iterable[Tree], inputs: Inputs, settings: Budget, size: int | None, chunk: int) -> Batches:
     if isinstance(calibration, Batches):
         return calibration
     if isinstance(settings.batch, str):
         raise UsageError(f"batch={settings.batch!r} is a name", hint="give the function itself")
     return Batches(calibration, inputs, size=size, chunk=chunk, batch=settings.batch)
-
-
-def _left_out(chunks: Limited, samples: int, room: Capacity) -> str:
-    """That not all inputs were fitted to, and why."""
-    note = f"fitted on the first {chunks.samples} of {samples} calibration inputs (held-out ones included)"
-    if chunks.many:
-        return f"{note}: they come in more batches than run together"
-    memory, disk, all_of_them = (n / 1024**3 for n in (room.memory, room.disk, samples * room.sample_bytes))
-    return (
-        f"{note}: the activations of all may take {all_of_them:.3g} GiB, and there are {memory:.3g} GiB of memory "
-        f"for them and {disk:.3g} GiB of disk ({room.folder}; TMPDIR names another folder)"
-    )
 
 
 def _few(paths: Sequence[str]) -> str:

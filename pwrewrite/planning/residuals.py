@@ -1,9 +1,8 @@
 """Which layers write into a sum with a tensor that was there before: the residual branches of a network.
 
-What a layer before a residual sum is fitted to need not be its own output: what has gone wrong on the other side of the
-sum, so far, can be put right in it as well. For that one has to know where the other side can be read. `residuals`
-finds, in a capture, layers whose output goes through nothing but a batch norm to a sum whose other side is also the
-first input of a module, or the output of one, that has run before.
+A layer before a residual sum can put right, too, what has gone wrong on the other side of the sum so far, where that
+can be read. `residuals` finds layers whose output goes through nothing but a batch norm to a sum whose other side is
+also the first input of a module, or the output of one, that has run before.
 """
 
 from __future__ import annotations
@@ -36,17 +35,9 @@ class Residual:
 
 
 def residuals(capture: Capture, paths: Collection[str]) -> dict[str, Residual]:
-    """The residual sums that some layers write into.
-
-    Args:
-        capture: The model.
-        paths: Paths of layers that are called once, as modules.
-
-    Returns:
-        Path of a layer to where the other side of its sum can be read.
-    """
+    """Path to the residual sum that a layer writes into, of those layers that do; they are modules called once."""
     place = {node: i for i, node in enumerate(capture.graph.nodes)}
-    calls = Counter(info(node).path for node in place if _is_leaf(node))
+    calls = Counter(info(node).path for node in place if node.op == "call_module" or _is_norm(node))
     same: dict[fx.Node, list[fx.Node]] = {}
     for node in place:
         same.setdefault(_source(node), []).append(node)
@@ -71,8 +62,8 @@ def residuals(capture: Capture, paths: Collection[str]) -> dict[str, Residual]:
     return sums
 
 
-def _is_leaf(node: fx.Node) -> bool:
-    return node.op == "call_module" or (node.op == "call_function" and info(node).op == "batch_norm")
+def _is_norm(node: fx.Node) -> bool:
+    return node.op == "call_function" and info(node).op == "batch_norm"
 
 
 def _source(node: fx.Node) -> fx.Node:
@@ -96,8 +87,7 @@ def _through_norm(node: fx.Node, calls: Counter[str]) -> tuple[str, fx.Node]:
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
-    users = list(node.users)
-    return users[0] if len(users) == 1 else None
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _anchor(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 
@@ -23,27 +22,6 @@ _DISK_SHARE = 0.9
 """How much of what is free on the disk may be taken."""
 
 
-@dataclass(frozen=True)
-class Capacity:
-    """The memory and disk for the live activations of two models in lock-step.
-
-    Attributes:
-        samples: For how many samples there is room, 1 or more.
-        spilled: Whether some of it is on disk.
-        sample_bytes: About how many bytes a sample takes.
-        memory: Bytes that may be taken in memory.
-        disk: Bytes that may be taken on the disk.
-        folder: Where.
-    """
-
-    samples: int
-    spilled: bool
-    sample_bytes: int
-    memory: int
-    disk: int
-    folder: str
-
-
 def samples_in_run(captured: Capture) -> int:
     """Samples of one calibration run: a backward pass keeps all activations."""
     produced = sum(
@@ -52,25 +30,60 @@ def samples_in_run(captured: Capture) -> int:
         if info(node).alias_of is None and node.op not in ("placeholder", "get_attr", "output")
         for tensor in info(node).outputs
     )
-    return int(min(_MOST, max(1, _RUN_BYTES * samples_of_example(captured) // max(1, produced))))
+    return int(min(_MOST, max(1, _RUN_BYTES * _samples_of_example(captured) // max(1, produced))))
 
 
-def capacity_in_lockstep(captured: Capture, samples: int | None) -> Capacity:
-    """The memory and disk for the live activations of so many samples; None where their number is not known."""
-    live = peak = 0
-    for event in captured.memory:
-        live += event.nbytes
-        peak = max(peak, live)
-    inputs = sum(spec.nbytes for _, spec in captured.inputs)
-    each = max(1, 2 * (peak + inputs) // samples_of_example(captured))
-    try:
-        folder = tempfile.gettempdir()
-        disk = int(shutil.disk_usage(folder).free * _DISK_SHARE)
-    except OSError:
-        folder, disk = "no temporary folder", 0
-    spilled = samples is None or samples * each > MEMORY
-    room = max(1, (MEMORY + (disk if spilled else 0)) // each)
-    return Capacity(room, spilled and disk > 0, each, MEMORY, disk, folder)
+class Room:
+    """The memory and disk for the live activations of two models that run in lock-step.
+
+    Args:
+        captured: The model.
+        expected: Of how many samples they are, 1 or more; None where that is not known.
+
+    Attributes:
+        memory: Bytes of them that may be held in memory.
+        spilled: Whether some are to be on disk.
+    """
+
+    def __init__(self, captured: Capture, expected: int | None) -> None:
+        live = peak = 0
+        for event in captured.memory:
+            live += event.nbytes
+            peak = max(peak, live)
+        inputs = sum(spec.nbytes for _, spec in captured.inputs)
+        self._sample = max(1, 2 * (peak + inputs) // _samples_of_example(captured))
+        try:
+            self._folder = tempfile.gettempdir()
+            self._disk = int(shutil.disk_usage(self._folder).free * _DISK_SHARE)
+        except OSError:
+            self._folder, self._disk = "no temporary folder", 0
+        self.memory = MEMORY
+        over = expected is None or expected * self._sample > self.memory
+        self.spilled = over and self._disk > 0
+        self._samples = (self.memory + (self._disk if over else 0)) // self._sample
+        self._taken, self._cut, self._many = 0, False, False
+
+    def first(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+        """The first of some chunks, one at least, as many as there is room for."""
+        for number, chunk in enumerate(chunks):
+            size = samples_of(*chunk)
+            self._many = number >= most_chunks()
+            self._cut = self._many or (number > 0 and self._taken + size > self._samples)
+            if self._cut:
+                return
+            self._taken += size
+            yield chunk
+
+    def notes(self, samples: int) -> list[str]:
+        """That not all of so many inputs were fitted to, and why; nothing where all were."""
+        memory, disk, whole = (n / 1024**3 for n in (self.memory, self._disk, samples * self._sample))
+        why = (
+            f"the activations of all may take {whole:.3g} GiB, and there are {memory:.3g} GiB of memory for them and "
+            f"{disk:.3g} GiB of disk ({self._folder}; TMPDIR names another folder)"
+        )
+        why = "they come in more batches than run together" if self._many else why
+        note = f"fitted on the first {self._taken} of {samples} calibration inputs (held-out ones included): {why}"
+        return [note] if self._cut else []
 
 
 def most_chunks() -> int:
@@ -78,35 +91,7 @@ def most_chunks() -> int:
     return min(_MOST_CHUNKS, max(32, _MOST_THREADS // (2 * torch.get_num_threads())))
 
 
-class Limited:
-    """The first of some chunks, as many as there is room for.
-
-    Args:
-        chunks: The chunks.
-        samples: Of how many samples, about.
-        most: How many at most; `most_chunks` where None.
-
-    Attributes:
-        samples: Samples taken.
-        cut: Whether there were more chunks.
-        many: Whether that is for their number, and not for the samples in them.
-    """
-
-    def __init__(self, chunks: Iterable[Chunk], samples: int, most: int | None = None) -> None:
-        self._chunks, self._room, self._most = chunks, samples, most or most_chunks()
-        self.samples, self.cut, self.many = 0, False, False
-
-    def __iter__(self) -> Iterator[Chunk]:
-        for number, chunk in enumerate(self._chunks):
-            size = samples_of(*chunk)
-            if number and (number >= self._most or self.samples + size > self._room):
-                self.cut, self.many = True, number >= self._most
-                return
-            self.samples += size
-            yield chunk
-
-
-def samples_of_example(captured: Capture) -> int:
+def _samples_of_example(captured: Capture) -> int:
     """Samples in the example inputs: the first dim of the first of them."""
     shapes = (spec.shape for _, spec in captured.inputs)
     return max(1, next((shape[0] for shape in shapes if shape), 1))

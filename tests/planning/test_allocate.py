@@ -6,7 +6,6 @@ import itertools
 import math
 import random
 from fractions import Fraction
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -79,7 +78,7 @@ def test_what_cannot_be_met_is_told_with_the_smallest() -> None:
     groups = [[Option(0.0, {"macs": 10.0, "params": 1.0}), Option(1.0, {"macs": 4.0, "params": 9.0})]] * 2
     with pytest.raises(Infeasible) as caught:
         allocate(groups, {"macs": 7.0})
-    assert (caught.value.kind, caught.value.smallest) == ("macs", 8.0)
+    assert (caught.value.kind, caught.value.least) == ("macs", {"macs": 8.0})
     with pytest.raises(Infeasible) as caught:
         allocate(groups, {"macs": 10.0, "params": 4.0})
     assert caught.value.kind is None
@@ -183,7 +182,7 @@ def test_limits_that_cannot_be_met_together_say_how_far_each_would_go() -> None:
     groups = [[Option(0.0, {"macs": 10.0, "params": 1.0}), Option(1.0, {"macs": 4.0, "params": 9.0})]] * 2
     with pytest.raises(Infeasible, match="together") as caught:
         allocate(groups, {"macs": 10.0, "params": 4.0})
-    assert caught.value.together == {"macs": 20.0, "params": 18.0}
+    assert caught.value.least == {"macs": 20.0, "params": 18.0}
     assert "macs of at least 20, or params of at least 18" in str(caught.value)
     assert caught.value.exit_code == 1
 
@@ -213,8 +212,7 @@ def test_no_limit_and_nothing_to_choose() -> None:
 
 
 def test_a_solver_that_finds_nothing_in_time_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = SimpleNamespace(x=None, status=1, mip_dual_bound=None)
-    monkeypatch.setattr(knapsack, "_solved", lambda *given: nothing)
+    monkeypatch.setattr(knapsack, "_solved", lambda *given: (None, False, None))
     crossed = [[Option(0.0, {"macs": 9.0, "params": 1.0}), Option(0.0, {"macs": 1.0, "params": 9.0})]] * 2
     with pytest.raises(RefusedError, match="no choice within the limits was found") as caught:
         allocate(crossed, {"macs": 11.0, "params": 11.0})

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from pwrewrite.core.errors import UsageError
-from pwrewrite.planning.budget import Kind, Limit, budgets_of, parse_budget
+from pwrewrite.planning.budget import Kind, Limit, budgets_of
 
 READ = {
     "macs=0.5": ("macs", 0.5, True),
@@ -42,7 +42,7 @@ READ = {
 @pytest.mark.parametrize("text", READ)
 def test_what_is_typed(text: str) -> None:
     kind, limit, relative = READ[text]
-    (budget,) = parse_budget([text])
+    (budget,) = budgets_of([text])
     assert (budget.kind, budget.relative) == (kind, relative)
     assert budget.limit == pytest.approx(limit, rel=1e-15)
 
@@ -59,7 +59,7 @@ def test_what_python_gives() -> None:
         Limit("macs", 0.5, True),
         Limit("params", 70, False),
     )
-    assert budgets_of({}) == parse_budget([]) == ()
+    assert budgets_of({}) == budgets_of([]) == ()
 
 
 def test_of_the_original() -> None:
@@ -96,7 +96,7 @@ REFUSED = {
 @pytest.mark.parametrize("text", REFUSED)
 def test_what_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=REFUSED[text]) as caught:
-        parse_budget([text])
+        budgets_of([text])
     assert caught.value.exit_code == 2
 
 
@@ -108,9 +108,9 @@ def test_what_python_may_not_give(value: object) -> None:
 
 def test_a_kind_is_limited_once() -> None:
     with pytest.raises(UsageError, match="macs more than once"):
-        parse_budget(["macs=0.5", "params=0.5", "macs=0.4"])
+        budgets_of(["macs=0.5", "params=0.5", "macs=0.4"])
     with pytest.raises(UsageError, match="flops are macs"):
-        parse_budget(["macs=0.5", "flops=8G"])
+        budgets_of(["macs=0.5", "flops=8G"])
 
 
 WRITTEN = ["macs=0.5", "macs=2.1G", "params=12M", "params=12345678", "latency=8ms", "latency=1.5s", "latency=250us"]
@@ -119,11 +119,11 @@ WRITTEN += ["bytes=40MiB", "bytes=40MB", "bytes=512B", "latency=0.6", "macs=1"]
 
 @pytest.mark.parametrize("text", WRITTEN)
 def test_written_as_a_person_would(text: str) -> None:
-    assert str(*parse_budget([text])) == text
+    assert str(*budgets_of([text])) == text
 
 
 @given(st.sampled_from(get_args(Kind)), st.floats(1e-9, 1.0) | st.integers(2, 10**15))
 def test_what_is_written_is_read(kind: str, limit: float) -> None:
     relative = isinstance(limit, float)
     budget = Limit(kind, float(limit) if relative or kind != "latency" else limit / 1e9, relative)  # type: ignore[arg-type]
-    assert parse_budget([str(budget)]) == (budget,)
+    assert budgets_of([str(budget)]) == (budget,)

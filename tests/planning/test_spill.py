@@ -225,16 +225,27 @@ def test_what_fits_into_memory_is_not_spilled(monkeypatch: pytest.MonkeyPatch) -
     fitted()
 
 
-def test_batches_are_limited_in_number() -> None:
+def test_batches_are_limited_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
     chunks: list[Any] = [((torch.zeros(4, 1),), {})] * 5
-    for samples, most, taken, many in ((100, 3, 12, True), (8, 9, 8, False), (9, 9, 8, False), (1, 9, 4, False)):
-        limited = room.Limited(chunks, samples, most)
-        assert len(list(limited)) == taken // 4
-        assert (limited.samples, limited.cut, limited.many) == (taken, True, many)
-    limited = room.Limited(chunks, 20)
-    assert len(list(limited)) == 5
-    assert not limited.cut
+    captured = pwrewrite.capture(nn.Linear(1, 1), torch.zeros(1, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda where: SimpleNamespace(free=0))
+    each = room.Room(captured, None)._sample
+
+    def limited(samples: int) -> room.Room:
+        monkeypatch.setattr(room, "MEMORY", samples * each)
+        return room.Room(captured, 20)
+
     assert room.most_chunks() >= 32
+    all_of_them = limited(20)
+    assert len(list(all_of_them.first(chunks))) == 5
+    assert not all_of_them.notes(20)
+    for samples, most, taken, many in ((100, 3, 12, True), (8, 9, 8, False), (9, 9, 8, False), (1, 9, 4, False)):
+        monkeypatch.setattr(room, "most_chunks", lambda most=most: most)
+        some = limited(samples)
+        assert len(list(some.first(chunks))) == taken // 4
+        (note,) = some.notes(20)
+        assert note.startswith(f"fitted on the first {taken} of 20 calibration inputs")
+        assert ("more batches than run together" in note) == many
 
 
 # -------------------------------------------------------------------------------------- what a forward may do
