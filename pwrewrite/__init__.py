@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     )
     from .core.plan import Plan as Plan
     from .core.verification import Verification as Verification
+    from .edit.actions.unfuse import unfuse as unfuse
     from .edit.apply import apply as apply
-    from .edit.unfuse import unfuse as unfuse
     from .engines.frozen import freeze as freeze
     from .report.records import Report as Report
     from .targets import LoadedModel as LoadedModel, load_target as load_target
@@ -72,7 +72,7 @@ _NAMES = {
     "core.plan": "Plan",
     "core.verification": "Verification",
     "edit.apply": "apply",
-    "edit.unfuse": "unfuse",
+    "edit.actions.unfuse": "unfuse",
     "engines.frozen": "freeze",
     "report.records": "Report",
     "targets": "LoadedModel load_target",

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,13 +28,7 @@ Probe = Callable[[nn.Module], None]
 
 @dataclass(frozen=True)
 class Applied:
-    """A plan carried out.
-
-    Attributes:
-        model: The changed copy.
-        edits: What was done, in order.
-        skips: Ops that were refused while carrying them out.
-    """
+    """A plan carried out: the changed copy, what was done, in order, and what was refused while carrying it out."""
 
     model: nn.Module
     edits: tuple[Edit, ...]
@@ -43,14 +36,11 @@ class Applied:
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of a model with a plan carried out and weights filled in.
+    """A copy of a model with a plan carried out and weights filled in, in the same training mode.
 
     Args:
         model: The model the plan was made for; stays as it is.
         plan: What to do.
-
-    Returns:
-        The changed copy, in the same training mode.
 
     Raises:
         PlanError: If the plan does not fit the model.
@@ -95,25 +85,18 @@ def carry_out(
         failure = _failure(probe, done.model)
         if failure is not None:
             done = _without_culprits(work, done, probe, failure)
-    order = {id(op): i for i, op in enumerate(plan.ops)}
-    skips = sorted(done.skips, key=lambda pair: order[id(pair[0])])
-    return Applied(done.model, tuple(done.edits), tuple(skip for _, skip in skips))
+    skips = {id(op): skip for op, skip in done.skips}
+    return Applied(done.model, tuple(done.edits), tuple(skips[id(op)] for op in plan.ops if id(op) in skips))
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy.
-
-    Raises:
-        RefusedError: If the model cannot be copied.
-    """
+    """A deep copy; raises `RefusedError` if the model cannot be copied."""
     try:
         return deep_copy(model)
     except Exception as error:
-        raise RefusedError(
-            f"the model cannot be copied, and it is never changed in place: {first_line(error)}",
-            where=type(model).__name__,
-            hint="handles such as locks, files, generators or streams are the usual cause; make them in forward",
-        ) from error
+        message = f"the model cannot be copied, and it is never changed in place: {first_line(error)}"
+        hint = "handles such as locks, files, generators or streams are the usual cause; make them in forward"
+        raise RefusedError(message, where=type(model).__name__, hint=hint) from error
 
 
 @dataclass
@@ -125,25 +108,20 @@ class _Done:
     skips: list[tuple[Op, Skip]] = field(default_factory=list)
 
 
+@dataclass
 class _Work:
     """Carries out ops on as many copies of a model as it takes; what takes long is computed once."""
 
-    def __init__(
-        self, model: nn.Module, fill: bool, decomposer: Decomposer | None, edits: dict[int, Callable[[Bench], Edit]]
-    ) -> None:
-        self.model, self.fill, self.decomposer, self.edits = model, fill, decomposer, edits
-        self.known: dict[Any, Any] = {}
+    model: nn.Module
+    fill: bool
+    decomposer: Decomposer | None
+    edits: dict[int, Callable[[Bench], Edit]]
+    known: dict[int, object] = field(default_factory=dict)
 
     def attempt(
         self, ops: Sequence[Op], *, progress: Callable[[str], None] | None = None, partial: bool = False
     ) -> _Done:
-        """Carries out ops on a fresh copy.
-
-        Args:
-            ops: The ops.
-            progress: Called with the path of each.
-            partial: Whether ops are missing that others may build on, which are then skipped as well.
-        """
+        """Carries out ops on a fresh copy; where some are missing (``partial``), what builds on them is skipped too."""
         bench = Bench(copy_of(self.model), self.model, self.fill, self.known, self.decomposer)
         done = _Done(bench.model)
         for op in ops:
@@ -171,17 +149,7 @@ def _failure(probe: Probe, model: nn.Module) -> Exception | None:
 
 
 def _without_culprits(work: _Work, whole: _Done, probe: Probe, failure: Exception) -> _Done:
-    """Finds the ops that the probe does not survive, and carries out the others.
-
-    Args:
-        work: Makes attempts.
-        whole: The attempt with all ops.
-        probe: The probe.
-        failure: How it failed on ``whole``.
-
-    Raises:
-        RefusedError: If the probe fails on the model as it was.
-    """
+    """Finds the ops that the probe does not survive, and carries out the others."""
     unchanged = _failure(probe, copy_of(work.model))
     if unchanged is not None:
         raise RefusedError(f"the model does not run even as it was: {first_line(unchanged)}") from unchanged

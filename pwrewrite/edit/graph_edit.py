@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import Any
 
 from torch import Tensor, fx, nn
 
 from ..capturing.code_trace import NotTraceable, trace
-from ..core.convolution import ConvSpec
+from ..core.operations import convolution_call
 from ..forms.specs import linear_spec
+from ..layers.known import is_identity
+from .swap import REGISTRIES
 
-_CONVOLUTIONS = frozenset(f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3))
-_ORDER = ("stride", "padding", "dilation", "groups")
-_TRANSPOSED_ORDER = ("stride", "padding", "output_padding", "groups", "dilation")
-_REGISTRIES = frozenset(("_modules", "_parameters", "_buffers"))
+_FUNCTIONS = frozenset(("linear", *(f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3))))
+_TENSORS = ("input", "weight", "bias")
 
 
 class Regraphed(fx.GraphModule):
@@ -31,7 +30,7 @@ class Regraphed(fx.GraphModule):
     Copies of a plain ``GraphModule`` lose hooks, second names of a child, and which buffers are not saved.
     """
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Regraphed:
+    def __deepcopy__(self, memo: dict[int, object]) -> Regraphed:
         made = type(self).__new__(type(self))
         type(made).__name__ = type(self).__name__
         memo[id(self)] = made
@@ -41,10 +40,7 @@ class Regraphed(fx.GraphModule):
 
 
 def to_graph(module: nn.Module) -> Regraphed:
-    """A module's own code as a graph, with everything that it holds.
-
-    Args:
-        module: The module; its children are shared with the result.
+    """A module's own code as a graph, with everything that it holds; its children are shared with the result.
 
     Raises:
         NotTraceable: See `code_trace.trace`.
@@ -52,7 +48,7 @@ def to_graph(module: nn.Module) -> Regraphed:
     graph = copy.deepcopy(module.graph) if isinstance(module, fx.GraphModule) else trace(module)
     made = Regraphed(module, graph, class_name=type(module).__name__)
     for name, value in vars(module).items():
-        if name in _REGISTRIES:
+        if name in REGISTRIES:
             store = getattr(made, name)
             # A GraphModule has bare modules in the place of children whose parameters its graph reads.
             items = {**value, **{key: item for key, item in store.items() if key not in value}}
@@ -61,6 +57,28 @@ def to_graph(module: nn.Module) -> Regraphed:
         elif name not in ("_graph", "_code", "graph"):
             vars(made)[name] = value
     return made
+
+
+def finish(graph_module: Regraphed) -> None:
+    """Checks an edited graph and makes its code anew."""
+    graph_module.graph.lint()
+    graph_module.recompile()
+
+
+def drop_node(node: fx.Node, source: fx.Node) -> None:
+    """Takes a call out of its graph; who read it reads another node."""
+    node.replace_all_uses_with(source)
+    node.graph.erase_node(node)
+
+
+def calls_identity(graph_module: Regraphed, node: fx.Node) -> bool:
+    """Whether a node calls a module that returns what it is given."""
+    return node.op == "call_module" and is_identity(graph_module.get_submodule(str(node.target)))
+
+
+def argument(node: fx.Node, position: int, name: str) -> fx.node.Argument:
+    """An argument of a call, wherever it was given."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
 class FunctionalCall:
@@ -81,43 +99,30 @@ class FunctionalCall:
 
     def __init__(self, made: Regraphed, weight: str) -> None:
         self.made, self.weight = made, weight
-        calls = [node for node in made.graph.nodes if _reads(node, weight)]
+        calls = [node for node in made.graph.nodes if _function(node) and _read(argument(node, 1, "weight")) == weight]
         if len(calls) != 1:
             raise NotTraceable(f"{weight} is read by {len(calls)} functional calls in this code, expected one")
-        self.node = calls[0]
+        self.node: fx.Node = calls[0]
         bias = argument(self.node, 2, "bias")
-        self.bias_name: str | None = None
-        self.bias: Tensor | None = None
-        if isinstance(bias, fx.Node):
-            if bias.op != "get_attr":
-                raise NotTraceable(f"the bias beside {weight} is computed by the code")
-            self.bias_name = str(bias.target)
-            self.bias = operator.attrgetter(self.bias_name)(made)
-        self.spec = self._spec(operator.attrgetter(weight)(made))
-
-    def _spec(self, weight: Tensor) -> ConvSpec:
-        name = _function(self.node)
+        self.bias_name = _read(bias)
+        if isinstance(bias, fx.Node) and self.bias_name is None:
+            raise NotTraceable(f"the bias beside {weight} is computed by the code")
+        tensors = {name: operator.attrgetter(name)(made) for name in (weight, self.bias_name) if name is not None}
+        self.bias: Tensor | None = None if self.bias_name is None else tensors[self.bias_name]
+        name, shape = _function(self.node), tensors[weight].shape
         if name == "linear":
-            return linear_spec(weight.shape[1], weight.shape[0], self.bias is not None)
-        transposed = "transpose" in name
-        settings = dict(zip(_TRANSPOSED_ORDER if transposed else _ORDER, self.node.args[3:]))
-        settings |= {key: value for key, value in self.node.kwargs.items() if key not in ("input", "weight", "bias")}
-        if any(isinstance(value, fx.Node) for value in settings.values()):
-            raise NotTraceable(
-                f"the stride, padding or dilation of the call with {self.weight} is computed by the code"
-            )
-        facts: Any = settings
-        return ConvSpec.of_call(weight.shape, bias=self.bias is not None, transposed=transposed, **facts)
+            self.spec = linear_spec(shape[1], shape[0], self.bias is not None)
+            return
+        settings = (self.node.args[3:], {k: v for k, v in self.node.kwargs.items() if k not in _TENSORS})
+        if any(isinstance(value, fx.Node) for value in (*settings[0], *settings[1].values())):
+            raise NotTraceable(f"the stride, padding or dilation of the call with {weight} is computed by the code")
+        self.spec, _, _ = convolution_call(name, (None, tensors[weight], self.bias, *settings[0]), settings[1])
 
     def replace(self, name: str, new: nn.Module) -> str:
         """Puts a call of a module in its place, and drops the parameters that nothing reads any more.
 
-        Args:
-            name: Name to register the module under; changed where it is taken.
-            new: The module.
-
         Returns:
-            The name it was registered under.
+            The name that the module was registered under: ``name``, changed where that is taken.
         """
         made, node = self.made, self.node
         while hasattr(made, name):
@@ -126,45 +131,36 @@ class FunctionalCall:
         with made.graph.inserting_before(node):
             call = made.graph.call_module(name, (argument(node, 0, "input"),))
             call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        made.graph.erase_node(node)
+        drop_node(node, call)
         for gone in (self.weight, self.bias_name):
             if gone is not None:
                 self._drop(gone)
-        made.graph.lint()
-        made.recompile()
+        finish(made)
         return name
 
     def _drop(self, name: str) -> None:
-        reads = [node for node in self.made.graph.nodes if node.op == "get_attr" and node.target == name]
-        for read in reads:
-            if not read.users:
-                self.made.graph.erase_node(read)
-        if any(read.users for read in reads):
-            return
+        graph = self.made.graph
+        for read in [node for node in graph.nodes if _read(node) == name and not node.users]:
+            graph.erase_node(read)
         owner, _, attribute = name.rpartition(".")
-        if any(node.op == "call_module" and node.target == owner for node in self.made.graph.nodes):
+        called = any(node.op == "call_module" and node.target == owner for node in graph.nodes)
+        if called or any(_read(node) == name for node in graph.nodes):
             return
         holder = self.made.get_submodule(owner)
         if not owner:
             holder._parameters.pop(attribute, None)
             return
         holder._parameters[attribute] = None
-        if not any(True for _ in holder.parameters()) and not any(True for _ in holder.children()):
+        if not any(True for _ in (*holder.parameters(), *holder.children())):
             self.made.delete_submodule(owner)
 
 
-def argument(node: fx.Node, position: int, name: str) -> Any:
-    """An argument of a call, wherever it was given."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
-
-
 def _function(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", "")) if node.op == "call_function" else ""
+    """Name of the functional convolution or linear map that a node calls; empty for anything else."""
+    name = str(getattr(node.target, "__name__", "")) if node.op == "call_function" else ""
+    return name if name in _FUNCTIONS else ""
 
 
-def _reads(node: fx.Node, weight: str) -> bool:
-    if _function(node) not in _CONVOLUTIONS and _function(node) != "linear":
-        return False
-    read = argument(node, 1, "weight")
-    return isinstance(read, fx.Node) and read.op == "get_attr" and read.target == weight
+def _read(value: object) -> str | None:
+    """Name of the tensor that a node reads."""
+    return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else None

@@ -1,13 +1,10 @@
 """Whether a model's own code still does what it did after a rewrite: the probe for `pwrewrite.edit.apply.carry_out`.
 
 Code that reads a layer (``conv.weight.dtype``) fails once the layer is replaced. Code that asks what a layer *is*
-(``isinstance(m, nn.Conv2d)``) may run on and do something else in silence, which no comparison of shapes shows. So the
-probe captures the rewritten model and compares: outside of what was put in, it must run the same operations in the same
-modules, equally often.
-
-Fusing takes operations away on purpose, all of them in places that the ops name or in code that became a graph, which
-cannot branch. Everywhere else the same must run as before: code that reads the width of a map that a merge made
-narrower may go another way.
+(``isinstance(m, nn.Conv2d)``), or reads the width of a map, may run on and do something else in silence, which no
+comparison of shapes shows. So the probe captures the rewritten model and compares: outside of what was put in, it must
+run the same operations in the same modules, equally often. Fusing takes operations away on purpose, all of them in
+places that the ops name or in code that became a graph, which cannot branch.
 """
 
 from __future__ import annotations
@@ -25,6 +22,7 @@ from ..layers.factorized import Factorized, Projected
 from .actions.simplify import CODE
 from .apply import Probe
 from .graph_edit import Regraphed
+from .swap import stem
 
 _CHANGES = frozenset({"factorize", "project"})
 """Actions that put other layers in."""
@@ -32,67 +30,50 @@ _CHANGES = frozenset({"factorize", "project"})
 _FUSES = frozenset({"fold", "merge", "fuse", "remove"})
 """Actions that take operations away."""
 
+_Operations = Counter[tuple[str, str, str]]
+
 
 class OtherOperations(RuntimeError):
     """A rewritten model that runs other operations than before, outside of what was put in."""
 
 
 def probe_for(plan: Plan, before: Capture, inputs: Inputs) -> Probe:
-    """How a model that a plan changes is tried.
+    """How a model that a plan changes is tried: by whether it runs, and by what it runs where that can be told.
 
-    By whether it runs, and by what it runs where that can be told: how many operations a model runs that needs values
-    depends on the values.
-
-    Args:
-        plan: What is done.
-        before: The capture of the model as it was.
-        inputs: What it was captured on.
+    How many operations a model runs that needs values depends on the values. ``before`` is the capture of the model as
+    it was, on ``inputs``.
     """
-    actions = {op.action for op in plan.ops}
-    if before.coverage.values == "meta" and actions <= _CHANGES:
+    actions, known = {op.action for op in plan.ops}, before.coverage.values == "meta"
+    if known and actions <= _CHANGES:
         return survives(before, inputs)
-    compared = before.coverage.values == "meta" and actions <= _FUSES
 
     def probe(changed: nn.Module) -> None:
         after = capture(changed, inputs, values=before.coverage.values)
-        if compared:
+        if known and actions <= _FUSES:
             graphs = {path for path, module in changed.named_modules() if isinstance(module, Regraphed)}
             touched = {path for op in plan.ops for path in _named(op)}
-            _compare_elsewhere(before, after, touched, graphs)
+            old, new = (_operations(run, touched, graphs, fused=True) for run in (before, after))
+            _compare(old, new, "what was fused")
 
     return probe
 
 
 def survives(before: Capture, inputs: Inputs) -> Probe:
-    """A probe that captures a changed model and compares its operations.
-
-    Args:
-        before: The capture of the model as it was.
-        inputs: What it was captured on.
-
-    Returns:
-        A function that raises if the changed model does not run, or runs something else.
-    """
+    """A probe that raises if a changed model does not run, or runs something else outside of the layers put in."""
 
     def probe(changed: nn.Module) -> None:
         after = capture(changed, inputs, values=before.coverage.values)
-        new, graphs = _put_in(before.model, changed)
-        _compare(_operations(before, new, graphs), _operations(after, new, graphs), where="what was put in")
+        modules = dict(before.model.named_modules(remove_duplicate=False))
+        put_in, graphs = set(), set()
+        for path, module in changed.named_modules(remove_duplicate=False):
+            if isinstance(module, (Factorized, Projected)) and type(modules.get(path)) is not type(module):
+                put_in.add(path)
+            if isinstance(module, Regraphed):
+                graphs.add(path)
+        old, new = (_operations(run, put_in, graphs, fused=False) for run in (before, after))
+        _compare(old, new, "what was put in")
 
     return probe
-
-
-def _compare(*runs: Counter[tuple[str, str]], where: str) -> None:
-    """Checks that of two runs the second has the operations of the first.
-
-    Raises:
-        OtherOperations: If others do.
-    """
-    old, new = runs
-    lost, gained = old - new, new - old
-    if lost or gained:
-        said = [f"{_counted(ops)} {how}" for ops, how in ((lost, "no longer run"), (gained, "run now")) if ops]
-        raise OtherOperations(f"outside of {where}, {', '.join(said)}")
 
 
 def _named(op: Op) -> Iterator[str]:
@@ -108,68 +89,50 @@ def _named(op: Op) -> Iterator[str]:
         for what, _ in pair:
             kind, _, name = what.partition(" ")
             if kind == "call_module":
-                yield f"{op.path}.{name}" if op.path else name
+                yield stem(op.path) + name
 
 
-def _compare_elsewhere(before: Capture, after: Capture, touched: set[str], graphs: set[str]) -> None:
-    """Checks that what is neither touched nor a graph runs the same operations, with the same numbers.
+def _operations(captured: Capture, changed: set[str], graphs: set[str], *, fused: bool) -> _Operations:
+    """Operations outside of what a plan changes by name and path, where it fuses also by the numbers that they take.
 
-    Raises:
-        OtherOperations: If it does not.
+    Of code that became a graph, all is left out where a plan fuses, else the calls that were replaced.
     """
-    old, new = _elsewhere(before, touched, graphs), _elsewhere(after, touched, graphs)
-    _compare(*(Counter(key[:2] for key in found.elements()) for found in (old, new)), where="what was fused")
+    found: _Operations = Counter()
+    for node in captured.graph.nodes:
+        facts = info(node)
+        if node.op not in ("call_module", "call_function", "call_method") or _inside(facts.path, changed):
+            continue
+        if fused:
+            changes = facts.op == "identity" or (node.op != "call_module" and facts.path in graphs)
+        else:
+            weighted = node.op == "call_function" and (facts.spec is not None or facts.op == "linear")
+            changes = weighted and facts.path in graphs
+        if not changes:
+            numbers = str(fx.node.map_arg((node.args, node.kwargs), lambda _: None)) if fused else ""
+            found[facts.op, facts.path, numbers] += 1
+    return found
+
+
+def _compare(old: _Operations, new: _Operations, where: str) -> None:
+    """Checks that of two runs the second has the operations of the first, and then with the same numbers."""
+    before, after = _named_only(old), _named_only(new)
+    lost, gained = before - after, after - before
+    if lost or gained:
+        said = [f"{_counted(ops)} {how}" for ops, how in ((lost, "no longer run"), (gained, "run now")) if ops]
+        raise OtherOperations(f"outside of {where}, {', '.join(said)}")
     if old != new:
-        other = Counter(key[:2] for key in (old - new).elements())
-        raise OtherOperations(f"outside of what was fused, {_counted(other)} would be called with other numbers")
+        raise OtherOperations(
+            f"outside of {where}, {_counted(_named_only(old - new))} would be called with other numbers"
+        )
 
 
-def _elsewhere(captured: Capture, touched: set[str], graphs: set[str]) -> Counter[tuple[str, str, str]]:
-    """Operations by name, path and the numbers that they take."""
-    found: Counter[tuple[str, str, str]] = Counter()
-    for node in captured.graph.nodes:
-        facts = info(node)
-        if node.op not in ("call_module", "call_function", "call_method") or facts.op == "identity":
-            continue
-        if (node.op != "call_module" and facts.path in graphs) or _inside(facts.path, touched):
-            continue
-        numbers = fx.node.map_arg((node.args, node.kwargs), lambda _: None)
-        found[facts.op, facts.path, str(numbers)] += 1
-    return found
-
-
-def _put_in(old: nn.Module, new: nn.Module) -> tuple[set[str], set[str]]:
-    """Paths at which modules of ours were put in, and those of modules whose code became a graph."""
-    before = dict(old.named_modules(remove_duplicate=False))
-    ours, graphs = set(), set()
-    for path, module in new.named_modules(remove_duplicate=False):
-        if isinstance(module, (Factorized, Projected)) and type(before.get(path)) is not type(module):
-            ours.add(path)
-        if isinstance(module, Regraphed):
-            graphs.add(path)
-    return ours, graphs
-
-
-def _operations(captured: Capture, put_in: set[str], graphs: set[str]) -> Counter[tuple[str, str]]:
-    """Operations by name and path, those in what was put in left out."""
-    found: Counter[tuple[str, str]] = Counter()
-    for node in captured.graph.nodes:
-        facts = info(node)
-        if node.op not in ("call_module", "call_function", "call_method"):
-            continue
-        if _inside(facts.path, put_in):
-            continue
-        if node.op == "call_function" and facts.path in graphs and (facts.spec is not None or facts.op == "linear"):
-            continue
-        found[facts.op, facts.path] += 1
-    return found
+def _named_only(operations: _Operations) -> Counter[tuple[str, str]]:
+    return Counter(key[:2] for key in operations.elements())
 
 
 def _inside(path: str, scopes: set[str]) -> bool:
-    if not scopes:
-        return False
-    parts = path.split(".") if path else []
-    return any(".".join(parts[:i]) in scopes for i in range(len(parts) + 1))
+    parts = path.split(".")
+    return bool(scopes) and any(".".join(parts[:i]) in scopes for i in range(len(parts) + 1))
 
 
 def _counted(operations: Counter[tuple[str, str]]) -> str:

@@ -14,11 +14,12 @@ import gc
 import weakref
 from collections.abc import Iterator, Set
 from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
-from typing import Any
 
 from torch import Tensor, fx, nn
 
-_REGISTRIES = frozenset(("_modules", "_parameters", "_buffers"))
+REGISTRIES = frozenset(("_modules", "_parameters", "_buffers"))
+"""Attributes in which a module registers what it holds."""
+
 _OPAQUE = (type, ModuleType, FrameType, CodeType, Tensor, fx.Graph, str, bytes, int, float)
 
 
@@ -27,17 +28,13 @@ def names_of(model: nn.Module, module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, found in model.named_modules(remove_duplicate=False) if found is module)
 
 
+def stem(path: str) -> str:
+    """What the full names of all that a module holds begin with."""
+    return f"{path}." if path else ""
+
+
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Puts a module in another's place, under every name.
-
-    Args:
-        model: The model.
-        old: A module registered in it, or ``model`` itself.
-        new: What takes its place.
-
-    Returns:
-        The model, which is ``new`` where ``old`` was the model itself.
-    """
+    """Puts a module in another's place, under every name; returns the model, or ``new`` where ``old`` was that."""
     for parent in tuple(model.modules()):
         for name, child in tuple(parent._modules.items()):
             if child is old:
@@ -46,30 +43,23 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Modul
 
 
 def held_elsewhere(copied: nn.Module, original: nn.Module) -> dict[int, str]:
-    """Which modules of a copy are referred to other than by registration, or shadowed by the original.
+    """Which modules of a deep copy are referred to other than by registration, or shadowed by the original.
 
     A deep copy copies lists and bound methods, but not functions: a closure over the model (``lambda x: self.conv(x)``)
     still leads to the original, whose layers the copy then calls.
-
-    Args:
-        copied: A deep copy of a model.
-        original: The model.
 
     Returns:
         Identity of a module of the copy to what holds it, such as ``a list (block.convs)``.
     """
     own = {id(module) for module in copied.modules()}
     strange = {id(module): path for path, module in original.named_modules()}
-    known = own.union(strange)
-    found: dict[int, str] = {}
-    seen: set[int] = set()
+    found, seen, known = dict[int, str](), set[int](), own.union(strange)
     for path, module in copied.named_modules():
         for name, value in vars(module).items():
-            if name in _REGISTRIES:
+            if name in REGISTRIES:
                 continue
-            place = f"{path}.{name}" if path else name
             for held, how in _held(value, seen, known):
-                what = f"{how} ({place})"
+                what = f"{how} ({stem(path)}{name})"
                 if id(held) in own:
                     found.setdefault(id(held), what)
                 elif id(held) in strange and not name.endswith("_hooks"):
@@ -78,49 +68,32 @@ def held_elsewhere(copied: nn.Module, original: nn.Module) -> dict[int, str]:
     return found
 
 
-def _held(value: Any, seen: set[int], known: Set[int]) -> Iterator[tuple[nn.Module, str]]:
+def _held(value: object, seen: set[int], known: Set[int]) -> Iterator[tuple[nn.Module, str]]:
     """Modules that an attribute's value leads to, each with the kind of its holder; does not look into known ones."""
     todo = [(value, "a plain attribute")]
     while todo:
         thing, how = todo.pop()
         if isinstance(thing, nn.Module):
             yield thing, how
-        if isinstance(thing, _OPAQUE) or id(thing) in seen or id(thing) in known or not _leads_on(thing):
+        leads_on = isinstance(thing, weakref.ReferenceType) or gc.is_tracked(thing)
+        if isinstance(thing, _OPAQUE) or id(thing) in seen or id(thing) in known or not leads_on:
             continue
         seen.add(id(thing))
         kind = _kind(thing)
         todo += [(inner, kind if isinstance(inner, nn.Module) else how) for inner in _contents(thing)]
 
 
-def _leads_on(thing: Any) -> bool:
-    return isinstance(thing, weakref.ReferenceType) or gc.is_tracked(thing)
-
-
-def _contents(thing: Any) -> list[Any]:
+def _contents(thing: object) -> list[object]:
     if isinstance(thing, FunctionType):
-        cells = [cell.cell_contents for cell in thing.__closure__ or () if not _empty(cell)]
+        cells = [inner for cell in thing.__closure__ or () for inner in gc.get_referents(cell)]
         return [*cells, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
-    if isinstance(thing, weakref.ReferenceType):
-        return [thing()]
-    return gc.get_referents(thing)
+    return [thing()] if isinstance(thing, weakref.ReferenceType) else gc.get_referents(thing)
 
 
-def _empty(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return True
-    return False
-
-
-def _kind(thing: Any) -> str:
-    if isinstance(thing, MethodType):
-        return f"a bound method {thing.__name__}"
-    if isinstance(thing, FunctionType):
-        return f"a closure {thing.__name__}"
+def _kind(thing: object) -> str:
+    if isinstance(thing, (MethodType, FunctionType)):
+        return f"a {'bound method' if isinstance(thing, MethodType) else 'closure'} {thing.__name__}"
     if isinstance(thing, weakref.ReferenceType):
         return "a weak reference"
     kind = type(thing)
-    return (
-        f"a {kind.__name__}" if kind.__module__ in ("builtins", "functools") else f"an object of class {kind.__name__}"
-    )
+    return f"{'a' if kind.__module__ in ('builtins', 'functools') else 'an object of class'} {kind.__name__}"

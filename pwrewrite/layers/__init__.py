@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .activations import ACTIVATIONS
+from .known import ACTIVATIONS
 from .pointwise_activation import PointwiseActivation
 
 __all__ = ["ACTIVATIONS", "PointwiseActivation"]

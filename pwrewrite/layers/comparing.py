@@ -15,10 +15,7 @@ Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 def trial_inputs(run: Function, inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]] | str:
-    """Inputs to compare on, of the same domain as those given: these, and the same values in another order.
-
-    Where another order leaves the domain (its outputs are not finite), the values are moved a little instead.
-    """
+    """Inputs to compare on: these, and the same values in another order, or moved a little where that is not finite."""
     generator = torch.Generator().manual_seed(1)
     shuffled = tuple(_shuffled(t, generator) for t in inputs)
     candidates = [shuffled, tuple(t * 0.875 for t in shuffled), tuple(t.flip(-1) if t.dim() else t for t in inputs)]
@@ -44,18 +41,15 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def same_function(function: Function, run: Function, inputs: Sequence[Tensor], tolerance: float) -> bool:
-    """Whether two functions give the same and leave their inputs as they are.
+    """Whether two functions give the same, in memory of its own where the other one's is, and leave their inputs.
 
     The interpreter makes one tensor of two that are equal, and returns ``x`` for ``x + 0``: who writes to one output
     would change the other, or the input.
     """
-    given = copies(inputs)
-    right = outputs_of(run(*given))
-    shared = _sharing(given, right)
-    given = copies(inputs)
-    found = outputs_of(function(*given))
-    unchanged = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(given, inputs))
-    return unchanged and alike(found, right, tolerance) and _sharing(given, found) == shared
+    ours, theirs = copies(inputs), copies(inputs)
+    right, values = outputs_of(run(*theirs)), outputs_of(function(*ours))
+    unchanged = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(ours, inputs))
+    return unchanged and alike(values, right, tolerance) and _sharing(ours, values) == _sharing(theirs, right)
 
 
 def _sharing(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[int]:
@@ -66,9 +60,8 @@ def _sharing(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[int]:
 
 def alike(found: Sequence[Tensor], right: Sequence[Tensor], tolerance: float) -> bool:
     """Whether two runs gave the same up to rounding: as many tensors of the same shapes, dtypes and values."""
-    if [(t.shape, t.dtype) for t in found] != [(t.shape, t.dtype) for t in right]:
-        return False
-    return all(_near(a, b, tolerance) for a, b in zip(found, right))
+    same = [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in right]
+    return same and all(_near(a, b, tolerance) for a, b in zip(found, right))
 
 
 def outputs_of(out: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -1,12 +1,9 @@
 """The fused kernels on CUDA: cuDNN's convolution + ReLU, and a 1×1 in channels_last as a matrix product with epilogue.
 
 In channels_last a 1×1 convolution's input is, without a copy, the matrix of its positions, and
-``torch._addmm_activation`` applies ReLU behind the product (beta 1, a 1-D bias, contiguous output). GELU is not taken
-from there: its epilogue is the tanh approximation on CUDA, another function than ``F.gelu``. cuDNN's kernels take the
-stride before the padding and know ReLU only.
-
-Limits: one published case of a 7×7 in channels_last is 17 times slower through cuDNN's fused kernel (pytorch#68506), so
-kernels above 3×3 take the plain path.
+``torch._addmm_activation`` applies ReLU behind the product. Its GELU is the tanh approximation, another function than
+``F.gelu``. cuDNN's kernels take the stride before the padding and know ReLU only; kernels above 3×3 take the plain
+path, since a 7×7 in channels_last was 17 times slower through cuDNN's fused kernel (pytorch#68506).
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@ is gone or the machine has none, `CPU_DTYPES` is empty and fused layers run as p
 plain CPU tensors and nothing else: under autograd their gradients are silently None, fake tensors get wrong strides or
 crash, function transforms and autocast do not know them, and torch's FLOP counter takes them for nothing. So they run
 only where nobody is watching: `unwatched` says where.
-
-`LOSES_NAN` names the activations whose kernels return a number for NaN: a comparison picks the bound.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ _transforms: Any = _C._functorch.peek_interpreter_stack
 _PLAIN = (Tensor, nn.Parameter)
 
 LOSES_NAN = frozenset({"relu", "relu6", "hardtanh", "hardsigmoid"})
-"""Activations whose kernels return a number for NaN."""
+"""Activations whose kernels return a number for NaN: a comparison picks the bound."""
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 """The memory format with channels last, by number of axes."""
@@ -47,14 +45,8 @@ def in_channels_last(module: nn.Module) -> nn.Module:
 
 def unwatched() -> bool:
     """Whether no mode, transform, tracer or autocast is active that a fused kernel would escape or break."""
-    return (
-        not _functions_watch()
-        and not _dispatch_watch()
-        and not _autocast()
-        and _jit_tracing() is None
-        and _transforms() is None
-        and forward_ad._current_level < 0
-    )
+    watched = _functions_watch() or _dispatch_watch() or _autocast()
+    return not watched and _jit_tracing() is None and _transforms() is None and forward_ad._current_level < 0
 
 
 def enabled() -> bool:
@@ -104,7 +96,7 @@ _layout: Any = getattr(_mkldnn, "_get_mkldnn_serialized_md", None)
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a convolution moves over its input, as its kernel takes it: padding, stride, dilation and groups."""
+    """How a convolution moves over its input, as its kernel takes it."""
 
     padding: list[int]
     stride: list[int]
@@ -138,28 +130,22 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Tensor
 
 
 def check_known(name: str, act: Act) -> None:
-    """Refuses an activation that oneDNN does not take as its row says; for the error of a kernel that did not run.
-
-    Raises:
-        UsageError: It names the row.
-    """
+    """Raises a `UsageError` that names the row where oneDNN does not take an activation as its row says."""
     unit = torch.ones(1, 1, 1, 1)
     try:
         convolve(unit, unit, None, Geometry([0, 0], [1, 1], [1, 1], 1), act)
     except RuntimeError as error:
-        raise UsageError(
-            f"oneDNN does not know the kernel of the operation {name!r}",
-            where=f"the row {name!r} of pwrewrite.core.operations",
-            expected="a name, numbers and an algorithm that torch.ops.mkldnn._convolution_pointwise takes",
-            got=f"{act[0]!r} with {act[1]} and {act[2]!r}: {first_line(error)}",
-            hint="correct the row, or leave its kernel out",
-        ) from error
+        message = f"oneDNN does not know the kernel of the operation {name!r}"
+        where = f"the row {name!r} of pwrewrite.core.operations"
+        expected = "a name, numbers and an algorithm that torch.ops.mkldnn._convolution_pointwise takes"
+        got = f"{act[0]!r} with {act[1]} and {act[2]!r}: {first_line(error)}"
+        hint = "correct the row, or leave its kernel out"
+        raise UsageError(message, where=where, expected=expected, got=got, hint=hint) from error
 
 
 def pack(weight: Tensor, how: Geometry, shape: Sequence[int]) -> tuple[bytes, Tensor]:
     """A weight in the layout that a convolution computes in for an input shape, and that layout's name."""
+    settings = (how.padding, how.stride, how.dilation, how.groups)
     with torch.no_grad():
-        packed: Tensor = _mkldnn._reorder_convolution_weight(
-            weight.detach(), how.padding, how.stride, how.dilation, how.groups, list(shape)
-        )
+        packed: Tensor = _mkldnn._reorder_convolution_weight(weight.detach(), *settings, list(shape))
         return (b"" if _layout is None else _layout(packed).numpy().tobytes()), packed

@@ -9,6 +9,8 @@ are in use, no further one is made.
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable
@@ -18,14 +20,44 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .forking import ForkSafeLock
-
 _SHAPES = 4
 """Input shapes for which a layer asks for a layout; from then on the last packed form serves all."""
 _LAYOUTS = 2
 """Layouts in which a layer's weight is held."""
 _IN_USE = 1.0
 """Seconds since its last call for which a compiled function is in use and stays."""
+_PATIENCE = 60.0
+"""Seconds that a fork waits for a lock; then the child gets a fresh one."""
+
+
+class ForkSafeLock:
+    """A reentrant lock: a fork waits until it is free, so that no child finds it held by a thread that it has not.
+
+    Servers and data loaders fork while other threads work; what the lock guards would be half done in the child.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._waited = threading.RLock(), False
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=self._before, after_in_parent=self._after, after_in_child=self._after_in_child)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def _before(self) -> None:
+        self._waited = self._lock.acquire(timeout=_PATIENCE)
+
+    def _after(self) -> None:
+        if self._waited:
+            self._lock.release()
+
+    def _after_in_child(self) -> None:
+        if not self._waited:
+            self._lock = threading.RLock()
+        self._after()
 
 
 @dataclass(eq=False)
@@ -46,19 +78,15 @@ class Compiled:
 
 
 class Holder(Protocol):
-    """What has compiled functions, and is itself held by nobody for their sake."""
+    """What has compiled functions by shape, and is itself held by nobody for their sake."""
 
     @property
     def compiled(self) -> dict[Any, Any]:
-        """The functions by shape."""
+        """The functions."""
 
 
 class Pool:
-    """A bound on the bytes that compiled functions hold in the whole process.
-
-    Args:
-        limit: Bytes; a single function may be larger.
-    """
+    """A bound on the bytes that compiled functions hold in the whole process; a single one may be larger."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -74,12 +102,7 @@ class Pool:
         return [(holder, key, entry) for holder in self._holders for key, entry in list(holder.compiled.items())]
 
     def admit(self, holder: Holder, key: Hashable, entry: Compiled) -> bool:
-        """Holds a function, and lets go those that were not used for longest where there is no room.
-
-        Args:
-            holder: Whose function it is.
-            key: Its key there.
-            entry: The function.
+        """Holds a function under a key of its holder, and lets go those not used for longest where there is no room.
 
         Returns:
             Whether there is room: not where all that would have to go is in use.
@@ -113,15 +136,7 @@ class Packed:
     """Packed forms of one weight: valid as long as weight and bias are the same tensors with the same values.
 
     A write through ``weight.data`` moves no version counter and is not seen until the layer changes its mode, its dtype
-    or its device.
-
-    Args:
-        weight: The weight.
-        bias: The bias.
-
-    Attributes:
-        weight: The weight.
-        compiled: Partitions by input shape and whether a residual is added.
+    or its device. ``compiled`` holds partitions by input shape and whether a residual is added.
     """
 
     __slots__ = ("__weakref__", "_bias", "_calls", "_facts", "_forms", "compiled", "weight")
@@ -137,12 +152,7 @@ class Packed:
         return weight is self.weight and bias is self._bias and _facts(weight, bias) == self._facts
 
     def form(self, shape: torch.Size, pack: Callable[[], tuple[bytes, Tensor]]) -> Tensor:
-        """The weight packed for an input shape.
-
-        Args:
-            shape: The shape.
-            pack: Packs the weight for it; returns the name of the layout, too.
-        """
+        """The weight packed for an input shape; ``pack`` makes it, and names the layout."""
         form = self._forms.get(shape)
         if form is None:
             if len(self._forms) >= _SHAPES:

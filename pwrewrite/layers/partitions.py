@@ -1,12 +1,10 @@
 """A layer as a compiled partition of oneDNN's graph interface, which costs less to call than its convolution.
 
-A call of ``torch.ops.mkldnn`` describes the convolution to oneDNN anew each time, some 30 µs on top of the kernel (60
-between other layers, when the caches are cold): on small maps as much as the kernel itself. A partition is described
-once, for one shape, and its call costs a fourth of that; the kernel is the same one. It is taken only where the fuser
-of `tracing` took all of the layer and the values on random input are those of the plain layer.
-
-A partition holds its own packed copy of the weight (`packing`). It is made after a few calls with the same shape, for
-calls short enough to notice, and costs about 10 ms once.
+A call of ``torch.ops.mkldnn`` describes the convolution to oneDNN anew each time, 30 to 60 µs on top of the kernel: on
+small maps as much as the kernel itself. A partition is described once, for one shape, and its call costs a fourth of
+that. It is taken only where the fuser of `tracing` took all of the layer and the values on random input are those of
+the plain layer. It holds its own packed copy of the weight (`packing`), and is made, in about 10 ms, after a few calls
+with the same shape that are short enough to notice.
 """
 
 from __future__ import annotations
@@ -46,21 +44,15 @@ def compiled(
 ) -> Compiled | None:
     """The layer as one partition for inputs of this shape; None where the fuser does not take all of it.
 
-    Args:
-        x: An input, in channels_last.
-        residual: A residual in channels_last, where the layer adds one.
-        weight: The weight, as the layer has it.
-        bias: The bias.
-        how: Padding, stride, dilation and groups.
-        act: The activation.
+    ``x`` and ``residual``, where the layer adds one, are in channels_last; the weight is as the layer has it.
     """
-    w, b = weight.detach(), None if bias is None else bias.detach()
+    settings = (weight.detach(), None if bias is None else bias.detach(), how.stride, how.padding, how.dilation)
 
     def plain(t: Tensor) -> Tensor:
-        return act(torch.conv2d(t, w, b, how.stride, how.padding, how.dilation, how.groups))
+        return act(torch.conv2d(t, *settings, how.groups))
 
     def adding(t: Tensor, other: Tensor) -> Tensor:
-        return act(torch.conv2d(t, w, b, how.stride, how.padding, how.dilation, how.groups) + other)
+        return act(torch.conv2d(t, *settings, how.groups) + other)
 
     with torch.inference_mode(False):
         generator = torch.Generator().manual_seed(0)

@@ -20,7 +20,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from operator import attrgetter
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +30,11 @@ from torch.nn import functional as F
 from ..core.convolution import ConvSpec, StandsForLayer
 from ..core.errors import UsageError
 from . import cuda, kernels, partitions
-from .activations import ACTIVATIONS, checked
+from .factorized import Device, make_layer
 from .kernels import CPU_DTYPES, FORMATS, LOSES_NAN, Geometry, plain_input, plain_tensors, unwatched
+from .known import ACTIVATIONS, activation_module, checked
 from .packing import Packed
-from .unfused import Unfused, activation_module, plain_layer, same_padding
+from .unfused import Unfused, same_padding
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _compiling = torch.compiler.is_compiling
@@ -41,21 +43,19 @@ _threads = torch.get_num_threads
 _now = time.monotonic
 
 
-def _clamped(x: Tensor, low: float, high: float) -> Tensor:
-    return x.clamp_(low, high)
-
-
 _IN_PLACE: dict[str, Callable[..., Tensor]] = {
     "relu": torch.relu_,
-    "relu6": partial(_clamped, low=0.0, high=6.0),
-    "hardtanh": _clamped,
+    "relu6": partial(torch.clamp_, min=0.0, max=6.0),
+    "hardtanh": torch.clamp_,
     "hardsigmoid": partial(F.hardsigmoid, inplace=True),
 }
 """Activations in place, NaN kept; those of `kernels.LOSES_NAN`."""
 
+_DERIVED = frozenset({"_packed", "_pad", "_how", "_step", "_act", "_late", "_kernel_act"})
+
 
 class PointwiseActivation(StandsForLayer, nn.Module):
-    """A convolution or linear map with its activation.
+    """A convolution or linear map with its activation; takes and returns what the layer does, and a residual.
 
     Args:
         spec: The layer's shape facts; a linear map has no spatial axes. Not transposed.
@@ -66,11 +66,6 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         keep_nan: Whether NaN stays NaN behind activations whose fused kernel returns a number for it.
         device: Where the parameters live.
         dtype: Their dtype.
-
-    Shape:
-        - Input: ``(N, in_channels, *size)`` or unbatched; ``(*, in_features)`` for a linear map.
-        - Residual: as the output.
-        - Output: as of the layer.
     """
 
     def __init__(
@@ -82,7 +77,7 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         channels_last: bool = False,
         same: bool = False,
         keep_nan: bool = False,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -99,20 +94,11 @@ class PointwiseActivation(StandsForLayer, nn.Module):
 
     @classmethod
     def of_layer(
-        cls, layer: Any, spec: ConvSpec, activation: str, scalars: Sequence[float] = (), **flags: bool
+        cls, layer: nn.Module, spec: ConvSpec, activation: str, scalars: Sequence[float] = (), **flags: bool
     ) -> PointwiseActivation:
-        """The same with the parameters of a layer, which it takes over.
-
-        Args:
-            layer: A convolution or linear module.
-            spec: Its shape facts.
-            activation: As above.
-            scalars: As above.
-            **flags: ``channels_last``, ``same`` and ``keep_nan``.
-        """
-        fused = cls(spec, activation, scalars, device="meta", dtype=layer.weight.dtype, **flags)
-        fused._parameters["weight"] = layer._parameters["weight"]
-        fused._parameters["bias"] = layer._parameters["bias"]
+        """The same with the parameters of a layer, which it takes over; ``flags`` as above."""
+        fused = cls(spec, activation, scalars, device="meta", dtype=layer.get_parameter("weight").dtype, **flags)
+        fused._parameters.update(weight=layer._parameters["weight"], bias=layer._parameters["bias"])
         fused.training = layer.training
         return fused
 
@@ -120,8 +106,7 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         """What each call needs, worked out once."""
         spec, entry = self.spec, ACTIVATIONS[self.activation]
         self._packed: Packed | None = None
-        even = all(left == right for left, right in spec.padding)
-        ahead = self.same or spec.padding_mode != "zeros" or not even
+        ahead = self.same or spec.pads_copy
         self._pad: list[int] | None = None
         if ahead and not self.same and any(map(any, spec.padding)):
             self._pad = [side for pair in reversed(spec.padding) for side in pair]
@@ -138,13 +123,8 @@ class PointwiseActivation(StandsForLayer, nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialises as ``nn.Conv2d`` does."""
-        if self.weight.is_meta:
-            return
-        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
-        if self.bias is not None:
-            fan = self.weight[0].numel()
-            bound = fan**-0.5 if fan else 0.0
-            nn.init.uniform_(self.bias, -bound, bound)
+        if not self.weight.is_meta:
+            nn.Conv2d.reset_parameters(cast(nn.Conv2d, self))
 
     # -------------------------------------------------------------------------------------------- running
 
@@ -176,18 +156,15 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         if not spec.dims:
             out = F.linear(x, self.weight, self.bias)
         else:
-            x = self._padded(x)
             convolve = _CONVOLVE[spec.dims]
-            out = convolve(x, self.weight, self.bias, how.stride, how.padding, how.dilation, how.groups)
+            out = convolve(self._padded(x), self.weight, self.bias, how.stride, how.padding, how.dilation, how.groups)
         return self._act(out if residual is None else out + residual)
 
     def _padded(self, x: Tensor) -> Tensor:
         """An input with the padding that the convolution itself cannot do."""
         if self.same:
-            spec = self.spec
-            pads = same_padding(
-                list(x.shape[-spec.dims :]), list(spec.kernel_size), self._how.stride, self._how.dilation
-            )
+            kernel = list(self.spec.kernel_size)
+            pads = same_padding(list(x.shape[-len(kernel) :]), kernel, self._how.stride, self._how.dilation)
             return F.pad(x, pads) if any(pads) else x
         if self._pad is None:
             return x
@@ -240,9 +217,9 @@ class PointwiseActivation(StandsForLayer, nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)
         if self._step and spec.groups == 1 and residual is None and x.is_contiguous(memory_format=torch.channels_last):
             return cuda.product(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-        if max(spec.kernel_size) > cuda.LARGEST_KERNEL or (
-            residual is not None and not self._adds(x, weight, residual)
-        ):
+        if max(spec.kernel_size) > cuda.LARGEST_KERNEL:
+            return None
+        if residual is not None and not self._adds(x, weight, residual):
             return None
         return cuda.convolve(x, residual, weight, bias, self._how)
 
@@ -307,12 +284,15 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"keep_nan": False, **state})  # type: ignore[no-untyped-call]
+        parent: Any = super()
+        parent.__setstate__({"keep_nan": False, **state})
         self._prepare()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PointwiseActivation:
         self._packed = None
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+        parent: Any = super()
+        parent._apply(fn, recurse)
+        return self
 
     def train(self, mode: bool = True) -> PointwiseActivation:
         """As ever; also drops the packed weights."""
@@ -321,8 +301,10 @@ class PointwiseActivation(StandsForLayer, nn.Module):
 
     def unfused(self) -> tuple[nn.Module, nn.Module | None]:
         """The plain layer, which has this one's parameters, and the plain activation; None where there is none."""
+        layer = make_layer(self.spec, same=self.same, device="meta", dtype=self.weight.dtype)
+        layer._parameters.update(weight=self.weight, bias=self.bias)
         act = None if self.activation == "none" else activation_module(self.activation, self.scalars)
-        return plain_layer(self, same=self.same), act
+        return layer.train(self.training), act
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles in place of this layer."""
@@ -330,15 +312,8 @@ class PointwiseActivation(StandsForLayer, nn.Module):
 
     # ------------------------------------------------------------------------------------- reads like the layer
 
-    @property
-    def in_features(self) -> int:
-        """Input features of a linear map."""
-        return self.spec.in_channels
-
-    @property
-    def out_features(self) -> int:
-        """Output features of a linear map."""
-        return self.spec.out_channels
+    in_features = property(attrgetter("spec.in_channels"), doc="Input features of a linear map.")
+    out_features = property(attrgetter("spec.out_channels"), doc="Output features of a linear map.")
 
     @property
     def padding(self) -> tuple[int, ...] | str:
@@ -353,6 +328,3 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         numbers = "".join(f", {number:g}" for number in self.scalars)
         flags = "".join(f", {flag}" for flag in ("channels_last", "keep_nan") if getattr(self, flag))
         return f"{spec.in_channels}, {spec.out_channels}{kernel}{groups}, {self.activation}{numbers}{flags}"
-
-
-_DERIVED = frozenset({"_packed", "_pad", "_how", "_step", "_act", "_late", "_kernel_act"})

@@ -17,30 +17,24 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import Graph, Node, TensorType, Value
 
+from ..core.nested import tensors_of
 from .comparing import Function, alike, copies, outputs_of, same_function, trial_inputs
-from .forking import ForkSafeLock
+from .packing import ForkSafeLock
 
 _C: Any = torch._C
 _LOCK = ForkSafeLock()
 """Held while a function is made, by settings of the whole process. What is traced may hold fused layers itself."""
 _thread = threading.local()
-FUSER = all(
-    hasattr(_C, name)
-    for name in (
-        "_jit_set_llga_enabled",
-        "_jit_llga_enabled",
-        "_jit_pass_remove_mutation",
-        "_create_graph_by_tracing",
-        "_create_function_from_graph",
-        "_last_executed_optimized_graph",
-    )
-)
+_NEEDED = """_jit_set_llga_enabled _jit_llga_enabled _jit_pass_remove_mutation _create_graph_by_tracing
+_create_function_from_graph _last_executed_optimized_graph"""
+FUSER = all(hasattr(_C, name) for name in _NEEDED.split())
 """Whether this build of torch has oneDNN graphs behind its interpreter."""
 
 _INNER_BYTES = 256 * 2**20
@@ -50,13 +44,7 @@ _BINARY = frozenset({"aten::add", "aten::sub", "aten::mul", "aten::div", "aten::
 
 @dataclass(frozen=True)
 class Traced:
-    """A function, traced and compiled.
-
-    Attributes:
-        run: What computes it for the shapes that it was made for.
-        outputs: Its outputs for the inputs that it was made from.
-        graph: The optimised graph.
-    """
+    """A function, compiled for some shapes, its outputs for the inputs it was made from, and the optimised graph."""
 
     run: Function
     outputs: tuple[Tensor, ...]
@@ -82,16 +70,13 @@ def making() -> Iterator[None]:
 
 
 def traced(run: Function, inputs: Sequence[Tensor], tolerance: float, *, keep_nan: bool = False) -> Traced | str:
-    """A function of float32 tensors with what the fuser can take of it as partitions.
+    """A function of float32 tensors with what the fuser can take of it as partitions; or why torch cannot make it.
 
     Args:
         run: The function; its parameters need no gradient.
         inputs: Inputs of the shapes and in the memory formats that it is made for; they are not kept.
         tolerance: Greatest relative distance to the function's own values.
         keep_nan: Whether ReLU, clamps and max-pools stay out of the partitions, whose kernels give numbers for NaN.
-
-    Returns:
-        The compiled function; or why torch cannot make it, such as that its values are not those of the function.
     """
     if not FUSER:
         return "this build of torch has no oneDNN graphs"
@@ -100,7 +85,7 @@ def traced(run: Function, inputs: Sequence[Tensor], tolerance: float, *, keep_na
         _thread.tracing = True
         try:
             names = [f"t{i}" for i in range(len(inputs))]
-            graph, _ = _C._create_graph_by_tracing(run, tuple(inputs), _unnamed, True, False, None, names)
+            graph, _ = _C._create_graph_by_tracing(run, tuple(inputs), lambda _: "", True, False, None, names)
             if any(map(_draws, graph.nodes())):
                 return "it draws random numbers"
             _C._jit_pass_remove_mutation(graph)  # the fuser fails on operations in place
@@ -109,7 +94,7 @@ def traced(run: Function, inputs: Sequence[Tensor], tolerance: float, *, keep_na
             trials = trial_inputs(run, inputs)
             if isinstance(trials, str):
                 return trials
-            result = _compiled(graph, run, trials, tolerance, apart=False)
+            result = _compiled(graph.copy(), run, trials, tolerance, apart=False)
             return _compiled(graph, run, trials, tolerance, apart=True) if isinstance(result, str) else result
         except Exception as error:
             return _reason(error)
@@ -119,11 +104,10 @@ def traced(run: Function, inputs: Sequence[Tensor], tolerance: float, *, keep_na
 
 
 def _compiled(
-    traced_graph: Graph, run: Function, trials: Sequence[tuple[Tensor, ...]], tolerance: float, *, apart: bool
+    graph: Graph, run: Function, trials: Sequence[tuple[Tensor, ...]], tolerance: float, *, apart: bool
 ) -> Traced | str:
     """A traced graph, compiled and compared; with every operation of two tensors apart from others, or only some."""
     try:
-        graph = traced_graph.copy()
         _separate(graph, every=apart)
         inner = graph.copy()
         _C._jit_set_llga_enabled(True)
@@ -153,11 +137,7 @@ def _separate(graph: Graph, *, every: bool) -> None:
 
     Those are: two that follow each other, which behind a convolution crash the process (in torch 2.15: ``conv(x) + a +
     x``, where ``x`` is read elsewhere too) or give wrong values; one with an operand that is read elsewhere, or
-    whose memory is read again later, since the fuser writes the sum into it.
-
-    Args:
-        graph: The traced graph.
-        every: Whether all of them are kept apart.
+    whose memory is read again later, since the fuser writes the sum into it. With ``every`` all are kept apart.
     """
     nodes = list(graph.nodes())
     roots = _roots(nodes)
@@ -187,7 +167,6 @@ def _separate(graph: Graph, *, every: bool) -> None:
 
 
 def _detach(graph: Graph, node: Node, i: int) -> None:
-    """Puts a view in front of an operand."""
     value = list(node.inputs())[i]
     view = graph.create("aten::alias", [value], 1)
     view.insertBefore(node)
@@ -200,11 +179,9 @@ def _roots(nodes: Sequence[Node]) -> dict[str, str]:
     roots: dict[str, str] = {}
     for node in nodes:
         tensors = [value for value in node.inputs() if value.type().kind() in ("TensorType", "ListType")]
-        if not tensors or not _may_be_view(node):
-            continue
-        name = tensors[0].debugName()
-        for value in node.outputs():
-            roots[value.debugName()] = roots.get(name, name)
+        if tensors and _may_be_view(node):
+            name = tensors[0].debugName()
+            roots |= {value.debugName(): roots.get(name, name) for value in node.outputs()}
     return roots
 
 
@@ -215,17 +192,16 @@ def _sizes(value: Value) -> list[int] | None:
 
 def _may_be_view(node: Node) -> bool:
     """Whether a traced operation may return memory that it was given."""
-    kind = node.kind()
+    kind: str = node.kind()
     if kind.startswith("prim::"):
-        return bool(kind != "prim::Constant")
+        return kind != "prim::Constant"
     return "(a" in str(node.schema()) or "dropout" in kind
 
 
 def _joins(node: Node) -> bool:
     """Whether a traced operation is one of two tensors, element by element."""
-    if node.kind() not in _BINARY:
-        return False
-    return all(value.type().kind() == "TensorType" for value in list(node.inputs())[:2])
+    kinds = [value.type().kind() for value in list(node.inputs())[:2]]
+    return node.kind() in _BINARY and kinds == ["TensorType"] * 2
 
 
 def _behind_another(value: Value) -> bool:
@@ -246,9 +222,9 @@ def _behind_another(value: Value) -> bool:
 
 
 def _spare(graph: Graph) -> None:
-    """Puts operations that the fuser does not take, and that keep NaN, in place of ReLU, clamps and max-pools.
+    """Puts what the fuser does not take, and that keeps NaN, in place of ReLU, clamps and max-pools.
 
-    They work in place where they read what another operation made and nobody else reads.
+    It works in place where it reads what another operation made and nobody else reads.
     """
     for node in list(graph.nodes()):
         kind = node.kind()
@@ -260,11 +236,9 @@ def _spare(graph: Graph) -> None:
             other = graph.create("aten::max_pool2d_with_indices", [value, *numbers], 2)
         else:
             own = len(value.uses()) == 1 and value.node().kind().startswith("aten::") and not _may_be_view(value.node())
-            if kind == "aten::relu":
-                name, numbers = "threshold", [_constant(graph, 0)] * 2
-            else:
-                name = "clamp"
-                numbers = numbers or [_constant(graph, bound) for bound in (0, 6)]
+            name = "threshold" if kind == "aten::relu" else "clamp"
+            if kind in ("aten::relu", "aten::relu6"):
+                numbers = [_constant(graph, bound) for bound in (0, 0 if name == "threshold" else 6)]
             other = graph.create(f"aten::{name}{'_' if own else ''}", [value, *numbers], 1)
         other.insertBefore(node)
         result = next(other.outputs())
@@ -293,7 +267,7 @@ def _same_inside(graph: Graph, inputs: Sequence[Tensor], tolerance: float) -> bo
             kind = value.type()
             if len(value.uses()) < 2 or not isinstance(kind, TensorType) or kind.dtype() is not torch.float32:
                 continue
-            size += 4 * torch.Size(_sizes(value) or ()).numel()
+            size += 4 * prod(_sizes(value) or ())
             if size <= _INNER_BYTES:
                 graph.registerOutput(value)
     if not size:
@@ -304,13 +278,5 @@ def _same_inside(graph: Graph, inputs: Sequence[Tensor], tolerance: float) -> bo
         _C._jit_set_llga_enabled(fused)
         function = _C._create_function_from_graph("inside", graph.copy())
         function(*copies(inputs))
-        results.append(_leaves(function(*copies(inputs))))
+        results.append(tensors_of(function(*copies(inputs))))
     return alike(results[1], results[0], tolerance)
-
-
-def _leaves(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else [t for item in value for t in _leaves(item)]
-
-
-def _unnamed(_: object) -> str:
-    return ""

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.operations import OPERATIONS
-from .factorized import make_layer
-
 
 def same_padding(size: list[int], kernel: list[int], stride: list[int], dilation: list[int]) -> list[int]:
-    """TensorFlow's ``SAME`` for an input size, as ``F.pad`` takes it: the last axis first.
-
-    Args:
-        size: Of the spatial axes.
-        kernel: Sizes of the kernel.
-        stride: Its strides.
-        dilation: Its dilations.
-    """
+    """TensorFlow's ``SAME`` for the spatial size of an input, as ``F.pad`` takes it: the last axis first."""
     pads: list[int] = []
     for i in range(len(size) - 1, -1, -1):
         reach = dilation[i] * (kernel[i] - 1) + 1
@@ -41,12 +28,7 @@ class SamePadded(nn.Conv2d):
 
 
 class Unfused(nn.Module):
-    """A layer, the addition of a residual where there is one, and an activation.
-
-    Args:
-        layer: The layer.
-        act: The activation, or None.
-    """
+    """A layer, the addition of a residual where there is one, and an activation or nothing."""
 
     def __init__(self, layer: nn.Module, act: nn.Module | None) -> None:
         super().__init__()
@@ -59,33 +41,3 @@ class Unfused(nn.Module):
             out = out + residual
         result: Tensor = self.act(out)
         return result
-
-
-def plain_layer(fused: Any, *, same: bool = False) -> nn.Module:
-    """The convolution or linear map of a fused layer, with the same parameters.
-
-    Args:
-        fused: The fused layer.
-        same: Whether it pads as TensorFlow's ``SAME``.
-    """
-    spec, factory = fused.spec, {"device": "meta", "dtype": fused.weight.dtype}
-    if same:
-        settings = {"stride": spec.stride, "dilation": spec.dilation, "groups": spec.groups, "bias": spec.bias}
-        layer: nn.Module = SamePadded(spec.in_channels, spec.out_channels, spec.kernel_size, **settings, **factory)
-    else:
-        layer = make_layer(spec, **factory)
-    layer._parameters.update(weight=fused.weight, bias=fused.bias)
-    return layer.train(fused.training)
-
-
-def activation_module(name: str, numbers: Sequence[float]) -> nn.Module:
-    """The module of an activation.
-
-    Args:
-        name: One of `pwrewrite.layers.ACTIVATIONS`, but not ``none``.
-        numbers: Its numbers.
-    """
-    if name == "gelu_tanh":
-        return nn.GELU("tanh")
-    row = next(row for row in OPERATIONS if row.kernel is not None and row.kernel.name == name)
-    return row.modules[0](**{attribute: number for (attribute, _), number in zip(row.scalars, numbers)})

@@ -27,7 +27,7 @@ from ..core.nested import tensors_of
 from ..core.numbers import dims
 from ..core.option import from_keywords, refuse_unknown
 from ..core.options import ExportOptions, TargetOptions
-from ..edit.unfuse import unfuse
+from ..edit.actions.unfuse import unfuse
 from ..engines.exporting import Axes, Format, Program, format_named, identifier, measured
 from ..targets import open_target
 from ..targets.storage import check_place

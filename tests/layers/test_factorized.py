@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from pwrewrite.core.convolution import ConvSpec
-from pwrewrite.core.errors import UsageError
 from pwrewrite.forms import FORMS
-from pwrewrite.forms.specs import linear_spec
+from pwrewrite.forms.specs import linear_spec, pointwise_spec
 from pwrewrite.layers.factorized import (
     ACTIVATIONS,
     NORMS,
@@ -96,16 +95,9 @@ def test_norms_and_activations_between(norm: str | None, activation: str | None)
     assert made.stage_names == ("reduce", "core", "expand")
 
 
-def test_unknown_norms_and_activations() -> None:
-    spec = ConvSpec.of_module(nn.Conv2d(6, 4, 3))
-    for settings in ({"norm": "layer"}, {"activation": "relux"}):
-        with pytest.raises(UsageError, match="unknown"):
-            build(spec, "reduce", {"rank_in": 2}, **settings)
-
-
 @pytest.mark.parametrize(("dims", "kind"), [(0, nn.Linear), (1, nn.Conv1d), (2, nn.Conv2d), (3, nn.Conv3d)])
 def test_a_projected_branch(dims: int, kind: type[nn.Module]) -> None:
-    made = Projected(nn.ReLU(), 6, 2, dims, dtype=torch.float64)
+    made = Projected(nn.ReLU(), make_layer(pointwise_spec(dims, 6, 2), dtype=torch.float64))
     assert type(made.project) is kind
     x = torch.randn(3, 6, *(4,) * dims).double()
     assert made(x).shape == (3, 2, *(4,) * dims)

@@ -1,8 +1,9 @@
 """What an op of a plan can do to a model: `ACTIONS`, by the name that a plan gives them.
 
 An action has a record of its settings, read before any model is changed (`prepare`), and a function that changes the
-model on a `Bench` and returns the `Edit` that says what it did, or raises `Refused`. A new action is a file with both,
-and a row here.
+model on a `Bench` and returns the `Edit` that says what it did. It raises `PlanError` where the op makes no sense or
+was made for another model, and `Refused` where something must stay as it is: its code does more, something else refers
+to it, or the code around it cannot become a graph. A new action is a file with both, and a row here.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ from .fold_weight import WEIGHT, FoldWeightSettings, fold_weight
 from .fuse import FuseSettings, fuse_layer
 from .merge import MergeSettings, merge_layers
 from .project import ProjectSettings, project_branch
-from .remove import RemoveSettings, remove_module
 from .settings import read
-from .simplify import CODE, SimplifySettings, simplify_code
+from .simplify import CODE, RemoveSettings, SimplifySettings, remove_module, simplify_code
 from .unfuse import UnfuseSettings, unfuse_layer
 
 
@@ -55,16 +55,11 @@ VARIANTS: dict[tuple[str, str, str], Action] = {
 
 
 def prepare(op: Op) -> Callable[[Bench], Edit]:
-    """What carries out an op, its settings read.
-
-    Raises:
-        PlanError: If there is no such action, or the settings make no sense.
-    """
+    """What carries out an op, its settings read; raises `PlanError` where there is no such action or they are wrong."""
     action = ACTIONS.get(op.action)
     if action is None:
-        raise PlanError(
-            "unknown action", where=op.where("action"), expected=f"one of {', '.join(ACTIONS)}", got=op.action
-        )
+        expected = f"one of {', '.join(ACTIONS)}"
+        raise PlanError("unknown action", where=op.where("action"), expected=expected, got=op.action)
     for (name, key, value), variant in VARIANTS.items():
         if op.action == name and op.settings.get(key) == value:
             action = variant

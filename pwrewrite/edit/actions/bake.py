@@ -6,7 +6,7 @@ masks. What they did in training (the power iterations of ``spectral_norm``) end
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -14,25 +14,22 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ...core.errors import PlanError
 from ...core.plan import Edit, Op
-from .bench import Bench
+from ..swap import stem
+from .bench import Bench, not_here, param_count
 
 
 @dataclass(frozen=True)
 class BakeSettings:
-    """Settings of ``bake``.
-
-    Attributes:
-        weights: Names of the parameters that are computed, for the reader.
-    """
+    """Settings of ``bake``: names of the parameters that are computed, for the reader."""
 
     weights: tuple[str, ...] = ()
 
 
 def computed_weights(module: nn.Module) -> list[str]:
     """Names of the parameters of a module that are computed before its calls."""
-    names = list(module.parametrizations) if parametrize.is_parametrized(module) else []  # type: ignore[arg-type]
+    parametrized = parametrize.is_parametrized(module)
+    names = [name for name, _ in module.get_submodule("parametrizations").named_children()] if parametrized else []
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, (WeightNorm, SpectralNorm)):
             names.append(hook.name)
@@ -59,53 +56,29 @@ def _plain(module: nn.Module) -> nn.Module:
     kind = parametrize.type_before_parametrizations(module)
     plain: nn.Module = object.__new__(kind)
     vars(plain).update({name: dict(value) if type(value) is dict else value for name, value in vars(module).items()})
-    parametrizations = plain._modules.pop("parametrizations")
-    assert isinstance(parametrizations, nn.ModuleDict)
-    for name, computing in parametrizations.items():
+    del plain._modules["parametrizations"]
+    for name, computing in module.get_submodule("parametrizations").named_children():
         trained = any(parameter.requires_grad for parameter in computing.parameters())
         plain._parameters[name] = nn.Parameter(getattr(module, name).clone(), requires_grad=trained)
     return plain
 
 
 def bake_weights(bench: Bench, op: Op, settings: BakeSettings) -> Edit:
-    """Carries out a ``bake`` op.
-
-    Raises:
-        PlanError: If there is no such module, or it computes no weight.
-        Refused: If something else refers to it.
-    """
+    """Carries out a ``bake`` op."""
     module = bench.find(op, op.path)
     computed = computed_weights(module)
     if not computed:
-        raise PlanError(
-            "the plan bakes a weight that is a plain one here",
-            where=op.where("path"),
-            expected="a parametrized module, or one with weight_norm or spectral_norm of the older kind",
-            got=type(module).__name__,
-            hint="the plan was made for another model, or was carried out already",
-        )
+        expected = "a parametrized module, or one with weight_norm or spectral_norm of the older kind"
+        raise not_here(op, "the plan bakes a weight that is a plain one here", expected, type(module).__name__)
     bench.check_held(op.path, module)
-    before, names, training = dict(module.named_parameters()), bench.names_of(module), module.training
+    before, aliases, training = dict(module.named_parameters()), bench.aliases(module, op.path), module.training
+    edit = Edit(op, "module", "bake", params_before=param_count(module), exact="eval", aliases=aliases)
     module.eval()
     with torch.no_grad():
         plain = _plain(module)
     plain.train(training)
     if plain is not module:
         bench.replace(module, plain)
-    inner = f"{op.path}." if op.path else ""
-    after = dict(plain.named_parameters())
-    renamed = {
-        f"{inner}{old}": tuple(f"{inner}{name}" for name in computed if name in old)
-        for old in before
-        if old not in after
-    }
-    return Edit(
-        op,
-        "module",
-        "bake",
-        params_before=sum(parameter.numel() for parameter in before.values()),
-        params_after=sum(parameter.numel() for parameter in after.values()),
-        exact="eval",
-        renamed=renamed,
-        aliases=tuple(name for name in names if name != op.path),
-    )
+    inner, gone = stem(op.path), [name for name in before if name not in dict(plain.named_parameters())]
+    renamed = {f"{inner}{old}": tuple(f"{inner}{name}" for name in computed if name in old) for old in gone}
+    return replace(edit, params_after=param_count(plain), renamed=renamed)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import TypeVar, cast
 from zlib import crc32
 
 import torch
@@ -17,9 +18,10 @@ from ...core.plan import Op, Skip, SkipReason
 from ...decompose import Factors
 from ...forms.specs import linear_spec
 from ...layers.factorized import make_layer
+from ...layers.kernels import FORMATS
 from ..graph_edit import Regraphed
 from ..swap import held_elsewhere, names_of, replace_module
-from .evaluation import code_graph
+from .evaluation import Functions, code_graph
 
 _T = TypeVar("_T")
 _M = TypeVar("_M", bound=nn.Module)
@@ -39,9 +41,9 @@ Decomposer = Callable[[Op, Tensor], Factors | None]
 class Refused(Exception):
     """An op that is not carried out, with the skip that says why."""
 
-    def __init__(self, skip: Skip) -> None:
-        super().__init__(skip.detail)
-        self.skip = skip
+    def __init__(self, path: str, reason: SkipReason, detail: str) -> None:
+        super().__init__(detail)
+        self.skip = Skip(path, reason, detail)
 
 
 class Bench:
@@ -60,42 +62,24 @@ class Bench:
         copied: nn.Module,
         original: nn.Module,
         fill: bool,
-        known: dict[Any, Any],
+        known: dict[int, object],
         decomposer: Decomposer | None = None,
     ) -> None:
-        self.model, self.fill, self.decomposer = copied, fill, decomposer
+        self.model, self.fill, self.decomposer, self._known = copied, fill, decomposer, known
         self._holders = find_holders(dict(copied.named_modules(remove_duplicate=False)))
         self._held = held_elsewhere(copied, original)
-        self._known = known
 
     def find(self, op: Op, path: str, key: str = "path") -> nn.Module:
-        """The module under a path that an op names.
-
-        Args:
-            op: The op.
-            path: The path.
-            key: Which of the op's settings holds the path, for the error.
-
-        Raises:
-            PlanError: If there is none.
-        """
+        """The module under a path that an op names in a setting; raises `PlanError` if there is none."""
         try:
             return self.model.get_submodule(path)
         except AttributeError:
-            raise PlanError(
-                f"the model has no module {path!r}",
-                where=op.where(key),
-                expected="a path of this model",
-                got=path,
-                hint="the plan was made for another model, or for this one before another rewrite",
-            ) from None
+            message, expected = f"the model has no module {path!r}", "a path of this model"
+            hint = "the plan was made for another model, or for this one before another rewrite"
+            raise PlanError(message, where=op.where(key), expected=expected, got=path, hint=hint) from None
 
     def tensor(self, op: Op, name: str, key: str) -> Tensor:
-        """The parameter or buffer of a full name.
-
-        Raises:
-            PlanError: If there is none.
-        """
+        """The parameter or buffer of a full name; raises `PlanError` if there is none."""
         owner, _, attribute = name.rpartition(".")
         tensor = getattr(self.find(op, owner, key), attribute, None)
         if not isinstance(tensor, Tensor):
@@ -119,47 +103,29 @@ class Bench:
         module = self.same_layer(op, path, spec, key)
         skip = module_refusal(path, module, self._holders)
         if skip is not None:
-            raise Refused(skip)
+            raise Refused(skip.path, skip.reason, skip.detail)
         return module
 
     def same_layer(self, op: Op, path: str, spec: ConvSpec, key: str = "path") -> WeightedModule:
-        """As `layer`, for one whose code may be its own.
-
-        Raises:
-            PlanError: If there is no such module.
-            Refused: If something other than the model's registrations refers to it.
-        """
+        """As `layer`, for one whose code may be its own."""
         module = self.find(op, path, key)
         actual = spec_of_module(module)
         if actual is None:
-            raise PlanError(
-                "the plan replaces a layer that is none here",
-                where=op.where(key),
-                expected="a convolution or linear module",
-                got=f"{path} is a {type(module).__name__}",
-                hint="the plan was made for another model, or was carried out already",
-            )
+            expected, got = "a convolution or linear module", f"{path} is a {type(module).__name__}"
+            raise not_here(op, "the plan replaces a layer that is none here", expected, got, key)
         check_spec(op, actual, spec, path)
         self.check_held(path, module)
         return cast("WeightedModule", module)
 
     def check_held(self, path: str, module: nn.Module) -> None:
-        """Checks that nothing but the model's registrations refers to a module.
-
-        Raises:
-            Refused: If something does.
-        """
+        """Raises `Refused` where anything but the model's registrations refers to a module."""
         holder = self._held.get(id(module))
         if holder is not None:
             detail = f"also held by {holder}, which would keep calling the old one; register it as a submodule only"
-            raise Refused(Skip(path, SkipReason.HELD_ELSEWHERE, detail))
+            raise Refused(path, SkipReason.HELD_ELSEWHERE, detail)
 
-    def graph(self, op: Op, module: nn.Module, functions: frozenset[Any] = frozenset()) -> Regraphed:
-        """A module's own code as a graph, to be changed and put in its place (see `code_graph`).
-
-        Raises:
-            Refused: If something else refers to the module, or a graph cannot hold its code.
-        """
+    def graph(self, op: Op, module: nn.Module, functions: Functions = frozenset()) -> Regraphed:
+        """A module's own code as a graph, to be changed and put in its place (see `code_graph`), or `Refused`."""
         self.check_held(op.path, module)
         try:
             return code_graph(module, functions)
@@ -170,11 +136,15 @@ class Bench:
         """Every path of a module, first name first."""
         return names_of(self.model, module)
 
+    def aliases(self, module: nn.Module, path: str) -> tuple[str, ...]:
+        """The paths of a module beside one of them."""
+        return tuple(name for name in self.names_of(module) if name != path)
+
     def replace(self, old: nn.Module, new: nn.Module, path: str = "") -> tuple[str, ...]:
         """Puts a module in another's place, under every name; where it has a ``path``, its names beside that."""
-        names = self.names_of(old) if path else ()
+        aliases = self.aliases(old, path) if path else ()
         self.model = replace_module(self.model, old, new)
-        return tuple(name for name in names if name != path)
+        return aliases
 
     def remove(self, module: nn.Module, path: str = "") -> tuple[str, ...]:
         """Puts an identity in a module's place; see `replace`."""
@@ -189,13 +159,18 @@ class Bench:
         """The result of the one long computation of an op, worked out for the first copy of the model."""
         if id(op) not in self._known:
             self._known[id(op)] = work()
-        result: _T = self._known[id(op)]
-        return result
+        return cast("_T", self._known[id(op)])
 
 
 def not_traced(op: Op, why: object) -> Refused:
     """An op that the code around its layer does not let happen."""
-    return Refused(Skip(op.path, SkipReason.NOT_TRACED, str(why)))
+    return Refused(op.path, SkipReason.NOT_TRACED, str(why))
+
+
+def not_here(op: Op, message: str, expected: str, got: str, key: str = "path") -> PlanError:
+    """A plan that does not find what it was made for."""
+    hint = "the plan was made for another model, or was carried out already"
+    return PlanError(message, where=op.where(key), expected=expected, got=got, hint=hint)
 
 
 def param_count(*modules: nn.Module) -> int:
@@ -211,22 +186,14 @@ def spec_of_module(module: nn.Module) -> ConvSpec | None:
 
 
 def check_spec(op: Op, actual: ConvSpec, spec: ConvSpec, name: str) -> None:
-    """Checks that an op was made for this layer.
-
-    Raises:
-        PlanError: If it was made for another one.
-    """
+    """Raises `PlanError` where an op was made for another layer."""
     if actual != spec:
-        raise PlanError(
-            "the plan was made for another layer",
-            where=op.where("layer"),
-            expected=f"{name} is {brief(actual)}",
-            got=brief(spec),
-            hint="make the plan anew for this model",
-        )
+        expected, hint = f"{name} is {_brief(actual)}", "make the plan anew for this model"
+        message = "the plan was made for another layer"
+        raise PlanError(message, where=op.where("layer"), expected=expected, got=_brief(spec), hint=hint)
 
 
-def brief(spec: ConvSpec) -> str:
+def _brief(spec: ConvSpec) -> str:
     """A layer in a few words, for an error."""
     kernel = "×".join(map(str, spec.kernel_size)) + " convolution" if spec.dims else "linear map"
     if spec.transposed:
@@ -240,7 +207,7 @@ def train_like(parameter: nn.Parameter, *sources: Tensor | None) -> None:
     parameter.requires_grad_(any(source is not None and source.requires_grad for source in sources))
 
 
-def make_like(weight: Tensor, path: str, make: Callable[[Any], _M], *, initialised: bool) -> _M:
+def make_like(weight: Tensor, path: str, make: Callable[[str], _M], *, initialised: bool) -> _M:
     """A new module with the device, dtype and memory format of a weight.
 
     Args:
@@ -260,16 +227,13 @@ def make_like(weight: Tensor, path: str, make: Callable[[Any], _M], *, initialis
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(crc32(path.encode()))
             new = make("cpu").to(weight.device)
-    if not weight.is_contiguous():
-        for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-            if weight.dim() == dims and weight.is_contiguous(memory_format=memory_format):
-                new = new.to(memory_format=memory_format)
+    memory_format = FORMATS.get(weight.dim(), torch.contiguous_format)
+    if not weight.is_contiguous() and weight.is_contiguous(memory_format=memory_format):
+        new = new.to(memory_format=memory_format)
     return new
 
 
 def layer_like(weight: Tensor, path: str, spec: ConvSpec, *, initialised: bool) -> WeightedModule:
     """As `make_like`, an ordinary layer of some shape."""
-    new = make_like(
-        weight, path, lambda device: make_layer(spec, device=device, dtype=weight.dtype), initialised=initialised
-    )
-    return cast("WeightedModule", new)
+    make = partial(make_layer, spec, dtype=weight.dtype)
+    return cast("WeightedModule", make_like(weight, path, lambda at: make(device=at), initialised=initialised))

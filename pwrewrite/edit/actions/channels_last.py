@@ -13,22 +13,13 @@ from .bench import Bench, check_spec
 
 @dataclass(frozen=True)
 class ChannelsLastSettings:
-    """Settings of ``channels-last``.
-
-    Attributes:
-        layers: Path of a layer to its shape facts.
-    """
+    """Settings of ``channels-last``: path of a layer to its shape facts."""
 
     layers: Mapping[str, ConvSpec]
 
 
 def use_channels_last(bench: Bench, op: Op, settings: ChannelsLastSettings) -> Edit:
-    """Carries out a ``channels-last`` op.
-
-    Raises:
-        PlanError: If a layer is none, or another one.
-        Refused: If a layer must stay as it is.
-    """
+    """Carries out a ``channels-last`` op; no layer is changed where one of them must stay as it is."""
     fused, plain = [], []
     for path, spec in settings.layers.items():
         module = bench.find(op, path, "layers")

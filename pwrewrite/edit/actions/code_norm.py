@@ -1,23 +1,29 @@
-"""A batch norm that a module's code calls as a function, taken out of that code: the graph edit of ``fold``.
+"""What ``fold`` takes for a batch norm beside stock modules: a call in some code, and a scale and shift written out.
 
-The module whose code makes the call becomes a graph without it. What only the call read goes with it: scale and shift,
-statistics, and a norm module that did nothing but hold them.
+The module whose code calls ``F.batch_norm`` becomes a graph without the call. What only the call read goes with it:
+scale and shift, statistics, and a norm module that did nothing but hold them.
+
+Frozen batch norms and channel-wise scales are written in many ways, from buffers and arithmetic. What such a module
+computes is read off its outputs, ``shift = f(0)`` and ``scale = f(1) - f(0)`` in float64, and checked on random numbers
+of two sizes, with gradients wanted and not, since such code often has a branch for either.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ...core.copies import deep_copy
 from ...core.errors import PlanError
-from ...core.plan import Op
-from ..graph_edit import argument
-from .bench import Bench, not_traced
+from ...core.plan import Op, SkipReason
+from ..graph_edit import argument, drop_node, finish
+from .bench import Bench, Refused, not_traced
 
 
 @dataclass(frozen=True)
@@ -71,25 +77,17 @@ TENSORS = tuple(field.name for field in fields(NormTensors))
 _EPS = 1e-5
 """Default of ``F.batch_norm``."""
 
+_SIZES = ((2, 3), (5, 1))
+"""Batch size and extent on which a scale and shift is tried."""
+
+_TOLERANCE = 1e-4
+"""Of the largest value: code that computes in float32 inside rounds to 6e-8 a few times."""
+
 
 class CodeNorm:
-    """One call of ``F.batch_norm``.
+    """One call of ``F.batch_norm`` with some tensors and eps in the code of the module ``scope``.
 
-    Attributes:
-        scope: Path of the module whose code makes it.
-        names: What it reads, to the full name of that.
-        facts: What it computes with.
-
-    Args:
-        bench: The model.
-        op: A ``fold``.
-        tensors: The names of what the call reads.
-        eps: What it adds to the variance.
-        scope: Path of the module whose code makes the call.
-
-    Raises:
-        PlanError: If the settings make no sense here.
-        Refused: If the code cannot become a graph, or does not make this call.
+    ``names`` says what it reads, to the full name of that, and ``facts`` what it computes with.
     """
 
     def __init__(self, bench: Bench, op: Op, tensors: NormTensors, eps: float, scope: str | None) -> None:
@@ -97,8 +95,9 @@ class CodeNorm:
             raise PlanError("fold needs a scope for the norm of a call", where=op.where("scope"), expected="a path")
         self.bench, self.op, self.scope = bench, op, scope
         self.names: dict[str, str | None] = vars(tensors)
-        values = {key: None if name is None else bench.tensor(op, name, "tensors") for key, name in self.names.items()}
-        self.facts = NormFacts(**values, eps=eps)  # type: ignore[arg-type]
+        read = partial(bench.tensor, op, key="tensors")
+        gain, shift = (None if name is None else read(name) for name in (tensors.weight, tensors.bias))
+        self.facts = NormFacts(read(tensors.running_mean), read(tensors.running_var), gain, shift, eps)
         self.module = bench.find(op, scope, "scope")
         self.graph_module = bench.graph(op, self.module, frozenset({F.batch_norm}))
         self.node = self._call()
@@ -118,7 +117,7 @@ class CodeNorm:
             raise not_traced(self.op, f"the eps of the call of batch_norm is {call_eps}, not {self.facts.eps}")
         return matching[0]
 
-    def _reads(self, node: fx.Node, position: int, key: str) -> Any:
+    def _reads(self, node: fx.Node, position: int, key: str) -> object:
         read = argument(node, position, key)
         if not isinstance(read, fx.Node) or read.op != "get_attr":
             return read
@@ -126,32 +125,68 @@ class CodeNorm:
 
     def remove(self) -> None:
         """Takes the call out and puts the graph in the module's place."""
-        graph, node = self.graph_module.graph, self.node
-        source = argument(node, 0, "input")
-        reads = [read for read in node.all_input_nodes if read.op == "get_attr"]
-        node.replace_all_uses_with(source)
-        graph.erase_node(node)
+        reads = [read for read in self.node.all_input_nodes if read.op == "get_attr"]
+        drop_node(self.node, cast(fx.Node, argument(self.node, 0, "input")))
         for read in reads:
             if not read.users:
-                graph.erase_node(read)
+                self.graph_module.graph.erase_node(read)
         self.bench.replace(self.module, self.graph_module)
         for name in self.names.values():
             if name is not None:
                 self._drop(name)
-        graph.lint()
-        self.graph_module.recompile()
+        finish(self.graph_module)
 
     def _drop(self, name: str) -> None:
         """Removes a tensor that nothing reads any more, and its holder where that held nothing else."""
         path, _, attribute = name.rpartition(".")
         holder = self.bench.find(self.op, path, "tensors")
-        if path == self.scope:
-            holder._parameters.pop(attribute, None)
-            holder._buffers.pop(attribute, None)
-            return
-        for store in (holder._parameters, holder._buffers):
-            if attribute in store:
+        stores: tuple[dict[str, Any], ...] = (holder._parameters, holder._buffers)
+        for store in stores:
+            if path == self.scope:
+                store.pop(attribute, None)
+            elif attribute in store:
                 store[attribute] = None
-        rest = [key for s in (holder._parameters, holder._buffers) for key, value in s.items() if value is not None]
-        if set(rest) <= {"num_batches_tracked"} and not any(True for _ in holder.children()):
+        rest = {key for store in stores for key, value in store.items() if value is not None}
+        if path != self.scope and rest <= {"num_batches_tracked"} and not any(True for _ in holder.children()):
             self.bench.remove(holder)
+
+
+def affine_facts(op: Op, module: nn.Module, channels: int, dims: int, *, fill: bool) -> NormFacts:
+    """A channel-wise affine map of inputs with some spatial dims as a batch norm of mean 0 and variance 1.
+
+    ``fill`` says whether its values matter. Raises `Refused` where it is something else.
+    """
+    zeros = torch.zeros(channels, dtype=torch.float64)
+    tensors = (*module.parameters(), *module.buffers())
+    if not fill or any(t.is_meta for t in tensors):
+        return NormFacts(zeros, zeros + 1, zeros, zeros, 0.0)
+    device = tensors[0].device
+    trial = deep_copy(module).double()
+    shape = (1, channels, *(1,) * dims)
+
+    def run(x: Tensor, gradient: bool = False) -> Tensor:
+        with torch.set_grad_enabled(gradient):
+            out = trial(x.to(device).requires_grad_(gradient))
+        if not isinstance(out, Tensor) or out.shape != x.shape:
+            raise ValueError("not a map of the same shape")
+        return out.detach().double().cpu()
+
+    try:
+        shift = run(zeros.view(shape).clone()).flatten()
+        scale = run(zeros.view(shape) + 1).flatten() - shift
+        generator = torch.Generator().manual_seed(0)
+        for batch, extent in _SIZES:
+            x = torch.randn(batch, channels, *(extent,) * dims, generator=generator, dtype=torch.float64)
+            expected = x * scale.view(shape) + shift.view(shape)
+            limit = _TOLERANCE * float(expected.abs().max())
+            if any(not torch.allclose(run(x.clone(), gradient), expected, 0.0, limit) for gradient in (False, True)):
+                raise ValueError("something else")
+    except Exception as error:
+        raise no_affine(op, module) from error
+    return NormFacts(zeros, zeros + 1, scale, shift, 0.0)
+
+
+def no_affine(op: Op, module: nn.Module) -> Refused:
+    """A module that is no norm to fold."""
+    detail = f"{type(module).__name__} is more than a scale and a shift per channel"
+    return Refused(op.path, SkipReason.OVERRIDDEN_FORWARD, detail)

@@ -1,9 +1,7 @@
 """A module's own code as a graph of what it does in evaluation, where the modes differ in what is to be taken out.
 
-`pwrewrite.edit.graph_edit.to_graph` refuses code that does something else in training.
-``F.batch_norm(…, self.training)`` and ``F.dropout(x, p, self.training)`` are such code; an edit that is exact in
-evaluation takes just these calls out, so here they are written down as they are in evaluation. All else that differs
-is refused as ever.
+`to_graph` refuses code that does something else in training, such as ``F.dropout(x, p, self.training)``. An edit that
+is exact in evaluation takes just these calls out, so here they are written down as they are in evaluation.
 
 A trace makes ``x = x + y`` of ``x += y``, and that is something else where another name, a view or the caller holds
 what was written into. Code with such assignments is refused where that may be so.
@@ -13,7 +11,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +24,10 @@ from ...capturing.functions import words
 from ...core.operations import OPERATIONS
 from ..graph_edit import Regraphed, to_graph
 
-DROPS: frozenset[Any] = frozenset(
+Functions = frozenset[Callable[..., object]]
+"""Functions that take ``training``."""
+
+DROPS: Functions = frozenset(
     getattr(F, name) for row in OPERATIONS if row.kind == "dropout" for name in row.functions if hasattr(F, name)
 )
 """Functions that drop something where ``training`` is true, and return their input where it is not."""
@@ -35,7 +36,7 @@ DROPS: frozenset[Any] = frozenset(
 class _Evaluating(TorchFunctionMode):
     """Makes calls of some functions, that take ``training``, calls in evaluation."""
 
-    def __init__(self, functions: frozenset[Any]) -> None:
+    def __init__(self, functions: Functions) -> None:
         super().__init__()
         self.functions = functions
 
@@ -46,12 +47,8 @@ class _Evaluating(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def code_graph(module: nn.Module, functions: frozenset[Any] = frozenset()) -> Regraphed:
-    """As `pwrewrite.edit.graph_edit.to_graph`, for edits that are exact in evaluation.
-
-    Args:
-        module: The module.
-        functions: Functions that take ``training``, whose calls are as they are in evaluation.
+def code_graph(module: nn.Module, functions: Functions = frozenset()) -> Regraphed:
+    """As `to_graph`, for edits that are exact in evaluation: calls of ``functions`` are as they are there.
 
     Raises:
         NotTraceable: As there, and where an assignment such as ``+=`` may write into what something else holds.
@@ -69,9 +66,7 @@ def name_of(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
 
 
-_OPERATORS: dict[str, Any] = {
-    f"__i{name}__": getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
-}
+_OPERATORS = {f"__i{name}__": getattr(operator, name) for name in words("add sub mul truediv floordiv mod pow")}
 _tracing = threading.RLock()
 """Held by the one trace that may run at a time, since it adds methods to ``fx.Proxy``."""
 

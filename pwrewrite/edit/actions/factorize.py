@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from ...decompose import Factors
 from ...forms import FORMS, read_form
 from ...layers.factorized import ACTIVATIONS, NORMS, Factorized, build
 from ..graph_edit import FunctionalCall
+from ..swap import stem
 from .bench import Bench, check_spec, make_like, not_traced, param_count
 from .settings import one_of
 
@@ -48,28 +50,22 @@ class FactorizeSettings:
 
 
 def factorize_layer(bench: Bench, op: Op, settings: FactorizeSettings) -> Edit:
-    """Carries out a ``factorize`` op.
-
-    Raises:
-        PlanError: If the op makes no sense or was made for another layer.
-        RefusedError: If the weight holds NaN or Inf.
-        Refused: If the layer must stay as it is.
-    """
+    """Carries out a ``factorize`` op; a `RefusedError` says that the weight holds NaN or Inf."""
     settings = _checked(op, settings)
     if settings.weight is not None:
         return _functional_call(bench, op, settings, settings.weight)
     old = bench.layer(op, op.path, settings.layer)
     new, edit = _chain(bench, op, settings, old.weight, old.bias)
     new.train(old.training)
-    stem = f"{op.path}." if op.path else ""
-    renamed = _renamed(stem, new, f"{stem}weight", f"{stem}bias" if settings.layer.bias else None)
+    inner = stem(op.path)
+    renamed = _renamed(inner, new, f"{inner}weight", f"{inner}bias" if settings.layer.bias else None)
     return replace(edit, renamed=renamed, aliases=bench.replace(old, new, op.path))
 
 
 def _functional_call(bench: Bench, op: Op, settings: FactorizeSettings, weight_name: str) -> Edit:
     """The same for a functional call: the module whose code makes it becomes a graph."""
-    scope = settings.scope
-    module, prefix = bench.find(op, scope, "scope"), f"{scope}." if scope else ""
+    scope, prefix = settings.scope, stem(settings.scope)
+    module = bench.find(op, scope, "scope")
     if not weight_name.startswith(prefix):
         raise not_traced(op, f"{weight_name} lies outside {scope}, whose code reads it")
     weight = bench.tensor(op, weight_name, "weight")
@@ -88,11 +84,7 @@ def _functional_call(bench: Bench, op: Op, settings: FactorizeSettings, weight_n
 
 
 def _checked(op: Op, settings: FactorizeSettings) -> FactorizeSettings:
-    """The settings of an op with its form's widths and axes, checked against the layer.
-
-    Raises:
-        PlanError: If they make no sense.
-    """
+    """The settings of an op with its form's widths and axes, checked against the layer."""
     form, axes = read_form(settings.layer, settings.form, settings.axes, op.where)
     widths = form.read_widths(settings.layer, settings.widths, axes, op.where)
     inside = "norm" if settings.norm else "activation" if settings.activation else None
@@ -108,43 +100,29 @@ def _chain(
     """The new module, filled where it is to be, and what edits of modules and of calls both say."""
     spec, form, widths, axes = settings.layer, FORMS[settings.form], settings.widths, settings.axes
     facts = {"axes": axes, "norm": settings.norm, "activation": settings.activation, "dtype": weight.dtype}
-    fresh = settings.init == "fresh"
-    new = make_like(
-        weight, op.path, lambda device: build(spec, form.name, widths, device=device, **facts), initialised=fresh
-    )
+    fresh, make = settings.init == "fresh", partial(build, spec, form.name, widths, **facts)
+    new = make_like(weight, op.path, lambda device: make(device=device), initialised=fresh)
     error = None
     if bench.fill and not fresh and not weight.is_meta:
+
+        def factorize() -> Factors:
+            factors = bench.decomposer(op, weight) if bench.decomposer is not None else None
+            return form.factorize(weight, spec, widths, axes) if factors is None else factors
+
         try:
-            factors = bench.once(op, lambda: _factors(bench, op, settings, weight))
+            factors = bench.once(op, factorize)
             new.load_factors(factors, bias)
         except RefusedError as refused:
-            raise RefusedError(
-                refused.message, where=op.path, expected=refused.expected, got=refused.got, hint=refused.hint
-            ) from None
+            refused.where = op.path
+            raise
         error = factors.relative_error
     for parameter in new.parameters():
         parameter.requires_grad_(weight.requires_grad)
     if bias is not None and new.bias is not None:
         new.bias.requires_grad_(bias.requires_grad)
-    ranks, full = list(widths.values()), widths == form.limits(spec, axes)
-    return new, Edit(
-        op,
-        "module",
-        form.name,
-        rank_in=ranks[0],
-        rank_out=ranks[-1],
-        params_before=spec.params,
-        params_after=param_count(new),
-        relative_error=error,
-        exact="both" if full and not fresh else None,
-    )
-
-
-def _factors(bench: Bench, op: Op, settings: FactorizeSettings, weight: Tensor) -> Factors:
-    factors = bench.decomposer(op, weight) if bench.decomposer is not None else None
-    if factors is not None:
-        return factors
-    return FORMS[settings.form].factorize(weight, settings.layer, settings.widths, settings.axes)
+    exact = "both" if widths == form.limits(spec, axes) and not fresh else None
+    ranks = list(widths.values())
+    return new, Edit(op, "module", form.name, ranks[0], ranks[-1], spec.params, param_count(new), error, exact)
 
 
 def _renamed(prefix: str, new: Factorized, weight: str, bias: str | None) -> dict[str, tuple[str, ...]]:

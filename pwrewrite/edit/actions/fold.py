@@ -7,18 +7,19 @@ Computed in float64 and rounded once.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from ...core.convolution import ConvSpec
+from ...core.copies import deep_copy
 from ...core.errors import PlanError, RefusedError, shortened
-from ...core.plan import Edit, Op, Skip, SkipReason
-from .affine import affine_facts
-from .bench import Bench, Refused, WeightedModule, param_count, train_like
-from .code_norm import CodeNorm, NormFacts, NormTensors
+from ...core.plan import Edit, Op
+from ..swap import stem
+from .bench import Bench, WeightedModule, param_count, train_like
+from .code_norm import CodeNorm, NormFacts, NormTensors, affine_facts, no_affine
 from .settings import Count, Number, one_of
 
 
@@ -50,30 +51,23 @@ class FoldSettings:
 
 
 def fold_norm(bench: Bench, op: Op, settings: FoldSettings) -> Edit:
-    """Carries out a ``fold`` op.
-
-    Raises:
-        PlanError: If the op makes no sense or was made for another model.
-        RefusedError: If the folded weight does not fit into its dtype.
-        Refused: If the norm is not one, or the code that calls it cannot become a graph.
-    """
-    path, side, spec, keep = settings.layer, settings.side, settings.spec, settings.keep
-    code = None
+    """Carries out a ``fold`` op; a `RefusedError` says that the folded weight does not fit into its dtype."""
+    path, spec, keep, code = settings.layer, settings.spec, settings.keep, None
     if settings.tensors is not None:
         code = CodeNorm(bench, op, settings.tensors, settings.eps, settings.scope)
     module = nn.Identity() if code is not None else bench.find(op, op.path)
     norm = NormFacts.of(module) if code is None else code.facts
     layer = bench.same_layer(op, path, spec, "layer")
-    width = spec.out_channels if side == "behind" else spec.in_channels
+    width = spec.out_channels if settings.side == "behind" else spec.in_channels
     if settings.affine:
         norm = affine_facts(op, module, width, spec.dims, fill=bench.fill)
     if norm is None or norm.running_mean.numel() != width:
-        raise PlanError(
+        message, expected = (
             "the plan folds a norm that is none here",
-            where=op.where("path"),
-            expected=f"a norm of {width} channels with running statistics",
-            got=shortened(str(module if code is None else norm), 80),
+            f"a norm of {width} channels with running statistics",
         )
+        got = shortened(str(module if code is None else norm), 80)
+        raise PlanError(message, where=op.where("path"), expected=expected, got=got)
     own = {name: p for name, p in module.named_parameters() if settings.affine or name in ("weight", "bias")}
     params, weight = param_count(layer) + (sum(p.numel() for p in own.values()) if own else norm.params), layer.weight
     fill = bench.fill and not (weight.is_meta or norm.running_mean.is_meta)
@@ -82,33 +76,32 @@ def fold_norm(bench: Bench, op: Op, settings: FoldSettings) -> Edit:
         if not settings.affine:
             _check(op, module, norm, keep, fill)
     if fill:
-        new_weight, new_bias = _folded(layer, norm, spec, side)
+        new_weight, new_bias = _folded(layer, norm, spec, settings.side)
         if not (torch.isfinite(new_weight).all() and torch.isfinite(new_bias).all()):
-            raise RefusedError(
-                "the folded weight is not finite",
-                where=path,
-                got=f"in {weight.dtype}",
-                hint="the layer or the norm's statistics hold NaN or Inf, or are too large for the dtype",
-            )
+            hint = "the layer or the norm's statistics hold NaN or Inf, or are too large for the dtype"
+            raise RefusedError("the folded weight is not finite", where=path, got=f"in {weight.dtype}", hint=hint)
     else:
         new_weight, new_bias = weight.detach(), torch.empty(spec.out_channels, dtype=weight.dtype, device=weight.device)
     old_bias = layer.bias
     layer.weight, layer.bias = nn.Parameter(new_weight), nn.Parameter(new_bias)
-    gain, shift = (own.get("weight"), own.get("bias")) if code is None else (norm.weight, norm.bias)
+    outer, inner = stem(path), stem(op.path)
+    renamed: dict[str, tuple[str, ...]]
+    gain: Tensor | None
+    shift: Tensor | None
     if settings.affine:
         gain = shift = next((p for p in own.values() if p.requires_grad), None)
+        renamed = {inner + name: (f"{outer}weight", f"{outer}bias") for name in own}
+    else:
+        gain, shift = (own.get("weight"), own.get("bias")) if code is None else (norm.weight, norm.bias)
+        names = {key: inner + key for key in ("weight", "bias")} if code is None else code.names
+        kept = [key for key in ("weight", "bias") if getattr(norm, key) is not None]
+        renamed = {str(names[key]): (outer + key,) for key in kept}
     train_like(layer.weight, weight, gain)
     train_like(layer.bias, weight if old_bias is None else old_bias, shift)
-    stem = f"{path}." if path else ""
-    inner = f"{op.path}." if op.path else ""
-    names = code.names if code is not None else {key: inner + key for key in ("weight", "bias")}
-    renamed: dict[str, tuple[str, ...]] = {
-        str(names[key]): (stem + key,) for key in ("weight", "bias") if getattr(norm, key) is not None
-    }
-    if settings.affine:
-        renamed = {inner + name: (f"{stem}weight", f"{stem}bias") for name in own}
     if old_bias is None:
-        renamed[f"{stem}weight"] = (f"{stem}weight", f"{stem}bias")
+        renamed[f"{outer}weight"] = (f"{outer}weight", f"{outer}bias")
+    kind, scope = ("module", None) if code is None else ("graph", code.scope)
+    edit = Edit(op, kind, "fold", exact="eval", renamed=renamed, adapted=(path,), graph_module=scope)
     aliases: tuple[str, ...] = ()
     if code is not None:
         code.remove()
@@ -117,18 +110,7 @@ def fold_norm(bench: Bench, op: Op, settings: FoldSettings) -> Edit:
         aliases = bench.replace(module, rest.train(module.training), op.path)
     else:
         aliases = bench.remove(module, op.path)
-    return Edit(
-        op,
-        "module" if code is None else "graph",
-        "fold",
-        params_before=params,
-        params_after=param_count(layer),
-        exact="eval",
-        renamed=renamed,
-        aliases=aliases,
-        adapted=(path,),
-        graph_module=None if code is None else code.scope,
-    )
+    return replace(edit, params_before=params, params_after=param_count(layer), aliases=aliases)
 
 
 def _folded(layer: WeightedModule, norm: NormFacts, spec: ConvSpec, side: str) -> tuple[Tensor, Tensor]:
@@ -157,12 +139,7 @@ def _folded(layer: WeightedModule, norm: NormFacts, spec: ConvSpec, side: str) -
 
 
 def _check(op: Op, module: nn.Module, norm: NormFacts, keep: tuple[str, ...], fill: bool) -> None:
-    """Tries a norm with a forward of its own on a few numbers.
-
-    Raises:
-        PlanError: If it has no such children.
-        Refused: If it is not scale, shift and then its children.
-    """
+    """Tries a norm with a forward of its own on a few numbers: whether it is scale, shift and then its children."""
     missing = [name for name in keep if name not in module._modules]
     if missing:
         raise PlanError("the norm has no such child", where=op.where("keep"), expected="a child's name", got=missing[0])
@@ -171,20 +148,15 @@ def _check(op: Op, module: nn.Module, norm: NormFacts, keep: tuple[str, ...], fi
         return
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, norm.running_mean.numel(), 2, 2, generator=generator).to(norm.running_mean)
-    flags = {part: part.training for part in module.modules()}
+    trial = deep_copy(module).eval()
     try:
-        module.eval()
         with torch.no_grad():
             expected = norm.apply(x)
             for name in keep:
-                expected = module.get_submodule(name)(expected)
-            output = module(x.clone())
+                expected = trial.get_submodule(name)(expected)
+            output = trial(x.clone())
         same = isinstance(output, Tensor) and torch.allclose(output, expected, rtol=1e-2, atol=1e-3, equal_nan=True)
     except Exception:  # a norm of other dims, or one that takes more than a tensor
         same = isinstance(module, nn.modules.batchnorm._BatchNorm) and not keep
-    finally:
-        for part, training in flags.items():
-            part.training = training
     if not same:
-        detail = f"{type(module).__name__} is more than a scale and a shift per channel"
-        raise Refused(Skip(op.path, SkipReason.OVERRIDDEN_FORWARD, detail))
+        raise no_affine(op, module)

@@ -5,26 +5,19 @@ Computed in float64 and rounded once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ...core.convolution import ConvSpec
 from ...core.errors import PlanError, RefusedError
 from ...core.plan import Edit, Op
-from ...layers.merging import merged_spec
 from .bench import Bench, WeightedModule, layer_like, param_count, train_like
 
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """Settings of ``merge``.
-
-    Attributes:
-        first: Path of the first layer.
-        first_layer: Its shape facts.
-        layer: Shape facts of the second.
-    """
+    """Settings of ``merge``: path and shape facts of the first layer, and shape facts of the second."""
 
     first: str
     first_layer: ConvSpec
@@ -32,13 +25,7 @@ class MergeSettings:
 
 
 def merge_layers(bench: Bench, op: Op, settings: MergeSettings) -> Edit:
-    """Carries out a ``merge`` op.
-
-    Raises:
-        PlanError: If the op makes no sense or was made for another model.
-        RefusedError: If the merged weight does not fit into its dtype.
-        Refused: If a layer must stay as it is.
-    """
+    """Carries out a ``merge`` op; a `RefusedError` says that the merged weight does not fit into its dtype."""
     path, before, after = settings.first, settings.first_layer, settings.layer
     merged = merged_layer(before, after)
     if isinstance(merged, str) or before.out_channels != after.in_channels:
@@ -52,44 +39,42 @@ def merge_layers(bench: Bench, op: Op, settings: MergeSettings) -> Edit:
     if new.bias is not None:
         train_like(new.bias, first.bias, second.bias, None if first.bias is None else weight)
     new.train(second.training)
-    mixed = {path: False, op.path: first.bias is not None}  # whose weight the new bias is made of
     names = tuple(f"{op.path}.{name}" for name, _ in new.named_parameters())
-    old = [(owner, name) for owner, layer in ((path, first), (op.path, second)) for name, _ in layer.named_parameters()]
+    renamed = {}
+    for owner, layer, mixed in ((path, first, False), (op.path, second, first.bias is not None)):
+        for name, _ in layer.named_parameters():  # the new bias is made of a mixed weight, too
+            renamed[f"{owner}.{name}"] = names[-1:] if name == "bias" else names if mixed else names[:1]
+    edit = Edit(op, "module", "merge", params_before=param_count(first, second), params_after=merged.params)
     aliases = bench.replace(second, new, op.path)
     bench.remove(first)
-    return Edit(
-        op,
-        "module",
-        "merge",
-        params_before=param_count(first, second),
-        params_after=merged.params,
-        exact="eval",
-        renamed={
-            f"{owner}.{name}": names[-1:] if name == "bias" else names if mixed[owner] else names[:1]
-            for owner, name in old
-        },
-        aliases=aliases,
-        adapted=(path,),
-    )
+    return replace(edit, exact="eval", renamed=renamed, aliases=aliases, adapted=(path,))
 
 
 def merged_layer(first: ConvSpec, second: ConvSpec) -> ConvSpec | str:
     """The shape facts of two layers as one module, or why there is none."""
-    merged = merged_spec(first, second)
-    if isinstance(merged, str):
-        return merged
-    uneven = any(left != right for left, right in merged.padding)
-    if uneven and any(step != 1 for step in merged.stride):
+    if first.dims != second.dims or first.transposed or second.transposed:
+        return "they are of different kinds"
+    if first.groups != 1 or second.groups != 1:
+        return "one of them is grouped"
+    if not (first.is_pointwise or second.is_pointwise):
+        return "neither is 1×1"
+    bias = first.bias or second.bias
+    if second.is_pointwise and not any(map(any, second.padding)):
+        stride = tuple(a * b for a, b in zip(first.stride, second.stride))
+        merged = replace(first, out_channels=second.out_channels, stride=stride, bias=bias)
+    elif not first.is_pointwise or any(map(any, first.padding)) or any(s != 1 for s in first.stride):
+        return "the 1×1 has a stride or a padding of its own"
+    elif first.bias and second.padding_mode == "zeros" and any(map(any, second.padding)):
+        return "the bias of the 1×1 is missing in what the second one pads with"
+    else:
+        merged = replace(second, in_channels=first.in_channels, bias=bias)
+    if any(left != right for left, right in merged.padding) and any(step != 1 for step in merged.stride):
         return "no module has a stride and pads one side more than the other"
     return merged
 
 
 def _fill(new: WeightedModule, first: WeightedModule, second: WeightedModule, before: ConvSpec, op: Op) -> None:
-    """Weight and bias of both layers as one.
-
-    Raises:
-        RefusedError: If they are not finite.
-    """
+    """Weight and bias of both layers as one."""
     a, b = first.weight.detach().double(), second.weight.detach().double()
     bias = torch.zeros(b.shape[0], dtype=torch.float64, device=b.device)
     if second.bias is not None:

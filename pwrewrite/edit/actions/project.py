@@ -32,11 +32,9 @@ CHANNEL_NORMS = tuple(m for row in OPERATIONS if row.name in ("batch_norm", "ins
 
 @dataclass(frozen=True)
 class Consumer:
-    """A layer that reads the branch's channels.
+    """A layer that reads the branch's channels: its path and shape facts.
 
     Attributes:
-        path: Its path.
-        layer: Its shape facts.
         offset: Its first input channel that comes from the branch.
         repeat: Inputs per channel: above 1 behind a flatten.
     """
@@ -103,22 +101,15 @@ class ProjectSettings:
 
 
 def project_branch(bench: Bench, op: Op, settings: ProjectSettings) -> Edit:
-    """Carries out a ``project`` op.
-
-    Raises:
-        PlanError: If the op makes no sense or was made for another model.
-        RefusedError: If a weight holds NaN or Inf.
-        Refused: If the branch or a consumer must stay as it is.
-    """
+    """Carries out a ``project`` op; a `RefusedError` says that a weight holds NaN or Inf."""
     branch = bench.find(op, op.path)
     bench.check_held(op.path, branch)
     layers = [_consumer_layer(bench, op, settings, consumer) for consumer in settings.consumers]
     norms = [_norm_module(bench, op, settings, norm) for norm in settings.norms]
     _check_init(op, settings)
     weight = _weight_for(op, settings, layers, branch, bench.model)
-    dims, before, after = settings.dims, settings.branch_channels, settings.channels
-    spec = pointwise_spec(dims, before, after)
-    projection = layer_like(weight, op.path, spec, initialised=True)
+    before, after = settings.branch_channels, settings.channels
+    projection = layer_like(weight, op.path, pointwise_spec(settings.dims, before, after), initialised=True)
     slices: list[Tensor | None] = [None] * len(layers)
     error = None
     if settings.init == "weights" and bench.fill and not weight.is_meta:
@@ -128,42 +119,23 @@ def project_branch(bench: Bench, op: Op, settings: ProjectSettings) -> Edit:
         _narrow_layer(bench, settings, consumer, layer, new)
     for norm, module in zip(settings.norms, norms, strict=True):
         _narrow_norm(module, settings, norm.offset)
-    full = after == min(before, settings.rows)
+    exact = settings.exact if after == min(before, settings.rows) and settings.init == "weights" else None
+    params = param_count(*layers, *norms, projection)
+    edit = Edit(op, "module", "project", after, after, params_before, params, error, exact)
     inside = [name for name, _ in (*branch.named_parameters(), *branch.named_buffers())]
-    projected = Projected(branch, before, after, dims, device="meta")
-    projected.project = projection
+    renamed: dict[str, tuple[str, ...]] = {f"{op.path}.{name}": (f"{op.path}.branch.{name}",) for name in inside}
+    for consumer in settings.consumers:
+        renamed[f"{consumer.path}.weight"] = (f"{consumer.path}.weight", f"{op.path}.project.weight")
+    projected = Projected(branch, projection)
     projected.training = projection.training = branch.training
-    weights: dict[str, tuple[str, ...]] = {
-        f"{c.path}.weight": (f"{c.path}.weight", f"{op.path}.project.weight") for c in settings.consumers
-    }
-    return Edit(
-        op,
-        "module",
-        "project",
-        rank_in=after,
-        rank_out=after,
-        params_before=params_before,
-        params_after=param_count(*layers, *norms, projection),
-        relative_error=error,
-        exact=settings.exact if full and settings.init == "weights" else None,
-        renamed={**{f"{op.path}.{name}": (f"{op.path}.branch.{name}",) for name in inside}, **weights},
-        aliases=bench.replace(branch, projected, op.path),
-        adapted=tuple(c.path for c in settings.consumers) + tuple(norm.path for norm in settings.norms),
-    )
+    adapted = (*(consumer.path for consumer in settings.consumers), *(norm.path for norm in settings.norms))
+    return replace(edit, renamed=renamed, aliases=bench.replace(branch, projected, op.path), adapted=adapted)
 
 
 def _consumer_layer(bench: Bench, op: Op, settings: ProjectSettings, consumer: Consumer) -> WeightedModule:
-    """The layer of a consumer.
-
-    Raises:
-        PlanError: If it does not take the branch's channels.
-        Refused: If it must stay as it is.
-    """
-    layer, before, spec = (
-        bench.layer(op, consumer.path, consumer.layer, "consumers"),
-        settings.branch_channels,
-        consumer.layer,
-    )
+    """The layer of a consumer, which takes the branch's channels."""
+    layer = bench.layer(op, consumer.path, consumer.layer, "consumers")
+    before, spec = settings.branch_channels, consumer.layer
     if consumer.offset + before * consumer.repeat > spec.in_channels or spec.groups != 1:
         raise PlanError(
             f"the branch's channels are not among the inputs of {consumer.path}",
@@ -175,53 +147,36 @@ def _consumer_layer(bench: Bench, op: Op, settings: ProjectSettings, consumer: C
 
 
 def _norm_module(bench: Bench, op: Op, settings: ProjectSettings, norm: Norm) -> nn.Module:
-    """The module of a norm.
-
-    Raises:
-        PlanError: If it does not have the branch's channels.
-    """
+    """The module of a norm, which has the branch's channels."""
     module, count = bench.find(op, norm.path, "norms"), norm.channels
     fits = isinstance(module, CHANNEL_NORMS) and module.num_features == count
     if not fits or norm.offset + settings.branch_channels > count:
-        expected = f"a norm of {count} channels at {norm.path}"
-        raise PlanError(
-            "the plan was made for another norm", where=op.where("norms"), expected=expected, got=str(module)
-        )
+        message, expected = "the plan was made for another norm", f"a norm of {count} channels at {norm.path}"
+        raise PlanError(message, where=op.where("norms"), expected=expected, got=str(module))
     return module
 
 
 def _check_init(op: Op, settings: ProjectSettings) -> None:
-    """Checks that there is a projection of this width.
-
-    Raises:
-        PlanError: If there is none.
-    """
-    channels, joint = settings.channels, settings.init == "weights"
-    most = min(settings.branch_channels, settings.rows) if joint and settings.consumers else settings.branch_channels
-    if channels > most:
-        raise PlanError(
-            "a projection has no more channels than it gets, and than what its readers make of them",
-            where=op.where("channels"),
-            expected=f"an integer from 1 to {most}",
-            got=str(channels),
-        )
+    """Checks that there is a projection of this width."""
+    joint, most = settings.init == "weights", settings.branch_channels
+    if joint and settings.consumers:
+        most = min(most, settings.rows)
+    if settings.channels > most:
+        message = "a projection has no more channels than it gets, and than what its readers make of them"
+        where, expected = op.where("channels"), f"an integer from 1 to {most}"
+        raise PlanError(message, where=where, expected=expected, got=str(settings.channels))
     if joint and (settings.norms or not settings.consumers):
-        raise PlanError(
-            "a joint factorisation needs consumers that are reached without a norm",
-            where=op.where("init"),
-            expected="fresh",
-            got="weights",
-        )
+        message = "a joint factorisation needs consumers that are reached without a norm"
+        raise PlanError(message, where=op.where("init"), expected="fresh", got="weights")
 
 
 def _weight_for(op: Op, settings: ProjectSettings, layers: list[WeightedModule], *modules: nn.Module) -> Tensor:
     """A weight whose device and dtype the projection takes: of the layers, else of the first module that has one."""
     if layers:
         return layers[0].weight
-    for module in modules:
-        for parameter in module.parameters():
-            if parameter.is_floating_point():
-                return parameter
+    for parameter in (parameter for module in modules for parameter in module.parameters()):
+        if parameter.is_floating_point():
+            return parameter
     dtype = getattr(torch, str(settings.dtype), None)
     if not isinstance(dtype, torch.dtype):
         expected = "such as float32"
@@ -240,8 +195,8 @@ def _joint_factors(
         try:
             return decompose.split_spectrum(torch.cat(slices)).truncate(channels)
         except RefusedError as error:
-            paths = ", ".join(consumer.path for consumer in consumers)
-            raise RefusedError(error.message, where=paths, got=error.got, hint=error.hint) from None
+            error.where = ", ".join(consumer.path for consumer in consumers)
+            raise
 
     factors = bench.once(op, factorise)
     with torch.no_grad():
@@ -298,10 +253,9 @@ def _narrow_norm(norm: Any, settings: ProjectSettings, offset: int) -> None:
     c, r = settings.branch_channels, settings.channels
     for name, start in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
         old = getattr(norm, name, None)
-        if old is None:
-            continue
-        with torch.no_grad():
-            new = torch.cat([old[:offset], old.new_full((r,), start), old[offset + c :]])
-        is_parameter = isinstance(old, nn.Parameter)
-        setattr(norm, name, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
+        if old is not None:
+            with torch.no_grad():
+                new = torch.cat([old[:offset], old.new_full((r,), start), old[offset + c :]])
+            is_parameter = isinstance(old, nn.Parameter)
+            setattr(norm, name, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
     norm.num_features -= c - r

@@ -30,12 +30,7 @@ _R = TypeVar("_R", bound="DataclassInstance")
 
 @dataclass(frozen=True)
 class Allowed:
-    """Which values of a type make sense.
-
-    Attributes:
-        test: Whether a value does.
-        expected: The same in words, for an error.
-    """
+    """Which values of a type make sense, and the same in words, for an error."""
 
     test: Callable[[Any], bool]
     expected: str
@@ -57,11 +52,7 @@ _WORDS = {
 
 
 def read(record: type[_R], op: Op) -> _R:
-    """The settings of an op.
-
-    Args:
-        record: What the action takes.
-        op: The op.
+    """The settings of an op, as the record that its action takes.
 
     Raises:
         PlanError: If a setting is unknown, missing, of another type or not allowed; says where it stands.
@@ -92,12 +83,9 @@ class _Reader:
         names = [field.name for field in fields(kind)]
         unknown = [key for key in data if key not in names]
         if unknown:
-            raise PlanError(
-                f"{self.op.action} has no setting {unknown[0]!r}",
-                where=self.op.where(unknown[0]),
-                expected=f"one of {', '.join(names)}",
-                hint=did_you_mean(names, unknown[0]) or "remove it",
-            )
+            message, expected = f"{self.op.action} has no setting {unknown[0]!r}", f"one of {', '.join(names)}"
+            hint = did_you_mean(names, unknown[0]) or "remove it"
+            raise PlanError(message, where=self.op.where(unknown[0]), expected=expected, hint=hint)
         types, values = _types(kind), dict[str, Any]()
         for field in fields(kind):
             if field.name in data:

@@ -1,7 +1,8 @@
-"""``remove`` on code: what does nothing in evaluation goes out of a module's own code, which becomes a graph.
+"""``remove``: a module that does nothing in evaluation becomes an identity, or goes out of another one's own code.
 
-What goes: functional dropouts; calls whose result nobody reads; the first of two ``contiguous`` or reshapes in a row,
-both of two permutations that undo each other; and the second of two equal calls.
+That code becomes a graph (the kind ``code``). What goes: functional dropouts; calls whose result nobody reads; the
+first of two ``contiguous`` or reshapes in a row, both of two permutations that undo each other; and the second of two
+equal calls.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from ...capturing.functions import VALUE_READS, writes
-from ...core.plan import Edit, Op
-from ...layers.known import is_identity
-from ..graph_edit import Regraphed
-from .bench import Bench, not_traced
+from ...core.errors import PlanError, shortened
+from ...core.plan import Edit, Op, SkipReason
+from ...layers.known import drops, hooked
+from ..graph_edit import Regraphed, argument, calls_identity, drop_node, finish
+from ..swap import stem
+from .bench import Bench, Refused, not_traced
 from .evaluation import DROPS, name_of
 from .settings import Offset
 
@@ -31,9 +33,15 @@ RESHAPES = frozenset({"reshape", "view", "flatten"})
 RANDOM = ("rand", "bernoulli", "multinomial", "normal", "poisson", "dropout", "rrelu", "exponential", "uniform", "seed")
 """Parts of the names of functions that draw numbers, or set what does."""
 
-
 Call = tuple[str, Offset]
 """A call in some code: what is called (see `called`), and how often the code called it before."""
+
+
+@dataclass(frozen=True)
+class RemoveSettings:
+    """Settings of ``remove``: name of the module's class."""
+
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -51,19 +59,26 @@ class SimplifySettings:
     same: tuple[tuple[Call, Call], ...] = ()
 
 
-def simplify_code(bench: Bench, op: Op, settings: SimplifySettings) -> Edit:
-    """Carries out a ``remove`` op on code.
+def remove_module(bench: Bench, op: Op, settings: RemoveSettings) -> Edit:
+    """Carries out a ``remove`` op."""
+    module = bench.find(op, op.path)
+    if type(module).__name__ != settings.kind or not drops(module):
+        message, expected = "the plan removes a module that does something here", "that drops only in training"
+        got = shortened(str(module), 80)
+        raise PlanError(message, where=op.where("path"), expected=f"a {settings.kind} {expected}", got=got)
+    bench.check_held(op.path, module)
+    if hooked(module):
+        raise Refused(op.path, SkipReason.HOOKS, "has a hook, which would no longer be called")
+    return Edit(op, "module", "remove", exact="eval", aliases=bench.remove(module, op.path))
 
-    Raises:
-        PlanError: If the op makes no sense.
-        Refused: If the code cannot become a graph, or has nothing of the kind.
-    """
+
+def simplify_code(bench: Bench, op: Op, settings: SimplifySettings) -> Edit:
+    """Carries out a ``remove`` op on code."""
     module = bench.find(op, op.path)
     graph_module = bench.graph(op, module, DROPS)
     if settings.same and any(node.target is operator.setitem for node in graph_module.graph.nodes):
         raise not_traced(op, "the code assigns items, behind which an equal call may give something else")
-    inner = f"{op.path}." if op.path else ""
-    silent = {path.removeprefix(inner) for path in settings.unread}
+    silent = {path.removeprefix(stem(op.path)) for path in settings.unread}
     if not _Simplifier(graph_module, silent, settings.same).run():
         raise not_traced(op, "the code as a graph has nothing that could go")
     aliases = bench.replace(module, graph_module, op.path)
@@ -83,18 +98,12 @@ class _Simplifier:
         self._nothings()
         self._pairs()
         self._dead()
-        self.graph.lint()
-        self.graph_module.recompile()
+        finish(self.graph_module)
         rest = {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
         return len(self.graph.nodes) < before and not rest & self.unread
 
-    def _away(self, node: fx.Node, source: Any) -> None:
-        node.replace_all_uses_with(source)
-        self.graph.erase_node(node)
-
     def _duplicates(self) -> None:
-        calls: dict[Call, fx.Node] = {}
-        before: Counter[str] = Counter()
+        calls, before = dict[Call, fx.Node](), Counter[str]()
         for node in self.graph.nodes:
             what = called(node)
             calls[what, before[what]] = node
@@ -102,16 +111,14 @@ class _Simplifier:
         for first, second in self.same:
             a, b = calls.get(first), calls.get(second)
             if a is not None and b is not None and a is not b and (a.args, a.kwargs) == (b.args, b.kwargs):
-                self._away(b, a)
+                drop_node(b, a)
 
     def _nothings(self) -> None:
         for node in list(self.graph.nodes):
             drops = node.op == "call_function" and node.target in DROPS and node.kwargs.get("training") is False
-            if drops or (node.op == "call_module" and len(node.args) == 1 and self._is_identity(node)):
-                self._away(node, node.args[0] if node.args else node.kwargs["input"])
-
-    def _is_identity(self, node: fx.Node) -> bool:
-        return is_identity(self.graph_module.get_submodule(str(node.target)))
+            source = argument(node, 0, "input")
+            if isinstance(source, fx.Node) and (drops or calls_identity(self.graph_module, node)):
+                drop_node(node, source)
 
     def _pairs(self) -> None:
         written = self._writes()
@@ -121,7 +128,7 @@ class _Simplifier:
                 if not isinstance(source, fx.Node):
                     break
                 if undone(node, before):
-                    self._away(node, source)
+                    drop_node(node, source)
                     break
                 if written or len(before.users) > 1 or not doubled(node, before):
                     break
@@ -144,12 +151,7 @@ class _Simplifier:
 
 
 def called(node: fx.Node, scope: str = "") -> str:
-    """What a node calls, and in which way.
-
-    Args:
-        node: The node.
-        scope: Path of the module whose code makes the call, where modules have absolute paths.
-    """
+    """What a node calls, and in which way; where modules have absolute paths, seen from the code of ``scope``."""
     name = name_of(node)
     return f"{node.op} {name.removeprefix(f'{scope}.') if scope and node.op == 'call_module' else name}"
 
@@ -159,19 +161,16 @@ def pure(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
     name = name_of(node)
-    if (
-        node.target is operator.setitem
-        or writes(name, node.args, node.kwargs)
-        or name in VALUE_READS
-        or node.kwargs.get("out") is not None
-    ):
+    if node.target is operator.setitem or name in VALUE_READS or node.kwargs.get("out") is not None:
+        return False
+    if writes(name, node.args, node.kwargs):
         return False
     if node.op == "call_function" and node.target is not getattr and not _of_torch(node.target):
         return False
     return not any(word in name for word in RANDOM)
 
 
-def _of_torch(function: Any) -> bool:
+def _of_torch(function: object) -> bool:
     """Whether a function is one of torch's, or an operator."""
     module = str(getattr(function, "__module__", None) or "")
     name = str(getattr(function, "__name__", ""))
@@ -180,9 +179,7 @@ def _of_torch(function: Any) -> bool:
 
 def doubled(node: fx.Node, before: fx.Node) -> bool:
     """Whether of two calls in a row the first one does nothing that the second does not do."""
-    if not _calls(node, before):
-        return False
-    kinds = (name_of(before), name_of(node))
+    kinds = (name_of(before), name_of(node)) if _calls(node, before) else ("", "")
     if kinds == ("contiguous", "contiguous"):
         return before.args[1:] == node.args[1:] and before.kwargs == node.kwargs
     if kinds[1] == "reshape":
@@ -201,24 +198,18 @@ def _casts(node: fx.Node) -> bool:
 
 def undone(node: fx.Node, before: fx.Node) -> bool:
     """Whether two calls in a row give back what went in."""
-    if not _calls(node, before):
-        return False
-    kinds = {name_of(before), name_of(node)}
+    kinds = {name_of(before), name_of(node)} if _calls(node, before) else set()
     if kinds == {"permute"}:
         first, second = _order(before), _order(node)
-        if first is None or second is None or len(first) != len(second):
-            return False
-        return [first[i] for i in second] == list(range(len(first)))
-    if kinds == {"transpose"} and len(node.args) == len(before.args) == 3:
-        return set(node.args[1:]) == set(before.args[1:])
-    return False
+        return bool(first) and len(first) == len(second) and [first[i] for i in second] == [*range(len(first))]
+    transposed = kinds == {"transpose"} and len(node.args) == len(before.args) == 3
+    return transposed and set(node.args[1:]) == set(before.args[1:])
 
 
-def _order(node: fx.Node) -> list[int] | None:
-    """The axes of a permutation."""
-    axes: Any = node.args[1:]
+def _order(node: fx.Node) -> list[int]:
+    """The axes of a permutation; none where they are not known."""
+    axes: tuple[object, ...] = node.args[1:]
     if len(axes) == 1 and isinstance(axes[0], (list, tuple)):
-        axes = axes[0]
-    if not axes or not all(type(axis) is int for axis in axes):
-        return None
-    return [axis % len(axes) for axis in axes]
+        axes = tuple(axes[0])
+    known = [axis % len(axes) for axis in axes if type(axis) is int]
+    return known if len(known) == len(axes) else []

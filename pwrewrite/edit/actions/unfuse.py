@@ -1,14 +1,62 @@
-"""``unfuse``: a fused layer becomes a plain layer and its activation again, for passes that look for plain layers."""
+"""`unfuse`: fused layers become plain layers and activations again, for tools and passes that look for those.
+
+Quantizers, exporters and other packages' passes know ``nn.Conv2d``, ``nn.Linear`` and ``nn.ReLU``, not
+`pwrewrite.layers.PointwiseActivation`. Folded batch norms stay folded.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ...core.errors import PlanError
+from torch import fx, nn
+
+from ...core.copies import deep_copy
 from ...core.plan import Edit, Op
 from ...layers import PointwiseActivation
-from ..unfuse import adds_residuals, plain_modules
-from .bench import Bench, param_count
+from ...layers.unfused import Unfused
+from ..swap import replace_module, stem
+from .bench import Bench, not_here, param_count
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """A copy of a model in which every fused layer is a plain layer and its activation again.
+
+    Args:
+        model: A model that `pwrewrite.fuse` made; stays as it is.
+
+    Returns:
+        The copy, which computes the same up to rounding: in the place of a fused layer it has the layer alone (such as
+        an ``nn.Conv2d``), an ``nn.Sequential`` of layer and activation, or a module that also adds a residual.
+
+    >>> import torch, pwrewrite
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.ReLU()).eval()
+    >>> fused = pwrewrite.fuse(model, torch.randn(1, 3, 8, 8)).model
+    >>> [type(module).__name__ for module in pwrewrite.unfuse(fused)[0]]
+    ['Conv2d', 'ReLU']
+    """
+    result = deep_copy(model)
+    summed = _adds_residuals(result)
+    for fused in [module for module in result.modules() if isinstance(module, PointwiseActivation)]:
+        result = replace_module(result, fused, _plain(fused, id(fused) in summed))
+    return result
+
+
+def _adds_residuals(model: nn.Module) -> set[int]:
+    """The modules of a model that code calls with more than one argument, by ``id``."""
+    return {
+        id(code.get_submodule(str(node.target)))
+        for code in model.modules()
+        if isinstance(code, fx.GraphModule)
+        for node in code.graph.nodes
+        if node.op == "call_module" and len(node.args) + len(node.kwargs) > 1
+    }
+
+
+def _plain(fused: PointwiseActivation, residual: bool) -> nn.Module:
+    """The plain layer and activation of a fused layer, in its mode; ``residual`` where it also adds one."""
+    layer, act = fused.unfused()
+    plain: nn.Module = layer if act is None else nn.Sequential(layer, act)
+    return (Unfused(layer, act) if residual else plain).train(fused.training)
 
 
 @dataclass(frozen=True)
@@ -17,33 +65,13 @@ class UnfuseSettings:
 
 
 def unfuse_layer(bench: Bench, op: Op, settings: UnfuseSettings) -> Edit:
-    """Carries out an ``unfuse`` op.
-
-    Raises:
-        PlanError: If there is no such module, or it is no fused layer.
-        Refused: If something else refers to it.
-    """
+    """Carries out an ``unfuse`` op."""
     fused = bench.find(op, op.path)
     if not isinstance(fused, PointwiseActivation):
-        raise PlanError(
-            "the plan unfuses a layer that is not fused here",
-            where=op.where("path"),
-            expected="a fused layer",
-            got=type(fused).__name__,
-            hint="the plan was made for another model, or was carried out already",
-        )
+        message = "the plan unfuses a layer that is not fused here"
+        raise not_here(op, message, "a fused layer", type(fused).__name__)
     bench.check_held(op.path, fused)
-    plain = plain_modules(fused, id(fused) in adds_residuals(bench.model))
-    aliases = bench.replace(fused, plain, op.path)
-    inner = f"{op.path}." if op.path else ""
-    places = {name.rpartition(".")[2]: name for name, _ in plain.named_parameters()}
-    return Edit(
-        op,
-        "module",
-        "unfuse",
-        params_before=param_count(fused),
-        params_after=param_count(plain),
-        exact="eval",
-        renamed={f"{inner}{name}": (f"{inner}{places[name]}",) for name, _ in fused.named_parameters()},
-        aliases=aliases,
-    )
+    plain, inner = _plain(fused, id(fused) in _adds_residuals(bench.model)), stem(op.path)
+    renamed = {f"{inner}{name.rpartition('.')[2]}": (f"{inner}{name}",) for name, _ in plain.named_parameters()}
+    edit = Edit(op, "module", "unfuse", params_before=param_count(fused), params_after=param_count(plain), exact="eval")
+    return replace(edit, renamed=renamed, aliases=bench.replace(fused, plain, op.path))
