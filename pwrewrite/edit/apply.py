@@ -80,13 +80,12 @@ def carry_out(
         RefusedError: If the model cannot be copied, or a weight holds NaN or Inf.
     """
     work = _Work(model, fill, decomposer, {id(op): prepare(op) for op in plan.ops})
-    done = work.attempt(plan.ops, progress=progress)
-    if probe is not None and done.edits:
-        failure = _failure(probe, done.model)
-        if failure is not None:
-            done = _without_culprits(work, done, probe, failure)
-    skips = {id(op): skip for op, skip in done.skips}
-    return Applied(done.model, tuple(done.edits), tuple(skips[id(op)] for op in plan.ops if id(op) in skips))
+    changed, edits, skips = work.attempt(plan.ops, progress=progress)
+    failure = _failure(probe, changed) if probe is not None and edits else None
+    if probe is not None and failure is not None:
+        changed, edits, others = _without_culprits(work, [edit.op for edit in edits], probe, failure)
+        skips |= others
+    return Applied(changed, tuple(edits), tuple(skips[id(op)] for op in plan.ops if id(op) in skips))
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -99,13 +98,8 @@ def copy_of(model: nn.Module) -> nn.Module:
         raise RefusedError(message, where=type(model).__name__, hint=hint) from error
 
 
-@dataclass
-class _Done:
-    """Some ops carried out on one copy."""
-
-    model: nn.Module
-    edits: list[Edit] = field(default_factory=list)
-    skips: list[tuple[Op, Skip]] = field(default_factory=list)
+_Done = tuple[nn.Module, list[Edit], dict[int, Skip]]
+"""A changed copy, what was done to it, and what was refused, by the identity of the op."""
 
 
 @dataclass
@@ -123,21 +117,20 @@ class _Work:
     ) -> _Done:
         """Carries out ops on a fresh copy; where some are missing (``partial``), what builds on them is skipped too."""
         bench = Bench(copy_of(self.model), self.model, self.fill, self.known, self.decomposer)
-        done = _Done(bench.model)
+        edits, skips = list[Edit](), dict[int, Skip]()
         for op in ops:
             if progress is not None:
                 progress(op.path)
             try:
-                done.edits.append(self.edits[id(op)](bench))
+                edits.append(self.edits[id(op)](bench))
             except Refused as refused:
-                done.skips.append((op, refused.skip))
+                skips[id(op)] = refused.skip
             except PlanError:
                 if not partial:
                     raise
                 detail = "builds on an edit that was taken back, because the model's own code does not survive it"
-                done.skips.append((op, Skip(op.path, SkipReason.BROKE_MODEL, detail)))
-        done.model = bench.model
-        return done
+                skips[id(op)] = Skip(op.path, SkipReason.BROKE_MODEL, detail)
+        return bench.model, edits, skips
 
 
 def _failure(probe: Probe, model: nn.Module) -> Exception | None:
@@ -148,27 +141,25 @@ def _failure(probe: Probe, model: nn.Module) -> Exception | None:
     return None
 
 
-def _without_culprits(work: _Work, whole: _Done, probe: Probe, failure: Exception) -> _Done:
+def _without_culprits(work: _Work, ops: list[Op], probe: Probe, failure: Exception) -> _Done:
     """Finds the ops that the probe does not survive, and carries out the others."""
     unchanged = _failure(probe, copy_of(work.model))
     if unchanged is not None:
         raise RefusedError(f"the model does not run even as it was: {first_line(unchanged)}") from unchanged
-    culprits: list[tuple[Op, Skip]] = []
+    culprits: dict[int, Skip] = {}
 
-    def keep(good: list[Op], rest: list[Op], failure: Exception | None) -> list[Op]:
+    def keep(good: list[Op], rest: list[Op], failure: Exception | None = None) -> list[Op]:
         """``good`` and those ops of ``rest`` that the probe survives beside them."""
         if failure is None:
-            failure = _failure(probe, work.attempt([*good, *rest], partial=True).model)
+            failure = _failure(probe, work.attempt([*good, *rest], partial=True)[0])
         if failure is None:
             return [*good, *rest]
         if len(rest) == 1:
             detail = f"the model's own code does not survive it: {first_line(failure)}"
-            culprits.append((rest[0], Skip(rest[0].path, SkipReason.BROKE_MODEL, detail)))
+            culprits[id(rest[0])] = Skip(rest[0].path, SkipReason.BROKE_MODEL, detail)
             return good
         half = len(rest) // 2
-        return keep(keep(good, rest[:half], None), rest[half:], None)
+        return keep(keep(good, rest[:half]), rest[half:])
 
-    kept = keep([], [edit.op for edit in whole.edits], failure)
-    done = work.attempt(kept, partial=True)
-    done.skips += whole.skips + culprits
-    return done
+    changed, edits, skips = work.attempt(keep([], ops, failure), partial=True)
+    return changed, edits, skips | culprits

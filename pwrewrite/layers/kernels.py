@@ -9,9 +9,9 @@ only where nobody is watching: `unwatched` says where.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,28 +75,27 @@ def plain_tensors(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool
 def _supported() -> frozenset[torch.dtype]:
     """The dtypes that oneDNN computes in on this machine."""
     names = ("_convolution_pointwise", "_linear_pointwise", "_reorder_convolution_weight")
-    if not _C._has_mkldnn or not all(hasattr(_mkldnn, name) for name in names):
-        return frozenset()
-    dtypes = {torch.float32}
-    for dtype, name in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported")):
-        try:
-            if getattr(_mkldnn, name)():
-                dtypes.add(dtype)
-        except (AttributeError, RuntimeError):
-            continue
+    dtypes = set[torch.dtype]()
+    if _C._has_mkldnn and all(hasattr(_mkldnn, name) for name in names):
+        dtypes.add(torch.float32)
+        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+            with suppress(AttributeError, RuntimeError):
+                if getattr(_mkldnn, f"_is_mkldnn_{name}_supported")():
+                    dtypes.add(dtype)
     return frozenset(dtypes)
 
 
 CPU_DTYPES = _supported()
 """Dtypes with a fused kernel on this CPU."""
-_unary: Any = _mkldnn._convolution_pointwise.default if CPU_DTYPES else None
-_binary: Any = _mkldnn._convolution_pointwise.binary if CPU_DTYPES else None
+_convolution: object = getattr(_mkldnn, "_convolution_pointwise", None)
+_unary = cast("Callable[..., Tensor]", getattr(_convolution, "default", None))
+_binary = cast("Callable[..., Tensor]", getattr(_convolution, "binary", None))
+_product = cast("Callable[..., Tensor]", getattr(_mkldnn, "_linear_pointwise", None))
 _layout: Any = getattr(_mkldnn, "_get_mkldnn_serialized_md", None)
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """How a convolution moves over its input, as its kernel takes it."""
+class Geometry(NamedTuple):
+    """How a convolution moves over its input, in the order in which its kernel takes that."""
 
     padding: list[int]
     stride: list[int]
@@ -110,23 +109,19 @@ Act = tuple[str, list[float], str]
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, how: Geometry, act: Act) -> Tensor:
     """``act(conv(x))`` in one kernel."""
-    out: Tensor = _unary(x, weight, bias, how.padding, how.stride, how.dilation, how.groups, *act)
-    return out
+    return _unary(x, weight, bias, *how, *act)
 
 
 def convolve_add(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, how: Geometry, act: str | None
 ) -> Tensor:
     """``act(conv(x) + residual)`` in one kernel; the activation is ``relu`` or None."""
-    settings = (how.padding, how.stride, how.dilation, how.groups)
-    out: Tensor = _binary(x, residual, weight, bias, *settings, "add", 1.0, act, [], "")
-    return out
+    return _binary(x, residual, weight, bias, *how, "add", 1.0, act, [], "")
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Tensor:
     """``act(x · Wᵀ + b)`` in one kernel."""
-    out: Tensor = _mkldnn._linear_pointwise(x, weight, bias, *act)
-    return out
+    return _product(x, weight, bias, *act)
 
 
 def check_known(name: str, act: Act) -> None:
@@ -145,7 +140,6 @@ def check_known(name: str, act: Act) -> None:
 
 def pack(weight: Tensor, how: Geometry, shape: Sequence[int]) -> tuple[bytes, Tensor]:
     """A weight in the layout that a convolution computes in for an input shape, and that layout's name."""
-    settings = (how.padding, how.stride, how.dilation, how.groups)
     with torch.no_grad():
-        packed: Tensor = _mkldnn._reorder_convolution_weight(weight.detach(), *settings, list(shape))
+        packed: Tensor = _mkldnn._reorder_convolution_weight(weight.detach(), *how, list(shape))
         return (b"" if _layout is None else _layout(packed).numpy().tobytes()), packed

@@ -62,14 +62,7 @@ class ForkSafeLock:
 
 @dataclass(eq=False)
 class Compiled:
-    """A function that was compiled for one shape.
-
-    Attributes:
-        run: What computes it.
-        threads: The number of threads for which it was made.
-        nbytes: Size of the packed weights that it holds.
-        used: When it was last called, by the monotonic clock.
-    """
+    """A function compiled for one shape and number of threads, the bytes of weights that it holds, and its last use."""
 
     run: Callable[..., Any]
     threads: int
@@ -80,9 +73,7 @@ class Compiled:
 class Holder(Protocol):
     """What has compiled functions by shape, and is itself held by nobody for their sake."""
 
-    @property
-    def compiled(self) -> dict[Any, Any]:
-        """The functions."""
+    compiled: dict[Any, Any]
 
 
 class Pool:
@@ -102,23 +93,20 @@ class Pool:
         return [(holder, key, entry) for holder in self._holders for key, entry in list(holder.compiled.items())]
 
     def admit(self, holder: Holder, key: Hashable, entry: Compiled) -> bool:
-        """Holds a function under a key of its holder, and lets go those not used for longest where there is no room.
+        """Holds a function under a key of its holder; lets go those not used for longest where there is no room.
 
-        Returns:
-            Whether there is room: not where all that would have to go is in use.
+        False where there is none, since all that would have to go is in use.
         """
         with self._lock:
-            entries = sorted(self._entries(), key=lambda held: held[2].used)
-            excess = sum(held.nbytes for _, _, held in entries) + entry.nbytes - self.limit
-            leaving = []
-            for held in entries:
+            excess, leaving = self.nbytes + entry.nbytes - self.limit, []
+            for owner, old, held in sorted(self._entries(), key=lambda item: item[2].used):
                 if excess <= 0:
                     break
-                if time.monotonic() - held[2].used < _IN_USE:
+                if time.monotonic() - held.used < _IN_USE:
                     return False
-                leaving.append(held)
-                excess -= held[2].nbytes
-            for owner, old, _ in leaving:
+                leaving.append((owner, old))
+                excess -= held.nbytes
+            for owner, old in leaving:
                 owner.compiled.pop(old, None)
             self._holders.add(holder)
             holder.compiled[key] = entry

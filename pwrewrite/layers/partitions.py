@@ -29,9 +29,8 @@ takes the tanh approximation of GELU for GELU itself, at 1e-4)."""
 
 def worthwhile(x: Tensor, out: Tensor, weight: Tensor) -> bool:
     """Whether a call is one that a partition makes faster: on float32, short, and not itself a part of tracing."""
-    if not tracing.FUSER or x.dtype is not torch.float32 or tracing.tracing():
-        return False
-    return out.numel() * weight[0].numel() <= _MACS
+    short = out.numel() * weight[0].numel() <= _MACS
+    return short and tracing.FUSER and x.dtype is torch.float32 and not tracing.tracing()
 
 
 def compiled(
@@ -48,19 +47,15 @@ def compiled(
     """
     settings = (weight.detach(), None if bias is None else bias.detach(), how.stride, how.padding, how.dilation)
 
-    def plain(t: Tensor) -> Tensor:
-        return act(torch.conv2d(t, *settings, how.groups))
-
-    def adding(t: Tensor, other: Tensor) -> Tensor:
-        return act(torch.conv2d(t, *settings, how.groups) + other)
+    def plain(t: Tensor, other: Tensor | None = None) -> Tensor:
+        out = torch.conv2d(t, *settings, how.groups)
+        return act(out if other is None else out + other)
 
     with torch.inference_mode(False):
         generator = torch.Generator().manual_seed(0)
         drawn = [torch.randn(t.shape, generator=generator) for t in (x, residual) if t is not None]
         inputs = [t.contiguous(memory_format=FORMATS[4]) for t in drawn]
-        result = tracing.traced(plain if residual is None else adding, inputs, _TOLERANCE)
-    if isinstance(result, str) or not result.whole():
-        return None
-    if not result.outputs[0].is_contiguous(memory_format=FORMATS[4]):
+        result = tracing.traced(plain, inputs, _TOLERANCE)
+    if isinstance(result, str) or not result.whole() or not result.outputs[0].is_contiguous(memory_format=FORMATS[4]):
         return None
     return Compiled(result.run, torch.get_num_threads(), weight.nbytes)

@@ -7,9 +7,8 @@ exports or counts, this is the plain convolution followed by the plain activatio
 
 On the CPU in channels_last the weight is packed once into the layout that oneDNN computes in (`packing`), and a layer
 that is called again and again with one shape becomes a partition (`partitions`), which costs less to call. That cache
-is never saved, copied or pickled, and ends when the weight changes. A layer with the flag ``channels_last`` brings its
-input into that format itself, so that the first one of a model converts for all. A 1×1 on a 1×1 map, as in
-squeeze-excite blocks, is a matrix product.
+is never saved, copied or pickled, and ends when the weight changes. With the flag ``channels_last`` the first layer of
+a model converts for all. A 1×1 on a 1×1 map, as in squeeze-excite blocks, is a matrix product.
 
 NaN: the fused kernels of ReLU, ReLU6, hardtanh and hardsigmoid return a number for NaN, and GELU's returns NaN for Inf.
 With the flag ``keep_nan`` the first four run behind the kernel, in place, on its output.
@@ -41,7 +40,6 @@ _compiling = torch.compiler.is_compiling
 _grad = torch.is_grad_enabled
 _threads = torch.get_num_threads
 _now = time.monotonic
-
 
 _IN_PLACE: dict[str, Callable[..., Tensor]] = {
     "relu": torch.relu_,
@@ -117,16 +115,13 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         self._act: Callable[[Tensor], Tensor] = (lambda x: plain(x, *numbers)) if numbers else plain
         late = _IN_PLACE[self.activation] if self.keep_nan and self.activation in LOSES_NAN else None
         self._late: Callable[[Tensor], Tensor] | None = late and ((lambda x: late(x, *numbers)) if numbers else late)
-        self._kernel_act: kernels.Act = (entry.attr, [*entry.fixed, *numbers], entry.algorithm)
-        if late is not None:
-            self._kernel_act = ("none", [], "")
+        act: kernels.Act = (entry.attr, [*entry.fixed, *numbers], entry.algorithm)
+        self._kernel_act: kernels.Act = act if late is None else ("none", [], "")
 
     def reset_parameters(self) -> None:
         """Initialises as ``nn.Conv2d`` does."""
         if not self.weight.is_meta:
             nn.Conv2d.reset_parameters(cast(nn.Conv2d, self))
-
-    # -------------------------------------------------------------------------------------------- running
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Runs the layer, adds the residual where there is one, and applies the activation."""
@@ -166,10 +161,8 @@ class PointwiseActivation(StandsForLayer, nn.Module):
             kernel = list(self.spec.kernel_size)
             pads = same_padding(list(x.shape[-len(kernel) :]), kernel, self._how.stride, self._how.dilation)
             return F.pad(x, pads) if any(pads) else x
-        if self._pad is None:
-            return x
         mode = self.spec.padding_mode
-        return F.pad(x, self._pad, "constant" if mode == "zeros" else mode)
+        return x if self._pad is None else F.pad(x, self._pad, "constant" if mode == "zeros" else mode)
 
     def _on_cpu(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor | None:
         """The fused kernel of oneDNN; None where it has none for this call."""
@@ -277,8 +270,6 @@ class PointwiseActivation(StandsForLayer, nn.Module):
             packed = self._packed = Packed(weight, bias)
         return packed.form(x.shape, lambda: kernels.pack(weight, self._how, x.shape))
 
-    # --------------------------------------------------------------------------------- copies and conversions
-
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what is worked out from it."""
         return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
@@ -309,8 +300,6 @@ class PointwiseActivation(StandsForLayer, nn.Module):
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles in place of this layer."""
         return Unfused(*self.unfused())
-
-    # ------------------------------------------------------------------------------------- reads like the layer
 
     in_features = property(attrgetter("spec.in_channels"), doc="Input features of a linear map.")
     out_features = property(attrgetter("spec.out_channels"), doc="Output features of a linear map.")

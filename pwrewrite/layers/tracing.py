@@ -129,9 +129,6 @@ def _reason(error: Exception) -> str:
     return f"torch's tracer or fuser fails: {lines[-1]}"  # the interpreter says last what happened
 
 
-# ------------------------------------------------------------------------------------------------ what is kept apart
-
-
 def _separate(graph: Graph, *, every: bool) -> None:
     """Puts a view, which no partition reaches across, in front of operations of two tensors that the fuser does wrong.
 

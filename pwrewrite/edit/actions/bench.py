@@ -88,17 +88,9 @@ class Bench:
         return tensor
 
     def layer(self, op: Op, path: str, spec: ConvSpec, key: str = "path") -> WeightedModule:
-        """A convolution or linear module that an op was made for and that may be replaced.
+        """A convolution or linear module that an op was made for, with these shape facts, and that may be replaced.
 
-        Args:
-            op: The op.
-            path: The layer's path.
-            spec: The shape facts that the op records of it.
-            key: Which of the op's settings holds the path, for the error.
-
-        Raises:
-            PlanError: If there is no such module.
-            Refused: If it may not be replaced.
+        ``key`` is the setting that holds the path. Raises `PlanError` if there is no such module, else `Refused`.
         """
         module = self.same_layer(op, path, spec, key)
         skip = module_refusal(path, module, self._holders)
@@ -132,13 +124,9 @@ class Bench:
         except NotTraceable as error:
             raise not_traced(op, error) from error
 
-    def names_of(self, module: nn.Module) -> tuple[str, ...]:
-        """Every path of a module, first name first."""
-        return names_of(self.model, module)
-
     def aliases(self, module: nn.Module, path: str) -> tuple[str, ...]:
         """The paths of a module beside one of them."""
-        return tuple(name for name in self.names_of(module) if name != path)
+        return tuple(name for name in names_of(self.model, module) if name != path)
 
     def replace(self, old: nn.Module, new: nn.Module, path: str = "") -> tuple[str, ...]:
         """Puts a module in another's place, under every name; where it has a ``path``, its names beside that."""
@@ -149,11 +137,6 @@ class Bench:
     def remove(self, module: nn.Module, path: str = "") -> tuple[str, ...]:
         """Puts an identity in a module's place; see `replace`."""
         return self.replace(module, nn.Identity().train(module.training), path)
-
-    def replace_item(self, path: str, new: nn.Module) -> None:
-        """Puts a module under one name only; what stood there keeps its other names."""
-        owner, _, name = path.rpartition(".")
-        self.model.get_submodule(owner)._modules[name] = new
 
     def once(self, op: Op, work: Callable[[], _T]) -> _T:
         """The result of the one long computation of an op, worked out for the first copy of the model."""
@@ -196,8 +179,7 @@ def check_spec(op: Op, actual: ConvSpec, spec: ConvSpec, name: str) -> None:
 def _brief(spec: ConvSpec) -> str:
     """A layer in a few words, for an error."""
     kernel = "×".join(map(str, spec.kernel_size)) + " convolution" if spec.dims else "linear map"
-    if spec.transposed:
-        kernel = f"transposed {kernel}"
+    kernel = f"transposed {kernel}" if spec.transposed else kernel
     settings = f", stride {spec.stride}, groups {spec.groups}" if spec.dims else ""
     return f"a {kernel} {spec.in_channels}→{spec.out_channels}{settings}, {'a' if spec.bias else 'no'} bias"
 
@@ -208,21 +190,13 @@ def train_like(parameter: nn.Parameter, *sources: Tensor | None) -> None:
 
 
 def make_like(weight: Tensor, path: str, make: Callable[[str], _M], *, initialised: bool) -> _M:
-    """A new module with the device, dtype and memory format of a weight.
+    """A new module with the device, dtype and memory format of the weight that it replaces; ``make`` takes a device.
 
-    Args:
-        weight: A weight of what it takes the place of.
-        path: Where it will stand; seeds its initialisation.
-        make: Makes it on a device.
-        initialised: Whether its parameters are initialised, rather than filled in afterwards.
-
-    Returns:
-        The module; initialised ones are equal on every device, and no random generator has moved.
+    ``path`` seeds its initialisation, unless its parameters are filled in afterwards: it is equal on every device, and
+    no random generator moves.
     """
     if weight.is_meta or not initialised:
-        new = make("meta")
-        if not weight.is_meta:
-            new = new.to_empty(device=weight.device)
+        new = make("meta") if weight.is_meta else make("meta").to_empty(device=weight.device)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(crc32(path.encode()))

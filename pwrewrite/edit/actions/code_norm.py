@@ -49,9 +49,10 @@ class NormFacts:
     @classmethod
     def of(cls, norm: nn.Module) -> NormFacts | None:
         """Those of a norm module; None where it has no running statistics."""
-        values: dict[str, Any] = {field.name: getattr(norm, field.name, None) for field in fields(cls)}
-        complete = all(isinstance(values[key], Tensor) for key in ("running_mean", "running_var"))
-        return cls(**values) if complete and isinstance(values["eps"], float) else None
+        mean, var, gain, shift, eps = (getattr(norm, field.name, None) for field in fields(cls))
+        if isinstance(mean, Tensor) and isinstance(var, Tensor) and isinstance(eps, float):
+            return cls(mean, var, gain, shift, eps)
+        return None
 
     @property
     def params(self) -> int:
@@ -160,9 +161,8 @@ def affine_facts(op: Op, module: nn.Module, channels: int, dims: int, *, fill: b
     tensors = (*module.parameters(), *module.buffers())
     if not fill or any(t.is_meta for t in tensors):
         return NormFacts(zeros, zeros + 1, zeros, zeros, 0.0)
-    device = tensors[0].device
-    trial = deep_copy(module).double()
-    shape = (1, channels, *(1,) * dims)
+    device = tensors[0].device if tensors else zeros.device
+    trial, shape = deep_copy(module).double(), (1, channels, *(1,) * dims)
 
     def run(x: Tensor, gradient: bool = False) -> Tensor:
         with torch.set_grad_enabled(gradient):

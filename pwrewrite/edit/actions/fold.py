@@ -62,11 +62,8 @@ def fold_norm(bench: Bench, op: Op, settings: FoldSettings) -> Edit:
     if settings.affine:
         norm = affine_facts(op, module, width, spec.dims, fill=bench.fill)
     if norm is None or norm.running_mean.numel() != width:
-        message, expected = (
-            "the plan folds a norm that is none here",
-            f"a norm of {width} channels with running statistics",
-        )
-        got = shortened(str(module if code is None else norm), 80)
+        expected = f"a norm of {width} channels with running statistics"
+        message, got = "the plan folds a norm that is none here", shortened(str(module if code is None else norm), 80)
         raise PlanError(message, where=op.where("path"), expected=expected, got=got)
     own = {name: p for name, p in module.named_parameters() if settings.affine or name in ("weight", "bias")}
     params, weight = param_count(layer) + (sum(p.numel() for p in own.values()) if own else norm.params), layer.weight
@@ -117,11 +114,8 @@ def _folded(layer: WeightedModule, norm: NormFacts, spec: ConvSpec, side: str) -
     """The layer's new weight and bias."""
     weight = layer.weight.detach()
     scale, shift = (t.to(weight.device) for t in norm.scale_and_shift())
-    wide = weight.double()
-    bias = torch.zeros(spec.out_channels, dtype=torch.float64, device=weight.device)
-    if layer.bias is not None:
-        bias = layer.bias.detach().double()
-    ones = (1,) * spec.dims
+    wide, ones = weight.double(), (1,) * spec.dims
+    bias = wide.new_zeros(spec.out_channels) if layer.bias is None else layer.bias.detach().double()
     if side == "behind":
         if spec.transposed:  # (in, out/groups, *k): the group is in the first axis
             per_group = scale.view(spec.groups, 1, -1, *ones)
@@ -146,9 +140,8 @@ def _check(op: Op, module: nn.Module, norm: NormFacts, keep: tuple[str, ...], fi
     stock = type(module).forward is nn.modules.batchnorm._BatchNorm.forward and not keep
     if stock or not fill:
         return
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, norm.running_mean.numel(), 2, 2, generator=generator).to(norm.running_mean)
-    trial = deep_copy(module).eval()
+    drawn = torch.randn(2, norm.running_mean.numel(), 2, 2, generator=torch.Generator().manual_seed(0))
+    x, trial = drawn.to(norm.running_mean), deep_copy(module).eval()
     try:
         with torch.no_grad():
             expected = norm.apply(x)

@@ -88,13 +88,13 @@ def fuse_layer(bench: Bench, op: Op, settings: FuseSettings) -> Edit:
         else:
             called = bench.find(op, settings.called, "called") if settings.called else None
             in_code = removed is None and activation[0] != "none"
-            scope = _edit_code(
-                bench, op, settings.scope, _Change(layer, activation, settings.residual, called, in_code)
-            )
+            change = _Change(layer, activation, settings.residual, called, in_code)
+            scope = _edit_code(bench, op, settings.scope, change)
     new = PointwiseActivation.of_layer(layer, spec, *activation, same=settings.same, keep_nan=settings.keep_nan)
     aliases, params = bench.replace(layer, new, op.path), param_count(new)
     if removed is not None and settings.alias:
-        bench.replace_item(str(settings.remove), nn.Identity().train(removed.training))
+        owner, _, name = str(settings.remove).rpartition(".")
+        bench.model.get_submodule(owner)._modules[name] = nn.Identity().train(removed.training)
     elif removed is not None:
         bench.remove(removed)
     edit = Edit(op, "module" if scope is None else "graph", settings.method, exact="both", graph_module=scope)

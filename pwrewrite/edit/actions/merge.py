@@ -76,9 +76,7 @@ def merged_layer(first: ConvSpec, second: ConvSpec) -> ConvSpec | str:
 def _fill(new: WeightedModule, first: WeightedModule, second: WeightedModule, before: ConvSpec, op: Op) -> None:
     """Weight and bias of both layers as one."""
     a, b = first.weight.detach().double(), second.weight.detach().double()
-    bias = torch.zeros(b.shape[0], dtype=torch.float64, device=b.device)
-    if second.bias is not None:
-        bias = bias + second.bias.detach().double()
+    bias = b.new_zeros(b.shape[0]) if second.bias is None else second.bias.detach().double()
     if first.bias is not None:
         bias = bias + b.reshape(*b.shape[:2], -1).sum(2) @ first.bias.detach().double()
     if before.is_pointwise:

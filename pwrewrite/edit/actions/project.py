@@ -23,6 +23,7 @@ from ...core.operations import OPERATIONS
 from ...core.plan import Edit, Op
 from ...forms.specs import pointwise_spec
 from ...layers.factorized import Factorized, Projected
+from ..swap import names_of
 from .bench import Bench, WeightedModule, layer_like, param_count
 from .settings import Allowed, Count, Offset, one_of
 
@@ -107,7 +108,7 @@ def project_branch(bench: Bench, op: Op, settings: ProjectSettings) -> Edit:
     layers = [_consumer_layer(bench, op, settings, consumer) for consumer in settings.consumers]
     norms = [_norm_module(bench, op, settings, norm) for norm in settings.norms]
     _check_init(op, settings)
-    weight = _weight_for(op, settings, layers, branch, bench.model)
+    weight = _weight_for(bench, op, settings, branch, layers)
     before, after = settings.branch_channels, settings.channels
     projection = layer_like(weight, op.path, pointwise_spec(settings.dims, before, after), initialised=True)
     slices: list[Tensor | None] = [None] * len(layers)
@@ -170,13 +171,13 @@ def _check_init(op: Op, settings: ProjectSettings) -> None:
         raise PlanError(message, where=op.where("init"), expected="fresh", got="weights")
 
 
-def _weight_for(op: Op, settings: ProjectSettings, layers: list[WeightedModule], *modules: nn.Module) -> Tensor:
+def _weight_for(
+    bench: Bench, op: Op, settings: ProjectSettings, branch: nn.Module, layers: list[WeightedModule]
+) -> Tensor:
     """A weight whose device and dtype the projection takes: of the layers, else of the first module that has one."""
-    if layers:
-        return layers[0].weight
-    for parameter in (parameter for module in modules for parameter in module.parameters()):
-        if parameter.is_floating_point():
-            return parameter
+    for weight in (*(layer.weight for layer in layers), *branch.parameters(), *bench.model.parameters()):
+        if weight.is_floating_point():
+            return weight
     dtype = getattr(torch, str(settings.dtype), None)
     if not isinstance(dtype, torch.dtype):
         expected = "such as float32"
@@ -202,8 +203,10 @@ def _joint_factors(
     with torch.no_grad():
         projection.weight.copy_(factors.first.reshape(projection.weight.shape))
     projection.weight.requires_grad_(any(layer.weight.requires_grad for layer in layers))
-    pieces = torch.split(factors.second, [consumer.rows for consumer in consumers])
-    slices = [_from_rows(rows, consumer, channels) for rows, consumer in zip(pieces, consumers, strict=True)]
+    slices = []
+    for rows, consumer in zip(torch.split(factors.second, [each.rows for each in consumers]), consumers):
+        kernel = rows.reshape(consumer.layer.out_channels, -1, channels).transpose(1, 2)  # the inverse of `_rows`
+        slices.append(kernel.reshape(kernel.shape[0], channels * consumer.repeat, *consumer.layer.kernel_size))
     return slices, factors.relative_error
 
 
@@ -212,13 +215,6 @@ def _rows(consumer: Consumer, weight: Tensor, channels: int) -> Tensor:
     kernel = decompose.to_forward_layout(weight, 1, consumer.layer.transposed)
     own = kernel[:, consumer.offset : consumer.offset + channels * consumer.repeat]
     return own.reshape(own.shape[0], channels, -1).transpose(1, 2).reshape(-1, channels)
-
-
-def _from_rows(rows: Tensor, consumer: Consumer, channels: int) -> Tensor:
-    """The inverse of `_rows` for another number of channels."""
-    spec = consumer.layer
-    kernel = rows.reshape(spec.out_channels, -1, channels).transpose(1, 2)
-    return kernel.reshape(spec.out_channels, channels * consumer.repeat, *spec.kernel_size)
 
 
 def _narrow_layer(
@@ -241,7 +237,7 @@ def _narrow_layer(
     smaller.weight.requires_grad_(old.requires_grad)
     layer.weight = smaller.weight
     setattr(layer, "in_channels" if spec.dims else "in_features", narrower.in_channels)
-    for path in bench.names_of(layer):  # an inserted chain says what its first stage takes
+    for path in names_of(bench.model, layer):  # an inserted chain says what its first stage takes
         owner, _, name = path.rpartition(".")
         parent = bench.model.get_submodule(owner)
         if isinstance(parent, Factorized) and name == parent.stage_names[0]:
