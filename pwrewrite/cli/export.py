@@ -26,7 +26,7 @@ def export(target: TargetOptions, options: ExportOptions, reported: Reported) ->
         result = export_target(target, options, progress=progress)
     show(reported, page(result), json=result.to_json)
     failed = [row for row in result.formats if not row.passed]
-    written = [row.format for row in result.formats if row.passed]
+    written = [row.format for row in result.formats if row.files]
     tell(f"{', '.join(written)} saved in {options.out}" if written else "nothing was saved", reported)
     if failed:
         first = failed[0]

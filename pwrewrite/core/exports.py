@@ -24,6 +24,9 @@ class Exported(Record):
         engine: What ran it.
         error: Largest relative difference of an output, ``‖y − ŷ‖ / ‖y‖``, to the model in float64.
         differs_at: The first layer or node that differs.
+        loss: Of what is quantized: its loss on held-out inputs, in the unit in which plans predict it; None else.
+        agreement: How often it names the same class; None where no classes are named.
+        layers: Of what is quantized: each layer with weights to the precision in which it runs.
     """
 
     format: str
@@ -35,6 +38,9 @@ class Exported(Record):
     engine: str = ""
     error: float | None = None
     differs_at: str | None = None
+    loss: float | None = None
+    agreement: float | None = None
+    layers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -28,6 +28,26 @@ LIMITS = "Limits"
 
 _of_model, _of_passes, _of_budget, _of_proof = (partial(option, panel=p) for p in (MODEL, PASSES, BUDGET, PROOF))
 _seed = partial(_of_model, 0, "Seed of what is drawn: weights, samples.", "--seed N", least=0)
+_calibration = partial(
+    _of_budget,
+    None,
+    "A few hundred unlabelled inputs: .npy, .npz, .safetensors, a folder of images, or file.py:NAME, an iterable of "
+    "batches.",
+    "--calibration DATA",
+)
+_batch = partial(
+    _of_budget,
+    None,
+    "Function from a batch as --calibration gives it to the model's inputs, or to (inputs, labels).",
+    "--batch file.py:NAME",
+)
+_preprocess = partial(
+    _of_budget,
+    None,
+    "Function from a batch of arrays, or an image, to what the model takes.",
+    "--preprocess file.py:NAME",
+)
+_calibration_size = partial(_of_budget, None, "Use at most so many inputs.", "--calibration-size N", least=1)
 
 
 @documented
@@ -154,21 +174,10 @@ class Budget(LayerOptions):
         "bytes=40MiB, latency=8ms; repeatable. Layers, forms and widths are chosen so that the least is lost.",
         "--budget KIND=LIMIT",
     )
-    calibration: str | Iterable[Any] | None = _of_budget(
-        None,
-        "A few hundred unlabelled inputs: .npy, .npz, .safetensors, a folder of images, or file.py:NAME, an "
-        "iterable of batches.",
-        "--calibration DATA",
-    )
-    batch: str | Callable[[Any], Any] | None = _of_budget(
-        None,
-        "Function from a batch as --calibration gives it to the model's inputs, or to (inputs, labels).",
-        "--batch file.py:NAME",
-    )
-    preprocess: str | None = _of_budget(
-        None, "Function from a batch of arrays, or an image, to what the model takes.", "--preprocess file.py:NAME"
-    )
-    calibration_size: int | None = _of_budget(None, "Use at most so many inputs.", "--calibration-size N", least=1)
+    calibration: str | Iterable[Any] | None = _calibration()
+    batch: str | Callable[[Any], Any] | None = _batch()
+    preprocess: str | None = _preprocess()
+    calibration_size: int | None = _calibration_size()
     forms: Sequence[str] = _of_budget(
         ("all",),
         f"What layers may become: all, 1x1 (forms that add 1×1 layers only) or some of {', '.join(FORM_NAMES)}. "
@@ -298,6 +307,15 @@ class ExportOptions:
         "--dynamic INPUT:AXIS",
     )
     static: bool = _of_export(False, "Keep the batch size of the example inputs.", "--static")
+    int8: bool = _of_export(
+        False,
+        "Also quantized, calibrated on --calibration: kept where it is measured to be faster, with the loss it costs.",
+        "--int8",
+    )
+    calibration: str | Iterable[Any] | None = _calibration()
+    batch: str | Callable[[Any], Any] | None = _batch()
+    preprocess: str | None = _preprocess()
+    calibration_size: int | None = _calibration_size()
     out: Path | None = _of_export(
         None, "Where to: the files that agree with the model and export.json.", "--out DIR", read=path
     )

@@ -51,6 +51,7 @@ class Program:
         input_names: One per input tensor.
         outputs: Path of an output tensor, such as ``['out']``, to its name.
         axes: What may vary.
+        calibration: Inputs of the kind that it will see, for what is quantized.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class Program:
     input_names: tuple[str, ...]
     outputs: Mapping[str, str]
     axes: Axes
+    calibration: Sequence[Call] = ()
 
     @cached_property
     def exported(self) -> ExportedProgram:
@@ -111,11 +113,13 @@ class Run:
         outputs: For each call the name of an output to its tensor.
         seconds: The median time of the first call.
         engine: What ran: runtime and version, provider, precision, threads.
+        call: Runs further inputs; None where that needs a process of its own.
     """
 
     outputs: Sequence[Mapping[str, Tensor]]
     seconds: float
     engine: str
+    call: Callable[[Call], Mapping[str, Tensor]] | None = None
 
 
 class Format(ABC):
@@ -127,6 +131,7 @@ class Format(ABC):
         needs: The modules that it imports.
         files: All files that it may write.
         main: The one that a user loads.
+        int8: The module beside this one with its quantized sibling; empty where there is none.
     """
 
     name: str
@@ -134,6 +139,7 @@ class Format(ABC):
     needs: tuple[str, ...] = ()
     files: tuple[str, ...]
     main: str
+    int8 = ""
 
     def require(self) -> None:
         """Raises `UsageError` where a module that it needs is not installed."""
@@ -154,6 +160,10 @@ class Format(ABC):
         """Values inside, by the name of the program's node that they stand for; empty where a runtime gives none."""
         return {}
 
+    def precisions(self, folder: Path) -> dict[str, bool]:
+        """Each layer with weights, and whether it runs in int8; empty for what is not quantized."""
+        return {}
+
 
 def format_named(name: str) -> Format:
     """The format of a name; raises `UsageError` for another."""
@@ -161,6 +171,11 @@ def format_named(name: str) -> Format:
         raise UsageError(f"no export format {name!r}", expected=", ".join(EXPORT_NAMES))
     named: Format = import_module(f"{__package__}.{name}_format").FORMAT
     return named
+
+
+def int8_of(form: Format) -> Format | None:
+    """The quantized sibling of a format."""
+    return import_module(f"{__package__}.{form.int8}").FORMAT if form.int8 else None
 
 
 def measured(call: Callable[[], object]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ class Onnx(Format):
 
     name, extra, needs = "onnx", "onnx", ("onnx", "onnxscript", "onnxruntime")
     files, main = ("model.onnx", "model.onnx.data"), "model.onnx"
+    int8 = "onnx_int8"
 
     def write(self, program: Program, folder: Path) -> None:
         """Exports, names inputs, outputs and axes, and lets the checker look at it."""
@@ -45,12 +47,16 @@ class Onnx(Format):
 
     def run(self, program: Program, folder: Path, calls: Sequence[Call]) -> Run:
         """Runs the file with onnxruntime's CPU provider."""
-        session = _session(str(folder / self.main))
+        session = session_of(str(folder / self.main))
         names = [output.name for output in session.get_outputs()]
-        feeds = [{k: t.numpy() for k, t in program.feeds(call).items()} for call in calls]
-        outputs = [dict(zip(names, map(torch.as_tensor, session.run(None, feed)))) for feed in feeds]
+
+        def call(inputs: Call) -> dict[str, Tensor]:
+            feed = {k: t.numpy() for k, t in program.feeds(inputs).items()}
+            return dict(zip(names, map(torch.as_tensor, session.run(None, feed))))
+
+        outputs = [call(inputs) for inputs in calls]
         engine = f"onnxruntime {_version()}, {session.get_providers()[0]}, {torch.get_num_threads()} threads"
-        return Run(outputs, measured(lambda: session.run(None, feeds[0])), engine)
+        return Run(outputs, measured(lambda: call(calls[0])), engine, call)
 
     def values(self, program: Program, folder: Path, call: Call) -> dict[str, Tensor]:
         """What every node of the graph gives, from a copy of it in which all are outputs."""
@@ -60,17 +66,25 @@ class Onnx(Format):
         known = {output.name for output in model.graph.output}
         names = [name for node in model.graph.node for name in node.output if name and name not in known]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-        session = _session(model.SerializeToString())
+        session = session_of(model.SerializeToString())
         outputs = session.run(names, {k: t.numpy() for k, t in program.feeds(call).items()})
         return {name: torch.as_tensor(value) for name, value in zip(names, outputs)}
 
 
-def _session(model: str | bytes):  # type: ignore[no-untyped-def]  # onnxruntime has no types
+def session_of(model: str | bytes, optimized: str = "") -> Any:
+    """A session on the CPU with as many threads as torch; onnxruntime has no types.
+
+    Args:
+        model: A path, or the bytes of a model.
+        optimized: Where to write the graph that really runs.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    if optimized:
+        options.optimized_model_filepath = optimized
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..core.errors import RefusedError
 from ..core.nested import tensors_of
@@ -22,12 +24,14 @@ from .exporting import Call, Format, Program, Run, measured
 class Openvino(Format):
     """``model.xml`` and ``model.bin``."""
 
-    name, extra, needs = "openvino", "openvino", ("openvino",)
+    name, extra = "openvino", "openvino"
+    needs: tuple[str, ...] = ("openvino",)
     files, main = ("model.xml", "model.bin"), "model.xml"
+    int8, precision = "openvino_int8", "float32"
 
     def write(self, program: Program, folder: Path) -> None:
         """Converts, and names inputs, outputs and axes."""
-        openvino = _openvino()
+        openvino = quiet_import("openvino")
         model = openvino.convert_model(program.exported)
         if len(model.inputs) != len(program.input_names) or len(model.outputs) != len(program.outputs):
             counts = f"{len(model.inputs)} inputs and {len(model.outputs)} outputs"
@@ -43,30 +47,34 @@ class Openvino(Format):
 
     def run(self, program: Program, folder: Path, calls: Sequence[Call]) -> Run:
         """Compiles the IR for the CPU and runs it."""
-        openvino, threads = _openvino(), torch.get_num_threads()
-        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-        compiled = openvino.compile_model(folder / self.main, "CPU", settings)
+        compiled = self.compiled(folder)
         pairs = zip(compiled.outputs, program.outputs.values())
         names = [name if name in port.names else port.get_any_name() for port, name in pairs]  # a port may have several
-        feeds = [{k: t.numpy() for k, t in program.feeds(call).items()} for call in calls]
 
-        outputs = [
-            {name: torch.as_tensor(value.copy()) for name, value in zip(names, compiled(feed).values())}
-            for feed in feeds
-        ]
-        engine = f"OpenVINO {openvino.__version__.partition('-')[0]}, CPU, float32, {threads} threads"
-        return Run(outputs, measured(lambda: compiled(feeds[0])), engine)
+        def call(inputs: Call) -> dict[str, Tensor]:
+            results = compiled({k: t.numpy() for k, t in program.feeds(inputs).items()}).values()
+            return {name: torch.as_tensor(value.copy()) for name, value in zip(names, results)}
+
+        outputs = [call(inputs) for inputs in calls]
+        version = import_module("openvino").__version__.partition("-")[0]
+        engine = f"OpenVINO {version}, CPU, {self.precision}, {torch.get_num_threads()} threads"
+        return Run(outputs, measured(lambda: call(calls[0])), engine, call)
+
+    def compiled(self, folder: Path) -> Any:
+        """The IR as it runs on the CPU; OpenVINO has no types."""
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        return quiet_import("openvino").compile_model(folder / self.main, "CPU", settings)
 
 
-def _openvino() -> ModuleType:
-    """OpenVINO; where this is its first import, without the package by which it reports its use to its makers."""
-    if "openvino" not in sys.modules and "openvino_telemetry" not in sys.modules:
+def quiet_import(name: str) -> ModuleType:
+    """``openvino`` or ``nncf``; at its first import without the package by which it reports its use to its makers."""
+    if name not in sys.modules and "openvino_telemetry" not in sys.modules:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # Python's way to say: not there
         try:
-            import_module("openvino.tools.ovc")
+            import_module({"openvino": "openvino.tools.ovc"}.get(name, name))
         finally:
             del sys.modules["openvino_telemetry"]
-    return import_module("openvino")
+    return import_module(name)
 
 
 FORMAT = Openvino()

@@ -40,23 +40,28 @@ class Measured:
 
 def compare(original: nn.Module, rewritten: nn.Module, chunks: Iterable[Chunk], outputs: str = "logits") -> Measured:
     """Runs both models in eval mode on inputs and compares their outputs, of a kind of `pwrewrite.planning.outputs`."""
+    with torch.no_grad(), evaluating(original), evaluating(rewritten):
+        seeded = ((run_seeded(original, c, i), run_seeded(rewritten, c, i), c) for i, c in enumerate(chunks))
+        return compare_outputs(seeded, outputs)
+
+
+def compare_outputs(results: Iterable[tuple[object, object, Chunk]], outputs: str) -> Measured:
+    """Compares what two models made of inputs: the original's outputs, the other's, and the inputs."""
     loss, same, samples, kind = 0.0, 0, 0, "values"
     errors, powers = defaultdict[int, float](float), defaultdict[int, float](float)
-    with torch.no_grad(), evaluating(original), evaluating(rewritten):
-        for number, chunk in enumerate(chunks):
-            first, second = run_seeded(original, chunk, number), run_seeded(rewritten, chunk, number)
-            samples += samples_of(*chunk)
-            before, after = class_scores(first, outputs), class_scores(second, outputs)
-            if before is not None and after is not None:
-                kind = "classes"
-                p, q = log_probabilities(before.double(), outputs), log_probabilities(after.double(), outputs)
-                loss += float((p.exp() * (p - q)).sum())
-                same += int((p.argmax(-1) == q.argmax(-1)).sum())
-                continue
-            for i, (a, b) in enumerate(zip(floating(first), floating(second))):
-                if a.shape == b.shape:
-                    errors[i] += float((a - b).double().square().sum())
-                    powers[i] += float(a.double().square().sum())
+    for first, second, chunk in results:
+        samples += samples_of(*chunk)
+        before, after = class_scores(first, outputs), class_scores(second, outputs)
+        if before is not None and after is not None:
+            kind = "classes"
+            p, q = log_probabilities(before.double(), outputs), log_probabilities(after.double(), outputs)
+            loss += float((p.exp() * (p - q)).sum())
+            same += int((p.argmax(-1) == q.argmax(-1)).sum())
+            continue
+        for i, (a, b) in enumerate(zip(floating(first), floating(second))):
+            if a.shape == b.shape:
+                errors[i] += float((a - b).double().square().sum())
+                powers[i] += float(a.double().square().sum())
     if kind == "classes":
         return Measured(loss / max(samples, 1), same / max(samples, 1), samples, kind)
     return Measured(sum(errors[i] / power for i, power in powers.items() if power > 0) / 2, None, samples, kind)

@@ -10,7 +10,7 @@ from .page import Block, Column, Facts, Line, Page, Section, Table, Title, notes
 def page(exports: Exports) -> Page:
     """The whole page."""
     rows = exports.formats
-    marks = ["", *("✓" if row.passed else "✗" for row in rows)]
+    marks = ["", *("✗" if not row.passed else "✓" if row.files else "–" for row in rows)]
     styles = ["", *("green" if row.passed else "red" for row in rows)]
     times = [exports.seconds, *(row.seconds for row in rows)]
     errors = ["", *("–" if row.error is None else f"{row.error:.1e}" for row in rows)]
@@ -27,6 +27,8 @@ def page(exports: Exports) -> Page:
             ]
         ),
     ]
+    if quantized := [(row.format, row.detail, "") for row in rows if row.passed and row.layers]:
+        blocks += [Section("int8", "against float32 in the same runtime"), Facts(quantized)]
     for row in (row for row in rows if not row.passed):
         place = [("first at", row.differs_at, "")] if row.differs_at else []
         blocks += [Section(row.format, "nothing is left of it"), Facts([("differs", row.detail, ""), *place])]
@@ -40,4 +42,5 @@ def headline(exports: Exports) -> str:
     failed = [row.format for row in exports.formats if not row.passed]
     if failed:
         return f"{', '.join(failed)} of {plural(len(exports.formats), 'format')} differ from the model"
-    return f"{', '.join(row.format for row in exports.formats)}: every output agrees at two sizes, in its own runtime"
+    exact = [row.format for row in exports.formats if not row.layers]
+    return f"{', '.join(exact)}: every output agrees at two sizes, in its own runtime"

@@ -98,8 +98,13 @@ def expectations(model: nn.Module, draws: Draws, axes: Axes, example: Mapping[st
     raise RefusedError("the model does not run at two sizes", got=error)
 
 
-def compared(program: Program, expected: Expected, outputs: Mapping[str, Tensor]) -> tuple[list[str], float]:
-    """What differs between a runtime's outputs and the model's, and the largest relative difference."""
+def compared(
+    program: Program, expected: Expected, outputs: Mapping[str, Tensor], exact: bool = True
+) -> tuple[list[str], float]:
+    """What differs between a runtime's outputs and the model's, and the largest relative difference.
+
+    Without ``exact``, values may differ as long as they are numbers.
+    """
     problems, largest = list[str](), 0.0
     names = {program.outputs.get(path, path): path for path in expected.output.tensors}
     for name in (name for name in outputs if name not in names):
@@ -113,21 +118,25 @@ def compared(program: Program, expected: Expected, outputs: Mapping[str, Tensor]
         elif value.dtype != wanted.dtype:
             problems.append(f"{name} has dtype {dtype_text(value.dtype)}, not {dtype_text(wanted.dtype)}")
         elif path not in expected.output.floating:
-            if not torch.equal(value, wanted):
+            if exact and not torch.equal(value, wanted):
                 problems.append(f"{name} has other values")
         else:
             error = relative_difference(value, expected.reference.tensors[path])
             largest = max(largest, error)
-            if error > expected.limits.get(path, _FLOOR):
+            if not exact and not bool(value.isfinite().all()):
+                problems.append(f"{name} holds NaN or Inf")
+            elif exact and error > expected.limits.get(path, _FLOOR):
                 problems.append(f"{name} differs by {error:.1e}, allowed {expected.limits.get(path, _FLOOR):.1e}")
     return problems, largest
 
 
-def judge(program: Program, expected: Sequence[Expected], result: Run) -> tuple[list[str], float, Expected]:
+def judge(
+    program: Program, expected: Sequence[Expected], result: Run, exact: bool = True
+) -> tuple[list[str], float, Expected]:
     """What differs at any of the sizes, the largest relative difference, and the size at which something differs."""
     largest = 0.0
     for each, outputs in zip(expected, result.outputs):
-        problems, error = compared(program, each, outputs)
+        problems, error = compared(program, each, outputs, exact)
         largest = max(largest, error)
         if problems:
             return [f"at {each.sizes}: {problem}" for problem in problems], largest, each

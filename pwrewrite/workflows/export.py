@@ -28,17 +28,19 @@ from ..core.numbers import dims
 from ..core.option import from_keywords, refuse_unknown
 from ..core.options import ExportOptions, TargetOptions
 from ..edit.actions.unfuse import unfuse
-from ..engines.exporting import Axes, Format, Program, format_named, identifier, measured
+from ..engines.exporting import Axes, Format, Program, format_named, identifier, int8_of, measured
 from ..targets import open_target
 from ..targets.storage import check_place
 from ..verifying.exports import Expected, batch_axes, expectations, first_difference, judge
 from ..verifying.inputs import Draws
 from ..verifying.outputs import Flat, dtype_text
+from .int8 import Samples, int8_formats, quantize
 from .steps import Progress, silent
 from .subject import Subject, loaded_of
 
 REPORT = "export.json"
-_ALL = (REPORT, *(file for name in EXPORT_NAMES for file in format_named(name).files))
+_FORMATS = [format_named(name) for name in EXPORT_NAMES]
+_ALL = (REPORT, *(file for each in (*_FORMATS, *filter(None, map(int8_of, _FORMATS))) for file in each.files))
 
 
 @torch.inference_mode(False)
@@ -58,7 +60,7 @@ def export(
         target: Name for the report.
         progress: Called at each step.
         **options: Fields of `pwrewrite.core.options.ExportOptions`: ``to``, ``out``, ``dynamic``, ``static``,
-            ``force``.
+            ``force``, ``int8`` with ``calibration``, any iterable of batches.
 
     Returns:
         What became of each format; ``passed`` tells whether all do what the model does. Only those that do are left in
@@ -81,14 +83,16 @@ def export(
         raise UsageError("there is no place to export to", hint="--out DIR, or out=")
     names = (chosen.to,) if isinstance(chosen.to, str) else tuple(dict.fromkeys(chosen.to))
     formats = [format_named(name) for name in names]
-    for each in formats:
+    quantized = int8_formats(chosen, formats)
+    for each in (*formats, *quantized.values()):
         each.require()
-    files = (REPORT, *(file for each in formats for file in each.files))
+    files = (REPORT, *(file for each in (*formats, *quantized.values()) for file in each.files))
     place = partial(check_place, chosen.out, force=chosen.force, files=_ALL, marker=REPORT, schema=EXPORT_SCHEMA)
     place()
     say = progress or silent
     loaded = loaded_of(model, example_inputs)
     program, expected, notes = _prepared(loaded.model, loaded.example_inputs, chosen, say)
+    samples = Samples(chosen, loaded, program.axes) if quantized else None
     args, kwargs = expected[0].call
     with torch.no_grad():
         seconds = measured(lambda: program.model(*args, **kwargs))
@@ -96,10 +100,16 @@ def export(
     assert program.exported
     weights = {id(t): t.nbytes for t in (*program.model.parameters(), *program.model.buffers())}
     with TemporaryDirectory() as scratch:
-        rows = tuple(_exported(each, program, expected, Path(scratch), say) for each in formats)
+        rows = []
+        for each in formats:
+            rows.append(_exported(each, program, expected, Path(scratch), say))
+            if samples is not None and each.name in quantized and rows[-1].passed:
+                say(f"{each.name}: calibrating and measuring int8", None)
+                rows.append(quantize((each, quantized[each.name]), program, expected, Path(scratch), samples))
+        notes += [] if samples is None else samples.notes
         name = target or loaded.target or type(loaded.model).__name__
         inputs, outputs = _described(program, expected[0].output)
-        result = Exports(name, rows, inputs, outputs, sum(weights.values()), seconds, (*loaded.notes, *notes))
+        result = Exports(name, tuple(rows), inputs, outputs, sum(weights.values()), seconds, (*loaded.notes, *notes))
         if any(row.passed for row in rows):
             with new_folder(chosen.out, files) as folder:
                 for file in Path(scratch).iterdir():
