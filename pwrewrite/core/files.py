@@ -48,7 +48,7 @@ def cache_folder(kind: str) -> Path | None:
 def check_writable(path: Path) -> None:
     """Raises `OutputError` for a file that cannot be written, before the work is done whose result would go there."""
     where, cannot = str(path), "cannot write the output:"
-    with _refusing(path, OSError, RuntimeError, ValueError):
+    with refusing(path, OSError, RuntimeError, ValueError):
         if path.is_dir():
             raise OutputError(f"{cannot} it is a folder", where=where, hint="name a file in it")
         folder = path.resolve().parent
@@ -97,7 +97,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
     """Writes a file as `new_file` does, text as UTF-8, its line ends as they are; a pipe or a device directly."""
     path = Path(path)
     data = content.encode("utf-8", errors="surrogateescape") if isinstance(content, str) else content
-    with _refusing(path, OSError, RuntimeError, ValueError):
+    with refusing(path, OSError, RuntimeError, ValueError):
         if path.exists() and not path.is_file():
             path.write_bytes(data)
             return
@@ -111,12 +111,12 @@ def new_file(path: str | Path) -> Iterator[Path]:
 
     A link stays a link. Raises `OutputError` if it cannot be written.
     """
-    with _refusing(path, OSError, RuntimeError, ValueError):
+    with refusing(path, OSError, RuntimeError, ValueError):
         target = Path(path).resolve()
         remove_unfinished(target.parent)
         handle, name = tempfile.mkstemp(prefix=_prefix(target), suffix=".part", dir=target.parent)
     try:
-        with _refusing(path, OSError):
+        with refusing(path, OSError):
             _lock(handle)
             yield Path(name)
             os.chmod(name, stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask())
@@ -136,7 +136,7 @@ def new_folder(path: str | Path, names: Collection[str]) -> Iterator[Path]:
     Missing parents are made. Whether an old one may be replaced is for the caller to check; of its files those with
     these names, and nothing else, are deleted. Raises `OutputError`; the old folder is in its place then.
     """
-    with _refusing(path, OSError, RuntimeError, ValueError):
+    with refusing(path, OSError, RuntimeError, ValueError):
         target = Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_unfinished(target.parent)
@@ -144,7 +144,7 @@ def new_folder(path: str | Path, names: Collection[str]) -> Iterator[Path]:
         scratch = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=".part", dir=target.parent))
     handle = -1
     try:
-        with _refusing(path, OSError):
+        with refusing(path, OSError):
             if sys.platform != "win32":
                 handle = os.open(scratch, os.O_RDONLY)
                 _lock(handle)
@@ -231,7 +231,7 @@ def unwritable(path: str | Path, error: Exception) -> OutputError:
 
 
 @contextlib.contextmanager
-def _refusing(path: str | Path, *kinds: type[Exception]) -> Iterator[None]:
+def refusing(path: str | Path, *kinds: type[Exception]) -> Iterator[None]:
     """Turns errors of these kinds into an `OutputError`."""
     try:
         yield

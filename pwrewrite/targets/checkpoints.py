@@ -19,7 +19,6 @@ import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -45,11 +44,7 @@ _SPARE = 64 << 20
 
 
 def check_checkpoint(path: Path) -> None:
-    """Refuses, before a model is built, what cannot be a checkpoint.
-
-    Raises:
-        WeightsError: There is no such file or folder, it is no regular file, or it is of another kind by its name.
-    """
+    """Refuses (`WeightsError`), before a model is built, what is not there, no file, or no checkpoint by its name."""
     if re.match(r"\w{2,}:/", str(path)):
         raise WeightsError(f"{path} is an address, and pwrewrite downloads nothing", hint="fetch it, and give the file")
     if not path.exists():
@@ -57,18 +52,13 @@ def check_checkpoint(path: Path) -> None:
     if not path.is_file() and not path.is_dir():
         raise WeightsError(f"{path} is not a regular file", expected="a checkpoint on disk: a pipe may never end")
     if path.suffix in _NO_CHECKPOINTS:
-        raise WeightsError(
-            f"{path} is {_NO_CHECKPOINTS[path.suffix]}",
-            expected="a checkpoint: safetensors, or a file that torch.save wrote",
-            hint=f"torch.save(torch.export.load({str(path)!r}).state_dict, 'w.pt')" if path.suffix == ".pt2" else None,
-        )
+        expected = "a checkpoint: safetensors, or a file that torch.save wrote"
+        hint = f"torch.save(torch.export.load({str(path)!r}).state_dict, 'w.pt')" if path.suffix == ".pt2" else None
+        raise WeightsError(f"{path} is {_NO_CHECKPOINTS[path.suffix]}", expected=expected, hint=hint)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors of a checkpoint by name, on the CPU, and notes on what was chosen.
-
-    Args:
-        path: A file, or a folder with safetensors.
+    """The tensors by name, on the CPU, of a file or of a folder with safetensors, and notes on what was chosen.
 
     Raises:
         WeightsError: There is no such file; it is empty, truncated, holds code, or is no checkpoint.
@@ -95,11 +85,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
 def _in_folder(folder: Path) -> Path:
     """The one checkpoint in a folder: an index, or the only safetensors file."""
     files = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.safetensors"))
-    named = [p for p in files if p.name.startswith("model.")]
-    if len(files) > 1 and len(named) == 1:
-        files = named
-    if len(files) == 1:
-        return files[0]
+    for candidates in (files, [p for p in files if p.name.startswith("model.")]):
+        if len(candidates) == 1:
+            return candidates[0]
     raise WeightsError(
         f"the folder {folder} holds " + ("several checkpoints" if files else "no safetensors"),
         expected="one *.safetensors file, or one *.safetensors.index.json with its shards",
@@ -131,9 +119,8 @@ def _read_safetensors(path: Path, only: set[str] | None = None) -> dict[str, Ten
                 raise WeightsError(f"{path} lacks {len(absent)} tensors that the index places in it", got=_some(absent))
             tensors = {name: file.get_tensor(name) for name in names if only is None or name in only}
     except SafetensorError as error:
-        raise WeightsError(
-            f"{path} is a truncated or damaged safetensors file", got=shortened(str(error)), hint=_AGAIN
-        ) from error
+        message = f"{path} is a truncated or damaged safetensors file"
+        raise WeightsError(message, got=shortened(str(error)), hint=_AGAIN) from error
     if not tensors:
         raise WeightsError(f"{path} holds no tensors")
     return tensors
@@ -142,24 +129,21 @@ def _read_safetensors(path: Path, only: set[str] | None = None) -> dict[str, Ten
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """The tensors of a sharded checkpoint, by its index."""
     try:
-        content = json.loads(read_text(index))
-        places: dict[str, str] = dict(content["weight_map"])
+        places: dict[str, str] = dict(json.loads(read_text(index))["weight_map"])
         if not places or not all(isinstance(v, str) for v in places.values()):
             raise TypeError("weight_map must map tensor names to file names")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise WeightsError(
-            f"{index} is not an index of a sharded checkpoint",
-            expected='{"weight_map": {"tensor name": "file name"}}',
-            got=f"{type(error).__name__}: {error}",
-        ) from error
+        message = f"{index} is not an index of a sharded checkpoint"
+        expected = '{"weight_map": {"tensor name": "file name"}}'
+        raise WeightsError(message, expected=expected, got=f"{type(error).__name__}: {error}") from error
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(places.values())):
         path = index.parent / shard
         if Path(shard).name != shard:
             raise WeightsError(f"{index} points outside its own folder", got=shard)
         if not path.is_file():
-            near = suggest_files(path, (".safetensors",))
-            raise WeightsError(f"a shard is missing: {path}", where=str(index), hint=near)
+            hint = suggest_files(path, (".safetensors",))
+            raise WeightsError(f"a shard is missing: {path}", where=str(index), hint=hint)
         tensors |= _read_safetensors(path, {name for name, place in places.items() if place == shard})
     return tensors
 
@@ -176,7 +160,7 @@ def _read_torch(path: Path) -> object:
     except (WeightsError, OSError):
         raise
     except Exception as error:  # readers of damaged bytes raise nearly everything
-        _explain(path, error, zipped)
+        raise _explained(path, error, zipped) from error
 
 
 def _check_unpacked_size(path: Path) -> None:
@@ -185,53 +169,44 @@ def _check_unpacked_size(path: Path) -> None:
         unpacked = sum(m.file_size for m in archive.infolist() if m.compress_type != zipfile.ZIP_STORED)
     size = path.stat().st_size
     if unpacked > 10 * size + _SPARE:
-        raise WeightsError(
-            f"{path} is compressed and would unpack to {unpacked:,} bytes, and is not loaded",
-            expected="a file that torch.save wrote, which does not compress",
-            got=f"{size:,} bytes on disk",
-        )
+        message = f"{path} is compressed and would unpack to {unpacked:,} bytes, and is not loaded"
+        expected = "a file that torch.save wrote, which does not compress"
+        raise WeightsError(message, expected=expected, got=f"{size:,} bytes on disk")
 
 
-def _explain(path: Path, error: Exception, zipped: bool) -> NoReturn:
-    """Says why torch could not, or would not, load a file."""
+def _explained(path: Path, error: Exception, zipped: bool) -> WeightsError:
+    """Why torch could not, or would not, load a file."""
     text = str(error)
     if "TorchScript" in text:
-        raise WeightsError(
-            f"{path} is a TorchScript program: it holds code, and is not loaded",
-            hint="save the weights alone: torch.save(model.state_dict(), 'weights.pt')",
-        ) from error
+        hint = "save the weights alone: torch.save(model.state_dict(), 'weights.pt')"
+        return WeightsError(f"{path} is a TorchScript program: it holds code, and is not loaded", hint=hint)
     names = _globals_of(path)
     refused = re.search(r"GLOBAL ([\w.]+) (?:whose module|was not an allowed)", text)
     whole = any(name.startswith("torch.nn.modules.") for name in names)
     unsafe = [refused[1]] if refused else [n for n in names if whole or not n.startswith(("torch.", "collections."))]
     if unsafe:
-        raise WeightsError(
-            f"{path} contains "
-            + ("a whole pickled model, that is code as well as weights" if whole else "code: it is a pickle")
-            + ", and is not loaded",
+        code = "a whole pickled model, that is code as well as weights" if whole else "code: it is a pickle"
+        return WeightsError(
+            f"{path} contains {code}, and is not loaded",
             got=f"it asks for {_some(unsafe[:1] if whole else unsafe)}",
             expected="tensors alone (safetensors, or torch.save(model.state_dict(), …))",
             hint="where you trust it, load it yourself once and save its state_dict()",
-        ) from error
+        )
     with path.open("rb") as file:
         pickled = file.read(1) == b"\x80"
     cut = "central directory" in text or "unexpected EOF" in text or isinstance(error, (EOFError, IndexError))
     reason = shortened(text.split("WeightsUnpickler error:")[-1].strip() or type(error).__name__)
     if cut and (zipped or names or pickled):
-        raise WeightsError(f"{path} is truncated or damaged", got=reason, hint=_AGAIN) from error
-    raise WeightsError(
-        f"{path} is not a checkpoint",
-        expected="safetensors, or a file that torch.save wrote",
-        got=reason if zipped or pickled else "neither an archive nor a pickle",
-    ) from error
+        return WeightsError(f"{path} is truncated or damaged", got=reason, hint=_AGAIN)
+    got = reason if zipped or pickled else "neither an archive nor a pickle"
+    return WeightsError(f"{path} is not a checkpoint", expected="safetensors, or a file that torch.save wrote", got=got)
 
 
 def _globals_of(path: Path) -> list[str]:
     """The names that a pickle would import, read off its opcodes, as far as it can be read; only to word an error."""
     with contextlib.suppress(Exception):
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    names: list[str] = []
-    strings: list[str] = []
+    names, strings = list[str](), list[str]()
     with contextlib.suppress(Exception), path.open("rb") as file:
         for _ in range(4):  # the old format is four pickles in a row: magic, version, system, content
             for opcode, value, _ in pickletools.genops(file):
@@ -248,21 +223,18 @@ def find_state(content: object, where: str, depth: int = 0) -> tuple[dict[str, T
         raise WeightsError(f"{where} is not a checkpoint", expected="a dictionary of tensors", got=kind_of(content))
     if not content:
         raise WeightsError(f"{where} holds an empty dictionary: there are no weights in it")
-    notes: list[str] = []
     for key in _WRAPPERS if depth < 4 else ():
-        inner = content.get(key)
-        if isinstance(inner, Mapping) and _has_tensors(inner):
-            if key in _EMA and any(isinstance(content.get(k), Mapping) for k in _WRAPPERS if k not in _EMA):
-                notes.append(f"took the averaged (EMA) weights {key!r} of the checkpoint")
-            state, more = find_state(inner, where, depth + 1)
-            return state, (*notes, *more)
+        if isinstance(content.get(key), Mapping) and _has_tensors(content[key]):
+            averaged = key in _EMA and any(isinstance(content.get(k), Mapping) for k in _WRAPPERS if k not in _EMA)
+            state, notes = find_state(content[key], where, depth + 1)
+            return state, (f"took the averaged (EMA) weights {key!r} of the checkpoint", *notes) if averaged else notes
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
     if tensors:
         return tensors, ()
     nested = [k for k, v in content.items() if isinstance(v, Mapping) and _has_tensors(v) and "optim" not in str(k)]
     if len(nested) == 1 and depth < 4:
-        state, more = find_state(content[nested[0]], where, depth + 1)
-        return state, (f"took the weights under {nested[0]!r} of the checkpoint", *more)
+        state, notes = find_state(content[nested[0]], where, depth + 1)
+        return state, (f"took the weights under {nested[0]!r} of the checkpoint", *notes)
     raise WeightsError(
         f"{where} has no weights in a place that is understood",
         expected=f"tensors, or a dictionary of tensors under {', '.join(map(repr, _WRAPPERS[6:9]))}",

@@ -41,12 +41,11 @@ def missing_args(factory: Callable[..., object], args: Mapping[str, object]) -> 
 def unknown_args(factory: Callable[..., object], args: Mapping[str, object]) -> list[str]:
     """The names of the arguments that a factory has no parameter for; none for one that takes any keyword."""
     parameters = parameters_of(factory)
-    if parameters is None or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return []
-    return [name for name in args if name not in parameters]
+    known = parameters is not None and all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
+    return [name for name in args if known and name not in (parameters or ())]
 
 
-def takes(factory: Callable[..., object], but: Iterable[str] = ()) -> str:
+def _takes(factory: Callable[..., object], but: Iterable[str] = ()) -> str:
     """A factory's parameters, without ``but``, as a person reads them: ``width, depth=2``; ``...`` for any keyword."""
     shown: list[str] = []
     for name, p in (parameters_of(factory) or {}).items():
@@ -66,20 +65,17 @@ def _unknown_error(
 ) -> TargetError:
     """The error for arguments that a factory does not take; ``but`` are parameters that are not the user's to give."""
     names = [n for n, p in (parameters_of(factory) or {}).items() if p.kind in _NAMED and n not in but]
-    return TargetError(
-        f"{what} takes no argument{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}",
-        expected=takes(factory, but),
-        hint=did_you_mean(names, *unknown),
-    )
+    message = f"{what} takes no argument{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}"
+    return TargetError(message, expected=_takes(factory, but), hint=did_you_mean(names, *unknown))
 
 
 def construct(
     factory: Callable[..., object], args: Mapping[str, object], what: str, origin: Path | None, but: Iterable[str] = ()
 ) -> object:
-    """Calls a factory with the arguments by name.
+    """Calls a class or function with the arguments by name.
 
     Args:
-        factory: A class or function.
+        factory: What is called.
         args: The arguments.
         what: What it is, for messages: ``class Net in model.py``.
         origin: The user's file, if it is one, so that an error names the line.
@@ -91,11 +87,9 @@ def construct(
     if unknown := unknown_args(factory, args):
         raise _unknown_error(factory, unknown, what, but)
     if missing := missing_args(factory, args):
-        raise TargetError(
-            f"{what} needs the argument{'s' if len(missing) > 1 else ''} {', '.join(missing)}",
-            expected=takes(factory),
-            hint=" ".join(f"--arg {name}=VALUE" for name in missing),
-        )
+        message = f"{what} needs the argument{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
+        hint = " ".join(f"--arg {name}=VALUE" for name in missing)
+        raise TargetError(message, expected=_takes(factory), hint=hint)
     parameters = parameters_of(factory) or {}
     leading = [n for n, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY and n in args]
     by_name = {name: value for name, value in args.items() if name not in leading}
@@ -103,31 +97,26 @@ def construct(
     with running_user_code(what, origin, f"check --arg {shown}" if shown else None):
         try:
             return factory(*(args[name] for name in leading), **by_name)
-        except TypeError as error:
-            refused = _deep_unknown(error, args)
-            if refused is None:
+        except TypeError as error:  # a factory with **kwargs handed an argument on to what does not take it
+            match = re.match(r"([\w.<>]+)\(\) got an unexpected keyword argument '(\w+)'", str(error))
+            if match is None or match[2] not in args:
                 raise
-            raise _unknown_error(refused[1] or factory, [refused[0]], what, {"self", *but}) from error
+            owner = _owner(error, match[1].removesuffix(".__init__")) or factory
+            raise _unknown_error(owner, [match[2]], what, {"self", *but}) from error
 
 
-def _deep_unknown(error: TypeError, args: Mapping[str, object]) -> tuple[str, Callable[..., object] | None] | None:
-    """The argument that a ``**kwargs`` factory handed on to what does not take it, and what that is, if it is found."""
-    match = re.match(r"([\w.<>]+)\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    if match is None or match[2] not in args:
-        return None
-    owner = match[1].removesuffix(".__init__")
+def _owner(error: TypeError, name: str) -> Callable[..., object] | None:
+    """What is called ``name`` where an error was raised, or on the way there."""
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
-        for value in (*frame.f_locals.values(), *frame.f_globals.values()):
-            if callable(value) and getattr(value, "__qualname__", None) == owner:
-                return match[2], value
-    return match[2], None
+        values: list[object] = [*frame.f_locals.values(), *frame.f_globals.values()]
+        for value in values:
+            if callable(value) and getattr(value, "__qualname__", None) == name:
+                return value
+    return None
 
 
 def as_model(value: object, what: str) -> tuple[nn.Module, tuple[str, ...]]:
-    """Checks that a model came out, unwraps ``torch.compile`` and data-parallel wrappers, and puts it in eval mode.
-
-    Returns:
-        The model, and what should be told about it.
+    """The model, without ``torch.compile`` and data-parallel wrappers and in eval mode, and notes on it.
 
     Raises:
         TargetError: It is no ``nn.Module``, or it is a TorchScript module.
@@ -137,19 +126,21 @@ def as_model(value: object, what: str) -> tuple[nn.Module, tuple[str, ...]]:
         notes.append(f"unwrapped {type(value).__name__} around {type(inner).__name__}")
         value = inner
     if isinstance(value, torch.jit.ScriptModule):
-        raise TargetError(
-            f"{what} is a TorchScript module, which holds compiled code and cannot be traced or rewritten",
-            hint="give the Python model it was scripted from",
-        )
+        message = f"{what} is a TorchScript module, which holds compiled code and cannot be traced or rewritten"
+        raise TargetError(message, hint="give the Python model it was scripted from")
     if not isinstance(value, nn.Module):
-        raise TargetError(
-            f"{what} is not a model", expected="a torch.nn.Module, or something that returns one", got=kind_of(value)
-        )
+        raise no_model(what, value)
     try:
         value.eval()
     except NotImplementedError:  # what torch.export's module() gives is fixed in the mode it was exported in
         notes.append(f"{type(value).__name__} cannot be put in eval mode: used as it is")
     return value, tuple(notes)
+
+
+def no_model(what: str, value: object) -> TargetError:
+    """The error for what is no model and makes none."""
+    expected = "an nn.Module instance, an nn.Module subclass, or a function that returns one"
+    return TargetError(f"{what} is not a model, and makes none", expected=expected, got=kind_of(value))
 
 
 def _unwrap(value: object) -> object | None:

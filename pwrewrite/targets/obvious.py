@@ -25,7 +25,7 @@ from torch import nn
 from ..core.errors import TargetError, first_line
 from .empty import empty_weights, real_weights
 from .factories import construct, missing_args, unknown_args
-from .user_code import what_there_is
+from .user_code import origin_of, what_there_is
 
 _FACTORY_NAMES = ("build_model", "model", "get_model", "create_model")
 _EXPECTED = (
@@ -37,25 +37,24 @@ Classes = dict[str, type[nn.Module]]
 
 
 def find_model(module: ModuleType, args: Mapping[str, object], path: str) -> tuple[object, tuple[str, ...]]:
-    """What should be the model of a file whose target names none, and notes on how it was chosen.
+    """What should be the model of an imported file whose target names none, and notes on how it was chosen.
 
     Args:
-        module: The imported file.
+        module: The file.
         args: Arguments for whatever makes the model.
         path: The file, as the user wrote it.
 
     Raises:
         TargetError: There is none, or several, or it cannot be constructed.
     """
-    origin = Path(module.__file__) if module.__file__ else None
+    origin = origin_of(module)
     instance = getattr(module, "model", None)
     if isinstance(instance, nn.Module):
         if args:
             raise instance_takes_no_args(f"model in {path}", args)
         return instance, ()
-    functions: dict[str, Callable[..., object]] = {
-        n: getattr(module, n) for n in _FACTORY_NAMES if _has_function(module, n)
-    }
+    named = {name: getattr(module, name, None) for name in _FACTORY_NAMES}
+    functions = {n: f for n, f in named.items() if callable(f) and not isinstance(f, (type, nn.Module))}
     for name, function in functions.items():
         if _can_call(function, args):
             return construct(function, args, f"{name}() in {path}", origin), ()
@@ -79,11 +78,8 @@ def _construct_class(
             name, cls = next(iter(classes.items()))
             return construct(cls, args, f"class {name} in {path}", origin), ()  # which says what does not fit
         needs = [f"{n} (needs {', '.join(missing_args(c, args)) or 'other arguments'})" for n, c in classes.items()]
-        raise TargetError(
-            f"no class in {path} constructs with " + ("the given arguments" if args else "no arguments"),
-            got=", ".join(needs),
-            hint=f"{path}:NAME --arg name=VALUE",
-        )
+        message = f"no class in {path} constructs with " + ("the given arguments" if args else "no arguments")
+        raise TargetError(message, got=", ".join(needs), hint=f"{path}:NAME --arg name=VALUE")
     name = next(iter(ready)) if len(ready) == 1 else _whole_model(ready, args, path, origin)
     model = construct(ready[name], args, f"class {name} in {path}", origin)
     parts = {type(m) for m in model.modules()} if isinstance(model, nn.Module) else set()
@@ -98,12 +94,9 @@ def _construct_class(
 
 def _whole_model(ready: Classes, args: Mapping[str, object], path: str, origin: Path | None) -> str:
     """Of several classes that take these arguments, the one that is a part of no other."""
-    parts: dict[str, set[type]] = {}
-    failed: dict[str, TargetError] = {}
-    for name, cls in ready.items():
-        parts[name], error = _parts_of(cls, args, f"class {name} in {path}", origin)
-        if error is not None:
-            failed[name] = error
+    tried = {name: _parts_of(cls, args, f"class {name} in {path}", origin) for name, cls in ready.items()}
+    parts = {name: types for name, (types, _) in tried.items()}
+    failed = {name: error for name, (_, error) in tried.items() if error is not None}
     bases = {n for n in failed if any(issubclass(c, ready[n]) for other, c in ready.items() if other not in failed)}
     whole = [n for n in ready if n not in bases and not any(ready[n] in parts[other] for other in ready if other != n)]
     if len(whole) == 1:
@@ -170,12 +163,6 @@ def instance_takes_no_args(what: str, args: Mapping[str, object]) -> TargetError
         got=", ".join(args),
         hint="name a class or function that makes it: model.py:NAME --arg name=VALUE",
     )
-
-
-def _has_function(module: ModuleType, name: str) -> bool:
-    """Whether a file has a callable under a name that is no class and no model."""
-    value = getattr(module, name, None)
-    return callable(value) and not inspect.isclass(value) and not isinstance(value, nn.Module)
 
 
 def _can_call(factory: Callable[..., object], args: Mapping[str, object]) -> bool:

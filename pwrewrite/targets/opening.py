@@ -11,9 +11,9 @@ random state stays as it is.
 
 from __future__ import annotations
 
-import contextlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from ..core.errors import InputError, TargetError, UsageError
 from ..core.option import from_keywords
 from ..core.options import TargetOptions
 from ..core.plan import Plan
-from ..core.random_state import check_seed
+from ..core.random_state import check_seed, keeping_random_state
 from ..core.records import Shown
 from ..core.text import NO_WEIGHTS
 from . import storage
@@ -49,11 +49,11 @@ class LoadedModel(Shown):
         model: In eval mode.
         example_inputs: A tuple of positional inputs or a dict of keyword ones; empty when none were asked for.
         target: As the user gave it.
-        notes: What the user should be told: what was assumed, chosen or left out.
+        notes: What was assumed, chosen or left out.
         plan: From the original model to this one; None where this is the original.
         origin: The target of the original model, as a plan should record it.
         args: What the original's constructor was given.
-        names: Name of a parameter of the original to those that came in its place; empty where this is the original.
+        names: Name of a parameter of the original to those that came in its place.
     """
 
     model: nn.Module
@@ -79,9 +79,6 @@ def open_target(
         need_inputs: Whether inputs are wanted at all.
         seeded: Whether the random state is set; else the caller's own is drawn from.
 
-    Returns:
-        The model, its inputs, and where it came from.
-
     Raises:
         UsageError: Options do not go together.
         TargetError: The target does not lead to one model (``TargetNotFound`` where there is no such file).
@@ -94,23 +91,16 @@ def open_target(
     if storage.is_saved(options.target):
         return _open_folder(options, need_inputs, seeded)
     if options.base is not None:
-        raise UsageError(
-            "--model is for a saved folder: the model that it was rewritten from",
-            got=f"{options.target}, which is none",
-            hint="leave --model out",
-        )
-    weights = options.weights
-    if weights is not None:
-        check_checkpoint(weights)
+        message, got = "--model is for a saved folder: the model that it was rewritten from", "which is none"
+        raise UsageError(message, got=f"{options.target}, {got}", hint="leave --model out")
+    if options.weights is not None:
+        check_checkpoint(options.weights)
     with _seeded(options.seed if seeded else None):
         model, info = resolve_model(options.target, options.args, empty=empty)
-        notes = info.notes
-        if weights is not None:
-            notes += load_weights(model, weights, options.weights_lenient)
+        filled = () if options.weights is None else load_weights(model, options.weights, options.weights_lenient)
         inputs, assumed = resolve_inputs(model, info, options.inputs) if need_inputs else ((), ())
-    notes += assumed
-    if weights is None and seeded:
-        notes += (RANDOM_WEIGHTS.format(seed=options.seed),)
+    drawn = (RANDOM_WEIGHTS.format(seed=options.seed),) if options.weights is None and seeded else ()
+    notes = (*info.notes, *filled, *assumed, *drawn)
     return LoadedModel(model, inputs, options.target, notes, None, recordable(options.target), dict(options.args))
 
 
@@ -128,22 +118,8 @@ def load_target(
 ) -> LoadedModel:
     """What a target leads to, with random weights drawn from the caller's own random state.
 
-    Args:
-        target: As in `TargetOptions`; so are the next six.
-        args: Arguments for whatever makes the model.
-        weights: A checkpoint.
-        weights_lenient: Accept a checkpoint that fits in part.
-        inputs: The texts of ``--input``.
-        base: For a saved folder: the target of the original model.
-        trust_target: For a saved folder: whether the recorded target may be imported.
-        need_inputs: Whether inputs are wanted at all.
-        empty: Build without memory for the weights, as in `open_target`.
-
-    Returns:
-        The model, its inputs, and notes.
-
-    Raises:
-        PwrewriteError: As for `open_target`.
+    The last two arguments, what comes back and what is raised are as for `open_target`, the others as in
+    `TargetOptions`.
     """
     opening = {"target": target, "args": args or {}, "weights": weights, "weights_lenient": weights_lenient}
     options = from_keywords(TargetOptions, {**opening, "inputs": inputs, "base": base, "trust_target": trust_target})
@@ -152,24 +128,21 @@ def load_target(
 
 @torch.inference_mode(False)  # parameters made inside it could not be trained
 def load(folder: str | Path, model: nn.Module | None = None, *, trust_target: bool = False) -> nn.Module:
-    """A rewritten model from its folder.
+    """The rewritten model, with the saved weights and in eval mode, from a folder that `pwrewrite.save` wrote.
 
     Args:
-        folder: What `pwrewrite.save` wrote.
+        folder: The folder.
         model: The original model, with any weights; stays as it is.
         trust_target: Whether, without ``model``, the target recorded in the plan may be imported. That runs its code.
-
-    Returns:
-        The rewritten model with the saved weights, in eval mode.
 
     Raises:
         TargetError: If it is no such folder, or neither a model nor trust was given.
         PlanError: If the plan does not fit the model.
         WeightsError: If the saved weights are damaged or do not fit.
     """
+    plan = storage.read_plan(folder)
     if model is not None:
-        return storage.restore(folder, _with_shapes(model, storage.read_plan(folder)))
-    storage.read_plan(folder)
+        return storage.restore(folder, _with_shapes(model, plan))
     return load_target(str(folder), trust_target=trust_target, need_inputs=False).model
 
 
@@ -185,9 +158,8 @@ def recordable(target: str) -> str:
 def _open_folder(options: TargetOptions, need_inputs: bool, seeded: bool) -> LoadedModel:
     folder = options.target
     if options.weights is not None:
-        raise UsageError(
-            "a saved folder holds its own weights", got=f"--weights {options.weights}", hint="leave --weights out"
-        )
+        got = f"--weights {options.weights}"
+        raise UsageError("a saved folder holds its own weights", got=got, hint="leave --weights out")
     plan = storage.read_plan(folder)
     origin = options.base if options.base is not None else _recorded_target(folder, plan, options.trust_target)
     if storage.is_saved(origin):
@@ -202,12 +174,10 @@ def _open_folder(options: TargetOptions, need_inputs: bool, seeded: bool) -> Loa
         original, info = resolve_model(origin, args)
     original = _with_shapes(original, plan)
     model = storage.restore(folder, original)
-    inputs: ExampleInputs = ()
-    notes: tuple[str, ...] = ()
     if options.inputs:
         inputs, notes = resolve_inputs(model, None, options.inputs)
-    elif need_inputs:
-        inputs, notes = _inputs(original, info, plan)
+    else:
+        inputs, notes = _inputs(original, info, plan) if need_inputs else ((), ())
     names = storage.read_names(folder)
     return LoadedModel(model, inputs, folder, (*info.notes, *notes), plan, recordable(origin), args, names)
 
@@ -232,7 +202,8 @@ def _inputs(original: nn.Module, info: TargetInfo, plan: Plan) -> tuple[ExampleI
     recorded: list[dict[str, object]] = plan.model.get("inputs") or []
     try:
         own, notes = resolve_inputs(original, info)
-        if not recorded or _shapes(describe_inputs(own)) == _shapes(recorded):
+        shapes = [[(item["shape"], item["dtype"]) for item in items] for items in (describe_inputs(own), recorded)]
+        if not recorded or shapes[0] == shapes[1]:
             return own, notes
     except InputError:
         if not recorded:
@@ -256,22 +227,14 @@ def _with_shapes(original: nn.Module, plan: Plan) -> nn.Module:
     return materialized(original, *split_inputs(_recorded_inputs(original, plan)[0]))
 
 
-def _shapes(described: Sequence[Mapping[str, object]]) -> list[tuple[object, object]]:
-    return [(item.get("shape"), item.get("dtype")) for item in described]
-
-
-@contextlib.contextmanager
+@contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
     """With torch's (CPU) and Python's random states at a seed; puts them back."""
     if seed is None:
         yield
         return
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            check_seed(seed)
-            torch.default_generator.manual_seed(seed)
-            random.seed(seed)
-            yield
-    finally:
-        random.setstate(state)
+    check_seed(seed)
+    with keeping_random_state():
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        yield

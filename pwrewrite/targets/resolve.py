@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -29,35 +30,20 @@ from torch import nn
 
 from ..capturing.lazy import has_lazy_modules
 from ..core.errors import TargetError, TargetNotFound
+from .checkpoints import SUFFIXES
 from .empty import empty_weights
-from .factories import as_model, construct, kind_of
+from .factories import as_model, construct, no_model
 from .obvious import find_model, instance_takes_no_args
-from .user_code import find_named, import_file, suggest_files
+from .user_code import find_named, import_file, origin_of, suggest_files
 from .zoo import build_timm, build_torchvision
 
-Kind = Literal["file", "module", "torchvision", "timm", "folder"]
-
-_CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+_OF_WEIGHTS = "a graph of operations with its weights, without the modules that a rewrite changes"
 _GRAPHS = {
-    ".pt2": "an exported program: a graph of operations with its weights, without the modules that a rewrite changes",
-    ".onnx": "an ONNX model: a graph of operations with its weights, without the modules that a rewrite changes",
+    ".pt2": f"an exported program: {_OF_WEIGHTS}",
+    ".onnx": f"an ONNX model: {_OF_WEIGHTS}",
     ".torchscript": "a TorchScript program: compiled code, without the modules that a rewrite changes",
 }
-_DATA = (
-    ".npy",
-    ".npz",
-    ".json",
-    ".yaml",
-    ".yml",
-    ".toml",
-    ".txt",
-    ".ipynb",
-    ".zip",
-    ".h5",
-    ".pb",
-    ".tflite",
-    ".engine",
-)
+_LIKE_A_FILE = re.compile(r".*([/\\]|\.(npy|npz|json|ya?ml|toml|txt|ipynb|zip|h5|pb|tflite|engine)$)")
 _FORMS = "model.py, model.py:NAME, package.module:NAME, torchvision:NAME or timm:NAME"
 
 
@@ -76,7 +62,7 @@ class TargetInfo:
     """
 
     target: str
-    kind: Kind
+    kind: Literal["file", "module", "torchvision", "timm", "folder"]
     place: str
     name: str | None
     args: Mapping[str, object] = field(default_factory=dict)
@@ -92,35 +78,34 @@ def parse_target(target: str) -> TargetInfo:
     """
     if not target.strip():
         raise TargetError("the target is empty", expected=_FORMS)
-    head, colon, name = target.rpartition(":")
-    for zoo in ("torchvision", "timm"):
-        if target.startswith(f"{zoo}:"):
-            model = target.partition(":")[2]
-            if not model:
-                raise TargetError(f"{target} names no model", expected=f"{zoo}:NAME", hint=f"{zoo}:resnet50")
-            return TargetInfo(target, zoo, "", model)
+    zoo, _, model = target.partition(":")
+    if target.startswith(("torchvision:", "timm:")):
+        if not model:
+            raise TargetError(f"{target} names no model", expected=f"{zoo}:NAME", hint=f"{zoo}:resnet50")
+        return TargetInfo(target, "timm" if zoo == "timm" else "torchvision", "", model)
     if os.path.isdir(target):
         return TargetInfo(target, "folder", target, None)
     if os.path.exists(target) or target.endswith(".py"):
         return _file(target, target, None)
+    head, colon, name = target.rpartition(":")
     if colon and (head.endswith(".py") or os.path.isfile(head)):
         return _file(target, head, _checked(name, target))
     if colon and all(part.isidentifier() for part in head.split(".")):
         return TargetInfo(target, "module", head, _checked(name, target))
-    if "/" in target or "\\" in target or Path(target).suffix in (*_CHECKPOINTS, *_GRAPHS, *_DATA):
-        near = suggest_files(Path(head or target), (".py",))
-        raise TargetNotFound(f"no such file: {target}", expected=_FORMS, hint=near)
-    raise _bare_word(target)
+    hint = suggest_files(Path(head or target), (".py",))
+    if not _LIKE_A_FILE.match(target) and not target.endswith((*SUFFIXES, *_GRAPHS)):
+        forms = [f"torchvision:{target}", f"timm:{target}", f"{target}:NAME" if "." in target else f"{target}.py"]
+        near = suggest_files(Path(f"{target}.py"), (".py",), only_near=True)
+        hint = " or ".join(forms) + (f"; {near}" if near else "")
+    raise TargetNotFound(f"no such file: {target}", expected=_FORMS, hint=hint)
 
 
 def _file(target: str, place: str, name: str | None) -> TargetInfo:
     """A target that is a file; one that is no Python is refused here, before anything reads it."""
     suffix = Path(place).suffix
-    if suffix in _CHECKPOINTS:
-        raise TargetError(
-            f"{place} is a checkpoint: it holds weights, not the model's code",
-            hint=f"give the model's code as the target, and this as --weights {place}",
-        )
+    if suffix in SUFFIXES:
+        hint = f"give the model's code as the target, and this as --weights {place}"
+        raise TargetError(f"{place} is a checkpoint: it holds weights, not the model's code", hint=hint)
     if suffix in _GRAPHS:
         hint = "give the code of the model that it was made from"
         if suffix == ".pt2":
@@ -136,14 +121,6 @@ def _checked(name: str, target: str) -> str:
     if not all(part.isidentifier() for part in name.split(".")):
         raise TargetError(f"{target!r} has no usable name after its last colon", expected=_FORMS, got=name or "nothing")
     return name
-
-
-def _bare_word(target: str) -> TargetNotFound:
-    """The error for a word that is neither a file nor has a colon: say what it could have been."""
-    forms = [f"torchvision:{target}", f"timm:{target}", f"{target}:NAME" if "." in target else f"{target}.py"]
-    near = suggest_files(Path(f"{target}.py"), (".py",), only_near=True)
-    hint = " or ".join(forms) + (f"; {near}" if near else "")
-    return TargetNotFound(f"no such file: {target}", expected=_FORMS, hint=hint)
 
 
 def resolve_model(
@@ -178,7 +155,6 @@ def _resolve(target: str, args: Mapping[str, object]) -> tuple[nn.Module, Target
     info = parse_target(target)
     module: ModuleType | None = None
     notes: tuple[str, ...] = ()
-    value: object
     if info.kind == "folder":
         raise _folder_is_no_model(Path(info.place))
     if info.kind == "torchvision":
@@ -191,7 +167,7 @@ def _resolve(target: str, args: Mapping[str, object]) -> tuple[nn.Module, Target
     else:
         value, module, _ = find_named(f"{info.place}:{info.name}")
         value = _construct_named(value, module, args, info)
-    model, unwrapped = as_model(value, info.target)
+    model, unwrapped = as_model(value, target)
     return model, replace(info, args=args, module=module, notes=(*notes, *unwrapped))
 
 
@@ -202,30 +178,17 @@ def _construct_named(value: object, module: ModuleType, args: Mapping[str, objec
         if args:
             raise instance_takes_no_args(what, args)
         return value
-    is_class = inspect.isclass(value)
     if not callable(value) or (inspect.isclass(value) and not issubclass(value, nn.Module)):
-        raise TargetError(
-            f"{what} is not a model",
-            expected="an nn.Module instance, an nn.Module subclass, or a function that returns one",
-            got=kind_of(value),
-        )
-    origin = Path(module.__file__) if module.__file__ else None
-    model = construct(value, args, f"class {what}" if is_class else f"{info.name}() in {info.place}", origin)
-    if not isinstance(model, nn.Module):
-        raise TargetError(
-            f"{info.name}() in {info.place} returned something that is not a model",
-            expected="a torch.nn.Module",
-            got=kind_of(model),
-        )
-    return model
+        raise no_model(what, value)
+    what = f"class {what}" if inspect.isclass(value) else f"{info.name}() in {info.place}"
+    return construct(value, args, what, origin_of(module))
 
 
 def _folder_is_no_model(folder: Path) -> TargetError:
     """The error for a folder where a model's code is wanted."""
     if (folder / "plan.json").is_file():
-        return TargetError(
-            f"{folder} is a saved rewrite (it has a plan.json), and a model's code is wanted here", expected=_FORMS
-        )
+        message = f"{folder} is a saved rewrite (it has a plan.json), and a model's code is wanted here"
+        return TargetError(message, expected=_FORMS)
     files = sorted(p.name for p in folder.glob("*.py") if not p.name.startswith("_"))
     return TargetError(
         f"{folder} is a folder without a plan.json",

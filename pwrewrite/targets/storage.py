@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import OutputError, PlanError, TargetError, WeightsError, first_line, shortened
-from ..core.files import new_folder, read_text, recover, unwritable
+from ..core.files import new_folder, read_text, recover, refusing
 from ..core.json_text import dumps, loads
 from ..core.plan import SCHEMA, Edit, Plan
 from ..edit.apply import carry_out
-from .weights import load_state
+from .weights import load_state, without_values
 
 WEIGHTS, PLAN, REPORT, README = "model.safetensors", "plan.json", "report.json", "README.md"
 _FILES = (WEIGHTS, PLAN, REPORT, README)
@@ -47,7 +47,7 @@ def save(
         plan: The plan from the original model to this one.
         edits: What was done, for the map of names.
         report: The report's JSON data.
-        readme: Text of the folder's README.
+        readme: Text of the folder's README; none is written without.
         force: Whether a folder that was saved before is replaced.
 
     Raises:
@@ -55,16 +55,12 @@ def save(
     """
     check_place(folder, force=force)
     names = {old: list(new) for edit in edits for old, new in edit.renamed.items()}
-    texts = {
-        PLAN: dumps({**plan.to_dict(), "names": names}),
-        REPORT: json.dumps(report or {}, indent=2, ensure_ascii=False) + "\n",
-        README: readme,
-    }
     with new_folder(folder, _FILES) as scratch:
         _save_weights(model, scratch / WEIGHTS)
-        for name, text in texts.items():
-            if text is not None:
-                (scratch / name).write_text(text, encoding="utf-8")
+        (scratch / PLAN).write_text(dumps({**plan.to_dict(), "names": names}), encoding="utf-8")
+        (scratch / REPORT).write_text(json.dumps(report or {}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if readme is not None:
+            (scratch / README).write_text(readme, encoding="utf-8")
         check_place(folder, force=force)  # what came there meanwhile is not ours to replace
     return Path(folder)
 
@@ -80,41 +76,32 @@ def check_place(
     """Checks, before any work, that a folder can be written, over an earlier one of these files with that marker.
 
     Raises:
-        OutputError: If it is a file, cannot be written, exists and ``force`` is off, or holds what pwrewrite did not
-            write.
+        OutputError: It is a file, cannot be written, exists without ``force``, or holds what pwrewrite did not write.
     """
-    target = Path(os.path.realpath(folder))
+    target, where = Path(os.path.realpath(folder)), str(folder)
     recover(target)
-    try:
+    with refusing(folder, OSError, ValueError):
         if target.exists() and not target.is_dir():
-            raise OutputError("the output folder is a file", where=str(folder), hint="give another place")
+            raise OutputError("the output folder is a file", where=where, hint="give another place")
         entries = list(os.scandir(target)) if target.exists() else []
-    except OutputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise unwritable(folder, error) from error
     if entries and not force:
-        raise OutputError("the output folder exists", where=str(folder), hint="--force replaces what was saved there")
+        raise OutputError("the output folder exists", where=where, hint="--force replaces what was saved there")
     strange = sorted(e.name for e in entries if e.name not in files or not e.is_file(follow_symlinks=False))
     if entries and (strange or not _has_schema(target / marker, schema)):
         raise OutputError(
             "the output folder holds what pwrewrite did not write, so it is not replaced",
-            where=str(folder),
+            where=where,
             got=", ".join(strange[:5]) or f"no {marker} of pwrewrite",
             hint="give another place, or remove it yourself",
         )
-    try:
+    with refusing(folder, OSError):
         parent = next(p for p in target.parents if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             why = "no write permission in" if parent.is_dir() else "not a folder:"
-            raise OutputError("the output folder cannot be written", where=str(folder), got=f"{why} {parent}")
+            raise OutputError("the output folder cannot be written", where=where, got=f"{why} {parent}")
         for name in target.relative_to(parent).parts:
             with suppress(FileNotFoundError):
                 os.lstat(parent / name)  # which says that a name is too long
-    except OutputError:
-        raise
-    except OSError as error:
-        raise unwritable(folder, error) from error
 
 
 def _has_schema(path: Path, schema: str) -> bool:
@@ -139,9 +126,8 @@ def read_plan(folder: str | Path) -> Plan:
         PlanError: If the plan makes no sense.
     """
     if not is_saved(folder):
-        raise TargetError(
-            "not a folder that pwrewrite saved", where=str(folder), expected=f"a folder with {PLAN} and {WEIGHTS}"
-        )
+        expected = f"a folder with {PLAN} and {WEIGHTS}"
+        raise TargetError("not a folder that pwrewrite saved", where=str(folder), expected=expected)
     return Plan.read(Path(folder) / PLAN)
 
 
@@ -153,15 +139,10 @@ def read_names(folder: str | Path) -> dict[str, tuple[str, ...]]:
     """
     path = Path(folder) / PLAN
     names = loads(read_text(path), str(path)).get("names") or {}
-    if not isinstance(names, dict) or not all(
-        isinstance(new, list) and all(isinstance(name, str) for name in new) for new in names.values()
-    ):
-        raise PlanError(
-            "the map of names makes no sense",
-            where=str(path),
-            expected='"names": {"old": ["new", …]}',
-            got=shortened(repr(names), 80),
-        )
+    lists = list(names.values()) if isinstance(names, dict) else [None]
+    if not all(isinstance(new, list) and all(isinstance(name, str) for name in new) for new in lists):
+        expected, got = '"names": {"old": ["new", …]}', shortened(repr(names), 80)
+        raise PlanError("the map of names makes no sense", where=str(path), expected=expected, got=got)
     return {old: tuple(new) for old, new in names.items()}
 
 
@@ -176,9 +157,8 @@ def restore(folder: str | Path, model: nn.Module) -> nn.Module:
     applied = carry_out(model, read_plan(folder), fill=False)
     if applied.skips:
         skip = applied.skips[0]
-        raise PlanError(
-            f"the plan cannot be carried out on this model: {skip.detail}", where=skip.path, got=str(skip.reason)
-        )
+        message = f"the plan cannot be carried out on this model: {skip.detail}"
+        raise PlanError(message, where=skip.path, got=str(skip.reason))
     _load_weights(applied.model, Path(folder) / WEIGHTS)
     return applied.model.eval()
 
@@ -188,9 +168,8 @@ def _save_weights(model: nn.Module, path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    state: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    seen: dict[tuple[object, ...], str] = {}
+    state, aliases = dict[str, Tensor](), dict[str, str]()
+    seen: dict[object, str] = {}
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise OutputError(
@@ -223,34 +202,25 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         if name in state and state[name].dtype != tensor.dtype:  # which loading would otherwise convert
             tensor.data = tensor.data.to(state[name].dtype)
     load_state(model, state, str(path), hint="give the model that the rewrite started from")
-    left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
-    if left:
-        raise WeightsError(
-            "some tensors of the model are neither saved nor made",
-            where=str(path),
-            got=", ".join(left[:5]),
-            hint="build the model on a real device, not on meta",
-        )
+    if left := without_values(model):
+        message, hint = "some tensors of the model are neither saved nor made", "build it on a real device, not on meta"
+        raise WeightsError(message, where=str(path), got=", ".join(left[:5]), hint=hint)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     """All saved tensors, under all their names."""
     from safetensors import SafetensorError, safe_open
 
-    state: dict[str, Tensor] = {}
     try:
         if path.exists() and not path.is_file():
             raise OSError("it is not a regular file")
         with safe_open(str(path), framework="pt") as file:
             aliases = json.loads((file.metadata() or {}).get(_ALIASES, "{}"))
-            for name in file.keys():  # noqa: SIM118  (not a mapping: it cannot be iterated over)
-                state[name] = file.get_tensor(name)
+            state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if not isinstance(aliases, dict) or not all(isinstance(name, str) for name in aliases.values()):
             raise ValueError("the other names of tensors are not a map from name to name")
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise WeightsError(
-            f"the saved weights cannot be read: {first_line(error)}",
-            where=str(path),
-            hint="the file is missing or was cut off; save the rewrite again",
-        ) from error
+        message = f"the saved weights cannot be read: {first_line(error)}"
+        hint = "the file is missing or was cut off; save the rewrite again"
+        raise WeightsError(message, where=str(path), hint=hint) from error
     return state | {name: state[original] for name, original in aliases.items() if original in state}

@@ -176,6 +176,12 @@ def find_named(text: str) -> tuple[object, ModuleType, str]:
     return value, module, place
 
 
+def origin_of(module: ModuleType) -> Path | None:
+    """The file of a module; None for one without."""
+    file = getattr(module, "__file__", None)
+    return Path(file) if file else None
+
+
 def import_file(path: Path) -> ModuleType:
     """Imports a user's file and registers it in ``sys.modules``.
 
@@ -218,7 +224,7 @@ def import_module(dotted: str) -> ModuleType:
         except Exception as error:
             if isinstance(error, ModuleNotFoundError) and error.name and f"{dotted}.".startswith(f"{error.name}."):
                 raise TargetNotFound(f"no module named {error.name!r}", hint=_module_hint(dotted)) from error
-            raise _user_error(error, what, _origin_of(dotted, error)) from error
+            raise _user_error(error, what, _file_of(dotted, error)) from error
 
 
 def _module_hint(dotted: str) -> str:
@@ -229,7 +235,7 @@ def _module_hint(dotted: str) -> str:
     return f"{near} ({forms})" if near else forms
 
 
-def _origin_of(dotted: str, error: BaseException) -> Path | None:
+def _file_of(dotted: str, error: BaseException) -> Path | None:
     """The file of a module whose import raised, as far as it can be known without importing again."""
     names = tuple(dotted.split("."))
     paths = [Path(frame.filename) for frame in reversed(traceback.extract_tb(error.__traceback__))]
@@ -251,8 +257,8 @@ def _package_of(path: Path) -> tuple[Path, str | None]:
 def _import_dotted(dotted: str, path: Path) -> ModuleType:
     """Imports a package's file by its dotted name, and makes sure that it is that file."""
     module = importlib.import_module(dotted)
-    file = getattr(module, "__file__", None)
-    if file is None or Path(file).resolve() != path:
+    file = origin_of(module)
+    if file is None or file.resolve() != path:
         message = f"{path} is {dotted} by its folders, but Python already has another {dotted}"
         raise TargetError(message, got=str(file), hint="rename the package, or give the target as package.module:NAME")
     return module

@@ -13,6 +13,7 @@ import difflib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
@@ -39,8 +40,7 @@ class Fit:
         mismatched: Keys with another shape: ``(key, shape in the checkpoint, shape in the model)``.
         lossy: Keys whose values the model's dtype cannot hold, with both dtypes.
         untied: Pairs of keys that are one tensor in the model and two different ones in the checkpoint.
-        matched: How many keys of the model are filled.
-        total: How many keys the model has.
+        matched: How many of the model's keys, of ``total``, are filled.
     """
 
     missing: tuple[str, ...]
@@ -52,9 +52,22 @@ class Fit:
     total: int
 
     @property
+    def wrong(self) -> dict[str, list[str]]:
+        """What does not fit: a line with a count for each kind, and all of that kind."""
+        shapes = [f"{k}: {_shape(a)} in the checkpoint, {_shape(b)} in the model" for k, a, b in self.mismatched]
+        lists = {
+            "missing": list(self.missing),
+            "unexpected": list(self.unexpected),
+            "of another shape": shapes,
+            "that would lose values": [f"{key}: {dtypes}" for key, dtypes in self.lossy],
+            "tied in the model but not in the checkpoint": [f"{a} and {b}" for a, b in self.untied],
+        }
+        return {f"{len(names)} {kind}": names for kind, names in lists.items() if names}
+
+    @property
     def perfect(self) -> bool:
         """Whether everything has its place."""
-        return not (self.missing or self.unexpected or self.mismatched or self.lossy or self.untied)
+        return not self.wrong
 
 
 def load_weights(model: nn.Module, path: Path, lenient: bool = False) -> tuple[str, ...]:
@@ -71,41 +84,34 @@ def load_weights(model: nn.Module, path: Path, lenient: bool = False) -> tuple[s
     state, notes = read_weights(path)
     state, stripped = strip_prefixes(state, set(model.state_dict(keep_vars=True)))
     if stripped:
-        notes = (*notes, f"left the prefix {stripped!r} off the checkpoint's keys")
+        notes += (f"left the prefix {stripped!r} off the checkpoint's keys",)
     return notes + load_state(model, state, str(path), lenient)
 
 
 def load_state(
     model: nn.Module, state: dict[str, Tensor], where: str, lenient: bool = False, hint: str | None = None
 ) -> tuple[str, ...]:
-    """Loads tensors by name into a model, in place; returns notes on what does not fit.
-
-    Args:
-        model: The model; may be on the meta device.
-        state: Tensors by name.
-        where: Where they are from, for messages.
-        lenient: As for `load_weights`.
-        hint: What to try if they do not fit; by default a guess at what is wrong.
-
-    Raises:
-        WeightsError: They do not fit. The model is then untouched.
-    """
+    """The same for tensors by name that are from ``where``; ``hint`` is what to try if they do not fit."""
     notes: tuple[str, ...] = ()
     usable, fit = fit_weights(model, state, where)
     if not fit.perfect:
         if not lenient or not fit.matched:
             raise _misfit(fit, where, lenient, hint)
-        notes = (f"{where} fits in part: " + "; ".join(line for line, _ in _lists(fit)),)
-    on_meta = _on_meta(model)
+        notes = (f"{where} fits in part: " + "; ".join(fit.wrong),)
+    on_meta = bool(without_values(model))
     try:
         model.load_state_dict(usable, strict=False, assign=on_meta)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:  # the rehearsal went well: the model's own doing
         raise WeightsError(f"{type(model).__name__} refused {where} half way: {error}") from error
-    left = [n for n, t in _tensors(model).items() if t.is_meta] if on_meta and usable else []
-    if left:
+    if on_meta and usable and (left := without_values(model)):
         shown = ", ".join(left[:3])
         notes += (f"{len(left)} tensors have no values, the checkpoint having none for them: {shown}",)
     return notes
+
+
+def without_values(model: nn.Module) -> list[str]:
+    """The names of the parameters and buffers that are on the meta device."""
+    return [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta]
 
 
 def strip_prefixes(state: dict[str, Tensor], wanted: set[str]) -> tuple[dict[str, Tensor], str]:
@@ -116,18 +122,16 @@ def strip_prefixes(state: dict[str, Tensor], wanted: set[str]) -> tuple[dict[str
     """
     best, best_prefix = state, ""
     current, prefix = state, ""
-    while True:
-        carried = [p for p in _PREFIXES if sum(k.startswith(p) for k in current) >= _MAJORITY * len(current)]
-        if not carried:
-            return best, best_prefix
+    while carried := [p for p in _PREFIXES if sum(k.startswith(p) for k in current) >= _MAJORITY * len(current)]:
         if carried[0] == "module." and "n_averaged" not in wanted:
             current = {k: v for k, v in current.items() if k != "n_averaged"}
         shorter = {k.removeprefix(carried[0]): v for k, v in current.items()}
         if len(shorter) < len(current):  # two keys would become one
-            return best, best_prefix
+            break
         current, prefix = shorter, prefix + carried[0]
         if len(wanted & current.keys()) > len(wanted & best.keys()):
             best, best_prefix = current, prefix
+    return best, best_prefix
 
 
 def fit_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], Fit]:
@@ -141,7 +145,6 @@ def fit_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> tuple
     """
     keys = model.state_dict(keep_vars=True)
     own = {k: v for k, v in keys.items() if isinstance(v, Tensor)}
-    usable = dict(state)
     mismatched, lossy = [], []
     for key, tensor in state.items():
         mine = own.get(key)
@@ -150,14 +153,14 @@ def fit_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> tuple
         scalar = mine.dim() == 0 and tensor.numel() == 1 and tensor.dim() == 1  # as in files from before scalars
         if mine.shape != tensor.shape and not scalar:
             mismatched.append((key, tuple(tensor.shape), tuple(mine.shape)))
-            del usable[key]
         elif _loses(tensor, mine.dtype):
             lossy.append((key, f"{tensor.dtype} in the checkpoint, {mine.dtype} in the model".replace("torch.", "")))
-            del usable[key]
-    untied = _fill_ties(own, usable)
-    _cast(own, usable, _on_meta(model))
-    missing, unexpected = _rehearse(model, usable, where)
     wrong = {key for key, *_ in (*mismatched, *lossy)}
+    usable = {key: tensor for key, tensor in state.items() if key not in wrong}
+    untied = _fill_ties(own, usable)
+    if without_values(model):
+        _cast(own, usable)
+    missing, unexpected = _rehearse(model, usable, where)
     missing = [k for k in missing if k not in wrong and not _is_counter(k)]
     norms = {k.removesuffix("running_mean") for k in own if k.endswith("running_mean")}
     odd = [k for k in unexpected if not (_is_counter(k) and k.removesuffix("num_batches_tracked") in norms)]
@@ -194,37 +197,31 @@ def _fill_ties(own: dict[str, Tensor], usable: dict[str, Tensor]) -> list[tuple[
     untied = []
     for names in groups.values():
         present = [n for n in names if n in usable]
-        if len(names) < 2 or not present:
-            continue
-        first = usable[present[0]]
-        others = [n for n in present[1:] if usable[n] is not first]
-        untied += [(present[0], n) for n in others if not torch.equal(first, usable[n].to(first.dtype))]
-        usable.update(dict.fromkeys(names, first))
+        if len(names) > 1 and present:
+            first = usable[present[0]]
+            others = [n for n in present[1:] if usable[n] is not first]
+            untied += [(present[0], n) for n in others if not torch.equal(first, usable[n].to(first.dtype))]
+            usable.update(dict.fromkeys(names, first))
     return untied
 
 
 def _identity(tensor: Tensor) -> object:
     """What two names of one tensor have in common: the object, or the same stretch of memory seen the same way."""
-    if tensor.is_meta or is_lazy(tensor) or tensor.layout != torch.strided or not tensor.numel():
-        return id(tensor)
-    try:
-        return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-    except (RuntimeError, NotImplementedError):
-        return id(tensor)
+    if not (tensor.is_meta or is_lazy(tensor) or tensor.layout != torch.strided or not tensor.numel()):
+        with contextlib.suppress(RuntimeError, NotImplementedError):
+            return (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return id(tensor)
 
 
-def _cast(own: dict[str, Tensor], usable: dict[str, Tensor], assign: bool) -> None:
+def _cast(own: dict[str, Tensor], usable: dict[str, Tensor]) -> None:
     """For a model on meta: makes the checkpoint's tensors what the model's are, one object for each tied tensor."""
-    if not assign:
-        return
     cast: dict[tuple[int, type], Tensor] = {}
     for key in own.keys() & usable.keys():
         mine, source = own[key], usable[key]
         kind = (id(source), type(mine))
         if kind not in cast:
             value = source.to(mine.dtype)
-            wanted = isinstance(mine, nn.Parameter)
-            cast[kind] = nn.Parameter(value, requires_grad=mine.requires_grad) if wanted else value
+            cast[kind] = nn.Parameter(value, mine.requires_grad) if isinstance(mine, nn.Parameter) else value
         usable[key] = cast[kind]
 
 
@@ -236,82 +233,52 @@ def _rehearse(model: nn.Module, state: dict[str, Tensor], where: str) -> tuple[l
             keys = model.load_state_dict(dict(state), strict=False)
         except Exception as error:  # hooks are the model's own code
             raise WeightsError(f"{type(model).__name__} does not take {where}: {error}") from error
-    return list(keys.missing_keys), list(keys.unexpected_keys)
+    return keys.missing_keys, keys.unexpected_keys
 
 
 @contextlib.contextmanager
 def _hollow(model: nn.Module) -> Iterator[None]:
     """Empties a model: every tensor gives way to one on meta, and the very same ones are back afterwards."""
     stores = [cast("dict[str, Tensor | None]", s) for m in model.modules() for s in (m._parameters, m._buffers)]
-    saved = [(store, dict(store)) for store in stores]
+    saved = [dict(store) for store in stores]
     empty: dict[int, Tensor] = {}
-
-    def hollow(tensor: Tensor) -> Tensor:
-        if id(tensor) not in empty:
-            if is_lazy(tensor):
-                empty[id(tensor)] = cast("Callable[..., Tensor]", type(tensor))(device="meta")
-            else:
-                bare = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-                empty[id(tensor)] = (
-                    nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
-                )
-        return empty[id(tensor)]
-
+    for tensor in chain(*(tensors.values() for tensors in saved)):
+        if tensor is None or id(tensor) in empty:
+            continue
+        if is_lazy(tensor):
+            bare = cast("Callable[..., Tensor]", type(tensor))(device="meta")
+        else:
+            bare = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            bare = nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
+        empty[id(tensor)] = bare
     try:
-        for store, tensors in saved:
-            store.update({name: hollow(tensor) for name, tensor in tensors.items() if tensor is not None})
+        for store, tensors in zip(stores, saved):
+            store.update({name: empty[id(tensor)] for name, tensor in tensors.items() if tensor is not None})
         yield
     finally:
-        for store, tensors in saved:
+        for store, tensors in zip(stores, saved):
             store.clear()
             store.update(tensors)
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _on_meta(model: nn.Module) -> bool:
-    """Whether any part of a model is on the meta device."""
-    return any(t.is_meta for t in _tensors(model).values())
-
-
-def _lists(fit: Fit) -> list[tuple[str, list[str]]]:
-    """What does not fit: a line with a count for each kind, and the first few of it."""
-    lists = [
-        (f"{len(fit.missing)} missing", list(fit.missing)),
-        (f"{len(fit.unexpected)} unexpected", list(fit.unexpected)),
-        (
-            f"{len(fit.mismatched)} of another shape",
-            [f"{k}: {_shape(got)} in the checkpoint, {_shape(want)} in the model" for k, got, want in fit.mismatched],
-        ),
-        (f"{len(fit.lossy)} that would lose values", [f"{key}: {dtypes}" for key, dtypes in fit.lossy]),
-        (f"{len(fit.untied)} tied in the model but not in the checkpoint", [f"{a} and {b}" for a, b in fit.untied]),
-    ]
-    return [(line, names) for line, names in lists if names]
 
 
 def _misfit(fit: Fit, where: str, lenient: bool, hint: str | None) -> WeightsError:
     """The error for a checkpoint that does not fit, with everything that is wrong and what to try."""
     lines = [f"{where} does not fit the model: {fit.matched} of its {fit.total} tensors match"]
-    for line, names in _lists(fit):
-        lines.append(f"  {line}:")
-        lines += [f"    {name}" for name in names[:_SHOWN]]
+    for line, names in fit.wrong.items():
+        lines += [f"  {line}:", *(f"    {name}" for name in names[:_SHOWN])]
         if len(names) > _SHOWN:
             lines.append(f"    … and {len(names) - _SHOWN} more")
-    if hint is None:
-        hint = _hint(fit) + ("; --weights-lenient loads what fits" if fit.matched and not lenient else "")
-    return WeightsError("\n".join(lines), hint=hint)
+    partly = "; --weights-lenient loads what fits" if fit.matched and not lenient else ""
+    return WeightsError("\n".join(lines), hint=hint or _hint(fit) + partly)
 
 
 def _hint(fit: Fit) -> str:
     """What may be wrong with a checkpoint that does not fit."""
-    classes = {(got[0], want[0]) for _, got, want in fit.mismatched if got[1:] == want[1:] and got and want}
-    if len(classes) == 1 and len(fit.mismatched) <= 6 and not fit.missing and not fit.unexpected:
-        ((theirs, ours),) = classes
-        if all(got[1:] == want[1:] for _, got, want in fit.mismatched):
-            return f"the checkpoint has {theirs} classes and the model {ours}: --arg num_classes={theirs}"
+    classes = {(got[:1], want[:1]) for _, got, want in fit.mismatched}
+    heads = all(got[1:] == want[1:] and got and want for _, got, want in fit.mismatched)
+    if heads and len(classes) == 1 and len(fit.mismatched) <= 6 and not fit.missing and not fit.unexpected:
+        (((theirs,), (ours,)),) = classes
+        return f"the checkpoint has {theirs} classes and the model {ours}: --arg num_classes={theirs}"
     if 2 * fit.matched < fit.total:
         return "the checkpoint looks like it is of another model"
     if fit.missing and (near := difflib.get_close_matches(fit.missing[0], fit.unexpected, n=1)):
