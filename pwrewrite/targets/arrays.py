@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -68,11 +68,14 @@ class Stored:
         return self.shape[0]
 
 
-def open_arrays(path: Path) -> dict[str, Stored]:
-    """The arrays of a file by name; reads no values. A `UsageError` says why it cannot be read."""
+def open_arrays(path: Path, also: tuple[str, ...] = ()) -> dict[str, Stored]:
+    """The arrays of a file by name; reads no values. A `UsageError` says why it cannot be read.
+
+    Where there is no such file, the hint names ones of the suffixes ``also``, too.
+    """
     if not path.is_file():
         what = "not a regular file" if path.exists() else "no such file"
-        raise UsageError(f"{what}: {path}", hint=suggest_files(path, SUFFIXES))
+        raise UsageError(f"{what}: {path}", hint=suggest_files(path, (*SUFFIXES, *also)))
     if path.suffix in _PICKLES:
         raise UsageError(
             f"{path} is a pickle, which may run code, and is not loaded",
@@ -98,16 +101,13 @@ def _explained(path: Path) -> Iterator[None]:
     except Exception as error:  # readers of damaged bytes raise nearly everything
         text = str(error)
         if "pickle" in text or "Python objects" in text or "Object arrays" in text:
-            raise UsageError(
-                f"{path} holds Python objects, which only unpickling reads, and is not loaded",
-                expected="an array of numbers",
-                hint="save it as a plain array: numpy.save(path, array.astype('float32'))",
-            ) from error
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise UsageError(
-            f"cannot read {path}: {reason}" if reason else f"{path} is truncated, damaged or no {path.suffix} file",
-            got=None if reason else shortened(text) or type(error).__name__,
-        ) from error
+            message = f"{path} holds Python objects, which only unpickling reads, and is not loaded"
+            hint = "save it as a plain array: numpy.save(path, array.astype('float32'))"
+            raise UsageError(message, expected="an array of numbers", hint=hint) from error
+        if isinstance(error, OSError) and error.strerror:
+            raise UsageError(f"cannot read {path}: {error.strerror}") from error
+        got = shortened(text) or type(error).__name__
+        raise UsageError(f"{path} is truncated, damaged or no {path.suffix} file", got=got) from error
 
 
 def _numpy(path: Path) -> dict[str, Stored]:
@@ -123,14 +123,12 @@ def _numpy(path: Path) -> dict[str, Stored]:
     array = np.load(path, mmap_mode="r", allow_pickle=False)
 
     def parts(step: int, stop: int) -> Iterator[Array]:
-        for start in range(0, stop, step):
-            yield array[start : min(start + step, stop)]
+        yield from (array[start : min(start + step, stop)] for start in range(0, stop, step))
 
     return {"": Stored("", header.shape, str(header.dtype), parts)}
 
 
-@dataclass(frozen=True)
-class _Header:
+class _Header(NamedTuple):
     """What a ``.npy`` stream says about its data."""
 
     shape: tuple[int, ...]
@@ -179,10 +177,9 @@ def _member(path: Path, archive: zipfile.ZipFile, member: str) -> Stored:
                 whole = np.frombuffer(_exactly(file, header.size, member), dtype).reshape(shape, order="F")
                 yield from (whole[start : min(start + step, stop)] for start in range(0, stop, step))
                 return
-            row = prod(shape[1:]) * dtype.itemsize
             for start in range(0, stop, step):
-                rows = min(step, stop - start)
-                yield np.frombuffer(_exactly(file, rows * row, member), dtype).reshape(rows, *shape[1:])
+                part = (min(step, stop - start), *shape[1:])
+                yield np.frombuffer(_exactly(file, prod(part) * dtype.itemsize, member), dtype).reshape(part)
 
     return Stored(member.removesuffix(".npy"), shape, str(dtype), parts)
 
@@ -202,14 +199,12 @@ def _safetensors(path: Path) -> dict[str, Stored]:
         def parts(step: int, stop: int) -> Iterator[Rows]:
             with _explained(path), safe_open(str(path), framework="pt", device="cpu") as file:
                 rows = file.get_slice(name)
-                for start in range(0, stop, step):
-                    yield rows[start : min(start + step, stop)]
+                yield from (rows[start : min(start + step, stop)] for start in range(0, stop, step))
 
         letters = dtype.rstrip("0123456789")
         known = _TORCH_NAMES.get(letters, letters.lower()) + dtype[len(letters) :]
         return Stored(name, tuple(shape), known, parts)
 
     with safe_open(str(path), framework="pt", device="cpu") as file:
-        names = list(file.keys())
-        slices = {name: file.get_slice(name) for name in names}
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
         return {name: stored(name, part.get_shape(), part.get_dtype()) for name, part in slices.items()}

@@ -20,8 +20,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
-from ..capturing import Inputs
+from ..capturing import Inputs, split_inputs
 from ..core.errors import UsageError
+from ..core.nested import Tree
+from ..core.numbers import dims
 from .arrays import LABEL_NAMES, SUFFIXES, Rows, Stored, open_arrays
 from .image_folder import ImageFolder
 from .labels import open_labels
@@ -68,10 +70,8 @@ def open_calibration(
     if not path.exists() and is_named(text):
         if preprocess is not None or labels is not None:
             option = "--preprocess" if preprocess is not None else "--labels"
-            raise UsageError(
-                f"{option} is for files, and --calibration is code: {text}",
-                hint="let it give inputs as the model takes them" + ("" if preprocess else ": (inputs, labels)"),
-            )
+            hint = "let it give inputs as the model takes them" + ("" if preprocess else ": (inputs, labels)")
+            raise UsageError(f"{option} is for files, and --calibration is code: {text}", hint=hint)
         return open_iterable(text)
     if not path.exists():
         raise UsageError(f"no such file or folder: {text}", expected=_EXPECTED, hint=suggest_files(path, SUFFIXES))
@@ -109,9 +109,10 @@ class ArrayFile:
     ) -> None:
         self.path, self.notes = path, list[str]()
         self._preprocess, self._labels = preprocess, labels
-        self._names, self._listed = _names(example_inputs)
-        arrays = open_arrays(path)
-        self._inputs, self._stored_labels = self._chosen(arrays, _count(example_inputs))
+        args, kwargs = split_inputs(example_inputs)
+        self._names = tuple(kwargs)
+        self._listed = len(args) == 1 and isinstance(args[0], (tuple, list))
+        self._inputs, self._stored_labels = self._chosen(open_arrays(path), len(args) + len(kwargs))
         counts = {str(array): array.samples(path) for array in self._all()}
         if len(set(counts.values())) > 1:
             raise UsageError(f"the arrays in {path} do not hold as many samples each", got=", ".join(counts))
@@ -120,7 +121,7 @@ class ArrayFile:
             raise UsageError(f"{len(labels)} labels were given, and {path} holds {self._total} samples")
         self.samples = self._total if size is None else min(size, self._total)
         if preprocess is None:
-            _refuse_bytes(path, self._inputs, example_inputs)
+            _refuse_bytes(path, self._inputs, [*args, *kwargs.values()])
 
     def __iter__(self) -> Iterator[object]:
         """Batches: an input, a tuple or a dict of them, with labels last where there are any."""
@@ -158,33 +159,30 @@ class ArrayFile:
 
     def _check_batch(self, batch: object, count: int, first: int) -> None:
         """Refuses what ``--preprocess`` made of a batch, if it has lost or gained samples."""
-        values = (
-            batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
-        )
+        values = list(batch.values()) if isinstance(batch, Mapping) else batch
         if self._listed and isinstance(batch, list):
-            values = [np.empty(len(batch))]
-        for value in values:
+            values = np.empty(len(batch))
+        for value in values if isinstance(values, (tuple, list)) else [values]:
             if isinstance(value, (Tensor, np.ndarray)) and value.ndim and len(value) != count:
                 raise UsageError(
-                    f"--preprocess made {'×'.join(map(str, value.shape))} of a batch of {count} samples",
+                    f"--preprocess made {dims(value.shape)} of a batch of {count} samples",
                     where=f"samples {first} to {first + count - 1} of {self.path}",
                     hint="it is called with a batch at a time, and must keep the number of samples",
                 )
 
     def _chosen(self, arrays: Mapping[str, Stored], count: int) -> tuple[list[Stored], Stored | None]:
-        """The arrays that are inputs, and the one that holds labels."""
+        """The arrays that are inputs, and the one that holds labels, where none are given beside the file."""
         labels = next((a for n, a in arrays.items() if n in LABEL_NAMES and n not in self._names), None)
         rest = {n: a for n, a in arrays.items() if a is not labels}
         if labels is not None and (len(labels.shape) > 2 or not labels.dtype.startswith(("int", "uint"))):
             self.notes.append(f"left out {labels.name} of {self.path}: {labels} are no classes")
             labels = None
-        if self._labels is not None:
-            labels = None
         wanted = self._names or tuple(f"arr_{n}" for n in range(count))
+        usual = [name for name in _USUAL if name in rest] or list(rest)[: len(rest) == 1]
         if all(name in rest for name in wanted):
             chosen = [rest[name] for name in wanted]
-        elif count == 1 and (len(rest) == 1 or any(name in rest for name in _USUAL)):
-            chosen = [next((rest[n] for n in _USUAL if n in rest), next(iter(rest.values())))]
+        elif count == 1 and usual:
+            chosen = [rest[usual[0]]]
         else:
             raise UsageError(
                 f"nothing says which arrays in {self.path} are the model's inputs",
@@ -193,32 +191,17 @@ class ArrayFile:
             )
         if left := [name for name, array in rest.items() if array not in chosen]:
             self.notes.append(f"left out {', '.join(left)} of {self.path}")
-        return chosen, labels
+        return chosen, labels if self._labels is None else None
 
 
-def _names(example: Inputs) -> tuple[tuple[str, ...], bool]:
-    """The names of keyword inputs, and whether the one input is a list of images."""
-    if isinstance(example, Mapping):
-        return tuple(example), False
-    listed = isinstance(example, (tuple, list)) and len(example) == 1 and isinstance(example[0], (tuple, list))
-    return (), listed
-
-
-def _count(example: Inputs) -> int:
-    """How many inputs there are."""
-    return len(example) if isinstance(example, (Mapping, tuple, list)) else 1
-
-
-def _refuse_bytes(path: Path, inputs: list[Stored], example: Inputs) -> None:
+def _refuse_bytes(path: Path, inputs: list[Stored], values: list[Tree]) -> None:
     """Refuses images stored as bytes for a model that takes floats, when nothing says how they become floats."""
-    values = list(example.values()) if isinstance(example, Mapping) else example
-    values = [values] if isinstance(values, Tensor) else list(values)
     for stored, value in zip(inputs, values, strict=True):
         expected = value[0] if isinstance(value, (tuple, list)) and value else value
         if stored.dtype != "uint8" or not isinstance(expected, Tensor) or not expected.is_floating_point():
             continue
         last = len(stored.shape) == 4 and stored.shape[-1] in (1, 3, 4) and stored.shape[1] not in (1, 3, 4)
-        sizes = "×".join(map(str, ("N", *expected.shape[1:]) if expected is value else ("N", *expected.shape)))
+        sizes = "×".join(map(str, ("N", *expected.shape[1 if expected is value else 0 :])))
         steps = "makes them floats, scaled and normalised as in training" + (", channels first" if last else "")
         raise UsageError(
             f"{stored.name + ' in ' if stored.name else ''}{path} holds bytes, and the model takes floats",

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.errors import InputError
 from .resolve import TargetInfo
@@ -54,15 +54,6 @@ class Guess:
     notes: tuple[str, ...] = ()
 
 
-def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """A seeded tensor on the CPU: standard normal if floating or complex, else values out of {0, 1}."""
-    if dtype.is_complex or dtype is torch.float64:
-        return torch.randn(shape, dtype=dtype, generator=generator, device="cpu")
-    if dtype.is_floating_point:
-        return torch.randn(shape, dtype=torch.float32, generator=generator, device="cpu").to(dtype)
-    return torch.randint(0, 2, shape, dtype=torch.uint8, generator=generator, device="cpu").to(dtype)
-
-
 def guess_inputs(model: nn.Module, info: TargetInfo | None) -> Guess:
     """Finds out what a model takes; ``info`` is where it came from, if it came from a target.
 
@@ -79,17 +70,18 @@ def guess_inputs(model: nn.Module, info: TargetInfo | None) -> Guess:
 def _from_timm(model: nn.Module, args: Mapping[str, object]) -> Guess | None:
     """The input size that timm keeps with a model; ``img_size`` and ``in_chans`` in the arguments overrule it."""
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    size = config.get("input_size") if isinstance(config, Mapping) else None
-    if not isinstance(size, (tuple, list)) or not size or not all(isinstance(n, int) for n in size):
+    size = _sizes(config.get("input_size")) if isinstance(config, Mapping) else None
+    if not size:
         return None
     channels, *spatial = size
-    side = args.get("img_size")
-    if isinstance(side, int):
-        spatial = [side] * len(spatial)
-    elif isinstance(side, (tuple, list)) and all(isinstance(n, int) for n in side):
-        spatial = list(side)
-    chans = args.get("in_chans")
+    side, chans = args.get("img_size"), args.get("in_chans")
+    spatial = [side] * len(spatial) if isinstance(side, int) else _sizes(side) or spatial
     return Guess(((1, chans if isinstance(chans, int) else channels, *spatial),), floating_dtype(model))
+
+
+def _sizes(value: object) -> list[int] | None:
+    """Sizes, if a value is some."""
+    return list(value) if isinstance(value, (tuple, list)) and all(isinstance(n, int) for n in value) else None
 
 
 def _from_weights(model: nn.Module, name: str, args: Mapping[str, object]) -> Guess | None:
@@ -104,12 +96,9 @@ def _from_weights(model: nn.Module, name: str, args: Mapping[str, object]) -> Gu
     sizes = getattr(transforms, "crop_size", None) or getattr(transforms, "resize_size", None)
     if not sizes or kind in ("ObjectDetection", "OpticalFlow"):
         return None
-    height, width = (*sizes, *sizes)[:2] if len(sizes) == 1 else sizes[-2:]
     own = args.get("spatial_size") or args.get("input_size") or getattr(model, "image_size", None)
-    if isinstance(own, (tuple, list)) and len(own) == 2 and all(isinstance(n, int) for n in own):
-        height, width = own
-    elif isinstance(own, int):
-        height = width = own
+    chosen = [own] if isinstance(own, int) else _sizes(own) or []
+    height, width = ((chosen if len(chosen) in (1, 2) else [*sizes]) * 2)[-2:]
     if kind != "VideoClassification":
         return Guess(((1, 3, height, width),), floating_dtype(model))
     frames = args.get("temporal_size")
@@ -133,59 +122,52 @@ def _from_family(model: nn.Module) -> Guess | None:
     """What torchvision's detection and optical flow models take, wherever the model came from."""
     if is_detection(model):
         transform: Any = model.transform
-        fixed = getattr(transform, "fixed_size", None)
         shortest = transform.min_size
         side = shortest[-1] if isinstance(shortest, (tuple, list)) else shortest
-        # fixed_size is (width, height)
-        image = (3, int(fixed[1]), int(fixed[0])) if fixed else (3, int(side), int(side))
+        width, height = getattr(transform, "fixed_size", None) or (side, side)
+        image = (3, int(height), int(width))
         note = f"no input given: assumed a list of one image of {_text(image)}, the size that the model resizes to"
         return Guess((image,), floating_dtype(model), as_list=True, notes=(note,))
     if _is_from("torchvision.models.optical_flow", model):
         frame = (1, 3, 520, 960)
-        return Guess(
-            (frame, frame), floating_dtype(model), notes=(f"no input given: assumed two images of {_text(frame)}",)
-        )
+        note = f"no input given: assumed two images of {_text(frame)}"
+        return Guess((frame, frame), floating_dtype(model), notes=(note,))
     return None
 
 
 def _from_layers(model: nn.Module) -> Guess:
     """An image by the channels of the first convolution, or a vector by the features of the first linear layer."""
-    name = type(model).__name__
-    required = required_inputs(model)
+    name, required, spatial = type(model).__name__, required_inputs(model), tuple[int, ...]()
     if len(required) > 1:
-        raise InputError(
-            f"cannot know what {name}.forward takes: it needs {len(required)} inputs, {', '.join(required)}",
-            hint=" ".join(f"--input {n}=SHAPE[:DTYPE]" for n in required) + _OR_IN_FILE,
-        )
+        hint = " ".join(f"--input {n}=SHAPE[:DTYPE]" for n in required)
+        raise _unknown(f"{name}.forward", f"it needs {len(required)} inputs, {', '.join(required)}", hint)
+    hint = "--input 1x3x224x224, with the shape that it takes"
     layers = [m for m in model.modules() if isinstance(m, (*_CONVOLUTIONS, nn.Linear, nn.Embedding))]
     first = layers[0] if layers else None
     convolution = next((m for m in layers if isinstance(m, _CONVOLUTIONS)), None)
     if isinstance(first, nn.Embedding):
-        raise InputError(
-            f"cannot know what {name} takes: its first layer is an embedding, of indices",
-            hint="--input 1x128:int64, with the length that you mean" + _OR_IN_FILE,
-        )
+        hint = "--input 1x128:int64, with the length that you mean"
+        raise _unknown(name, "its first layer is an embedding, of indices", hint)
     if isinstance(first, nn.Linear) and (convolution is None or isinstance(convolution, _TRANSPOSED)):
         channels, source = first.in_features, "the first linear layer's in_features"
-        shape: tuple[int, ...] = (1, channels)
     elif convolution is not None:
-        channels = convolution.in_channels
+        channels, source = convolution.in_channels, "the first convolution's channels"
         spatial = _SPATIAL[len(convolution.kernel_size)]
         if isinstance(convolution, _TRANSPOSED):  # a decoder or generator: it makes the image out of something small
             spatial = (1,) * len(spatial)
-        shape, source = (1, channels, *spatial), "the first convolution's channels"
     else:
-        raise InputError(
-            f"cannot know what {name} takes: it has no convolution and no linear layer to tell",
-            hint="--input 1x3x224x224, with the shape that it takes" + _OR_IN_FILE,
-        )
+        raise _unknown(name, "it has no convolution and no linear layer to tell", hint)
     if not channels:
-        raise InputError(
-            f"cannot know what {name} takes: its first layer is lazy, and learns its channels from the first input",
-            hint="--input 1x3x224x224, with the shape that it takes" + _OR_IN_FILE,
-        )
+        raise _unknown(name, "its first layer is lazy, and learns its channels from the first input", hint)
+    shape = (1, channels, *spatial)
     note = f"no input given: assumed {_text(shape)} from {source}"
     return Guess((shape,), floating_dtype(model), notes=(note,))
+
+
+def _unknown(what: str, why: str, hint: str) -> InputError:
+    """The error for a model that nothing tells the inputs of."""
+    hint += "; or define example_inputs in the model's file"
+    return InputError(f"cannot know what {what} takes: {why}", hint=hint)
 
 
 def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
@@ -200,9 +182,6 @@ def required_inputs(model: nn.Module) -> list[str]:
     """The names of the inputs that ``forward`` cannot do without, in order."""
     stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [n for n, p in forward_parameters(model).items() if p.default is p.empty and p.kind not in stars]
-
-
-_OR_IN_FILE = "; or define example_inputs in the model's file"
 
 
 def floating_dtype(model: nn.Module) -> torch.dtype:

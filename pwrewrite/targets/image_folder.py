@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from ..capturing import Inputs
 from ..core.errors import UsageError, first_line
+from ..core.numbers import dims
 from .arrays import SUFFIXES as ARRAY_SUFFIXES
 
 if TYPE_CHECKING:
@@ -68,61 +70,46 @@ class ImageFolder:
         self.files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and _is_shown(p, path))
         if not self.files:
             arrays = sorted(p.name for p in path.iterdir() if p.suffix in ARRAY_SUFFIXES)
-            raise UsageError(
-                f"no images in {path}",
-                expected=", ".join(SUFFIXES),
-                got=", ".join(sorted(p.name for p in path.iterdir())[:5]) or "an empty folder",
-                hint=f"--calibration {path / arrays[0]}" if arrays else None,
-            )
+            got = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "an empty folder"
+            hint = f"--calibration {path / arrays[0]}" if arrays else None
+            raise UsageError(f"no images in {path}", expected=", ".join(SUFFIXES), got=got, hint=hint)
         if labels is not None and len(labels) != len(self.files):
             raise UsageError(f"{len(labels)} labels were given, and {path} holds {len(self.files)} images")
         self.samples = len(self.files) if size is None else min(size, len(self.files))
         self._order = random.Random(0).sample(range(len(self.files)), len(self.files))
         self._bad: dict[Path, str] = {}
-        example, self._listed, self._by_name = _one_input(example_inputs, path, preprocess is not None)
-        self._shape = tuple(example.shape) if example is not None else ()
-        self._mean, self._std, of = _normalisation(model) if not self._listed else ((), (), "")
-        self._note = "" if preprocess is not None else self._described(of)
+        example, self._listed, self._name = _one_input(example_inputs, path, preprocess is not None)
+        self._shape = tuple(example.shape)
+        self._mean, self._std, self._whose = _normalisation(model)
         if preprocess is None and self._shape[-3] not in (1, 3):
-            raise UsageError(
-                f"the model takes {self._shape[-3]} channels, and images have 1 or 3", where=str(path), hint=_FUNCTION
-            )
+            message = f"the model takes {self._shape[-3]} channels, and images have 1 or 3"
+            raise UsageError(message, where=str(path), hint=_FUNCTION)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What should be told: how images become inputs, and which cannot be read, as far as that is known yet."""
-        notes = [self._note] if self._note else []
-        if self.samples < len(self.files):
-            notes.append(
-                f"{self.samples} of the {len(self.files)} images in {self.path}, drawn at random with a fixed seed"
-            )
-        if self._bad:
-            shown = [f"{path.relative_to(self.path)} ({why})" for path, why in list(self._bad.items())[:_SHOWN]]
-            more = f" and {len(self._bad) - _SHOWN} more" if len(self._bad) > _SHOWN else ""
-            notes.append(
-                f"cannot read {len(self._bad)} of {len(self.files)} images: {', '.join(shown)}{more}; left out"
-            )
+        notes, images = [], len(self.files)
+        if self._preprocess is None:
+            how = "at their own size, scaled to 0…1"
+            if not self._listed:
+                cut = f"resized to cover {self._shape[-2]}×{self._shape[-1]}, cropped in the centre, scaled to 0…1"
+                how = f"{cut}, " + (f"normalised by {self._whose}" if self._shape[-3] == 3 else "not normalised")
+            notes.append(f"images of {self.path}: {how} (--preprocess does otherwise)")
+        if self.samples < images:
+            notes.append(f"{self.samples} of the {images} images in {self.path}, drawn at random with a fixed seed")
+        if bad := len(self._bad):
+            shown = [f"{path.relative_to(self.path)} ({why})" for path, why in islice(self._bad.items(), _SHOWN)]
+            more = f" and {bad - _SHOWN} more" if bad > _SHOWN else ""
+            notes.append(f"cannot read {bad} of {images} images: {', '.join(shown)}{more}; left out")
         return tuple(notes)
 
     def __iter__(self) -> Iterator[object]:
         """Batches: a tensor ``N×C×H×W``, or a list of images; with labels beside them where there are any."""
-        images: list[Tensor] = []
-        places: list[int] = []
-        count = 0
-        for place in self._order:
-            image = self._read(self.files[place])
-            if image is None:
-                continue
-            images.append(image)
-            places.append(place)
-            count += 1
-            if len(images) == _BATCH or count == self.samples:
-                yield self._batch(images, places)
-                images, places = [], []
-            if count == self.samples:
-                return
-        if images:
-            yield self._batch(images, places)
+        readable = ((image, place) for place in self._order if (image := self._read(self.files[place])) is not None)
+        taken, count = islice(readable, self.samples), 0
+        while batch := list(islice(taken, _BATCH)):
+            count += len(batch)
+            yield self._batch([image for image, _ in batch], [place for _, place in batch])
         if not count:
             path, why = next(iter(self._bad.items()))
             raise UsageError(f"none of the {len(self.files)} images in {self.path} can be read", got=f"{path}: {why}")
@@ -147,14 +134,9 @@ class ImageFolder:
         if isinstance(pixels, np.ndarray):
             pixels = torch.from_numpy(np.ascontiguousarray(pixels))
         if not isinstance(pixels, Tensor) or pixels.dim() != 3:
-            raise UsageError(
-                "--preprocess made no image of an image",
-                where=str(path),
-                expected="a tensor C×H×W",
-                got=f"a tensor {'×'.join(map(str, pixels.shape))}"
-                if isinstance(pixels, Tensor)
-                else type(pixels).__name__,
-            )
+            got = f"a tensor {dims(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
+            message = "--preprocess made no image of an image"
+            raise UsageError(message, where=str(path), expected="a tensor C×H×W", got=got)
         return pixels
 
     def _standard(self, image: Image) -> Tensor:
@@ -180,28 +162,13 @@ class ImageFolder:
         if self._listed:
             return (images,)
         if len(shapes := {tuple(image.shape) for image in images}) > 1:
-            raise UsageError(
-                "--preprocess made images of different sizes",
-                where=str(self.path),
-                got=", ".join("×".join(map(str, shape)) for shape in sorted(shapes)[:3]),
-                hint="resize or crop them to one size",
-            )
+            got, hint = ", ".join(map(dims, sorted(shapes)[:3])), "resize or crop them to one size"
+            raise UsageError("--preprocess made images of different sizes", where=str(self.path), got=got, hint=hint)
         batch = torch.stack(images)
         labels = None if self._labels is None else self._labels[places]
-        if self._by_name:
-            return {self._by_name: batch, **({} if labels is None else {"labels": labels})}
+        if self._name:
+            return {self._name: batch, **({} if labels is None else {"labels": labels})}
         return batch if labels is None else (batch, labels)
-
-    def _described(self, of: str) -> str:
-        """How images become inputs."""
-        if self._listed:
-            return f"images of {self.path}: at their own size, scaled to 0…1 (--preprocess does otherwise)"
-        height, width = self._shape[-2:]
-        normal = f"normalised by {of}" if self._shape[-3] == 3 else "not normalised"
-        return (
-            f"images of {self.path}: resized to cover {height}×{width}, cropped in the centre, scaled to 0…1, {normal} "
-            "(--preprocess does otherwise)"
-        )
 
 
 def _need_pillow(path: Path) -> None:
@@ -209,10 +176,8 @@ def _need_pillow(path: Path) -> None:
     try:
         import PIL.Image  # noqa: F401
     except ImportError as error:
-        raise UsageError(
-            f"{path} is a folder: reading images needs Pillow, which is not installed",
-            hint='pip install "pwrewrite[images]"',
-        ) from error
+        message = f"{path} is a folder: reading images needs Pillow, which is not installed"
+        raise UsageError(message, hint='pip install "pwrewrite[images]"') from error
 
 
 def _is_shown(path: Path, folder: Path) -> bool:
@@ -220,17 +185,16 @@ def _is_shown(path: Path, folder: Path) -> bool:
     return path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _one_input(example: Inputs, path: Path, preprocess: bool) -> tuple[Tensor | None, bool, str]:
+def _one_input(example: Inputs, path: Path, preprocess: bool) -> tuple[Tensor, bool, str]:
     """The one image input of a model, whether it is a list of images, and its name if it is a keyword."""
     name, value = next(iter(example.items())) if isinstance(example, dict) and len(example) == 1 else ("", example)
     if isinstance(value, (tuple, list)) and len(value) == 1 and not name:
         value = value[0]
     images = value if isinstance(value, (tuple, list)) and all(isinstance(v, Tensor) for v in value) else ()
-    listed, image = bool(images), images[0] if images else value
-    if isinstance(image, Tensor) and image.dim() == (3 if listed else 4) and image.is_floating_point():
-        return image, listed, name
-    if isinstance(image, Tensor) and preprocess:
-        return image, listed, name
+    image = images[0] if images else value
+    plain = isinstance(image, Tensor) and image.dim() == (3 if images else 4) and image.is_floating_point()
+    if isinstance(image, Tensor) and (plain or preprocess):
+        return image, bool(images), name
     raise UsageError(
         f"{path} is a folder of images, and the model does not take one image",
         expected="one floating input N×C×H×W, or a list of images",

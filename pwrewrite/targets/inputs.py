@@ -11,10 +11,11 @@ more.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,18 +23,10 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError, TargetError
 from ..core.text import did_you_mean
-from .defaults import (
-    Guess,
-    floating_dtype,
-    forward_parameters,
-    guess_inputs,
-    is_detection,
-    random_tensor,
-    required_inputs,
-)
+from .defaults import floating_dtype, forward_parameters, guess_inputs, is_detection, required_inputs
 from .factories import kind_of
 from .resolve import TargetInfo
-from .user_code import running_user_code
+from .user_code import origin_of, running_user_code
 
 #: What a model is called with: positional inputs as a tuple, keyword inputs as a dict.
 ExampleInputs = tuple[Any, ...] | dict[str, Any]
@@ -57,12 +50,11 @@ def parse_input(text: str) -> InputSpec:
     Raises:
         InputError: It does not follow the grammar, a size is not positive, or there is no such dtype.
     """
-    rest = text.strip()
-    name, equals, after = rest.partition("=")
-    if equals:
-        name, rest = name.strip(), after.strip()
-        if not name.isidentifier():
-            raise InputError(f"cannot read --input {text!r}", got=f"{name!r} as a name", hint=_EXAMPLE)
+    name, equals, rest = (part.strip() for part in text.partition("="))
+    if not equals:
+        rest = name
+    elif not name.isidentifier():
+        raise InputError(f"cannot read --input {text!r}", got=f"{name!r} as a name", hint=_EXAMPLE)
     sizes, colon, kind = (part.strip() for part in rest.partition(":"))
     if not re.fullmatch(r"[+-]?\d+(\s*[xX×*]\s*[+-]?\d+)*", sizes):
         commas = "; put an x between the sizes, not a comma" if "," in sizes else ""
@@ -75,9 +67,8 @@ def parse_input(text: str) -> InputSpec:
 
 def _dtype(name: str, text: str) -> torch.dtype:
     """The dtype of a name."""
-    known = {
-        n: d for n, d in vars(torch).items() if isinstance(d, torch.dtype) and not n.startswith(("q", "bits", "uint1x"))
-    }
+    dtypes = {n: d for n, d in vars(torch).items() if isinstance(d, torch.dtype)}
+    known = {n: d for n, d in dtypes.items() if not n.startswith(("q", "bits", "uint1x"))}
     dtype = known.get(_ALIASES.get(name, name.removeprefix("torch.")))
     if dtype is None:
         raise InputError(
@@ -103,24 +94,22 @@ def resolve_inputs(
     with torch.device("cpu"):
         if specs:
             return _from_specs(model, [parse_input(text) for text in specs]), ()
-        module = info.module if info else None
-        if module is not None and hasattr(module, "example_inputs"):
-            return _from_file(module.example_inputs, info.place if info else "", getattr(module, "__file__", None)), ()
+        if info is not None and info.module is not None and hasattr(info.module, "example_inputs"):
+            return _from_file(info.module, info.place), ()
         guess = guess_inputs(model, info)
-        return _made(guess), guess.notes
-
-
-def _made(guess: Guess) -> ExampleInputs:
-    """The tensors of a guess."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    tensors = tuple(_tensor(shape, guess.dtype, generator) for shape in guess.shapes)
-    return (list(tensors),) if guess.as_list else tensors
+        generator = torch.Generator("cpu").manual_seed(0)
+        tensors = tuple(_tensor(shape, guess.dtype, generator) for shape in guess.shapes)
+        return (list(tensors),) if guess.as_list else tensors, guess.notes
 
 
 def _tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """One tensor; too large a one is the user's mistake, not a traceback."""
+    """One tensor, standard normal if floating or complex, else of {0, 1}; one too large is the user's mistake."""
     try:
-        return random_tensor(shape, dtype, generator)
+        if dtype.is_complex or dtype is torch.float64:
+            return torch.randn(shape, dtype=dtype, generator=generator)
+        if dtype.is_floating_point:
+            return torch.randn(shape, dtype=torch.float32, generator=generator).to(dtype)
+        return torch.randint(0, 2, shape, dtype=torch.uint8, generator=generator).to(dtype)
     except (RuntimeError, MemoryError) as error:
         raise InputError(f"cannot make an input of {'x'.join(map(str, shape))} {dtype}: {error}") from error
 
@@ -128,70 +117,59 @@ def _tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
 def _from_specs(model: nn.Module, specs: list[InputSpec]) -> ExampleInputs:
     """The tensors of the specs, bound to ``forward``'s parameters."""
     parameters = forward_parameters(model)
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    positional = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    star = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
-    plain = [s for s in specs if s.name is None]
+    kinds = {p.kind for p in parameters.values()}
+    stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    known = [n for n, p in parameters.items() if p.kind not in stars]
+    positional = [n for n in known if parameters[n].kind is not inspect.Parameter.KEYWORD_ONLY]
+    plain = sum(s.name is None for s in specs)
     names = [s.name for s in specs if s.name is not None]
-    shown = ", ".join(parameters) or "no inputs"
+    shown, forward = ", ".join(parameters) or "no inputs", f"{type(model).__name__}.forward"
     detection = is_detection(model)
     if repeated := sorted({n for n in names if names.count(n) > 1}):
         raise InputError(f"--input gives {', '.join(repeated)} more than once")
-    by_name = {n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    if unknown := [n for n in names if not takes_any and n not in by_name]:
-        raise InputError(
-            f"{type(model).__name__}.forward takes no input {', '.join(unknown)}",
-            expected=shown,
-            hint=did_you_mean(parameters, *unknown),
-        )
-    if parameters and not star and not detection and len(plain) > len(positional):
-        raise InputError(
-            f"{type(model).__name__}.forward takes {len(positional)} positional inputs, and {len(plain)} were given",
-            expected=shown,
-        )
-    if names and len(plain) > len(positional):
+    if unknown := [n for n in names if stars[1] not in kinds and n not in known]:
+        message = f"{forward} takes no input {', '.join(unknown)}"
+        raise InputError(message, expected=shown, hint=did_you_mean(parameters, *unknown))
+    if parameters and stars[0] not in kinds and not detection and plain > len(positional):
+        message = f"{forward} takes {len(positional)} positional inputs, and {plain} were given"
+        raise InputError(message, expected=shown)
+    if names and plain > len(positional):
         raise InputError("unnamed inputs beside named ones cannot be bound to names", expected=shown, hint=_EXAMPLE)
-    bound = {*names, *positional[: 1 if detection else len(plain)]} if plain else set(names)
-    if twice := [n for n in names if n in positional[: len(plain)]]:
+    if twice := [n for n in names if n in positional[:plain]]:
         raise InputError(f"--input gives {', '.join(twice)} twice: by name and by position", expected=shown)
+    bound = {*names, *positional[: min(plain, 1) if detection else plain]}
     if lacking := [n for n in required_inputs(model) if n not in bound]:
-        raise InputError(
-            f"{type(model).__name__}.forward also needs {', '.join(lacking)}",
-            expected=shown,
-            hint=" ".join(f"--input {n}=SHAPE[:DTYPE]" for n in lacking),
-        )
+        hint = " ".join(f"--input {n}=SHAPE[:DTYPE]" for n in lacking)
+        raise InputError(f"{forward} also needs {', '.join(lacking)}", expected=shown, hint=hint)
     generator = torch.Generator("cpu").manual_seed(0)
     own = floating_dtype(model)
     tensors = [_tensor(s.shape, s.dtype or own, generator) for s in specs]
-    if detection and not names:
-        images = [image for t in tensors for image in (t.unbind(0) if t.dim() == 4 else (t,))]
-        return ([*images],)
-    if not names:
-        return tuple(tensors)
-    order = iter(positional)
-    return {spec.name or next(order): tensor for spec, tensor in zip(specs, tensors, strict=True)}
+    if names:
+        order = iter(positional)
+        return {spec.name or next(order): tensor for spec, tensor in zip(specs, tensors, strict=True)}
+    if detection:
+        return ([image for t in tensors for image in (t.unbind(0) if t.dim() == 4 else (t,))],)
+    return tuple(tensors)
 
 
-def _from_file(value: object, place: str, file: str | None) -> ExampleInputs:
+def _from_file(module: ModuleType, place: str) -> ExampleInputs:
     """What a file's ``example_inputs`` says."""
-    what = f"example_inputs in {place}"
+    what, value = f"example_inputs in {place}", module.example_inputs
     if callable(value) and not isinstance(value, Tensor):
         try:
-            with running_user_code(what, Path(file) if file else None):
+            with running_user_code(what, origin_of(module)):
                 value = value()
         except TargetError as error:
-            raise InputError(
-                error.message, where=error.where, expected="a function without arguments, or a value"
-            ) from error.__cause__
+            expected = "a function without arguments, or a value"
+            raise InputError(error.message, where=error.where, expected=expected) from error.__cause__
     if isinstance(value, Tensor):
         return (value,)
     if isinstance(value, Mapping) and all(isinstance(k, str) for k in value):
         return dict(value)
     if isinstance(value, (tuple, list)):
         return tuple(value)
-    raise InputError(
-        f"{what} is not usable", expected="a tensor, a tuple or list of inputs, or a dict by name", got=kind_of(value)
-    )
+    expected = "a tensor, a tuple or list of inputs, or a dict by name"
+    raise InputError(f"{what} is not usable", expected=expected, got=kind_of(value))
 
 
 def describe_inputs(example_inputs: object) -> list[dict[str, object]]:

@@ -13,42 +13,35 @@ from torch import Tensor
 from ..core.errors import UsageError
 from ..core.files import read_text
 from .arrays import LABEL_NAMES, SUFFIXES, open_arrays
-from .user_code import suggest_files
 
 _TEXT = (".txt", ".csv")
+_EACH = "one integer for each sample"
 
 
 def open_labels(path: str | Path) -> Tensor:
-    """Reads labels.
+    """Reads labels, the classes of samples, as ``(samples,)`` of int64.
 
     Args:
         path: A ``.npy``, ``.npz`` or ``.safetensors`` file with one array of integers, or one called ``labels``; a
             ``.txt`` of integers between white space or commas; a ``.csv`` with one column, or one called ``label``.
 
-    Returns:
-        The classes, ``(samples,)`` of int64.
-
     Raises:
         UsageError: There is no such file, or it does not hold one integer for each sample.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "not a regular file" if path.exists() else "no such file"
-        raise UsageError(f"{what}: {path}", hint=suggest_files(path, (*SUFFIXES, *_TEXT)))
-    if path.suffix in _TEXT:
+    if path.suffix in _TEXT and path.is_file():
         return _from_text(path)
-    if path.suffix not in SUFFIXES:
+    if path.is_file() and path.suffix not in SUFFIXES:
         raise UsageError(f"{path} is no file of labels", expected=f"one of {', '.join((*SUFFIXES, *_TEXT))}")
-    arrays = open_arrays(path)
+    arrays = open_arrays(path, _TEXT)
     named = [array for name, array in arrays.items() if name in LABEL_NAMES]
     if not named and len(arrays) > 1:
-        raise UsageError(
-            f"nothing says which array in {path} holds the labels", expected="labels", got=", ".join(arrays)
-        )
+        message = f"nothing says which array in {path} holds the labels"
+        raise UsageError(message, expected="labels", got=", ".join(arrays))
     stored = named[0] if named else next(iter(arrays.values()))
     stored.samples(path)
     if not stored.dtype.startswith(("int", "uint")) or len([n for n in stored.shape[1:] if n != 1]):
-        raise UsageError(f"{path} holds no labels", expected="one integer for each sample", got=str(stored))
+        raise UsageError(f"{path} holds no labels", expected=_EACH, got=str(stored))
     values = stored.whole()
     if isinstance(values, np.ndarray):
         values = torch.from_numpy(values.astype(np.int64))
@@ -69,11 +62,9 @@ def _from_text(path: Path) -> Tensor:
         words = [(number, word) for number, line in rows for word in re.split(r"[\s,]+", line.strip(" ,\t"))]
     for number, word in words:
         if not re.fullmatch(r"[+-]?\d{1,18}", word):
-            raise UsageError(
-                f"{path}, line {number}: not a label", expected="an integer for each sample", got=repr(word[:40])
-            )
+            raise UsageError(f"{path}, line {number}: not a label", expected=_EACH, got=repr(word[:40]))
     if not words:
-        raise UsageError(f"{path} holds no labels", expected="an integer for each sample")
+        raise UsageError(f"{path} holds no labels", expected=_EACH)
     return torch.tensor([int(word) for _, word in words], dtype=torch.int64)
 
 
@@ -85,10 +76,8 @@ def _column(path: Path, rows: list[tuple[int, str]]) -> list[tuple[int, str]]:
     head = [cell.lower() for cell in cells[0][1]]
     named = [place for place, cell in enumerate(head) if cell in (*LABEL_NAMES, "class", "class_id")]
     if len(named) != 1 and len(head) > 1:
-        raise UsageError(
-            f"nothing says which column of {path} holds the labels", expected="one column, or one called label",
-            got=", ".join(cells[0][1]),
-        )  # fmt: skip
+        message, expected = f"nothing says which column of {path} holds the labels", "one column, or one called label"
+        raise UsageError(message, expected=expected, got=", ".join(cells[0][1]))
     place = named[0] if named else 0
     if short := next((number for number, row in cells if len(row) <= place), None):
         raise UsageError(f"{path}, line {short}: no label", expected=f"{len(head)} columns")

@@ -20,9 +20,7 @@ from torch.utils.data import Dataset
 
 from ..core.errors import UsageError
 from .factories import kind_of, missing_args
-from .user_code import find_named, running_user_code
-
-_FORMS = "file.py:NAME or package.module:NAME"
+from .user_code import find_named, origin_of, running_user_code
 
 
 @dataclass(frozen=True)
@@ -48,26 +46,21 @@ def is_named(text: str) -> bool:
 
 
 def load_named(text: str, option: str) -> Named:
-    """Imports what the text of an option names.
-
-    Raises:
-        UsageError: It has neither form.
-        TargetError: There is no such name, file or module, or the import fails.
-    """
+    """What the text of an option names; a `UsageError` if it has neither form, else as `find_named`."""
     if not is_named(text):
-        raise UsageError(f"cannot read {option} {text!r}", expected=_FORMS)
+        raise UsageError(f"cannot read {option} {text!r}", expected="file.py:NAME or package.module:NAME")
     value, module, place = find_named(text)
-    file = getattr(module, "__file__", None)
-    return Named(value, f"{text.rpartition(':')[2]} in {place}", Path(file).resolve() if file else None)
+    return Named(value, f"{text.rpartition(':')[2]} in {place}", origin_of(module))
 
 
 def _callable(named: Named, option: str, what: str, takes: int) -> Named:
     """Refuses what cannot be called with so many arguments."""
+    expected = f"{option} takes {what}"
     if not callable(named.value):
-        raise UsageError(f"{named.name} is not a function", expected=f"{option} takes {what}", got=kind_of(named.value))
+        raise UsageError(f"{named.name} is not a function", expected=expected, got=kind_of(named.value))
     needed = missing_args(named.value, {})
     if len(needed) > takes:
-        raise UsageError(f"{named.name} needs the arguments {', '.join(needed)}", expected=f"{option} takes {what}")
+        raise UsageError(f"{named.name} needs the arguments {', '.join(needed)}", expected=expected)
     return named
 
 
@@ -82,11 +75,8 @@ def open_iterable(text: str) -> Iterable[object]:
     if not _iterates(value):
         value = _callable(named, "--calibration", what, 0).call()
         if not _iterates(value):
-            raise UsageError(
-                f"{named.name} returned no iterable of batches",
-                expected=f"--calibration takes {what}",
-                got=kind_of(value),
-            )
+            message, expected = f"{named.name} returned no iterable of batches", f"--calibration takes {what}"
+            raise UsageError(message, expected=expected, got=kind_of(value))
     return cast(Iterable[object], value)
 
 

@@ -5,6 +5,7 @@ Both packages are imported only when a target asks for one.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import warnings
 from collections.abc import Mapping
@@ -22,22 +23,12 @@ def import_zoo(package: str) -> ModuleType:
     """Imports torchvision or timm; refuses one that is not installed, or does not import beside this torch."""
     try:
         return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name not in ("torchvision", "timm"):
-            raise _broken(package, error) from error
-        raise TargetError(
-            f"{package} is not installed, and {package}:NAME needs it", hint="pip install pwrewrite[zoo]"
-        ) from error
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
-        raise _broken(package, error) from error
-
-
-def _broken(package: str, error: Exception) -> TargetError:
-    """The error for a zoo that is there but does not import, as with a torch that it was not built for."""
-    return TargetError(
-        f"{package} is installed but does not import: {error}",
-        hint="torch, torchvision and timm must be of matching versions: pip install --upgrade torch torchvision timm",
-    )
+        message = f"{package} is installed but does not import: {error}"  # as with a torch that it was not built for
+        hint = "torch, torchvision and timm must be of matching versions: pip install --upgrade torch torchvision timm"
+        if isinstance(error, ModuleNotFoundError) and error.name in ("torchvision", "timm"):
+            message, hint = f"{package} is not installed, and {package}:NAME needs it", "pip install pwrewrite[zoo]"
+        raise TargetError(message, hint=hint) from error
 
 
 def build_torchvision(name: str, args: Mapping[str, object]) -> object:
@@ -49,12 +40,11 @@ def build_torchvision(name: str, args: Mapping[str, object]) -> object:
         raise _unknown("torchvision", name, known)
     builder = models.get_model_builder(name)
     off = dict.fromkeys({"weights", "weights_backbone"} & set(parameters_of(builder) or {}))
+    given = {**off, **_without_weights(args)}
     with warnings.catch_warnings():
         # Inception and GoogLeNet warn that their default initialisation will change.
         warnings.simplefilter("ignore", FutureWarning)
-        return construct(
-            builder, {**off, **_without_weights(args)}, f"torchvision:{name}", None, but=(*_FETCHING, "progress")
-        )
+        return construct(builder, given, f"torchvision:{name}", None, but=(*_FETCHING, "progress"))
 
 
 def build_timm(name: str, args: Mapping[str, object]) -> object:
@@ -62,22 +52,19 @@ def build_timm(name: str, args: Mapping[str, object]) -> object:
     timm = import_zoo("timm")
     base, _, tag = name.partition(".")
     if ":" in name or "/" in name:
-        raise TargetError(
-            f"timm:{name} names a model on a hub, and pwrewrite downloads nothing",
-            hint="timm:NAME with a name out of timm.list_models(), and --weights FILE for weights that you have",
-        )
+        hint = "timm:NAME with a name out of timm.list_models(), and --weights FILE for weights that you have"
+        raise TargetError(f"timm:{name} names a model on a hub, and pwrewrite downloads nothing", hint=hint)
     if not timm.is_model(base):
         raise _unknown("timm", name, timm.list_models())
 
     def create_model(**kwargs: object) -> object:
         return timm.create_model(name, **kwargs)
 
+    given = {"pretrained": False, **_without_weights(args)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a deprecated name is mapped on to the new one
         try:
-            return construct(
-                create_model, {"pretrained": False, **_without_weights(args)}, f"timm:{name}", None, but=_FETCHING
-            )
+            return construct(create_model, given, f"timm:{name}", None, but=_FETCHING)
         except TargetError as error:
             if not tag or "Invalid pretrained tag" not in str(error):
                 raise
@@ -98,14 +85,11 @@ def _without_weights(args: Mapping[str, object]) -> dict[str, object]:
 
 
 def _unknown(zoo: str, name: str, known: list[str]) -> TargetError:
-    """The error for a name that a zoo does not have."""
-    hint = did_you_mean(known, name.partition(".")[0], n=5) or f"see {zoo}'s list_models()"
-    other = "timm" if zoo == "torchvision" else "torchvision"
-    try:
-        if other == "timm":
-            there = bool(import_zoo("timm").is_model(name))
-        else:
-            there = name in importlib.import_module("torchvision.models").list_models()
-    except (TargetError, ImportError):
-        there = False
-    return TargetError(f"{zoo} has no model {name!r}", hint=f"{other}:{name}, or {hint}" if there else hint)
+    """The error for a name that a zoo does not have, which the other may have."""
+    base = name.partition(".")[0]
+    hint = did_you_mean(known, base, n=5) or f"see {zoo}'s list_models()"
+    other, models = ("timm", "timm") if zoo == "torchvision" else ("torchvision", "torchvision.models")
+    with contextlib.suppress(TargetError):
+        if base in import_zoo(models).list_models():
+            hint = f"{other}:{base}, or {hint}"
+    return TargetError(f"{zoo} has no model {name!r}", hint=hint)
