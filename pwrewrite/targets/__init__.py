@@ -5,36 +5,9 @@ callers who hold a part of it already. torchvision and timm are imported only wh
 is downloaded.
 """
 
-from ..core.numbers import parse_arg
-from ..core.options import TargetOptions
-from .defaults import forward_parameters
-from .empty import empty_weights
-from .inputs import ExampleInputs, InputSpec, describe_inputs, parse_input, resolve_inputs
-from .opening import LoadedModel, load, load_target, open_target
-from .resolve import TargetInfo, parse_target, resolve_model
-from .user_code import class_name
-from .weights import Fit, fit_weights, load_weights, strip_prefixes
-
-__all__ = [
-    "ExampleInputs",
-    "Fit",
-    "InputSpec",
-    "LoadedModel",
-    "TargetInfo",
-    "TargetOptions",
-    "class_name",
-    "describe_inputs",
-    "empty_weights",
-    "fit_weights",
-    "forward_parameters",
-    "load",
-    "load_target",
-    "load_weights",
-    "open_target",
-    "parse_arg",
-    "parse_input",
-    "parse_target",
-    "resolve_inputs",
-    "resolve_model",
-    "strip_prefixes",
-]
+from ..core.options import TargetOptions as TargetOptions
+from .inputs import describe_inputs as describe_inputs, parse_input as parse_input, resolve_inputs as resolve_inputs
+from .opening import LoadedModel as LoadedModel, load as load, load_target as load_target, open_target as open_target
+from .resolve import parse_target as parse_target, resolve_model as resolve_model
+from .user_code import class_name as class_name
+from .weights import fit_weights as fit_weights, load_weights as load_weights, strip_prefixes as strip_prefixes

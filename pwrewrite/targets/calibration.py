@@ -48,7 +48,9 @@ def open_calibration(
     labels: Tensor | None = None,
     model: nn.Module | None = None,
 ) -> Iterable[object]:
-    """Opens what ``--calibration`` names.
+    """What ``--calibration`` names, as an iterable of batches, labels beside the inputs where there are any.
+
+    What is read from files can be gone through again, holds one batch in memory, and has ``notes``.
 
     Args:
         text: A file, a folder, or ``file.py:NAME``.
@@ -57,10 +59,6 @@ def open_calibration(
         size: At most so many samples: the first ones of arrays, ones drawn at random of a folder.
         labels: A class for each sample of the file or (in the order of their paths) each image of the folder.
         model: The model; tells how the images of a folder are normalised.
-
-    Returns:
-        An iterable of batches for `pwrewrite.planning.batches.Batches`, labels beside the inputs where there are any.
-        What is read from files can be gone through again, holds one batch in memory, and has ``notes``.
 
     Raises:
         UsageError: There is no such thing, or it does not suit the model.
@@ -84,14 +82,9 @@ def open_calibration(
 
 
 class ArrayFile:
-    """Batches from a file of arrays; goes through the file anew every time.
+    """Batches from a file of arrays, read anew every time; the arguments are as for `open_calibration`.
 
-    Args:
-        path: The file.
-        example_inputs: What the model takes.
-        preprocess: Makes inputs of a batch.
-        size: At most so many samples, the first ones.
-        labels: A class for each sample; else those in the file are taken.
+    ``preprocess`` makes inputs of a batch; without ``labels`` those in the file are taken.
 
     Raises:
         UsageError: The file cannot be read, does not say which arrays are the inputs, or holds images as bytes and

@@ -19,7 +19,6 @@ Limits: a model's first convolution in the order of definition is taken to be th
 from __future__ import annotations
 
 import importlib
-import inspect
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ import torch
 from torch import nn
 
 from ..core.errors import InputError
+from .factories import missing_args
 from .resolve import TargetInfo
 
 _FRAMES = 16
@@ -137,7 +137,7 @@ def _from_family(model: nn.Module) -> Guess | None:
 
 def _from_layers(model: nn.Module) -> Guess:
     """An image by the channels of the first convolution, or a vector by the features of the first linear layer."""
-    name, required, spatial = type(model).__name__, required_inputs(model), tuple[int, ...]()
+    name, required, spatial = type(model).__name__, missing_args(model.forward), tuple[int, ...]()
     if len(required) > 1:
         hint = " ".join(f"--input {n}=SHAPE[:DTYPE]" for n in required)
         raise _unknown(f"{name}.forward", f"it needs {len(required)} inputs, {', '.join(required)}", hint)
@@ -168,20 +168,6 @@ def _unknown(what: str, why: str, hint: str) -> InputError:
     """The error for a model that nothing tells the inputs of."""
     hint += "; or define example_inputs in the model's file"
     return InputError(f"cannot know what {what} takes: {why}", hint=hint)
-
-
-def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
-    """The parameters of a model's ``forward`` by name; ``*args, **kwargs`` if it has no signature to read."""
-    try:
-        return dict(inspect.signature(model.forward).parameters)
-    except (TypeError, ValueError):
-        return dict(inspect.signature(lambda *args, **kwargs: None).parameters)
-
-
-def required_inputs(model: nn.Module) -> list[str]:
-    """The names of the inputs that ``forward`` cannot do without, in order."""
-    stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [n for n, p in forward_parameters(model).items() if p.default is p.empty and p.kind not in stars]
 
 
 def floating_dtype(model: nn.Module) -> torch.dtype:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,35 +20,35 @@ from ..core.text import did_you_mean
 from .user_code import running_user_code
 
 _SHOWN = 16
+STARS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-def parameters_of(factory: Callable[..., object]) -> dict[str, inspect.Parameter] | None:
-    """The parameters of a callable by name; None for one that has no signature to read."""
+def parameters_of(function: Callable[..., object]) -> dict[str, inspect.Parameter]:
+    """The parameters of a callable by name; ``*args, **kwargs`` if it has no signature to read."""
     try:
-        return dict(inspect.signature(factory).parameters)
+        return dict(inspect.signature(function).parameters)
     except (TypeError, ValueError):
-        return None
+        return dict(inspect.signature(lambda *args, **kwargs: None).parameters)
 
 
-def missing_args(factory: Callable[..., object], args: Mapping[str, object]) -> list[str]:
+def missing_args(function: Callable[..., object], args: Container[str] = ()) -> list[str]:
     """The names of the parameters without a default that the arguments do not give, in order."""
-    kinds = (*_NAMED, inspect.Parameter.POSITIONAL_ONLY)
-    parameters = parameters_of(factory) or {}
-    return [n for n, p in parameters.items() if p.kind in kinds and p.default is p.empty and n not in args]
+    parameters = parameters_of(function).items()
+    return [n for n, p in parameters if p.kind not in STARS and p.default is p.empty and n not in args]
 
 
 def unknown_args(factory: Callable[..., object], args: Mapping[str, object]) -> list[str]:
     """The names of the arguments that a factory has no parameter for; none for one that takes any keyword."""
     parameters = parameters_of(factory)
-    known = parameters is not None and all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
-    return [name for name in args if known and name not in (parameters or ())]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return [name for name in args if not takes_any and name not in parameters]
 
 
 def _takes(factory: Callable[..., object], but: Iterable[str] = ()) -> str:
     """A factory's parameters, without ``but``, as a person reads them: ``width, depth=2``; ``...`` for any keyword."""
     shown: list[str] = []
-    for name, p in (parameters_of(factory) or {}).items():
+    for name, p in parameters_of(factory).items():
         if p.kind is inspect.Parameter.VAR_KEYWORD:
             shown.append("...")
         elif p.kind is not inspect.Parameter.VAR_POSITIONAL and name not in but:
@@ -64,7 +64,7 @@ def _unknown_error(
     factory: Callable[..., object], unknown: list[str], what: str, but: Iterable[str] = ()
 ) -> TargetError:
     """The error for arguments that a factory does not take; ``but`` are parameters that are not the user's to give."""
-    names = [n for n, p in (parameters_of(factory) or {}).items() if p.kind in _NAMED and n not in but]
+    names = [n for n, p in parameters_of(factory).items() if p.kind in _NAMED and n not in but]
     message = f"{what} takes no argument{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}"
     return TargetError(message, expected=_takes(factory, but), hint=did_you_mean(names, *unknown))
 
@@ -90,8 +90,9 @@ def construct(
         message = f"{what} needs the argument{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
         hint = " ".join(f"--arg {name}=VALUE" for name in missing)
         raise TargetError(message, expected=_takes(factory), hint=hint)
-    parameters = parameters_of(factory) or {}
-    leading = [n for n, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY and n in args]
+    leading = [
+        n for n, p in parameters_of(factory).items() if p.kind is inspect.Parameter.POSITIONAL_ONLY and n in args
+    ]
     by_name = {name: value for name, value in args.items() if name not in leading}
     shown = ", ".join(f"{name}={value!r}" for name, value in args.items() if name not in but)
     with running_user_code(what, origin, f"check --arg {shown}" if shown else None):

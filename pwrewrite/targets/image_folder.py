@@ -40,15 +40,10 @@ _FUNCTION = "--preprocess file.py:NAME, a function of a PIL image that returns a
 
 
 class ImageFolder:
-    """Batches of images; reads the files anew every time.
+    """Batches of the images in a folder and below, read anew every time.
 
-    Args:
-        path: The folder; files below it count too.
-        example_inputs: What the model takes.
-        preprocess: Makes a tensor ``C×H×W`` of a PIL image.
-        size: At most so many images.
-        labels: A class for each image, in the order of their paths.
-        model: The model, which may say how its inputs are normalised.
+    The arguments are as for `pwrewrite.targets.calibration.open_calibration`; ``preprocess`` makes a tensor ``C×H×W``
+    of a PIL image.
 
     Raises:
         UsageError: There is no image or no Pillow, or the model does not take images and there is no ``preprocess``.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError, TargetError
 from ..core.text import did_you_mean
-from .defaults import floating_dtype, forward_parameters, guess_inputs, is_detection, required_inputs
-from .factories import kind_of
+from .defaults import floating_dtype, guess_inputs, is_detection
+from .factories import STARS, kind_of, missing_args, parameters_of
 from .resolve import TargetInfo
 from .user_code import origin_of, running_user_code
 
@@ -45,11 +45,7 @@ class InputSpec:
 
 
 def parse_input(text: str) -> InputSpec:
-    """Parses one ``--input``, ``[NAME=]SHAPE[:DTYPE]``.
-
-    Raises:
-        InputError: It does not follow the grammar, a size is not positive, or there is no such dtype.
-    """
+    """Parses one ``--input``, ``[NAME=]SHAPE[:DTYPE]``; an `InputError` says what does not follow the grammar."""
     name, equals, rest = (part.strip() for part in text.partition("="))
     if not equals:
         rest = name
@@ -71,11 +67,9 @@ def _dtype(name: str, text: str) -> torch.dtype:
     known = {n: d for n, d in dtypes.items() if not n.startswith(("q", "bits", "uint1x"))}
     dtype = known.get(_ALIASES.get(name, name.removeprefix("torch.")))
     if dtype is None:
-        raise InputError(
-            f"--input {text!r} has an unknown dtype {name!r}",
-            expected="float32, float16, bfloat16, float64, int64, int32, uint8, bool, …",
-            hint=did_you_mean([*known, *_ALIASES], name, n=3),
-        )
+        expected = "float32, float16, bfloat16, float64, int64, int32, uint8, bool, …"
+        hint = did_you_mean([*known, *_ALIASES], name, n=3)
+        raise InputError(f"--input {text!r} has an unknown dtype {name!r}", expected=expected, hint=hint)
     return dtype
 
 
@@ -116,10 +110,9 @@ def _tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
 
 def _from_specs(model: nn.Module, specs: list[InputSpec]) -> ExampleInputs:
     """The tensors of the specs, bound to ``forward``'s parameters."""
-    parameters = forward_parameters(model)
-    kinds = {p.kind for p in parameters.values()}
-    stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    known = [n for n, p in parameters.items() if p.kind not in stars]
+    parameters = parameters_of(model.forward)
+    takes_more, takes_any = (any(p.kind is star for p in parameters.values()) for star in STARS)
+    known = [n for n, p in parameters.items() if p.kind not in STARS]
     positional = [n for n in known if parameters[n].kind is not inspect.Parameter.KEYWORD_ONLY]
     plain = sum(s.name is None for s in specs)
     names = [s.name for s in specs if s.name is not None]
@@ -127,10 +120,10 @@ def _from_specs(model: nn.Module, specs: list[InputSpec]) -> ExampleInputs:
     detection = is_detection(model)
     if repeated := sorted({n for n in names if names.count(n) > 1}):
         raise InputError(f"--input gives {', '.join(repeated)} more than once")
-    if unknown := [n for n in names if stars[1] not in kinds and n not in known]:
+    if unknown := [n for n in names if not takes_any and n not in known]:
         message = f"{forward} takes no input {', '.join(unknown)}"
         raise InputError(message, expected=shown, hint=did_you_mean(parameters, *unknown))
-    if parameters and stars[0] not in kinds and not detection and plain > len(positional):
+    if parameters and not takes_more and not detection and plain > len(positional):
         message = f"{forward} takes {len(positional)} positional inputs, and {plain} were given"
         raise InputError(message, expected=shown)
     if names and plain > len(positional):
@@ -138,7 +131,7 @@ def _from_specs(model: nn.Module, specs: list[InputSpec]) -> ExampleInputs:
     if twice := [n for n in names if n in positional[:plain]]:
         raise InputError(f"--input gives {', '.join(twice)} twice: by name and by position", expected=shown)
     bound = {*names, *positional[: min(plain, 1) if detection else plain]}
-    if lacking := [n for n in required_inputs(model) if n not in bound]:
+    if lacking := [n for n in missing_args(model.forward) if n not in bound]:
         hint = " ".join(f"--input {n}=SHAPE[:DTYPE]" for n in lacking)
         raise InputError(f"{forward} also needs {', '.join(lacking)}", expected=shown, hint=hint)
     generator = torch.Generator("cpu").manual_seed(0)
@@ -173,23 +166,17 @@ def _from_file(module: ModuleType, place: str) -> ExampleInputs:
 
 
 def describe_inputs(example_inputs: object) -> list[dict[str, object]]:
-    """The tensors among nested example inputs, as plain data.
-
-    For each its ``shape`` (a list), its ``dtype`` (``"float32"``) and, under keys of dicts, its ``name`` (``"a.b"``).
-    """
+    """The ``shape``, ``dtype`` (``"float32"``) and, under keys of dicts, ``name`` (``"a.b"``) of each nested tensor."""
     return [
         {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), **({"name": name} if name else {})}
         for name, t in _leaves(example_inputs, "")
     ]
 
 
-def _leaves(value: object, name: str) -> Iterator[tuple[str, Tensor]]:
+def _leaves(value: object, name: str) -> list[tuple[str, Tensor]]:
     """The tensors in a nested structure, each with the keys that lead to it."""
     if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, (tuple, list)):
-        for inner in value:
-            yield from _leaves(inner, name)
+        return [(name, value)]
+    if isinstance(value, Mapping):
+        return [leaf for k, inner in value.items() for leaf in _leaves(inner, f"{name}.{k}" if name else str(k))]
+    return [leaf for inner in value for leaf in _leaves(inner, name)] if isinstance(value, (tuple, list)) else []

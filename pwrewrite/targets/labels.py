@@ -25,8 +25,7 @@ def open_labels(path: str | Path) -> Tensor:
         path: A ``.npy``, ``.npz`` or ``.safetensors`` file with one array of integers, or one called ``labels``; a
             ``.txt`` of integers between white space or commas; a ``.csv`` with one column, or one called ``label``.
 
-    Raises:
-        UsageError: There is no such file, or it does not hold one integer for each sample.
+    A `UsageError` says that there is no such file, or that it does not hold one integer for each sample.
     """
     path = Path(path)
     if path.suffix in _TEXT and path.is_file():

@@ -39,13 +39,8 @@ Classes = dict[str, type[nn.Module]]
 def find_model(module: ModuleType, args: Mapping[str, object], path: str) -> tuple[object, tuple[str, ...]]:
     """What should be the model of an imported file whose target names none, and notes on how it was chosen.
 
-    Args:
-        module: The file.
-        args: Arguments for whatever makes the model.
-        path: The file, as the user wrote it.
-
-    Raises:
-        TargetError: There is none, or several, or it cannot be constructed.
+    ``args`` are for whatever makes it, ``path`` is the file as the user wrote it. A `TargetError` says that there is
+    none, or several, or that it cannot be constructed.
     """
     origin = origin_of(module)
     instance = getattr(module, "model", None)
@@ -83,11 +78,8 @@ def _construct_class(
     name = next(iter(ready)) if len(ready) == 1 else _whole_model(ready, args, path, origin)
     model = construct(ready[name], args, f"class {name} in {path}", origin)
     parts = {type(m) for m in model.modules()} if isinstance(model, nn.Module) else set()
-    waiting = [
-        f"{n} (needs {', '.join(missing_args(c, args))})"
-        for n, c in classes.items()
-        if missing_args(c, args) and c not in parts
-    ]
+    lacking = {n: missing_args(c, args) for n, c in classes.items() if c not in parts}
+    waiting = [f"{n} (needs {', '.join(needed)})" for n, needed in lacking.items() if needed]
     note = f"took class {name}: it constructs without arguments, unlike {', '.join(waiting)}"
     return model, (note,) if waiting else ()
 

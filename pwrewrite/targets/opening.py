@@ -73,9 +73,8 @@ def open_target(
 
     Args:
         options: The target, and how it is opened.
-        empty: Build without memory for the weights: parameters are on the meta device, buffers and inputs are real, and
-            a checkpoint's tensors take the place of the empty ones. A model that does not bear this, and that of a
-            folder, is built for real.
+        empty: Build without memory for the weights: parameters are on meta, buffers and inputs are real, a checkpoint's
+            tensors replace the empty ones. A model that does not bear this, and that of a folder, is built for real.
         need_inputs: Whether inputs are wanted at all.
         seeded: Whether the random state is set; else the caller's own is drawn from.
 

@@ -119,12 +119,7 @@ def is_saved(path: str | Path) -> bool:
 
 
 def read_plan(folder: str | Path) -> Plan:
-    """The plan of a saved folder.
-
-    Raises:
-        TargetError: If it is no such folder.
-        PlanError: If the plan makes no sense.
-    """
+    """The plan of a saved folder; `TargetError` if it is none, `PlanError` if the plan makes no sense."""
     if not is_saved(folder):
         expected = f"a folder with {PLAN} and {WEIGHTS}"
         raise TargetError("not a folder that pwrewrite saved", where=str(folder), expected=expected)
@@ -132,11 +127,7 @@ def read_plan(folder: str | Path) -> Plan:
 
 
 def read_names(folder: str | Path) -> dict[str, tuple[str, ...]]:
-    """The map of a saved folder from the original's parameter names to those that came in their place.
-
-    Raises:
-        PlanError: If it makes no sense.
-    """
+    """From the original's parameter names to those that came in their place; `PlanError` if that makes no sense."""
     path = Path(folder) / PLAN
     names = loads(read_text(path), str(path)).get("names") or {}
     lists = list(names.values()) if isinstance(names, dict) else [None]
@@ -149,10 +140,7 @@ def read_names(folder: str | Path) -> dict[str, tuple[str, ...]]:
 def restore(folder: str | Path, model: nn.Module) -> nn.Module:
     """A rewritten model, with its saved weights and in eval mode, from its folder and the original, which is kept.
 
-    Raises:
-        TargetError: If it is no such folder.
-        PlanError: If the plan does not fit the model.
-        WeightsError: If the saved weights are damaged or do not fit.
+    Raises `TargetError`, `PlanError` and `WeightsError` as `pwrewrite.load` does.
     """
     applied = carry_out(model, read_plan(folder), fill=False)
     if applied.skips:

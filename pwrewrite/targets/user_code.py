@@ -161,8 +161,7 @@ def what_there_is(module: ModuleType) -> str:
 def find_named(text: str) -> tuple[object, ModuleType, str]:
     """What ``file.py:NAME`` or ``package.module:NAME`` names, its module, and the file or module as the text has it.
 
-    Raises:
-        TargetError: There is no such name, file or module, or the import fails.
+    A `TargetError` says that there is no such name, file or module, or that the import fails.
     """
     place, _, name = text.rpartition(":")
     in_file = place.endswith(".py") or Path(place).is_file()
@@ -185,9 +184,7 @@ def origin_of(module: ModuleType) -> Path | None:
 def import_file(path: Path) -> ModuleType:
     """Imports a user's file and registers it in ``sys.modules``.
 
-    Raises:
-        TargetNotFound: There is no such file.
-        TargetError: The file cannot be read or parsed, or raised while it ran.
+    Raises `TargetNotFound`, or `TargetError` for one that cannot be read or parsed, or raised while it ran.
     """
     if not path.exists():
         raise TargetNotFound(f"no such file: {path}", hint=suggest_files(path, (".py",)))
@@ -213,9 +210,7 @@ def import_file(path: Path) -> ModuleType:
 def import_module(dotted: str) -> ModuleType:
     """Imports a module by name, with the working directory importable as under ``python``.
 
-    Raises:
-        TargetNotFound: There is no such module.
-        TargetError: It raised while it ran.
+    Raises `TargetNotFound`, or `TargetError` for one that raised while it ran.
     """
     what = f"module {dotted}"
     with _on_path([Path.cwd()], []), running_user_code(what, None), real_weights():
@@ -224,7 +219,10 @@ def import_module(dotted: str) -> ModuleType:
         except Exception as error:
             if isinstance(error, ModuleNotFoundError) and error.name and f"{dotted}.".startswith(f"{error.name}."):
                 raise TargetNotFound(f"no module named {error.name!r}", hint=_module_hint(dotted)) from error
-            raise _user_error(error, what, _file_of(dotted, error)) from error
+            frames = (Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__))
+            theirs = (file for file in frames if file.is_absolute() and not file.is_relative_to(_OURS))
+            origin = next((file for file in theirs if file.parent.name != "importlib"), None)
+            raise _user_error(error, what, origin) from error
 
 
 def _module_hint(dotted: str) -> str:
@@ -233,14 +231,6 @@ def _module_hint(dotted: str) -> str:
     near = did_you_mean(["torchvision", "timm", *here], dotted.partition(".")[0], n=3)
     forms = "a target is model.py, model.py:NAME, package.module:NAME, torchvision:NAME or timm:NAME"
     return f"{near} ({forms})" if near else forms
-
-
-def _file_of(dotted: str, error: BaseException) -> Path | None:
-    """The file of a module whose import raised, as far as it can be known without importing again."""
-    names = tuple(dotted.split("."))
-    paths = [Path(frame.filename) for frame in reversed(traceback.extract_tb(error.__traceback__))]
-    ends = ((path, part.parts[-len(names) :]) for path in paths for part in (path.with_suffix(""), path.parent))
-    return next((path for path, end in ends if end == names), None)
 
 
 def _package_of(path: Path) -> tuple[Path, str | None]:

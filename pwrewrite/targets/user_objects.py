@@ -58,7 +58,7 @@ def _callable(named: Named, option: str, what: str, takes: int) -> Named:
     expected = f"{option} takes {what}"
     if not callable(named.value):
         raise UsageError(f"{named.name} is not a function", expected=expected, got=kind_of(named.value))
-    needed = missing_args(named.value, {})
+    needed = missing_args(named.value)
     if len(needed) > takes:
         raise UsageError(f"{named.name} needs the arguments {', '.join(needed)}", expected=expected)
     return named

@@ -39,7 +39,7 @@ def build_torchvision(name: str, args: Mapping[str, object]) -> object:
     if name.lower() not in known:
         raise _unknown("torchvision", name, known)
     builder = models.get_model_builder(name)
-    off = dict.fromkeys({"weights", "weights_backbone"} & set(parameters_of(builder) or {}))
+    off = dict.fromkeys({"weights", "weights_backbone"} & parameters_of(builder).keys())
     given = {**off, **_without_weights(args)}
     with warnings.catch_warnings():
         # Inception and GoogLeNet warn that their default initialisation will change.

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from pwrewrite.core.errors import PwrewriteError, TargetError, TargetNotFound, UsageError
-from pwrewrite.targets import load_target, parse_arg, parse_target, resolve_model, user_code as user_code_module
+from pwrewrite.core.numbers import parse_arg
+from pwrewrite.targets import load_target, parse_target, resolve_model, user_code as user_code_module
 
 HEAD = "import torch\nfrom torch import nn\n"
 NET = """
