@@ -109,9 +109,7 @@ class ConvSpec:
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """``(out, in/groups, *k)``, or ``(in, out/groups, *k)`` where transposed."""
-        first, second = self.out_channels, self.in_channels
-        if self.transposed:
-            first, second = second, first
+        first, second = (self.out_channels, self.in_channels)[:: -1 if self.transposed else 1]
         return (first, second // self.groups, *self.kernel_size)
 
     @property

@@ -30,11 +30,9 @@ class PwrewriteError(Exception):
         super().__init__(message)
 
     def __str__(self) -> str:
-        lines = [plain(self.message, lines=True)]
-        for label, text in (("where", self.where), ("expected", self.expected), ("got", self.got), ("try", self.hint)):
-            if text:
-                lines.append(f"  {label}: {plain(text, lines=True)}")
-        return "\n".join(lines)
+        parts = {"where": self.where, "expected": self.expected, "got": self.got, "try": self.hint}
+        shown = [f"  {label}: {plain(text, lines=True)}" for label, text in parts.items() if text]
+        return "\n".join([plain(self.message, lines=True), *shown])
 
 
 class UsageError(PwrewriteError, ValueError):

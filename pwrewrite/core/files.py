@@ -55,9 +55,7 @@ def check_writable(path: Path) -> None:
         if not folder.is_dir():
             what = "does not exist" if not folder.exists() else "is not a folder"
             raise OutputError(f"{cannot} {folder} {what}", where=where, hint="create it first")
-        places = [path] if path.exists() else [folder]
-        if path.is_file():
-            places.append(folder)
+        places = [path] * path.exists() + [folder] * (path.is_file() or not path.exists())
     if not all(os.access(place, os.W_OK) for place in places):
         raise OutputError(f"{cannot} permission denied", where=where, hint="choose a place that you may write")
 
@@ -107,7 +105,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
-    """For a library that writes to a path: yields an empty file beside the place, renamed once the block has ended.
+    """Yields an empty file beside a place, for a library to write, and renames it once the block has ended.
 
     A link stays a link. Raises `OutputError` if it cannot be written.
     """
@@ -183,10 +181,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def _remove_earlier(target: Path, names: Collection[str]) -> None:
-    """Removes what killed writers of version 0.1 left beside a folder, which have no locks: what is a day old.
-
-    That is ``.NAME.XXXXXXXX``, half written, or ``.NAME.old.XXXXXXXX/NAME``, which was replaced; with our files only.
-    """
+    """Removes what killed writers of version 0.1, which took no locks, left beside a folder: our files, a day old."""
     with contextlib.suppress(OSError):
         for place, folder in _earlier(target):
             files = list(os.scandir(folder))
@@ -198,7 +193,10 @@ def _remove_earlier(target: Path, names: Collection[str]) -> None:
 
 
 def _earlier(target: Path) -> Iterator[tuple[Path, Path]]:
-    """Folders beside a place that version 0.1 may have made, and where in them its files are."""
+    """What version 0.1 may have left beside a place, and where its files are in it.
+
+    ``.NAME.XXXXXXXX`` is half written, ``.NAME.old.XXXXXXXX/NAME`` was replaced.
+    """
     pattern = re.compile(re.escape(f".{target.name}.") + r"(old\.)?[a-z0-9_]{8}")
     for entry in list(os.scandir(target.parent)):
         name = pattern.fullmatch(entry.name)

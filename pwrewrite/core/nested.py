@@ -1,4 +1,4 @@
-"""Tensors in nested Python containers: finding them, and rebuilding the containers around others.
+"""Tensors in nested Python containers: finding them, rebuilding the containers around others, copying models.
 
 A container is opened one level at a time: tuples, lists, dicts and slices, mappings and sequences of the user's own,
 whatever is registered with ``torch.utils._pytree`` (many libraries register their outputs), and dataclasses and other
@@ -11,9 +11,9 @@ from there alone is opened by its attributes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from copy import copy
+from copy import copy, deepcopy
 from operator import setitem
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ _REGISTERED: Mapping[type, _pytree.NodeDef] = getattr(_pytree, "SUPPORTED_NODES"
 _CLOSED = ("torch", "numpy", "builtins")
 """Packages whose objects are not opened by their attributes."""
 
+_M = TypeVar("_M", bound=nn.Module)
 _Opened = tuple[Mapping[Any, Tree], Callable[[Iterable[Tree]], Tree]]
 """One level of a container: its items by key, and how it is put together around others."""
 
@@ -129,3 +130,17 @@ def _map(value: Tree, convert: Callable[[Tensor], Tree], plain: bool, above: tup
 def to_meta(t: Tensor) -> Tensor:
     """A meta tensor of the same shape, strides and dtype; the tensor itself where it is one."""
     return t if t.is_meta else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+def deep_copy(model: _M, memo: dict[int, object] | None = None) -> _M:
+    """A deep copy of a model, also of one that holds tensors with a gradient history, which ``copy.deepcopy`` refuses.
+
+    Those are what a run left behind, such as what weight norm of the older kind computes; the copy has their values.
+    """
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        held = [value for name, value in vars(module).items() if name not in ("_parameters", "_modules")]
+        for tensor in tensors_of(held):
+            if not tensor.is_leaf and id(tensor) not in memo:
+                memo[id(tensor)] = tensor.detach().clone()
+    return deepcopy(model, memo)

@@ -8,6 +8,7 @@ exactly, without a detour over floats.
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
@@ -107,8 +108,17 @@ def ratio(text: str) -> float:
     >>> ratio("50%"), ratio("0.5")
     (0.5, 0.5)
     """
-    number = text.strip().removesuffix("%")
-    return float(number) / 100 if text.strip().endswith("%") else float(number)
+    number = text.strip()
+    return float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
+
+
+def _from_zero(text: str) -> float:
+    """A ratio from 0; NaN for anything else."""
+    try:
+        value = ratio(text)
+    except ValueError:
+        return math.nan
+    return value if 0 <= value < math.inf else math.nan
 
 
 def parse_share(text: str, what: str = "share") -> float:
@@ -129,24 +139,19 @@ def parse_share(text: str, what: str = "share") -> float:
 
 def parse_error(text: str, what: str = "error") -> float:
     """Reads ``0.1`` or ``10%``; unlike a share it may be above 1. A `UsageError` if it is no number from 0."""
-    try:
-        value = ratio(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        expected = "a number from 0 such as 0.1 or 10%"
-        raise UsageError(f"{what} makes no sense", expected=expected, got=repr(text))
+    value = _from_zero(text)
+    if math.isnan(value):
+        raise UsageError(f"{what} makes no sense", expected="a number from 0 such as 0.1 or 10%", got=repr(text))
     return value
 
 
 def parse_width(text: str, what: str = "width") -> int | float:
     """Reads ``32`` as a width and ``0.5`` or ``50%`` as a ratio; a `UsageError` if it is neither, or out of range."""
     expected = "a width from 1 such as 32, or a ratio above 0 and up to 1 such as 0.5 or 50%"
-    whole = re.fullmatch(r"[+-]?[0-9]+", text.strip())
-    try:
-        value = int(text) if whole else parse_error(text, what)
-    except ValueError:
-        raise UsageError(f"{what} is neither a width nor a ratio", expected=expected, got=repr(text)) from None
+    whole = re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip())
+    value = int(text) if whole else _from_zero(text)
+    if math.isnan(value):
+        raise UsageError(f"{what} is neither a width nor a ratio", expected=expected, got=repr(text))
     if not (value >= 1 if whole else 0 < value <= 1):
         raise UsageError(f"{what} is out of range", expected=expected, got=repr(text))
     return value
@@ -179,11 +184,8 @@ def parse_increase(text: str, what: str = "--max-increase") -> tuple[str, float]
     ('macs', 0.02)
     """
     kind, _, share = text.partition("=")
-    expected = "params, macs, weights or peak-memory, and a share: macs=2%"
-    try:
-        value = ratio(share)
-    except ValueError:
-        value = -1.0
-    if kind not in ("params", "macs", "weights", "peak-memory") or not 0 <= value < float("inf"):
+    value = _from_zero(share)
+    if kind not in ("params", "macs", "weights", "peak-memory") or math.isnan(value):
+        expected = "params, macs, weights or peak-memory, and a share: macs=2%"
         raise UsageError(f"{what} makes no sense", expected=expected, got=repr(text))
     return kind, value

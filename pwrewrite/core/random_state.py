@@ -39,6 +39,5 @@ def seed_all(seed: int) -> None:
     check_seed(seed)
     torch.manual_seed(seed)
     random.seed(seed)
-    numpy = sys.modules.get("numpy.random")
-    if numpy is not None:
+    if (numpy := sys.modules.get("numpy.random")) is not None:
         numpy.seed(seed % 2**32)

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..core.copies import deep_copy
 from ..core.errors import PlanError, RefusedError, first_line, shortened
+from ..core.nested import deep_copy
 from ..core.plan import Edit, Op, Plan, Skip, SkipReason
 from .actions import Bench, Decomposer, Refused, prepare
 

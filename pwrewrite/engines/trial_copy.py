@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.copies import deep_copy
-from ..core.nested import map_tensors, tensors_of
+from ..core.nested import deep_copy, map_tensors, tensors_of
 from .held_tensors import Held, attributes, same_attributes, version_of
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from ..capturing import Capture, Inputs, info
-from ..core.copies import deep_copy
 from ..core.cost import Cost
 from ..core.errors import InputError, first_line
+from ..core.nested import deep_copy
 from ..core.plan import Edit
 from ..core.verification import Check
 from .divergence import first_divergence

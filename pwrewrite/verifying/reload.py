@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.copies import deep_copy
 from ..core.errors import first_line
+from ..core.nested import deep_copy
 from .context import Context, Results
 from .values import unlike
 

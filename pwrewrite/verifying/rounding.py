@@ -8,7 +8,7 @@ from math import inf, sqrt
 import torch
 from torch import Tensor, nn
 
-from ..core.copies import deep_copy
+from ..core.nested import deep_copy
 from .inputs import Arguments, map_arguments
 from .numerics import errors, exact_limits, nudged, roundoff
 from .outputs import Flat

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..capturing import Inputs, split_inputs
-from ..core.copies import deep_copy
 from ..core.errors import InputError, RefusedError
+from ..core.nested import deep_copy
 from ..engines.frozen import Frozen, freeze
 from ..engines.timing import time_in_turns
 from ..layers.partitions import CALLS

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm, weight_norm
 
 import pwrewrite
-from pwrewrite.core.copies import deep_copy
+from pwrewrite.core.nested import deep_copy
 
 
 class Remembers(nn.Module):

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ...core.copies import deep_copy
 from ...core.errors import PlanError
+from ...core.nested import deep_copy
 from ...core.plan import Op, SkipReason
 from ..graph_edit import argument, drop_node, finish
 from .bench import Bench, Refused, not_traced

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ...core.convolution import ConvSpec
-from ...core.copies import deep_copy
 from ...core.errors import PlanError, RefusedError, shortened
+from ...core.nested import deep_copy
 from ...core.plan import Edit, Op
 from ..swap import stem
 from .bench import Bench, WeightedModule, param_count, train_like

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from ...core.copies import deep_copy
+from ...core.nested import deep_copy
 from ...core.plan import Edit, Op
 from ...layers import PointwiseActivation
 from ...layers.unfused import Unfused
