@@ -8,10 +8,11 @@ energy, EVBMF), and whether that pays. Every layer that a pass looks at and leav
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, SupportsIndex
+from typing import ClassVar, SupportsIndex
 
 from torch import Tensor, nn
 
@@ -21,11 +22,12 @@ from ..capturing.records import Capture, Layer, info
 from ..core.convolution import ConvSpec
 from ..core.errors import UsageError
 from ..core.plan import Estimate, Op, Skip, SkipReason
+from ..core.records import Json
 from ..decompose import RankSpec
 from ..forms.form import Axes, Form
 from ..forms.specs import chain_macs, chain_params, linear_spec, spec_to_dict
 from ..layers.factorized import ACTIVATIONS, NORMS, Factorized
-from .patterns import overwriter
+from .patterns import overwriter, tensor_of
 
 Proposal = Op | Skip
 
@@ -50,16 +52,14 @@ class Pass(ABC):
 
     @abstractmethod
     def propose(self, capture: Capture) -> list[Proposal]:
-        """Operations to carry out and layers skipped, in graph order.
-
-        Args:
-            capture: The model as it is now.
+        """Operations to carry out and layers skipped, in graph order, for a model as it is now.
 
         Raises:
             UsageError: If a setting does not fit the model, such as a pattern that matches nothing.
         """
 
 
+@dataclass(eq=False)
 class LayerPass(Pass):
     """A pass that replaces single layers by one form: a convolution, or a linear map where ``linear``.
 
@@ -89,52 +89,44 @@ class LayerPass(Pass):
     default_rank: ClassVar[RankSpec] = 0.5
     linear: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        rank: Rank | None = None,
-        *,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
-        select: Callable[[Layer], bool] | None = None,
-        min_share: float = 0.0,
-        min_gain: float | None = None,
-        energy: float | None = None,
-        vbmf: bool = False,
-        multiple: int | None = None,
-        allow_growth: bool = False,
-        replan: bool = False,
-        init: str = "weights",
-        norm: str | None = None,
-        activation: str | None = None,
-    ) -> None:
-        ways = {"rank": rank is not None, "energy": energy is not None, "vbmf": vbmf}
+    rank: Rank | None = None
+    _: KW_ONLY
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    select: Callable[[Layer], bool] | None = None
+    min_share: float = 0.0
+    min_gain: float | None = None
+    energy: float | None = None
+    vbmf: bool = False
+    multiple: int | None = None
+    allow_growth: bool = False
+    replan: bool = False
+    init: str = "weights"
+    norm: str | None = None
+    activation: str | None = None
+
+    def __post_init__(self) -> None:
+        ways = {"rank": self.rank is not None, "energy": self.energy is not None, "vbmf": self.vbmf}
         if sum(ways.values()) > 1:
-            both = " and ".join(name for name, chosen in ways.items() if chosen)
+            both = " and ".join(name for name, way in ways.items() if way)
             raise UsageError(f"{both} exclude each other", hint="give one way to choose the widths")
-        if init not in ("weights", "fresh"):
-            raise UsageError(f"unknown init {init!r}", expected="weights or fresh")
-        if init == "weights" and (norm or activation):
-            raise UsageError(
-                "a norm or an activation between the stages changes the function that the weights stand for",
-                hint="they go with init='fresh'",
-            )
-        if init == "fresh" and (energy is not None or vbmf):
+        check_init(self.init)
+        if self.init == "weights" and (self.norm or self.activation):
+            message = "a norm or an activation between the stages changes the function that the weights stand for"
+            raise UsageError(message, hint="they go with init='fresh'")
+        if self.init == "fresh" and (self.energy is not None or self.vbmf):
             raise UsageError("energy and vbmf read the weights that init='fresh' throws away", hint="give a rank")
-        for table, name, what in ((NORMS, norm, "norm"), (ACTIVATIONS, activation, "activation")):
+        for table, name, what in ((NORMS, self.norm, "norm"), (ACTIVATIONS, self.activation, "activation")):
             if name is not None and name not in table:
                 raise UsageError(f"unknown {what} {name!r}", expected=f"one of {', '.join(table)}")
-        for name, share in (("min_share", min_share), ("min_gain", min_gain)):
+        for name, share in (("min_share", self.min_share), ("min_gain", self.min_gain)):
             if share is not None and not 0 <= share <= 1:
                 raise UsageError(f"{name} {share!r} is no share", expected="a number from 0 to 1")
-        if energy is not None and not 0 < energy <= 1:
-            raise UsageError(f"energy {energy!r} is no share", expected="a number above 0 and up to 1")
-        self.ranks = self._spread(self.default_rank if rank is None else rank)
-        self.include, self.exclude, self.select = tuple(include), tuple(exclude), select
-        widths_given = energy is None and not vbmf and all(_is_width(value) for value in self.ranks.values())
-        self.min_gain = min_gain if min_gain is not None else 0.0 if widths_given else DEFAULT_GAIN
-        self.min_share, self.energy, self.vbmf, self.multiple = min_share, energy, vbmf, multiple
-        self.allow_growth, self.replan = allow_growth, replan
-        self.init, self.norm, self.activation = init, norm, activation
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise UsageError(f"energy {self.energy!r} is no share", expected="a number above 0 and up to 1")
+        self.ranks = self._spread(self.default_rank if self.rank is None else self.rank)
+        computed = self.energy is not None or self.vbmf or not all(map(_is_width, self.ranks.values()))
+        self.least_gain = self.min_gain if self.min_gain is not None else DEFAULT_GAIN if computed else 0.0
 
     def _spread(self, rank: Rank) -> dict[str, RankSpec]:
         names = self.form.widths
@@ -143,26 +135,20 @@ class LayerPass(Pass):
             raise UsageError(f"{self.name} takes {len(names)} width(s): {', '.join(names)}", got=repr(rank))
         for name, value in zip(names, ranks):
             if isinstance(value, (int, float)) and (isinstance(value, bool) or not value > 0):
-                raise UsageError(
-                    f"{name} {value!r} is neither a width nor a ratio",
-                    expected="an integer from 1, or a ratio above 0 and up to 1",
-                )
+                expected = "an integer from 1, or a ratio above 0 and up to 1"
+                raise UsageError(f"{name} {value!r} is neither a width nor a ratio", expected=expected)
             decompose.resolve_rank(value, 1 << 30, name=name)
         return dict(zip(names, ranks))
 
-    # --------------------------------------------------------------------------------------- proposing
-
     def propose(self, capture: Capture) -> list[Proposal]:
         """See `Pass.propose`."""
-        selected = self._selected(capture)
+        wanted = chosen(capture, self.include, self.exclude)
         owners = Owners(capture)
         total = sum(layer.macs for layer in capture.layers) or 1
         proposals: list[Proposal] = []
         too_wide: list[UsageError] = []
-        for layer in capture.layers:
-            if not self.concerns(layer):
-                continue
-            if id(layer) not in selected:
+        for layer in filter(self.concerns, capture.layers):
+            if id(layer) not in wanted or (self.select is not None and not self.select(layer)):
                 proposals.append(Skip(layer.path, SkipReason.EXCLUDED, "left out by include, exclude or select"))
                 continue
             try:
@@ -176,14 +162,11 @@ class LayerPass(Pass):
         return proposals
 
     def _propose_layer(self, capture: Capture, layer: Layer, owners: Owners, total: int) -> Proposal:
-        refusal = self.refusal(capture, layer, owners)
-        if refusal is not None:
+        if refusal := self.refusal(capture, layer, owners):
             return refusal
-        share = layer.macs / total
-        if share < self.min_share:
-            return Skip(
-                layer.path, SkipReason.BELOW_SHARE, f"{share:.2%} of the MACs, below --min-share {self.min_share:.2%}"
-            )
+        if (share := layer.macs / total) < self.min_share:
+            detail = f"{share:.2%} of the MACs, below --min-share {self.min_share:.2%}"
+            return Skip(layer.path, SkipReason.BELOW_SHARE, detail)
         spec = spec_of(layer)
         axes = self.form.splits(spec)[0]
         widths = self._widths(layer, spec, owners, axes)
@@ -196,16 +179,18 @@ class LayerPass(Pass):
         unfit = None if self.linear else self.form.unfit(spec_of(layer))
         if unfit is not None:
             return Skip(layer.path, *unfit)
-        refused = self._inside_rewrite(layer, owners) or eligible(capture, layer, owners)
-        return refused or self._overwritten(capture, layer)
+        place = None if self.replan else enclosing_rewrite(owners.modules, layer.path, Factorized)
+        if place is not None:
+            detail = f"part of what a rewrite put at {place or 'the root'}"
+            return Skip(layer.path, SkipReason.ALREADY_BOTTLENECK, detail)
+        return eligible(capture, layer, owners) or self._overwritten(capture, layer)
 
     def _overwritten(self, capture: Capture, layer: Layer) -> Skip | None:
         """Whether the first factor would keep what is overwritten for its backward pass; the layer keeps a copy."""
         spec, form, widths = spec_of(layer), self.form, dict.fromkeys(self.form.widths, 1)
         if not spec.pads_copy or all(form.stages(spec, widths, axes)[0][1].pads_copy for axes in form.splits(spec)):
             return None
-        writer = overwriter(capture, layer)
-        if writer is None:
+        if (writer := overwriter(capture, layer)) is None:
             return None
         detail = (
             f"its input is overwritten by {writer.name} after it ran; the layer keeps a padded copy for its backward "
@@ -214,13 +199,7 @@ class LayerPass(Pass):
         return Skip(layer.path, SkipReason.WRITTEN, detail)
 
     def op(
-        self,
-        layer: Layer,
-        spec: ConvSpec,
-        widths: Mapping[str, int],
-        *,
-        axes: Axes = None,
-        scope: str = "",
+        self, layer: Layer, spec: ConvSpec, widths: Mapping[str, int], *, axes: Axes = None, scope: str = ""
     ) -> Proposal:
         """The op for given widths, or a skip where it would not pay and growth is not allowed."""
         estimate = estimate_chain(layer, spec, self.form, widths, axes)
@@ -229,50 +208,25 @@ class LayerPass(Pass):
             if grows(estimate):
                 return Skip(layer.path, SkipReason.NO_GAIN, growth(f"at {shown}", estimate))
             gain = 1 - estimate.macs_after / estimate.macs_before
-            if gain < self.min_gain:
+            if gain < self.least_gain:
                 detail = (
-                    f"at {shown} it would save {gain:.1%} of its MACs, less than {self.min_gain:.1%} (--min-gain); "
+                    f"at {shown} it would save {gain:.1%} of its MACs, less than {self.least_gain:.1%} (--min-gain); "
                     "give a smaller width, or a smaller least gain"
                 )
                 return Skip(layer.path, SkipReason.NO_GAIN, detail)
-        settings: dict[str, Any] = {
-            "form": self.form.name,
-            "widths": dict(widths),
-            "init": self.init,
-            "layer": spec_to_dict(spec),
-        }
+        settings: dict[str, Json] = {"form": self.form.name, "widths": dict(widths), "init": self.init}
+        settings["layer"] = spec_to_dict(spec)
         if axes is not None:
             settings["axes"] = list(axes)
-        if self.norm:
-            settings["norm"] = self.norm
-        if self.activation:
-            settings["activation"] = self.activation
+        settings |= {key: name for key, name in (("norm", self.norm), ("activation", self.activation)) if name}
         if layer.functional:
             settings |= {"weight": layer.weight, "scope": scope}
         return Op("factorize", layer.path, self.name, settings, estimate)
-
-    # -------------------------------------------------------------------------------------- which layers
 
     @classmethod
     def concerns(cls, layer: Layer) -> bool:
         """Whether a layer is of the kind that this pass is about at all."""
         return layer.op == "linear" if cls.linear else layer.spec is not None
-
-    def _inside_rewrite(self, layer: Layer, owners: Owners) -> Skip | None:
-        place = None if self.replan else enclosing_rewrite(owners.modules, layer.path, Factorized)
-        if place is None:
-            return None
-        return Skip(layer.path, SkipReason.ALREADY_BOTTLENECK, f"part of what a rewrite put at {place or 'the root'}")
-
-    def _selected(self, capture: Capture) -> set[int]:
-        matching = chosen(capture, self.include, self.exclude)
-        return {
-            id(layer)
-            for layer in capture.layers
-            if self.concerns(layer) and id(layer) in matching and (self.select is None or self.select(layer))
-        }
-
-    # --------------------------------------------------------------------------------------- how wide
 
     def _widths(self, layer: Layer, spec: ConvSpec, owners: Owners, axes: Axes) -> dict[str, int] | Skip:
         limits = self.form.limits(spec, axes)
@@ -292,17 +246,18 @@ class LayerPass(Pass):
         return widths
 
     def _width(self, layer: Layer, name: str, limit: int) -> int:
-        """A width or ratio as a width of one layer.
-
-        Raises:
-            UsageError: If it is beyond the layer's channels.
-        """
+        """A width or ratio as a width of one layer; raises `UsageError` where it is beyond the layer's channels."""
         try:
             return decompose.resolve_rank(self.ranks[name], limit, self.multiple, name)
         except UsageError as error:
-            raise UsageError(
-                error.message, where=layer.path, expected=error.expected, got=error.got, hint=error.hint
-            ) from None
+            error.where = layer.path
+            raise
+
+
+def check_init(init: str) -> None:
+    """Refuses what says neither to start from the weights nor anew."""
+    if init not in ("weights", "fresh"):
+        raise UsageError(f"unknown init {init!r}", expected="weights or fresh")
 
 
 def enclosing_rewrite(
@@ -329,39 +284,38 @@ def growth(what: str, estimate: Estimate) -> str:
 
 def _is_width(value: RankSpec) -> bool:
     """Whether a rank is a width as such, not a share of the channels."""
-    if isinstance(value, str):
-        return value.strip().isdigit()
-    return isinstance(value, SupportsIndex)
+    return value.strip().isdigit() if isinstance(value, str) else isinstance(value, SupportsIndex)
 
 
 def chosen(capture: Capture, include: Sequence[str], exclude: Sequence[str]) -> set[int]:
-    """Identities of the layers that patterns on paths choose.
-
-    Args:
-        capture: The model.
-        include: Patterns; all layers where empty. A layer's aliases count.
-        exclude: Patterns of what is left out of these.
+    """Identities of the layers that some path patterns include (all where there are none) and others do not exclude.
 
     Raises:
         UsageError: If a pattern matches nothing.
     """
+    names = {id(layer): (layer.path, *layer.aliases) for layer in capture.layers}
     rewritten = [n for n, m in capture.model.named_modules(remove_duplicate=False) if isinstance(m, Factorized)]
-    for pattern in (*include, *exclude):
-        if any(fnmatchcase(path, pattern) for path in rewritten):
-            continue  # an earlier pass replaced the layer of this name
-        if not any(_matches(layer, pattern) for layer in capture.layers):
-            paths = [path for layer in capture.layers for path in (layer.path, *layer.aliases)]
-            near = get_close_matches(pattern, paths, n=3, cutoff=0.4) or paths[:5]
+    known = [name for each in names.values() for name in each]
+    for pattern in (*include, *exclude):  # an earlier pass may have replaced the layer of this name
+        if not matching((*rewritten, *known), pattern):
             raise UsageError(
                 f"the pattern {pattern!r} matches no layer",
                 expected="a path, or a pattern such as 'layer3.*'",
-                hint=f"layers are called {', '.join(near)}",
+                hint=f"layers are called {near(known, pattern)}",
             )
     return {
-        id(layer)
-        for layer in capture.layers
-        if (not include or any(_matches(layer, p) for p in include)) and not any(_matches(layer, p) for p in exclude)
+        key for key, each in names.items() if (not include or matching(each, *include)) and not matching(each, *exclude)
     }
+
+
+def matching(paths: Iterable[str], *patterns: str) -> set[str]:
+    """Those of some patterns that one of some paths matches."""
+    return {pattern for pattern in patterns if any(fnmatchcase(path, pattern) for path in paths)}
+
+
+def near(paths: Sequence[str], pattern: str) -> str:
+    """The paths most like a pattern, for a hint."""
+    return ", ".join(get_close_matches(pattern, paths, n=3, cutoff=0.4) or paths[:5])
 
 
 def spec_of(layer: Layer) -> ConvSpec:
@@ -373,10 +327,7 @@ def spec_of(layer: Layer) -> ConvSpec:
 
 def weight_of(layer: Layer, owners: Owners) -> Tensor | None:
     """A layer's weight."""
-    path, _, name = layer.weight.rpartition(".")
-    module = owners.modules.get(path)
-    weight = getattr(module, name, None) if module is not None else None
-    return weight if isinstance(weight, Tensor) else None
+    return tensor_of(owners, layer.weight)
 
 
 def estimate_chain(layer: Layer, spec: ConvSpec, form: Form, widths: Mapping[str, int], axes: Axes = None) -> Estimate:
@@ -386,14 +337,8 @@ def estimate_chain(layer: Layer, spec: ConvSpec, form: Form, widths: Mapping[str
     return Estimate(layer.params, chain_params(chain), layer.macs, macs)
 
 
-def _matches(layer: Layer, pattern: str) -> bool:
-    return any(fnmatchcase(path, pattern) for path in (layer.path, *layer.aliases))
-
-
 def scope_of(capture: Capture, layer: Layer) -> str:
     """The module whose code makes the one call of a functional layer; ``""`` for a module."""
     if not layer.functional:
         return ""
-    name = layer.calls[0].node
-    node = next(n for n in capture.graph.nodes if n.name == name)
-    return info(node).path
+    return next(info(node).path for node in capture.graph.nodes if node.name == layer.calls[0].node)

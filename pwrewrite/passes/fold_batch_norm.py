@@ -16,8 +16,8 @@ convolution's own weight, worked out anew in each call, goes into that weight.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -27,15 +27,14 @@ from ..capturing.eligibility import module_refusal
 from ..capturing.records import Capture, Layer, info
 from ..core.convolution import CONV_MODULES
 from ..core.plan import Estimate, Op, Skip, SkipReason
+from ..core.records import Json
+from ..edit.actions.bench import spec_of_module
 from ..edit.actions.code_norm import TENSORS
+from ..edit.actions.fold_weight import WEIGHT
 from ..forms.specs import spec_to_dict
 from ..layers.known import hooked
 from .base import Pass, Proposal, spec_of
-from .patterns import Graph, plain_weight, tensor
-from .weight_norms import weight_norms
-
-_ARGUMENTS = ("input", *TENSORS, "training", "momentum", "eps")
-"""Of ``F.batch_norm``, in order."""
+from .patterns import Graph
 
 _ARITHMETIC = {
     *("add", "sub", "rsub", "mul", "div", "neg", "rsqrt", "sqrt", "reciprocal", "pow", "exp", "addcmul", "batch_norm"),
@@ -43,6 +42,8 @@ _ARITHMETIC = {
     *("to", "type", "type_as", "float", "detach", "iadd", "imul", "isub"),
 }
 """Operations of which a frozen norm's code may consist."""
+
+_LAYERS = (*CONV_MODULES, nn.Linear)
 
 
 class FoldBatchNorm(Pass):
@@ -54,24 +55,21 @@ class FoldBatchNorm(Pass):
 
     def propose(self, capture: Capture) -> list[Proposal]:
         """See `Pass.propose`."""
-        graph = Graph(capture)
-        taken: set[str] = set()
+        graph, taken = Graph(capture), set[str]()
         proposals: list[Proposal] = []
-        norms = _norms(graph)
+        norms = list(_norms(graph))
         for norm in norms:
-            if not isinstance(norm, Skip) and graph.calls[norm.path] > 1:
-                calls = [other for other in norms if isinstance(other, _Norm) and other.path == norm.path]
-                if norm is not calls[0]:
-                    continue
-                found = _fold_repeated(graph, calls)
-            else:
-                found = norm if isinstance(norm, Skip) else _fold(graph, norm, taken)
-            if isinstance(found, Op):
-                taken.add(found.settings["layer"])
-            proposals.append(found)
-        return [*proposals, *weight_norms(graph, self.name)]
+            if isinstance(norm, Skip):
+                proposals.append(norm)
+                continue
+            calls = [n for n in norms if isinstance(n, _Norm) and n.path == norm.path and graph.calls[n.path] > 1]
+            if norm is (calls or [norm])[0]:
+                proposals.append(_fold(graph, calls or [norm], taken))
+                taken |= {p.settings["layer"] for p in proposals[-1:] if isinstance(p, Op)}
+        return [*proposals, *_weight_norms(graph)]
 
 
+@dataclass(frozen=True)
 class _Norm:
     """One call of a norm.
 
@@ -79,56 +77,55 @@ class _Norm:
         path: Its path; that of its mean where it is a function call.
         source: What it reads.
         last: The node that makes its output, up to the norm itself.
+        tensors: Its running mean and variance, and what else it computes with.
         keep: Names of its children that run behind the norm.
         code: Settings of a function call: ``tensors``, ``eps`` and ``scope``; of a norm written out: ``affine``.
     """
 
-    def __init__(
-        self, path: str, source: Any, last: fx.Node, keep: tuple[str, ...] = (), code: dict[str, Any] | None = None
-    ) -> None:
-        self.path, self.source, self.last, self.keep, self.code = path, source, last, keep, code or {}
+    path: str
+    source: object
+    last: fx.Node
+    tensors: Sequence[object]
+    keep: tuple[str, ...] = ()
+    code: dict[str, Json] = field(default_factory=dict)
 
-    def tensors(self, graph: Graph) -> Any:
-        """What has its statistics, and scale and shift where it has them, as attributes."""
-        if self.code.get("affine"):
-            module = graph.modules[self.path]
-            first = next(t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
-            return SimpleNamespace(running_mean=first, running_var=first)
-        if not self.code:
-            return graph.modules[self.path]
-        names = self.code["tensors"].items()
-        return SimpleNamespace(**{key: None if name is None else tensor(graph, name) for key, name in names})
+    @property
+    def channels(self) -> int:
+        """How many channels it normalises; 0 where it has no running statistics."""
+        mean, var, *_ = self.tensors
+        return mean.numel() if isinstance(mean, Tensor) and isinstance(var, Tensor) else 0
 
 
-def _norms(graph: Graph) -> list[_Norm | Skip]:
+def _norms(graph: Graph) -> Iterator[_Norm | Skip]:
     """Every batch norm of the graph."""
-    found: list[_Norm | Skip] = []
     written_out: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
-        if node.op == "call_module" and info(node).op == "batch_norm":
-            found.append(_Norm(str(node.target), node.args[0] if node.args else None, node))
-        elif node.op in ("call_function", "call_method") and _is_affine(graph.modules.get(info(node).path)):
-            written_out.setdefault(info(node).path, []).append(node)
-        elif node.op == "call_function" and info(node).op == "batch_norm":
-            if _is_layer(graph.modules.get(info(node).path)):
-                continue  # a layer that normalises its weight, not an activation
-            found.append(_functional(graph, node))
-    affine = (_written_out(graph, path, nodes) for path, nodes in written_out.items())
-    return [*found, *(norm for norm in affine if norm is not None)]
+        op, path, module = info(node).op, info(node).path, graph.modules.get(info(node).path)
+        if node.op == "call_module" and op == "batch_norm":
+            yield _of_module(str(node.target), graph.modules[str(node.target)], node, node)
+        elif node.op in ("call_function", "call_method") and _is_affine(module):
+            written_out.setdefault(path, []).append(node)
+        elif node.op == "call_function" and op == "batch_norm" and isinstance(module, _BatchNorm):
+            yield _subclass(graph, path, module, node)
+        elif node.op == "call_function" and op == "batch_norm" and not isinstance(module, _LAYERS):
+            yield _in_code(graph, node)
+    for path, nodes in written_out.items():
+        if all(info(node).op in _ARITHMETIC for node in nodes):
+            yield _written_out(graph, path, nodes)
 
 
-def _functional(graph: Graph, node: fx.Node) -> _Norm | Skip:
-    """A norm module with a forward of its own, or a call in other code."""
-    path = info(node).path
-    module = graph.modules.get(path)
-    if not isinstance(module, _BatchNorm):
-        return _in_code(graph, node)
+def _of_module(path: str, module: nn.Module, node: fx.Node, last: fx.Node, keep: Sequence[str] = ()) -> _Norm:
+    tensors = [getattr(module, name, None) for name in TENSORS]
+    return _Norm(path, node.args[0] if node.args else None, last, tensors, tuple(keep))
+
+
+def _subclass(graph: Graph, path: str, module: nn.Module, node: fx.Node) -> _Norm | Skip:
+    """A norm module with a forward of its own."""
     if any(argument is True for argument in (node.kwargs.get("training"), *node.args[5:6])):
         return Skip(path, SkipReason.NO_STATISTICS, "it normalises with the statistics of each batch")
-    if graph.inside[path] != 1:
-        return Skip(
-            path, SkipReason.NOT_TRACED, "its code runs other operations beside the norm, or it is called twice"
-        )
+    if len(graph.code[path]) != 1:
+        detail = "its code runs other operations beside the norm, or it is called twice"
+        return Skip(path, SkipReason.NOT_TRACED, detail)
     keep: list[str] = []
     last = node
     while (reader := graph.sole_reader(last)) is not None:
@@ -141,7 +138,7 @@ def _functional(graph: Graph, node: fx.Node) -> _Norm | Skip:
     ours = [n for n in graph.nodes if n.op != "get_attr" and info(n).path.startswith(f"{path}.")]
     if len(ours) != len(keep):
         return Skip(path, SkipReason.NOT_TRACED, "its code does more than run its children behind the norm")
-    return _Norm(path, node.args[0], node, tuple(keep))
+    return _of_module(path, module, node, last, keep)
 
 
 def _in_code(graph: Graph, node: fx.Node) -> _Norm | Skip:
@@ -149,197 +146,191 @@ def _in_code(graph: Graph, node: fx.Node) -> _Norm | Skip:
     where = graph.where(node)
     if node.target is not F.batch_norm:
         return Skip(where, SkipReason.FUNCTIONAL, "a batch norm by another function than F.batch_norm; use that")
-    given = dict(zip(_ARGUMENTS, node.args)) | node.kwargs
+    given = dict(zip(("input", *TENSORS, "training", "momentum", "eps"), node.args)) | node.kwargs
     if given.get("training", False) is not False or given.get("running_mean") is None:
         return Skip(where, SkipReason.NO_STATISTICS, "it normalises with the statistics of each batch")
     names: dict[str, str | None] = {}
     for key in TENSORS:
         read = given.get(key)
-        name = str(read.target) if isinstance(read, fx.Node) and read.op == "get_attr" else None
-        held = None if name is None else tensor(graph, name)
+        name = names[key] = str(read.target) if isinstance(read, fx.Node) and read.op == "get_attr" else None
+        held = None if name is None else graph.tensor(name)
         if read is not None and held is None:
             return Skip(where, SkipReason.FUNCTIONAL, f"its {key} is computed by the code; keep it as a buffer")
-        names[key] = name
-        if held is None or name is None:
+        if name is None:
             continue
         users = [user for n in graph.owners.reads[name] for user in n.users]
         if len(users) > 1 or graph.calls[name.rpartition(".")[0]] or len(graph.owners.holders.get(id(held), ())) > 1:
             return Skip(where, SkipReason.SHARED_WEIGHT, f"its {key}, {name}, is also used elsewhere")
-    eps = given.get("eps", 1e-5)
-    code = {"tensors": names, "eps": eps, "scope": info(node).path}
-    return _Norm(str(names["running_mean"]), given.get("input"), node, code=code)
+    tensors = [None if name is None else graph.tensor(name) for name in names.values()]
+    code = {"tensors": names, "eps": given.get("eps", 1e-5), "scope": info(node).path}
+    return _Norm(str(names["running_mean"]), given.get("input"), node, tensors, code=code)
 
 
 def _is_affine(module: nn.Module | None) -> bool:
     """Whether a module may be a scale and a shift per channel: it holds one number per channel, once or more."""
-    if module is None or isinstance(module, _BatchNorm) or _is_layer(module) or any(True for _ in module.children()):
+    if module is None or isinstance(module, (_BatchNorm, *_LAYERS)) or list(module.children()):
         return False
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     return bool(tensors) and all(t.numel() == tensors[0].numel() == max(t.shape, default=0) for t in tensors)
 
 
-def _written_out(graph: Graph, path: str, nodes: list[fx.Node]) -> _Norm | Skip | None:
-    """A norm whose code computes scale and shift from its tensors; None for something else."""
-    own = set(nodes)
-    if any(info(n).op not in _ARITHMETIC for n in nodes):
-        return None
-    reads = [n for n in nodes for a in n.all_input_nodes if a not in own and a.op != "get_attr"]
-    outs = [n for n in nodes if any(user not in own for user in n.users)]
-    sources = {a for n in reads for a in n.all_input_nodes if a not in own and a.op != "get_attr"}
+def _written_out(graph: Graph, path: str, nodes: list[fx.Node]) -> _Norm | Skip:
+    """A norm whose code computes scale and shift from its tensors."""
+    sources = {a for n in nodes for a in n.all_input_nodes if a not in nodes and a.op != "get_attr"}
+    outs = [n for n in nodes if any(user not in nodes for user in n.users)]
     if len(sources) != 1 or len(outs) != 1:
         return Skip(path, SkipReason.CALLED_TWICE, "a norm that is called more than once")
-    return _Norm(path, sources.pop(), outs[0], code={"affine": True})
+    module = graph.modules[path]
+    first = next(t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
+    return _Norm(path, sources.pop(), outs[0], (first, first, *module.parameters()), code={"affine": True})
 
 
-def _fold(graph: Graph, norm: _Norm, taken: set[str]) -> Proposal:
+def _fold(graph: Graph, calls: Sequence[_Norm], taken: set[str]) -> Proposal:
     """The op for one norm, or why there is none."""
-    mean = _mean(graph, norm)
-    if isinstance(mean, Skip):
-        return mean
-    path = norm.path
-    before = _before(graph, norm, mean.numel())
+    norm, path = calls[0], calls[0].path
+    if path in graph.modules and hooked(graph.modules[path]):
+        return Skip(path, SkipReason.HOOKS, "has a hook, which would no longer see the norm's output; remove it")
+    if not norm.channels:
+        detail = "no running statistics, so it normalises each batch by itself"
+        return Skip(path, SkipReason.NO_STATISTICS, detail)
+    if len(calls) > 1:
+        return _fold_repeated(graph, calls)
+    before = _before(graph, norm)
     if isinstance(before, Layer) and before.path not in taken:
-        return _op(graph, norm, before, "behind")
-    after = _behind(graph, norm, mean.numel())
+        return _op(norm, before, "behind")
+    after = _behind(graph, norm)
     if isinstance(after, Layer) and after.path not in taken:
-        return _op(graph, norm, after, "before")
+        return _op(norm, after, "before")
     if isinstance(after, Skip) and (isinstance(before, Layer) or before.reason is SkipReason.NOT_BEHIND_LAYER):
         return after if after.reason is not SkipReason.NOT_BEHIND_LAYER or isinstance(before, Layer) else before
     return before if isinstance(before, Skip) else _far(path, "a layer that another norm was folded into")
 
 
-def _fold_repeated(graph: Graph, calls: list[_Norm]) -> Proposal:
+def _fold_repeated(graph: Graph, calls: Sequence[_Norm]) -> Proposal:
     """The op for a norm that is called several times: always behind the same layer, which is called as often."""
-    path = calls[0].path
-    mean = _mean(graph, calls[0])
-    if isinstance(mean, Skip):
-        return mean
-    copies = f"called {graph.calls[path]} times, not each time behind the same layer; folding would need copies of it"
-    if len(calls) != graph.calls[path]:
-        return Skip(path, SkipReason.CALLED_TWICE, copies)
-    found: list[Layer] = []
-    for norm in calls:
-        before = _before(graph, norm, mean.numel(), calls=len(calls))
-        if isinstance(before, Skip):
-            elsewhere = before.reason is SkipReason.NOT_BEHIND_LAYER
-            return Skip(path, SkipReason.CALLED_TWICE, copies) if elsewhere else before
-        found.append(before)
-    if any(layer is not found[0] for layer in found):
-        return Skip(path, SkipReason.CALLED_TWICE, copies)
-    return _op(graph, calls[0], found[0], "behind")
-
-
-def _mean(graph: Graph, norm: _Norm) -> Tensor | Skip:
-    """A norm's running mean, or why it cannot be folded into anything."""
-    path, module = norm.path, norm.tensors(graph)
-    if hooked(graph.modules[path] if norm.code.get("affine") else module):
-        return Skip(path, SkipReason.HOOKS, "has a hook, which would no longer see the norm's output; remove it")
-    mean = getattr(module, "running_mean", None)
-    if not isinstance(mean, Tensor) or not isinstance(getattr(module, "running_var", None), Tensor):
-        detail = "no running statistics, so it normalises each batch by itself"
-        return Skip(path, SkipReason.NO_STATISTICS, detail)
-    return mean
+    layers = [_before(graph, norm, len(calls)) for norm in calls]
+    skip = next((each for each in layers if isinstance(each, Skip)), None)
+    if skip is not None and skip.reason is not SkipReason.NOT_BEHIND_LAYER:
+        return skip
+    first = layers[0]
+    if isinstance(first, Skip) or any(layer is not first for layer in layers):
+        detail = f"called {len(calls)} times, not each time behind the same layer; folding would need copies of it"
+        return Skip(calls[0].path, SkipReason.CALLED_TWICE, detail)
+    return _op(calls[0], first, "behind")
 
 
 def _far(path: str, what: str) -> Skip:
     return Skip(path, SkipReason.NOT_BEHIND_LAYER, f"reads {what}, into which nothing can be folded")
 
 
-def _before(graph: Graph, norm: _Norm, channels: int, calls: int = 1) -> Layer | Skip:
+def _before(graph: Graph, norm: _Norm, calls: int = 1) -> Layer | Skip:
     """The layer whose only reader is the norm, in the one of its ``calls`` that the norm reads."""
     source = graph.back(norm.source)
-    if not isinstance(source, fx.Node):
+    if not isinstance(source, fx.Node) or not isinstance(norm.source, fx.Node):
         return _far(norm.path, "no single tensor")
     layer = graph.layers.get(source.name)
     if layer is None:
         return _far(norm.path, f"the output of {info(source).op}")
-    if isinstance(norm.source, fx.Node) and (len(source.users) != 1 or len(norm.source.users) != 1):
+    if len(source.users) != 1 or len(norm.source.users) != 1:
         return Skip(norm.path, SkipReason.SEVERAL_READERS, f"the output of {layer.path} is read elsewhere, too")
-    facts = info(source)
-    if layer.spec is None and len(facts.outputs[0].shape) != 2:
+    axes = len(info(source).outputs[0].shape)
+    if layer.spec is None and axes != 2:
         return _far(norm.path, "a linear map over an axis that it does not normalise")
-    if layer.out_channels != channels or (layer.spec is not None and len(facts.outputs[0].shape) < layer.spec.dims + 2):
+    if layer.out_channels != norm.channels or (layer.spec is not None and axes < layer.spec.dims + 2):
         return _far(norm.path, "an unbatched convolution")
-    refusal = _usable(graph, norm, layer, calls)
-    if refusal is None and isinstance(norm.source, fx.Node):
-        why = graph.unfixed(source, next(iter(norm.source.users)))
-        refusal = None if why is None else Skip(norm.path, SkipReason.DATA_DEPENDENT, why)
-    return refusal or layer
+    if refusal := _unusable(graph, norm, layer, calls):
+        return refusal
+    why = graph.unfixed(source, next(iter(norm.source.users)))
+    return Skip(norm.path, SkipReason.DATA_DEPENDENT, why) if why else layer
 
 
-def _behind(graph: Graph, norm: _Norm, channels: int) -> Layer | Skip:
+def _behind(graph: Graph, norm: _Norm) -> Layer | Skip:
     """The layer that is the norm's only reader and pads with nothing that the norm has not seen."""
-    nothing = _far(norm.path, "nothing linear")
-    if any(type(graph.modules[f"{norm.path}.{name}"]) is not nn.Identity for name in norm.keep):
-        return nothing
     last = graph.onward(norm.last)
     reader = graph.sole_reader(last)
     layer = graph.layers.get(reader.name) if reader is not None else None
-    if layer is None or reader is None or not reader.args or reader.args[0] is not last:
-        return nothing
-    spec = layer.spec
-    if layer.in_channels != channels or (spec is not None and len(info(reader).inputs[0].shape) < spec.dims + 2):
-        return nothing
-    if spec is None:
-        if len(info(reader).inputs[0].shape) != 2:
-            return nothing
-    elif spec.transposed or (spec.padding_mode == "zeros" and any(map(any, spec.padding))) or layer.functional:
+    alone = all(type(graph.modules[f"{norm.path}.{name}"]) is nn.Identity for name in norm.keep)
+    if not alone or layer is None or reader is None or not reader.args or reader.args[0] is not last:
+        return _far(norm.path, "nothing linear")
+    spec, axes = layer.spec, len(info(reader).inputs[0].shape)
+    if layer.in_channels != norm.channels or (axes != 2 if spec is None else axes < spec.dims + 2):
+        return _far(norm.path, "nothing linear")
+    zeros = spec is not None and spec.padding_mode == "zeros" and any(map(any, spec.padding))
+    if spec is not None and (spec.transposed or zeros or layer.functional):
         detail = f"{layer.path} pads with zeros, which the norm's shift would not reach"
         return Skip(norm.path, SkipReason.PADDING, detail)
-    held = norm.source
-    if not isinstance(held, fx.Node) or graph.written(held, norm.last, reader):
+    if not isinstance(norm.source, fx.Node) or graph.written(norm.source, norm.last, reader):
         return Skip(norm.path, SkipReason.WRITTEN, f"what it reads is written into before {layer.path} runs")
-    if (why := graph.unfixed(norm.last, reader)) is not None:
+    if why := graph.unfixed(norm.last, reader):
         return Skip(norm.path, SkipReason.DATA_DEPENDENT, why)
-    return _usable(graph, norm, layer) or layer
+    return _unusable(graph, norm, layer) or layer
 
 
-def _usable(graph: Graph, norm: _Norm, layer: Layer, calls: int = 1) -> Skip | None:
+def _unusable(graph: Graph, norm: _Norm, layer: Layer, calls: int = 1) -> Skip | None:
     """Why a layer's weights may not be changed; None where they may."""
-    module: Any = graph.modules.get(layer.path)
-    path = norm.path
+    module, path, holders = graph.modules.get(layer.path), norm.path, graph.owners.holders
     if len(layer.calls) != calls:
         several = "only one of them is" if calls == 1 else f"{calls} of them are"
         detail = f"{layer.path} is called {len(layer.calls)} times, and {several} normalised by this"
         return Skip(path, SkipReason.CALLED_TWICE, detail)
-    if not _is_layer(module):
+    if module is None or not isinstance(module, _LAYERS):
         return Skip(path, SkipReason.FUNCTIONAL, f"{layer.path} is a functional call; make it a module")
-    refusal = module_refusal(layer.path, module, graph.owners.holders)
+    refusal = module_refusal(layer.path, module, holders)
     if refusal is not None and refusal.reason is not SkipReason.OVERRIDDEN_FORWARD:
         return Skip(path, refusal.reason, f"{layer.path} {refusal.detail}")
     called = {call.node for call in layer.calls}
-    own = not layer.functional or any(n.name in called and info(n).path == layer.path for n in graph.nodes)
+    own = not layer.functional or any(info(graph.named[name]).path == layer.path for name in called)
     prefix = f"{layer.path}." if layer.path else ""
     reads = [u for name in ("weight", "bias") for n in graph.owners.reads.get(prefix + name, []) for u in n.users]
     if not own or any(u.name not in called for u in reads):
         return Skip(path, SkipReason.WEIGHT_READ, f"the weight of {layer.path} is read by other code")
-    holders = graph.owners.holders
-    if not plain_weight(module._parameters.get("weight")) or any(
-        p is not None and len(holders.get(id(p), [])) > 1 for p in module._parameters.values()
-    ):
+    shared = any(len(holders[id(p)]) > 1 for p in module.parameters(recurse=False))
+    weight = module._parameters.get("weight")
+    plain = weight is not None and type(weight) in (nn.Parameter, Tensor) and not weight.is_quantized
+    if weight is None or not plain or not weight.is_floating_point() or shared:
         return Skip(path, SkipReason.SHARED_WEIGHT, f"the weight of {layer.path} is shared or no plain parameter")
     return None
 
 
-def _is_layer(module: Any) -> bool:
-    return isinstance(module, (*CONV_MODULES, nn.Linear))
-
-
-def _op(graph: Graph, norm: _Norm, layer: Layer, side: str) -> Op:
-    held = norm.tensors(graph)
-    own = [getattr(held, name, None) for name in ("weight", "bias")]
-    if norm.code.get("affine"):
-        own = list(graph.modules[norm.path].parameters())
-    params = layer.params + sum(p.numel() for p in own if isinstance(p, nn.Parameter))
-    has_bias = spec_of(layer).bias
-    after = layer.params + (0 if has_bias else layer.out_channels)
-    settings: dict[str, Any] = {
+def _op(norm: _Norm, layer: Layer, side: str) -> Op:
+    params = layer.params + sum(p.numel() for p in norm.tensors[2:] if isinstance(p, nn.Parameter))
+    after = layer.params + (0 if spec_of(layer).bias else layer.out_channels)
+    settings: dict[str, Json] = {
         "layer": layer.path,
         "side": side,
-        "channels": layer.out_channels if side == "behind" else layer.in_channels,
+        "channels": norm.channels,
         "spec": spec_to_dict(spec_of(layer)),
+        **({"keep": list(norm.keep)} if norm.keep else {}),
+        **norm.code,
     }
-    if norm.keep:
-        settings["keep"] = list(norm.keep)
-    settings |= norm.code
     return Op("fold", norm.path, FoldBatchNorm.name, settings, Estimate(params, after, layer.macs, layer.macs))
+
+
+def _weight_norms(graph: Graph) -> Iterator[Proposal]:
+    """An op for each convolution that normalises its weight in each call; the action tries them out."""
+    norms = [n for n in graph.nodes if n.op == "call_function" and info(n).op == "batch_norm"]
+    for path in dict.fromkeys(info(node).path for node in norms):
+        proposal = _weight_norm(graph, path)
+        if proposal is not None:
+            yield proposal
+
+
+def _weight_norm(graph: Graph, path: str) -> Proposal | None:
+    module = graph.modules.get(path)
+    spec = spec_of_module(module) if isinstance(module, nn.Conv2d) else None
+    if module is None or spec is None or [*module.children(), *module.buffers()]:
+        return None
+    refusal = module_refusal(path, module, graph.owners.holders)
+    if refusal is None or refusal.reason is not SkipReason.OVERRIDDEN_FORWARD:
+        return refusal
+    for key, parameter in module.named_parameters():
+        reads = [user for node in graph.owners.reads.get(f"{path}.{key}" if path else key, []) for user in node.users]
+        if any(info(user).path != path for user in reads) or len(graph.owners.holders.get(id(parameter), ())) > 1:
+            return None
+    own = [node for node in graph.nodes if info(node).path == path and node.op != "get_attr"]
+    layer = next((graph.layers[node.name] for node in own if node.name in graph.layers), None)
+    if layer is None:
+        return None
+    params, same = sum(p.numel() for p in module.parameters()), any(info(node).op == "pad" for node in own)
+    settings = {"side": WEIGHT, "layer": path, "same": same, "spec": spec_to_dict(spec)}
+    return Op("fold", path, FoldBatchNorm.name, settings, Estimate(params, spec.params, layer.macs, layer.macs))

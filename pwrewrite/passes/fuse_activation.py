@@ -26,15 +26,13 @@ from ..core.plan import Estimate, Op, Skip, SkipReason
 from ..edit.actions.bench import spec_of_module
 from ..forms.specs import spec_to_dict
 from ..layers.kernels import LOSES_NAN
-from ..layers.known import hooked
+from ..layers.known import Found, hooked
 from .base import Pass, Proposal, spec_of
 from .patterns import UNFUSED, Graph, passes_on
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _CACHED = 5 * 2**20
 """Bytes of a map that is still in a cache when an activation runs behind the kernel that made it. Measured on one core:
 ResNet-50, MobileNet, GoogLeNet and RegNet at 224² take 0.95-1.01 times as long, with maps of 25 MB up to 1.08 times."""
-_IN_PLACE_ADDS = frozenset({"add_", "iadd", "__iadd__"})
 
 
 class FusePointwiseActivation(Pass):
@@ -56,19 +54,12 @@ class FusePointwiseActivation(Pass):
 
     def propose(self, capture: Capture) -> list[Proposal]:
         """See `Pass.propose`."""
-        graph = Graph(capture)
-        fused: set[fx.Node] = set()
-        proposals: list[Proposal] = []
-        for node in graph.nodes:
-            layer = graph.layers.get(node.name)
-            if layer is None:
-                continue
-            found = self._one(capture, graph, layer, node, fused)
-            if found is not None:
-                proposals.append(found)
+        graph, fused = Graph(capture), set[fx.Node]()
+        calls = [(graph.layers[node.name], node) for node in graph.nodes if node.name in graph.layers]
+        firsts = [layer for layer, node in calls if node.name == layer.calls[0].node]
+        proposals = [proposal for layer in firsts if (proposal := self._layer(graph, layer, fused))]
         done = {p.path for p in proposals}
-        for node in graph.nodes:
-            skip = None if node in fused else _left(graph, node)
+        for skip in (_left(graph, node) for node in graph.nodes if node not in fused):
             if skip is not None and skip.path not in done:
                 done.add(skip.path)
                 proposals.append(skip)
@@ -77,98 +68,67 @@ class FusePointwiseActivation(Pass):
     def _keeping_nan(self, graph: Graph, proposals: list[Proposal]) -> list[Proposal]:
         """The proposals, with what keeps NaN where that is wanted or costs little."""
         losing = {p.path for p in proposals if isinstance(p, Op) and p.settings["activation"] in LOSES_NAN}
-        keep = self.keep_nan
-        if keep is None:
-            calls = [graph.named[name] for name, layer in graph.layers.items() if layer.path in losing]
-            keep = all(spec.nbytes <= _CACHED for call in calls for spec in info(call).outputs)
-        if not keep:
+        calls = [graph.named[name] for name, layer in graph.layers.items() if layer.path in losing]
+        cached = all(spec.nbytes <= _CACHED for call in calls for spec in info(call).outputs)
+        if not (cached if self.keep_nan is None else self.keep_nan):
             return proposals
         return [
             replace(p, settings={**p.settings, "keep_nan": True}) if isinstance(p, Op) and p.path in losing else p
             for p in proposals
         ]
 
-    def _one(self, capture: Capture, graph: Graph, layer: Layer, node: fx.Node, fused: set[fx.Node]) -> Proposal | None:
-        if len(layer.calls) > 1:
-            return self._repeated(capture, graph, layer, node, fused)
-        last = graph.onward(node, dropouts=False)
-        reader = graph.sole_reader(last)
-        if reader is None:
-            after = [graph.activation(user) for user in last.users]
-            if any(found is not None for found in after) and len(last.users) > 1:
+    def _layer(self, graph: Graph, layer: Layer, fused: set[fx.Node]) -> Proposal | None:
+        """What to do with a layer; one that is called several times needs the same activation behind each call."""
+        calls = [graph.named[call.node] for call in layer.calls]
+        ends = [graph.onward(call, dropouts=False) for call in calls]
+        readers = [reader for end in ends if (reader := graph.sole_reader(end)) is not None]
+        acts = [graph.activation(reader) for reader in readers]
+        act, settings = next(iter(acts), None), None
+        if len(calls) == 1 and not readers:
+            if len(ends[0].users) > 1 and any(map(graph.activation, ends[0].users)):
                 return Skip(layer.path, SkipReason.SEVERAL_READERS, "its output is also read before the activation")
-            return None
-        settings: dict[str, Any] | None = None
-        act = graph.activation(reader)
+        elif len(calls) > 1 and any(acts):
+            alike = len(readers) == len(calls) and all(each == act for each in acts)
+            if not alike or len({_scope(graph, reader) for reader in readers}) > 1 or fused & set(readers):
+                detail = f"called {len(calls)} times; not every call has this activation behind it"
+                return Skip(layer.path, SkipReason.CALLED_TWICE, detail)
         if act is not None:
-            settings = self._activation(graph, layer, reader, act, fused)
-        elif self.residual and _is_add(reader):
-            settings = self._addition(graph, layer, node, last, reader, fused)
+            settings = self._activation(graph, layer, readers, act, fused)
+        elif self.residual and len(calls) == len(readers) == 1 and info(readers[0]).op in ("add", "iadd"):
+            settings = self._addition(graph, layer, calls[0], ends[0], readers[0], fused)
         if settings is None:
             return None
-        steps = [node, *sorted(settings["nodes"], key=graph.order.__getitem__)]
-        for before, behind in pairwise(steps):
-            why = graph.unfixed(before, behind, only="remove" in settings)
-            if why is not None:
+        nodes: set[fx.Node] = settings.pop("nodes")
+        steps = (
+            list(zip(calls, readers))
+            if len(calls) > 1
+            else pairwise([*calls, *sorted(nodes, key=graph.order.__getitem__)])
+        )
+        for before, behind in steps:
+            if why := graph.unfixed(before, behind, only="remove" in settings):
                 return Skip(layer.path, SkipReason.DATA_DEPENDENT, why)
-        if pads_itself(graph, layer, node):
+        if pads_itself(graph, layer):
             settings["same"] = True
-        else:
-            refusal = self._refused(capture, graph, layer)
-            if refusal is not None:
-                return refusal
-        return self._op(layer, settings, fused)
-
-    def _op(self, layer: Layer, settings: dict[str, Any], fused: set[fx.Node]) -> Op:
-        fused.update(settings.pop("nodes"))
+        elif refusal := _refused(graph, layer):
+            return refusal
+        fused |= nodes
         settings["layer"] = spec_to_dict(spec_of(layer))
         estimate = Estimate(layer.params, layer.params, layer.macs, layer.macs)
         return Op("fuse", layer.path, self.name, settings, estimate)
 
-    def _repeated(
-        self, capture: Capture, graph: Graph, layer: Layer, node: fx.Node, fused: set[fx.Node]
-    ) -> Proposal | None:
-        """A layer that is called several times: fused where the same code has the same activation behind each call."""
-        calls = [graph.named[call.node] for call in layer.calls]
-        readers = [graph.sole_reader(graph.onward(call, dropouts=False)) for call in calls]
-        acts = [graph.activation(reader) if reader is not None else None for reader in readers]
-        if node is not calls[0] or not any(acts):
-            return None
-        behind = [reader for reader in readers if reader is not None]
-        scopes = {_scope(graph, reader) for reader in behind}
-        if acts[0] is None or any(act != acts[0] for act in acts) or len(scopes) > 1 or fused & set(behind):
-            detail = f"called {len(layer.calls)} times; not every call has this activation behind it"
-            return Skip(layer.path, SkipReason.CALLED_TWICE, detail)
-        refusal = self._refused(capture, graph, layer)
-        if refusal is not None:
-            return refusal
-        (name, numbers), path = acts[0]
-        only = bool(path) and graph.calls_of(path) == len(behind)
-        for call, reader in zip(calls, behind):
-            if (why := graph.unfixed(call, reader, only=only)) is not None:
-                return Skip(layer.path, SkipReason.DATA_DEPENDENT, why)
-        if path and hooked(graph.modules[path]):
+    def _activation(
+        self, graph: Graph, layer: Layer, behind: list[fx.Node], act: tuple[Found, str], fused: set[fx.Node]
+    ) -> dict[str, Any] | None:
+        """Settings for an activation behind each call of a layer."""
+        (name, numbers), path = act
+        if fused & set(behind) or (path and hooked(graph.modules[path])):
             return None
         settings: dict[str, Any] = {"activation": name, "scalars": list(numbers), "nodes": set(behind)}
         if path and graph.calls_of(path) == len(behind) and _held_by_callers(graph, path, behind):
-            return self._op(layer, settings | {"remove": path}, fused)
-        if path and (item := _item(graph, path, behind)) is not None:
-            return self._op(layer, settings | {"remove": item, "called": path, "alias": True}, fused)
-        return self._op(layer, settings | {"scope": scopes.pop(), "called": path}, fused)
-
-    def _activation(
-        self, graph: Graph, layer: Layer, node: fx.Node, act: tuple[Any, str], fused: set[fx.Node]
-    ) -> dict[str, Any] | None:
-        """Settings for an activation behind a layer."""
-        (name, numbers), path = act
-        if node in fused or (path and hooked(graph.modules[path])):
-            return None
-        settings: dict[str, Any] = {"activation": name, "scalars": list(numbers), "nodes": {node}}
-        if path and graph.calls_of(path) == 1 and _held_by_callers(graph, path, [node]):
             return settings | {"remove": path}
-        if path and (item := _item(graph, path, [node])) is not None:
+        if path and (item := _item(graph, path, behind)) is not None:
             return settings | {"remove": item, "called": path, "alias": True}
-        scope = _scope(graph, node)
+        scope = _scope(graph, behind[0])
         outside = scope and not f"{layer.path}.".startswith(f"{scope}.")
         if not path and outside and sum(graph.activation(n) == act for n in graph.code.get(scope, ())) == 1:
             settings["head"] = True
@@ -178,19 +138,18 @@ class FusePointwiseActivation(Pass):
         self, graph: Graph, layer: Layer, node: fx.Node, last: fx.Node, add: fx.Node, fused: set[fx.Node]
     ) -> dict[str, Any] | None:
         """Settings for an addition behind a layer, and the ReLU behind that where there is one."""
-        spec = layer.spec
-        if add in fused or spec is None or spec.dims != 2 or len(layer.calls) != 1:
-            return None
         operands = [a for a in add.args[:2] if isinstance(a, fx.Node)]
-        alpha = add.kwargs.get("alpha", 1)
-        if len(operands) != 2 or alpha != 1 or add.kwargs.get("out") is not None:
+        if add in fused or layer.spec is None or layer.spec.dims != 2 or len(operands) != 2:
+            return None
+        if add.kwargs.get("alpha", 1) != 1 or add.kwargs.get("out") is not None:
             return None
         other = operands[0] if operands[1] is last else operands[1]
         name = add.target if isinstance(add.target, str) else getattr(add.target, "__name__", "")
-        if other is last or (name in _IN_PLACE_ADDS and operands[0] is not last and not graph.private(other)):
+        in_place = name in ("add_", "iadd", "__iadd__")
+        if other is last or (in_place and operands[0] is not last and not graph.private(other)):
             return None
         ours, theirs = info(last).outputs[0], info(other).outputs
-        if len(theirs) != 1 or theirs[0] != ours or len(ours.shape) != 4 or other.op == "get_attr":
+        if theirs != (ours,) or len(ours.shape) != 4 or other.op == "get_attr":
             return None
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or graph.written(other, other, add) or graph.written(source, node, add):
@@ -207,28 +166,27 @@ class FusePointwiseActivation(Pass):
         path = act[1]
         if path and hooked(graph.modules[path]):
             return settings
-        settings |= {"activation": "relu", "nodes": {add, reader}}
+        relu = settings | {"activation": "relu", "nodes": {add, reader}}
         if path and graph.calls_of(path) == 1 and _held_by_callers(graph, path, [node]):
-            return settings | {"remove": path}
-        if end is add and _scope(graph, reader) == settings["scope"]:
-            return settings | {"called": path}
-        return settings | {"activation": "none", "nodes": {add}}
-
-    def _refused(self, capture: Capture, graph: Graph, layer: Layer) -> Skip | None:
-        """Why a layer cannot be fused, though an activation follows it."""
-        if layer.spec is not None and layer.spec.transposed:
-            return Skip(layer.path, SkipReason.NO_KERNEL, "no fused kernel for transposed convolutions")
-        if layer.functional:
-            return Skip(layer.path, SkipReason.FUNCTIONAL, "a functional call; make it a module")
-        return eligible(capture, layer, graph.owners)
+            return relu | {"remove": path}
+        return relu | {"called": path} if end is add and _scope(graph, reader) == scope else settings
 
 
-def pads_itself(graph: Graph, layer: Layer, node: fx.Node) -> bool:
+def _refused(graph: Graph, layer: Layer) -> Skip | None:
+    """Why a layer cannot be fused, though an activation follows it."""
+    if layer.spec is not None and layer.spec.transposed:
+        return Skip(layer.path, SkipReason.NO_KERNEL, "no fused kernel for transposed convolutions")
+    if layer.functional:
+        return Skip(layer.path, SkipReason.FUNCTIONAL, "a functional call; make it a module")
+    return eligible(graph.capture, layer, graph.owners)
+
+
+def pads_itself(graph: Graph, layer: Layer) -> bool:
     """Whether a layer may be a convolution that pads as TensorFlow does, by its own code; the action tries it out."""
     module = graph.modules.get(layer.path)
     if not isinstance(module, nn.Conv2d) or not layer.functional or len(layer.calls) != 1:
         return False
-    if info(node).path != layer.path or ConvSpec.of_module(module) != layer.spec or any(map(any, layer.spec.padding)):
+    if info(graph.named[layer.calls[0].node]).path != layer.path or any(map(any, ConvSpec.of_module(module).padding)):
         return False
     if spec_of_module(module) != layer.spec:  # its code does not call what its attributes say
         return False
@@ -236,24 +194,19 @@ def pads_itself(graph: Graph, layer: Layer, node: fx.Node) -> bool:
     return refusal is not None and refusal.reason is SkipReason.OVERRIDDEN_FORWARD
 
 
-def _is_add(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and info(node).op in ("add", "iadd")
-
-
 def _held_by_callers(graph: Graph, path: str, calls: Sequence[fx.Node]) -> bool:
     """Whether no module but those that make the calls holds an activation: one that did not run now may run later."""
-    names = graph.names_of(graph.modules[path])
-    holders = {id(graph.modules[name.rpartition(".")[0]]) for name in names}
+    holders = {id(graph.modules[name.rpartition(".")[0]]) for name in graph.names_of(graph.modules[path])}
     return all(holders <= {id(graph.modules.get(place)) for place in ("", *info(call).callers)} for call in calls)
 
 
 def _scope(graph: Graph, node: fx.Node) -> str:
     """The module whose code makes a call, where that is a container the nearest that runs it and is none."""
-    found = graph.activation(node)
-    if node.op != "call_module" and not (found is not None and found[1]):
+    act = graph.activation(node)
+    if node.op != "call_module" and (act is None or not act[1]):
         return info(node).path
     callers = _callers(node)
-    while callers and isinstance(graph.modules.get(callers[-1]), _CONTAINERS):
+    while callers and isinstance(graph.modules.get(callers[-1]), (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         callers.pop()
     return callers[-1] if callers else ""
 
@@ -269,30 +222,27 @@ def _item(graph: Graph, path: str, calls: Sequence[fx.Node]) -> str | None:
 
     That item may become an identity while the others keep the activation.
     """
-    owners = {callers[-1] if (callers := _callers(node)) else None for node in calls}
+    owners = {tuple(_callers(node)[-1:]) for node in calls}
     owner = owners.pop()
-    container = None if owner is None else graph.modules.get(owner)
+    container = graph.modules.get(owner[0]) if owner else None
     if owners or type(container) is not nn.Sequential:
         return None
     names = [name for name, child in container._modules.items() if child is graph.modules[path]]
-    made = [n for n in graph.nodes if graph.is_call_of(n, path) and _callers(n)[-1:] == [owner]]
-    if len(names) != 1 or set(made) != set(calls) or len(set(graph.names_of(container))) != 1:
+    same = {n for n in graph.nodes if graph.is_call_of(n, path) and tuple(_callers(n)[-1:]) == owner}
+    if len(names) != 1 or same != set(calls) or len(set(graph.names_of(container))) != 1:
         return None
-    return f"{owner}.{names[0]}" if owner else names[0]
+    return f"{owner[0]}.{names[0]}".removeprefix(".")
 
 
 def _left(graph: Graph, node: fx.Node) -> Skip | None:
     """Why an activation is left, for one that is."""
-    op = info(node).op
-    found = graph.activation(node)
-    if found is None and op not in UNFUSED:
-        return None
-    path = found[1] if found is not None and found[1] else graph.where(node)
-    if found is None:
-        return Skip(path, SkipReason.NO_KERNEL, f"no fused kernel for {op}")
+    op, act = info(node).op, graph.activation(node)
+    if act is None:
+        return Skip(graph.where(node), SkipReason.NO_KERNEL, f"no fused kernel for {op}") if op in UNFUSED else None
+    path = act[1] or graph.where(node)
     before = graph.back(node.args[0]) if node.args else None
-    what = info(before).op if isinstance(before, fx.Node) and not passes_on(before) else "what is read elsewhere, too"
     if isinstance(before, fx.Node) and before.name in graph.layers:
-        layer = graph.layers[before.name]
-        return Skip(path, SkipReason.NOT_BEHIND_LAYER, f"behind {layer.path}, which was left; see there")
+        detail = f"behind {graph.layers[before.name].path}, which was left; see there"
+        return Skip(path, SkipReason.NOT_BEHIND_LAYER, detail)
+    what = info(before).op if isinstance(before, fx.Node) and not passes_on(before) else "what is read elsewhere, too"
     return Skip(path, SkipReason.NOT_BEHIND_LAYER, f"it follows {what}, not a convolution or linear map")
