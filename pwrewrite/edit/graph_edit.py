@@ -82,16 +82,9 @@ def argument(node: fx.Node, position: int, name: str) -> fx.node.Argument:
 
 
 class FunctionalCall:
-    """The one functional convolution or linear map that reads a weight, in a module's graph.
+    """The one functional convolution or linear map that reads a weight, in the graph of a module (`to_graph`).
 
-    Attributes:
-        spec: Its shape facts.
-        bias_name: Name of the bias, relative to the module; None where it has none.
-        bias: The bias.
-
-    Args:
-        made: From `to_graph`.
-        weight: Name of the weight, relative to ``made``.
+    It has the ``spec``, the ``bias``, and the ``bias_name``, relative to the module as that of the weight.
 
     Raises:
         NotTraceable: If there is not exactly one such call, or if it takes what only exists when it runs.

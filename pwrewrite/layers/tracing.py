@@ -218,7 +218,7 @@ def _behind_another(value: Value) -> bool:
     return False
 
 
-def _spare(graph: Graph) -> None:
+def _spare(graph: Any) -> None:
     """Puts what the fuser does not take, and that keeps NaN, in place of ReLU, clamps and max-pools.
 
     It works in place where it reads what another operation made and nobody else reads.
@@ -235,17 +235,12 @@ def _spare(graph: Graph) -> None:
             own = len(value.uses()) == 1 and value.node().kind().startswith("aten::") and not _may_be_view(value.node())
             name = "threshold" if kind == "aten::relu" else "clamp"
             if kind in ("aten::relu", "aten::relu6"):
-                numbers = [_constant(graph, bound) for bound in (0, 0 if name == "threshold" else 6)]
+                numbers = [graph.insertConstant(bound) for bound in (0, 0 if name == "threshold" else 6)]
             other = graph.create(f"aten::{name}{'_' if own else ''}", [value, *numbers], 1)
         other.insertBefore(node)
         result = next(other.outputs())
         result.setType(node.output().type())
         node.output().replaceAllUsesWith(result)
-
-
-def _constant(graph: Any, number: int) -> Value:
-    value: Value = graph.insertConstant(number)
-    return value
 
 
 def _draws(node: Node) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ...core.errors import PlanError
 from ...core.plan import Edit, Op
 from .bake import BakeSettings, bake_weights
 from .bench import Bench, Decomposer, Refused
@@ -22,7 +21,7 @@ from .fold_weight import WEIGHT, FoldWeightSettings, fold_weight
 from .fuse import FuseSettings, fuse_layer
 from .merge import MergeSettings, merge_layers
 from .project import ProjectSettings, project_branch
-from .settings import read
+from .settings import read, wrong
 from .simplify import CODE, RemoveSettings, SimplifySettings, remove_module, simplify_code
 from .unfuse import UnfuseSettings, unfuse_layer
 
@@ -58,8 +57,7 @@ def prepare(op: Op) -> Callable[[Bench], Edit]:
     """What carries out an op, its settings read; raises `PlanError` where there is no such action or they are wrong."""
     action = ACTIONS.get(op.action)
     if action is None:
-        expected = f"one of {', '.join(ACTIONS)}"
-        raise PlanError("unknown action", where=op.where("action"), expected=expected, got=op.action)
+        raise wrong(op, "action", "unknown action", f"one of {', '.join(ACTIONS)}", op.action)
     for (name, key, value), variant in VARIANTS.items():
         if op.action == name and op.settings.get(key) == value:
             action = variant

@@ -6,6 +6,7 @@ masks. What they did in training (the power iterations of ``spectral_norm``) end
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ...core.plan import Edit, Op
 from ..swap import stem
-from .bench import Bench, not_here, param_count
+from .bench import ELSEWHERE, Bench, param_count
+from .settings import wrong
 
 
 @dataclass(frozen=True)
@@ -26,27 +28,31 @@ class BakeSettings:
     weights: tuple[str, ...] = ()
 
 
+_Undo = Callable[[nn.Module, str], object]
+_HOOKS: tuple[tuple[type, str, _Undo], ...] = (
+    (WeightNorm, "name", remove_weight_norm),
+    (SpectralNorm, "name", remove_spectral_norm),
+    (prune.BasePruningMethod, "_tensor_name", prune.remove),
+)
+"""Hooks that compute a weight: where they keep its name, and how they are removed."""
+
+
+def _hooks(module: nn.Module) -> list[tuple[str, _Undo]]:
+    hooks = module._forward_pre_hooks.values()
+    return [(getattr(hook, key), undo) for hook in hooks for kind, key, undo in _HOOKS if isinstance(hook, kind)]
+
+
 def computed_weights(module: nn.Module) -> list[str]:
     """Names of the parameters of a module that are computed before its calls."""
     parametrized = parametrize.is_parametrized(module)
     names = [name for name, _ in module.get_submodule("parametrizations").named_children()] if parametrized else []
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, (WeightNorm, SpectralNorm)):
-            names.append(hook.name)
-        elif isinstance(hook, prune.BasePruningMethod):
-            names.append(str(vars(hook)["_tensor_name"]))
-    return names
+    return names + [name for name, _ in _hooks(module)]
 
 
 def _plain(module: nn.Module) -> nn.Module:
     """The same module with plain parameters; itself where no parametrization has given it a class of its own."""
-    for hook in list(module._forward_pre_hooks.values()):
-        if isinstance(hook, WeightNorm):
-            remove_weight_norm(module, hook.name)
-        elif isinstance(hook, SpectralNorm):
-            remove_spectral_norm(module, hook.name)
-        elif isinstance(hook, prune.BasePruningMethod):
-            prune.remove(module, vars(hook)["_tensor_name"])  # type: ignore[no-untyped-call]
+    for name, undo in _hooks(module):
+        undo(module, name)
     for key, wrapped in list(module._load_state_dict_pre_hooks.items()):  # for files of earlier versions of the norms
         if getattr(getattr(wrapped, "hook", wrapped), "__module__", "").startswith("torch.nn.utils."):
             del module._load_state_dict_pre_hooks[key]
@@ -69,7 +75,8 @@ def bake_weights(bench: Bench, op: Op, settings: BakeSettings) -> Edit:
     computed = computed_weights(module)
     if not computed:
         expected = "a parametrized module, or one with weight_norm or spectral_norm of the older kind"
-        raise not_here(op, "the plan bakes a weight that is a plain one here", expected, type(module).__name__)
+        message = "the plan bakes a weight that is a plain one here"
+        raise wrong(op, "path", message, expected, type(module).__name__, ELSEWHERE)
     bench.check_held(op.path, module)
     before, aliases, training = dict(module.named_parameters()), bench.aliases(module, op.path), module.training
     edit = Edit(op, "module", "bake", params_before=param_count(module), exact="eval", aliases=aliases)

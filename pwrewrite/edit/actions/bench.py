@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import InitVar, dataclass
 from functools import partial
 from typing import TypeVar, cast
 from zlib import crc32
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from ...capturing.code_trace import NotTraceable
 from ...capturing.eligibility import find_holders, module_refusal
 from ...core.convolution import CONV_MODULES, ConvSpec
-from ...core.errors import PlanError
 from ...core.plan import Op, Skip, SkipReason
 from ...decompose import Factors
 from ...forms.specs import linear_spec
@@ -22,6 +22,7 @@ from ...layers.kernels import FORMATS
 from ..graph_edit import Regraphed
 from ..swap import held_elsewhere, names_of, replace_module
 from .evaluation import Functions, code_graph
+from .settings import wrong
 
 _T = TypeVar("_T")
 _M = TypeVar("_M", bound=nn.Module)
@@ -37,6 +38,9 @@ class WeightedModule(nn.Module):
 Decomposer = Callable[[Op, Tensor], Factors | None]
 """From an op and the layer's weight to factors of the form and widths that the op names; None for the plain ones."""
 
+ELSEWHERE = "the plan was made for another model, or was carried out already"
+"""What to try where a plan does not find what it was made for."""
+
 
 class Refused(Exception):
     """An op that is not carried out, with the skip that says why."""
@@ -46,45 +50,43 @@ class Refused(Exception):
         self.skip = Skip(path, reason, detail)
 
 
+@dataclass(eq=False)
 class Bench:
     """A copy of a model on which ops are carried out one after the other.
 
-    Args:
-        copied: A deep copy of the model; changed by the ops.
+    Attributes:
+        model: A deep copy of the model; changed by the ops.
         original: The model.
         fill: Whether new layers get weights; without it their parameters are unset, for saved ones.
         known: What was worked out before on another copy, by op; filled here.
         decomposer: What gives a layer's factors; the plain decomposition of its weights where None.
     """
 
-    def __init__(
-        self,
-        copied: nn.Module,
-        original: nn.Module,
-        fill: bool,
-        known: dict[int, object],
-        decomposer: Decomposer | None = None,
-    ) -> None:
-        self.model, self.fill, self.decomposer, self._known = copied, fill, decomposer, known
-        self._holders = find_holders(dict(copied.named_modules(remove_duplicate=False)))
-        self._held = held_elsewhere(copied, original)
+    model: nn.Module
+    original: InitVar[nn.Module]
+    fill: bool
+    known: dict[int, object]
+    decomposer: Decomposer | None
+
+    def __post_init__(self, original: nn.Module) -> None:
+        self._holders = find_holders(dict(self.model.named_modules(remove_duplicate=False)))
+        self._held = held_elsewhere(self.model, original)
 
     def find(self, op: Op, path: str, key: str = "path") -> nn.Module:
         """The module under a path that an op names in a setting; raises `PlanError` if there is none."""
         try:
             return self.model.get_submodule(path)
         except AttributeError:
-            message, expected = f"the model has no module {path!r}", "a path of this model"
             hint = "the plan was made for another model, or for this one before another rewrite"
-            raise PlanError(message, where=op.where(key), expected=expected, got=path, hint=hint) from None
+            message = f"the model has no module {path!r}"
+            raise wrong(op, key, message, "a path of this model", path, hint) from None
 
     def tensor(self, op: Op, name: str, key: str) -> Tensor:
         """The parameter or buffer of a full name; raises `PlanError` if there is none."""
         owner, _, attribute = name.rpartition(".")
         tensor = getattr(self.find(op, owner, key), attribute, None)
         if not isinstance(tensor, Tensor):
-            expected = "a parameter or buffer"
-            raise PlanError("the model has no such tensor", where=op.where(key), expected=expected, got=name)
+            raise wrong(op, key, "the model has no such tensor", "a parameter or buffer", name)
         return tensor
 
     def layer(self, op: Op, path: str, spec: ConvSpec, key: str = "path") -> WeightedModule:
@@ -103,8 +105,8 @@ class Bench:
         module = self.find(op, path, key)
         actual = spec_of_module(module)
         if actual is None:
-            expected, got = "a convolution or linear module", f"{path} is a {type(module).__name__}"
-            raise not_here(op, "the plan replaces a layer that is none here", expected, got, key)
+            message, got = "the plan replaces a layer that is none here", f"{path} is a {type(module).__name__}"
+            raise wrong(op, key, message, "a convolution or linear module", got, ELSEWHERE)
         check_spec(op, actual, spec, path)
         self.check_held(path, module)
         return cast("WeightedModule", module)
@@ -140,20 +142,14 @@ class Bench:
 
     def once(self, op: Op, work: Callable[[], _T]) -> _T:
         """The result of the one long computation of an op, worked out for the first copy of the model."""
-        if id(op) not in self._known:
-            self._known[id(op)] = work()
-        return cast("_T", self._known[id(op)])
+        if id(op) not in self.known:
+            self.known[id(op)] = work()
+        return cast("_T", self.known[id(op)])
 
 
 def not_traced(op: Op, why: object) -> Refused:
     """An op that the code around its layer does not let happen."""
     return Refused(op.path, SkipReason.NOT_TRACED, str(why))
-
-
-def not_here(op: Op, message: str, expected: str, got: str, key: str = "path") -> PlanError:
-    """A plan that does not find what it was made for."""
-    hint = "the plan was made for another model, or was carried out already"
-    return PlanError(message, where=op.where(key), expected=expected, got=got, hint=hint)
 
 
 def param_count(*modules: nn.Module) -> int:
@@ -171,9 +167,8 @@ def spec_of_module(module: nn.Module) -> ConvSpec | None:
 def check_spec(op: Op, actual: ConvSpec, spec: ConvSpec, name: str) -> None:
     """Raises `PlanError` where an op was made for another layer."""
     if actual != spec:
-        expected, hint = f"{name} is {_brief(actual)}", "make the plan anew for this model"
-        message = "the plan was made for another layer"
-        raise PlanError(message, where=op.where("layer"), expected=expected, got=_brief(spec), hint=hint)
+        message, hint = "the plan was made for another layer", "make the plan anew for this model"
+        raise wrong(op, "layer", message, f"{name} is {_brief(actual)}", _brief(spec), hint)
 
 
 def _brief(spec: ConvSpec) -> str:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ...core.errors import PlanError
 from ...core.nested import deep_copy
 from ...core.plan import Op, SkipReason
 from ..graph_edit import argument, drop_node, finish
 from .bench import Bench, Refused, not_traced
+from .settings import wrong
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class CodeNorm:
 
     def __init__(self, bench: Bench, op: Op, tensors: NormTensors, eps: float, scope: str | None) -> None:
         if scope is None:
-            raise PlanError("fold needs a scope for the norm of a call", where=op.where("scope"), expected="a path")
+            raise wrong(op, "scope", "fold needs a scope for the norm of a call", "a path")
         self.bench, self.op, self.scope = bench, op, scope
         self.names: dict[str, str | None] = vars(tensors)
         read = partial(bench.tensor, op, key="tensors")
@@ -106,17 +106,17 @@ class CodeNorm:
     def _call(self) -> fx.Node:
         """The node that makes the call."""
         calls = [n for n in self.graph_module.graph.nodes if n.op == "call_function" and n.target is F.batch_norm]
-        matching: list[fx.Node] = [n for n in calls if self._reads(n, 1, "running_mean") is self.facts.running_mean]
-        if len(matching) != 1:
-            calls_found = f"{len(matching)} calls of batch_norm with {self.names['running_mean']}"
-            raise not_traced(self.op, f"this code has {calls_found}, expected one")
+        nodes: list[fx.Node] = [n for n in calls if self._reads(n, 1, "running_mean") is self.facts.running_mean]
+        if len(nodes) != 1:
+            what = f"{len(nodes)} calls of batch_norm with {self.names['running_mean']}"
+            raise not_traced(self.op, f"this code has {what}, expected one")
         for i, key in enumerate(TENSORS, start=1):
-            if self._reads(matching[0], i, key) is not getattr(self.facts, key):
+            if self._reads(nodes[0], i, key) is not getattr(self.facts, key):
                 raise not_traced(self.op, f"the {key} of the call of batch_norm is another one")
-        call_eps = argument(matching[0], len(TENSORS) + 3, "eps")
-        if (_EPS if call_eps is None else call_eps) != self.facts.eps:
-            raise not_traced(self.op, f"the eps of the call of batch_norm is {call_eps}, not {self.facts.eps}")
-        return matching[0]
+        eps = argument(nodes[0], len(TENSORS) + 3, "eps")
+        if (_EPS if eps is None else eps) != self.facts.eps:
+            raise not_traced(self.op, f"the eps of the call of batch_norm is {eps}, not {self.facts.eps}")
+        return nodes[0]
 
     def _reads(self, node: fx.Node, position: int, key: str) -> object:
         read = argument(node, position, key)

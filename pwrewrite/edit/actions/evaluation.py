@@ -33,17 +33,16 @@ DROPS: Functions = frozenset(
 """Functions that drop something where ``training`` is true, and return their input where it is not."""
 
 
-class _Evaluating(TorchFunctionMode):
-    """Makes calls of some functions, that take ``training``, calls in evaluation."""
+class Watching(TorchFunctionMode):
+    """Shows the calls of torch's functions, and their arguments by position and by name, before they are made."""
 
-    def __init__(self, functions: Functions) -> None:
+    def __init__(self, watch: Callable[[object, tuple[Any, ...], dict[str, Any]], None]) -> None:
         super().__init__()
-        self.functions = functions
+        self.watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in self.functions:
-            kwargs["training"] = False  # these functions hand their flags on by name
+        self.watch(func, args, kwargs)
         return func(*args, **kwargs)
 
 
@@ -53,7 +52,12 @@ def code_graph(module: nn.Module, functions: Functions = frozenset()) -> Regraph
     Raises:
         NotTraceable: As there, and where an assignment such as ``+=`` may write into what something else holds.
     """
-    with _Evaluating(functions), _assignments() as written:
+
+    def evaluate(function: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if function in functions:
+            kwargs["training"] = False  # these functions hand their flags on by name
+
+    with Watching(evaluate), _assignments() as written:
         graph_module = to_graph(module)
     for node in graph_module.graph.nodes:
         if node.name in written and _seen_elsewhere(node):

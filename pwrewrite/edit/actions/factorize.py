@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...capturing.code_trace import NotTraceable
 from ...core.convolution import ConvSpec
-from ...core.errors import PlanError, RefusedError
+from ...core.errors import RefusedError
 from ...core.plan import Edit, Op
 from ...decompose import Factors
 from ...forms import FORMS, read_form
@@ -19,7 +19,7 @@ from ...layers.factorized import ACTIVATIONS, NORMS, Factorized, build
 from ..graph_edit import FunctionalCall
 from ..swap import stem
 from .bench import Bench, check_spec, make_like, not_traced, param_count
-from .settings import one_of
+from .settings import one_of, wrong
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ def _checked(op: Op, settings: FactorizeSettings) -> FactorizeSettings:
     widths = form.read_widths(settings.layer, settings.widths, axes, op.where)
     inside = "norm" if settings.norm else "activation" if settings.activation else None
     if settings.init == "weights" and inside:
-        expected = "init fresh, or none"
-        raise PlanError(f"a chain with weights has no {inside} inside", where=op.where(inside), expected=expected)
+        raise wrong(op, inside, f"a chain with weights has no {inside} inside", "init fresh, or none")
     return replace(settings, axes=axes, widths=widths)
 
 

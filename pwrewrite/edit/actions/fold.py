@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ...core.convolution import ConvSpec
-from ...core.errors import PlanError, RefusedError, shortened
 from ...core.nested import deep_copy
+from ...core.errors import RefusedError, shortened
 from ...core.plan import Edit, Op
 from ..swap import stem
 from .bench import Bench, WeightedModule, param_count, train_like
 from .code_norm import CodeNorm, NormFacts, NormTensors, affine_facts, no_affine
-from .settings import Count, Number, one_of
+from .settings import Count, Number, one_of, wrong
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,8 @@ def fold_norm(bench: Bench, op: Op, settings: FoldSettings) -> Edit:
     if settings.affine:
         norm = affine_facts(op, module, width, spec.dims, fill=bench.fill)
     if norm is None or norm.running_mean.numel() != width:
-        expected = f"a norm of {width} channels with running statistics"
-        message, got = "the plan folds a norm that is none here", shortened(str(module if code is None else norm), 80)
-        raise PlanError(message, where=op.where("path"), expected=expected, got=got)
+        expected, got = f"a norm of {width} channels with running statistics", str(module if code is None else norm)
+        raise wrong(op, "path", "the plan folds a norm that is none here", expected, shortened(got, 80))
     own = {name: p for name, p in module.named_parameters() if settings.affine or name in ("weight", "bias")}
     params, weight = param_count(layer) + (sum(p.numel() for p in own.values()) if own else norm.params), layer.weight
     fill = bench.fill and not (weight.is_meta or norm.running_mean.is_meta)
@@ -136,7 +135,7 @@ def _check(op: Op, module: nn.Module, norm: NormFacts, keep: tuple[str, ...], fi
     """Tries a norm with a forward of its own on a few numbers: whether it is scale, shift and then its children."""
     missing = [name for name in keep if name not in module._modules]
     if missing:
-        raise PlanError("the norm has no such child", where=op.where("keep"), expected="a child's name", got=missing[0])
+        raise wrong(op, "keep", "the norm has no such child", "a child's name", missing[0])
     stock = type(module).forward is nn.modules.batchnorm._BatchNorm.forward and not keep
     if stock or not fill:
         return

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from ...core.convolution import ConvSpec
 from ...core.plan import Edit, Op, SkipReason
@@ -23,24 +22,12 @@ from ...layers.factorized import make_layer
 from ...layers.known import hooked
 from ..swap import stem
 from .bench import Bench, Refused, param_count
+from .evaluation import Watching
 
 WEIGHT = "weight"
 """The side of such an op."""
 
 _SIZES = ((13, 16), (18, 15))
-
-
-class _ConvolutionWeights(TorchFunctionMode):
-    """Keeps the weights that convolutions are called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights: list[Any] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.conv2d:
-            self.weights.append(args[1] if len(args) > 1 else (kwargs or {}).get("weight"))
-        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -92,11 +79,16 @@ def own_convolution(bench: Bench, op: Op, spec: ConvSpec, does: str) -> tuple[nn
 
 def _weight(layer: nn.Conv2d) -> Tensor:
     """The weight that a layer calls its convolution with; raises if it is not one of its shape, always the same."""
-    wide, calls = copy.deepcopy(layer).double().eval(), _ConvolutionWeights()
-    with torch.no_grad(), calls:
+    wide, weights = copy.deepcopy(layer).double().eval(), list[Tensor]()
+
+    def keep(function: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if function is F.conv2d:
+            weights.append(args[1] if len(args) > 1 else kwargs["weight"])
+
+    with torch.no_grad(), Watching(keep):
         for x in _random_inputs(wide):
             wide(x)
-    first, second = calls.weights
+    first, second = weights
     if first.shape != layer.weight.shape or not torch.equal(first, second):
         raise ValueError("not one convolution with always the same weight")
     return torch.empty_like(layer.weight).copy_(first)

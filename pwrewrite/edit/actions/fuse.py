@@ -23,6 +23,7 @@ from ..swap import stem
 from .bench import Bench, Refused, not_traced, param_count
 from .evaluation import code_graph
 from .fold_weight import agree, own_convolution
+from .settings import wrong
 
 _ADDS = frozenset({operator.add, operator.iadd, torch.add})
 
@@ -82,7 +83,7 @@ def fuse_layer(bench: Bench, op: Op, settings: FuseSettings) -> Edit:
     scope = None
     if settings.residual or removed is None:
         if settings.scope is None:
-            raise PlanError("fuse needs a scope or what to remove", where=op.where("scope"), expected="a path")
+            raise wrong(op, "scope", "fuse needs a scope or what to remove", "a path")
         if settings.head:
             scope = _edit_head(bench, op, settings.scope, activation)
         else:
@@ -114,8 +115,8 @@ def _check_removed(op: Op, module: nn.Module, activation: Found) -> None:
         except Exception:  # its code calls the activation on inputs of some other shape
             same = True
     if not same:
-        message, got = "the plan removes an activation that is another one here", str(module)[:80]
-        raise PlanError(message, where=op.where("remove"), expected=activation[0], got=got)
+        message = "the plan removes an activation that is another one here"
+        raise wrong(op, "remove", message, activation[0], str(module)[:80])
 
 
 def _padding_layer(bench: Bench, op: Op, spec: ConvSpec) -> nn.Conv2d:
@@ -129,14 +130,9 @@ def _padding_layer(bench: Bench, op: Op, spec: ConvSpec) -> nn.Conv2d:
 
 @dataclass(frozen=True)
 class _Change:
-    """What is to be taken out of some code.
+    """What is to be taken out of some code, and which layer takes it over; see `FuseSettings`.
 
-    Attributes:
-        layer: The layer that takes it over.
-        activation: The activation; ``none`` for an addition alone.
-        residual: Whether an addition lies between.
-        called: The module that the code calls for it; None for a function.
-        in_code: Whether a call of the activation has to go.
+    ``in_code`` says whether a call of the activation, to the module ``called`` or a function, has to go.
     """
 
     layer: nn.Module
@@ -194,11 +190,7 @@ class _CodeEdit:
         self.graph_module, self.graph, self.path, self.change = graph_module, graph_module.graph, path, change
 
     def carry_out(self) -> None:
-        """Edits the graph.
-
-        Raises:
-            NotTraceable: If the calls are not found in it as expected; the graph is to be thrown away then.
-        """
+        """Edits the graph, which is to be thrown away where it raises `NotTraceable`."""
         call, chain = self._call()
         last = end = self._onward(call)
         other = None

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from ... import decompose
 from ...core.convolution import ConvSpec
-from ...core.errors import PlanError, RefusedError
+from ...core.errors import RefusedError
 from ...core.operations import OPERATIONS
 from ...core.plan import Edit, Op
 from ...forms.specs import pointwise_spec
 from ...layers.factorized import Factorized, Projected
 from ..swap import names_of
 from .bench import Bench, WeightedModule, layer_like, param_count
-from .settings import Allowed, Count, Offset, one_of
+from .settings import Allowed, Count, Offset, one_of, wrong
 
 CHANNEL_NORMS = tuple(m for row in OPERATIONS if row.name in ("batch_norm", "instance_norm") for m in row.modules)
 """Norms that treat each channel alone, so that some channels can go."""
@@ -138,12 +138,10 @@ def _consumer_layer(bench: Bench, op: Op, settings: ProjectSettings, consumer: C
     layer = bench.layer(op, consumer.path, consumer.layer, "consumers")
     before, spec = settings.branch_channels, consumer.layer
     if consumer.offset + before * consumer.repeat > spec.in_channels or spec.groups != 1:
-        raise PlanError(
-            f"the branch's channels are not among the inputs of {consumer.path}",
-            where=op.where("consumers"),
-            expected=f"offset + {before} × repeat up to {spec.in_channels}, and one group",
-            got=f"offset {consumer.offset}, repeat {consumer.repeat}, {spec.groups} groups",
-        )
+        message = f"the branch's channels are not among the inputs of {consumer.path}"
+        expected = f"offset + {before} × repeat up to {spec.in_channels}, and one group"
+        got = f"offset {consumer.offset}, repeat {consumer.repeat}, {spec.groups} groups"
+        raise wrong(op, "consumers", message, expected, got)
     return layer
 
 
@@ -152,8 +150,8 @@ def _norm_module(bench: Bench, op: Op, settings: ProjectSettings, norm: Norm) ->
     module, count = bench.find(op, norm.path, "norms"), norm.channels
     fits = isinstance(module, CHANNEL_NORMS) and module.num_features == count
     if not fits or norm.offset + settings.branch_channels > count:
-        message, expected = "the plan was made for another norm", f"a norm of {count} channels at {norm.path}"
-        raise PlanError(message, where=op.where("norms"), expected=expected, got=str(module))
+        expected = f"a norm of {count} channels at {norm.path}"
+        raise wrong(op, "norms", "the plan was made for another norm", expected, str(module))
     return module
 
 
@@ -164,11 +162,10 @@ def _check_init(op: Op, settings: ProjectSettings) -> None:
         most = min(most, settings.rows)
     if settings.channels > most:
         message = "a projection has no more channels than it gets, and than what its readers make of them"
-        where, expected = op.where("channels"), f"an integer from 1 to {most}"
-        raise PlanError(message, where=where, expected=expected, got=str(settings.channels))
+        raise wrong(op, "channels", message, f"an integer from 1 to {most}", str(settings.channels))
     if joint and (settings.norms or not settings.consumers):
         message = "a joint factorisation needs consumers that are reached without a norm"
-        raise PlanError(message, where=op.where("init"), expected="fresh", got="weights")
+        raise wrong(op, "init", message, "fresh", "weights")
 
 
 def _weight_for(
@@ -180,8 +177,7 @@ def _weight_for(
             return weight
     dtype = getattr(torch, str(settings.dtype), None)
     if not isinstance(dtype, torch.dtype):
-        expected = "such as float32"
-        raise PlanError("unknown dtype", where=op.where("dtype"), expected=expected, got=str(settings.dtype))
+        raise wrong(op, "dtype", "unknown dtype", "such as float32", str(settings.dtype))
     return torch.zeros((), dtype=dtype)
 
 

@@ -51,6 +51,11 @@ _WORDS = {
 }  # fmt: skip
 
 
+def wrong(op: Op, key: str, message: str, expected: str, got: str | None = None, hint: str | None = None) -> PlanError:
+    """A setting of an op that makes no sense, or does not fit the model."""
+    return PlanError(message, where=op.where(key), expected=expected, got=got, hint=hint)
+
+
 def read(record: type[_R], op: Op) -> _R:
     """The settings of an op, as the record that its action takes.
 
@@ -76,23 +81,19 @@ def _expected(kind: Any) -> str:
 class _Reader:
     op: Op
 
-    def error(self, message: str, key: str, expected: str, value: object) -> PlanError:
-        return PlanError(message, where=self.op.where(key), expected=expected, got=repr(value))
-
     def record(self, kind: type[_R], data: Mapping[str, Any]) -> _R:
         names = [field.name for field in fields(kind)]
         unknown = [key for key in data if key not in names]
         if unknown:
-            message, expected = f"{self.op.action} has no setting {unknown[0]!r}", f"one of {', '.join(names)}"
-            hint = did_you_mean(names, unknown[0]) or "remove it"
-            raise PlanError(message, where=self.op.where(unknown[0]), expected=expected, hint=hint)
+            message, hint = f"{self.op.action} has no setting {unknown[0]!r}", did_you_mean(names, unknown[0])
+            raise wrong(self.op, unknown[0], message, f"one of {', '.join(names)}", hint=hint or "remove it")
         types, values = _types(kind), dict[str, Any]()
         for field in fields(kind):
             if field.name in data:
                 values[field.name] = self.value(types[field.name], data[field.name], field.name)
             elif field.default is MISSING and field.default_factory is MISSING:
                 message = f"{self.op.action} needs the setting {field.name!r}"
-                raise PlanError(message, where=self.op.where(field.name), expected=_expected(types[field.name]))
+                raise wrong(self.op, field.name, message, _expected(types[field.name]))
         return kind(**values)
 
     def value(self, kind: Any, value: Any, key: str) -> Any:
@@ -102,12 +103,10 @@ class _Reader:
             result = self.value(arguments[0], value, key)
             if result is not None and not arguments[1].test(result):
                 message = f"unknown {key}" if isinstance(value, str) else f"this {key} makes no sense"
-                raise self.error(message, key, arguments[1].expected, value)
+                raise wrong(self.op, key, message, arguments[1].expected, repr(value))
             return result
         if origin in (Union, UnionType):
-            if value is None and NoneType in arguments:
-                return None
-            return self.value(arguments[0], value, key)
+            return None if value is None and NoneType in arguments else self.value(arguments[0], value, key)
         if kind is ConvSpec:
             return spec_from_dict(value, self.op.where(key))
         if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, Mapping):
@@ -115,10 +114,9 @@ class _Reader:
         if origin is Mapping and isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
             return {name: self.value(arguments[1], item, name) for name, item in value.items()}
         if origin is tuple and isinstance(value, (list, tuple)):
-            every = arguments[1:] == (...,)
-            if every or len(value) == len(arguments):
-                kinds = arguments[:1] * len(value) if every else arguments
+            kinds = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+            if len(kinds) == len(value):
                 return tuple(map(self.value, kinds, value, [key] * len(value)))
         if type(value) is kind or (kind is float and type(value) is int):
             return value
-        raise self.error(f"{key} is not {_expected(kind)}", key, _expected(kind), value)
+        raise wrong(self.op, key, f"{key} is not {_expected(kind)}", _expected(kind), repr(value))

@@ -15,14 +15,14 @@ import torch
 from torch import fx
 
 from ...capturing.functions import VALUE_READS, writes
-from ...core.errors import PlanError, shortened
+from ...core.errors import shortened
 from ...core.plan import Edit, Op, SkipReason
 from ...layers.known import drops, hooked
 from ..graph_edit import Regraphed, argument, calls_identity, drop_node, finish
 from ..swap import stem
 from .bench import Bench, Refused, not_traced
 from .evaluation import DROPS, name_of
-from .settings import Offset
+from .settings import Offset, wrong
 
 CODE = "code"
 """The kind of such an op."""
@@ -64,8 +64,7 @@ def remove_module(bench: Bench, op: Op, settings: RemoveSettings) -> Edit:
     module = bench.find(op, op.path)
     if type(module).__name__ != settings.kind or not drops(module):
         message, expected = "the plan removes a module that does something here", "that drops only in training"
-        got = shortened(str(module), 80)
-        raise PlanError(message, where=op.where("path"), expected=f"a {settings.kind} {expected}", got=got)
+        raise wrong(op, "path", message, f"a {settings.kind} {expected}", shortened(str(module), 80))
     bench.check_held(op.path, module)
     if hooked(module):
         raise Refused(op.path, SkipReason.HOOKS, "has a hook, which would no longer be called")

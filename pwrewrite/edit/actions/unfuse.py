@@ -15,7 +15,8 @@ from ...core.plan import Edit, Op
 from ...layers import PointwiseActivation
 from ...layers.unfused import Unfused
 from ..swap import replace_module, stem
-from .bench import Bench, not_here, param_count
+from .bench import ELSEWHERE, Bench, param_count
+from .settings import wrong
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -69,7 +70,7 @@ def unfuse_layer(bench: Bench, op: Op, settings: UnfuseSettings) -> Edit:
     fused = bench.find(op, op.path)
     if not isinstance(fused, PointwiseActivation):
         message = "the plan unfuses a layer that is not fused here"
-        raise not_here(op, message, "a fused layer", type(fused).__name__)
+        raise wrong(op, "path", message, "a fused layer", type(fused).__name__, ELSEWHERE)
     bench.check_held(op.path, fused)
     plain, inner = _plain(fused, id(fused) in _adds_residuals(bench.model)), stem(op.path)
     renamed = {f"{inner}{name.rpartition('.')[2]}": (f"{inner}{name}",) for name, _ in plain.named_parameters()}
