@@ -1,10 +1,15 @@
-"""The fused kernels of oneDNN on the CPU, and where they may run.
+"""The fused kernels of oneDNN on the CPU and of cuDNN on CUDA, and where they may run.
 
-The kernels are operations of ``torch.ops.mkldnn``, which are private to torch and named in this file alone; where one
+oneDNN's are operations of ``torch.ops.mkldnn``, which are private to torch and named in this file alone; where one
 is gone or the machine has none, `CPU_DTYPES` is empty and fused layers run as plain ones. They return right values for
 plain CPU tensors and nothing else: under autograd their gradients are silently None, fake tensors get wrong strides or
 crash, function transforms and autocast do not know them, and torch's FLOP counter takes them for nothing. So they run
 only where nobody is watching: `unwatched` says where.
+
+On CUDA cuDNN knows ReLU only. A 1×1 in channels_last is, without a copy, the matrix of its input's positions, and
+``torch._addmm_activation`` applies ReLU behind the product; its GELU is the tanh approximation, another function than
+``F.gelu``. Kernels above 3×3 take the plain path, since a 7×7 in channels_last was 17 times slower through cuDNN's
+fused kernel (pytorch#68506).
 """
 
 from __future__ import annotations
@@ -143,3 +148,27 @@ def pack(weight: Tensor, how: Geometry, shape: Sequence[int]) -> tuple[bytes, Te
     with torch.no_grad():
         packed: Tensor = _mkldnn._reorder_convolution_weight(weight.detach(), *how, list(shape))
         return (b"" if _layout is None else _layout(packed).numpy().tobytes()), packed
+
+
+CUDA_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+"""Dtypes that the kernels on CUDA take."""
+LARGEST_ON_CUDA = 3
+"""Kernel size above which cuDNN's fused kernel is not taken."""
+
+
+def multiply_on_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``relu(x · Wᵀ + b)`` over the last axis."""
+    out: Tensor = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t())
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def convolve_on_cuda(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, how: Geometry) -> Tensor | None:
+    """``relu(conv(x) + residual)`` by cuDNN; None where torch was built without it."""
+    if not torch._C._has_cudnn or not torch.backends.cudnn.enabled:
+        return None
+    settings = (how.stride, how.padding, how.dilation, how.groups)
+    if residual is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, *settings)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *settings)

@@ -9,7 +9,7 @@ with the same shape that are short enough to notice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,16 +34,11 @@ def worthwhile(x: Tensor, out: Tensor, weight: Tensor) -> bool:
 
 
 def compiled(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    how: Geometry,
-    act: Callable[[Tensor], Tensor],
+    inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, how: Geometry, act: Callable[[Tensor], Tensor]
 ) -> Compiled | None:
-    """The layer as one partition for inputs of this shape; None where the fuser does not take all of it.
+    """The layer as one partition for inputs of these shapes; None where the fuser does not take all of it.
 
-    ``x`` and ``residual``, where the layer adds one, are in channels_last; the weight is as the layer has it.
+    They are the input and, where the layer adds one, the residual, in channels_last; the weight is as the layer has it.
     """
     settings = (weight.detach(), None if bias is None else bias.detach(), how.stride, how.padding, how.dilation)
 
@@ -53,9 +48,8 @@ def compiled(
 
     with torch.inference_mode(False):
         generator = torch.Generator().manual_seed(0)
-        drawn = [torch.randn(t.shape, generator=generator) for t in (x, residual) if t is not None]
-        inputs = [t.contiguous(memory_format=FORMATS[4]) for t in drawn]
-        result = tracing.traced(plain, inputs, _TOLERANCE)
+        drawn = [torch.randn(t.shape, generator=generator).contiguous(memory_format=FORMATS[4]) for t in inputs]
+        result = tracing.traced(plain, drawn, _TOLERANCE)
     if isinstance(result, str) or not result.whole() or not result.outputs[0].is_contiguous(memory_format=FORMATS[4]):
         return None
     return Compiled(result.run, torch.get_num_threads(), weight.nbytes)

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from ..core.convolution import ConvSpec, StandsForLayer
 from ..core.errors import UsageError
-from . import cuda, kernels, partitions
+from . import kernels, partitions
 from .factorized import Device, make_layer
 from .kernels import CPU_DTYPES, FORMATS, LOSES_NAN, Geometry, plain_input, plain_tensors, unwatched
 from .known import ACTIVATIONS, activation_module, checked
@@ -200,21 +200,21 @@ class PointwiseActivation(StandsForLayer, nn.Module):
     def _on_cuda(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor | None:
         """A fused kernel on CUDA; None where there is none for this call."""
         spec = self.spec
-        if self.activation != "relu" or bias is None or x.dtype not in cuda.DTYPES or not x.numel():
+        if self.activation != "relu" or bias is None or x.dtype not in kernels.CUDA_DTYPES or not x.numel():
             return None
         if not spec.dims:
-            return None if residual is not None or x.dim() < 2 else cuda.product(x, weight, bias)
+            return None if residual is not None or x.dim() < 2 else kernels.multiply_on_cuda(x, weight, bias)
         if spec.dims != 2 or x.dim() != 4 or self.same or self._pad is not None:
             return None
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         if self._step and spec.groups == 1 and residual is None and x.is_contiguous(memory_format=torch.channels_last):
-            return cuda.product(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-        if max(spec.kernel_size) > cuda.LARGEST_KERNEL:
+            return kernels.multiply_on_cuda(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        if max(spec.kernel_size) > kernels.LARGEST_ON_CUDA:
             return None
         if residual is not None and not self._adds(x, weight, residual):
             return None
-        return cuda.convolve(x, residual, weight, bias, self._how)
+        return kernels.convolve_on_cuda(x, residual, weight, bias, self._how)
 
     def _adds(self, x: Tensor, weight: Tensor, residual: Tensor) -> bool:
         """Whether the kernel can add this residual: the same shape, no gradient, and ReLU or nothing behind it."""
@@ -257,7 +257,7 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         if packed is None or not partitions.worthwhile(x, out, weight) or not packed.due(key, partitions.CALLS):
             return
         act = self._act if self._late is None else ACTIVATIONS["none"].plain
-        partition = partitions.compiled(x, residual, weight, bias, self._how, act)
+        partition = partitions.compiled([x] if residual is None else [x, residual], weight, bias, self._how, act)
         if partition is not None:
             packed.add(key, partition)
 

@@ -30,7 +30,7 @@ from ..core.plan import Estimate, Op, Skip, SkipReason
 from ..core.records import Json
 from ..edit.actions.bench import spec_of_module
 from ..edit.actions.code_norm import TENSORS
-from ..edit.actions.fold_weight import WEIGHT
+from ..edit.actions.fold import WEIGHT
 from ..forms.specs import spec_to_dict
 from ..layers.known import hooked
 from .base import Pass, Proposal, spec_of

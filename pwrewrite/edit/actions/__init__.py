@@ -16,8 +16,7 @@ from .bake import BakeSettings, bake_weights
 from .bench import Bench, Decomposer, Refused
 from .channels_last import ChannelsLastSettings, use_channels_last
 from .factorize import FactorizeSettings, factorize_layer
-from .fold import FoldSettings, fold_norm
-from .fold_weight import WEIGHT, FoldWeightSettings, fold_weight
+from .fold import WEIGHT, FoldSettings, FoldWeightSettings, fold_norm, fold_weight
 from .fuse import FuseSettings, fuse_layer
 from .merge import MergeSettings, merge_layers
 from .project import ProjectSettings, project_branch

@@ -70,6 +70,11 @@ def name_of(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
 
 
+def function_of(node: fx.Node) -> str:
+    """Name of the function or method that a node calls; empty for any other."""
+    return name_of(node) if node.op in ("call_function", "call_method") else ""
+
+
 _OPERATORS = {f"__i{name}__": getattr(operator, name) for name in words("add sub mul truediv floordiv mod pow")}
 _tracing = threading.RLock()
 """Held by the one trace that may run at a time, since it adds methods to ``fx.Proxy``."""
@@ -135,6 +140,4 @@ def _viewed(node: fx.Node) -> list[fx.Node]:
     """What a node may be a view of."""
     if node.target is value_or:
         return node.all_input_nodes
-    if node.op not in ("call_function", "call_method") or name_of(node) not in _VIEWS:
-        return []
-    return [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]
+    return [arg for arg in node.args[:1] if isinstance(arg, fx.Node)] if function_of(node) in _VIEWS else []

@@ -22,7 +22,7 @@ from ..graph_edit import Regraphed, argument, calls_identity, drop_node, finish,
 from ..swap import stem
 from .bench import Bench, Refused, not_traced, param_count
 from .evaluation import code_graph
-from .fold_weight import agree, own_convolution
+from .fold import agree, own_convolution
 from .settings import wrong
 
 _ADDS = frozenset({operator.add, operator.iadd, torch.add})

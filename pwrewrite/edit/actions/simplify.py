@@ -21,7 +21,7 @@ from ...layers.known import drops, hooked
 from ..graph_edit import Regraphed, argument, calls_identity, drop_node, finish
 from ..swap import stem
 from .bench import Bench, Refused, not_traced
-from .evaluation import DROPS, name_of
+from .evaluation import DROPS, function_of, name_of
 from .settings import Offset, wrong
 
 CODE = "code"
@@ -120,7 +120,9 @@ class _Simplifier:
                 drop_node(node, source)
 
     def _pairs(self) -> None:
-        written = self._writes()
+        # Where the code, or a child, writes into a tensor, it matters what is a copy.
+        inplace = any(getattr(module, "inplace", False) for module in self.graph_module.modules())
+        written = inplace or any(map(_writes, self.graph.nodes))
         for node in list(self.graph.nodes):
             while isinstance(before := node.args[0] if node.args else None, fx.Node):
                 source = before.args[0] if before.args else None
@@ -133,12 +135,6 @@ class _Simplifier:
                     break
                 node.update_arg(0, source)
                 self.graph.erase_node(before)
-
-    def _writes(self) -> bool:
-        """Whether the code, or a child, writes into a tensor, so that it matters what is a copy."""
-        calls = [n for n in self.graph.nodes if n.op in ("call_function", "call_method")]
-        inplace = any(getattr(module, "inplace", False) for module in self.graph_module.modules())
-        return inplace or any(n.target is operator.setitem or writes(name_of(n), n.args, n.kwargs) for n in calls)
 
     def _dead(self) -> None:
         for node in reversed(list(self.graph.nodes)):
@@ -157,16 +153,18 @@ def called(node: fx.Node, scope: str = "") -> str:
 
 def pure(node: fx.Node) -> bool:
     """Whether a call of a function or method does nothing but return something, always the same."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = name_of(node)
-    if node.target is operator.setitem or name in VALUE_READS or node.kwargs.get("out") is not None:
-        return False
-    if writes(name, node.args, node.kwargs):
+    name = function_of(node)
+    if not name or _writes(node) or name in VALUE_READS or node.kwargs.get("out") is not None:
         return False
     if node.op == "call_function" and node.target is not getattr and not _of_torch(node.target):
         return False
     return not any(word in name for word in RANDOM)
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a call of a function or method writes into a tensor or container."""
+    name = function_of(node)
+    return bool(name) and (node.target is operator.setitem or writes(name, node.args, node.kwargs))
 
 
 def _of_torch(function: object) -> bool:
@@ -178,16 +176,12 @@ def _of_torch(function: object) -> bool:
 
 def doubled(node: fx.Node, before: fx.Node) -> bool:
     """Whether of two calls in a row the first one does nothing that the second does not do."""
-    kinds = (name_of(before), name_of(node)) if _calls(node, before) else ("", "")
+    kinds = (function_of(before), function_of(node))
     if kinds == ("contiguous", "contiguous"):
         return before.args[1:] == node.args[1:] and before.kwargs == node.kwargs
     if kinds[1] == "reshape":
         return kinds[0] in RESHAPES and not _casts(before)
     return kinds == ("view", "view") and not _casts(before) and not _casts(node)
-
-
-def _calls(*nodes: fx.Node) -> bool:
-    return all(node.op in ("call_function", "call_method") for node in nodes)
 
 
 def _casts(node: fx.Node) -> bool:
@@ -197,7 +191,7 @@ def _casts(node: fx.Node) -> bool:
 
 def undone(node: fx.Node, before: fx.Node) -> bool:
     """Whether two calls in a row give back what went in."""
-    kinds = {name_of(before), name_of(node)} if _calls(node, before) else set()
+    kinds = {function_of(before), function_of(node)}
     if kinds == {"permute"}:
         first, second = _order(before), _order(node)
         return bool(first) and len(first) == len(second) and [first[i] for i in second] == [*range(len(first))]
