@@ -24,12 +24,8 @@ from .apply import Probe
 from .graph_edit import Regraphed
 from .swap import stem
 
-_CHANGES = frozenset({"factorize", "project"})
-"""Actions that put other layers in."""
-
-_FUSES = frozenset({"fold", "merge", "fuse", "remove"})
-"""Actions that take operations away."""
-
+_CHANGES = frozenset({"factorize", "project"})  # actions that put other layers in
+_FUSES = frozenset({"fold", "merge", "fuse", "remove"})  # actions that take operations away
 _Operations = Counter[tuple[str, str, str]]
 
 

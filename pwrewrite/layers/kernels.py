@@ -152,8 +152,7 @@ def pack(weight: Tensor, how: Geometry, shape: Sequence[int]) -> tuple[bytes, Te
 
 CUDA_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 """Dtypes that the kernels on CUDA take."""
-LARGEST_ON_CUDA = 3
-"""Kernel size above which cuDNN's fused kernel is not taken."""
+LARGEST_ON_CUDA = 3  # kernel size above which cuDNN's fused kernel is not taken
 
 
 def multiply_on_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

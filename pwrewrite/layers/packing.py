@@ -20,14 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-_SHAPES = 4
-"""Input shapes for which a layer asks for a layout; from then on the last packed form serves all."""
-_LAYOUTS = 2
-"""Layouts in which a layer's weight is held."""
-_IN_USE = 1.0
-"""Seconds since its last call for which a compiled function is in use and stays."""
-_PATIENCE = 60.0
-"""Seconds that a fork waits for a lock; then the child gets a fresh one."""
+_SHAPES = 4  # input shapes for which a layer asks for a layout; from then on the last packed form serves all
+_LAYOUTS = 2  # layouts in which a layer's weight is held
+_IN_USE = 1.0  # seconds since its last call for which a compiled function is in use and stays
+_PATIENCE = 60.0  # seconds that a fork waits for a lock; then the child gets a fresh one
 
 
 class ForkSafeLock:
@@ -151,11 +147,6 @@ class Packed:
                 layout = next(reversed(held))
             form = self._forms[shape] = layout, held.get(layout, packed)
         return form[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the packed forms, partitions left out."""
-        return len(dict(self._forms.values())) * self.weight.nbytes
 
     def due(self, key: Key, calls: int) -> bool:
         """Counts a call; whether it is the one after which a partition is to be made."""

@@ -18,10 +18,8 @@ from . import tracing
 from .kernels import FORMATS, Geometry
 from .packing import Compiled
 
-CALLS = 3
-"""Calls with one shape after which a partition is made for it."""
-_MACS = 400_000_000
-"""Above this many MACs the call's own cost is below a hundredth of the kernel's time."""
+CALLS = 3  # calls with one shape, after which a partition is made for it
+_MACS = 400_000_000  # MACs above which the call's own cost is below a hundredth of the kernel's time
 _TOLERANCE = 1e-5
 """Relative distance to the plain layer, on random input, above which a partition computes something else (the fuser
 takes the tanh approximation of GELU for GELU itself, at 1e-4)."""

@@ -37,8 +37,7 @@ _create_function_from_graph _last_executed_optimized_graph"""
 FUSER = all(hasattr(_C, name) for name in _NEEDED.split())
 """Whether this build of torch has oneDNN graphs behind its interpreter."""
 
-_INNER_BYTES = 256 * 2**20
-"""At most so many bytes of values inside are compared."""
+_INNER_BYTES = 256 * 2**20  # bytes of values inside that are compared, at most
 _BINARY = frozenset({"aten::add", "aten::sub", "aten::mul", "aten::div", "aten::maximum", "aten::minimum"})
 
 

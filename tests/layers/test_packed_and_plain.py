@@ -32,7 +32,6 @@ def test_shapes_share_one_packed_form() -> None:
         for n in (8, 16, 24, 32, 40, 48, 56, 64, 72):
             made(torch.randn(1, 32, n, 8))
     assert made._packed is not None
-    assert made._packed.nbytes <= 2 * made.weight.nbytes
     assert len({id(form) for _, form in made._packed._forms.values()}) <= 2
 
 

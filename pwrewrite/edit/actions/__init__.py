@@ -9,7 +9,7 @@ to it, or the code around it cannot become a graph. A new action is a file with 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from ...core.plan import Edit, Op
 from .bake import BakeSettings, bake_weights
@@ -24,30 +24,25 @@ from .settings import read, wrong
 from .simplify import CODE, RemoveSettings, SimplifySettings, remove_module, simplify_code
 from .unfuse import UnfuseSettings, unfuse_layer
 
-
-class Action(NamedTuple):
-    """What an op of one kind may say, and what carries it out."""
-
-    settings: type[Any]
-    carry_out: Callable[[Bench, Op, Any], Edit]
-
+Action = tuple[type[Any], Callable[[Bench, Op, Any], Edit]]
+"""What an op of one kind may say, and what carries it out."""
 
 ACTIONS: dict[str, Action] = {
-    "bake": Action(BakeSettings, bake_weights),
-    "factorize": Action(FactorizeSettings, factorize_layer),
-    "project": Action(ProjectSettings, project_branch),
-    "fold": Action(FoldSettings, fold_norm),
-    "fuse": Action(FuseSettings, fuse_layer),
-    "merge": Action(MergeSettings, merge_layers),
-    "remove": Action(RemoveSettings, remove_module),
-    "channels-last": Action(ChannelsLastSettings, use_channels_last),
-    "unfuse": Action(UnfuseSettings, unfuse_layer),
+    "bake": (BakeSettings, bake_weights),
+    "factorize": (FactorizeSettings, factorize_layer),
+    "project": (ProjectSettings, project_branch),
+    "fold": (FoldSettings, fold_norm),
+    "fuse": (FuseSettings, fuse_layer),
+    "merge": (MergeSettings, merge_layers),
+    "remove": (RemoveSettings, remove_module),
+    "channels-last": (ChannelsLastSettings, use_channels_last),
+    "unfuse": (UnfuseSettings, unfuse_layer),
 }
 """Name of an action to what it is."""
 
 VARIANTS: dict[tuple[str, str, str], Action] = {
-    ("fold", "side", WEIGHT): Action(FoldWeightSettings, fold_weight),
-    ("remove", "kind", CODE): Action(SimplifySettings, simplify_code),
+    ("fold", "side", WEIGHT): (FoldWeightSettings, fold_weight),
+    ("remove", "kind", CODE): (SimplifySettings, simplify_code),
 }
 """Name of an action and a setting with its value, to what the action is then."""
 
@@ -60,7 +55,8 @@ def prepare(op: Op) -> Callable[[Bench], Edit]:
     for (name, key, value), variant in VARIANTS.items():
         if op.action == name and op.settings.get(key) == value:
             action = variant
-    settings, carry_out = read(action.settings, op), action.carry_out
+    record, carry_out = action
+    settings = read(record, op)
     return lambda bench: carry_out(bench, op, settings)
 
 

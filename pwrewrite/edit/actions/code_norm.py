@@ -75,14 +75,9 @@ class NormFacts:
 TENSORS = tuple(field.name for field in fields(NormTensors))
 """What a batch norm reads beside its input, in the order of its arguments."""
 
-_EPS = 1e-5
-"""Default of ``F.batch_norm``."""
-
-_SIZES = ((2, 3), (5, 1))
-"""Batch size and extent on which a scale and shift is tried."""
-
-_TOLERANCE = 1e-4
-"""Of the largest value: code that computes in float32 inside rounds to 6e-8 a few times."""
+_EPS = 1e-5  # default of ``F.batch_norm``
+_SIZES = ((2, 3), (5, 1))  # batch size and extent on which a scale and shift is tried
+_TOLERANCE = 1e-4  # of the largest value: code that computes in float32 inside rounds to 6e-8 a few times
 
 
 class CodeNorm:

@@ -76,8 +76,7 @@ def function_of(node: fx.Node) -> str:
 
 
 _OPERATORS = {f"__i{name}__": getattr(operator, name) for name in words("add sub mul truediv floordiv mod pow")}
-_tracing = threading.RLock()
-"""Held by the one trace that may run at a time, since it adds methods to ``fx.Proxy``."""
+_tracing = threading.RLock()  # held by the one trace that may run at a time, since it adds methods to ``fx.Proxy``
 
 
 @contextmanager
@@ -109,8 +108,7 @@ _VIEWS = words(
     expand_as view_as detach contiguous movedim swapaxes unbind diagonal t to float"""
 )
 """Functions and methods whose result may share storage with their input."""
-_KEEPS = words("append insert extend update setdefault")
-"""Methods of containers that keep their argument."""
+_KEEPS = words("append insert extend update setdefault")  # methods of containers that keep their argument
 
 
 def _seen_elsewhere(node: fx.Node) -> bool:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...core.convolution import ConvSpec
-from ...core.nested import deep_copy
 from ...core.errors import RefusedError, shortened
+from ...core.nested import deep_copy
 from ...core.plan import Edit, Op, SkipReason
 from ...layers.factorized import make_layer
 from ...layers.known import hooked
@@ -29,11 +29,8 @@ from .code_norm import CodeNorm, NormFacts, NormTensors, affine_facts, no_affine
 from .evaluation import Watching
 from .settings import Count, Number, one_of, wrong
 
-WEIGHT = "weight"
-"""The side of a norm of the layer's own weight."""
-
-_SIZES = ((13, 16), (18, 15))
-"""Sizes at which a layer with a forward of its own is tried out."""
+WEIGHT = "weight"  # the side of a norm of the layer's own weight
+_SIZES = ((13, 16), (18, 15))  # sizes at which a layer with a forward of its own is tried out
 
 
 @dataclass(frozen=True)

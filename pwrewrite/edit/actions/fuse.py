@@ -73,7 +73,14 @@ def fuse_layer(bench: Bench, op: Op, settings: FuseSettings) -> Edit:
         activation = settings.activation, checked(settings.activation, settings.scalars)
     except UsageError as error:
         raise PlanError(error.message, where=op.where("activation"), expected=error.expected, got=error.got) from None
-    layer = _padding_layer(bench, op, spec) if settings.same else bench.layer(op, op.path, spec)
+    layer: nn.Module
+    if settings.same:
+        layer, refused = own_convolution(bench, op, spec, "does more than pad")
+        trial = PointwiseActivation.of_layer(layer, spec, "none", same=True)
+        if bench.fill and not trial.weight.is_meta and not agree(layer, trial):
+            raise refused
+    else:
+        layer = bench.layer(op, op.path, spec)
     removed = None if settings.remove is None else bench.find(op, settings.remove, "remove")
     if removed is not None:
         bench.check_held(str(settings.remove), removed)
@@ -117,15 +124,6 @@ def _check_removed(op: Op, module: nn.Module, activation: Found) -> None:
     if not same:
         message = "the plan removes an activation that is another one here"
         raise wrong(op, "remove", message, activation[0], str(module)[:80])
-
-
-def _padding_layer(bench: Bench, op: Op, spec: ConvSpec) -> nn.Conv2d:
-    """A convolution with code of its own that pads its input; tried out, where it has values, at two sizes."""
-    layer, refused = own_convolution(bench, op, spec, "does more than pad")
-    tried = bench.fill and not layer.weight.is_meta
-    if tried and not agree(layer, PointwiseActivation.of_layer(layer, spec, "none", same=True)):
-        raise refused
-    return layer
 
 
 @dataclass(frozen=True)

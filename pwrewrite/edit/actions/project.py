@@ -105,9 +105,7 @@ def project_branch(bench: Bench, op: Op, settings: ProjectSettings) -> Edit:
     """Carries out a ``project`` op; a `RefusedError` says that a weight holds NaN or Inf."""
     branch = bench.find(op, op.path)
     bench.check_held(op.path, branch)
-    layers = [_consumer_layer(bench, op, settings, consumer) for consumer in settings.consumers]
-    norms = [_norm_module(bench, op, settings, norm) for norm in settings.norms]
-    _check_init(op, settings)
+    layers, norms = _readers(bench, op, settings)
     weight = _weight_for(bench, op, settings, branch, layers)
     before, after = settings.branch_channels, settings.channels
     projection = layer_like(weight, op.path, pointwise_spec(settings.dims, before, after), initialised=True)
@@ -133,39 +131,32 @@ def project_branch(bench: Bench, op: Op, settings: ProjectSettings) -> Edit:
     return replace(edit, renamed=renamed, aliases=bench.replace(branch, projected, op.path), adapted=adapted)
 
 
-def _consumer_layer(bench: Bench, op: Op, settings: ProjectSettings, consumer: Consumer) -> WeightedModule:
-    """The layer of a consumer, which takes the branch's channels."""
-    layer = bench.layer(op, consumer.path, consumer.layer, "consumers")
-    before, spec = settings.branch_channels, consumer.layer
-    if consumer.offset + before * consumer.repeat > spec.in_channels or spec.groups != 1:
-        message = f"the branch's channels are not among the inputs of {consumer.path}"
-        expected = f"offset + {before} × repeat up to {spec.in_channels}, and one group"
-        got = f"offset {consumer.offset}, repeat {consumer.repeat}, {spec.groups} groups"
-        raise wrong(op, "consumers", message, expected, got)
-    return layer
-
-
-def _norm_module(bench: Bench, op: Op, settings: ProjectSettings, norm: Norm) -> nn.Module:
-    """The module of a norm, which has the branch's channels."""
-    module, count = bench.find(op, norm.path, "norms"), norm.channels
-    fits = isinstance(module, CHANNEL_NORMS) and module.num_features == count
-    if not fits or norm.offset + settings.branch_channels > count:
-        expected = f"a norm of {count} channels at {norm.path}"
-        raise wrong(op, "norms", "the plan was made for another norm", expected, str(module))
-    return module
-
-
-def _check_init(op: Op, settings: ProjectSettings) -> None:
-    """Checks that there is a projection of this width."""
-    joint, most = settings.init == "weights", settings.branch_channels
-    if joint and settings.consumers:
-        most = min(most, settings.rows)
+def _readers(bench: Bench, op: Op, settings: ProjectSettings) -> tuple[list[WeightedModule], list[nn.Module]]:
+    """Layers and norms that read the branch's channels, and of which a projection of this width may be made."""
+    layers, norms, width = list[WeightedModule](), list[nn.Module](), settings.branch_channels
+    for consumer in settings.consumers:
+        layers.append(bench.layer(op, consumer.path, consumer.layer, "consumers"))
+        inputs, groups = consumer.layer.in_channels, consumer.layer.groups
+        if consumer.offset + width * consumer.repeat > inputs or groups != 1:
+            message = f"the branch's channels are not among the inputs of {consumer.path}"
+            expected = f"offset + {width} × repeat up to {inputs}, and one group"
+            got = f"offset {consumer.offset}, repeat {consumer.repeat}, {groups} groups"
+            raise wrong(op, "consumers", message, expected, got)
+    for norm in settings.norms:
+        norms.append(module := bench.find(op, norm.path, "norms"))
+        fits = isinstance(module, CHANNEL_NORMS) and module.num_features == norm.channels
+        if not fits or norm.offset + width > norm.channels:
+            expected = f"a norm of {norm.channels} channels at {norm.path}"
+            raise wrong(op, "norms", "the plan was made for another norm", expected, str(module))
+    joint = settings.init == "weights"
+    most = min(width, settings.rows) if joint and layers else width
     if settings.channels > most:
         message = "a projection has no more channels than it gets, and than what its readers make of them"
         raise wrong(op, "channels", message, f"an integer from 1 to {most}", str(settings.channels))
-    if joint and (settings.norms or not settings.consumers):
+    if joint and (norms or not layers):
         message = "a joint factorisation needs consumers that are reached without a norm"
         raise wrong(op, "init", message, "fresh", "weights")
+    return layers, norms
 
 
 def _weight_for(

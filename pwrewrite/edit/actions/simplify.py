@@ -24,9 +24,7 @@ from .bench import Bench, Refused, not_traced
 from .evaluation import DROPS, function_of, name_of
 from .settings import Offset, wrong
 
-CODE = "code"
-"""The kind of such an op."""
-
+CODE = "code"  # the kind of a ``remove`` on code
 RESHAPES = frozenset({"reshape", "view", "flatten"})
 """Functions and methods that give the same numbers another shape."""
 
@@ -77,72 +75,56 @@ def simplify_code(bench: Bench, op: Op, settings: SimplifySettings) -> Edit:
     graph_module = bench.graph(op, module, DROPS)
     if settings.same and any(node.target is operator.setitem for node in graph_module.graph.nodes):
         raise not_traced(op, "the code assigns items, behind which an equal call may give something else")
-    silent = {path.removeprefix(stem(op.path)) for path in settings.unread}
-    if not _Simplifier(graph_module, silent, settings.same).run():
+    unread = {path.removeprefix(stem(op.path)) for path in settings.unread}
+    if not _simplified(graph_module, unread, settings.same):
         raise not_traced(op, "the code as a graph has nothing that could go")
     aliases = bench.replace(module, graph_module, op.path)
     return Edit(op, "graph", "simplify", exact="eval", aliases=aliases, graph_module=op.path)
 
 
-class _Simplifier:
-    """Takes what does nothing out of one graph."""
+def _simplified(graph_module: Regraphed, unread: set[str], same: tuple[tuple[Call, Call], ...]) -> bool:
+    """Takes what does nothing out of a graph; whether that was anything, and no unread module is called any more."""
+    nodes, size = graph_module.graph.nodes, len(graph_module.graph.nodes)
+    calls, before = dict[Call, fx.Node](), Counter[str]()
+    for node in nodes:
+        what = called(node)
+        calls[what, before[what]] = node
+        before[what] += 1
+    for first, second in same:
+        a, b = calls.get(first), calls.get(second)
+        if a is not None and b is not None and a is not b and (a.args, a.kwargs) == (b.args, b.kwargs):
+            drop_node(b, a)
+    for node in list(nodes):
+        dropout = node.op == "call_function" and node.target in DROPS and node.kwargs.get("training") is False
+        source = argument(node, 0, "input")
+        if isinstance(source, fx.Node) and (dropout or calls_identity(graph_module, node)):
+            drop_node(node, source)
+    _join_pairs(graph_module)
+    for node in reversed(list(nodes)):
+        silent = node.op == "get_attr" or (node.op == "call_module" and str(node.target) in unread)
+        if not node.users and (silent or pure(node)):
+            graph_module.graph.erase_node(node)
+    finish(graph_module)
+    return len(nodes) < size and not any(node.op == "call_module" and str(node.target) in unread for node in nodes)
 
-    def __init__(self, graph_module: Regraphed, unread: set[str], same: tuple[tuple[Call, Call], ...]) -> None:
-        self.graph_module, self.graph, self.unread, self.same = graph_module, graph_module.graph, unread, same
 
-    def run(self) -> bool:
-        """Takes it out; whether that was anything, and no module is called any more that the op names as unread."""
-        before = len(self.graph.nodes)
-        self._duplicates()
-        self._nothings()
-        self._pairs()
-        self._dead()
-        finish(self.graph_module)
-        rest = {str(node.target) for node in self.graph.nodes if node.op == "call_module"}
-        return len(self.graph.nodes) < before and not rest & self.unread
-
-    def _duplicates(self) -> None:
-        calls, before = dict[Call, fx.Node](), Counter[str]()
-        for node in self.graph.nodes:
-            what = called(node)
-            calls[what, before[what]] = node
-            before[what] += 1
-        for first, second in self.same:
-            a, b = calls.get(first), calls.get(second)
-            if a is not None and b is not None and a is not b and (a.args, a.kwargs) == (b.args, b.kwargs):
-                drop_node(b, a)
-
-    def _nothings(self) -> None:
-        for node in list(self.graph.nodes):
-            drops = node.op == "call_function" and node.target in DROPS and node.kwargs.get("training") is False
-            source = argument(node, 0, "input")
-            if isinstance(source, fx.Node) and (drops or calls_identity(self.graph_module, node)):
+def _join_pairs(graph_module: Regraphed) -> None:
+    """Takes out what the next call in a row does too, or undoes."""
+    # Where the code, or a child, writes into a tensor, it matters what is a copy.
+    inplace = any(getattr(module, "inplace", False) for module in graph_module.modules())
+    written = inplace or any(map(_writes, graph_module.graph.nodes))
+    for node in list(graph_module.graph.nodes):
+        while isinstance(before := node.args[0] if node.args else None, fx.Node):
+            source = before.args[0] if before.args else None
+            if not isinstance(source, fx.Node):
+                break
+            if undone(node, before):
                 drop_node(node, source)
-
-    def _pairs(self) -> None:
-        # Where the code, or a child, writes into a tensor, it matters what is a copy.
-        inplace = any(getattr(module, "inplace", False) for module in self.graph_module.modules())
-        written = inplace or any(map(_writes, self.graph.nodes))
-        for node in list(self.graph.nodes):
-            while isinstance(before := node.args[0] if node.args else None, fx.Node):
-                source = before.args[0] if before.args else None
-                if not isinstance(source, fx.Node):
-                    break
-                if undone(node, before):
-                    drop_node(node, source)
-                    break
-                if written or len(before.users) > 1 or not doubled(node, before):
-                    break
-                node.update_arg(0, source)
-                self.graph.erase_node(before)
-
-    def _dead(self) -> None:
-        for node in reversed(list(self.graph.nodes)):
-            if node.users or node.op in ("placeholder", "output"):
-                continue
-            silent = node.op == "call_module" and str(node.target) in self.unread
-            if silent or pure(node) or node.op == "get_attr":
-                self.graph.erase_node(node)
+                break
+            if written or len(before.users) > 1 or not doubled(node, before):
+                break
+            node.update_arg(0, source)
+            graph_module.graph.erase_node(before)
 
 
 def called(node: fx.Node, scope: str = "") -> str:
