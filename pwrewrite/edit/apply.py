@@ -2,12 +2,9 @@
 
 Where a layer is a module, a new module takes its place under every name it has, so the model's class, code and methods
 stay (`swap`). Where it is a function call in a module's code, that one submodule becomes a graph (`graph_edit`).
-Weights come from `decompose` when a plan is carried out for the first time and stay unset when saved ones will be
-loaded.
 
 A rewrite that the model's own code does not survive (it reads ``conv.weight.dtype``) is found by a *probe*, which runs
-the result in some way. The ops that break it are then searched for by halves, each half on a fresh copy, and become
-skips.
+the result in some way. The ops that break it are searched for by halves, each half on a fresh copy, and become skips.
 """
 
 from __future__ import annotations

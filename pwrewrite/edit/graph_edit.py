@@ -1,10 +1,8 @@
 """Edits that no module swap can make: a call inside a module's own code becomes a call of a new module.
 
-Only the submodule whose code makes the call is turned into a `torch.fx.GraphModule`, with every child left as it is
-(all are leaves). Its unused parameters, buffers and children, its plain attributes, its hooks and its training flag are
-carried over. It keeps its class's name but not its methods: an edit says so.
-
-What its code does is for `code_trace` to say, and whether a graph can hold it.
+Only the submodule whose code makes the call becomes a `torch.fx.GraphModule`, with every child left as it is. All that
+it holds is carried over; it keeps its class's name but not its methods: an edit says so. `code_trace` says what its
+code does, and whether a graph can hold it.
 """
 
 from __future__ import annotations

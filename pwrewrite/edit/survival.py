@@ -1,10 +1,9 @@
 """Whether a model's own code still does what it did after a rewrite: the probe for `pwrewrite.edit.apply.carry_out`.
 
-Code that reads a layer (``conv.weight.dtype``) fails once the layer is replaced. Code that asks what a layer *is*
-(``isinstance(m, nn.Conv2d)``), or reads the width of a map, may run on and do something else in silence, which no
-comparison of shapes shows. So the probe captures the rewritten model and compares: outside of what was put in, it must
-run the same operations in the same modules, equally often. Fusing takes operations away on purpose, all of them in
-places that the ops name or in code that became a graph, which cannot branch.
+Code that reads a layer (``conv.weight.dtype``) fails once that is replaced. Code that asks what a layer *is*, or how
+wide a map, may do something else in silence, which no comparison of shapes shows. So the rewritten model is captured:
+outside of what was put in, it must run the same operations in the same modules, equally often. Fusing takes operations
+away on purpose, in places that the ops name or in code that became a graph, which cannot branch.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ class OtherOperations(RuntimeError):
 def probe_for(plan: Plan, before: Capture, inputs: Inputs) -> Probe:
     """How a model that a plan changes is tried: by whether it runs, and by what it runs where that can be told.
 
-    How many operations a model runs that needs values depends on the values. ``before`` is the capture of the model as
-    it was, on ``inputs``.
+    How many operations a model runs that needs values depends on these. ``before`` is its capture, on ``inputs``.
     """
     actions, known = {op.action for op in plan.ops}, before.coverage.values == "meta"
     if known and actions <= _CHANGES:

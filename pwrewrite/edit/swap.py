@@ -1,11 +1,9 @@
 """Putting one module in another's place, by identity, under every name that it has.
 
 Tracing reports only a module's first name; a model may hold it under several (tied blocks, a list beside an attribute).
-`replace_module` replaces it in every parent that registers it. References that are not registrations (a plain list, an
-attribute set past ``nn.Module.__setattr__``, a bound method, a closure) would keep calling the old module:
-`held_elsewhere` finds them by walking through what the model's modules hold.
-
-Limits: a reference that no module of the model leads to, such as one in a global list, is not found.
+References that are not registrations (a plain list, a bound method, a closure) would keep calling the old module:
+`held_elsewhere` finds them by walking through what the model's modules hold. A reference that no module of the model
+leads to, such as one in a global list, is not found.
 """
 
 from __future__ import annotations
@@ -43,13 +41,10 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Modul
 
 
 def held_elsewhere(copied: nn.Module, original: nn.Module) -> dict[int, str]:
-    """Which modules of a deep copy are referred to other than by registration, or shadowed by the original.
+    """Modules of a deep copy that are referred to other than by registration, or shadowed by the original; by what.
 
     A deep copy copies lists and bound methods, but not functions: a closure over the model (``lambda x: self.conv(x)``)
-    still leads to the original, whose layers the copy then calls.
-
-    Returns:
-        Identity of a module of the copy to what holds it, such as ``a list (block.convs)``.
+    still leads to the original, whose layers the copy then calls. Values are such as ``a list (block.convs)``.
     """
     own = {id(module) for module in copied.modules()}
     strange = {id(module): path for path, module in original.named_modules()}

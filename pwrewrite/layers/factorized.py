@@ -1,13 +1,10 @@
 """The modules that rewrites put in place of a convolution or a linear map.
 
 Each is a chain of ordinary convolutions under names (``conv.reduce``, ``conv.core``, ``conv.expand``), so state_dict,
-``.to()``, training, tracing and export see nothing new. Each also reads like the layer that it stands for:
-``in_channels``, ``kernel_size``, ``stride``, … are those of the original, ``bias`` is that of the last stage, and a
-transposed one takes ``output_size``.
-
-Between the stages an architect may want a norm and an activation, as in GoogLeNet (Szegedy et al. 2014) and ResNet (He
-et al. 2015): ``norm`` and ``activation`` put them after every stage but the last. Without them the chain is linear, and
-holds exactly what its factors hold.
+``.to()``, training, tracing and export see nothing new. Each also reads like the layer that it stands for: its
+``in_channels``, ``kernel_size``, …, the ``bias`` of the last stage, and ``output_size`` where it is transposed. Between
+the stages an architect may want a norm and an activation, as in GoogLeNet (Szegedy et al. 2014) and ResNet (He et al.
+2015). Without them the chain is linear, and holds exactly what its factors hold.
 """
 
 from __future__ import annotations
@@ -115,11 +112,7 @@ class Factorized(StandsForLayer, nn.Module):
         return x
 
     def load_factors(self, factors: Factors, bias: Tensor | None) -> None:
-        """Takes weights from a decomposition and the bias of the layer it stands for.
-
-        Raises:
-            RefusedError: If a factor does not fit into the range of the dtype.
-        """
+        """Takes weights from a decomposition, and a bias; raises `RefusedError` where the dtype is too small."""
         with torch.no_grad():
             for name, stage in zip(self.stage_names, factors.stages(self.spec.transposed), strict=True):
                 weight = self.get_parameter(f"{name}.weight")

@@ -1,10 +1,9 @@
 """Packed weights and compiled functions: what is held to be fast, how much of it, and until when.
 
-oneDNN computes in a layout of its own, into which a weight is packed once. Input shapes that want the same layout share
-one packed form, so a layer holds its weight once more, twice where its shapes want different layouts. A compiled
-function (a layer as a partition, a model as a function) packs the weights again, for one shape. Those are held in a
-`Pool`, which bounds their bytes in the whole process: the ones that were not used for longest go first, and where all
-are in use, no further one is made.
+oneDNN computes in a layout of its own, into which a weight is packed once; input shapes that want the same layout share
+one packed form. A compiled function (a layer as a partition, a whole model) packs the weights again, for one shape.
+Those are held in a `Pool`, which bounds their bytes in the whole process: the ones that were not used for longest go
+first, and where all are in use, no further one is made.
 """
 
 from __future__ import annotations
@@ -89,10 +88,7 @@ class Pool:
         return [(holder, key, entry) for holder in self._holders for key, entry in list(holder.compiled.items())]
 
     def admit(self, holder: Holder, key: Hashable, entry: Compiled) -> bool:
-        """Holds a function under a key of its holder; lets go those not used for longest where there is no room.
-
-        False where there is none, since all that would have to go is in use.
-        """
+        """Holds a function under a key of its holder, and lets go the oldest ones; False where all are in use."""
         with self._lock:
             excess, leaving = self.nbytes + entry.nbytes - self.limit, []
             for owner, old, held in sorted(self._entries(), key=lambda item: item[2].used):

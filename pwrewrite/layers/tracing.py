@@ -1,13 +1,12 @@
 """A function of tensors as a TorchScript graph, whose operations oneDNN's graph interface takes as compiled partitions.
 
-torch reaches that interface through the graph fuser of its TorchScript interpreter alone, by functions of ``torch._C``
-that are private. They are named in this file and nowhere else; where one is gone, `FUSER` is False, `traced` says so,
-and fused layers and models run as they do without.
+torch reaches that interface through the graph fuser of its TorchScript interpreter alone, by private functions of
+``torch._C``, named in this file only; where one is gone, `FUSER` is False, and models run as they do without.
 
 The fuser is not trusted. It writes a residual sum into memory that is read again later; two sums behind one convolution
-crash the process; some operations fail only when they run. So what it is known not to do is kept apart in the graph
-(`_separate`), the result is compared with the function itself, at the outputs and at values inside, and where they
-differ, every operation of two tensors is kept apart before this gives up. Sources: the behaviour of torch 2.11 to 2.15.
+crash the process; some operations fail only when they run. What it is known not to do is kept apart in the graph
+(`_separate`), the result is compared with the function itself, at the outputs and inside, and where they differ, every
+operation of two tensors is kept apart before this gives up. Sources: the behaviour of torch 2.11 to 2.15.
 """
 
 from __future__ import annotations

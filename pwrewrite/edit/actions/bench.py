@@ -187,8 +187,7 @@ def train_like(parameter: nn.Parameter, *sources: Tensor | None) -> None:
 def make_like(weight: Tensor, path: str, make: Callable[[str], _M], *, initialised: bool) -> _M:
     """A new module with the device, dtype and memory format of the weight that it replaces; ``make`` takes a device.
 
-    ``path`` seeds its initialisation, unless its parameters are filled in afterwards: it is equal on every device, and
-    no random generator moves.
+    ``path`` seeds its initialisation, if it is to have one: equal on every device, and no random generator moves.
     """
     if weight.is_meta or not initialised:
         new = make("meta") if weight.is_meta else make("meta").to_empty(device=weight.device)

@@ -1,11 +1,9 @@
 """What ``fold`` takes for a batch norm beside stock modules: a call in some code, and a scale and shift written out.
 
-The module whose code calls ``F.batch_norm`` becomes a graph without the call. What only the call read goes with it:
-scale and shift, statistics, and a norm module that did nothing but hold them.
-
-Frozen batch norms and channel-wise scales are written in many ways, from buffers and arithmetic. What such a module
-computes is read off its outputs, ``shift = f(0)`` and ``scale = f(1) - f(0)`` in float64, and checked on random numbers
-of two sizes, with gradients wanted and not, since such code often has a branch for either.
+The module whose code calls ``F.batch_norm`` becomes a graph without the call, and what only the call read goes with it.
+Frozen batch norms and channel-wise scales are written in many ways. What such a module computes is read off its
+outputs, ``shift = f(0)`` and ``scale = f(1) - f(0)`` in float64, and checked on random numbers of two sizes, with
+gradients wanted and not, since such code often has a branch for either.
 """
 
 from __future__ import annotations
@@ -148,10 +146,7 @@ class CodeNorm:
 
 
 def affine_facts(op: Op, module: nn.Module, channels: int, dims: int, *, fill: bool) -> NormFacts:
-    """A channel-wise affine map of inputs with some spatial dims as a batch norm of mean 0 and variance 1.
-
-    ``fill`` says whether its values matter. Raises `Refused` where it is something else.
-    """
+    """A channel-wise affine map as a batch norm of mean 0 and variance 1, or `Refused`; ``fill``: do values matter?"""
     zeros = torch.zeros(channels, dtype=torch.float64)
     tensors = (*module.parameters(), *module.buffers())
     if not fill or any(t.is_meta for t in tensors):

@@ -1,10 +1,9 @@
 """A module's own code as a graph of what it does in evaluation, where the modes differ in what is to be taken out.
 
 `to_graph` refuses code that does something else in training, such as ``F.dropout(x, p, self.training)``. An edit that
-is exact in evaluation takes just these calls out, so here they are written down as they are in evaluation.
-
-A trace makes ``x = x + y`` of ``x += y``, and that is something else where another name, a view or the caller holds
-what was written into. Code with such assignments is refused where that may be so.
+is exact in evaluation takes just these calls out, so here they are written down as they are in evaluation. A trace
+makes ``x = x + y`` of ``x += y``, which is something else where another name, a view or the caller holds what was
+written into; code with such assignments is refused where that may be so.
 """
 
 from __future__ import annotations

@@ -62,14 +62,7 @@ class FoldSettings:
 
 @dataclass(frozen=True)
 class FoldWeightSettings:
-    """Settings of a ``fold`` with the side ``weight``.
-
-    Attributes:
-        side: ``weight``.
-        spec: The layer's shape facts.
-        layer: Its path.
-        same: Whether its code pads as TensorFlow does.
-    """
+    """Settings of a ``fold`` with the side ``weight``; ``same``: whether the layer's code pads as TensorFlow does."""
 
     side: str
     spec: ConvSpec

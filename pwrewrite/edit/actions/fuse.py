@@ -1,7 +1,7 @@
 """``fuse``: a layer takes over the activation behind it, and the residual addition between.
 
-An activation module that is called once becomes an identity. Otherwise the code that calls it becomes a graph without
-the call: that of the smallest module around the layer, looked for outwards.
+An activation module that is called once becomes an identity. Otherwise the code that calls it, that of the smallest
+module around the layer, becomes a graph without the call.
 """
 
 from __future__ import annotations

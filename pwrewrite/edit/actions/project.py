@@ -3,7 +3,6 @@
 With ``init: weights`` the consumers' slices ``W_j``, reshaped to ``(out · k, branch_channels)`` and stacked, are
 factorised jointly into ``A · P``, the truncated SVD: the projection gets ``P`` and each consumer its rows of ``A``.
 With ``init: fresh`` projection and slices are initialised anew; all other channels keep their weights and statistics.
-
 Consumers and norms are changed in place, so they keep their class, hooks and flags.
 """
 

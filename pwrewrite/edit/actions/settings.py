@@ -1,10 +1,8 @@
 """The settings of an op, read once from JSON into a typed record: `read`.
 
-Each action declares a frozen dataclass: its fields are the settings that an op of this action may have, with their
-types and defaults. A field is a ``str``, ``bool``, ``int``, ``float``, a `ConvSpec` (shape facts of a layer), another
-record, a ``tuple`` (a list in JSON), a ``Mapping`` by string (an object), one of these or ``None``, or an ``Annotated``
-one of these with what is `Allowed`. A setting that no field names is an error, as is one that a field without a default
-lacks.
+Each action declares a frozen dataclass, whose fields are the settings that an op of it may have. A field is a ``str``,
+``bool``, ``int``, ``float``, a `ConvSpec` (shape facts of a layer), another record, a ``tuple`` (a list in JSON), a
+``Mapping`` by string (an object), one of these or ``None``, or an ``Annotated`` one of these with what is `Allowed`.
 """
 
 from __future__ import annotations
@@ -54,11 +52,7 @@ def wrong(op: Op, key: str, message: str, expected: str, got: str | None = None,
 
 
 def read(record: type[_R], op: Op) -> _R:
-    """The settings of an op, as the record that its action takes.
-
-    Raises:
-        PlanError: If a setting is unknown, missing, of another type or not allowed; says where it stands.
-    """
+    """The settings of an op, as the record that its action takes; a `PlanError` says what makes no sense, and where."""
     return _record(op, record, op.settings)
 
 

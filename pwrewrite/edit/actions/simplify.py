@@ -44,13 +44,7 @@ class RemoveSettings:
 
 @dataclass(frozen=True)
 class SimplifySettings:
-    """Settings of a ``remove`` on code.
-
-    Attributes:
-        kind: ``code``.
-        unread: Paths of modules of which no result is read.
-        same: Pairs of calls that are equal.
-    """
+    """Settings of a ``remove`` on code: paths of modules whose result nobody reads, and pairs of equal calls."""
 
     kind: str
     unread: tuple[str, ...] = ()
