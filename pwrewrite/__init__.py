@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from .verifying import verify as verify
     from .workflows.analyze import analyze as analyze, analyze_target as analyze_target
     from .workflows.check import check as check, diff as diff
+    from .workflows.compress import compress as compress
     from .workflows.export import export as export
     from .workflows.fuse import fuse as fuse
     from .workflows.plan import make_plan as make_plan, plan as plan
@@ -81,6 +82,7 @@ _NAMES = {
     "verifying": "verify",
     "workflows.analyze": "analyze analyze_target",
     "workflows.check": "check diff",
+    "workflows.compress": "compress",
     "workflows.export": "export",
     "workflows.fuse": "fuse",
     "workflows.plan": "make_plan plan",

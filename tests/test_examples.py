@@ -91,10 +91,16 @@ def attention() -> int:
     return stem + block(32, 64) + squeeze_excite + block(64, 128) + cbam + conv(128, 10, 1, bias=True)
 
 
+def digits(width: int) -> int:
+    pairs = [(1, width), (width, width), (width, 2 * width), (2 * width, 2 * width), (2 * width, 4 * width)]
+    return sum(conv(a, b, 3) + 2 * b for a, b in pairs) + conv(4 * width, 10, 1, bias=True)
+
+
 # name: (parameters, output shape)
 KNOWN: dict[str, tuple[int, tuple[int, ...]]] = {
     "attention": (attention(), (1, 10)),
     "channel_mixing": (12, (1, 4, 3, 3)),
+    "digits": (digits(32), (1, 10)),
     "googlenet": (6_998_552, (1, 1000)),
     "inception_naive": (387_072, (1, 416, 28, 28)),
     "inception_reduced": (163_328, (1, 256, 28, 28)),
@@ -255,3 +261,19 @@ def test_mask_rcnn_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_activations_come_in_every_style(style: str, inside: Callable[[str], bool]) -> None:
     assert any(inside(path.read_text()) for path in EXAMPLES.glob("*.py")), style
+
+
+def test_digits_learns() -> None:
+    pytest.importorskip("sklearn")
+    example = load("digits")
+    images, classes = example.digits()
+    assert tuple(images.shape) == (1797, 1, 32, 32)
+    assert (float(images.min()), float(images.max())) == (0, 1)
+    assert sorted(classes.unique().tolist()) == list(range(10))
+    torch.manual_seed(0)
+    model = example.DigitsNet(width=8)
+    example.train(model, images[:640], classes[:640], epochs=2, rate=2e-2)
+    assert not model.training
+    with torch.no_grad():
+        right = (model(images[640:]).argmax(1) == classes[640:]).float().mean()
+    assert right > 0.5  # of ten classes; trained for seconds

@@ -27,6 +27,7 @@ PAGES = (
     "docs/analyze.md",
     "docs/rewrite.md",
     "docs/budget.md",
+    "docs/compress.md",
     "docs/fuse.md",
     "docs/check.md",
     "docs/export.md",

@@ -9,6 +9,7 @@ import typer
 from .analyze import analyze
 from .bridge import Command, Commands, as_command
 from .check import check, diff
+from .compress import compress
 from .export import export
 from .fuse import fuse
 from .passes import passes
@@ -25,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for function in (analyze, rewrite, plan, verify, fuse, export, check, diff, passes):
+for function in (analyze, compress, rewrite, plan, verify, fuse, export, check, diff, passes):
     app.command(function.__name__, cls=Command, no_args_is_help=function is not passes)(as_command(function))
 
 

@@ -17,19 +17,14 @@ def export(target: TargetOptions, options: ExportOptions, reported: Reported) ->
     """
     with working(reported) as progress:
         from ..core import files
-        from ..core.errors import VerificationError
         from ..report.exported import page
-        from ..workflows.export import export_target
+        from ..workflows.export import differing_error, export_target
 
         if reported.output is not None:
             files.check_writable(reported.output)
         result = export_target(target, options, progress=progress)
     show(reported, page(result), json=result.to_json)
-    failed = [row for row in result.formats if not row.passed]
     written = [row.format for row in result.formats if row.files]
     tell(f"{', '.join(written)} saved in {options.out}" if written else "nothing was saved", reported)
-    if failed:
-        first = failed[0]
-        raise VerificationError(
-            f"the {first.format} export does not do what the model does", where=first.differs_at, got=first.detail
-        )
+    if not result.passed:
+        raise differing_error(result.formats)

@@ -1,12 +1,14 @@
 """A sign of life on stderr: one bar over all steps where a person is watching, a line now and then where nobody is.
 
 How far the work is follows from `_STEPS`, which says what usually takes how long; what a command leaves out is jumped
-over, and the bar never goes back. What is left is the time so far, stretched to the whole: a rough figure.
+over, and the bar never goes back. What is left is the time so far, stretched to the whole: a rough figure. Each stage
+of a run in stages (``fuse 2/4 · verifying``) has a bar of its own.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
@@ -22,22 +24,34 @@ _STEPS = (
     ("loading", 3), ("analysing", 3), ("capturing", 1), ("measuring", 1), ("reading the calibration", 1),
     ("calibrating", 30), ("storing", 1), ("looking at", 15), ("timing", 5), ("trying", 5), ("proposing", 2),
     ("rewriting", 15), ("fitting", 20), ("verifying", 20), ("measuring on", 5), ("timing both", 5), ("saving", 1),
+    ("which axes", 2), ("running the model", 2), ("torch.export", 10), ("writing", 20), ("running at", 30),
 )  # fmt: skip
 """What a step's text holds, and its usual share of the time, in the order in which they come."""
+_EXPORTING = 17
+"""Where in them the steps of an export begin."""
 
 _WIDTH = 60
+_STAGE = re.compile(r"\w+ \d+/\d+ · ")
 
 
 class Work:
     """How far some work is: the step (``what``), and the part of it all that is done (0 to 1)."""
 
     def __init__(self) -> None:
-        self.what, self.done, self.began = "starting", 0.0, time.monotonic()
+        self.what, self.stage = "starting", ""
+        self._begin()
+
+    def _begin(self) -> None:
+        self.done, self.began = 0.0, time.monotonic()
         self._taken: set[int] = set()
 
     def go_on(self, what: str, share: float | None) -> None:
         """Takes note of a step, and of the part of it that is done."""
         what = plain(what)
+        stage = what.partition(" · ")[0] if _STAGE.match(what) else self.stage
+        if stage != self.stage:
+            self.stage = stage
+            self._begin()
         self.what = what if len(what) <= _WIDTH else f"…{what[1 - _WIDTH :]}"
         steps = [i for i, (name, _) in enumerate(_STEPS) if name in what]
         if not steps:
@@ -45,7 +59,8 @@ class Work:
         step = max(steps, key=lambda i: len(_STEPS[i][0]))
         self._taken.add(step)
         before = sum(_STEPS[i][1] for i in self._taken - {step})
-        after = sum(weight for i, (_, weight) in enumerate(_STEPS) if i > step and i not in self._taken)
+        last = _EXPORTING if step < _EXPORTING else len(_STEPS)
+        after = sum(weight for i, (_, weight) in enumerate(_STEPS[:last]) if i > step and i not in self._taken)
         done = before + _STEPS[step][1] * (share or 0.0)
         self.done = max(self.done, done / (before + _STEPS[step][1] + after))
 
@@ -76,9 +91,11 @@ def progressing(*, lines: bool = True, steps: bool = False, after: float = 1.0, 
     out, work, stop = sys.stderr, Work(), threading.Event()
     watched = out.isatty() and os.environ.get("TERM") != "dumb"
 
+    began = time.monotonic()
+
     def say(what: str, share: float | None) -> None:
         if steps and what != work.what:
-            _write(out, f"{_duration(time.monotonic() - work.began)}: {what}")
+            _write(out, f"{_duration(time.monotonic() - began)}: {what}")
         work.go_on(what, share)
 
     if not lines:
@@ -124,7 +141,10 @@ def _show_bar(out: TextIO, work: Work, stop: threading.Event, after: float, ever
         redirect_stdout=False,
         redirect_stderr=False,
     )
-    task = bar.add_task(escape(work.what), total=1.0, times="")
+    task, stage = bar.add_task(escape(work.what), total=1.0, times=""), work.stage
     with bar:
         while not stop.wait(0.1):
+            if work.stage != stage:
+                bar.update(task, description=escape(stage or "loading"), completed=1.0, times="")
+                task, stage = bar.add_task(escape(work.what), total=1.0, times=""), work.stage
             bar.update(task, description=escape(work.what), completed=work.done, times=work.times())

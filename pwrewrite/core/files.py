@@ -132,7 +132,8 @@ def new_folder(path: str | Path, names: Collection[str]) -> Iterator[Path]:
     """Yields a folder beside a place, and puts it there, for another that may be there, once the block has ended.
 
     Missing parents are made. Whether an old one may be replaced is for the caller to check; of its files those with
-    these names, and nothing else, are deleted. Raises `OutputError`; the old folder is in its place then.
+    these names (``a`` or ``folder/a``), and nothing else, are deleted. Raises `OutputError`; the old folder is in its
+    place then.
     """
     with refusing(path, OSError, RuntimeError, ValueError):
         target = Path(os.path.realpath(path))
@@ -147,11 +148,9 @@ def new_folder(path: str | Path, names: Collection[str]) -> Iterator[Path]:
                 handle = os.open(scratch, os.O_RDONLY)
                 _lock(handle)
             yield scratch
-            for file in scratch.iterdir():
-                file.chmod(0o666 & ~_umask())  # some libraries write files that only their owner can read
+            for file in (*scratch.rglob("*"), scratch):  # some libraries write files that only their owner can read
+                file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
                 _flush(file)
-            scratch.chmod(0o777 & ~_umask())
-            _flush(scratch)
             _move_in(scratch, target)
             _flush(target.parent)
     finally:
@@ -175,7 +174,8 @@ def remove_unfinished(folder: Path) -> None:
                 finally:
                     os.close(handle)
                 if abandoned and entry.is_dir(follow_symlinks=False):
-                    _remove(Path(entry.path), os.listdir(entry.path))
+                    left = Path(entry.path)
+                    _remove(left, [str(file.relative_to(left)) for file in left.rglob("*")])
                 elif abandoned:
                     os.unlink(entry.path)
 
@@ -276,12 +276,13 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _remove(folder: Path, names: Collection[str]) -> None:
-    """Removes files of these names, and the folder if nothing else is in it."""
+    """Removes files of these names, and the folder and those in it where nothing else is in them."""
     for name in names:
         with contextlib.suppress(OSError):
             os.unlink(folder / name)
-    with contextlib.suppress(OSError):
-        os.rmdir(folder)
+    for place in (*{(folder / name).parent for name in names} - {folder}, folder):
+        with contextlib.suppress(OSError):
+            os.rmdir(place)
 
 
 def _prefix(target: Path) -> str:

@@ -166,6 +166,7 @@ class Budget(LayerOptions):
         batch: A function, or what names one, as ``preprocess`` and ``metric``.
         plan: A plan that has chosen already: only its weights are calibrated.
         metric_name: What reports call the metric; the name of its function where empty.
+        first: Passes that run before anything is planned.
     """
 
     limits: Mapping[str, object] | Sequence[Any] | float = _of_budget(
@@ -241,6 +242,7 @@ class Budget(LayerOptions):
     seed: int = _seed()
     plan: Plan | None = None
     metric_name: str = ""
+    first: Sequence[Any] = ()
 
 
 @documented
@@ -320,3 +322,20 @@ class ExportOptions:
         None, "Where to: the files that agree with the model and export.json.", "--out DIR", read=path
     )
     force: bool = _of_export(False, "Replace a folder that an earlier export wrote.", "--force")
+
+
+@documented
+@dataclass(frozen=True)
+class CompressOptions:
+    """What becomes of a compressed model."""
+
+    export: Sequence[str] = _of_export(
+        (), f"Formats to export it to as well: {', '.join(EXPORT_NAMES)}.", "--export FORMATS", split=True
+    )
+    out: Path | None = _of_export(
+        None,
+        "Where to: weights, plan, report, README, and exports in export/; whole or not at all.",
+        "--out DIR",
+        read=path,
+    )
+    force: bool = _of_export(False, "Replace a folder that an earlier compress wrote.", "--force")

@@ -92,7 +92,7 @@ class Planner:
         self.replaceable = ReplaceableLayers(self.captured, self.settings)
         self.batches: Batches | None = None
         if calibration is not None:
-            self.batches = _batches(calibration, inputs, self.settings, size, samples_in_run(self.captured))
+            self.batches = batches_of(calibration, inputs, self.settings, size, samples_in_run(self.captured))
         self.outputs = "values"
         self.statistics = self._calibrate()
         self.layers = make_candidates(
@@ -350,7 +350,8 @@ def costs_of(captured: Capture) -> dict[str, float]:
     return {"params": float(captured.params), "macs": float(macs), "bytes": float(nbytes)}
 
 
-def _batches(calibration: Iterable[Tree], inputs: Inputs, settings: Budget, size: int | None, chunk: int) -> Batches:
+def batches_of(calibration: Iterable[Tree], inputs: Inputs, settings: Budget, size: int | None, chunk: int) -> Batches:
+    """Calibration inputs in chunks of so many samples; the same where they are in chunks already."""
     if isinstance(calibration, Batches):
         return calibration
     if isinstance(settings.batch, str):

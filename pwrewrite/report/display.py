@@ -16,10 +16,10 @@ from ..core.exports import Exports
 from ..core.numbers import count, plural
 from ..core.plan import Plan
 from ..core.verification import Verification
-from . import analysis, costs, exported, frontier, fused, rewrite, rewrite_rows as rows, terminal, to_html
+from . import analysis, compressed, costs, exported, frontier, fused, rewrite, rewrite_rows as rows, terminal, to_html
 from .frontier import Frontier
 from .page import Facts, Line, Page, Title
-from .records import Report
+from .records import Compression, Report
 
 
 def page(result: object) -> Page:
@@ -41,7 +41,11 @@ def page(result: object) -> Page:
             return costs.difference_page(result)
         case Exports():
             return exported.page(result)
+        case Compression():
+            return compressed.page(result)
     report = getattr(result, "report", None)
+    if isinstance(report, Compression):
+        return compressed.page(report)
     if not isinstance(report, Report):
         return (Title(_heading(result)), Line(""), Facts(_fields(result)))
     return page(report) if hasattr(result, "model") else rewrite.page(report, planned=True)
@@ -69,9 +73,13 @@ def _summary(result: object) -> str:
             return f" of {target}: {costs.headline(result)}"
         case Exports(target=target):
             return f" of {target}: {exported.headline(result)}"
+        case Compression(target=target):
+            return f" of {target}: {compressed.headline(result)}"
         case Difference(before=before, after=after, layers=layers):
             return f" of {before.target} and {after.target}: {plural(len(layers), 'layer')} differ"
     report = getattr(result, "report", None)
+    if isinstance(report, Compression):
+        return _summary(report)
     if not isinstance(report, Report):
         return _heading(result).removeprefix(type(result).__name__)
     if hasattr(result, "model"):

@@ -9,8 +9,8 @@ from pathlib import Path
 from ..analysis.records import versions
 from ..core.plan import Plan
 from ..core.text import plain
-from . import rewrite, rewrite_rows as rows
-from .records import Report
+from . import compressed, rewrite, rewrite_rows as rows
+from .records import Compression, Report
 from .to_markdown import code, markdown, sentence
 
 
@@ -26,6 +26,12 @@ def readme(report: Report, plan: Plan, folder: str | Path) -> str:
         )
     blocks += [_loading(plan, folder), markdown(rewrite.body(report)).rstrip(), _footer()]
     return "\n\n".join(blocks) + "\n"
+
+
+def compressed_readme(result: Compression, plan: Plan, folder: str | Path) -> str:
+    """The same for what was compressed."""
+    blocks = [f"# {code(_relative(result.target, None))}, compressed", sentence(compressed.headline(result))]
+    return "\n\n".join([*blocks, _loading(plan, folder), markdown(compressed.body(result)).rstrip(), _footer()]) + "\n"
 
 
 def _loading(plan: Plan, folder: str | Path) -> str:

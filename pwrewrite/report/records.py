@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..core.exports import Exported
 from ..core.plan import Edit, Skip
 from ..core.records import Record, Shown, key
 from ..core.verification import Verification
 
 SCHEMA = "pwrewrite.report/1"
+COMPRESS_SCHEMA = "pwrewrite.compress/1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,14 @@ class BudgetReport(Record):
         pairs = {name: dict(zip(("before", "after"), pair, strict=True)) for name, pair in self.metrics.items()}
         latency = None if self.latency is None else dict(zip(("before", "after"), self.latency, strict=True))
         return {**super().to_dict(), "metrics": pairs, "latency": latency}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> BudgetReport:
+        """The record that `to_dict` gave as data."""
+        values = {f.name: data[f.metadata.get("key", f.name)] for f in fields(cls)}
+        values["metrics"] = {name: tuple(pair.values()) for name, pair in values["metrics"].items()}
+        values["latency"] = values["latency"] and tuple(values["latency"].values())
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -166,3 +176,35 @@ class Report(Shown, Record):
         done = Counter(row.edit.method for row in self.edits)
         left = Counter(str(skip.reason) for skip in self.skips)
         return {**fusing.to_dict(), "done": dict(done), "left": dict(left)}
+
+
+@dataclass(frozen=True, repr=False)
+class Compression(Shown, Record):
+    """What became of a model that was compressed.
+
+    Attributes:
+        target: What was compressed, as the user named it, or the class name.
+        engine: What timed it.
+        before: Totals of the original, as in a `Report`.
+        after: Totals of the result.
+        seconds: Median seconds of one run, ``before`` and ``after``.
+        budget: What the budget asked, predicted and measured.
+        proofs: The verification, as data, of the rewriting and of the fusing.
+        exports: What became of each format.
+        stages: Seconds of each stage; None where it was not done again.
+        notes: What a reader should be told.
+        files: The files in the folder, with their bytes.
+    """
+
+    target: str
+    engine: str
+    before: Mapping[str, int]
+    after: Mapping[str, int]
+    seconds: Mapping[str, float]
+    budget: BudgetReport
+    proofs: Mapping[str, Mapping[str, Any]]
+    exports: tuple[Exported, ...]
+    stages: Mapping[str, float | None]
+    notes: tuple[str, ...] = ()
+    files: Mapping[str, int] = field(default_factory=dict)
+    schema: str = field(default=COMPRESS_SCHEMA)

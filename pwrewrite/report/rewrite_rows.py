@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..core.numbers import count, exact, percent, plural, size
 from ..core.plan import Edit, Skip
 from ..core.verification import Verification
-from .records import EditRow, Report
+from .records import Compression, EditRow, Report
 from .rows import natural
 
 _ROUNDING = 1e-6
@@ -29,7 +29,7 @@ _TOTALS = {
 """Totals that are shown, and what they are called."""
 
 
-def totals(report: Report) -> list[tuple[str, str, str, str]]:
+def totals(report: Report | Compression) -> list[tuple[str, str, str, str]]:
     """The saving: what is counted, before, after, and the change; counts with all their digits."""
 
     def text(key: str, value: int) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -54,15 +54,20 @@ def save(
         OutputError: If the folder exists, cannot be written, or the model keeps what cannot be saved.
     """
     check_place(folder, force=force)
-    names = {old: list(new) for edit in edits for old, new in edit.renamed.items()}
+    names = {old: new for edit in edits for old, new in edit.renamed.items()}
     with new_folder(folder, _FILES) as scratch:
         _save_weights(model, scratch / WEIGHTS)
-        (scratch / PLAN).write_text(dumps({**plan.to_dict(), "names": names}), encoding="utf-8")
+        (scratch / PLAN).write_text(plan_text(plan, names), encoding="utf-8")
         (scratch / REPORT).write_text(json.dumps(report or {}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if readme is not None:
             (scratch / README).write_text(readme, encoding="utf-8")
         check_place(folder, force=force)  # what came there meanwhile is not ours to replace
     return Path(folder)
+
+
+def plan_text(plan: Plan, names: Mapping[str, Sequence[str]]) -> str:
+    """What ``plan.json`` says: the plan, and its map from old parameter names to new ones."""
+    return dumps({**plan.to_dict(), "names": {old: list(new) for old, new in names.items()}})
 
 
 def check_place(
@@ -83,10 +88,11 @@ def check_place(
     with refusing(folder, OSError, ValueError):
         if target.exists() and not target.is_dir():
             raise OutputError("the output folder is a file", where=where, hint="give another place")
-        entries = list(os.scandir(target)) if target.exists() else []
+        inner = {name.partition("/")[0] for name in files if "/" in name}
+        entries = dict(_entries(target, inner)) if target.exists() else {}
     if entries and not force:
         raise OutputError("the output folder exists", where=where, hint="--force replaces what was saved there")
-    strange = sorted(e.name for e in entries if e.name not in files or not e.is_file(follow_symlinks=False))
+    strange = sorted(n for n, e in entries.items() if n not in files or not e.is_file(follow_symlinks=False))
     if entries and (strange or not _has_schema(target / marker, schema)):
         raise OutputError(
             "the output folder holds what pwrewrite did not write, so it is not replaced",
@@ -102,6 +108,15 @@ def check_place(
         for name in target.relative_to(parent).parts:
             with suppress(FileNotFoundError):
                 os.lstat(parent / name)  # which says that a name is too long
+
+
+def _entries(folder: Path, inner: Collection[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """What is in a folder, and in folders of these names in it."""
+    for entry in os.scandir(folder):
+        if entry.name in inner and entry.is_dir(follow_symlinks=False):
+            yield from ((f"{entry.name}/{each.name}", each) for each in os.scandir(entry.path))
+        else:
+            yield entry.name, entry
 
 
 def _has_schema(path: Path, schema: str) -> bool:

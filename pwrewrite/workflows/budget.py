@@ -176,7 +176,7 @@ class Budgeted:
 
 def planner_of(run: Run, budget: Budget) -> Planner:
     """A calibrated planner for what a run has come to, after what the budget asks for before anything is planned."""
-    run.all([UnfuseLayers(), *([BakeWeights()] if budget.bake else [])])
+    run.all([UnfuseLayers(), *([BakeWeights()] if budget.bake else []), *budget.first])
     planner = Planner(
         run.state.model,
         run.inputs,

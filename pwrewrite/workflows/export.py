@@ -7,7 +7,7 @@ One program of `torch.export` is the source of all formats. An export that does 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from shutil import copyfile
@@ -19,7 +19,7 @@ from torch import nn
 
 from ..capturing import Inputs, split_inputs
 from ..capturing.inputs import input_names
-from ..core.errors import PwrewriteError, RefusedError, UsageError, first_line
+from ..core.errors import PwrewriteError, RefusedError, UsageError, VerificationError, first_line
 from ..core.exports import EXPORT_SCHEMA, Exported, Exports
 from ..core.files import new_folder
 from ..core.form_names import EXPORT_NAMES
@@ -40,7 +40,8 @@ from .subject import Subject, loaded_of
 
 REPORT = "export.json"
 _FORMATS = [format_named(name) for name in EXPORT_NAMES]
-_ALL = (REPORT, *(file for each in (*_FORMATS, *filter(None, map(int8_of, _FORMATS))) for file in each.files))
+ALL_FILES = (REPORT, *(file for each in (*_FORMATS, *filter(None, map(int8_of, _FORMATS))) for file in each.files))
+"""What an export may have left in its folder."""
 
 
 @torch.inference_mode(False)
@@ -87,7 +88,7 @@ def export(
     for each in (*formats, *quantized.values()):
         each.require()
     files = (REPORT, *(file for each in (*formats, *quantized.values()) for file in each.files))
-    place = partial(check_place, chosen.out, force=chosen.force, files=_ALL, marker=REPORT, schema=EXPORT_SCHEMA)
+    place = partial(check_place, chosen.out, force=chosen.force, files=ALL_FILES, marker=REPORT, schema=EXPORT_SCHEMA)
     place()
     say = progress or silent
     loaded = loaded_of(model, example_inputs)
@@ -101,8 +102,8 @@ def export(
     weights = {id(t): t.nbytes for t in (*program.model.parameters(), *program.model.buffers())}
     with TemporaryDirectory() as scratch:
         rows = []
-        for each in formats:
-            rows.append(_exported(each, program, expected, Path(scratch), say))
+        for number, each in enumerate(formats):
+            rows.append(_exported(each, program, expected, Path(scratch), _at(say, number / len(formats))))
             if samples is not None and each.name in quantized and rows[-1].passed:
                 say(f"{each.name}: calibrating and measuring int8", None)
                 rows.append(quantize((each, quantized[each.name]), program, expected, Path(scratch), samples))
@@ -117,6 +118,14 @@ def export(
                 (folder / REPORT).write_text(result.to_json(), encoding="utf-8")
                 place()  # what came there meanwhile is not ours to replace
     return result
+
+
+def differing_error(rows: Sequence[Exported]) -> VerificationError:
+    """Why an export, the first that differs from the model, is not left behind."""
+    first = next(row for row in rows if not row.passed)
+    return VerificationError(
+        f"the {first.format} export does not do what the model does", where=first.differs_at, got=first.detail
+    )
 
 
 def export_target(target: TargetOptions, options: ExportOptions, *, progress: Progress | None = None) -> Exports:
@@ -179,14 +188,20 @@ def _output_names(output: Flat, taken: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _exported(each: Format, program: Program, expected: Sequence[Expected], folder: Path, say: Progress) -> Exported:
+def _at(say: Progress, share: float) -> Callable[[str], None]:
+    return lambda what: say(what, share)
+
+
+def _exported(
+    each: Format, program: Program, expected: Sequence[Expected], folder: Path, say: Callable[[str], None]
+) -> Exported:
     """Writes one format, runs it and compares; deletes it where it differs."""
-    say(f"{each.name}: writing", None)
+    say(f"{each.name}: writing")
     error: float | None = None
     seconds, engine, where = None, "", None
     try:
         each.write(program, folder)
-        say(f"{each.name}: running at two sizes", None)
+        say(f"{each.name}: running at two sizes")
         done = each.run(program, folder, [one.call for one in expected])
         seconds, engine = done.seconds, done.engine
         problems, error, at = judge(program, expected, done)

@@ -213,7 +213,7 @@ def _surviving(run: Run, plan: Plan) -> State:
     if not plan.ops or any(t.is_meta for t in (*tried.model.parameters(), *tried.model.buffers())):
         return tried
     try:
-        _outputs(tried.model, run.inputs)
+        outputs_of(tried.model, run.inputs)
     except Exception as error:
         detail = f"the model's own code does not survive it: {first_line(error)}"
         return run.state.skipping(plan, SkipReason.BROKE_MODEL, detail)
@@ -302,11 +302,11 @@ def reference_check(model: nn.Module, fused: nn.Module, inputs: Inputs, *, by_va
     for turn in range(1 if by_value else _TRIES):
         given = map_tensors(drawn, partial(_rolled, turn=turn))
         try:
-            exact = _outputs(copy_of(model).double(), map_tensors(given, _doubled))
-            first = _outputs(model, given)
+            exact = outputs_of(copy_of(model).double(), map_tensors(given, _doubled))
+            first = outputs_of(model, given)
         except Exception:
             break
-        second = _outputs(fused, given)
+        second = outputs_of(fused, given)
         if not [t.shape for t in first] == [t.shape for t in exact] == [t.shape for t in second]:
             break
         errors.append((_distance(first, exact), _distance(second, exact)))
@@ -323,7 +323,7 @@ def reference_check(model: nn.Module, fused: nn.Module, inputs: Inputs, *, by_va
     for seed in range(_TRIES if by_value or unmeasured else 0):
         copied = noisy_copy(model, torch.finfo(largest).eps / 2, seed)
         try:
-            moved = _outputs(in_channels_last(copied) if seed % 2 else copied, drawn)
+            moved = outputs_of(in_channels_last(copied) if seed % 2 else copied, drawn)
         except RuntimeError:  # the model's own code does not survive that memory format
             continue
         same = [t.shape for t in moved] == [t.shape for t in exact]
@@ -359,7 +359,7 @@ def _doubled(t: Tensor) -> Tensor:
     return t.double() if t.is_floating_point() else t
 
 
-def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+def outputs_of(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """The output tensors of a copy of a model in evaluation mode, on copies of inputs, without gradients."""
     args, kwargs = split_inputs(map_tensors(inputs, lambda t: t.clone()))
     runner = deep_copy(model).eval()

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import Result
 
 Run = Callable[..., Result]
-COMMANDS = ("analyze", "rewrite", "plan", "verify", "fuse", "export", "check", "diff", "passes")
+COMMANDS = ("analyze", "compress", "rewrite", "plan", "verify", "fuse", "export", "check", "diff", "passes")
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=" ".join)

@@ -168,6 +168,33 @@ def test_one_measure_over_all_steps() -> None:
     assert passes.done < 0.1  # what is left out is no part of the whole
 
 
+def test_every_stage_has_a_measure_of_its_own() -> None:
+    work, done = Work(), []
+    for what, share in (
+        ("rewrite 1/3 · calibrating", 0.5), ("rewrite 1/3 · verifying", None),
+        ("export 2/3 · torch.export", None), ("export 2/3 · onnx: writing", 0.0), ("export 2/3 · pt2: writing", 0.5),
+        ("measure 3/3 · timing both models", None),
+    ):  # fmt: skip
+        work.go_on(what, share)
+        done.append((work.stage, round(work.done, 2)))
+    assert [stage for stage, _ in done] == ["rewrite 1/3"] * 2 + ["export 2/3"] * 3 + ["measure 3/3"]
+    assert done[1][1] > 0.4 > done[2][1]
+    assert done[2][1] < done[3][1] < done[4][1] < 1
+    assert done[5][1] == 0
+
+
+def test_a_bar_for_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    with progressing(after=0.0) as say:
+        for what in ("rewrite 1/2 · verifying", "fuse 2/2 · verifying"):
+            say(what, None)
+            deadline = time.monotonic() + 10
+            while what not in terminal.getvalue() and time.monotonic() < deadline:
+                time.sleep(0.01)
+        last = terminal.getvalue().rpartition("rewrite 1/2")[2]
+        assert "fuse 2/2 · verifying" in last
+
+
 def test_what_c_code_prints_goes_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
     import os
 

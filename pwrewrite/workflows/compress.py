@@ -1,0 +1,283 @@
+"""The whole way to a model that serves: fold, plan, rewrite, refit, fuse, verify, export, measure: `compress`.
+
+Norms are folded before anything is planned, since runtimes fold them, too. The rewritten model is proven against the
+original, the fused one against the rewritten one in float64, every export in its own runtime. Each of these is a stage
+of `pwrewrite.workflows.stages`; only the times are measured anew in every run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from shutil import copyfile, rmtree
+from typing import Any, cast
+from uuid import uuid4
+
+import torch
+from torch import nn
+
+from ..analysis.records import versions
+from ..capturing import Inputs, capture
+from ..core.errors import OutputError, RefusedError, UsageError
+from ..core.exports import Exported
+from ..core.files import new_folder, read_text
+from ..core.nested import tensors_of
+from ..core.option import from_keywords
+from ..core.options import Budget, CompressOptions, ExportOptions, PassOptions, Proof, TargetOptions
+from ..core.plan import Plan
+from ..core.records import Shown
+from ..edit.apply import copy_of
+from ..engines.exporting import format_named
+from ..engines.timing import device_name, with_threads
+from ..passes.fold_batch_norm import FoldBatchNorm
+from ..planning.budget import budgets_of
+from ..planning.cache import content_key
+from ..planning.planner import batches_of
+from ..planning.room import samples_in_run
+from ..report.readme import compressed_readme
+from ..report.records import COMPRESS_SCHEMA, BudgetReport, Compression
+from ..targets import LoadedModel, open_target
+from ..targets.storage import PLAN, README, REPORT, WEIGHTS, check_place, plan_text, read_names, read_plan, restore
+from .export import ALL_FILES, REPORT as EXPORT_REPORT, differing_error, export
+from .fuse import drawn_inputs, fuse, outputs_of
+from .fuse_timing import latencies
+from .rewrite import rewrite
+from .stages import Stages
+from .steps import Progress, join_names, silent
+from .subject import Subject, loaded_of, plan_from_original
+from .what import opened, what_from_keywords, what_of
+
+_FILES = (WEIGHTS, PLAN, REPORT, README, *(f"export/{name}" for name in ALL_FILES))
+_DATA = ("calibration", "batch", "preprocess", "labels", "metric", "plan", "first")
+"""Fields of a budget that are known by what comes of them."""
+
+
+@dataclass(frozen=True, repr=False)
+class Compressed(Shown):
+    """The result of `compress`: the fused model, the plan that leads to it from the original, and the report."""
+
+    model: nn.Module
+    plan: Plan
+    report: Compression
+
+
+def compress(
+    model: Subject,
+    example_inputs: Inputs | None,
+    budget: object,
+    calibration: Iterable[object] | str | None = None,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Compressed:
+    """Makes a model smaller and faster within a budget, and takes it to the runtimes where it will serve.
+
+    A stage whose inputs have not changed since an earlier run, finished or not, is not done again.
+
+    Args:
+        model: Any module, or what `pwrewrite.load_target` gives; stays as it is.
+        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones; a loaded model has its own.
+        budget: A `pwrewrite.Budget`, or its limits: ``{"macs": 0.5}``.
+        calibration: A few hundred inputs: any iterable of batches.
+        progress: Called at each step with what is being done and how much of it is done.
+        **options: Fields of `pwrewrite.core.options`: of `CompressOptions` (``out``, ``export``, ``force``), `Budget`,
+            `Proof` (``max_error``) and `ExportOptions` (``dynamic``, ``static``).
+
+    Returns:
+        The fused copy with its plan and report.
+
+    Raises:
+        RefusedError: If the budget cannot be met.
+        VerificationError: If a stage or an export does not do what it should; nothing is written then.
+        OutputError: If the folder cannot be written, or exists without ``force``.
+        UsageError: If options make no sense, or what a format needs is not installed.
+    """
+    chosen = from_keywords(CompressOptions, options)
+    axes: dict[str, Any] = {name: options.pop(name) for name in ("dynamic", "static") if name in options}
+    exporting = from_keywords(ExportOptions, axes)
+    if calibration is not None:
+        options["calibration"] = calibration
+    what, proof = what_from_keywords("compress", None, {"budget": budget, **options})
+    what = _checked(what, chosen)
+    loaded = loaded_of(model, example_inputs)
+    return _compressed(loaded, what, proof, (chosen, exporting), progress or silent)
+
+
+def compress_target(
+    target: TargetOptions,
+    budget: Budget,
+    proof: Proof,
+    chosen: CompressOptions,
+    exporting: ExportOptions,
+    *,
+    progress: Progress | None = None,
+) -> Compressed:
+    """The same for what can be typed."""
+    what, say = _checked(what_of(PassOptions(), budget), chosen), progress or silent
+    say("loading", None)
+    return _compressed(loaded_of(open_target(target), None), what, proof, (chosen, exporting), say)
+
+
+def _checked(budget: object, options: CompressOptions) -> Budget:
+    """Refuses what is cheap to refuse."""
+    if not isinstance(budget, Budget):
+        raise UsageError("there is no budget to compress to", expected="--budget latency=0.5, or budget=")
+    for name in (options.export,) if isinstance(options.export, str) else options.export:
+        format_named(name).require()
+    if options.out is not None:
+        _check_place(options)
+    elif options.export:
+        raise UsageError("there is no place to export to", hint="--out DIR, or out=")
+    return budget
+
+
+def _check_place(options: CompressOptions) -> None:
+    assert options.out is not None
+    check_place(options.out, force=options.force, files=_FILES, marker=REPORT, schema=COMPRESS_SCHEMA)
+
+
+@torch.inference_mode(False)  # parameters made inside it could not be trained
+def _compressed(
+    given: LoadedModel, budget: Budget, proof: Proof, to: tuple[CompressOptions, ExportOptions], say: Progress
+) -> Compressed:
+    options, exporting = to
+    formats = (options.export,) if isinstance(options.export, str) else tuple(options.export)
+    # Plans of stages lead from the model that was given; in the end they are put behind what led to it.
+    loaded = replace(given, plan=None, names={}, origin="", notes=())
+    if given.model.training:
+        loaded = replace(loaded, model=copy_of(given.model).eval())
+    read = partial(_read, loaded=loaded)
+    with Stages("compress", ("rewrite", "fuse", *(("export",) if formats else ()), "measure"), say) as stages:
+        stages.progress("rewrite")("reading the calibration inputs", None)
+        budget, stages.key = _prepared(budget, loaded, proof)
+        rewritten, rewriting = stages.done(
+            "rewrite",
+            {},
+            lambda at, say: rewrite(loaded, None, budget, proof=proof, progress=say).save(at, force=True),
+            read,
+        )
+        fused, fusing = stages.done(
+            "fuse", {}, lambda at, say: fuse(rewritten, progress=say).save(at, force=True), read
+        )
+        exports: dict[str, Any] = {"formats": [], "notes": []}
+        if formats:
+            settings: dict[str, Any] = {"to": formats, "dynamic": exporting.dynamic, "static": exporting.static}
+            packages = {name: version(name) for each in formats for name in format_named(each).needs}
+            exports = stages.done(
+                "export",
+                {**settings, "packages": packages},
+                lambda at, say: _exported(fused, at, say, settings),
+                _read_exports,
+            )
+        before, after = stages.timed("measure", partial(_measured, loaded, fused, budget.threads))
+        result = Compression(
+            given.target or type(given.model).__name__,
+            f"torch {torch.__version__}",
+            rewriting["before"],
+            fusing["after"],
+            {"before": before, "after": after},
+            BudgetReport.from_dict(rewriting["budget"]),
+            {"rewrite": rewriting["verification"], "fuse": fusing["verification"]},
+            tuple(exports["formats"]),
+            stages.seconds,
+            tuple(
+                dict.fromkeys((*given.notes, *rewriting["notes"], *fusing["notes"], *exports["notes"], *stages.notes))
+            ),
+        )
+        plan = plan_from_original(given, fused.plan or Plan())
+        if options.out is not None:
+            text = plan_text(plan, join_names(given.names, fused.names))
+            result = _written(result, text, compressed_readme(result, plan, options.out), stages.places, options)
+    return Compressed(fused.model, plan, result)
+
+
+def _prepared(budget: Budget, loaded: LoadedModel, proof: Proof) -> tuple[Budget, str]:
+    """The budget with its inputs opened, and a hash of all that a rewrite depends on."""
+    if any(t.is_meta for t in (*loaded.model.parameters(), *loaded.model.buffers())):
+        raise RefusedError("a model without weights cannot be compressed: they are on meta")
+    captured = capture(loaded.model, loaded.example_inputs)
+    budget = replace(opened(budget, loaded), first=(FoldBatchNorm(),))
+    inputs, data = drawn_inputs(loaded.example_inputs), ""
+    tensors = [*tensors_of(inputs), *outputs_of(loaded.model, inputs)]
+    if budget.calibration is not None:
+        size, chunk = budget.calibration_size, samples_in_run(captured)
+        batches = batches_of(cast("Iterable[object]", budget.calibration), loaded.example_inputs, budget, size, chunk)
+        budget, data, labels = replace(budget, calibration=batches), batches.fingerprint, batches.labels()
+        tensors += [] if labels is None else [labels]
+    threads = budget.threads or torch.get_num_threads()
+    digest = hashlib.sha256()
+    facts = {name: value for name, value in vars(budget).items() if name not in _DATA}
+    facts |= {"limits": [str(limit) for limit in budgets_of(budget.limits)], "metric": _source(budget.metric)}
+    facts |= {"proof": vars(proof), "versions": versions(), "on": [device_name(tensors[0].device), threads]}
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    facts["values"] = digest.hexdigest()
+    return budget, content_key(captured, {}, data, {"facts": json.dumps(facts, default=str)})
+
+
+def _source(function: object) -> str:
+    """The code of a function; of one whose code cannot be read, what no other run knows."""
+    try:
+        return "" if function is None else inspect.getsource(cast("Callable[..., object]", function))
+    except (OSError, TypeError):
+        return uuid4().hex
+
+
+def _read(place: Path, loaded: LoadedModel) -> tuple[LoadedModel, dict[str, Any]]:
+    """The model that a stage has saved, and its report."""
+    model = restore(place, loaded.model)
+    return replace(loaded, model=model, plan=read_plan(place), names=read_names(place)), _data(place / REPORT)
+
+
+def _exported(model: LoadedModel, place: Path, say: Progress, settings: Mapping[str, Any]) -> None:
+    """Exports all formats, or none; raises `VerificationError` where one differs from the model."""
+    result = export(model, out=place, force=True, progress=say, **settings)
+    if not result.passed:
+        rmtree(place, ignore_errors=True)
+        raise differing_error(result.formats)
+
+
+def _read_exports(place: Path) -> dict[str, Any]:
+    """What `export` has reported."""
+    data = _data(place / EXPORT_REPORT)
+    rows = [Exported(**{**row, "files": tuple(row["files"])}) for row in data["formats"]]
+    if not data["passed"] or not all((place / file).is_file() for row in rows for file in row.files):
+        raise OutputError("not every format is there", where=str(place))
+    return {**data, "formats": rows}
+
+
+def _data(file: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(read_text(file))
+    return data
+
+
+def _measured(before: LoadedModel, after: LoadedModel, threads: int | None, say: Progress) -> list[float]:
+    say("timing both models", None)
+    with with_threads(threads):
+        return latencies([before.model, after.model], before.example_inputs)
+
+
+def _written(
+    result: Compression, plan: str, text: str, places: Mapping[str, Path], options: CompressOptions
+) -> Compression:
+    """Puts the results of the stages into the folder; the report with its files."""
+    assert options.out is not None
+    with new_folder(options.out, _FILES) as folder:
+        copyfile(places["fuse"] / WEIGHTS, folder / WEIGHTS)
+        (folder / PLAN).write_text(plan, encoding="utf-8")
+        if "export" in places:
+            (folder / "export").mkdir()
+        for file in places["export"].iterdir() if "export" in places else ():
+            copyfile(file, folder / "export" / file.name)
+        files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in sorted(folder.rglob("*.*"))}
+        result = replace(result, files=files)
+        (folder / REPORT).write_text(result.to_json(), encoding="utf-8")
+        (folder / README).write_text(text, encoding="utf-8")
+        _check_place(options)  # what came there meanwhile is not ours to replace
+    return result
