@@ -45,16 +45,14 @@ def make_layer(
     channels, factory = (spec.in_channels, spec.out_channels), {"device": device, "dtype": dtype}
     if not spec.dims:
         return nn.Linear(*channels, bias=spec.bias, device=device, dtype=dtype)
-    settings: dict[str, object] = {
-        name: getattr(spec, name) for name in ("kernel_size", "stride", "dilation", "groups", "bias")
-    }
+    facts = ("kernel_size", "stride", "dilation", "groups", "bias")
+    settings: dict[str, object] = {name: getattr(spec, name) for name in facts}
     if same:
         kind: type[nn.Module] = SamePadded
         return kind(*channels, **settings, **factory)
     symmetric = all(left == right for left, right in spec.padding)
     settings["padding"] = tuple(left for left, _ in spec.padding) if symmetric else "same"
-    if spec.transposed:
-        settings["output_padding"] = spec.output_padding
+    settings |= {"output_padding": spec.output_padding} if spec.transposed else {}
     kind = getattr(nn, f"Conv{'Transpose' * spec.transposed}{spec.dims}d")
     return kind(*channels, **settings, padding_mode=spec.padding_mode, **factory)
 
@@ -94,8 +92,8 @@ class Factorized(StandsForLayer, nn.Module):
         for name, stage in chain:
             self.add_module(name, make_layer(stage, device=device, dtype=dtype))
             if name != self.stage_names[-1] and norm is not None:
-                kind = NORMS[norm][spec.dims]
-                self.add_module(f"{name}_norm", kind(stage.out_channels, device=device, dtype=dtype))
+                between = NORMS[norm][spec.dims](stage.out_channels, device=device, dtype=dtype)
+                self.add_module(f"{name}_norm", between)
             if name != self.stage_names[-1] and activation is not None:
                 self.add_module(f"{name}_act", ACTIVATIONS[activation]())
 
@@ -118,12 +116,9 @@ class Factorized(StandsForLayer, nn.Module):
                 weight = self.get_parameter(f"{name}.weight")
                 weight.copy_(stage.weight.reshape(weight.shape))
                 if not torch.isfinite(weight).all():
-                    raise RefusedError(
-                        "a factor is too large for the dtype of the weights",
-                        where=name,
-                        got=f"{float(stage.weight.abs().max()):.3g} in {weight.dtype}",
-                        hint="rewrite the model in float32 and convert the result",
-                    )
+                    message, hint = "a factor is too large for the dtype of the weights", "rewrite the model in float32"
+                    got = f"{float(stage.weight.abs().max()):.3g} in {weight.dtype}"
+                    raise RefusedError(message, where=name, got=got, hint=f"{hint} and convert the result")
             if bias is not None:
                 self.get_parameter(f"{self.stage_names[-1]}.bias").copy_(bias)
 

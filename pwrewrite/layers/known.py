@@ -55,9 +55,8 @@ def activation_module(name: str, numbers: Sequence[float]) -> nn.Module:
 def module_activation(module: nn.Module) -> Found | None:
     """The activation that a stock module is; None for anything else."""
     kind = next((kind for kind in type(module).__mro__ if kind in _MODULES), None)
-    if kind is None or "forward" in vars(module):
-        return None
-    if type(module).forward is not kind.__dict__.get("forward", type(module).forward):
+    stock = kind is not None and type(module).forward is kind.__dict__.get("forward", type(module).forward)
+    if kind is None or not stock or "forward" in vars(module):
         return None
     values = [float(getattr(module, attribute)) for attribute, _ in _MODULES[kind].scalars]
     return _found(_MODULES[kind].kernel, values, getattr(module, "approximate", "none"))

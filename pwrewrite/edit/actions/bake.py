@@ -78,14 +78,14 @@ def bake_weights(bench: Bench, op: Op, settings: BakeSettings) -> Edit:
         message = "the plan bakes a weight that is a plain one here"
         raise wrong(op, "path", message, expected, type(module).__name__, ELSEWHERE)
     bench.check_held(op.path, module)
-    before, aliases, training = dict(module.named_parameters()), bench.aliases(module, op.path), module.training
-    edit = Edit(op, "module", "bake", params_before=param_count(module), exact="eval", aliases=aliases)
+    before, params, training = list(dict(module.named_parameters())), param_count(module), module.training
     module.eval()
     with torch.no_grad():
         plain = _plain(module)
     plain.train(training)
-    if plain is not module:
-        bench.replace(module, plain)
-    inner, gone = stem(op.path), [name for name in before if name not in dict(plain.named_parameters())]
-    renamed = {f"{inner}{old}": tuple(f"{inner}{name}" for name in computed if name in old) for old in gone}
-    return replace(edit, params_after=param_count(plain), renamed=renamed)
+    edit = Edit(op, "module", "bake", params_before=params, params_after=param_count(plain), exact="eval")
+    inner, after = stem(op.path), dict(plain.named_parameters())
+    renamed = {
+        inner + old: tuple(inner + name for name in computed if name in old) for old in before if old not in after
+    }
+    return replace(edit, renamed=renamed, aliases=bench.replace(module, plain, op.path))

@@ -37,7 +37,6 @@ class WeightedModule(nn.Module):
 
 Decomposer = Callable[[Op, Tensor], Factors | None]
 """From an op and the layer's weight to factors of the form and widths that the op names; None for the plain ones."""
-
 ELSEWHERE = "the plan was made for another model, or was carried out already"
 """What to try where a plan does not find what it was made for."""
 
@@ -126,13 +125,9 @@ class Bench:
         except NotTraceable as error:
             raise not_traced(op, error) from error
 
-    def aliases(self, module: nn.Module, path: str) -> tuple[str, ...]:
-        """The paths of a module beside one of them."""
-        return tuple(name for name in names_of(self.model, module) if name != path)
-
     def replace(self, old: nn.Module, new: nn.Module, path: str = "") -> tuple[str, ...]:
-        """Puts a module in another's place, under every name; where it has a ``path``, its names beside that."""
-        aliases = self.aliases(old, path) if path else ()
+        """Puts a module in another's place, under every name; returns its names beside a ``path``."""
+        aliases = tuple(name for name in names_of(self.model, old) if name != path)
         self.model = replace_module(self.model, old, new)
         return aliases
 
@@ -184,17 +179,17 @@ def train_like(parameter: nn.Parameter, *sources: Tensor | None) -> None:
     parameter.requires_grad_(any(source is not None and source.requires_grad for source in sources))
 
 
-def make_like(weight: Tensor, path: str, make: Callable[[str], _M], *, initialised: bool) -> _M:
+def make_like(weight: Tensor, path: str, make: Callable[..., _M], *, initialised: bool) -> _M:
     """A new module with the device, dtype and memory format of the weight that it replaces; ``make`` takes a device.
 
     ``path`` seeds its initialisation, if it is to have one: equal on every device, and no random generator moves.
     """
     if weight.is_meta or not initialised:
-        new = make("meta") if weight.is_meta else make("meta").to_empty(device=weight.device)
+        new = make(device="meta") if weight.is_meta else make(device="meta").to_empty(device=weight.device)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(crc32(path.encode()))
-            new = make("cpu").to(weight.device)
+            new = make(device="cpu").to(weight.device)
     memory_format = FORMATS.get(weight.dim(), torch.contiguous_format)
     if not weight.is_contiguous() and weight.is_contiguous(memory_format=memory_format):
         new = new.to(memory_format=memory_format)
@@ -204,4 +199,4 @@ def make_like(weight: Tensor, path: str, make: Callable[[str], _M], *, initialis
 def layer_like(weight: Tensor, path: str, spec: ConvSpec, *, initialised: bool) -> WeightedModule:
     """As `make_like`, an ordinary layer of some shape."""
     make = partial(make_layer, spec, dtype=weight.dtype)
-    return cast("WeightedModule", make_like(weight, path, lambda at: make(device=at), initialised=initialised))
+    return cast("WeightedModule", make_like(weight, path, make, initialised=initialised))

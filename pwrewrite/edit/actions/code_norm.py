@@ -48,9 +48,9 @@ class NormFacts:
     def of(cls, norm: nn.Module) -> NormFacts | None:
         """Those of a norm module; None where it has no running statistics."""
         mean, var, gain, shift, eps = (getattr(norm, field.name, None) for field in fields(cls))
-        if isinstance(mean, Tensor) and isinstance(var, Tensor) and isinstance(eps, float):
-            return cls(mean, var, gain, shift, eps)
-        return None
+        if not (isinstance(mean, Tensor) and isinstance(var, Tensor) and isinstance(eps, float)):
+            return None
+        return cls(mean, var, gain, shift, eps)
 
     @property
     def params(self) -> int:

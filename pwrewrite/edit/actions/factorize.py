@@ -100,7 +100,7 @@ def _chain(
     spec, form, widths, axes = settings.layer, FORMS[settings.form], settings.widths, settings.axes
     facts = {"axes": axes, "norm": settings.norm, "activation": settings.activation, "dtype": weight.dtype}
     fresh, make = settings.init == "fresh", partial(build, spec, form.name, widths, **facts)
-    new = make_like(weight, op.path, lambda device: make(device=device), initialised=fresh)
+    new = make_like(weight, op.path, make, initialised=fresh)
     error = None
     if bench.fill and not fresh and not weight.is_meta:
 

@@ -121,11 +121,11 @@ def fold_norm(bench: Bench, op: Op, settings: FoldSettings) -> Edit:
     aliases: tuple[str, ...] = ()
     if code is not None:
         code.remove()
-    elif keep:
-        rest = nn.Sequential(OrderedDict((name, module.get_submodule(name)) for name in keep))
-        aliases = bench.replace(module, rest.train(module.training), op.path)
     else:
-        aliases = bench.remove(module, op.path)
+        rest = (
+            nn.Sequential(OrderedDict((name, module.get_submodule(name)) for name in keep)) if keep else nn.Identity()
+        )
+        aliases = bench.replace(module, rest.train(module.training), op.path)
     return replace(edit, params_before=params, params_after=param_count(layer), aliases=aliases)
 
 

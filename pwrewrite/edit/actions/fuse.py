@@ -7,7 +7,9 @@ module around the layer, becomes a graph without the call.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import fx, nn
@@ -96,8 +98,8 @@ def fuse_layer(bench: Bench, op: Op, settings: FuseSettings) -> Edit:
         else:
             called = bench.find(op, settings.called, "called") if settings.called else None
             in_code = removed is None and activation[0] != "none"
-            change = _Change(layer, activation, settings.residual, called, in_code)
-            scope = _edit_code(bench, op, settings.scope, change)
+            edit_graph = partial(_CodeEdit, layer, activation, settings.residual, called, in_code)
+            scope = _edit_code(bench, op, settings.scope, layer, edit_graph)
     new = PointwiseActivation.of_layer(layer, spec, *activation, same=settings.same, keep_nan=settings.keep_nan)
     aliases, params = bench.replace(layer, new, op.path), param_count(new)
     if removed is not None and settings.alias:
@@ -126,30 +128,16 @@ def _check_removed(op: Op, module: nn.Module, activation: Found) -> None:
         raise wrong(op, "remove", message, activation[0], str(module)[:80])
 
 
-@dataclass(frozen=True)
-class _Change:
-    """What is to be taken out of some code, and which layer takes it over; see `FuseSettings`.
-
-    ``in_code`` says whether a call of the activation, to the module ``called`` or a function, has to go.
-    """
-
-    layer: nn.Module
-    activation: Found
-    residual: bool
-    called: nn.Module | None
-    in_code: bool
-
-
-def _edit_code(bench: Bench, op: Op, scope: str, change: _Change) -> str:
+def _edit_code(bench: Bench, op: Op, scope: str, layer: nn.Module, edit: Callable[[Regraphed, str], _CodeEdit]) -> str:
     """Takes the activation and the addition out of the code of the smallest enclosing module; its path."""
     failure: NotTraceable = _NotHere("the layer is not in this code")
     while True:
         module, inner = bench.find(op, scope, "scope"), stem(scope)
-        if stem(op.path).startswith(inner) and module is not change.layer:
+        if stem(op.path).startswith(inner) and module is not layer:
             bench.check_held(op.path, module)
             try:
                 graph_module = code_graph(module)
-                _CodeEdit(graph_module, op.path.removeprefix(inner), change).carry_out()
+                edit(graph_module, op.path.removeprefix(inner)).carry_out()
             except NotTraceable as error:
                 failure = error
             else:
@@ -181,28 +169,37 @@ class _NotHere(NotTraceable):
     """The code of this module does not make the call; that of an enclosing one may."""
 
 
+@dataclass
 class _CodeEdit:
-    """The change of one module's graph; ``path`` is the layer's in it."""
+    """The change of one module's graph, in which the layer that takes things over lies at ``path``; see `FuseSettings`.
 
-    def __init__(self, graph_module: Regraphed, path: str, change: _Change) -> None:
-        self.graph_module, self.graph, self.path, self.change = graph_module, graph_module.graph, path, change
+    ``in_code`` says whether a call of the activation, to the module ``called`` or a function, has to go.
+    """
+
+    layer: nn.Module
+    activation: Found
+    residual: bool
+    called: nn.Module | None
+    in_code: bool
+    graph_module: Regraphed
+    path: str
 
     def carry_out(self) -> None:
         """Edits the graph, which is to be thrown away where it raises `NotTraceable`."""
         call, chain = self._call()
         last = end = self._onward(call)
         other = None
-        if self.change.residual:
+        if self.residual:
             end = self._reader(last)
             other = self._other_operand(end, last)
-        if self.change.in_code:
+        if self.in_code:
             end = self._reader(self._onward(end))
             self._check_activation(end)
         if other is not None:
             self._join(call, chain, other, end)
         elif end is not last:
             drop_node(end, last)
-        for node in list(self.graph.nodes):
+        for node in list(self.graph_module.graph.nodes):
             source = argument(node, 0, "input")
             if calls_identity(self.graph_module, node) and isinstance(source, fx.Node):
                 drop_node(node, source)
@@ -210,11 +207,8 @@ class _CodeEdit:
 
     def _call(self) -> tuple[fx.Node, list[str]]:
         """The node whose output is the layer's, and the calls that it stands for where the layer lies deeper."""
-        calls: list[fx.Node] = [
-            node
-            for node in self.graph.nodes
-            if node.op == "call_module" and any(child is self.change.layer for child in self._module(node).modules())
-        ]
+        nodes: list[fx.Node] = [node for node in self.graph_module.graph.nodes if node.op == "call_module"]
+        calls = [node for node in nodes if any(child is self.layer for child in self._module(node).modules())]
         if len(calls) != 1:
             raise _NotHere(f"{self.path} is called {len(calls)} times in this code, expected once")
         node, target = calls[0], str(calls[0].target)
@@ -227,7 +221,7 @@ class _CodeEdit:
 
     def _ends_with_layer(self, target: str, module: nn.Module) -> list[str] | None:
         """The calls of a chain of containers whose last one, identities apart, is the layer."""
-        if module is self.change.layer:
+        if module is self.layer:
             return [target]
         names = [name for name in _chain(module) if not is_identity(module.get_submodule(name))]
         if not names:
@@ -265,28 +259,28 @@ class _CodeEdit:
 
     def _check_activation(self, node: fx.Node) -> None:
         module = self._module(node) if node.op == "call_module" else None
-        if self.change.called is not None:
-            same = module is self.change.called
+        if self.called is not None:
+            same = module is self.called
         else:
             found = call_activation(node) if module is None else module_activation(module)
-            same = found == self.change.activation
+            same = found == self.activation
         if not same:
-            raise NotTraceable(f"this code has {node.target} behind {self.path}, not {self.change.activation[0]}")
+            raise NotTraceable(f"this code has {node.target} behind {self.path}, not {self.activation[0]}")
 
     def _join(self, call: fx.Node, chain: list[str], other: fx.Node, end: fx.Node) -> None:
         """Puts the layer's call, with the residual, where the addition or the activation was."""
-        source = call.args[0]
+        source, graph = call.args[0], self.graph_module.graph
         for target in chain[:-1]:
-            with self.graph.inserting_before(call):
-                source = self.graph.call_module(target, (source,))
-        with self.graph.inserting_before(end):
-            joined = self.graph.call_module(chain[-1], (source, other))
+            with graph.inserting_before(call):
+                source = graph.call_module(target, (source,))
+        with graph.inserting_before(end):
+            joined = graph.call_module(chain[-1], (source, other))
         between = [call]
         while between[-1] is not end:
             between.append(next(iter(between[-1].users)))
         end.replace_all_uses_with(joined)
         for node in reversed(between):
-            self.graph.erase_node(node)
+            graph.erase_node(node)
 
 
 def _chain(module: nn.Module) -> list[str]:
