@@ -25,6 +25,7 @@ _CHEAPEST = 5.0
 """Seconds that the search for a smallest total takes at most."""
 _SURE = 1e-7
 """A gap below is none: no more than the solver's tolerances."""
+_IMPOSSIBLE = Answer(None, 0.0, impossible=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +41,9 @@ Groups = Sequence[Sequence[Option]]
 
 @dataclass(frozen=True)
 class Allocation:
-    """One option of every group.
+    """The index of the option of each group, the total loss and the total costs by kind.
 
-    Attributes:
-        chosen: Index of the option of each group.
-        loss: Total loss.
-        gap: How far at most the total loss is from the least one, as a share of it; 0 where it is the least.
-        costs: Total costs by kind.
+    ``gap``: how far at most the loss is from the least one, as a share of it; 0 where it is the least.
     """
 
     chosen: tuple[int, ...]
@@ -58,10 +55,8 @@ class Allocation:
 class Infeasible(RefusedError):
     """Limits that no choice of options meets.
 
-    Attributes:
-        kind: Which limit cannot be met even alone; None where only all of them together cannot.
-        least: The smallest total of that kind; or of each kind while the others stay within their limits, without
-            kinds where the others cannot be met either.
+    ``kind`` is the limit that cannot be met even alone, and ``least`` has the smallest total of that kind. Where only
+    all together cannot be met, ``kind`` is None ``least`` has each kind's while the others keep to their limits.
     """
 
     def __init__(self, kind: str | None, least: Mapping[str, float]) -> None:
@@ -100,23 +95,21 @@ def allocate(
         if smallest > limit:
             raise Infeasible(kind, {kind: float(smallest)})
     binding = {kind: limit for kind, limit in limits.items() if limit != inf}
-    answer, least = _search(groups, binding, gap, time_limit, start)
+    answer = _search(groups, binding, gap, time_limit, start)
     if answer.chosen is not None:
-        total = fsum(group[i].loss for group, i in zip(groups, answer.chosen))
-        proven = (total - least - answer.bound) / total if total > 0 else 0.0
-        return _allocation(groups, answer.chosen, limits, proven if proven > _SURE else 0.0)
+        found = _allocation(groups, answer.chosen, limits, 0.0)
+        proven = (found.loss - answer.bound) / found.loss if found.loss > 0 else 0.0
+        return replace(found, gap=proven) if proven > _SURE else found
     if start is not None and _excess(groups, start, limits) is None:
         return _allocation(groups, start, limits, inf)
     if answer.impossible:
         raise Infeasible(None, _together(groups, binding))
-    raise RefusedError(
-        f"no choice within the limits was found in {time_limit:g} s",
-        hint="loosen one of the limits, or allow more time",
-    )
+    what = f"no choice within the limits was found in {time_limit:g} s"
+    raise RefusedError(what, hint="loosen one of the limits, or allow more time")
 
 
 def frontier(
-    groups: Groups, kind: str, *, limits: Mapping[str, float] | None = None, points: int = 25, gap: float = 1e-4
+    groups: Groups, kind: str, *, limits: Mapping[str, float] | None = None, points: int = 25
 ) -> list[Allocation]:
     """The least losses for so many limits on one kind, evenly apart from no limit down to the smallest total.
 
@@ -126,13 +119,13 @@ def frontier(
         Allocations of falling cost and never falling loss; equal ones once.
     """
     fixed = {k: v for k, v in (limits or {}).items() if k != kind}
-    allocations = [allocate(groups, {**fixed, kind: inf}, gap=gap)]
+    allocations = [allocate(groups, {**fixed, kind: inf})]
     most = allocations[0].costs[kind]
     cheapest = _cheapest(groups, kind, fixed)
     least = cheapest.costs[kind]
     for i in range(1, points):
         limit = least if i == points - 1 else max(least, most + (least - most) * i / (points - 1))
-        allocations.append(allocate(groups, {**fixed, kind: limit}, gap=gap, start=cheapest.chosen))
+        allocations.append(allocate(groups, {**fixed, kind: limit}, start=cheapest.chosen))
     # A solver's gap may leave some that another one beats in both.
     front: list[Allocation] = []
     for allocation in sorted(allocations, key=lambda a: (-a.costs[kind], a.loss)):
@@ -144,8 +137,8 @@ def frontier(
 
 def _search(
     groups: Groups, limits: Mapping[str, float], gap: float, time_limit: float, start: Sequence[int] | None
-) -> tuple[Answer, float]:
-    """The best choice within finite limits that can each be met alone, and above what its bound counts from."""
+) -> Answer:
+    """The best choice within finite limits that can each be met alone."""
     tables, names, least = [], [], []
     for group in groups:
         table = np.array([[option.loss, *(option.costs[kind] for kind in limits)] for option in group], dtype=float)
@@ -154,23 +147,22 @@ def _search(
         beaten = np.triu(np.all(costs[:, None] <= costs[None], axis=-1), 1).any(0)  # or equalled, by an earlier one
         left = order[~beaten & np.isfinite(table[order, 0])]
         if not len(left):
-            return Answer(None, 0.0, impossible=True), 0.0
+            return _IMPOSSIBLE
         tables.append(table[left])
         names.append(left)
         least.append(table[left].min(0))
     # Only what an option costs above the least of its group matters, in units of what there is to spend.
     spent = [sum(map(Fraction, column), Fraction(0)) for column in np.array(least)[:, 1:].T.tolist()]
     room = np.array([float(Fraction(limit) - total) for limit, total in zip(limits.values(), spent)])
-    if (room < 0).any():
-        return Answer(None, 0.0, impossible=True), 0.0
     above = np.concatenate([table - row for table, row in zip(tables, least)])
     owner = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-    problem = Knapsack(above[:, 0], above[:, 1:] / np.where(room > 0, room, 1.0), owner, np.concatenate(names))
     affordable = np.all(above[:, 1:] <= room * (1 + _ROUNDING), axis=1)
-    if len(np.unique(owner[affordable])) < len(tables):
-        return Answer(None, 0.0, impossible=True), 0.0
+    if (room < 0).any() or len(np.unique(owner[affordable])) < len(tables):
+        return _IMPOSSIBLE
+    problem = Knapsack(above[:, 0], above[:, 1:] / np.where(room > 0, room, 1.0), owner, np.concatenate(names))
     search = Search(problem.keep(affordable), lambda chosen: _excess(groups, chosen, limits), gap, time_limit, start)
-    return search.run(), fsum(row[0] for row in least)
+    answer = search.run()
+    return answer._replace(bound=answer.bound + fsum(row[0] for row in least))
 
 
 def _together(groups: Groups, limits: Mapping[str, float]) -> dict[str, float]:

@@ -22,14 +22,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class Choice:
-    """One allocation as a plan.
-
-    Attributes:
-        plan: What to do.
-        loss: Predicted loss, the sum over the layers.
-        gap: How far at most the loss is from the least one, as a share, as the solver proved.
-        costs: What the whole model then costs, by kind.
-    """
+    """One allocation as a plan: predicted loss and proven gap as in `Allocation`, and what the whole model costs."""
 
     plan: Plan
     loss: float
@@ -61,11 +54,7 @@ class Allocator:
         return {limit.kind: limit.absolute(self.original[limit.kind]) for limit in limits}
 
     def choose(self, limits: Sequence[Limit], absolute: Mapping[str, float]) -> Choice:
-        """The allocation that loses least within limits, given as such for the message and as numbers.
-
-        Raises:
-            RefusedError: If a limit cannot be met; says what the smallest one is, and why layers were left.
-        """
+        """The allocation that loses least within limits, given as such for the message and as numbers."""
         try:
             return self._choice(allocate(self._groups, self._left(absolute)), limits)
         except Infeasible as error:
@@ -98,23 +87,17 @@ class Allocator:
     def _choice(self, allocation: Allocation, limits: Sequence[Limit]) -> Choice:
         picked = [(layer, layer.candidates[i]) for layer, i in zip(self.layers, allocation.chosen)]
         ops = tuple(candidate.op for _, candidate in picked if candidate.op is not None)
-        unchanged = [
-            Skip(layer.layer.path, SkipReason.NO_GAIN, "kept: the budget is met at less loss elsewhere")
-            for layer, candidate in picked
-            if candidate.op is None
-        ]
+        kept = "kept: the budget is met at less loss elsewhere"
+        paths = [layer.layer.path for layer, candidate in picked if candidate.op is None]
+        unchanged = [Skip(path, SkipReason.NO_GAIN, kept) for path in paths]
         costs = {
             kind: before + sum(candidate.costs[kind] - layer.candidates[0].costs[kind] for layer, candidate in picked)
             for kind, before in self.original.items()
         }
-        facts: dict[str, object] = {
-            "limits": {limit.kind: str(limit).partition("=")[2] for limit in limits},
-            "predicted_loss": allocation.loss,
-            "gap": allocation.gap,
-            **self.facts,
-        }
-        plan = Plan(ops, (*self.skips, *unchanged), {}, facts)
-        return Choice(plan, allocation.loss, allocation.gap, costs)
+        loss, gap = allocation.loss, allocation.gap
+        texts = {limit.kind: str(limit).partition("=")[2] for limit in limits}
+        facts = {"limits": texts, "predicted_loss": loss, "gap": gap, **self.facts}
+        return Choice(Plan(ops, (*self.skips, *unchanged), {}, facts), loss, gap, costs)
 
     def _unmet(self, error: Infeasible, limits: Sequence[Limit]) -> RefusedError:
         (left, hint), kind = _left_out(self.skips), error.kind

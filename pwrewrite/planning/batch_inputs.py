@@ -8,7 +8,7 @@ sample), else a target, which is left out with a note.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeGuard
 
 import numpy as np
@@ -28,9 +28,7 @@ class Batch:
     """A batch, or a part of one, as it came.
 
     Attributes:
-        args: Positional inputs.
-        kwargs: Keyword inputs.
-        labels: The classes that came with them, ``(N,)``, or 0 and 1 for each class, ``(N, classes)``.
+        labels: The classes that came with the inputs, ``(N,)``, or 0 and 1 for each class, ``(N, classes)``.
         samples: How many samples it holds.
         number: The number of the batch it is from.
         first: The place in that batch of its first sample.
@@ -51,14 +49,9 @@ class Batch:
         def cut(value: object) -> object:
             return value[start:stop] if is_array(value) and value.ndim else value
 
-        return replace(
-            self,
-            args=tuple(cut(value) for value in self.args),
-            kwargs={name: cut(value) for name, value in self.kwargs.items()},
-            labels=None if self.labels is None else self.labels[start:stop],
-            samples=stop - start,
-            first=self.first + start,
-        )
+        args, kwargs = tuple(map(cut, self.args)), {name: cut(value) for name, value in self.kwargs.items()}
+        labels = None if self.labels is None else self.labels[start:stop]
+        return Batch(args, kwargs, labels, stop - start, self.number, self.first + start)
 
 
 def is_array(value: object) -> TypeGuard[Array]:
@@ -79,13 +72,7 @@ def described(value: object) -> str:
 
 
 def sort_out(batch: object, number: int, args: Args, kwargs: Kwargs) -> tuple[Batch, str | None]:
-    """Tells the inputs in a batch from what comes beside them.
-
-    Args:
-        batch: What came.
-        number: Its number.
-        args: The example inputs, positional.
-        kwargs: The example inputs by name.
+    """Tells the inputs in a batch from what comes beside them, by the example inputs.
 
     Returns:
         The batch, and a note on what of it was left out.
@@ -117,20 +104,17 @@ def _by_name(batch: Mapping[str, object], number: int, args: Args, kwargs: Kwarg
     if args or not kwargs:
         raise UsageError(
             f"batch {number} of the calibration inputs is a dict, and the example inputs are positional",
-            expected=described(args[0]) if len(args) == 1 else described(args),
+            expected=described(args[0] if len(args) == 1 else args),
             got=described(batch),
             hint=f"give both by name or both by position, or {_OWN}",
         )
     missing = [name for name in kwargs if name not in batch]
     other = [name for name in batch if name not in kwargs and name not in LABEL_NAMES]
     if missing or other:
-        lacks = f"lacks {', '.join(missing)}" if missing else f"also has {', '.join(map(str, other))}"
-        raise UsageError(
-            f"batch {number} of the calibration inputs {lacks}",
-            expected=f"the inputs {', '.join(kwargs)}",
-            got=", ".join(map(str, batch)) or "nothing",
-            hint=_OWN,
-        )
+        what = f"batch {number} of the calibration inputs "
+        what += f"lacks {', '.join(missing)}" if missing else f"also has {', '.join(map(str, other))}"
+        got = ", ".join(map(str, batch)) or "nothing"
+        raise UsageError(what, expected=f"the inputs {', '.join(kwargs)}", got=got, hint=_OWN)
     return {name: batch[name] for name in kwargs}
 
 

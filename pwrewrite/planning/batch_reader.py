@@ -7,6 +7,7 @@ after the channels may differ.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -34,25 +35,18 @@ class _Place(NamedTuple):
 
 
 class Reader:
-    """Makes the tensors that a model takes of the arrays in a batch.
+    """Makes the tensors that a model takes, as the example inputs are, of the arrays in a batch."""
 
-    Args:
-        args: The example inputs, positional.
-        kwargs: The example inputs by name.
-        device: Where they go; where the example inputs are, if None.
-    """
-
-    def __init__(self, args: Args, kwargs: Kwargs, device: str | None = None) -> None:
-        self.args, self.kwargs, self.device = args, kwargs, device
-        self.notes: list[str] = []
+    def __init__(self, args: Args, kwargs: Kwargs) -> None:
+        self.args, self.kwargs, self.notes = args, kwargs, list[str]()
 
     def check(self, batch: Batch) -> None:
         """Refuses an input of other dims, channels or another kind of dtype than the example's; reads no values."""
         self._each(batch, _check)
 
-    def read(self, batch: Batch) -> Chunk:
-        """What the model takes, of a batch that `check` let through; NaN and Inf are refused."""
-        return self._each(batch, self._cast)
+    def read(self, batch: Batch, device: str | None = None) -> Chunk:
+        """What the model takes, of a batch that `check` let through, on its own device if None; refuses NaN and Inf."""
+        return self._each(batch, partial(self._cast, device=device))
 
     def _each(self, batch: Batch, take: Callable[[Tree, Tensor, _Place], Tensor | None]) -> Chunk:
         """A batch with something done to each of its arrays."""
@@ -73,7 +67,7 @@ class Reader:
             {name: visit(v, self.kwargs[name], _Place(batch, f"input {name}")) for name, v in batch.kwargs.items()},
         )
 
-    def _cast(self, value: Tree, example: Tensor, place: _Place) -> Tensor:
+    def _cast(self, value: Tree, example: Tensor, place: _Place, device: str | None) -> Tensor:
         """An array as the tensor that the model takes."""
         tensor = value.detach() if isinstance(value, Tensor) else _tensor(value, place)
         _check_finite(tensor, place)
@@ -81,7 +75,7 @@ class Reader:
         if cast.dtype.itemsize < tensor.dtype.itemsize:
             _check_finite(cast, place, f" as {str(cast.dtype).removeprefix('torch.')}")
         self._look_at_range(tensor, example)
-        return cast.to(self.device or ("cpu" if example.is_meta else example.device))
+        return cast.to(device or ("cpu" if example.is_meta else example.device))
 
     def _look_at_range(self, tensor: Tensor, example: Tensor) -> None:
         """Notes images that look like bytes, where the example does not."""

@@ -108,11 +108,9 @@ class Batches:
         return tuple(dict.fromkeys([*of_source, *self._notes, *self._reader.notes]))
 
     def labels(self, part: Part = "all") -> Tensor | None:
-        """The labels that came with the inputs of some chunks.
+        """The labels that came with the inputs, in the order of the chunks, on the CPU: an integer or a row of 0 and 1.
 
-        Returns:
-            One integer per sample, or a row of 0 and 1, in the order of the chunks, on the CPU; None where any chunk
-            came without, or they are not alike.
+        None where any chunk came without, or they are not alike.
         """
         if self._labels is None:
             for _ in self._parts():
@@ -125,9 +123,9 @@ class Batches:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all chunks, 64 hex digits: values, shapes, dtypes, names, how they are cut, what is held out."""
-        digest, reader = hashlib.sha256(), Reader(self._reader.args, self._reader.kwargs, "cpu")
+        digest = hashlib.sha256()
         for batch, parts in self._parts():
-            args, kwargs = reader.read(batch)
+            args, kwargs = self._reader.read(batch, "cpu")
             digest.update(repr((sorted(parts), len(args), sorted(kwargs))).encode())
             for tensor in tensors_of((args, [kwargs[name] for name in sorted(kwargs)])):
                 digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -197,12 +195,11 @@ class Batches:
             if self.size is not None and seen >= self.size:
                 return
         if not seen:
+            hint = "an iterator that was gone through already gives nothing more: give a list or a loader"
             raise UsageError(
                 "the calibration inputs are empty",
                 got=f"a {type(self._original).__name__} that gives no batch",
-                hint="an iterator that was gone through already gives nothing more: give a list or a loader"
-                if isinstance(self._source, Stored)
-                else None,
+                hint=hint if isinstance(self._source, Stored) else None,
             )
         if self.size is not None:
             self._note(f"{self.size} calibration samples were asked for, and there are {seen}")
@@ -214,7 +211,7 @@ class Batches:
             for value in self._source:
                 batch, note = self._sorted(value, number)
                 if note and not any("left out" in earlier for earlier in self._notes):
-                    self._note(note)
+                    self._notes.append(note)
                 if batch.samples:
                     self._reader.check(batch)
                     yield batch

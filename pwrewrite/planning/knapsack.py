@@ -4,8 +4,7 @@ For any price per unit of each cost, the options that are best at that price giv
 (Lagrangian relaxation; Fisher 1981, *The Lagrangian relaxation method for solving integer programming problems*); at
 the right price they are nearly an answer. An option that at some price is further behind than the best answer known is
 above the bound is in no better answer (Kellerer, Pferschy & Pisinger 2004, *Knapsack Problems*, section 11.4) and is
-left out before HiGHS is asked. The size of the losses that matter is then known too, so that they reach it as numbers
-around `_SCALE`, far above its absolute tolerances.
+left out before HiGHS is asked. Losses then reach it as numbers around `_SCALE`, far above its absolute tolerances.
 
 Losses and costs count here from the least of each group, and costs in units of what there is to spend.
 """
@@ -62,11 +61,8 @@ class Answer(NamedTuple):
 class Knapsack:
     """The options of all groups, side by side; every group has at least one.
 
-    Attributes:
-        losses: Loss of each option, ``(options,)``, at least 0.
-        costs: Its cost of each kind, ``(options, kinds)``, at least 0.
-        owner: Its group, from 0 and without holes, ascending, ``(options,)``.
-        names: Its index in the group as it was given, ``(options,)``.
+    Losses ``(options,)`` and costs ``(options, kinds)`` are at least 0. ``owner`` is the group of each, from 0 and
+    without holes, ascending, and ``names`` its index in the group as it was given.
     """
 
     losses: Floats
@@ -180,8 +176,7 @@ class Search:
     def _offer(self, chosen: Ints) -> int | None:
         """Takes an answer, as good as it can be made, if it fits and is the best so far.
 
-        Returns:
-            The number of a kind of which it costs too much, None where it fits or would be no better.
+        Returns the number of a kind of which it costs too much; None where it fits or would be no better.
         """
         over = None
         for answer in (_improved(self.view, chosen), chosen):

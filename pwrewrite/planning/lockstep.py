@@ -1,10 +1,10 @@
 """Many forwards of a model at once, all stopped at the same layer: what one needs to fit a layer to what reaches it.
 
 Fitting layers in order wants, for each, what the layers before it, already fitted, make of *all* the calibration
-inputs. Here every chunk of inputs has a forward of its own, in a thread that serves as a coroutine: it runs until a
-layer that is waited for, stops there with its live activations on its own stack, and goes on when it is told to. One
-pass of the data through the model serves all layers, whatever Python code the model is made of. Only one thread runs at
-a time. Activations that are too many for memory wait on disk (`pwrewrite.planning.spill`).
+inputs. Here every chunk of them has a forward of its own, in a thread that serves as a coroutine: it stops at a layer
+that is waited for, with its live activations on its own stack, and goes on when it is told to. One pass of the data
+through the model serves all layers, whatever code the model is made of. Only one thread runs at a time. Activations
+that are too many for memory wait on disk (`pwrewrite.planning.spill`).
 """
 
 from __future__ import annotations
@@ -32,13 +32,9 @@ class _Ended(BaseException):
 
 
 class Forward:
-    """One forward of a model on one chunk, run stop by stop.
+    """One forward of a model on one chunk, run stop by stop in a context.
 
-    Args:
-        model: The model, in the mode in which it is to run.
-        chunk: Its inputs.
-        watching: A context in which it runs.
-        seed: Of the random numbers that the model draws on the CPU; forwards do not disturb each other's.
+    ``seed`` is of the random numbers that the model draws on the CPU; forwards do not disturb each other's.
 
     Attributes:
         path: The layer it has reached; None when it is finished or has not begun.
@@ -133,9 +129,8 @@ class Lockstep:
         chunks: The inputs.
         before: Paths of modules before which to stop, with the input.
         behind: Paths of modules behind which to stop, with the output.
-        record: Path and ``input`` or ``output`` of modules at which a tensor is recorded in passing, without a stop;
-            found in `Forward.recorded`.
-        spill: Keeps their activations; forward by forward under its place among the chunks. In memory where None.
+        record: Path and ``input`` or ``output`` of modules whose tensor is put into `Forward.recorded` in passing.
+        spill: Keeps their activations under their places among the chunks; they are in memory where None.
     """
 
     def __init__(

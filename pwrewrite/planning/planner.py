@@ -96,10 +96,7 @@ class Planner:
         self.outputs = "values"
         self.statistics = self._calibrate()
         self.layers = make_candidates(
-            self.replaceable,
-            self.statistics,
-            self.settings,
-            lambda path, share: self.say(f"looking at {path}", share),
+            self.replaceable, self.statistics, self.settings, lambda path, share: self.say(f"looking at {path}", share)
         )
         self.original = costs_of(self.captured)
         facts = {

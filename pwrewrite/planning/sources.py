@@ -15,34 +15,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils import data
 
 from ..core.errors import UsageError, shortened
 
-_RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_RANDOM = (data.RandomSampler, data.SubsetRandomSampler, data.WeightedRandomSampler)
 
 
 def stable(source: object, chunk: int) -> Iterable[object]:
-    """An iterable of batches that gives the same ones in the same order every time.
-
-    Args:
-        source: The calibration inputs of the user.
-        chunk: The batch size for a dataset without a loader.
+    """An iterable that gives the batches of the user's in the same order every time; ``chunk`` cuts a bare dataset.
 
     Raises:
         UsageError: If it is no iterable of inputs.
     """
     if isinstance(source, (Tensor, np.ndarray, Mapping)):
         return [source]
-    if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
-        source = DataLoader(source, batch_size=chunk)
+    if isinstance(source, data.Dataset) and not isinstance(source, data.IterableDataset):
+        source = data.DataLoader(source, batch_size=chunk)
     if isinstance(source, (str, bytes, Path)) or not isinstance(source, Iterable):
         raise UsageError(
             "the calibration inputs are not an iterable of batches",
@@ -50,7 +39,7 @@ def stable(source: object, chunk: int) -> Iterable[object]:
             got=shortened(repr(source), 80) if isinstance(source, (str, bytes, Path)) else type(source).__name__,
             hint="on the command line --calibration takes files" if isinstance(source, (str, Path)) else None,
         )
-    if isinstance(source, DataLoader) and isinstance(_sampler(source), _RANDOM):
+    if isinstance(source, data.DataLoader) and isinstance(_sampler(source), _RANDOM):
         return SameOrder(source)
     return Stored(source) if isinstance(source, Iterator) else source
 
@@ -73,7 +62,7 @@ class Stored:
 class SameOrder:
     """A shuffling loader that draws the same order every time; its generator is as it was after each pass."""
 
-    def __init__(self, loader: DataLoader[object]) -> None:
+    def __init__(self, loader: data.DataLoader[object]) -> None:
         self.loader = loader
 
     def __iter__(self) -> Iterator[object]:
@@ -91,7 +80,7 @@ class SameOrder:
                 own.set_state(before)
 
 
-def _sampler(loader: DataLoader[object]) -> object:
+def _sampler(loader: data.DataLoader[object]) -> object:
     """What orders a loader's samples: its own sampler, or that of a batch sampler the user made."""
     batches = loader.batch_sampler
     return getattr(batches, "sampler", None) if batches is not None else loader.sampler
