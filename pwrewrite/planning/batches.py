@@ -8,14 +8,13 @@ batch of another kind goes through a function of the user's first. The source is
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import chain, islice
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ..capturing import Inputs, split_inputs
 from ..core.errors import PwrewriteError, UsageError, first_line
@@ -23,7 +22,7 @@ from ..core.nested import Tree, tensors_of
 from .batch_inputs import Batch, sort_out
 from .batch_reader import Reader
 from .running import Chunk
-from .sources import SameOrder, Stored, stable
+from .sources import Stored, stable
 
 Part = Literal["all", "calibration", "held_out"]
 """Which chunks: every one, those to gather statistics from, those kept for measuring."""
@@ -69,9 +68,8 @@ class Batches:
         self._reader = Reader(*split_inputs(example_inputs))
         self._batch, self._original, self._source = batch, source, stable(source, chunk)
         self._notes: list[str] = []
-        self._seen = 0
         self._first: Batch | None = None
-        self._labels: list[tuple[frozenset[str], Tensor | None]] | None = None
+        self._known: list[tuple[frozenset[str], int, Tensor | None]] = []
 
     def __iter__(self) -> Iterator[Chunk]:
         return self._read("all")
@@ -91,14 +89,8 @@ class Batches:
 
     @property
     def samples(self) -> int:
-        """How many samples there are, as far as a pass has come yet."""
-        return self._seen
-
-    @property
-    def expected(self) -> int | None:
-        """About how many samples there will be, without a pass; None where nothing tells."""
-        known = self._seen if self._labels is not None else self._length()
-        return min((n for n in (known, self.size) if n is not None), default=None)
+        """How many samples there are, by a pass over all of them where there was none yet."""
+        return sum(samples for _, samples, _ in self._all())
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -112,10 +104,7 @@ class Batches:
 
         None where any chunk came without, or they are not alike.
         """
-        if self._labels is None:
-            for _ in self._parts():
-                pass
-        labels = [of_chunk for parts, of_chunk in self._labels or () if part in parts]
+        labels = [of_chunk for parts, _, of_chunk in self._all() if part in parts]
         known = [of_chunk for of_chunk in labels if of_chunk is not None]
         alike = len({of_chunk.shape[1:] for of_chunk in known}) == 1
         return torch.cat(known) if alike and len(known) == len(labels) else None
@@ -137,12 +126,19 @@ class Batches:
 
     def _parts(self) -> Iterator[tuple[Batch, frozenset[str]]]:
         """One pass: every chunk, and which parts it belongs to."""
-        labels: list[tuple[frozenset[str], Tensor | None]] = []
+        chunks: list[tuple[frozenset[str], int, Tensor | None]] = []
         for batch, parts in self._dealt():
             self._first = self._first or batch
-            labels.append((parts, batch.labels))
+            chunks.append((parts, batch.samples, batch.labels))
             yield batch, parts
-        self._labels = labels
+        self._known = chunks
+
+    def _all(self) -> list[tuple[frozenset[str], int, Tensor | None]]:
+        """The parts, samples and labels of every chunk."""
+        if not self._known:
+            for _ in self._parts():
+                pass
+        return self._known
 
     def _dealt(self) -> Iterator[tuple[Batch, frozenset[str]]]:
         """Chunks and the parts they belong to; the first ``holdout`` of them wait, in case there are no more."""
@@ -190,7 +186,6 @@ class Batches:
             ranges = ((start, min(start + self.chunk, end)) for start in range(0, end, self.chunk))
             for part in [batch] if batch.whole else (batch.part(*each) for each in ranges):
                 seen += part.samples
-                self._seen = max(self._seen, seen)
                 yield part
             if self.size is not None and seen >= self.size:
                 return
@@ -209,7 +204,8 @@ class Batches:
         number = 0
         try:
             for value in self._source:
-                batch, note = self._sorted(value, number)
+                value = value if self._batch is None else self._batch(value)
+                batch, note = sort_out(value, number, self._reader.args, self._reader.kwargs)
                 if note and not any("left out" in earlier for earlier in self._notes):
                     self._notes.append(note)
                 if batch.samples:
@@ -222,24 +218,7 @@ class Batches:
             what = f"batch {number} of the calibration inputs cannot be read"
             raise UsageError(what, got=first_line(error)) from error
 
-    def _sorted(self, value: Tree, number: int) -> tuple[Batch, str | None]:
-        value = value if self._batch is None else self._batch(value)
-        return sort_out(value, number, self._reader.args, self._reader.kwargs)
-
     def _note(self, text: str) -> None:
         """Notes something, once."""
         if text not in self._notes:
             self._notes.append(text)
-
-    def _length(self) -> int | None:
-        """How many samples the source holds, where that is known without a pass."""
-        source: object = self._source.loader if isinstance(self._source, SameOrder) else self._source
-        try:
-            if isinstance(source, list):
-                return sum(self._sorted(batch, 0)[0].samples for batch in source)
-            if isinstance(source, DataLoader):
-                return len(source.dataset) if isinstance(source.dataset, Sized) else None
-        except (UsageError, TypeError, NotImplementedError):
-            return None
-        samples = getattr(source, "samples", None)
-        return samples if isinstance(samples, int) else None

@@ -47,26 +47,22 @@ def content_key(capture: Capture, layers: Mapping[str, ConvSpec], inputs: str, s
 
 def read_statistics(
     folder: Path | None, key: str, device: torch.device, layers: Mapping[str, ConvSpec]
-) -> tuple[Statistics | None, bool, str]:
-    """What is cached under a key, of such layers, brought to a device.
-
-    Returns:
-        The statistics, None where there are none that can be read; whether they are complete; and a note where a file
-        was damaged, which is then removed.
-    """
+) -> tuple[Statistics | None, bool, list[str]]:
+    """The statistics cached under a key, whether they are complete, and a note on a damaged file, which is removed."""
     if folder is None or not (file := folder / f"{key}.safetensors").is_file():
-        return None, False, ""
+        return None, False, []
     try:
         statistics, complete = _read(file, device)
         for path, sums in statistics.layers.items():
             _check(path, sums, LayerStatistics.empty(layers[path], torch.device("meta")))
         with suppress(OSError):
             os.utime(file)
-        return statistics, complete, ""
+        return statistics, complete, []
     except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         with suppress(OSError):
             file.unlink()
-        return None, False, f"the cached statistics in {file} were damaged and have been removed: {first_line(error)}"
+        note = f"the cached statistics in {file} were damaged and have been removed: {first_line(error)}"
+        return None, False, [note]
 
 
 def _read(file: Path, device: torch.device) -> tuple[Statistics, bool]:
@@ -94,9 +90,8 @@ def _check(path: str, sums: LayerStatistics, empty: LayerStatistics) -> None:
     square = gradients is None or (gradients.dim() == 3 and gradients.shape[1] == gradients.shape[2])
     if sums.inputs.shape != empty.inputs.shape or sums.means.shape != empty.means.shape or not square:
         raise ValueError(f"{path} has sums of another shape")
-    tensors = [t for t in (sums.inputs, sums.means, gradients) if t is not None]
-    counts = (sums.weight, sums.rows, sums.gradient_weight)
-    if not all(t.isfinite().all() for t in tensors) or not all(0 <= n < float("inf") for n in counts):
+    finite = all(t is None or t.isfinite().all() for t in (sums.inputs, sums.means, gradients))
+    if not finite or not all(0 <= n < float("inf") for n in (sums.weight, sums.rows, sums.gradient_weight)):
         raise ValueError(f"{path} has sums that are no numbers")
 
 

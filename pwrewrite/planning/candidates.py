@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 
 import torch
@@ -23,7 +24,7 @@ from ..core.plan import Op, Skip, SkipReason
 from ..edit.actions.evaluation import code_graph
 from ..edit.graph_edit import FunctionalCall
 from ..forms import FORMS
-from ..forms.form import Axes, Form, Worth
+from ..forms.form import Axes, Form
 from ..forms.specs import Chain, stage_output
 from ..forms.weighted import WeightedLayer
 from ..passes import FORM_PASSES, LayerPass
@@ -31,12 +32,6 @@ from ..passes.base import chosen, estimate_chain, scope_of, spec_of, weight_of
 from .allocate import Option
 from .latency import LatencyTable, Variant
 from .statistics import Statistics
-
-FORM_SETS: dict[str, tuple[str, ...]] = {
-    "all": tuple(FORMS),
-    "1x1": tuple(name for name, form in FORMS.items() if form.pointwise),
-}
-"""Names for several forms at once."""
 
 _TIMED = 7
 """How many candidates of a form are measured."""
@@ -47,12 +42,7 @@ _FASTER = 0.97
 
 @dataclass(frozen=True, slots=True)
 class Candidate(Option):
-    """One thing that a layer could become: its predicted loss, what the layer then costs, and how.
-
-    Attributes:
-        op: The op that does it; None to keep the layer.
-        error: Relative error of the layer in the norm of the prediction.
-    """
+    """One thing that a layer could become, by which op (None to keep it), and the relative error of its weight."""
 
     op: Op | None = None
     error: float = 0.0
@@ -67,13 +57,10 @@ class LayerCandidates:
     candidates: list[Candidate]
 
 
-def forms_named(names: Sequence[str]) -> tuple[str, ...]:
-    """Forms from their names, or from a name for several.
-
-    Raises:
-        UsageError: An unknown name.
-    """
-    known = FORM_SETS | {name: (name,) for name in FORMS}
+def _forms_named(names: Sequence[str]) -> tuple[str, ...]:
+    """Forms from their names, or from a name for several."""
+    one_by_one = tuple(name for name, form in FORMS.items() if form.pointwise)
+    known = {"all": tuple(FORMS), "1x1": one_by_one} | {name: (name,) for name in FORMS}
     for name in names:
         if name not in known:
             raise UsageError(f"there is no form {name!r}", expected=f"some of {', '.join(known)}", got=name)
@@ -81,18 +68,13 @@ def forms_named(names: Sequence[str]) -> tuple[str, ...]:
 
 
 class ReplaceableLayers:
-    """The layers of a capture that a budget lets be replaced, and by which pass each form is proposed.
-
-    Attributes:
-        layers: What may be replaced, with the passes that apply to it.
-        skips: What may not, and why.
-    """
+    """The ``layers`` that a budget lets be replaced, with the pass for each form, and the ``skips`` of all others."""
 
     def __init__(self, capture: Capture, budget: Budget) -> None:
         self.capture, self.owners = capture, Owners(capture)
         self.layers: list[tuple[Layer, dict[str, LayerPass]]] = []
         self.skips: list[Skip] = []
-        kinds = [kind for form in forms_named(budget.forms) for kind in FORM_PASSES[form]]
+        kinds = [kind for form in _forms_named(budget.forms) for kind in FORM_PASSES[form]]
         passes = [kind(replan=budget.replan, min_gain=0.0) for kind in kinds]
         chosen_layers = chosen(capture, budget.include, budget.exclude)
         for layer in capture.layers:
@@ -146,20 +128,19 @@ def make_candidates(
     replaceable: ReplaceableLayers,
     statistics: Statistics | None,
     budget: Budget,
-    progress: Callable[[str, float], None],
+    say: Callable[[str, float | None], None],
 ) -> list[LayerCandidates]:
     """The candidates of every layer that may be replaced.
 
     Args:
         replaceable: The layers.
         statistics: What calibration said; None for the weights' own norm, relative per layer.
-        budget: The largest error of a layer in the norm of the prediction, what widths are rounded to, and whether the
-            mean of what a layer reads is taken off, since a refit makes up for it.
-        progress: Called with a layer's path and how much is done.
+        budget: The largest error of a layer, what widths are rounded to, and whether a refit makes up for means.
+        say: Called with each layer and how much is done.
     """
     layers = []
     for i, (layer, passes) in enumerate(replaceable.layers):
-        progress(layer.path, i / len(replaceable.layers))
+        say(f"looking at {layer.path}", i / len(replaceable.layers))
         weight = weight_of(layer, replaceable.owners)
         assert weight is not None
         spec, scope = spec_of(layer), scope_of(replaceable.capture, layer)
@@ -169,7 +150,7 @@ def make_candidates(
         candidates = [Candidate(0.0, costs)]
         for proposer in passes.values():
             form = proposer.form
-            for predicted in form.losses(weighted, _saves(layer, spec, form)):
+            for predicted in form.losses(weighted, partial(_saves, layer, spec, form)):
                 if budget.max_layer_error is not None and predicted.error > budget.max_layer_error:
                     continue
                 op = proposer.op(layer, spec, predicted.widths, axes=predicted.axes, scope=scope)
@@ -278,9 +259,6 @@ def _bytes(layer: Layer, chain: Chain) -> float:
     return total * size
 
 
-def _saves(layer: Layer, spec: ConvSpec, form: Form) -> Worth:
-    def worth(widths: Mapping[str, int], axes: Axes) -> bool:
-        estimate = estimate_chain(layer, spec, form, widths, axes)
-        return estimate.macs_after < estimate.macs_before and estimate.params_after < estimate.params_before
-
-    return worth
+def _saves(layer: Layer, spec: ConvSpec, form: Form, widths: Mapping[str, int], axes: Axes) -> bool:
+    estimate = estimate_chain(layer, spec, form, widths, axes)
+    return estimate.macs_after < estimate.macs_before and estimate.params_after < estimate.params_before

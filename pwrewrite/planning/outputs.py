@@ -1,26 +1,36 @@
-"""What a model's outputs are, by value: class scores as logits or as probabilities, or any other values.
+"""What a model's outputs are, and how far two models' are apart: `compare`, and `accuracy` with labels.
 
-A single output ``(N, classes)`` holds class scores. They are probabilities where the rows are not negative and sum to
-1; logits else, log-probabilities included. Rows that are never negative and sum to something else (sigmoids,
+By its values a single output ``(N, classes)`` holds class scores, probabilities where the rows are not negative and sum
+to 1, logits else, log-probabilities included. Rows that are never negative and sum to something else (sigmoids,
 coordinates, counts), and rows of length 1 (embeddings), are no class scores. An embedding without such a scale looks
 like logits: there ``--outputs values`` helps, and labels that it names no better than chance give no accuracy.
 
 An accuracy exists where labels fit the outputs (`scoring`): a class each and class scores, 0 or 1 and a single score
 each, or 0 and 1 for every column.
+
+A loss is of the kind that is predicted: for class scores the mean KL divergence of the predictions from the original's;
+for other outputs half the squared relative error of each output tensor, summed over them. A model that draws random
+numbers draws the same ones as the model that it is compared with.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import UsageError
 from ..core.nested import tensors_of
+from .running import Chunk, evaluating, run_seeded, samples_of
 
 _ROUNDING = {2: 2e-2, 4: 1e-3, 8: 1e-3}
 """How far sums of probabilities, and lengths, may be from 1, by the bytes of a number."""
+FAR = 4.0
+"""A measured loss is far from the predicted one from this factor on."""
 _ACCURACY = "accuracy on held-out inputs"
 
 
@@ -40,10 +50,8 @@ def class_scores(outputs: object, kind: str = "logits") -> Tensor | None:
 def kind_of_outputs(outputs: object, labels: Tensor | None = None) -> str:
     """Whether outputs are ``logits``, ``probabilities`` or other ``values``.
 
-    Args:
-        outputs: What the model gives for some inputs.
-        labels: The labels of these inputs; several classes for one input speak against class scores, and so do classes
-            that they name no better than chance.
+    Several classes for one input in its labels speak against class scores, and so do classes that these name no better
+    than chance.
     """
     scores = class_scores(outputs)
     if scores is None or (labels is not None and labels.dim() == 2 and not _one_hot(labels)):
@@ -78,10 +86,7 @@ class Scoring(NamedTuple):
 def scoring(outputs: object, labels: Tensor, kind: str) -> Scoring | str:
     """How outputs of a kind are held against labels, or why there is no way to.
 
-    Args:
-        outputs: What the model gives for some inputs.
-        labels: Labels of these inputs and those after them, ``(M,)`` or, 0 and 1, ``(M, columns)``.
-        kind: What the outputs are.
+    Labels are those of these inputs and of all after them, ``(M,)`` or, 0 and 1, ``(M, columns)``.
 
     Raises:
         UsageError: The outputs are class scores, and a label is beyond their classes.
@@ -151,3 +156,69 @@ def _classes(labels: Tensor) -> Tensor:
 
 def _one_hot(labels: Tensor) -> bool:
     return bool((labels.sum(1) == 1).all())
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """How far two models are apart on so many held-out inputs, of ``classes`` or ``values``.
+
+    Attributes:
+        loss: In the unit of the prediction: mean KL divergence in nats, or half the squared relative error.
+        agreement: How often both name the same class; None where they name none.
+    """
+
+    loss: float
+    agreement: float | None
+    samples: int
+    kind: str
+
+
+def compare(original: nn.Module, rewritten: nn.Module, chunks: Iterable[Chunk], outputs: str = "logits") -> Measured:
+    """Runs both models in eval mode on inputs and compares their outputs, of a kind of `pwrewrite.planning.outputs`."""
+    with torch.no_grad(), evaluating(original), evaluating(rewritten):
+        seeded = ((run_seeded(original, c, i), run_seeded(rewritten, c, i), c) for i, c in enumerate(chunks))
+        return compare_outputs(seeded, outputs)
+
+
+def compare_outputs(results: Iterable[tuple[object, object, Chunk]], outputs: str) -> Measured:
+    """Compares what two models made of inputs: the original's outputs, the other's, and the inputs."""
+    loss, same, samples, kind = 0.0, 0, 0, "values"
+    errors, powers = defaultdict[int, float](float), defaultdict[int, float](float)
+    for first, second, chunk in results:
+        samples += samples_of(*chunk)
+        before, after = class_scores(first, outputs), class_scores(second, outputs)
+        if before is not None and after is not None:
+            kind = "classes"
+            p, q = log_probabilities(before.double(), outputs), log_probabilities(after.double(), outputs)
+            loss += float((p.exp() * (p - q)).sum())
+            same += int((p.argmax(-1) == q.argmax(-1)).sum())
+            continue
+        for i, (a, b) in enumerate(zip(floating(first), floating(second))):
+            if a.shape == b.shape:
+                errors[i] += float((a - b).double().square().sum())
+                powers[i] += float(a.double().square().sum())
+    if kind == "classes":
+        return Measured(loss / max(samples, 1), same / max(samples, 1), samples, kind)
+    return Measured(sum(errors[i] / power for i, power in powers.items() if power > 0) / 2, None, samples, kind)
+
+
+def accuracy(
+    models: tuple[nn.Module, nn.Module], chunks: Iterable[Chunk], labels: Tensor, outputs: str
+) -> tuple[str, tuple[float, float]] | str:
+    """The name of a score, and which share of the inputs' labels two models get right; or why there is none."""
+    right, total, at = [0, 0], 0, 0
+    how: Scoring | str = "there are no inputs"
+    with torch.no_grad(), evaluating(models[0]), evaluating(models[1]):
+        for number, chunk in enumerate(chunks):
+            results = [run_seeded(model, chunk, number) for model in models]
+            if not number:
+                how = scoring(results[0], labels, outputs)
+            if isinstance(how, str):
+                return how
+            of_chunk = labels[at : at + samples_of(*chunk)]
+            rights = [how.right(result, of_chunk) for result in results]
+            right = [so_far + int(each.sum()) for so_far, each in zip(right, rights)]
+            total, at = total + rights[0].numel(), at + len(of_chunk)
+    if isinstance(how, str):
+        return how
+    return how.name, (right[0] / max(total, 1), right[1] / max(total, 1))

@@ -33,13 +33,10 @@ def batched(x: Tensor, spec: ConvSpec) -> Tensor:
 
 
 def input_rows(x: Tensor, spec: ConvSpec, positions: Tensor | None = None) -> Tensor:
-    """Input rows of a call, ``(groups, rows, row_size)``, in float32 at least.
+    """Input rows of a call ``(groups, rows, row_size)``, in float32 at least, of an input from `batched`.
 
-    Args:
-        x: The layer's input, from `batched`.
-        spec: The layer.
-        positions: Flat positions to take, of the output (of the input where transposed; of all rows for a linear
-            map); all where None.
+    They are those at flat positions of the output, of the input where transposed, of all rows for a linear map; all of
+    them where None.
     """
     if not spec.dims or spec.transposed:
         return output_rows(x, spec, positions)
@@ -67,15 +64,7 @@ def position_count(x: Tensor, spec: ConvSpec, size: tuple[int, ...]) -> int:
 
 
 def sampled(count: int, spec: ConvSpec, per_sample: float, samples: int, generator: torch.Generator) -> Tensor | None:
-    """Flat positions of a call to take, drawn at random; None for all, where there are not many more than wanted.
-
-    Args:
-        count: How many there are.
-        spec: The layer.
-        per_sample: How many are wanted of each sample.
-        samples: Samples in the call.
-        generator: What draws.
-    """
+    """Flat positions of a call, drawn at random of ``count``; None for all, where not many more than wanted."""
     limit = max(_LEAST_POSITIONS, ceil(per_sample)) * (1 if spec.dims else samples)
     if count <= limit + limit // 4:
         return None

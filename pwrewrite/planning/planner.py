@@ -95,21 +95,13 @@ class Planner:
             self.batches = batches_of(calibration, inputs, self.settings, size, samples_in_run(self.captured))
         self.outputs = "values"
         self.statistics = self._calibrate()
-        self.layers = make_candidates(
-            self.replaceable, self.statistics, self.settings, lambda path, share: self.say(f"looking at {path}", share)
-        )
+        chosen, samples = self.settings, self.statistics.samples if self.statistics is not None else 0
+        self.layers = make_candidates(self.replaceable, self.statistics, chosen, self.say)
         self.original = costs_of(self.captured)
-        facts = {
-            "sensitivity": self.settings.sensitivity,
-            "refit": self.settings.refit,
-            "samples": self.statistics.samples if self.statistics is not None else 0,
-            "seed": self.settings.seed,
-        }
+        facts = {"sensitivity": chosen.sensitivity, "refit": chosen.refit, "samples": samples, "seed": chosen.seed}
         self.allocator = Allocator(self.layers, self.original, self.replaceable.skips, facts)
         if self.settings.gate == "latency":
             self._time()
-
-    # ----------------------------------------------------------------------------------------- calibrating
 
     def _look_at_outputs(self, batches: Batches, known: str = "") -> str:
         """What the outputs are, by the first calibration inputs unless it is known; notes labels that do not fit."""
@@ -145,8 +137,7 @@ class Planner:
         self.say("reading the calibration inputs", None)
         key = content_key(self.captured, specs, batches.fingerprint, facts) if folder is not None else ""
         statistics, complete, damage = read_statistics(folder, key, device_of(self.model), specs)
-        if damage:
-            self.notes.append(damage)
+        self.notes += damage
         self.outputs = self._look_at_outputs(batches, "" if statistics is None else statistics.outputs)
         if statistics is None or not complete:
             try:
@@ -163,13 +154,13 @@ class Planner:
         return statistics
 
     def _gather(self, batches: Batches, start: Statistics | None, folder: Path | None, key: str) -> Statistics:
-        expected, kind = batches.expected, str(self.settings.sensitivity)
+        expected, kind = batches.samples, str(self.settings.sensitivity)
         statistics = start or Statistics(kind=kind, outputs=self.outputs)
         outputs = self.outputs if kind == "loss" else None
         how = Gathering(outputs, self.settings.seed, expected, self.replaceable.functions())
 
         def each(now: Statistics) -> None:
-            self.say("calibrating", min(1.0, now.samples / expected) if expected else None)
+            self.say("calibrating", now.samples / expected)
 
         try:
             specs, chunks = self.replaceable.specs(), batches.calibration()
@@ -215,14 +206,8 @@ class Planner:
             table.save()
         self.original["latency"] = timing.seconds
 
-    # ------------------------------------------------------------------------------------------ allocating
-
     def choose(self, limits: Sequence[Limit]) -> Choice:
-        """The allocation that loses least within limits.
-
-        Raises:
-            RefusedError: If a limit cannot be met; says what the smallest one is, and why layers were left.
-        """
+        """The allocation that loses least; where a limit cannot be met, the error says how far, and what was left."""
         if not any(limit.kind == "latency" for limit in limits):
             return self.allocator.choose(limits, self.allocator.absolute(limits))
         self._time()
@@ -266,18 +251,10 @@ class Planner:
         return replace(choice, costs={**choice.costs, "latency": reached * original})
 
     def frontier(self, kind: str, limits: Sequence[Limit] = (), points: int = 25) -> list[Choice]:
-        """The least losses for limits of one kind, from the original down to the smallest.
-
-        Args:
-            kind: What is limited.
-            limits: Limits of other kinds, which hold beside it.
-            points: How many limits.
-        """
+        """The least losses at so many limits of a kind, from the original to the smallest, within those of others."""
         if kind == "latency" or any(limit.kind == "latency" for limit in limits):
             self._time()
         return self.allocator.frontier(kind, limits, points)
-
-    # ---------------------------------------------------------------------------------------------- weights
 
     def decomposer(self, op: Op, weight: Tensor) -> Factors | None:
         """The factors of an op in the norm of the statistics; None where there are none of its layer."""
@@ -289,11 +266,7 @@ class Planner:
         return FORMS[op.settings["form"]].fit(weighted, op.settings["widths"], op.settings.get("axes"))
 
     def refit(self, rewritten: nn.Module, plan: Plan) -> dict[str, float]:
-        """Fits the model with a plan carried out to the original on the calibration inputs, in place.
-
-        Returns:
-            Path to the relative error of the weights of every layer that was fitted.
-        """
+        """Fits the model with a plan carried out to the original on the calibration inputs, in place: as `refit`."""
         if self.batches is None or self.settings.refit == "none":
             return {}
         functions = sorted(self.replaceable.functions().keys() & {op.path for op in plan.ops})
@@ -304,11 +277,11 @@ class Planner:
         if repeated:
             shift_biases(self.captured.model, rewritten, repeated, specs, self.statistics)
             self.notes.append(f"called several times, and therefore fitted in their biases only: {_few(repeated)}")
-        factors = self.settings.refit == "full"
-        steps = fit_steps(self.captured, rewritten, plan, specs, self.statistics, factors=factors)
+        full = self.settings.refit == "full"
+        steps = fit_steps(self.captured, rewritten, plan, specs, self.statistics, factors=full)
         if not steps:
             return {}
-        room = Room(self.captured, self.batches.expected)
+        room = Room(self.captured, self.batches.samples)
         errors = refit(
             self.model,
             rewritten,
@@ -318,7 +291,7 @@ class Planner:
             progress=lambda path, share: self.say(f"fitting {path}", share),
             spill=Spill(room.memory) if room.spilled else None,
         )
-        self.notes += room.notes(self.batches.samples)
+        self.notes += room.notes()
         return errors
 
 

@@ -10,7 +10,7 @@ and the chain takes its best approximation in the norm of ``E[x̃ x̃ᵀ]`` and 
 regression (Izenman 1975; Zhang et al. 2016, *Accelerating very deep convolutional networks*, for one of the forms).
 
 A layer whose output goes to a residual sum is fitted to its output plus what has gone wrong on the other side of the
-sum by then (`pwrewrite.planning.residuals`), in the units of its own output: the sum is what later layers read. The
+sum by then (`pwrewrite.planning.fitting`), in the units of its own output: the sum is what later layers read. The
 running mean of a batch norm behind rewritten layers moves by as much as the mean of what it reads.
 
 All inputs move through both models together (`pwrewrite.planning.lockstep`), so the price is one forward of each model
@@ -34,7 +34,6 @@ from ..forms.weighted import WeightedLayer
 from ..layers.factorized import Factorized
 from .lockstep import Forward, Lockstep
 from .patches import batched, input_rows, output_rows, position_count, row_size, sampled
-from .residuals import Residual
 from .running import Chunk, evaluating, samples_of, wide_dtype
 from .spill import Spill, give_back_memory
 from .statistics import LARGEST_ROW
@@ -50,14 +49,23 @@ Pairs = Iterable[tuple[Forward, Forward]]
 """The forwards of the original and of the rewritten model on one chunk after the other, standing at one layer."""
 
 
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """Where the other side of a layer's sum can be read: the ``input`` or ``output`` of a module.
+
+    ``norm`` is the path of the batch norm between the layer and the sum; ``""`` where there is none.
+    """
+
+    norm: str
+    module: str
+    side: str
+
+
 @dataclass(frozen=True)
 class Target:
-    """A layer to fit.
+    """A layer to fit: the one that was there, and its weight in the module's own layout.
 
     Attributes:
-        path: Its path.
-        spec: The layer that was there.
-        weight: Its weight, in the module's own layout.
         gradients: ``G`` at its output; None for the identity.
         residual: Where the other side of the sum that it writes into can be read; None where there is none.
         factors: Whether its factors are fitted, or its bias only.
@@ -104,13 +112,17 @@ class _Moments:
 
 def _positive(moment: Tensor) -> Tensor:
     """A covariance whose diagonal is raised as far as rounding has left it indefinite."""
-    level = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[:, None, None]
-    eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     for share in _RAISED:
-        raised = moment + share * level * eye
+        raised = moment + share * _level(moment)
         if not bool(torch.linalg.cholesky_ex(raised).info.any()):
             return raised
-    return level * eye
+    return _level(moment)
+
+
+def _level(moment: Tensor) -> Tensor:
+    """The identity, times the mean of a moment's diagonal."""
+    level = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[:, None, None]
+    return level * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
 
 
 def refit(
@@ -132,7 +144,7 @@ def refit(
         chunks: Calibration inputs.
         seed: Of the positions that are sampled.
         progress: Called with each path and how much is done.
-        spill: Holds inputs and activations, and is at its end with this; all of them are in memory where None.
+        spill: Holds inputs and activations, and is at its end with this; all are in memory where None.
 
     Returns:
         Path to the relative error of the weights of each layer whose factors were fitted.
@@ -200,10 +212,7 @@ def _pairs_at(path: str, before: Lockstep, after: Lockstep, spill: Spill | None)
 def _gather_moments(
     target: Target, pairs: Pairs, scale: Tensor | None, generator: torch.Generator, chunks_of_first: float
 ) -> _Moments:
-    """The moments of a rewritten layer's input and of what its output should be.
-
-    ``scale`` is of `_residual_scale`; ``chunks_of_first``: how many chunks like the first one there are.
-    """
+    """The moments of a layer's input and of what its output should be, from so many chunks like the first one."""
     spec = target.spec
     moments = _Moments(spec.groups, row_size(spec), spec.out_channels // spec.groups, target.weight.device)
     samples = 0
@@ -225,9 +234,7 @@ def _fit_layer(target: Target, module: Factorized, moments: _Moments) -> float:
     """Fits a layer to the outputs of the original, from what the rewritten model reads; its weights' relative error."""
     xx, yx, x, y = moments.centred()
     weighted = WeightedLayer(target.weight, target.spec, xx, target.gradients)
-    level = xx.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    share = RIDGE + 0.02 * xx.shape[-1] / max(moments.count, 1)
-    root = torch.linalg.cholesky(xx + share * level * torch.eye(xx.shape[-1], dtype=xx.dtype, device=xx.device))
+    root = torch.linalg.cholesky(xx + (RIDGE + 0.02 * xx.shape[-1] / max(moments.count, 1)) * _level(xx))
     kernel = weighted.rows + torch.cholesky_solve((yx - weighted.rows @ xx).mT, root).mT
     factors = module.form.fit(weighted.with_kernel(kernel), module.widths, module.axes)
     approximation = factors.reconstruct().reshape(kernel.shape)

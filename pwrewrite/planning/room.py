@@ -38,14 +38,14 @@ class Room:
 
     Args:
         captured: The model.
-        expected: Of how many samples they are, 1 or more; None where that is not known.
+        samples: Of how many samples they are.
 
     Attributes:
         memory: Bytes of them that may be held in memory.
         spilled: Whether some are to be on disk.
     """
 
-    def __init__(self, captured: Capture, expected: int | None) -> None:
+    def __init__(self, captured: Capture, samples: int) -> None:
         live = peak = 0
         for event in captured.memory:
             live += event.nbytes
@@ -58,9 +58,9 @@ class Room:
         except OSError:
             self._folder, self._disk = "no temporary folder", 0
         self.memory = MEMORY
-        over = expected is None or expected * self._sample > self.memory
+        self._all, over = samples, samples * self._sample > self.memory
         self.spilled = over and self._disk > 0
-        self._samples = (self.memory + (self._disk if over else 0)) // self._sample
+        self._fitting = (self.memory + (self._disk if over else 0)) // self._sample
         self._taken, self._cut, self._many = 0, False, False
 
     def first(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
@@ -68,21 +68,21 @@ class Room:
         for number, chunk in enumerate(chunks):
             size = samples_of(*chunk)
             self._many = number >= most_chunks()
-            self._cut = self._many or (number > 0 and self._taken + size > self._samples)
+            self._cut = self._many or (number > 0 and self._taken + size > self._fitting)
             if self._cut:
                 return
             self._taken += size
             yield chunk
 
-    def notes(self, samples: int) -> list[str]:
-        """That not all of so many inputs were fitted to, and why; nothing where all were."""
-        memory, disk, whole = (n / 1024**3 for n in (self.memory, self._disk, samples * self._sample))
+    def notes(self) -> list[str]:
+        """That not all inputs were fitted to, and why; nothing where all were."""
+        memory, disk, whole = (n / 1024**3 for n in (self.memory, self._disk, self._all * self._sample))
         why = (
             f"the activations of all may take {whole:.3g} GiB, and there are {memory:.3g} GiB of memory for them and "
             f"{disk:.3g} GiB of disk ({self._folder}; TMPDIR names another folder)"
         )
         why = "they come in more batches than run together" if self._many else why
-        note = f"fitted on the first {self._taken} of {samples} calibration inputs (held-out ones included): {why}"
+        note = f"fitted on the first {self._taken} of {self._all} calibration inputs (held-out ones included): {why}"
         return [note] if self._cut else []
 
 

@@ -42,10 +42,9 @@ _TRIMMED = 128 * 1024**2
 
 
 def give_back_memory() -> None:
-    """Gives memory that is free back to the system, where the C library keeps it.
+    """Gives memory that is free back to the system: glibc keeps what is freed in pools of a few threads each.
 
-    glibc keeps what is freed in pools of a few threads each, where it serves no others: many forwards would take
-    several times the memory of what they hold.
+    There it serves no others, and many forwards would take several times the memory of what they hold.
     """
     with suppress(OSError, AttributeError, TypeError):  # there is no such function elsewhere, nor a library to name so
         ctypes.CDLL(None).malloc_trim(0)
@@ -61,16 +60,10 @@ class _Held:
 
 
 class Spill:
-    """Keeps the activations of many forwards, as many as are allowed in memory.
+    """Keeps the activations of many forwards, and at most ``allowance`` bytes in memory while none of them runs.
 
-    A context manager: at its end, what is still alive is in memory again, and the file is gone.
-
-    Args:
-        allowance: Bytes in memory, while no forward runs; one that runs is in memory as a whole.
-
-    Attributes:
-        held: Bytes in memory now.
-        written: Bytes that were written to disk so far.
+    A context manager: at its end, what is still alive is in memory again, and the file is gone. ``held`` are the bytes
+    in memory now, ``written`` those that were written to disk so far.
     """
 
     def __init__(self, allowance: int) -> None:
@@ -112,11 +105,7 @@ class Spill:
                     self._restore(held, storage)
 
     def settle(self, number: int) -> None:
-        """Spills what a forward holds, the oldest first, as far as memory holds more than is allowed.
-
-        Raises:
-            OutputError: If the disk is full.
-        """
+        """Spills what a forward holds, the oldest first, as far as memory holds more than is allowed."""
         with self._lock:
             alive = []
             for held in self._of.get(number, ()):
@@ -209,11 +198,7 @@ class _File:
         self._gaps: list[tuple[int, int]] = []
 
     def write(self, storage: UntypedStorage) -> int:
-        """Writes a storage's bytes and says where they are.
-
-        Raises:
-            OutputError: If they cannot be written.
-        """
+        """Writes a storage's bytes and says where they are; an `OutputError` where the disk is full."""
         place = self._place(storage.nbytes())
         host = _flat(storage).cpu()
         left = _bytes(host)

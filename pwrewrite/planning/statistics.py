@@ -14,7 +14,7 @@ the inner product with Gaussian noise, scaled per output tensor to ``1/√(n·rm
 the expected squared relative error of the outputs.
 
 The loss that is made of them, ``½ · positions · tr(G ΔW C ΔWᵀ)``, assumes that gradients do not depend on inputs, and
-that errors at different positions and in different layers do not add coherently. `pwrewrite.planning.measure` measures
+that errors at different positions and in different layers do not add coherently. `pwrewrite.planning.outputs` measures
 what that misses.
 """
 
@@ -59,13 +59,11 @@ class LayerStatistics:
     """Sums over what one layer read and what came back to it.
 
     Attributes:
-        inputs: ``(groups, d, d)`` sum of ``x xᵀ``, float64; ``(groups, d)``, its diagonal, where ``d`` is larger than
-            `LARGEST_ROW`.
+        inputs: ``(groups, d, d)`` sum of ``x xᵀ``, float64; ``(groups, d)``, its diagonal, above `LARGEST_ROW`.
         means: ``(groups, d)`` sum of ``x``.
-        weight: Sum of the weights of the rows: how many positions they stand for.
-        rows: How many rows were seen.
+        weight: How many positions the rows stand for; ``gradient_weight`` likewise.
+        rows: How many were seen.
         gradients: ``(groups, o, o)`` sum of ``g gᵀ``; None where none came.
-        gradient_weight: As ``weight``.
     """
 
     inputs: Tensor
@@ -133,12 +131,9 @@ class LayerStatistics:
 
 @dataclass
 class Statistics:
-    """Sums of every layer.
+    """Sums of every layer, by path, and how many samples and chunks were seen.
 
     Attributes:
-        layers: By path.
-        samples: How many inputs were seen.
-        chunks: How many chunks were seen.
         kind: ``loss`` with gradients, ``activations`` without.
         outcome: What the gradients are of: ``classes`` or ``values``; ``""`` without.
         outputs: What the model's outputs are, as `pwrewrite.planning.outputs` says.
@@ -166,9 +161,8 @@ class Gathering:
     """How statistics are gathered.
 
     Attributes:
-        outputs: What the model's outputs are, as `pwrewrite.planning.outputs` says; None to gather no gradients.
-        seed: Of the positions sampled, of the labels and the noise drawn, and of what the model draws itself, together
-            with the number of the chunk.
+        outputs: What the model's outputs are; None to gather no gradients.
+        seed: With the number of the chunk, of positions, labels and noise drawn, and of what the model draws itself.
         expected: About how many samples there will be; decides how many positions of each are sampled.
         functions: Path and name of the weight of those layers that are called as functions and are no modules.
     """
@@ -188,10 +182,10 @@ def gather(
     start: Statistics | None = None,
     each: Callable[[Statistics], None] | None = None,
 ) -> Statistics:
-    """Runs a model over calibration inputs once and sums up what its layers see.
+    """Runs a model, which stays as it is, over calibration inputs once and sums up what its layers see.
 
     Args:
-        model: The model; runs in eval mode and stays as it is.
+        model: The model.
         layers: Path and shape facts of the layers.
         chunks: Inputs, run by run.
         how: What is gathered, and from how much.

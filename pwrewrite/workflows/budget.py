@@ -22,7 +22,7 @@ from ..passes.plain_layers import BakeWeights, UnfuseLayers
 from ..planning.allocator import Choice
 from ..planning.budget import Limit, budgets_of
 from ..planning.latency import MEASURED
-from ..planning.measure import FAR, accuracy, compare
+from ..planning.outputs import FAR, accuracy, compare
 from ..planning.planner import Planner, costs_of
 from ..planning.running import samples_of
 from ..report.records import BudgetReport, Report

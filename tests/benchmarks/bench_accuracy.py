@@ -44,7 +44,7 @@ from pwrewrite.core.options import Budget
 from pwrewrite.edit.apply import carry_out
 from pwrewrite.planning.budget import budgets_of
 from pwrewrite.planning.fitting import fit_steps
-from pwrewrite.planning.measure import compare
+from pwrewrite.planning.outputs import compare
 from pwrewrite.planning.planner import Choice, Planner
 from pwrewrite.planning.refit import Target, refit as fit
 

@@ -64,7 +64,7 @@ def test_kinds_of_sources(source: Any) -> None:
     batches = Batches(source, (IMAGE,))
     for _ in range(2):
         assert numbers(iter(batches)) == list(range(6))
-    assert batches.samples == batches.expected == 6
+    assert batches.samples == 6
     assert sorted(numbers(batches.calibration()) + numbers(batches.held_out())) == list(range(6))
 
 
@@ -107,7 +107,7 @@ def test_lists_of_images_stay_whole() -> None:
         assert len(chunks) == 5
         assert all(len(args[0]) == 2 and isinstance(args[0], list) for args, _ in chunks)
         assert len(list(batches.calibration())) == 4
-        assert batches.samples == batches.expected == 10
+        assert batches.samples == 10
     noted = Batches([(two, targets)], example)
     list(noted)
     assert "taken for targets and left out" in noted.notes[0]
@@ -199,7 +199,6 @@ def test_every_sample_is_in_one_part(lengths: list[int], chunk: int, holdout: in
     every = images(int(edges[-1]))
     batches = Batches([every[a:b] for a, b in pairwise(edges)], IMAGE, chunk=chunk, holdout=holdout, size=size)
     total = len(every) if size is None else min(size, len(every))
-    assert batches.expected == total
     gathered, held = numbers(batches.calibration()), numbers(batches.held_out())
     assert numbers(iter(batches)) == list(range(total))
     assert max(sizes(iter(batches))) <= chunk
@@ -248,9 +247,9 @@ def test_a_generator_is_taken_no_further_than_needed() -> None:
             yield images(4)
 
     batches = Batches(endless(), IMAGE, size=10)
-    assert batches.expected == 10
     assert sizes(iter(batches)) == [4, 4, 2]
     list(batches.held_out())
+    assert batches.samples == 10
     assert len(taken) == 3
 
 
@@ -285,7 +284,7 @@ def test_a_shuffling_loader_gets_one_order(batch_size: int | None, given_generat
     assert sorted(first) == list(range(40))
     assert sorted(numbers(batches.calibration()) + numbers(batches.held_out())) == list(range(40))
     some = Batches(loader, IMAGE, size=6, chunk=4)
-    assert len(numbers(iter(some))) == some.expected == 6
+    assert len(numbers(iter(some))) == some.samples == 6
 
 
 class _Batched(Dataset[Tensor]):
@@ -307,7 +306,7 @@ def test_a_streaming_dataset_in_a_loader() -> None:
             yield from images(6)
 
     batches = Batches(DataLoader(Stream(), batch_size=4), IMAGE)
-    assert batches.expected is None
+    assert batches.samples == 6
     assert numbers(iter(batches)) == list(range(6))
 
 

@@ -70,7 +70,7 @@ def test_arrays_come_back(name: str, tmp_path: Path) -> None:
     batches = Batches(source, IMAGE)
     for _ in range(2):
         assert torch.equal(torch.cat([args[0] for args, _ in batches]), torch.from_numpy(images()))
-    assert batches.expected == N
+    assert batches.samples == N
     labels = batches.labels()
     assert (labels is not None) == (name in ("named.npz", "x.npz", "two.safetensors"))
     assert labels is None or labels.tolist() == list(range(N))

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pwrewrite.core.errors import UsageError
-from pwrewrite.planning.measure import accuracy, compare
-from pwrewrite.planning.outputs import class_scores, kind_of_outputs, log_probabilities, scoring
+from pwrewrite.planning.outputs import accuracy, class_scores, compare, kind_of_outputs, log_probabilities, scoring
 
 SCORES = 3 * torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 CLASSES = torch.tensor([0, 1, 2, 3, 0, 1])

@@ -18,10 +18,9 @@ from pwrewrite.forms import FORMS
 from pwrewrite.forms.specs import linear_spec
 from pwrewrite.forms.weighted import WeightedLayer
 from pwrewrite.layers.factorized import build
-from pwrewrite.planning.fitting import shift_biases
+from pwrewrite.planning.fitting import residuals, shift_biases
 from pwrewrite.planning.lockstep import Lockstep
-from pwrewrite.planning.refit import Target, refit
-from pwrewrite.planning.residuals import Residual, residuals
+from pwrewrite.planning.refit import Residual, Target, refit
 from pwrewrite.planning.statistics import Gathering, gather
 from pwrewrite.workflows.rewrite import rewrite
 

@@ -229,7 +229,7 @@ def test_batches_are_limited_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
     chunks: list[Any] = [((torch.zeros(4, 1),), {})] * 5
     captured = pwrewrite.capture(nn.Linear(1, 1), torch.zeros(1, 1))
     monkeypatch.setattr(shutil, "disk_usage", lambda where: SimpleNamespace(free=0))
-    each = room.Room(captured, None)._sample
+    each = room.Room(captured, 20)._sample
 
     def limited(samples: int) -> room.Room:
         monkeypatch.setattr(room, "MEMORY", samples * each)
@@ -238,12 +238,12 @@ def test_batches_are_limited_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
     assert room.most_chunks() >= 32
     all_of_them = limited(20)
     assert len(list(all_of_them.first(chunks))) == 5
-    assert not all_of_them.notes(20)
+    assert not all_of_them.notes()
     for samples, most, taken, many in ((100, 3, 12, True), (8, 9, 8, False), (9, 9, 8, False), (1, 9, 4, False)):
         monkeypatch.setattr(room, "most_chunks", lambda most=most: most)
         some = limited(samples)
         assert len(list(some.first(chunks))) == taken // 4
-        (note,) = some.notes(20)
+        (note,) = some.notes()
         assert note.startswith(f"fitted on the first {taken} of 20 calibration inputs")
         assert ("more batches than run together" in note) == many
 
