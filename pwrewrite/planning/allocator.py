@@ -30,24 +30,20 @@ class Choice:
     costs: Mapping[str, float]
 
 
+@dataclass(frozen=True)
 class Allocator:
-    """Chooses among the candidates of layers.
+    """Chooses among the candidates of the layers that may change.
 
-    Args:
-        layers: The layers that may change, with their candidates.
+    Attributes:
         original: What the model costs now, by kind.
         skips: The layers that may not change, and why.
         facts: What a plan records beside its limits and loss.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[LayerCandidates],
-        original: Mapping[str, float],
-        skips: Sequence[Skip],
-        facts: Mapping[str, object],
-    ) -> None:
-        self.layers, self.original, self.skips, self.facts = layers, original, skips, facts
+    layers: Sequence[LayerCandidates]
+    original: Mapping[str, float]
+    skips: Sequence[Skip]
+    facts: Mapping[str, object]
 
     def absolute(self, limits: Sequence[Limit]) -> dict[str, float]:
         """Limits in the units of what the model costs, by kind."""

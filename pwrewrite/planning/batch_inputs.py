@@ -100,7 +100,6 @@ def sort_out(batch: object, number: int, args: Args, kwargs: Kwargs) -> tuple[Ba
 
 
 def _by_name(batch: Mapping[str, object], number: int, args: Args, kwargs: Kwargs) -> Kwargs:
-    """The keyword inputs in a dict."""
     if args or not kwargs:
         raise UsageError(
             f"batch {number} of the calibration inputs is a dict, and the example inputs are positional",
@@ -126,9 +125,9 @@ def _by_place(batch: object, number: int, example: Args) -> tuple[Args, Sequence
         return (batch,), ()
     if isinstance(batch, (tuple, list)) and batch:
         first = batch[0]
-        if takes_list and all(is_array(value) for value in batch):
+        if takes_list and all(map(is_array, batch)):
             return (list(batch),), ()
-        listed = isinstance(first, (tuple, list)) and all(is_array(value) for value in first)
+        listed = isinstance(first, (tuple, list)) and all(map(is_array, first))
         if takes_list and listed:
             return (list(first),), batch[1:]
         if not takes_list and listed and len(first) == count:
@@ -162,12 +161,8 @@ def _labels(value: object, samples: int) -> Tensor | None:
 
 def _count(values: Sequence[object]) -> tuple[int, bool]:
     """How many samples some inputs hold, and whether they have no batch dim in common."""
-    values = [value for value in values if not is_array(value) or value.ndim]
-    arrays = [value for value in values if is_array(value)]
+    sizes = [int(value.shape[0]) for value in values if is_array(value) and value.ndim]
     if any(isinstance(value, (list, tuple, Mapping)) for value in values):
         lists = [len(value) for value in values if isinstance(value, (list, tuple))]
-        return (arrays[0].shape[0] if arrays else lists[0] if lists else 1), True
-    sizes = {int(value.shape[0]) for value in arrays}
-    if 0 in sizes:
-        return 0, False
-    return (int(arrays[0].shape[0]) if arrays else 1), len(sizes) != 1
+        return (*sizes, *lists, 1)[0], True
+    return (0, False) if 0 in sizes else ((*sizes, 1)[0], len(set(sizes)) != 1)

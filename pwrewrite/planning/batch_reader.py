@@ -62,10 +62,8 @@ class Reader:
 
         names = [f"input {i}" for i in range(len(self.args))] if len(self.args) > 1 else [""]
         args = zip(batch.args, self.args, names, strict=True) if batch.args else ()
-        return (
-            tuple(visit(value, example, _Place(batch, name)) for value, example, name in args),
-            {name: visit(v, self.kwargs[name], _Place(batch, f"input {name}")) for name, v in batch.kwargs.items()},
-        )
+        kwargs = {name: visit(v, self.kwargs[name], _Place(batch, f"input {name}")) for name, v in batch.kwargs.items()}
+        return tuple(visit(value, example, _Place(batch, name)) for value, example, name in args), kwargs
 
     def _cast(self, value: Tree, example: Tensor, place: _Place, device: str | None) -> Tensor:
         """An array as the tensor that the model takes."""
@@ -79,11 +77,10 @@ class Reader:
 
     def _look_at_range(self, tensor: Tensor, example: Tensor) -> None:
         """Notes images that look like bytes, where the example does not."""
-        if self.notes or tensor.dim() < 3 or not tensor.is_floating_point():
+        if self.notes or tensor.dim() < 3 or not tensor.is_floating_point() or float(tensor.max()) < 64:
             return
-        if float(tensor.max()) < 64 or float(tensor.min()) < 0 or not bool((tensor == tensor.round()).all()):
-            return
-        if example.is_meta or float(example.abs().max()) < 32:
+        whole = float(tensor.min()) >= 0 and bool((tensor == tensor.round()).all())
+        if whole and (example.is_meta or float(example.abs().max()) < 32):
             self.notes.append(
                 f"the calibration inputs are whole numbers up to {float(tensor.max()):g}: if the model takes images "
                 "that are scaled and normalised, do that first (--preprocess)"

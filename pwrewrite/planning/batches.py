@@ -1,28 +1,36 @@
 """Calibration inputs: any iterable of batches, checked, cast and cut into chunks, some of them held out for measuring.
 
 What in a batch are inputs, and what comes beside them, `pwrewrite.planning.batch_inputs` tells by the example inputs. A
-batch of another kind goes through a function of the user's first. The source is gone through anew for every pass
-(`pwrewrite.planning.sources`), and memory holds a few chunks of it at a time.
+batch of another kind goes through a function of the user's first.
+
+The source is gone through anew for every pass, and memory holds a few chunks of it at a time; an iterator is stored as
+it goes by the first time. A shuffling loader would give other batches each time, and what was held out for measuring
+would come back as calibration: its order is drawn from the same seed every time, and the user's loader and the global
+random state stay as they are. What a dataset changes at random by itself (augmentation) is not fixed: give the
+transforms of evaluation.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain, islice, tee
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import data
 
 from ..capturing import Inputs, split_inputs
-from ..core.errors import PwrewriteError, UsageError, first_line
+from ..core.errors import PwrewriteError, UsageError, first_line, shortened
 from ..core.nested import Tree, tensors_of
 from .batch_inputs import Batch, sort_out
 from .batch_reader import Reader
 from .running import Chunk
-from .sources import Stored, stable
 
 Part = Literal["all", "calibration", "held_out"]
 """Which chunks: every one, those to gather statistics from, those kept for measuring."""
@@ -30,6 +38,7 @@ Part = Literal["all", "calibration", "held_out"]
 _BOTH = frozenset({"all", "calibration", "held_out"})
 _GATHERED = frozenset({"all", "calibration"})
 _HELD = frozenset({"all", "held_out"})
+_RANDOM = (data.RandomSampler, data.SubsetRandomSampler, data.WeightedRandomSampler)
 
 
 class Batches:
@@ -43,7 +52,7 @@ class Batches:
         example_inputs: What the model takes: a tensor, a tuple of positional inputs or a dict of keyword inputs.
         size: Use at most so many samples, the first ones.
         chunk: Samples in a chunk, at most. Inputs without a batch dim in common, such as lists of images, stay whole.
-        holdout: Every how many chunks one is held out, 2 or more; 0 to measure on what was calibrated on.
+        holdout: Every how many chunks one is held out, 2 or more.
         batch: Called with each batch of the source as it came; returns the inputs, or the inputs and labels.
 
     Raises:
@@ -61,12 +70,12 @@ class Batches:
         holdout: int = 5,
         batch: Callable[[Tree], Tree] | None = None,
     ) -> None:
-        for name, value, least in (("size", size, 1), ("chunk", chunk, 1), ("holdout", holdout or 2, 2)):
+        for name, value, least in (("size", size, 1), ("chunk", chunk, 1), ("holdout", holdout, 2)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise UsageError(f"{name} of the calibration inputs must be {least} or more", got=str(value))
         self.size, self.chunk, self.holdout = size, chunk, holdout
         self._reader = Reader(*split_inputs(example_inputs))
-        self._batch, self._original, self._source = batch, source, stable(source, chunk)
+        self._batch, self._original, self._source = batch, source, _stable(source, chunk)
         self._notes: list[str] = []
         self._first: Batch | None = None
         self._known: list[tuple[frozenset[str], int, Tensor | None]] = []
@@ -143,9 +152,6 @@ class Batches:
     def _dealt(self) -> Iterator[tuple[Batch, frozenset[str]]]:
         """Chunks and the parts they belong to; the first ``holdout`` of them wait, in case there are no more."""
         chunks = self._chunks()
-        if not self.holdout:
-            yield from ((batch, _BOTH) for batch in chunks)
-            return
         waiting = list(islice(chunks, self.holdout))
         if len(waiting) < self.holdout:
             yield from self._few(waiting)
@@ -194,7 +200,7 @@ class Batches:
             raise UsageError(
                 "the calibration inputs are empty",
                 got=f"a {type(self._original).__name__} that gives no batch",
-                hint=hint if isinstance(self._source, Stored) else None,
+                hint=hint if isinstance(self._source, _Stored) else None,
             )
         if self.size is not None:
             self._note(f"{self.size} calibration samples were asked for, and there are {seen}")
@@ -219,6 +225,64 @@ class Batches:
             raise UsageError(what, got=first_line(error)) from error
 
     def _note(self, text: str) -> None:
-        """Notes something, once."""
         if text not in self._notes:
             self._notes.append(text)
+
+
+def _stable(source: object, chunk: int) -> Iterable[object]:
+    """An iterable that gives the batches of the user's in the same order every time; ``chunk`` cuts a bare dataset.
+
+    Raises:
+        UsageError: If it is no iterable of inputs.
+    """
+    if isinstance(source, (Tensor, np.ndarray, Mapping)):
+        return [source]
+    if isinstance(source, data.Dataset) and not isinstance(source, data.IterableDataset):
+        source = data.DataLoader(source, batch_size=chunk)
+    if isinstance(source, (str, bytes, Path)) or not isinstance(source, Iterable):
+        raise UsageError(
+            "the calibration inputs are not an iterable of batches",
+            expected="a list, a DataLoader or another iterable of tensors, tuples or dicts; or one tensor",
+            got=shortened(repr(source), 80) if isinstance(source, (str, bytes, Path)) else type(source).__name__,
+            hint="on the command line --calibration takes files" if isinstance(source, (str, Path)) else None,
+        )
+    if isinstance(source, data.DataLoader) and isinstance(_sampler(source), _RANDOM):
+        return _SameOrder(source)
+    return _Stored(source) if isinstance(source, Iterator) else source
+
+
+class _Stored:
+    """The items of an iterator, which is gone through once, and no further than anyone needs."""
+
+    def __init__(self, iterator: Iterator[object]) -> None:
+        (self._items,) = tee(iterator, 1)
+
+    def __iter__(self) -> Iterator[object]:
+        return copy(self._items)
+
+
+class _SameOrder:
+    """A shuffling loader that draws the same order every time; its generator is as it was after each pass."""
+
+    def __init__(self, loader: data.DataLoader[object]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[object]:
+        own: torch.Generator | None = getattr(_sampler(self.loader), "generator", None)
+        before = own.get_state() if own is not None else None
+        try:
+            with torch.random.fork_rng(devices=[]):  # the order is drawn for the first batch
+                torch.manual_seed(0)
+                batches = iter(self.loader)
+                first = list(islice(batches, 1))
+            yield from first
+            yield from batches
+        finally:
+            if own is not None and before is not None:
+                own.set_state(before)
+
+
+def _sampler(loader: data.DataLoader[object]) -> object:
+    """What orders a loader's samples: its own sampler, or that of a batch sampler the user made."""
+    batches = loader.batch_sampler
+    return getattr(batches, "sampler", None) if batches is not None else loader.sampler

@@ -115,7 +115,6 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _budget(kind: str, value: object) -> Limit:
-    """One budget of a kind and a limit."""
     name = kind.lower()
     if name not in _UNITS:
         hint = did_you_mean(_UNITS, name)
@@ -172,7 +171,6 @@ def _take(name: str, value: object, shown: object) -> tuple[Decimal, bool]:
 
 
 def _ratio(name: str, number: Decimal, shown: object, hint: str | None = None) -> Decimal:
-    """A ratio, if it is one."""
     if number > 1:
         raise _refusal("the budget {} is a ratio above 1: more than the original", name, shown, hint)
     if number <= 0:

@@ -22,7 +22,9 @@ from torch import Tensor
 from ..capturing.records import Capture
 from ..core.convolution import ConvSpec
 from ..core.errors import first_line
-from ..core.files import new_file
+from ..core.files import cache_folder, new_file
+from ..core.options import Budget
+from .batches import Batches
 from .running import wide_dtype
 from .statistics import LayerStatistics, Statistics
 
@@ -33,23 +35,29 @@ _VERSION = "2"
 _FACTS = ("samples", "chunks", "kind", "outcome", "outputs")
 
 
-def content_key(capture: Capture, layers: Mapping[str, ConvSpec], inputs: str, settings: Mapping[str, object]) -> str:
-    """A hash of all that statistics depend on: the model, the layers looked at, a hash of the inputs, the settings."""
-    digest = hashlib.sha256(f"{_VERSION}|{torch.__version__}|{inputs}|{json.dumps(settings, sort_keys=True)}".encode())
+def statistics_file(
+    capture: Capture, layers: Mapping[str, ConvSpec], batches: Batches, settings: Budget
+) -> Path | None:
+    """The file of the statistics of such layers, named by all that they depend on; None where nothing is cached."""
+    if (folder := cache_folder("statistics")) is None:
+        return None
+    facts = {"kind": settings.sensitivity, "seed": settings.seed, "outputs": settings.outputs, "chunk": batches.chunk}
+    about = f"{_VERSION}|{torch.__version__}|{batches.fingerprint}|{json.dumps(facts, sort_keys=True)}"
+    digest = hashlib.sha256(about.encode())
     digest.update(repr(sorted((path, repr(spec)) for path, spec in layers.items())).encode())
     for node in capture.graph.nodes:
         digest.update(f"{node.name}|{node.op}|{node.meta['info'].op}|{[a.name for a in node.all_input_nodes]}".encode())
     for name, tensor in (*capture.model.named_parameters(), *capture.model.named_buffers()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return folder / f"{digest.hexdigest()}.safetensors"
 
 
 def read_statistics(
-    folder: Path | None, key: str, device: torch.device, layers: Mapping[str, ConvSpec]
+    file: Path | None, device: torch.device, layers: Mapping[str, ConvSpec]
 ) -> tuple[Statistics | None, bool, list[str]]:
-    """The statistics cached under a key, whether they are complete, and a note on a damaged file, which is removed."""
-    if folder is None or not (file := folder / f"{key}.safetensors").is_file():
+    """The statistics in a file, whether they are complete, and a note on a damaged file, which is removed."""
+    if file is None or not file.is_file():
         return None, False, []
     try:
         statistics, complete = _read(file, device)
@@ -95,12 +103,11 @@ def _check(path: str, sums: LayerStatistics, empty: LayerStatistics) -> None:
         raise ValueError(f"{path} has sums that are no numbers")
 
 
-def write_statistics(folder: Path | None, key: str, statistics: Statistics, *, complete: bool) -> None:
+def write_statistics(file: Path | None, statistics: Statistics, *, complete: bool) -> None:
     """Caches statistics, if it can; a full disk or a folder that cannot be written is no error."""
-    if folder is None or not statistics.chunks:
+    if file is None or not statistics.chunks:
         return
-    tensors: dict[str, Tensor] = {}
-    layers = []
+    tensors, layers = dict[str, Tensor](), []
     for number, (path, sums) in enumerate(statistics.layers.items()):
         tensors[f"{number}.inputs"] = sums.inputs.float().contiguous()
         tensors[f"{number}.means"] = sums.means.contiguous()
@@ -109,17 +116,17 @@ def write_statistics(folder: Path | None, key: str, statistics: Statistics, *, c
         facts = {"path": path, "weight": sums.weight, "rows": sums.rows, "gradient_weight": sums.gradient_weight}
         layers.append({**facts, "gradients": sums.gradients is not None})
     about = {name: getattr(statistics, name) for name in _FACTS} | {"complete": complete, "layers": layers}
-    file = folder / f"{key}.safetensors"
     with suppress(OSError, SafetensorError):
-        folder.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         with new_file(file) as scratch:
             save_file(tensors, scratch, metadata={"pwrewrite": json.dumps(about)})
-        _prune(folder, file)
+        _prune(file)
 
 
-def _prune(folder: Path, newest: Path) -> None:
+def _prune(newest: Path) -> None:
     """Removes the files used longest ago until the rest fit."""
-    files = sorted((f for f in folder.glob("*.safetensors") if f != newest), key=lambda f: f.stat().st_mtime)
+    files = [file for file in newest.parent.glob("*.safetensors") if file != newest]
+    files.sort(key=lambda file: file.stat().st_mtime)
     total = newest.stat().st_size + sum(f.stat().st_size for f in files)
     for file in files:
         if total <= LIMIT:

@@ -6,12 +6,11 @@ every layer is to keep it, at no loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 
-import torch
 from torch import Tensor
 
 from ..capturing.code_trace import NotTraceable
@@ -31,7 +30,8 @@ from ..passes import FORM_PASSES, LayerPass
 from ..passes.base import chosen, estimate_chain, scope_of, spec_of, weight_of
 from .allocate import Option
 from .latency import LatencyTable, Variant
-from .statistics import Statistics
+from .running import Say
+from .statistics import Statistics, level_of
 
 _TIMED = 7
 """How many candidates of a form are measured."""
@@ -71,7 +71,7 @@ class ReplaceableLayers:
     """The ``layers`` that a budget lets be replaced, with the pass for each form, and the ``skips`` of all others."""
 
     def __init__(self, capture: Capture, budget: Budget) -> None:
-        self.capture, self.owners = capture, Owners(capture)
+        self.capture, self.budget, self.owners = capture, budget, Owners(capture)
         self.layers: list[tuple[Layer, dict[str, LayerPass]]] = []
         self.skips: list[Skip] = []
         kinds = [kind for form in _forms_named(budget.forms) for kind in FORM_PASSES[form]]
@@ -94,21 +94,39 @@ class ReplaceableLayers:
             else:
                 self.skips.append(Skip(layer.path, SkipReason.WRONG_FORM, "none of the forms is for a linear map"))
 
+    @cached_property
     def specs(self) -> dict[str, ConvSpec]:
         """Path to shape facts."""
         return {layer.path: spec_of(layer) for layer, _ in self.layers}
 
+    @cached_property
     def functions(self) -> dict[str, str]:
         """Path to the name of the weight, of layers that are called as functions."""
         return {layer.path: layer.weight for layer, _ in self.layers if layer.functional}
 
+    @cached_property
     def repeated(self) -> set[str]:
         """Paths of modules that are called several times."""
         return {layer.path for layer, _ in self.layers if len(layer.calls) > 1 and not layer.functional}
 
-    def off_mean(self, path: str) -> bool:
-        """Whether the refit makes up for what a change does to the mean of a layer's output, by a bias or a norm."""
-        return path not in self.functions() and (path not in self.repeated() or self.specs()[path].bias)
+    def weighted(self, path: str, weight: Tensor, statistics: Statistics | None) -> WeightedLayer:
+        """A layer's kernel in the norm of its statistics, off the mean where a refit makes up for that."""
+        spec, multiple = self.specs[path], self.budget.multiple
+        if statistics is None:
+            weighted = WeightedLayer(weight, spec, None, None, multiple=multiple)
+        else:
+            layer, positions = statistics.layers[path], statistics.positions(path)
+            biased = path not in self.functions and (path not in self.repeated or spec.bias)
+            centred = self.budget.refit != "none" and biased
+            inputs = layer.input_moment(centred=centred)
+            if inputs is None:  # too large to be kept: its mean square stands for it
+                positions *= layer.level(centred)
+            else:
+                inputs = _shrunk(inputs, layer.rows)
+            weighted = WeightedLayer(weight, spec, inputs, layer.gradient_moment(), positions, multiple)
+        if statistics is None or statistics.kind != "loss":
+            weighted.normalise(1.0)  # the relative squared error of each layer
+        return weighted
 
 
 def _refused_in_code(capture: Capture, layer: Layer) -> Skip | None:
@@ -124,79 +142,35 @@ def _refused_in_code(capture: Capture, layer: Layer) -> Skip | None:
     return None
 
 
-def make_candidates(
-    replaceable: ReplaceableLayers,
-    statistics: Statistics | None,
-    budget: Budget,
-    say: Callable[[str, float | None], None],
-) -> list[LayerCandidates]:
-    """The candidates of every layer that may be replaced.
-
-    Args:
-        replaceable: The layers.
-        statistics: What calibration said; None for the weights' own norm, relative per layer.
-        budget: The largest error of a layer, what widths are rounded to, and whether a refit makes up for means.
-        say: Called with each layer and how much is done.
-    """
-    layers = []
+def make_candidates(replaceable: ReplaceableLayers, statistics: Statistics | None, say: Say) -> list[LayerCandidates]:
+    """The candidates of every layer that may be replaced; without statistics in the weights' own norm."""
+    layers, most = [], replaceable.budget.max_layer_error
     for i, (layer, passes) in enumerate(replaceable.layers):
         say(f"looking at {layer.path}", i / len(replaceable.layers))
         weight = weight_of(layer, replaceable.owners)
         assert weight is not None
         spec, scope = spec_of(layer), scope_of(replaceable.capture, layer)
-        off_mean = budget.refit != "none" and replaceable.off_mean(layer.path)
-        weighted = weighted_layer(weight, spec, layer.path, statistics, centred=off_mean, multiple=budget.multiple)
+        weighted = replaceable.weighted(layer.path, weight, statistics)
         costs = {"params": float(layer.params), "macs": float(layer.macs), "bytes": _bytes(layer, [("", spec)])}
         candidates = [Candidate(0.0, costs)]
         for proposer in passes.values():
             form = proposer.form
             for predicted in form.losses(weighted, partial(_saves, layer, spec, form)):
-                if budget.max_layer_error is not None and predicted.error > budget.max_layer_error:
+                if most is not None and predicted.error > most:
                     continue
                 op = proposer.op(layer, spec, predicted.widths, axes=predicted.axes, scope=scope)
-                if isinstance(op, Op) and op.estimate is not None:
-                    after = {
-                        "params": float(op.estimate.params_after),
-                        "macs": float(op.estimate.macs_after),
-                        "bytes": _bytes(layer, form.stages(spec, predicted.widths, predicted.axes)),
-                    }
+                if isinstance(op, Op) and (cost := op.estimate) is not None:
+                    nbytes = _bytes(layer, form.stages(spec, predicted.widths, predicted.axes))
+                    after = {"params": float(cost.params_after), "macs": float(cost.macs_after), "bytes": nbytes}
                     candidates.append(Candidate(predicted.loss, after, op, predicted.error))
         layers.append(LayerCandidates(layer, spec, candidates))
     return layers
 
 
-def weighted_layer(
-    weight: Tensor,
-    spec: ConvSpec,
-    path: str,
-    statistics: Statistics | None,
-    *,
-    centred: bool = True,
-    multiple: int | None = None,
-) -> WeightedLayer:
-    """A layer's kernel in the norm of its statistics."""
-    if statistics is None:
-        weighted = WeightedLayer(weight, spec, None, None, multiple=multiple)
-    else:
-        layer = statistics.layers[path]
-        inputs, positions = layer.input_moment(centred=centred), statistics.positions(path)
-        if inputs is None:  # too large to be kept: its mean square stands for it
-            positions *= layer.level(centred)
-        else:
-            inputs = shrunk(inputs, layer.rows)
-        weighted = WeightedLayer(weight, spec, inputs, layer.gradient_moment(), positions, multiple)
-    if statistics is None or statistics.kind != "loss":
-        weighted.normalise(1.0)  # the relative squared error of each layer
-    return weighted
-
-
-def shrunk(moment: Tensor, rows: float) -> Tensor:
+def _shrunk(moment: Tensor, rows: float) -> Tensor:
     """A moment drawn to a multiple of the identity as far as the rows that it is of were few."""
-    size = moment.shape[-1]
-    share = min(0.5, 0.02 * size / max(rows, 1)) + 1e-6
-    level = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
-    eye = torch.eye(size, dtype=moment.dtype, device=moment.device)
-    return moment * (1 - share) + share * level[:, None, None] * eye
+    share = min(0.5, 0.02 * moment.shape[-1] / max(rows, 1)) + 1e-6
+    return moment * (1 - share) + share * level_of(moment)
 
 
 def timed(layer: LayerCandidates, table: LatencyTable) -> list[Candidate]:
@@ -248,8 +222,7 @@ def _variant(spec: ConvSpec, op: Op) -> Variant:
 
 def _bytes(layer: Layer, chain: Chain) -> float:
     """Bytes that a chain reads and writes in all calls: activations and weights of every stage."""
-    size = layer.weight_bytes / max(layer.params, 1)
-    total = 0
+    total, size = 0, layer.weight_bytes / max(layer.params, 1)
     for call in layer.calls:
         shape = call.input_shape
         for _, spec in chain:

@@ -79,7 +79,7 @@ def shift_biases(
     rewritten: nn.Module,
     paths: Iterable[str],
     specs: Mapping[str, ConvSpec],
-    statistics: Statistics | None,
+    statistics: Statistics,
 ) -> None:
     """Makes up for what a change of the weights does to the mean of the outputs: ``b += (W − Ŵ) E[x]``, in place.
 
@@ -87,11 +87,8 @@ def shift_biases(
     but the mean over all of them is known. Those without a bias, and transposed ones, stay.
     """
     for path in paths:
-        sums = statistics.layers.get(path) if statistics is not None else None
-        spec, module = specs[path], _module(rewritten, path)
-        if sums is None or not sums.weight or spec.transposed or not isinstance(module, Factorized):
-            continue
-        if module.bias is None:
+        sums, spec, module = statistics.layers[path], specs[path], _module(rewritten, path)
+        if not sums.weight or spec.transposed or not isinstance(module, Factorized) or module.bias is None:
             continue
         mean = _mean_input(sums.means / sums.weight, spec).to(module.bias)
         at = (0, slice(None), *(-(-left // step) for (left, _), step in zip(spec.padding, spec.stride)))
@@ -143,7 +140,7 @@ def residuals(capture: Capture, paths: Collection[str]) -> dict[str, Residual]:
             continue
         anchor = _anchor(same[_source(others[0])], place, place[node], calls)
         if anchor is not None:
-            sums[path] = Residual(norm, *anchor)
+            sums[path] = Residual(norm, anchor)
     return sums
 
 

@@ -143,14 +143,12 @@ class Lockstep:
         record: Collection[tuple[str, str]] = (),
         spill: Spill | None = None,
     ) -> None:
-        stops = [(path, "input") for path in before] + [(path, "output") for path in behind]
         # Recording comes first, since a stop at the same place comes after it.
-        places = [(*place, False) for place in record] + [(*place, True) for place in stops]
+        places = [(path, side, False) for path, side in record]
+        places += [(path, "input", True) for path in before] + [(path, "output", True) for path in behind]
         self._handles = [self._hook(model.get_submodule(path), path, side, stops) for path, side, stops in places]
-        self.forwards = [
-            Forward(model, chunk, nullcontext() if spill is None else spill.watch(number), number)
-            for number, chunk in enumerate(chunks)
-        ]
+        watching = [nullcontext() if spill is None else spill.watch(number) for number in range(len(chunks))]
+        self.forwards = [Forward(model, chunk, watching[number], number) for number, chunk in enumerate(chunks)]
 
     def _hook(self, module: nn.Module, path: str, side: str, stops: bool) -> RemovableHandle:
         def hook(module: nn.Module, args: Args, kwargs: Kwargs, *output: Tensor) -> None:

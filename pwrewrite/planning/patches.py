@@ -79,11 +79,7 @@ def _indices(padded: torch.Size, size: tuple[int, ...], spec: ConvSpec, position
     """Flat input index of every tap of every position taken: ``(positions, taps)``."""
     flat = torch.arange(prod(size)) if positions is None else positions.cpu()
     index = torch.zeros(len(flat), 1, dtype=torch.long)
-    coordinates = []
-    for n in reversed(size):
-        coordinates.append(flat % n)
-        flat = flat // n
-    for axis, start in enumerate(reversed(coordinates)):
+    for axis, start in enumerate(torch.unravel_index(flat, size)):
         taps = torch.arange(spec.kernel_size[axis]) * spec.dilation[axis]
         along = start[:, None] * spec.stride[axis] + taps
         index = (index[:, :, None] * padded[axis] + along[:, None, :]).flatten(1)

@@ -9,7 +9,7 @@ and `Planner.refit` fits them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ..capturing import Inputs, capture, split_inputs
 from ..capturing.records import Capture, info
 from ..core.errors import RefusedError, UsageError
-from ..core.files import cache_folder
 from ..core.nested import Tree
 from ..core.option import typed_fields
 from ..core.options import Budget
@@ -30,18 +29,16 @@ from ..forms import FORMS
 from .allocator import Allocator, Choice
 from .batches import Batches
 from .budget import Limit
-from .cache import content_key, read_statistics, write_statistics
-from .candidates import ReplaceableLayers, make_candidates, timed, weighted_layer
+from .cache import read_statistics, statistics_file, write_statistics
+from .candidates import ReplaceableLayers, make_candidates, timed
 from .fitting import fit_steps, shift_biases
 from .latency import MEASURED, Conditions, LatencyTable, time_plan
 from .outputs import kind_of_outputs, scoring
 from .refit import refit
 from .room import Room, samples_in_run
-from .running import device_of, evaluating, run_seeded
+from .running import Say, device_of, evaluating, run_seeded
 from .spill import Spill
 from .statistics import Gathering, NoGradientsError, Statistics, gather
-
-Say = Callable[[str, float | None], None]
 
 _ATTEMPTS = 4
 """How often a latency budget is tightened at most."""
@@ -59,17 +56,13 @@ class Planner:
         calibration: Any iterable of inputs, or `Batches`; None to plan by the weights alone.
         settings: Which limits and forms, and how to fit.
         size: Use at most so many calibration inputs.
-        say: Called at each step.
+        say: Called at each step, with the part of it that is done.
         captured: The model's capture, where it is at hand.
 
     Attributes:
         layers: The layers that may change, with their candidates.
         original: What the model costs now, by kind.
         notes: What a reader should know.
-
-    Raises:
-        UsageError: If a setting or the calibration makes no sense.
-        RefusedError: If activations are not finite.
     """
 
     def __init__(
@@ -96,7 +89,7 @@ class Planner:
         self.outputs = "values"
         self.statistics = self._calibrate()
         chosen, samples = self.settings, self.statistics.samples if self.statistics is not None else 0
-        self.layers = make_candidates(self.replaceable, self.statistics, chosen, self.say)
+        self.layers = make_candidates(self.replaceable, self.statistics, self.say)
         self.original = costs_of(self.captured)
         facts = {"sensitivity": chosen.sensitivity, "refit": chosen.refit, "samples": samples, "seed": chosen.seed}
         self.allocator = Allocator(self.layers, self.original, self.replaceable.skips, facts)
@@ -119,7 +112,6 @@ class Planner:
         return kind
 
     def _warn(self, note: str) -> None:
-        """Notes what a reader should know before the work is done."""
         _log.warning(note)
         self.notes.append(note)
 
@@ -130,18 +122,15 @@ class Planner:
         if settings.sensitivity == "weights":
             self.outputs = self._look_at_outputs(batches)
             return None
-        folder = cache_folder("statistics")
-        specs = self.replaceable.specs()
-        facts = {"seed": settings.seed, "kind": settings.sensitivity}
-        facts |= {"chunk": batches.chunk, "outputs": settings.outputs}
         self.say("reading the calibration inputs", None)
-        key = content_key(self.captured, specs, batches.fingerprint, facts) if folder is not None else ""
-        statistics, complete, damage = read_statistics(folder, key, device_of(self.model), specs)
+        specs = self.replaceable.specs
+        file = statistics_file(self.captured, specs, batches, settings)
+        statistics, complete, damage = read_statistics(file, device_of(self.model), specs)
         self.notes += damage
         self.outputs = self._look_at_outputs(batches, "" if statistics is None else statistics.outputs)
         if statistics is None or not complete:
             try:
-                statistics = self._gather(batches, statistics, folder, key)
+                statistics = self._gather(batches, statistics, file)
             except NoGradientsError as error:
                 if self._sensitivity_given:
                     raise
@@ -153,23 +142,19 @@ class Planner:
         self._note_sparse(statistics)
         return statistics
 
-    def _gather(self, batches: Batches, start: Statistics | None, folder: Path | None, key: str) -> Statistics:
+    def _gather(self, batches: Batches, start: Statistics | None, file: Path | None) -> Statistics:
         expected, kind = batches.samples, str(self.settings.sensitivity)
         statistics = start or Statistics(kind=kind, outputs=self.outputs)
         outputs = self.outputs if kind == "loss" else None
-        how = Gathering(outputs, self.settings.seed, expected, self.replaceable.functions())
-
-        def each(now: Statistics) -> None:
-            self.say("calibrating", now.samples / expected)
-
+        how = Gathering(outputs, self.settings.seed, expected, self.replaceable.functions)
+        specs, each = self.replaceable.specs, lambda now: self.say("calibrating", now.samples / expected)
         try:
-            specs, chunks = self.replaceable.specs(), batches.calibration()
-            gather(self.model, specs, chunks, how, start=statistics, each=each)
+            gather(self.model, specs, batches.calibration(), how, start=statistics, each=each)
         except BaseException:
-            write_statistics(folder, key, statistics, complete=False)
+            write_statistics(file, statistics, complete=False)
             raise
         self.say("storing the statistics", None)
-        write_statistics(folder, key, statistics, complete=True)
+        write_statistics(file, statistics, complete=True)
         return statistics
 
     def _note_sparse(self, statistics: Statistics) -> None:
@@ -258,39 +243,31 @@ class Planner:
 
     def decomposer(self, op: Op, weight: Tensor) -> Factors | None:
         """The factors of an op in the norm of the statistics; None where there are none of its layer."""
-        spec = self.replaceable.specs().get(op.path)
-        if spec is None or self.settings.sensitivity == "weights":
+        if op.path not in self.replaceable.specs or self.settings.sensitivity == "weights":
             return None
-        centred = self.settings.refit != "none" and self.replaceable.off_mean(op.path)
-        weighted = weighted_layer(weight, spec, op.path, self.statistics, centred=centred)
+        weighted = self.replaceable.weighted(op.path, weight, self.statistics)
         return FORMS[op.settings["form"]].fit(weighted, op.settings["widths"], op.settings.get("axes"))
 
     def refit(self, rewritten: nn.Module, plan: Plan) -> dict[str, float]:
         """Fits the model with a plan carried out to the original on the calibration inputs, in place: as `refit`."""
         if self.batches is None or self.settings.refit == "none":
             return {}
-        functions = sorted(self.replaceable.functions().keys() & {op.path for op in plan.ops})
+        functions = sorted(self.replaceable.functions.keys() & {op.path for op in plan.ops})
         if functions:
             self.notes.append(f"called as functions, and therefore not fitted: {_few(functions)}")
-        specs = self.replaceable.specs()
-        repeated = sorted(self.replaceable.repeated() & {op.path for op in plan.ops if op.path in specs})
+        specs = self.replaceable.specs
+        repeated = sorted(self.replaceable.repeated & {op.path for op in plan.ops if op.path in specs})
         if repeated:
-            shift_biases(self.captured.model, rewritten, repeated, specs, self.statistics)
+            if self.statistics is not None:
+                shift_biases(self.captured.model, rewritten, repeated, specs, self.statistics)
             self.notes.append(f"called several times, and therefore fitted in their biases only: {_few(repeated)}")
         full = self.settings.refit == "full"
         steps = fit_steps(self.captured, rewritten, plan, specs, self.statistics, factors=full)
         if not steps:
             return {}
         room = Room(self.captured, self.batches.samples)
-        errors = refit(
-            self.model,
-            rewritten,
-            steps,
-            room.first(self.batches.calibration()),
-            seed=self.settings.seed,
-            progress=lambda path, share: self.say(f"fitting {path}", share),
-            spill=Spill(room.memory) if room.spilled else None,
-        )
+        chunks, spill = room.first(self.batches.calibration()), Spill(room.memory) if room.spilled else None
+        errors = refit(self.model, rewritten, steps, chunks, self.say, seed=self.settings.seed, spill=spill)
         self.notes += room.notes()
         return errors
 

@@ -20,7 +20,7 @@ and the solving. The live activations of all of them wait at every layer, in mem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import cast
@@ -34,9 +34,9 @@ from ..forms.weighted import WeightedLayer
 from ..layers.factorized import Factorized
 from .lockstep import Forward, Lockstep
 from .patches import batched, input_rows, output_rows, position_count, row_size, sampled
-from .running import Chunk, evaluating, samples_of, wide_dtype
+from .running import Chunk, Say, evaluating, samples_of, wide_dtype
 from .spill import Spill, give_back_memory
-from .statistics import LARGEST_ROW
+from .statistics import LARGEST_ROW, level_of
 
 RIDGE = 1e-3
 """How far the fit is drawn to the original weights, as a share of the mean square of what the layer reads."""
@@ -51,14 +51,13 @@ Pairs = Iterable[tuple[Forward, Forward]]
 
 @dataclass(frozen=True, slots=True)
 class Residual:
-    """Where the other side of a layer's sum can be read: the ``input`` or ``output`` of a module.
+    """Where the other side of a layer's sum can be read: a module's path, and its ``input`` or ``output``.
 
     ``norm`` is the path of the batch norm between the layer and the sum; ``""`` where there is none.
     """
 
     norm: str
-    module: str
-    side: str
+    place: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -113,16 +112,10 @@ class _Moments:
 def _positive(moment: Tensor) -> Tensor:
     """A covariance whose diagonal is raised as far as rounding has left it indefinite."""
     for share in _RAISED:
-        raised = moment + share * _level(moment)
+        raised = moment + share * level_of(moment)
         if not bool(torch.linalg.cholesky_ex(raised).info.any()):
             return raised
-    return _level(moment)
-
-
-def _level(moment: Tensor) -> Tensor:
-    """The identity, times the mean of a moment's diagonal."""
-    level = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[:, None, None]
-    return level * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    return level_of(moment)
 
 
 def refit(
@@ -130,9 +123,9 @@ def refit(
     rewritten: nn.Module,
     steps: Sequence[Target | str],
     chunks: Iterable[Chunk],
+    say: Say = lambda what, share: None,
     *,
     seed: int = 0,
-    progress: Callable[[str, float], None] | None = None,
     spill: Spill | None = None,
 ) -> dict[str, float]:
     """Fits layers, biases and batch norms of a rewritten model, in place.
@@ -142,8 +135,8 @@ def refit(
         rewritten: The rewritten model.
         steps: The layers to fit and the paths of the batch norms to re-estimate, in the order in which they run.
         chunks: Calibration inputs.
+        say: Called at each step, with the part that is done.
         seed: Of the positions that are sampled.
-        progress: Called with each path and how much is done.
         spill: Holds inputs and activations, and is at its end with this; all are in memory where None.
 
     Returns:
@@ -161,16 +154,15 @@ def refit(
             stack.enter_context(spill)
         inputs = [chunk if spill is None else spill.keep(number, chunk) for number, chunk in enumerate(chunks)]
         stack.callback(inputs.clear)
-        total = sum(samples_of(*chunk) for chunk in inputs)
-        share = total / max(samples_of(*inputs[0]), 1)
-        record = _recorded_for(targets)
+        share = sum(samples_of(*chunk) for chunk in inputs) / max(samples_of(*inputs[0]), 1)
+        # Where the other sides of residual sums can be read, up to the last step that does.
+        record = {step.residual.place: i for i, step in enumerate(steps) if isinstance(step, Target) and step.residual}
         before = Lockstep(original, inputs, behind=layers, before=norms, record=record, spill=spill)
         stack.enter_context(before)
         after = stack.enter_context(Lockstep(rewritten, inputs, before=[*layers, *norms], record=record, spill=spill))
         for i, step in enumerate(steps):
             path = step if isinstance(step, str) else step.path
-            if progress is not None:
-                progress(path, i / len(steps))
+            say(f"fitting {path}", i / len(steps))
             module, pairs = rewritten.get_submodule(path), _pairs_at(path, before, after, spill)
             try:
                 if isinstance(step, str):
@@ -182,7 +174,7 @@ def refit(
                     errors[path] = _fit_layer(step, cast(Factorized, module), moments)
             except _NotReached:
                 break
-            for place in record - _recorded_for(later for later in steps[i + 1 :] if isinstance(later, Target)):
+            for place in (place for place, last in record.items() if last <= i):
                 for forward in (*before.forwards, *after.forwards):
                     forward.recorded.pop(place, None)
             give_back_memory()
@@ -191,10 +183,6 @@ def refit(
 
 class _NotReached(Exception):
     """A forward came to its end and not to a layer."""
-
-
-def _recorded_for(targets: Iterable[Target]) -> set[tuple[str, str]]:
-    return {(target.residual.module, target.residual.side) for target in targets if target.residual is not None}
 
 
 def _pairs_at(path: str, before: Lockstep, after: Lockstep, spill: Spill | None) -> Iterator[tuple[Forward, Forward]]:
@@ -223,7 +211,7 @@ def _gather_moments(
         taken = sampled(position_count(x, spec, tuple(y.shape[2:])), spec, per_sample, len(x), generator)
         rows = output_rows(y, spec, taken)
         if target.residual is not None and scale is not None:
-            place = (target.residual.module, target.residual.side)
+            place = target.residual.place
             missing = batched(before.recorded[place] - after.recorded[place], spec)
             rows = rows + output_rows(missing, spec, taken) * scale.to(rows)
         moments.add(input_rows(x, spec, taken), rows)
@@ -234,7 +222,7 @@ def _fit_layer(target: Target, module: Factorized, moments: _Moments) -> float:
     """Fits a layer to the outputs of the original, from what the rewritten model reads; its weights' relative error."""
     xx, yx, x, y = moments.centred()
     weighted = WeightedLayer(target.weight, target.spec, xx, target.gradients)
-    root = torch.linalg.cholesky(xx + (RIDGE + 0.02 * xx.shape[-1] / max(moments.count, 1)) * _level(xx))
+    root = torch.linalg.cholesky(xx + (RIDGE + 0.02 * xx.shape[-1] / max(moments.count, 1)) * level_of(xx))
     kernel = weighted.rows + torch.cholesky_solve((yx - weighted.rows @ xx).mT, root).mT
     factors = module.form.fit(weighted.with_kernel(kernel), module.widths, module.axes)
     approximation = factors.reconstruct().reshape(kernel.shape)
@@ -264,27 +252,29 @@ def _residual_scale(target: Target, original: nn.Module) -> Tensor | None:
 
 def _fit_bias(spec: ConvSpec, module: Factorized, pairs: Pairs) -> None:
     """Moves the bias by the difference of the mean outputs."""
-    bias = module.bias
-    if bias is None:
-        return
-    total, count = torch.zeros(spec.out_channels, dtype=wide_dtype(bias.device), device=bias.device), 0
-    for before, after in pairs:
-        y, x = before.value, after.value
-        here = module.forward(x, list(y.shape[-spec.dims :])) if spec.transposed else module.forward(x)
-        difference = (y - here).to(total)
-        channel = difference.dim() - spec.dims - 1
-        total += difference.sum([i for i in range(difference.dim()) if i != channel])
-        count += difference.numel() // spec.out_channels
-    bias.copy_(bias + (total / max(count, 1)).to(bias))
+
+    def outputs() -> Iterator[tuple[Tensor, Tensor]]:
+        for before, after in pairs:
+            size = list(before.value.shape[-spec.dims :]) if spec.transposed else None
+            yield before.value, module.forward(after.value, size)
+
+    if module.bias is not None:
+        module.bias.add_(_mean_difference(outputs(), -spec.dims - 1).to(module.bias))
 
 
 def _fit_norm(module: _BatchNorm, pairs: Pairs) -> None:
     """Moves a batch norm's running mean by as much as the mean of what it reads."""
     assert module.running_mean is not None
-    wide = wide_dtype(module.running_mean.device)
-    shift, count = torch.zeros_like(module.running_mean, dtype=wide), 0
-    for before, after in pairs:
-        old, new = before.value, after.value
-        shift += (new.to(wide) - old.to(wide)).sum([i for i in range(old.dim()) if i != 1])
-        count += old.numel() // old.shape[1]
-    module.running_mean += (shift / count).to(module.running_mean)
+    shift = _mean_difference(((after.value, before.value) for before, after in pairs), 1)
+    module.running_mean += shift.to(module.running_mean)
+
+
+def _mean_difference(pairs: Iterable[tuple[Tensor, Tensor]], channel: int) -> Tensor:
+    """The mean difference of tensors in each channel, which is that dim of theirs."""
+    total, count = torch.zeros(()), 0
+    for first, second in pairs:
+        wide = wide_dtype(first.device)
+        difference = first.to(wide) - second.to(wide)
+        others = [dim for dim in range(difference.dim()) if dim != channel % difference.dim()]
+        total, count = total + difference.sum(others), count + difference.numel() // difference.shape[channel]
+    return total / count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,6 +17,9 @@ from ..core.nested import Args, Kwargs
 
 Chunk = tuple[Args, Kwargs]
 """Positional and keyword inputs of one run of the model."""
+
+Say = Callable[[str, float | None], None]
+"""Called at each step of some work with what it is, and with the part that is done; None where that is not known."""
 
 
 def samples_of(args: Args, kwargs: Kwargs) -> int:

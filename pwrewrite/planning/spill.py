@@ -178,7 +178,6 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Callable[..., object], types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
-        """Runs an operation on what is in memory."""
         kwargs = kwargs or {}
         read = list(_storages((args, kwargs)))
         self._spill.bring(read)

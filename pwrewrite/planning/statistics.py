@@ -244,7 +244,6 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Tensor], types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
-        """Runs a function, and the hook that waits for its weight."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if func in _LAYERS:
@@ -347,6 +346,12 @@ class _Watch:
         per_sample = values.numel() / max(self.samples, 1)
         power = values.detach().square().mean().clamp(min=1e-30)
         return (values * noise).sum() / (per_sample * power).sqrt()
+
+
+def level_of(moment: Tensor) -> Tensor:
+    """The identity, times the mean of a moment's diagonal, ``(groups, d, d)``."""
+    level = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[:, None, None]
+    return level * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
 
 
 class NoGradientsError(RefusedError):

@@ -19,8 +19,7 @@ from ..core.options import Budget, ExportOptions
 from ..engines.exporting import Axes, Call, Format, Program, int8_of
 from ..engines.timing import time_in_turns
 from ..planning.batches import Batches
-from ..planning.outputs import Measured, compare_outputs
-from ..planning.outputs import kind_of_outputs
+from ..planning.outputs import Measured, compare_outputs, kind_of_outputs
 from ..planning.running import samples_of
 from ..targets import LoadedModel
 from ..verifying.exports import Expected, judge

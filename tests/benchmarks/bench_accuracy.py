@@ -176,7 +176,7 @@ def measured(
 def fit_own(planner: Planner, model: nn.Module, choice: Choice) -> None:
     """The full refit of each layer to its own output, whatever has gone wrong on the other side of its sum."""
     assert planner.batches is not None
-    specs = planner.replaceable.specs()
+    specs = planner.replaceable.specs
     steps = fit_steps(planner.captured, model, choice.plan, specs, planner.statistics)
     alone = [replace(step, residual=None) if isinstance(step, Target) else step for step in steps]
     fit(planner.model, model, alone, planner.batches.calibration())

@@ -97,8 +97,8 @@ def distance(one: nn.Module, other: nn.Module) -> float:
 def test_residual_branches_are_found(model: Net) -> None:
     found = residuals(capture(model, inputs()[0][0][0]), LAYERS)
     assert found == {
-        "blocks.0.conv2": Residual("blocks.0.bn2", "blocks.0.conv1", "input"),
-        "blocks.1.conv2": Residual("blocks.1.bn2", "blocks.1.conv1", "input"),
+        "blocks.0.conv2": Residual("blocks.0.bn2", ("blocks.0.conv1", "input")),
+        "blocks.1.conv2": Residual("blocks.1.bn2", ("blocks.1.conv1", "input")),
     }
 
 
