@@ -129,9 +129,7 @@ def _pattern(example: Tensor, listed: bool) -> str:
     """The shapes like an example's: ``N×3×H×W``."""
     sizes = [str(n) for n in example.shape]
     first = 0 if listed else 1
-    letters = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}.get(len(sizes) - first - 1)
-    if letters and len(sizes) >= 2:
-        sizes[first + 1 :] = letters
+    sizes[first + 1 :] = {1: "L", 2: "HW", 3: "DHW"}.get(len(sizes) - first - 1, sizes[first + 1 :])
     if not listed and sizes:
         sizes[0] = "N"
     return "×".join(sizes) or "scalar"

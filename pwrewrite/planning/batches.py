@@ -56,8 +56,8 @@ class Batches:
         batch: Called with each batch of the source as it came; returns the inputs, or the inputs and labels.
 
     Raises:
-        UsageError: If the source is no iterable of batches, or a setting makes no sense. Passes raise it for a batch
-            that the model does not take, one that holds NaN or Inf, one that cannot be read, and when there is none.
+        UsageError: If a setting makes no sense, the source is no iterable, or a pass comes to what is no batch of
+            finite inputs for the model, or to none at all.
     """
 
     def __init__(

@@ -42,15 +42,19 @@ def statistics_file(
     if (folder := cache_folder("statistics")) is None:
         return None
     facts = {"kind": settings.sensitivity, "seed": settings.seed, "outputs": settings.outputs, "chunk": batches.chunk}
-    about = f"{_VERSION}|{torch.__version__}|{batches.fingerprint}|{json.dumps(facts, sort_keys=True)}"
-    digest = hashlib.sha256(about.encode())
+    return folder / f"{content_key(capture, layers, batches.fingerprint, facts)}.safetensors"
+
+
+def content_key(capture: Capture, layers: Mapping[str, ConvSpec], inputs: str, settings: Mapping[str, object]) -> str:
+    """A hash of the model, the layers looked at, a hash of the inputs, and the settings."""
+    digest = hashlib.sha256(f"{_VERSION}|{torch.__version__}|{inputs}|{json.dumps(settings, sort_keys=True)}".encode())
     digest.update(repr(sorted((path, repr(spec)) for path, spec in layers.items())).encode())
     for node in capture.graph.nodes:
         digest.update(f"{node.name}|{node.op}|{node.meta['info'].op}|{[a.name for a in node.all_input_nodes]}".encode())
     for name, tensor in (*capture.model.named_parameters(), *capture.model.named_buffers()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return folder / f"{digest.hexdigest()}.safetensors"
+    return digest.hexdigest()
 
 
 def read_statistics(

@@ -83,8 +83,8 @@ def shift_biases(
 ) -> None:
     """Makes up for what a change of the weights does to the mean of the outputs: ``b += (W − Ŵ) E[x]``, in place.
 
-    For layers that are called several times. A forward that stands still at one call cannot be fitted to all of them,
-    but the mean over all of them is known. Those without a bias, and transposed ones, stay.
+    For layers that are called several times: no forward stands still at all calls, but the mean over them is known.
+    Those without a bias, and transposed ones, stay.
     """
     for path in paths:
         sums, spec, module = statistics.layers[path], specs[path], _module(rewritten, path)

@@ -96,14 +96,9 @@ class Knapsack:
 
 
 class Search:
-    """Looks for the options with the least total loss whose total cost of each kind is at most 1.
+    """Looks for the options with the least total loss whose total cost of each kind is at most 1; as `allocate`.
 
-    Args:
-        problem: The options.
-        excess: The number of a kind of which a choice costs too much in exact arithmetic; None where it fits.
-        gap: Relative gap that suffices.
-        time_limit: Seconds after which the best known by then is taken.
-        start: A choice to begin with, by name.
+    ``excess`` is the number of a kind of which a choice costs too much in exact arithmetic; None where it fits.
     """
 
     def __init__(

@@ -10,8 +10,7 @@ Who runs forwards together wakes and settles them one by one: settling spills wh
 exceed the allowance. The first ones then stay in memory and the last ones go to disk at every stop: forwards go round
 and round, and to spill the one that waited longest would be to spill what comes next.
 
-The file has no name on systems that allow it: nothing is left of it when the process ends, however that happens. It
-lies where `tempfile` puts files, in the folder that ``TMPDIR`` names.
+The file lies where ``TMPDIR`` says, and has no name on systems that allow it: when the process ends, it is gone.
 """
 
 from __future__ import annotations

@@ -43,9 +43,7 @@ from .running import Chunk, device_of, evaluating, samples_of, wide_dtype
 LARGEST_ROW = 8192
 """Longer input rows than this get no second moment of their own, only that of their mean square."""
 
-_LAYERS = frozenset(
-    (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-)
+_LAYERS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 _NEARLY_CONSTANT = 0.03
 """Below this share of its second moment, the variance of what a layer reads is near the rounding of its sums."""
 _ROWS_PER_SIZE = 8
@@ -200,8 +198,7 @@ def gather(
     for path, spec in layers.items():
         if path not in statistics.layers:
             statistics.layers[path] = LayerStatistics.empty(spec, device)
-    watch = _Watch(statistics, how)
-    skip = statistics.chunks
+    watch, skip = _Watch(statistics, how), statistics.chunks
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         if gradients:
@@ -360,10 +357,7 @@ class NoGradientsError(RefusedError):
 
 def _checked(rows: Tensor, path: str, what: str) -> Tensor:
     if not bool(torch.isfinite(rows).all()):
-        raise RefusedError(
-            f"{what} of a layer is not finite on the calibration data",
-            where=path,
-            got="NaN or Inf",
-            hint="look at the calibration inputs, and at the model in this dtype",
-        )
+        hint = "look at the calibration inputs, and at the model in this dtype"
+        what += " of a layer is not finite on the calibration data"
+        raise RefusedError(what, where=path, got="NaN or Inf", hint=hint)
     return rows
