@@ -45,10 +45,7 @@ class Cost:
 
 
 def register_formula(op: OpOverloadPacket, formula: Formula) -> None:
-    """Gives an operation such as ``torch.ops.mylib.correlate`` its cost, ``formula(args, kwargs, out) -> MACs``.
-
-    A formula goes by shapes alone: the tensors may be on ``meta``.
-    """
+    """Gives an operation its cost, ``formula(args, kwargs, out) -> MACs``, by shapes alone (tensors may be on meta)."""
     FORMULAS[op._qualified_op_name] = formula
 
 

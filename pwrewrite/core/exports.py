@@ -48,13 +48,10 @@ class Exports(Shown, Record):
     """An export in all its formats.
 
     Attributes:
-        target: What was exported.
-        formats: What became of each format.
         inputs: Name of an input to its form, such as ``batch×3×224×224 float32``.
         outputs: The same of the outputs, as at the first call.
         bytes: Of the model's weights.
         seconds: The time of the model itself, for the first call.
-        notes: What a user should know.
     """
 
     target: str

@@ -2,12 +2,11 @@
 
 A file or folder is written beside its place, flushed to the disk and renamed; a folder that replaces another is
 exchanged with it in a single step (``renameat2`` on Linux, ``renamex_np`` on macOS). Where there is no such step, the
-old folder waits as ``.NAME.….old`` for as long as two renames take; a crash between them leaves it there, complete, and
-`recover`, with which every save begins, moves it back.
+old folder waits as ``.NAME.….old`` for as long as two renames take; after a crash between them `recover`, with which
+every save begins, moves it back.
 
-A writer holds a lock on what it has not finished. What a killed one left is recognised by its name
-(``.NAME.pwrewrite-….part``) and by the missing lock, and removed by the next writer in the same folder. What version
-0.1 left beside a folder goes with the next one that is saved there.
+A writer holds a lock on what it has not finished. What a killed one left (``.NAME.pwrewrite-….part``, without a lock,
+or what version 0.1 left beside a folder) is removed by the next writer.
 """
 
 from __future__ import annotations

@@ -86,10 +86,7 @@ def _parse_whole(text: str, message: str, expected: str, units: Mapping[str, int
 
 
 def parse_count(text: str, what: str = "count") -> int:
-    """Reads ``4.1G``, ``25e6``, ``25_557_032`` or ``25,557,032``, rounded down where it has a fraction.
-
-    Suffixes k, M, G (or B), T and P scale by 1000. Raises `UsageError`, which names ``what`` was read, as all do here.
-    """
+    """Reads ``4.1G``, ``25e6`` or ``25,557,032``, rounded down; a `UsageError` names ``what`` is wrong, as all do here."""
     return _parse_whole(text, f"{what} is not a number", "a count such as 4.1G, 25M, 500k or 25557032", COUNTS)
 
 
@@ -158,10 +155,7 @@ def parse_width(text: str, what: str = "width") -> int | float:
 
 
 def parse_arg(text: str, what: str = "--arg") -> tuple[str, object]:
-    """Parses one ``--arg name=value`` to ``("num_classes", 10)``; a `UsageError` if it cannot.
-
-    The value is a Python literal; a bare word that is none (``--arg act=relu``) is taken as a string.
-    """
+    """Parses one ``--arg name=value`` to ``("num_classes", 10)``: a Python literal, or a bare word (``act=relu``)."""
     name, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not name.isidentifier():
         hint = "--arg num_classes=10, --arg layers=[3,4,6,3], --arg act=relu"

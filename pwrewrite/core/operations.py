@@ -29,13 +29,10 @@ Formula = Callable[[Args, Kwargs, Tensor], int]
 
 @dataclass(frozen=True, slots=True)
 class FusedActivation:
-    """An activation that a kernel can apply while it still holds a convolution's output.
+    """An activation that a kernel can apply while it still holds a convolution's output: ``plain(x, *scalars)``.
 
-    Attributes:
-        name: Its name in plans; oneDNN calls it ``attr``, and ``algorithm`` which of several approximations it is.
-        plain: The same in plain torch: ``plain(x, *scalars)``.
-        count: How many numbers it takes.
-        fixed: Numbers that oneDNN wants and that its name already says.
+    Plans call it ``name``, oneDNN ``attr`` and, where there are several approximations, ``algorithm``. It takes
+    ``count`` numbers; ``fixed`` are those that oneDNN wants and that its name already says.
     """
 
     name: str
@@ -48,10 +45,9 @@ class FusedActivation:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation.
+    """One operation, by its canonical name.
 
     Attributes:
-        name: Its canonical name.
         kind: ``activation``, ``elementwise`` (of one tensor), ``arithmetic`` (of several, broadcast), ``norm``,
             ``dropout``, ``cast``, ``pool``, ``product`` or ``movement``.
         shape: Name of the rule in `pwrewrite.capturing.shapes` for its output's shape; empty where it runs on ``meta``.

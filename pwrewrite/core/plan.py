@@ -95,12 +95,11 @@ class Op(Record):
     """One thing to do to a model.
 
     Attributes:
-        action: What is done: ``factorize`` (a layer becomes a chain of smaller ones) or ``project`` (a 1×1 after a
-            branch); ``fold``, ``fuse``, ``merge``, ``remove`` and ``channels-last``, of the fusing passes.
+        action: ``factorize`` (a layer becomes a chain of smaller ones), ``project`` (a 1×1 after a branch), ``fold``,
+            ``fuse``, ``merge``, ``remove`` or ``channels-last``.
         path: Absolute path of the layer or module it is done to.
         pass_name: Name of the pass or planner that proposed it, such as ``insert-bottleneck``.
         settings: What the action needs to know, as JSON data; each action documents its own.
-        source: Where it was read from; None for one that was proposed.
     """
 
     action: str
@@ -127,14 +126,13 @@ class Edit:
 
     Attributes:
         kind: ``module`` (a module took another's place) or ``graph`` (the code of ``graph_module`` was rewritten).
-        method: The form, such as ``bottleneck`` or ``spatial``.
+        method: The form, such as ``bottleneck``.
         rank_in: First width between, per group; ``rank_out`` is the last one, the same where there is only one.
         relative_error: ``‖W − Ŵ‖ / ‖W‖`` of the weights; None for fresh ones.
         exact: ``eval``, ``train`` or ``both`` for an edit that changes no output in that mode; else None.
         renamed: Old parameter name to the names that came in its place.
         aliases: Other paths at which the same was replaced.
         adapted: Paths of other layers that changed their shape with it.
-        graph_module: Path of the submodule whose code became a graph; ``None`` for a plain swap.
     """
 
     op: Op

@@ -55,10 +55,7 @@ _display: list[Callable[[], ModuleType]] = []
 
 
 def show_with(load: Callable[[], ModuleType]) -> None:
-    """Names what shows results: ``text`` and ``html`` of the whole report, and a ``summary`` in one line.
-
-    ``load`` is called whenever one is shown.
-    """
+    """Names what shows results, loaded when one is shown: ``text``, ``html`` and a ``summary`` in one line."""
     _display[:] = [load]
 
 

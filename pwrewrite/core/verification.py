@@ -23,11 +23,11 @@ class Verification(Shown, Record):
     Attributes:
         relative_error: ``‖y − ŷ‖ / ‖y‖`` over all floating outputs in eval mode; None where no run was possible.
         agreement: Part of the samples for which a classifier's largest output is the same; None for other models.
-        exact: Whether the outputs had to agree up to rounding, as those of an exact rewrite must.
-        max_error: Largest relative error that passed, for a rewrite that is not exact; None where no limit was set.
         diverges_at: Path of the first layer where the two models differ by more than a check allows; ``(root)`` where
-            they differ in the model's own code, None where no check failed so.
+            they differ in the model's own code.
         notes: What was not checked, and why; what was left out of a comparison.
+        exact: Whether the outputs had to agree up to rounding, as those of an exact rewrite must.
+        max_error: Largest relative error that passes, for a rewrite that is not exact.
     """
 
     checks: tuple[Check, ...]

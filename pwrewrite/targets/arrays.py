@@ -1,11 +1,14 @@
 """Arrays on disk, read in parts: ``.npy`` (mapped), ``.npz`` (streamed, compressed or not) and ``.safetensors``.
 
+Labels, one class for each calibration input, are one of them, or a text or table of their own.
 Nothing is unpickled. Memory holds one part at a time, except of an ``.npz`` member in Fortran order, which has to be
 read whole and is refused when it is large. What a header declares is checked against what is there before it is read.
 """
 
 from __future__ import annotations
 
+import csv
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,15 +18,20 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..core.errors import UsageError, shortened
+from ..core.files import read_text
 from .user_code import suggest_files
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
+_TEXT = (".txt", ".csv")
 
 LABEL_NAMES = ("labels", "label", "targets", "target", "y")
 """Under these names labels may lie beside inputs."""
+
+_EACH = "one integer for each sample"
 
 _LARGEST_FORTRAN = 256 << 20
 """Bytes of an array in Fortran order that may be read whole."""
@@ -39,13 +47,9 @@ Rows = Array | Tensor
 
 @dataclass(frozen=True)
 class Stored:
-    """One array on disk.
+    """One array on disk; its name is empty where the file holds one without a name.
 
-    Attributes:
-        name: Its name in the file; empty where the file holds one without a name.
-        shape: Its sizes.
-        dtype: ``float32``, ``uint8``…
-        parts: Reads it: from a step and a stop, parts of so many rows, up to that row.
+    ``parts`` reads it: from a step and a stop, parts of so many rows, up to that row.
     """
 
     name: str
@@ -76,14 +80,12 @@ def open_arrays(path: Path, also: tuple[str, ...] = ()) -> dict[str, Stored]:
     if not path.is_file():
         what = "not a regular file" if path.exists() else "no such file"
         raise UsageError(f"{what}: {path}", hint=suggest_files(path, (*SUFFIXES, *also)))
+    expected = f"one of {', '.join(SUFFIXES)}"
     if path.suffix in _PICKLES:
-        raise UsageError(
-            f"{path} is a pickle, which may run code, and is not loaded",
-            expected=f"one of {', '.join(SUFFIXES)}",
-            hint="save the arrays alone: numpy.save, numpy.savez or safetensors.torch.save_file",
-        )
+        hint = "save the arrays alone: numpy.save, numpy.savez or safetensors.torch.save_file"
+        raise UsageError(f"{path} is a pickle, which may run code, and is not loaded", expected=expected, hint=hint)
     if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path} is no file of arrays", expected=f"one of {', '.join(SUFFIXES)}")
+        raise UsageError(f"{path} is no file of arrays", expected=expected)
     with _explained(path):
         arrays = _safetensors(path) if path.suffix == ".safetensors" else _numpy(path)
     if not arrays:
@@ -163,12 +165,10 @@ def _member(path: Path, archive: zipfile.ZipFile, member: str) -> Stored:
         header = _header(file, member, archive.getinfo(member).file_size)
     shape, dtype = header.shape, header.dtype
     if header.fortran and header.size > _LARGEST_FORTRAN:
-        raise UsageError(
-            f"{member} in {path} is stored in Fortran order, of which no part can be read alone",
-            expected=f"C order, or at most {_LARGEST_FORTRAN >> 20} MiB",
-            got=f"{header.size >> 20} MiB",
-            hint="numpy.savez(path, numpy.ascontiguousarray(array))",
-        )
+        message = f"{member} in {path} is stored in Fortran order, of which no part can be read alone"
+        expected = f"C order, or at most {_LARGEST_FORTRAN >> 20} MiB"
+        hint = "numpy.savez(path, numpy.ascontiguousarray(array))"
+        raise UsageError(message, expected=expected, got=f"{header.size >> 20} MiB", hint=hint)
 
     def parts(step: int, stop: int) -> Iterator[Array]:
         with _explained(path), zipfile.ZipFile(path) as archive, archive.open(member) as file:
@@ -208,3 +208,69 @@ def _safetensors(path: Path) -> dict[str, Stored]:
     with safe_open(str(path), framework="pt", device="cpu") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
         return {name: stored(name, part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+
+
+def open_labels(path: str | Path) -> Tensor:
+    """Reads labels, the classes of samples, as ``(samples,)`` of int64.
+
+    Args:
+        path: A ``.npy``, ``.npz`` or ``.safetensors`` file with one array of integers, or one called ``labels``; a
+            ``.txt`` of integers between white space or commas; a ``.csv`` with one column, or one called ``label``.
+
+    A `UsageError` says that there is no such file, or that it does not hold one integer for each sample.
+    """
+    path = Path(path)
+    if path.suffix in _TEXT and path.is_file():
+        return _from_text(path)
+    if path.is_file() and path.suffix not in SUFFIXES:
+        raise UsageError(f"{path} is no file of labels", expected=f"one of {', '.join((*SUFFIXES, *_TEXT))}")
+    arrays = open_arrays(path, _TEXT)
+    named = [array for name, array in arrays.items() if name in LABEL_NAMES]
+    if not named and len(arrays) > 1:
+        message = f"nothing says which array in {path} holds the labels"
+        raise UsageError(message, expected="labels", got=", ".join(arrays))
+    stored = named[0] if named else next(iter(arrays.values()))
+    stored.samples(path)
+    if not stored.dtype.startswith(("int", "uint")) or len([n for n in stored.shape[1:] if n != 1]):
+        raise UsageError(f"{path} holds no labels", expected=_EACH, got=str(stored))
+    values = stored.whole()
+    if isinstance(values, np.ndarray):
+        values = torch.from_numpy(values.astype(np.int64))
+    labels: Tensor = values.reshape(-1).to(torch.int64)
+    return labels
+
+
+def _from_text(path: Path) -> Tensor:
+    """Labels in a text file."""
+    try:
+        lines = read_text(path).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
+    if path.suffix == ".csv":
+        words = _column(path, rows)
+    else:
+        words = [(number, word) for number, line in rows for word in re.split(r"[\s,]+", line.strip(" ,\t"))]
+    for number, word in words:
+        if not re.fullmatch(r"[+-]?\d{1,18}", word):
+            raise UsageError(f"{path}, line {number}: not a label", expected=_EACH, got=repr(word[:40]))
+    if not words:
+        raise UsageError(f"{path} holds no labels", expected=_EACH)
+    return torch.tensor([int(word) for _, word in words], dtype=torch.int64)
+
+
+def _column(path: Path, rows: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    """The column of labels of a table, with its line numbers."""
+    cells = [(number, [cell.strip() for cell in next(csv.reader([line]))]) for number, line in rows]
+    if not cells:
+        return []
+    head = [cell.lower() for cell in cells[0][1]]
+    named = [place for place, cell in enumerate(head) if cell in (*LABEL_NAMES, "class", "class_id")]
+    if len(named) != 1 and len(head) > 1:
+        message, expected = f"nothing says which column of {path} holds the labels", "one column, or one called label"
+        raise UsageError(message, expected=expected, got=", ".join(cells[0][1]))
+    place = named[0] if named else 0
+    if short := next((number for number, row in cells if len(row) <= place), None):
+        raise UsageError(f"{path}, line {short}: no label", expected=f"{len(head)} columns")
+    header = bool(named) or not re.fullmatch(r"[+-]?\d+", head[0])
+    return [(number, row[place]) for number, row in cells[header:]]

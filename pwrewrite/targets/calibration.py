@@ -24,9 +24,8 @@ from ..capturing import Inputs, split_inputs
 from ..core.errors import UsageError
 from ..core.nested import Tree
 from ..core.numbers import dims
-from .arrays import LABEL_NAMES, SUFFIXES, Rows, Stored, open_arrays
+from .arrays import LABEL_NAMES, SUFFIXES, Rows, Stored, open_arrays, open_labels
 from .image_folder import ImageFolder
-from .labels import open_labels
 from .user_code import suggest_files
 from .user_objects import is_named, open_iterable, open_metric, open_preprocess
 
@@ -157,11 +156,10 @@ class ArrayFile:
             values = np.empty(len(batch))
         for value in values if isinstance(values, (tuple, list)) else [values]:
             if isinstance(value, (Tensor, np.ndarray)) and value.ndim and len(value) != count:
-                raise UsageError(
-                    f"--preprocess made {dims(value.shape)} of a batch of {count} samples",
-                    where=f"samples {first} to {first + count - 1} of {self.path}",
-                    hint="it is called with a batch at a time, and must keep the number of samples",
-                )
+                message = f"--preprocess made {dims(value.shape)} of a batch of {count} samples"
+                where = f"samples {first} to {first + count - 1} of {self.path}"
+                hint = "it is called with a batch at a time, and must keep the number of samples"
+                raise UsageError(message, where=where, hint=hint)
 
     def _chosen(self, arrays: Mapping[str, Stored], count: int) -> tuple[list[Stored], Stored | None]:
         """The arrays that are inputs, and the one that holds labels, where none are given beside the file."""
@@ -177,11 +175,10 @@ class ArrayFile:
         elif count == 1 and usual:
             chosen = [rest[usual[0]]]
         else:
-            raise UsageError(
-                f"nothing says which arrays in {self.path} are the model's inputs",
-                expected=", ".join(wanted) if count > 1 or self._names else f"one array, or one called {_USUAL[0]}",
-                got=", ".join(f"{name} ({array})" if name else str(array) for name, array in arrays.items()),
-            )
+            expected = ", ".join(wanted) if count > 1 or self._names else f"one array, or one called {_USUAL[0]}"
+            got = ", ".join(f"{name} ({array})" if name else str(array) for name, array in arrays.items())
+            message = f"nothing says which arrays in {self.path} are the model's inputs"
+            raise UsageError(message, expected=expected, got=got)
         if left := [name for name, array in rest.items() if array not in chosen]:
             self.notes.append(f"left out {', '.join(left)} of {self.path}")
         return chosen, labels if self._labels is None else None
@@ -196,9 +193,7 @@ def _refuse_bytes(path: Path, inputs: list[Stored], values: list[Tree]) -> None:
         last = len(stored.shape) == 4 and stored.shape[-1] in (1, 3, 4) and stored.shape[1] not in (1, 3, 4)
         sizes = "×".join(map(str, ("N", *expected.shape[1 if expected is value else 0 :])))
         steps = "makes them floats, scaled and normalised as in training" + (", channels first" if last else "")
-        raise UsageError(
-            f"{stored.name + ' in ' if stored.name else ''}{path} holds bytes, and the model takes floats",
-            expected=f"{str(expected.dtype).removeprefix('torch.')} {sizes}",
-            got=f"{stored}" + (", channels last" if last else ""),
-            hint=f"--preprocess file.py:NAME, a function of a batch that {steps}",
-        )
+        hint, got = f"--preprocess file.py:NAME, a function of a batch that {steps}", ", channels last" if last else ""
+        message = f"{stored.name + ' in ' if stored.name else ''}{path} holds bytes, and the model takes floats"
+        wanted = f"{str(expected.dtype).removeprefix('torch.')} {sizes}"
+        raise UsageError(message, expected=wanted, got=f"{stored}{got}", hint=hint)

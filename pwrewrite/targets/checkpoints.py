@@ -235,11 +235,9 @@ def find_state(content: object, where: str, depth: int = 0) -> tuple[dict[str, T
     if len(nested) == 1 and depth < 4:
         state, notes = find_state(content[nested[0]], where, depth + 1)
         return state, (f"took the weights under {nested[0]!r} of the checkpoint", *notes)
-    raise WeightsError(
-        f"{where} has no weights in a place that is understood",
-        expected=f"tensors, or a dictionary of tensors under {', '.join(map(repr, _WRAPPERS[6:9]))}",
-        got=f"the keys {_some(repr(k) for k in content)}",
-    )
+    message, got = f"{where} has no weights in a place that is understood", _some(repr(k) for k in content)
+    expected = f"tensors, or a dictionary of tensors under {', '.join(map(repr, _WRAPPERS[6:9]))}"
+    raise WeightsError(message, expected=expected, got=f"the keys {got}")
 
 
 def _has_tensors(mapping: Mapping[object, object]) -> bool:

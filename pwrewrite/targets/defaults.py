@@ -13,7 +13,7 @@ detection       a list of one 3×S×S                         the size that the 
 optical flow    two of 1×3×520×960                          the size of torchvision's own example
 =============== =========================================== ====================================================
 
-Limits: a model's first convolution in the order of definition is taken to be the one that sees the input.
+Limits: the first convolution in the order of definition is taken to be the one that sees the input.
 """
 
 from __future__ import annotations
@@ -39,27 +39,15 @@ _SPATIAL: dict[int, tuple[int, ...]] = {1: (1024,), 2: (224, 224), 3: (_FRAMES, 
 
 @dataclass(frozen=True)
 class Guess:
-    """What a model takes, found without being told.
-
-    Attributes:
-        shapes: The shape of each input.
-        dtype: Of all of them.
-        as_list: Whether the model takes one list of them (detection) instead of one after another.
-        notes: What was assumed, for the user.
-    """
+    """What a model takes: the shape of each input, what was assumed, and whether it takes them as one list."""
 
     shapes: tuple[tuple[int, ...], ...]
-    dtype: torch.dtype = torch.float32
-    as_list: bool = False
     notes: tuple[str, ...] = ()
+    as_list: bool = False
 
 
 def guess_inputs(model: nn.Module, info: TargetInfo | None) -> Guess:
-    """Finds out what a model takes; ``info`` is where it came from, if it came from a target.
-
-    Raises:
-        InputError: Nothing tells; the message says how to give them.
-    """
+    """What a model takes, by the target that it came from, if any, else by itself; an `InputError` if nothing tells."""
     args = info.args if info else {}
     guess = _from_timm(model, args)
     if guess is None and info is not None and info.kind == "torchvision" and info.name:
@@ -76,7 +64,7 @@ def _from_timm(model: nn.Module, args: Mapping[str, object]) -> Guess | None:
     channels, *spatial = size
     side, chans = args.get("img_size"), args.get("in_chans")
     spatial = [side] * len(spatial) if isinstance(side, int) else _sizes(side) or spatial
-    return Guess(((1, chans if isinstance(chans, int) else channels, *spatial),), floating_dtype(model))
+    return Guess(((1, chans if isinstance(chans, int) else channels, *spatial),))
 
 
 def _sizes(value: object) -> list[int] | None:
@@ -100,12 +88,12 @@ def _from_weights(model: nn.Module, name: str, args: Mapping[str, object]) -> Gu
     chosen = [own] if isinstance(own, int) else _sizes(own) or []
     height, width = ((chosen if len(chosen) in (1, 2) else [*sizes]) * 2)[-2:]
     if kind != "VideoClassification":
-        return Guess(((1, 3, height, width),), floating_dtype(model))
+        return Guess(((1, 3, height, width),))
     frames = args.get("temporal_size")
     if not isinstance(frames, int):
         frames = max(_FRAMES, weights.meta.get("min_temporal_size") or 0)
     note = f"no input given: assumed a clip of {frames} frames, 1x3x{frames}x{height}x{width}"
-    return Guess(((1, 3, frames, height, width),), floating_dtype(model), notes=(note,))
+    return Guess(((1, 3, frames, height, width),), (note,))
 
 
 def is_detection(model: nn.Module) -> bool:
@@ -127,11 +115,11 @@ def _from_family(model: nn.Module) -> Guess | None:
         width, height = getattr(transform, "fixed_size", None) or (side, side)
         image = (3, int(height), int(width))
         note = f"no input given: assumed a list of one image of {_text(image)}, the size that the model resizes to"
-        return Guess((image,), floating_dtype(model), as_list=True, notes=(note,))
+        return Guess((image,), (note,), as_list=True)
     if _is_from("torchvision.models.optical_flow", model):
         frame = (1, 3, 520, 960)
         note = f"no input given: assumed two images of {_text(frame)}"
-        return Guess((frame, frame), floating_dtype(model), notes=(note,))
+        return Guess((frame, frame), (note,))
     return None
 
 
@@ -161,7 +149,7 @@ def _from_layers(model: nn.Module) -> Guess:
         raise _unknown(name, "its first layer is lazy, and learns its channels from the first input", hint)
     shape = (1, channels, *spatial)
     note = f"no input given: assumed {_text(shape)} from {source}"
-    return Guess((shape,), floating_dtype(model), notes=(note,))
+    return Guess((shape,), (note,))
 
 
 def _unknown(what: str, why: str, hint: str) -> InputError:

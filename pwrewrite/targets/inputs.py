@@ -78,12 +78,9 @@ def resolve_inputs(
 ) -> tuple[ExampleInputs, tuple[str, ...]]:
     """The inputs to run a model on, as a tuple or a dict by name, and notes on what was assumed.
 
-    The first that is there: ``--input`` (``specs``); the file's ``example_inputs`` (a value or a function); timm's
-    ``pretrained_cfg``; what torchvision's weight transforms crop to; the first convolution's channels; the first linear
-    layer's features. ``info`` is where the model came from; None for one that the caller made.
-
-    Raises:
-        InputError: A spec is wrong or does not fit ``forward``, or nothing tells what the model takes.
+    The first that is there: ``--input`` (``specs``); ``example_inputs`` (a value or a function) of the file that
+    ``info`` tells of; what `guess_inputs` finds. An `InputError` says what does not fit ``forward``, or that nothing
+    tells what the model takes.
     """
     with torch.device("cpu"):
         if specs:
@@ -92,7 +89,7 @@ def resolve_inputs(
             return _from_file(info.module, info.place), ()
         guess = guess_inputs(model, info)
         generator = torch.Generator("cpu").manual_seed(0)
-        tensors = tuple(_tensor(shape, guess.dtype, generator) for shape in guess.shapes)
+        tensors = tuple(_tensor(shape, floating_dtype(model), generator) for shape in guess.shapes)
         return (list(tensors),) if guess.as_list else tensors, guess.notes
 
 

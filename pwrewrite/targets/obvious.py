@@ -97,11 +97,8 @@ def _whole_model(ready: Classes, args: Mapping[str, object], path: str, origin: 
         return whole[0]
     whole = whole or list(ready)
     raised = [f"{n} raised {first_line(e.__cause__ or e)}" for n, e in failed.items() if n in whole]
-    raise TargetError(
-        f"{path} has several models: {', '.join(whole)}",
-        got="; ".join(raised) or None,
-        hint="say which one: " + " or ".join(f"{path}:{n}" for n in whole[:3]),
-    )
+    hint = "say which one: " + " or ".join(f"{path}:{n}" for n in whole[:3])
+    raise TargetError(f"{path} has several models: {', '.join(whole)}", got="; ".join(raised) or None, hint=hint)
 
 
 def _parts_of(
@@ -150,11 +147,9 @@ def _model_classes(module: ModuleType) -> Classes:
 
 def instance_takes_no_args(what: str, args: Mapping[str, object]) -> TargetError:
     """The error for arguments to a model that is made already."""
-    return TargetError(
-        f"{what} is an instance: it is made already and takes no --arg",
-        got=", ".join(args),
-        hint="name a class or function that makes it: model.py:NAME --arg name=VALUE",
-    )
+    message, got = f"{what} is an instance: it is made already and takes no --arg", ", ".join(args)
+    hint = "name a class or function that makes it: model.py:NAME --arg name=VALUE"
+    return TargetError(message, got=got, hint=hint)
 
 
 def _can_call(factory: Callable[..., object], args: Mapping[str, object]) -> bool:

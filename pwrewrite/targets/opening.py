@@ -162,12 +162,9 @@ def _open_folder(options: TargetOptions, need_inputs: bool, seeded: bool) -> Loa
     plan = storage.read_plan(folder)
     origin = options.base if options.base is not None else _recorded_target(folder, plan, options.trust_target)
     if storage.is_saved(origin):
-        raise UsageError(
-            "--model is itself a saved folder",
-            got=origin,
-            expected="the target of the original model",
-            hint="a folder's plan leads from the original to it, over every rewrite in between",
-        )
+        expected = "the target of the original model"
+        hint = "a folder's plan leads from the original to it, over every rewrite in between"
+        raise UsageError("--model is itself a saved folder", got=origin, expected=expected, hint=hint)
     args = dict(options.args or plan.model.get("args") or {})
     with _seeded(options.seed if seeded else None):
         original, info = resolve_model(origin, args)

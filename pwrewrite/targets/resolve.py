@@ -52,8 +52,7 @@ class TargetInfo:
     """Where a model came from, as far as later steps need it.
 
     Attributes:
-        target: The target as the user gave it.
-        kind: Which of the forms it has.
+        target: The target as the user gave it, in a form that is ``kind``.
         place: The file, dotted module or folder; empty for a zoo.
         name: The name after the colon; None when the file's obvious model is meant.
         args: The arguments that the model was made with.
@@ -73,8 +72,7 @@ class TargetInfo:
 def parse_target(target: str) -> TargetInfo:
     """Takes a target string apart; imports nothing.
 
-    Raises:
-        TargetError: It has none of the forms above (`TargetNotFound` where it reads like a file, and there is none).
+    A `TargetError` says that it has none of the forms above, `TargetNotFound` that there is no such file.
     """
     if not target.strip():
         raise TargetError("the target is empty", expected=_FORMS)
@@ -189,9 +187,7 @@ def _folder_is_no_model(folder: Path) -> TargetError:
     if (folder / "plan.json").is_file():
         message = f"{folder} is a saved rewrite (it has a plan.json), and a model's code is wanted here"
         return TargetError(message, expected=_FORMS)
-    files = sorted(p.name for p in folder.glob("*.py") if not p.name.startswith("_"))
-    return TargetError(
-        f"{folder} is a folder without a plan.json",
-        expected=f"a folder that pwrewrite saved a rewritten model in, or one of {_FORMS}",
-        hint=" or ".join(str(folder / name) for name in files[:3]) or None,
-    )
+    files = sorted(str(path) for path in folder.glob("*.py") if not path.name.startswith("_"))
+    expected = f"a folder that pwrewrite saved a rewritten model in, or one of {_FORMS}"
+    hint = " or ".join(files[:3]) or None
+    return TargetError(f"{folder} is a folder without a plan.json", expected=expected, hint=hint)

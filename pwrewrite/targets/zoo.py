@@ -76,11 +76,10 @@ def _without_weights(args: Mapping[str, object]) -> dict[str, object]:
     """The arguments without those that would fetch weights; those must be off."""
     for name in _FETCHING:
         if args.get(name):
-            raise TargetError(
-                f"--arg {name}={args[name]!r} would download or read weights",
-                expected="a model is built with random weights",
-                hint="leave it out, and give a checkpoint that you have with --weights FILE",
-            )
+            message = f"--arg {name}={args[name]!r} would download or read weights"
+            expected = "a model is built with random weights"
+            hint = "leave it out, and give a checkpoint that you have with --weights FILE"
+            raise TargetError(message, expected=expected, hint=hint)
     return {name: value for name, value in args.items() if name not in _FETCHING}
 
 

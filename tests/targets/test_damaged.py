@@ -12,8 +12,7 @@ from torch import nn
 
 from pwrewrite.core.errors import PwrewriteError
 from pwrewrite.targets import load_weights
-from pwrewrite.targets.arrays import open_arrays
-from pwrewrite.targets.labels import open_labels
+from pwrewrite.targets.arrays import open_arrays, open_labels
 
 X = np.random.default_rng(0).standard_normal((10, 3, 4, 4)).astype("f")
 
