@@ -37,12 +37,7 @@ def _spread(value: Sizes, dims: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class ConvSpec:
-    """One convolution without its weights; sizes are per spatial dim.
-
-    Attributes:
-        padding: ``(left, right)`` per spatial dim, ``same`` and ``valid`` already worked out.
-        output_padding: Extra size at one side of a transposed convolution's output.
-    """
+    """One convolution without its weights; sizes are per spatial dim, padding is ``(left, right)`` each."""
 
     in_channels: int
     out_channels: int

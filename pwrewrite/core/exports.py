@@ -15,13 +15,10 @@ class Exported(Record):
     """One format.
 
     Attributes:
-        format: Its name.
         passed: Whether what was written does what the model does; nothing is left where it does not.
         detail: What was compared, or what differs.
-        files: The names of the files.
-        bytes: Their size.
-        seconds: The time of the first of the calls compared, in its runtime; None where it did not run.
-        engine: What ran it.
+        bytes: Size of the files.
+        seconds: The time of the first of the calls compared, in its runtime, ``engine``; None where it did not run.
         error: Largest relative difference of an output, ``‖y − ŷ‖ / ‖y‖``, to the model in float64.
         differs_at: The first layer or node that differs.
         loss: Of what is quantized: its loss on held-out inputs, in the unit in which plans predict it; None else.

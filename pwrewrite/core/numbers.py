@@ -86,7 +86,7 @@ def _parse_whole(text: str, message: str, expected: str, units: Mapping[str, int
 
 
 def parse_count(text: str, what: str = "count") -> int:
-    """Reads ``4.1G``, ``25e6`` or ``25,557,032``, rounded down; a `UsageError` names ``what`` is wrong, as all do here."""
+    """Reads ``4.1G``, ``25e6`` or ``25,557,032``, rounded down; a `UsageError` says ``what`` is wrong, as all here."""
     return _parse_whole(text, f"{what} is not a number", "a count such as 4.1G, 25M, 500k or 25557032", COUNTS)
 
 

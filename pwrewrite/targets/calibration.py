@@ -7,9 +7,8 @@ a folder                         images, in it and below (`pwrewrite.targets.ima
 ``file.py:NAME``                 an iterable of batches, or a function that gives one
 ================================ ====================================================================================
 
-``--preprocess`` is called with whole batches of a file's arrays (several inputs by position, or by name where the model
-takes them by name; numpy arrays, or tensors from safetensors), with single images of a folder, and not at all with what
-a user's own code gives.
+``--preprocess`` is called with whole batches of a file's arrays (NumPy's, or tensors from safetensors; several inputs
+by position, or by name as the model takes them), with single images of a folder, and not with what code gives.
 """
 
 from __future__ import annotations

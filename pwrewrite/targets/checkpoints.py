@@ -88,12 +88,10 @@ def _in_folder(folder: Path) -> Path:
     for candidates in (files, [p for p in files if p.name.startswith("model.")]):
         if len(candidates) == 1:
             return candidates[0]
-    raise WeightsError(
-        f"the folder {folder} holds " + ("several checkpoints" if files else "no safetensors"),
-        expected="one *.safetensors file, or one *.safetensors.index.json with its shards",
-        got=_some(p.name for p in files or sorted(folder.iterdir())) or "nothing",
-        hint=f"--weights {files[0]}" if files else None,
-    )
+    message = f"the folder {folder} holds " + ("several checkpoints" if files else "no safetensors")
+    expected = "one *.safetensors file, or one *.safetensors.index.json with its shards"
+    got = _some(p.name for p in files or sorted(folder.iterdir())) or "nothing"
+    raise WeightsError(message, expected=expected, got=got, hint=f"--weights {files[0]}" if files else None)
 
 
 def _check_start(path: Path) -> None:
@@ -186,12 +184,10 @@ def _explained(path: Path, error: Exception, zipped: bool) -> WeightsError:
     unsafe = [refused[1]] if refused else [n for n in names if whole or not n.startswith(("torch.", "collections."))]
     if unsafe:
         code = "a whole pickled model, that is code as well as weights" if whole else "code: it is a pickle"
-        return WeightsError(
-            f"{path} contains {code}, and is not loaded",
-            got=f"it asks for {_some(unsafe[:1] if whole else unsafe)}",
-            expected="tensors alone (safetensors, or torch.save(model.state_dict(), …))",
-            hint="where you trust it, load it yourself once and save its state_dict()",
-        )
+        message, got = f"{path} contains {code}, and is not loaded", _some(unsafe[:1] if whole else unsafe)
+        expected = "tensors alone (safetensors, or torch.save(model.state_dict(), …))"
+        hint = "where you trust it, load it yourself once and save its state_dict()"
+        return WeightsError(message, got=f"it asks for {got}", expected=expected, hint=hint)
     with path.open("rb") as file:
         pickled = file.read(1) == b"\x80"
     cut = "central directory" in text or "unexpected EOF" in text or isinstance(error, (EOFError, IndexError))

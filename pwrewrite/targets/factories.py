@@ -72,7 +72,7 @@ def _unknown_error(
 def construct(
     factory: Callable[..., object], args: Mapping[str, object], what: str, origin: Path | None, but: Iterable[str] = ()
 ) -> object:
-    """Calls a class or function with the arguments by name.
+    """Calls a class or function with the arguments by name; a model is made already.
 
     Args:
         factory: What is called.
@@ -84,6 +84,12 @@ def construct(
     Raises:
         TargetError: An argument is missing or unknown, or the factory raised.
     """
+    if isinstance(factory, nn.Module):
+        if args:
+            message = f"{what} is an instance: it is made already and takes no --arg"
+            hint = "name a class or function that makes it: model.py:NAME --arg name=VALUE"
+            raise TargetError(message, got=", ".join(args), hint=hint)
+        return factory
     if unknown := unknown_args(factory, args):
         raise _unknown_error(factory, unknown, what, but)
     if missing := missing_args(factory, args):

@@ -6,15 +6,15 @@ model carries, else by ImageNet's, as nearly every classifier of torchvision and
 list of images (a detector of torchvision) gets them at their own size and not normalised, which it does itself. With
 ``--preprocess`` its function gets the PIL image in RGB, as torchvision's transforms do.
 
-Images are taken in an order that is drawn once with a fixed seed, since folders are often sorted by class: a part of
-them, by ``--calibration-size`` or held out, is then like the rest. Which number an image has, for ``--labels``, is its
-place among the sorted paths.
+Images are taken in an order drawn with a fixed seed, since folders are often sorted by class: a part of them is then
+like the rest. The number of an image, for ``--labels``, is its place among the sorted paths.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,8 +61,11 @@ class ImageFolder:
         model: nn.Module | None = None,
     ) -> None:
         self.path, self._preprocess, self._labels = path, preprocess, labels
-        _need_pillow(path)
-        self.files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and _is_shown(p, path))
+        if find_spec("PIL") is None:
+            message = f"{path} is a folder: reading images needs Pillow, which is not installed"
+            raise UsageError(message, hint='pip install "pwrewrite[images]"')
+        images = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        self.files = sorted(p for p in images if not any(part[0] == "." for part in p.relative_to(path).parts))
         if not self.files:
             arrays = sorted(p.name for p in path.iterdir() if p.suffix in ARRAY_SUFFIXES)
             got = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "an empty folder"
@@ -164,20 +167,6 @@ class ImageFolder:
         if self._name:
             return {self._name: batch, **({} if labels is None else {"labels": labels})}
         return batch if labels is None else (batch, labels)
-
-
-def _need_pillow(path: Path) -> None:
-    """Refuses a folder of images where Pillow is not installed."""
-    try:
-        import PIL.Image  # noqa: F401
-    except ImportError as error:
-        message = f"{path} is a folder: reading images needs Pillow, which is not installed"
-        raise UsageError(message, hint='pip install "pwrewrite[images]"') from error
-
-
-def _is_shown(path: Path, folder: Path) -> bool:
-    """Whether neither a file nor a folder on the way to it is hidden."""
-    return path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _one_input(example: Inputs, path: Path, preprocess: bool) -> tuple[Tensor, bool, str]:

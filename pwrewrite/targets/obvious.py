@@ -4,12 +4,12 @@ In this order, the first that is there:
 
 1. an ``nn.Module`` instance named ``model``;
 2. a function ``build_model``, ``model``, ``get_model`` or ``create_model`` that ``--arg`` gives all it needs;
-3. among the ``nn.Module`` subclasses *defined* in the file, the only one that constructs with ``--arg`` alone. Of
-   several, each is constructed (with empty weights, or for real where that fails), and one that another makes an
-   instance of is a building block and set aside. A class without a ``forward`` of its own is no candidate.
+3. among the ``nn.Module`` subclasses *defined* in the file that have a ``forward``, the only one that constructs with
+   ``--arg`` alone. Of several, each is constructed (with empty weights, or for real where that fails), and one that
+   another makes an instance of is a building block and set aside.
 
-A class whose constructor raises stays a candidate, and its error is the answer if it is the one obvious model; one that
-another candidate inherits from is a base class. Whatever is left over is an error that lists the candidates.
+A class whose constructor raises stays a candidate, and its error is the answer if it is the one obvious model, unless
+another candidate inherits from it. Whatever is left over is an error that lists the candidates.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ def find_model(module: ModuleType, args: Mapping[str, object], path: str) -> tup
     origin = origin_of(module)
     instance = getattr(module, "model", None)
     if isinstance(instance, nn.Module):
-        if args:
-            raise instance_takes_no_args(f"model in {path}", args)
-        return instance, ()
+        return construct(instance, args, f"model in {path}", origin), ()
     named = {name: getattr(module, name, None) for name in _FACTORY_NAMES}
     functions = {n: f for n, f in named.items() if callable(f) and not isinstance(f, (type, nn.Module))}
     for name, function in functions.items():
@@ -143,13 +141,6 @@ def _model_classes(module: ModuleType) -> Classes:
             if runs and value not in classes.values():
                 classes[name] = value
     return classes
-
-
-def instance_takes_no_args(what: str, args: Mapping[str, object]) -> TargetError:
-    """The error for arguments to a model that is made already."""
-    message, got = f"{what} is an instance: it is made already and takes no --arg", ", ".join(args)
-    hint = "name a class or function that makes it: model.py:NAME --arg name=VALUE"
-    return TargetError(message, got=got, hint=hint)
 
 
 def _can_call(factory: Callable[..., object], args: Mapping[str, object]) -> bool:

@@ -2,11 +2,9 @@
 
 A folder that `pwrewrite.save` wrote is a target like any other, so rewrites compose: it opens as the rewritten model,
 with the plan that leads to it from the original. The original comes from ``--model``, or from the target that the plan
-records when the user says that it is trusted. A plan records a file with its absolute path, so that the folder opens
-from any working directory of this machine, other targets as they are, and inputs as shapes and dtypes.
+records (a file with its absolute path) when the user says that it is trusted.
 
-Random weights are drawn after a seed, so that a model without a checkpoint is the same in every run; the caller's own
-random state stays as it is.
+Random weights are drawn after a seed, the same in every run; the caller's own random state stays as it is.
 """
 
 from __future__ import annotations
@@ -79,11 +77,8 @@ def open_target(
         seeded: Whether the random state is set; else the caller's own is drawn from.
 
     Raises:
-        UsageError: Options do not go together.
-        TargetError: The target does not lead to one model (``TargetNotFound`` where there is no such file).
-        PlanError: The plan of a folder makes no sense or does not fit the original model.
-        WeightsError: The checkpoint cannot be read, is not safe to read, or does not fit.
-        InputError: An input is malformed, or none was given and none can be known.
+        PwrewriteError: `UsageError`, `TargetError`, `WeightsError` and `InputError` for what was given; `PlanError` for
+            the plan of a folder.
     """
     for text in options.inputs:  # what is cheap to refuse is refused before a model is built
         parse_input(text)

@@ -9,8 +9,7 @@
 ====================== ===============================================================================
 
 Everything is built where torch's default device says, with empty weights on request. What fails with empty weights is
-built for real, and only the real error is told; a user's file is then executed twice. A folder that a rewrite was saved
-in is opened by `pwrewrite.targets.opening`.
+built for real, and only the real error is told; a user's file is then executed twice.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from ..core.errors import TargetError, TargetNotFound
 from .checkpoints import SUFFIXES
 from .empty import empty_weights
 from .factories import as_model, construct, no_model
-from .obvious import find_model, instance_takes_no_args
+from .obvious import find_model
 from .user_code import find_named, import_file, origin_of, suggest_files
 from .zoo import build_timm, build_torchvision
 
@@ -172,13 +171,10 @@ def _resolve(target: str, args: Mapping[str, object]) -> tuple[nn.Module, Target
 def _construct_named(value: object, module: ModuleType, args: Mapping[str, object], info: TargetInfo) -> object:
     """What a NAME in a module makes: the instance it is, or what it returns when called."""
     what = f"{info.name} in {info.place}"
-    if isinstance(value, nn.Module):
-        if args:
-            raise instance_takes_no_args(what, args)
-        return value
     if not callable(value) or (inspect.isclass(value) and not issubclass(value, nn.Module)):
         raise no_model(what, value)
-    what = f"class {what}" if inspect.isclass(value) else f"{info.name}() in {info.place}"
+    if not isinstance(value, nn.Module):
+        what = f"class {what}" if inspect.isclass(value) else f"{info.name}() in {info.place}"
     return construct(value, args, what, origin_of(module))
 
 

@@ -47,7 +47,7 @@ def save(
         plan: The plan from the original model to this one.
         edits: What was done, for the map of names.
         report: The report's JSON data.
-        readme: Text of the folder's README; none is written without.
+        readme: Text of the README, if any.
         force: Whether a folder that was saved before is replaced.
 
     Raises:
@@ -80,8 +80,7 @@ def check_place(
 ) -> None:
     """Checks, before any work, that a folder can be written, over an earlier one of these files with that marker.
 
-    Raises:
-        OutputError: It is a file, cannot be written, exists without ``force``, or holds what pwrewrite did not write.
+    An `OutputError` says that it is a file, cannot be written, exists (without ``force``), or holds what is not ours.
     """
     target, where = Path(os.path.realpath(folder)), str(folder)
     recover(target)
@@ -94,12 +93,9 @@ def check_place(
         raise OutputError("the output folder exists", where=where, hint="--force replaces what was saved there")
     strange = sorted(n for n, e in entries.items() if n not in files or not e.is_file(follow_symlinks=False))
     if entries and (strange or not _has_schema(target / marker, schema)):
-        raise OutputError(
-            "the output folder holds what pwrewrite did not write, so it is not replaced",
-            where=where,
-            got=", ".join(strange[:5]) or f"no {marker} of pwrewrite",
-            hint="give another place, or remove it yourself",
-        )
+        message, got = "the output folder holds what pwrewrite did not write, so it is not replaced", strange[:5]
+        hint = "give another place, or remove it yourself"
+        raise OutputError(message, where=where, got=", ".join(got) or f"no {marker} of pwrewrite", hint=hint)
     with refusing(folder, OSError):
         parent = next(p for p in target.parents if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -175,13 +171,9 @@ def _save_weights(model: nn.Module, path: Path) -> None:
     seen: dict[object, str] = {}
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
-            raise OutputError(
-                "the model keeps state that is not a tensor, which safetensors cannot hold",
-                where=name,
-                expected="tensors only",
-                got=type(value).__name__,
-                hint="override get_extra_state to return a tensor, or save the state yourself",
-            )
+            message = "the model keeps state that is not a tensor, which safetensors cannot hold"
+            hint = "override get_extra_state to return a tensor, or save the state yourself"
+            raise OutputError(message, where=name, expected="tensors only", got=type(value).__name__, hint=hint)
         if value.is_meta:
             raise OutputError("the model has no weights to save: they are on meta", where=name)
         tensor = value.detach()

@@ -41,6 +41,8 @@ _target_roots: list[Path] = []
 #: Modules in these folders that were imported while weights were empty.
 _imported_empty: set[str] = set()
 
+_FORMS = "a target is model.py, model.py:NAME, package.module:NAME, torchvision:NAME or timm:NAME"
+
 #: The folder of this package, whose frames say nothing about the user's code.
 _OURS = Path(__file__).resolve().parent.parent
 
@@ -126,13 +128,9 @@ def _user_error(error: BaseException, what: str, origin: Path | None, hint: str 
 
 def _syntax_error(error: SyntaxError) -> TargetError:
     """The error for a file that does not parse, with its line and a caret under the column."""
-    message = f"syntax error in {error.filename}" + (f", line {error.lineno}" if error.lineno else "")
-    message += f": {error.msg}"
-    if error.text and error.lineno:
-        number, line = str(error.lineno), error.text.rstrip("\n")
-        caret = max((error.offset or 1) - 1 - (len(line) - len(line.lstrip())), 0)
-        message += f"\n  {number} | {line.lstrip()}\n  {' ' * len(number)} | {' ' * caret}^"
-    return TargetError(message)
+    line = f", line {error.lineno}" if error.lineno else ""
+    source = "".join(traceback.format_exception_only(error)[1:-1] if line else ())
+    return TargetError(f"syntax error in {error.filename}{line}: {error.msg}\n{source}".rstrip())
 
 
 def class_name(value: object) -> str:
@@ -218,19 +216,14 @@ def import_module(dotted: str) -> ModuleType:
             return importlib.import_module(dotted)
         except Exception as error:
             if isinstance(error, ModuleNotFoundError) and error.name and f"{dotted}.".startswith(f"{error.name}."):
-                raise TargetNotFound(f"no module named {error.name!r}", hint=_module_hint(dotted)) from error
+                here = (p.stem for p in Path.cwd().iterdir() if p.suffix == ".py" or p.is_dir())
+                near = did_you_mean(["torchvision", "timm", *here], dotted.partition(".")[0], n=3)
+                hint = f"{near} ({_FORMS})" if near else _FORMS
+                raise TargetNotFound(f"no module named {error.name!r}", hint=hint) from error
             frames = (Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__))
             theirs = (file for file in frames if file.is_absolute() and not file.is_relative_to(_OURS))
             origin = next((file for file in theirs if file.parent.name != "importlib"), None)
             raise _user_error(error, what, origin) from error
-
-
-def _module_hint(dotted: str) -> str:
-    """What to try when a module is not found: a near name, or what the forms of a target are."""
-    here = [p.stem if p.suffix == ".py" else p.name for p in Path.cwd().iterdir() if p.suffix == ".py" or p.is_dir()]
-    near = did_you_mean(["torchvision", "timm", *here], dotted.partition(".")[0], n=3)
-    forms = "a target is model.py, model.py:NAME, package.module:NAME, torchvision:NAME or timm:NAME"
-    return f"{near} ({forms})" if near else forms
 
 
 def _package_of(path: Path) -> tuple[Path, str | None]:
@@ -295,19 +288,16 @@ def _on_path(first: list[Path], last: list[Path]) -> Iterator[None]:
     finally:
         if weights_are_empty():
             new = set(sys.modules) - before
-            _imported_empty.update(n for n in new if _lies_in(sys.modules[n], roots) and not n.startswith(_MODULE))
+            new = {name for name in new if not name.startswith(_MODULE)}
+            _imported_empty.update(name for name in new if _is_in(origin_of(sys.modules[name]), roots))
     _target_roots.extend(root for root in roots if root not in _target_roots)
 
 
-def _lies_in(module: ModuleType, roots: list[Path]) -> bool:
-    """Whether a module's file lies in one of these folders, and in no installed package."""
-    return _is_in(Path(getattr(module, "__file__", None) or "/"), roots)
-
-
-def _is_in(path: Path, roots: list[Path]) -> bool:
+def _is_in(file: Path | None, roots: list[Path]) -> bool:
     """Whether a file lies in one of these folders, and in no installed package and not in this one."""
-    installed = {"site-packages", "dist-packages"} & set(path.parts)
-    return any(path.is_relative_to(root) for root in roots) and not installed and not path.is_relative_to(_OURS)
+    if file is None or {"site-packages", "dist-packages"} & {*file.parts} or file.is_relative_to(_OURS):
+        return False
+    return any(file.is_relative_to(root) for root in roots)
 
 
 def _forget_namesakes(root: Path) -> None:
@@ -317,5 +307,6 @@ def _forget_namesakes(root: Path) -> None:
     here = {p.name if p.is_dir() else p.stem for p in root.iterdir() if p.suffix == ".py" or p.is_dir()}
     here -= {"pwrewrite", "torch", *sys.stdlib_module_names}
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] in here and _lies_in(module, _target_roots) and not _lies_in(module, [root]):
+        file = origin_of(module) if name.partition(".")[0] in here else None
+        if _is_in(file, _target_roots) and not _is_in(file, [root]):
             del sys.modules[name]

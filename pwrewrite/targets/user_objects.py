@@ -102,10 +102,7 @@ def open_batch(text: str) -> Callable[[object], object]:
 
 
 def open_metric(text: str) -> Callable[[nn.Module], float]:
-    """The function behind ``--metric``, which is called with the model and returns a number; larger is better.
-
-    What it gives back raises `UsageError` where the user's function returns no number, NaN or infinity.
-    """
+    """The function behind ``--metric``, from the model to a number; a `UsageError` for none, NaN or infinity."""
     what = "a function of the model that returns a number, larger being better"
     named = load_named(text, "--metric")
     if isinstance(named.value, nn.Module):

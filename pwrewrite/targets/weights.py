@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -32,7 +32,7 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Fit:
-    """How a checkpoint fits a model.
+    """How a checkpoint fits a model: of whose ``total`` keys ``matched`` are filled.
 
     Attributes:
         missing: Keys of the model that the checkpoint lacks.
@@ -40,7 +40,6 @@ class Fit:
         mismatched: Keys with another shape: ``(key, shape in the checkpoint, shape in the model)``.
         lossy: Keys whose values the model's dtype cannot hold, with both dtypes.
         untied: Pairs of keys that are one tensor in the model and two different ones in the checkpoint.
-        matched: How many of the model's keys, of ``total``, are filled.
     """
 
     missing: tuple[str, ...]
@@ -73,10 +72,8 @@ class Fit:
 def load_weights(model: nn.Module, path: Path, lenient: bool = False) -> tuple[str, ...]:
     """Loads a checkpoint into a model, in place; returns notes on what was chosen and what does not fit.
 
-    Args:
-        model: The model; may be on the meta device.
-        path: The checkpoint (see ``checkpoints``).
-        lenient: Accept keys that are missing, unexpected or of another shape; those parts stay as they are.
+    The model may be on the meta device. With ``lenient``, keys may be missing, unexpected or of another shape; those
+    parts stay as they are.
 
     Raises:
         WeightsError: The checkpoint cannot be read, is not safe to read, or does not fit. The model is then untouched.
@@ -135,13 +132,9 @@ def strip_prefixes(state: dict[str, Tensor], wanted: set[str]) -> tuple[dict[str
 
 
 def fit_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], Fit]:
-    """Compares a checkpoint with a model, and changes neither.
+    """What ``load_state_dict(strict=False)`` can take of a checkpoint, tied keys filled in, and how well that fits.
 
-    Returns:
-        What can be given to ``load_state_dict(strict=False)``, tied keys filled in, and how well it fits.
-
-    Raises:
-        WeightsError: The model's own loading code cannot make sense of the checkpoint, which ``where`` names.
+    Neither changes. A `WeightsError` says that the model's own loading code cannot make sense of it.
     """
     keys = model.state_dict(keep_vars=True)
     own = {k: v for k, v in keys.items() if isinstance(v, Tensor)}
@@ -226,19 +219,7 @@ def _cast(own: dict[str, Tensor], usable: dict[str, Tensor]) -> None:
 
 
 def _rehearse(model: nn.Module, state: dict[str, Tensor], where: str) -> tuple[list[str], list[str]]:
-    """What ``load_state_dict`` would find missing and unexpected, found with empty tensors in the model's place."""
-    with _hollow(model), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # copying into meta tensors does nothing, which is the point
-        try:
-            keys = model.load_state_dict(dict(state), strict=False)
-        except Exception as error:  # hooks are the model's own code
-            raise WeightsError(f"{type(model).__name__} does not take {where}: {error}") from error
-    return keys.missing_keys, keys.unexpected_keys
-
-
-@contextlib.contextmanager
-def _hollow(model: nn.Module) -> Iterator[None]:
-    """Empties a model: every tensor gives way to one on meta, and the very same ones are back afterwards."""
+    """What ``load_state_dict`` would find missing and unexpected; meanwhile every tensor gives way to one on meta."""
     stores = [cast("dict[str, Tensor | None]", s) for m in model.modules() for s in (m._parameters, m._buffers)]
     saved = [dict(store) for store in stores]
     empty: dict[int, Tensor] = {}
@@ -254,11 +235,16 @@ def _hollow(model: nn.Module) -> Iterator[None]:
     try:
         for store, tensors in zip(stores, saved):
             store.update({name: empty[id(tensor)] for name, tensor in tensors.items() if tensor is not None})
-        yield
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # copying into meta tensors does nothing, which is the point
+            keys = model.load_state_dict(dict(state), strict=False)
+    except Exception as error:  # hooks are the model's own code
+        raise WeightsError(f"{type(model).__name__} does not take {where}: {error}") from error
     finally:
         for store, tensors in zip(stores, saved):
             store.clear()
             store.update(tensors)
+    return keys.missing_keys, keys.unexpected_keys
 
 
 def _misfit(fit: Fit, where: str, lenient: bool, hint: str | None) -> WeightsError:
