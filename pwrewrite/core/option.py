@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -43,7 +43,7 @@ class Typed:
     read: Callable[[str, str], object] | None = None
     choices: tuple[str, ...] = ()
     least: int | None = None
-    gather: Callable[[Iterable[Any]], object] | None = None
+    gather: Callable[..., object] | None = None
     split: bool = False
 
 
@@ -104,7 +104,7 @@ def changed(record: DataclassInstance, *others: type[DataclassInstance]) -> list
     return names
 
 
-def from_keywords(record: type[T], options: dict[str, Any]) -> T:
+def from_keywords(record: type[T], options: dict[str, object]) -> T:
     """A record of those keywords that it has, taken out of ``options``; texts are read as on the command line."""
     values = {each.name: options.pop(each.name) for each in fields(record) if each.name in options}
     for each, typed in typed_fields(record):

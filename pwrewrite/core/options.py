@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .form_names import EXPORT_NAMES, FORM_NAMES
 from .numbers import parse_arg, parse_count, parse_error, parse_increase, parse_share, parse_size, parse_width
@@ -105,7 +105,7 @@ class PassOptions(LayerOptions):
     where neither passes nor layers are named, else 0.
     """
 
-    passes: Sequence[Any] = _of_passes(
+    passes: Sequence[object] = _of_passes(
         (),
         "Pass to run, see `pwrewrite passes`; repeatable, in order. Without --pass, --set and --plan: "
         "insert-bottleneck on layers with at least 1% of the MACs.",
@@ -169,14 +169,14 @@ class Budget(LayerOptions):
         first: Passes that run before anything is planned.
     """
 
-    limits: Mapping[str, object] | Sequence[Any] | float = _of_budget(
+    limits: Mapping[str, object] | Sequence[object] | float = _of_budget(
         (),
         "Instead of passes: what the result may cost, of the original or absolute: macs=0.5, params=12M, "
         "bytes=40MiB, latency=8ms; repeatable. Layers, forms and widths are chosen so that the least is lost.",
         "--budget KIND=LIMIT",
     )
-    calibration: str | Iterable[Any] | None = _calibration()
-    batch: str | Callable[[Any], Any] | None = _batch()
+    calibration: str | Iterable[object] | None = _calibration()
+    batch: str | Callable[..., object] | None = _batch()
     preprocess: str | None = _preprocess()
     calibration_size: int | None = _calibration_size()
     forms: Sequence[str] = _of_budget(
@@ -224,7 +224,7 @@ class Budget(LayerOptions):
         False, "Take the nearest result where a limit is missed, as measured in the end.", "--best-effort"
     )
     bake: bool = _of_budget(False, "Bake parametrizations and old weight norms into plain weights first.", "--bake")
-    metric: str | Callable[[Any], float] | None = _of_budget(
+    metric: str | Callable[..., float] | None = _of_budget(
         None, "Function of a model, larger is better; reported before and after.", "--metric file.py:NAME"
     )
     labels: Path | None = _of_budget(
@@ -314,8 +314,8 @@ class ExportOptions:
         "Also quantized, calibrated on --calibration: kept where it is measured to be faster, with the loss it costs.",
         "--int8",
     )
-    calibration: str | Iterable[Any] | None = _calibration()
-    batch: str | Callable[[Any], Any] | None = _batch()
+    calibration: str | Iterable[object] | None = _calibration()
+    batch: str | Callable[..., object] | None = _batch()
     preprocess: str | None = _preprocess()
     calibration_size: int | None = _calibration_size()
     out: Path | None = _of_export(

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..core.errors import UsageError, shortened
 from ..core.files import read_text
+from ..core.numbers import dims
 from .user_code import suggest_files
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
@@ -39,9 +40,7 @@ _LARGEST_FORTRAN = 256 << 20
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 _TORCH_NAMES = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}
 
-Array = np.ndarray[Any, Any]
-
-Rows = Array | Tensor
+Rows = np.ndarray | Tensor
 """A part of a stored array: of NumPy, or a tensor from safetensors."""
 
 
@@ -58,7 +57,7 @@ class Stored:
     parts: Callable[[int, int], Iterator[Rows]]
 
     def __str__(self) -> str:
-        return f"{self.dtype} {'×'.join(map(str, self.shape)) or 'scalar'}"
+        return f"{self.dtype} {dims(self.shape)}"
 
     def whole(self) -> Rows:
         """All of it; for one that holds samples."""
@@ -124,7 +123,7 @@ def _numpy(path: Path) -> dict[str, Stored]:
         header = _header(file, path.name, path.stat().st_size)
     array = np.load(path, mmap_mode="r", allow_pickle=False)
 
-    def parts(step: int, stop: int) -> Iterator[Array]:
+    def parts(step: int, stop: int) -> Iterator[Rows]:
         yield from (array[start : min(start + step, stop)] for start in range(0, stop, step))
 
     return {"": Stored("", header.shape, str(header.dtype), parts)}
@@ -135,7 +134,7 @@ class _Header(NamedTuple):
 
     shape: tuple[int, ...]
     fortran: bool
-    dtype: np.dtype[Any]
+    dtype: np.dtype
 
     @property
     def size(self) -> int:
@@ -170,7 +169,7 @@ def _member(path: Path, archive: zipfile.ZipFile, member: str) -> Stored:
         hint = "numpy.savez(path, numpy.ascontiguousarray(array))"
         raise UsageError(message, expected=expected, got=f"{header.size >> 20} MiB", hint=hint)
 
-    def parts(step: int, stop: int) -> Iterator[Array]:
+    def parts(step: int, stop: int) -> Iterator[Rows]:
         with _explained(path), zipfile.ZipFile(path) as archive, archive.open(member) as file:
             _header(file, member, archive.getinfo(member).file_size)
             if header.fortran:
@@ -211,13 +210,10 @@ def _safetensors(path: Path) -> dict[str, Stored]:
 
 
 def open_labels(path: str | Path) -> Tensor:
-    """Reads labels, the classes of samples, as ``(samples,)`` of int64.
+    """Labels, the classes of samples, as ``(samples,)`` of int64; a `UsageError` says why a file holds none.
 
-    Args:
-        path: A ``.npy``, ``.npz`` or ``.safetensors`` file with one array of integers, or one called ``labels``; a
-            ``.txt`` of integers between white space or commas; a ``.csv`` with one column, or one called ``label``.
-
-    A `UsageError` says that there is no such file, or that it does not hold one integer for each sample.
+    They are the one array of integers in a ``.npy``, ``.npz`` or ``.safetensors`` file, or the one called ``labels``;
+    a ``.txt`` of integers between white space or commas; or the one column, or ``label``, of a ``.csv``.
     """
     path = Path(path)
     if path.suffix in _TEXT and path.is_file():
@@ -233,19 +229,13 @@ def open_labels(path: str | Path) -> Tensor:
     stored.samples(path)
     if not stored.dtype.startswith(("int", "uint")) or len([n for n in stored.shape[1:] if n != 1]):
         raise UsageError(f"{path} holds no labels", expected=_EACH, got=str(stored))
-    values = stored.whole()
-    if isinstance(values, np.ndarray):
-        values = torch.from_numpy(values.astype(np.int64))
-    labels: Tensor = values.reshape(-1).to(torch.int64)
-    return labels
+    return torch.from_numpy(np.asarray(stored.whole()).astype(np.int64)).reshape(-1)
 
 
 def _from_text(path: Path) -> Tensor:
     """Labels in a text file."""
-    try:
+    with _explained(path):
         lines = read_text(path).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
     if path.suffix == ".csv":
         words = _column(path, rows)

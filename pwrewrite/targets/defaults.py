@@ -76,7 +76,7 @@ def _from_weights(model: nn.Module, name: str, args: Mapping[str, object]) -> Gu
     """What the transforms of a torchvision model's best weights give out."""
     models = importlib.import_module("torchvision.models")
     try:
-        weights: Any = models.get_model_weights(name).DEFAULT
+        weights = models.get_model_weights(name).DEFAULT
         transforms = weights.transforms()
     except (AttributeError, ValueError, TypeError):
         return None

@@ -14,15 +14,13 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-Register = Callable[[nn.Module, str, nn.Parameter | None], None]
-
-_originals: list[Register] = []
-"""What registers parameters outside of each `empty_weights` that is active; empty where none is."""
+_empty = [False]
+"""Whether parameters go to the meta device: what each context that is active says, the innermost last."""
 
 
 def weights_are_empty() -> bool:
     """Whether parameters that are registered now go to the meta device."""
-    return bool(_originals)
+    return _empty[-1]
 
 
 @contextlib.contextmanager
@@ -32,7 +30,7 @@ def empty_weights() -> Iterator[None]:
     moved: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}
 
     def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if type(param) is nn.Parameter and not param.is_meta:
+        if weights_are_empty() and type(param) is nn.Parameter and not param.is_meta:
             known = moved.get(id(param))
             if known is None or known[0]() is not param:  # one parameter under two names stays one
                 bare = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
@@ -41,31 +39,26 @@ def empty_weights() -> Iterator[None]:
             param = known[1]
         register(module, name, param)
 
-    _originals.append(register)
-    try:
-        with _registering(register_empty):
-            yield
-    finally:
-        _originals.pop()
+    with module_method("register_parameter", register_empty), real_weights(False):
+        yield
 
 
 @contextlib.contextmanager
-def real_weights() -> Iterator[None]:
+def real_weights(real: bool = True) -> Iterator[None]:
     """While it lasts, parameters keep their memory and values, even inside `empty_weights`."""
-    suspended = list(_originals)
-    with _registering(suspended[0]) if suspended else contextlib.nullcontext():
-        _originals.clear()
-        try:
-            yield
-        finally:
-            _originals.extend(suspended)
-
-
-@contextlib.contextmanager
-def _registering(register: Register) -> Iterator[None]:
-    current = nn.Module.register_parameter
-    setattr(nn.Module, "register_parameter", register)  # noqa: B010  (an assignment would not type-check)
+    _empty.append(not real)
     try:
         yield
     finally:
-        setattr(nn.Module, "register_parameter", current)  # noqa: B010
+        _empty.pop()
+
+
+@contextlib.contextmanager
+def module_method(name: str, function: Callable[..., None]) -> Iterator[None]:
+    """While it lasts, a function is the method of all modules."""
+    before = getattr(nn.Module, name)
+    setattr(nn.Module, name, function)
+    try:
+        yield
+    finally:
+        setattr(nn.Module, name, before)

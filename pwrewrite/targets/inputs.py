@@ -16,12 +16,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError, TargetError
+from ..core.nested import Args, Kwargs
 from ..core.text import did_you_mean
 from .defaults import floating_dtype, guess_inputs, is_detection
 from .factories import STARS, kind_of, missing_args, parameters_of
@@ -29,7 +29,7 @@ from .resolve import TargetInfo
 from .user_code import origin_of, running_user_code
 
 #: What a model is called with: positional inputs as a tuple, keyword inputs as a dict.
-ExampleInputs = tuple[Any, ...] | dict[str, Any]
+ExampleInputs = Args | Kwargs
 
 _EXAMPLE = "--input 1x3x224x224, --input 1x77:int64, --input mask=1x1x64x64:bool"
 _ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

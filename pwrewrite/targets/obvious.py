@@ -14,16 +14,15 @@ another candidate inherits from it. Whatever is left over is an error that lists
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
 from torch import nn
 
 from ..core.errors import TargetError, first_line
-from .empty import empty_weights, real_weights
+from .empty import empty_weights, module_method, real_weights
 from .factories import construct, missing_args, unknown_args
 from .user_code import origin_of, what_there_is
 
@@ -105,8 +104,14 @@ def _parts_of(
     """The types of all modules that constructing a class makes, and the error if it fails for real."""
     parts: set[type] = set()
     failure: TargetError | None = None
+    init = nn.Module.__init__
+
+    def noting_init(self: nn.Module, *args: object, **kwargs: object) -> None:
+        parts.add(type(self))
+        init(self, *args, **kwargs)
+
     for building in (empty_weights, real_weights):
-        with building(), _recorded(parts):
+        with building(), module_method("__init__", noting_init):
             try:
                 model = construct(cls, args, what, origin)
             except TargetError as error:
@@ -114,22 +119,6 @@ def _parts_of(
                 continue
         return parts | ({type(m) for m in model.modules()} if isinstance(model, nn.Module) else set()), None
     return parts, failure
-
-
-@contextlib.contextmanager
-def _recorded(types: set[type]) -> Iterator[None]:
-    """Notes the types of the modules that are made meanwhile."""
-    init = nn.Module.__init__
-
-    def noting_init(self: nn.Module, *args: object, **kwargs: object) -> None:
-        types.add(type(self))
-        init(self, *args, **kwargs)
-
-    setattr(nn.Module, "__init__", noting_init)  # noqa: B010  (an assignment would not type-check)
-    try:
-        yield
-    finally:
-        setattr(nn.Module, "__init__", init)  # noqa: B010
 
 
 def _model_classes(module: ModuleType) -> Classes:

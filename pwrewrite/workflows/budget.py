@@ -6,9 +6,9 @@ looks for the smallest model that keeps a metric.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -180,7 +180,7 @@ def planner_of(run: Run, budget: Budget) -> Planner:
     planner = Planner(
         run.state.model,
         run.inputs,
-        cast("Iterable[object] | None", budget.calibration),
+        budget.calibration,
         budget,
         size=budget.calibration_size,
         say=run.say,

@@ -350,12 +350,13 @@ def test_a_file_that_is_no_python(tmp_path: Path) -> None:
 
 
 def test_a_syntax_error_shows_its_line_and_column(tmp_path: Path) -> None:
-    file = write(tmp_path, "m.py", "x = 1\n    def f(:\n        pass\n", head="")
+    file = write(tmp_path, "m.py", "x = 1\ndef f(:\n    pass\n", head="")
     message = refusal(file)
     lines = message.splitlines()
     assert f"syntax error in {Path(file).resolve()}, line 2" in lines[0]
-    assert lines[1].endswith("| def f(:")
-    assert lines[2].strip().endswith("^")
+    assert lines[1].strip() == "def f(:"
+    assert lines[2].strip() == "^"
+    assert lines[2].index("^") == lines[1].index("(") + 1
 
 
 def test_a_syntax_error_in_a_sibling_names_the_sibling(tmp_path: Path) -> None:
