@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .form_names import EXPORT_NAMES, FORM_NAMES
 from .numbers import parse_arg, parse_count, parse_error, parse_increase, parse_share, parse_size, parse_width

@@ -207,7 +207,7 @@ def _prepared(budget: Budget, loaded: LoadedModel, proof: Proof) -> tuple[Budget
     tensors = [*tensors_of(inputs), *outputs_of(loaded.model, inputs)]
     if budget.calibration is not None:
         size, chunk = budget.calibration_size, samples_in_run(captured)
-        batches = batches_of(cast("Iterable[object]", budget.calibration), loaded.example_inputs, budget, size, chunk)
+        batches = batches_of(budget.calibration, loaded.example_inputs, budget, size, chunk)
         budget, data, labels = replace(budget, calibration=batches), batches.fingerprint, batches.labels()
         tensors += [] if labels is None else [labels]
     threads = budget.threads or torch.get_num_threads()
