@@ -120,7 +120,8 @@ def _user_error(error: BaseException, what: str, origin: Path | None, hint: str 
         case ImportError():
             message = f"{what} has an import that fails: {error}"
             if "no known parent package" in str(error):
-                hint = "the folder has no __init__.py, so it is no package: add one, or import by the plain name"
+                why = "the folder has no __init__.py, so it is no package"
+                hint = f"{why}: add one, or import the sibling by its plain name"
         case _:
             message = f"{what} raised {type(error).__name__}" + (f": {error}" if str(error) else "")
     return TargetError(message, where=_locate(error, origin), hint=hint)
