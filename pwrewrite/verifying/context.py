@@ -20,9 +20,9 @@ from ..core.errors import InputError, first_line
 from ..core.nested import deep_copy
 from ..core.plan import Edit
 from ..core.verification import Check
-from .divergence import first_divergence
+from .divergence import ROOT, layer_differences, within
 from .inputs import Arguments, Draws
-from .numerics import agreeing, class_scores
+from .numerics import class_scores
 from .outputs import Flat
 from .rounding import Original
 from .runs import Outcome, device_of, keeping_buffers, run
@@ -57,6 +57,11 @@ class Options:
     def exact_in(self, mode: str) -> bool:
         """Whether every edit claims to change no output in this mode."""
         return bool(self.edits) and all(edit.exact in (mode, "both") for edit in self.edits)
+
+    @property
+    def largest_error(self) -> float:
+        """`max_error` as a number."""
+        return inf if self.max_error is None else self.max_error
 
     @property
     def edited(self) -> tuple[str, ...]:
@@ -161,26 +166,24 @@ class Results:
         return f"they part at {place}"
 
     def locate(self, context: Context, inputs: Arguments, training: bool = False, allowed: float = inf) -> str:
-        """Finds where the models part in a mode, notes it and says so."""
+        """Finds the first layer whose outputs differ by more than ``allowed`` (∞: shapes and NaN only), and says so.
+
+        An edited layer may mean something else now (a norm folded in): it is named only where none behind it differs.
+        """
         options = context.options
-        exact = options.exact_in("train" if training else "eval")
-        return self.part_at(
-            first_divergence(
-                context.original,
-                context.rewritten,
-                inputs,
-                seed=options.seed,
-                training=training,
-                allowed=allowed,
-                edited=options.edited if exact else (),
-            )
+        edited = options.edited if options.exact_in("train" if training else "eval") else ()
+        errors, _, raised = layer_differences(
+            context.original, context.rewritten, inputs, seed=options.seed, training=training
         )
+        apart = [path for (path, _), error in errors.items() if not error <= allowed or error == inf]
+        outside = [path for path in apart if not within(path, edited)]
+        return self.part_at(next(iter(outside + apart), raised or ROOT))
 
     def count_agreeing(self, context: Context, before: Flat, after: Flat, batch: int | None = None) -> None:
         """Counts the samples for which a classifier predicts the same."""
         old, new = (class_scores(flat, batch or context.draws.batch) for flat in (before, after))
         if old is not None and new is not None and old.shape == new.shape:
-            self.agree += agreeing(old, new)
+            self.agree += int((old.argmax(1) == new.to(old.device).argmax(1)).sum())
             self.samples += len(old)
 
     def add(self, other: Results) -> None:
@@ -200,10 +203,9 @@ def context_of(original: nn.Module, rewritten: nn.Module, example_inputs: Inputs
     """
     device = device_of(original)
     models = _copied(original, "original"), _copied(rewritten, "rewritten")
-    tensors = (t for m in (original, rewritten) for t in (*m.parameters(), *m.buffers()))
+    has_values = not any(t.is_meta for m in (original, rewritten) for t in (*m.parameters(), *m.buffers()))
     draws = Draws(example_inputs, None if device is None or device.type == "meta" else device, options.seed)
-    reference = Original(original, options.seed)
-    return Context(*models, options, draws, reference, not any(t.is_meta for t in tensors))
+    return Context(*models, options, draws, Original(original, options.seed), has_values)
 
 
 def recounted(capture: Capture) -> Cost:
@@ -226,9 +228,8 @@ def _copied(model: nn.Module, name: str) -> nn.Module:
     try:
         copied = deep_copy(model)
     except Exception as error:
-        raise InputError(
-            f"the {name} model cannot be copied: {first_line(error)}", where=type(model).__name__
-        ) from error
+        message, where = f"the {name} model cannot be copied: {first_line(error)}", type(model).__name__
+        raise InputError(message, where=where) from error
     with suppress(Exception):
         copied.zero_grad(set_to_none=True)
     return copied

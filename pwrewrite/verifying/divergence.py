@@ -11,12 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from math import inf
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..capturing import Capture, info
+from ..capturing import Capture, TensorSpec, info
 from .inputs import Arguments
 from .numerics import relative_difference
 from .outputs import flatten
@@ -28,14 +27,12 @@ ROOT = "(root)"
 Key = tuple[str, int]
 """Path of a module and the number of its call."""
 
+See = Callable[[Key, object], None]
+"""What is shown the output of a call."""
+
 
 def watch(
-    model: nn.Module,
-    paths: Collection[str],
-    inputs: Arguments,
-    seed: int,
-    training: bool,
-    see: Callable[[Key, Any], None],
+    model: nn.Module, paths: Collection[str], inputs: Arguments, seed: int, training: bool, see: See
 ) -> str | None:
     """Runs a model and shows every output of the modules at ``paths``; returns the innermost module that raised."""
     calls: Counter[str] = Counter()
@@ -45,7 +42,7 @@ def watch(
         return lambda module, args: entered.append(path)
 
     def after(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: object, output: object) -> None:
             while entered and entered.pop() != path:
                 pass
             if path in paths:
@@ -87,17 +84,17 @@ def layer_differences(
     paths = common_paths(original, rewritten)
     outputs: dict[Key, list[Tensor]] = {}
 
-    def keep(key: Key, output: Any) -> None:
+    def keep(key: Key, output: object) -> None:
         outputs[key] = [t.detach().clone() for t in flatten(output).floating.values()]
 
     watch(original, paths, inputs, seed, training, keep)
 
     calls: Counter[str] = Counter()
 
-    def differ(errors: dict[Key, float]) -> Callable[[Key, Any], None]:
+    def differ(errors: dict[Key, float]) -> See:
         calls.clear()
 
-        def see(key: Key, output: Any) -> None:
+        def see(key: Key, output: object) -> None:
             calls[key[0]] += 1
             old, new = outputs.get(key), list(flatten(output).floating.values())
             if old is None:
@@ -118,40 +115,20 @@ def layer_differences(
     return {key: errors[key] for key in outputs if key in errors and key[0] not in other}, rounding, raised
 
 
-def first_divergence(
-    original: nn.Module,
-    rewritten: nn.Module,
-    inputs: Arguments,
-    *,
-    seed: int,
-    training: bool = False,
-    allowed: float = inf,
-    edited: Collection[str] = (),
-) -> str:
-    """The path of the first layer whose outputs differ by more than ``allowed`` (∞: shapes and NaN only), or `ROOT`.
-
-    A layer in ``edited`` may mean something else now (a norm folded in): it is named only where none behind it differs.
-    """
-    errors, _, raised = layer_differences(original, rewritten, inputs, seed=seed, training=training)
-    apart = [path for (path, _), error in errors.items() if not error <= allowed or error == inf]
-    outside = [path for path in apart if not within(path, edited)]
-    return next(iter(outside + apart), raised or ROOT)
-
-
 def within(path: str, edited: Collection[str]) -> bool:
     """Whether a path is one of ``edited`` or inside one."""
     return any(path == place or path.startswith(f"{place}.") for place in edited)
 
 
 def first_shape_divergence(before: Capture, after: Capture) -> str:
-    """The same from two captures, where there are no values: shapes and dtypes of what is called under common paths."""
+    """Where two captures part: the first common path whose call has other shapes or dtypes, or `ROOT`."""
     old, new = _outputs_at(before), _outputs_at(after)
     return next((path for path, specs in old.items() if path in new and new[path] != specs), ROOT)
 
 
-def _outputs_at(capture: Capture) -> dict[str, tuple[Any, ...]]:
+def _outputs_at(capture: Capture) -> dict[str, tuple[TensorSpec, ...]]:
     """Path to the output of the last node there, or within: leaves in the order of the original."""
-    outputs: dict[str, tuple[Any, ...]] = {}
+    outputs: dict[str, tuple[TensorSpec, ...]] = {}
     for node in capture.graph.nodes:
         path = node.target if node.op == "call_module" else ""
         while path:

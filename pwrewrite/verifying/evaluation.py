@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from math import inf
 
@@ -13,8 +12,6 @@ from .outputs import Flat, differences, flatten, varying
 from .rounding import noisy_copy
 from .runs import Outcome
 from .values import check_values
-
-Free = frozenset[tuple[str, int]]
 
 
 def check_evaluation(context: Context) -> tuple[Results, Context, bool]:
@@ -28,7 +25,7 @@ def check_evaluation(context: Context) -> tuple[Results, Context, bool]:
     inputs, before, context = _first_run(context, results)
     after = context.run(context.rewritten, inputs)
     context = check_form(context, results, "eval", inputs, before, after)
-    if before.output is None or after.output is None:
+    if not after.ran:
         return results, context, False
     verdict = check_values(context, results, "eval", inputs, before, after)
     results.error = verdict.error
@@ -60,18 +57,16 @@ def _first_run(context: Context, results: Results) -> tuple[Arguments, Outcome, 
     """Inputs that the original takes, and what it makes of them: the given ones where it refuses random values."""
     inputs = context.draws.draw()
     before = context.run(context.original, inputs)
-    if context.draws.drawn and (before.output is None or not finite(before.output)):
+    if context.draws.drawn and not (before.ran and finite(before.output)):
         draws = context.draws.without_random_values()
         example = draws.draw()
         again = context.run(context.original, example)
-        if again.output is not None and (before.output is None or finite(again.output)):
+        if again.ran and (not before.ran or finite(again.output)):
             results.notes.append("the original does not take random values: the given ones were used")
             inputs, before, context = example, again, replace(context, draws=draws)
-    if before.output is None:
-        raise InputError(
-            f"the original does not run on these inputs: {before.error}",
-            hint="check that model(*example_inputs) runs in plain PyTorch, in eval mode",
-        )
+    if not before.ran:
+        hint = "check that model(*example_inputs) runs in plain PyTorch, in eval mode"
+        raise InputError(f"the original does not run on these inputs: {before.error}", hint=hint)
     return inputs, before, context
 
 
@@ -80,8 +75,7 @@ def check_form(
 ) -> Context:
     """Adds the check of structure, shapes and dtypes of a real run; gives the context with what it learned."""
     training = mode == "train"
-    assert before.output is not None
-    if after.output is None:
+    if not after.ran:
         place = results.locate(context, inputs, training)
         results.check(f"shapes ({mode})", [f"the rewritten model does not run: {after.error}; {place}"])
         return context
@@ -107,22 +101,21 @@ def real_differences(
     return problems, context
 
 
-def _sizes_by_value(context: Context, inputs: Arguments, before: Flat, wanted: AbstractSet[tuple[str, int]]) -> Free:
+def _sizes_by_value(
+    context: Context, inputs: Arguments, before: Flat, wanted: set[tuple[str, int]]
+) -> frozenset[tuple[str, int]]:
     """Finds sizes that other inputs change, or weights made smaller as a factorisation does (a detector finds less)."""
     original, seed, free = context.original, context.options.seed, set(context.free)
     noisy, smaller = noisy_copy(original, 0.1, seed), noisy_copy(original, 0.0, seed, scale=0.9)
     first, second, third = (context.draws.draw(variant=variant) for variant in (1, 2, 3))
     shapes = _shapes(inputs)
-    for model, tried in (
-        (original, first), (noisy, inputs), (smaller, inputs), (noisy, second), (original, third)
-    ):  # fmt: skip
+    tries = [(original, first), (noisy, inputs), (smaller, inputs), (noisy, second), (original, third)]
+    for model, tried in tries:
         if _shapes(tried) != shapes:
             continue
         if wanted <= free:
             break
-        outcome = context.run(model, tried)
-        if outcome.output is not None:
-            free |= varying(before, outcome.output)
+        free |= varying(before, context.run(model, tried).output)
     return frozenset(free)
 
 

@@ -84,7 +84,7 @@ def expectations(model: nn.Module, draws: Draws, axes: Axes, example: Mapping[st
         sizes |= {label: n * (2 if batch % 3 == 0 else 1) for label, n in example.items()}
         call = draws.resized([{axis: sizes[label] for axis, label in each.items()} for each in axes], variant)
         outcome = run(model, call, seed=0)
-        if outcome.output is None:
+        if not outcome.ran:
             error = outcome.error
             continue
         if outcome.drew:

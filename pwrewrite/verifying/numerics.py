@@ -1,39 +1,28 @@
 r"""How far two outputs are apart, and how far they may be.
 
-**Exact edits.** Let ``f`` be the original, ``f̂`` the rewritten model, and ``f*`` the original's copy in
-float64, all on the same inputs. In real numbers ``f = f̂ = f*``, so what is left is rounding. ``e = ‖f − f*‖ /
-‖f*‖`` *measures* what rounding does to this network with these weights: it holds the network's own
-amplification, which no constant can know. ``f̂`` does about as many roundings of about the same numbers in
-another order; its error is another draw from much the same distribution, and a norm over many elements varies
-little from draw to draw. A fold rounds each weight once more, which is one more rounding per layer beside the
-one or two (product, norm) that are there. So an honest rewrite stays
-within a small multiple of ``e``, and we allow
+**Exact edits.** Let ``f`` be the original, ``f̂`` the rewritten model, and ``f*`` the original's copy in float64, which
+equals both in real numbers. ``e = ‖f − f*‖ / ‖f*‖`` *measures* what rounding does to this network with these weights,
+its own amplification included. ``f̂`` does about as many roundings of about the same numbers in another order (a fold
+rounds each weight once more), so an honest rewrite stays within a small multiple of ``e``, and we allow
 
     ‖f̂ − f*‖ / ‖f*‖  ≤  max(4·e, u).
 
-(Measured on torchvision models with every convolution split in two: between 1·e and 2·e, and the 2 in bfloat16, where
-splitting adds a rounding.) The second term is for the case that ``e`` is small by luck: a network of one layer, powers
-of two, a kernel that happens to sum more finely. It is what one layer may do by itself. In half precision kernels
-accumulate in float32 and round the result once, so that two results are at most a unit in the last place apart:
-u = eps. In float32 and float64 the order of summation and the algorithm (blocked, Winograd) are the kernel's own and
-cost a few eps: u = 8 eps, 1e-6 in float32. Real mistakes are larger: a norm's ``eps`` left out (1e-5 against 1e-3) or
-tanh-GELU for erf-GELU change outputs by 1e-4 and more.
+(Measured on torchvision models with every convolution split in two: between 1·e and 2·e.) ``u`` is what one layer may
+do by itself, where ``e`` is small by luck: eps in half precision, whose kernels accumulate in float32 and round once;
+8 eps in float32 (1e-6) and float64, where the order of summation and the algorithm are the kernel's own. Real mistakes
+are larger: a norm's ``eps`` left out or tanh-GELU for erf-GELU change outputs by 1e-4 and more.
 
-Each tensor is judged by its own norm, so that a large one does not hide a small one. Where the reference is
-zero throughout, the norm of the inputs stands in. Where the model does not run in float64, a half-precision
-model is measured against float32. Failing that, and for a model in float64, which nothing finer judges, ``e`` is what
-an input (in float64 also the weights) changed by one rounding does to the original, a probe of the same amplification,
-but of one rounding among those of ``D`` layers, which add up as √D; the bound is ``max(16·e, 4·u·√D)`` against the
-original itself, and the check says so.
+Each tensor is judged by its own norm, and where the reference is zero throughout by that of the inputs. Where the model
+does not run in float64, a half-precision model is measured against float32. Failing that, and for a model in float64,
+``e`` is what an input (in float64 also the weights) changed by one rounding does to the original: the same
+amplification, but of one rounding among those of ``D`` layers, which add up as √D. The bound is then
+``max(16·e, 4·u·√D)`` against the original itself, and the check says so.
 
-Two runs that are each within a bound of ``f*`` are within ``bound + e`` of each other; at other batch and
-spatial sizes twice that is allowed, since a smaller map averages less; only where that is not enough does the float64
-copy run there, too.
+Two runs that are each within a bound of ``f*`` are within ``bound + e`` of each other; at other batch and spatial sizes
+twice that is allowed, since a smaller map averages less; only where that is not enough does the float64 copy run there.
 
-**Approximate edits** have their error reported, and a bound only where the caller sets one.
-
-Integers and booleans (a class map, an index) must agree but for as many elements as rounding flips: four times
-those that the float64 copy flips, or one in a thousand.
+**Approximate edits** have their error reported, and a bound only where the caller sets one. Integers and booleans must
+agree but for as many elements as rounding flips: four times those that the float64 copy flips, or one in a thousand.
 """
 
 from __future__ import annotations
@@ -42,7 +31,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import inf, isfinite, sqrt
 from sys import float_info
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,13 +45,14 @@ def roundoff(dtypes: Collection[torch.dtype]) -> float:
 
 
 def _real(t: Tensor) -> Tensor:
-    t = t.detach()
-    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+    """A tensor as real numbers of four bytes or more."""
+    t = torch.view_as_real(t.detach().resolve_conj()) if t.is_complex() else t.detach()
+    return t.float() if t.dtype.itemsize < 4 else t
 
 
 def _norms(value: Tensor, reference: Tensor) -> tuple[float, float, int]:
     """Norms of the difference and of the reference where that is finite, and how often only ``value`` is not finite."""
-    a, b = _wide(_real(value)), _wide(_real(reference).to(value.device))
+    a, b = _real(value), _real(reference).to(value.device)
     difference, norm = _norm(a - b), _norm(b)
     if isfinite(difference) and isfinite(norm):
         return difference, norm, 0
@@ -73,10 +62,6 @@ def _norms(value: Tensor, reference: Tensor) -> tuple[float, float, int]:
     if not bool(sound.all()):
         a, b = a.where(sound, 0.0), b.where(sound, 0.0)
     return _norm(a - b), _norm(b), spoiled
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.float() if t.dtype.itemsize < 4 else t
 
 
 def _norm(t: Tensor) -> float:
@@ -100,10 +85,9 @@ class Comparison:
     """How two outputs compare.
 
     Attributes:
-        error: ``‖y − ŷ‖ / ‖y‖`` over all floating tensors together; None where there is none, or the
-            original's are zero.
-        worst: Path of the tensor with the largest error, with its error.
-        spoiled: Path to the number of elements that are NaN or infinite only in the rewritten model.
+        error: ``‖y − ŷ‖ / ‖y‖`` over all floating tensors together; None where there is none or ``y`` is zero.
+        worst: The largest error of a single tensor.
+        spoiled: One sentence per tensor with elements that are NaN or infinite only in the rewritten model.
         exceeded: One sentence per tensor that differs by more than allowed.
         compared: How many floating tensors were compared.
         zero: Paths of tensors of which the original's are zero throughout.
@@ -111,8 +95,8 @@ class Comparison:
     """
 
     error: float | None = None
-    worst: tuple[str, float] | None = None
-    spoiled: dict[str, int] = field(default_factory=dict)
+    worst: float = 0.0
+    spoiled: list[str] = field(default_factory=list)
     exceeded: list[str] = field(default_factory=list)
     compared: int = 0
     zero: list[str] = field(default_factory=list)
@@ -142,47 +126,38 @@ def compare(before: Flat, after: Flat, bound: Bound) -> Comparison:
     """Compares the values of two outputs, the first of which is the reference, within a bound."""
     result = Comparison()
     squares = norms = 0.0
+    flipped = {} if bound.flips is None else flips(before, after)
     for path, reference in before.tensors.items():
         value = after.tensors.get(path)
         if value is None or value.shape != reference.shape:
             result.uncompared.append(path)
-            continue
-        if path not in before.floating:
-            _count_flips(path, value, reference, bound, result)
-            continue
-        result.compared += 1
-        difference, norm, spoiled = _norms(value, reference)
-        if spoiled:
-            result.spoiled[path] = spoiled
-            continue
-        limit = bound.limits.get(path, bound.limit)
-        squares, norms = squares + difference**2, norms + norm**2
-        if norm:
-            error = difference / norm
-            if not error <= limit:
-                result.exceeded.append(f"output{path} differs by {error:.2e}, allowed {limit:.2e}")
+        elif path not in before.floating:
+            allowed = max((bound.flips or {}).get(path, 0), value.numel() // 1000)
+            if (count := flipped.get(path, 0)) > allowed:
+                result.exceeded.append(f"output{path} differs in {count} of {value.numel()} values, allowed {allowed}")
         else:
-            result.zero.append(path)
-            error = inf if difference else 0.0
-            allowed = min(limit, bound.overall) * bound.scale * sqrt(max(value.numel(), 1))
-            if not difference <= allowed:
-                result.exceeded.append(f"output{path} was zero, now has norm {difference:.2e}, allowed {allowed:.2e}")
-        if result.worst is None or error > result.worst[1]:
-            result.worst = path, error
+            result.compared += 1
+            difference, norm, spoiled = _norms(value, reference)
+            if spoiled:
+                result.spoiled.append(f"output{path} has {spoiled} NaN or Inf")
+                continue
+            limit = bound.limits.get(path, bound.limit)
+            squares, norms = squares + difference**2, norms + norm**2
+            if norm:
+                error, least = difference / norm, limit
+                what = f"differs by {error:.2e}, allowed {limit:.2e}"
+            else:
+                result.zero.append(path)
+                error, least = difference, min(limit, bound.overall) * bound.scale * sqrt(max(value.numel(), 1))
+                what = f"was zero, now has norm {difference:.2e}, allowed {least:.2e}"
+            if not error <= least:
+                result.exceeded.append(f"output{path} {what}")
+            result.worst = max(result.worst, error if norm or not error else inf)
     if norms or (result.compared and not squares and not result.spoiled):
         result.error = sqrt(squares / norms) if norms else 0.0
         if not result.error <= bound.overall:
             result.exceeded.append(f"the outputs differ by {result.error:.2e}, allowed {bound.overall:.2e}")
     return result
-
-
-def _count_flips(path: str, value: Tensor, reference: Tensor, bound: Bound, result: Comparison) -> None:
-    if bound.flips is None:
-        return
-    different = int((value != reference.to(value.device)).sum())
-    allowed = max(bound.flips.get(path, 0), value.numel() // 1000)
-    if different > allowed:
-        result.exceeded.append(f"output{path} differs in {different} of {value.numel()} values, allowed {allowed}")
 
 
 def flips(before: Flat, after: Flat) -> dict[str, int]:
@@ -216,12 +191,7 @@ def class_scores(flat: Flat, batch: int | None) -> Tensor | None:
     return first if batch is None or first.shape[0] == batch else None
 
 
-def agreeing(before: Tensor, after: Tensor) -> int:
-    """How many rows have their largest score in the same place."""
-    return int((before.argmax(1) == after.to(before.device).argmax(1)).sum())
-
-
-def scale_of(inputs: Any) -> float:
+def scale_of(inputs: object) -> float:
     """Root mean square of the floating inputs; 1 where there is none."""
     floating = [_real(t).double() for t in flatten(inputs).floating.values() if t.numel()]
     count = sum(t.numel() for t in floating)

@@ -65,7 +65,6 @@ class Original:
 
     def rounding(self, inputs: Arguments, before: Outcome, training: bool, depth: int) -> Rounding:
         """What rounding alone does to the original on these inputs; ``depth`` layers round, one after the other."""
-        assert before.output is not None
         floor = self.floor(before.output)
         finer = [torch.float64] if floor > roundoff([torch.float64]) else []  # its own precision would measure nothing
         for dtype in finer if self.precise(before.output) else [*finer, torch.float32]:
@@ -85,14 +84,14 @@ class Original:
             noisy = noisy_copy(self.model, torch.finfo(torch.float64).eps, self.seed)
             probes.append(self._run(noisy, inputs, training))
         measured = {}
-        for probe in filter(None, probes):
+        for probe in probes:
             measured |= {path: max(e, measured.get(path, 0.0)) for path, e in errors(probe, before.output).items()}
         floor *= 4 * sqrt(depth)
         limits = exact_limits(measured, floor, factor=16)
         why = "it does not run in float64" if finer else "nothing is finer than float64"
         return Rounding(before.output, measured, limits, floor, f"the original ({why})")
 
-    def _run(self, model: nn.Module, inputs: Arguments, training: bool) -> Flat | None:
+    def _run(self, model: nn.Module, inputs: Arguments, training: bool) -> Flat:
         return run(model, inputs, seed=self.seed, training=training).output
 
 

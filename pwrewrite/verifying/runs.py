@@ -23,37 +23,39 @@ class Outcome:
     """What became of one run.
 
     Attributes:
-        output: What the model returned; None where it failed.
+        output: What the model returned; nothing where it failed.
         error: The first line of the exception; empty where it ran.
         random_state: The random state that the run left, of torch and of Python.
         drew: Whether it drew random numbers.
         written: Paths of the inputs that it wrote into.
     """
 
-    output: Flat | None
+    output: Flat
     error: str
     random_state: tuple[bytes, object]
-    drew: bool
+    drew: bool = False
     written: tuple[str, ...] = ()
 
     @property
     def ran(self) -> bool:
         """Whether the model returned."""
-        return self.output is not None
+        return not self.error
+
+    def drew_like(self, other: Outcome) -> bool:
+        """Whether both runs drew the same random numbers."""
+        return self.random_state == other.random_state
 
 
 @contextmanager
 def plain_precision(device: torch.device | None) -> Iterator[None]:
     """On CUDA, float32 in float32: TF32 has the significand of float16, and would set the tolerance of all."""
-    if device is None or device.type != "cuda":
-        yield
-        return
     cudnn: Any = torch.backends.cudnn
-    places: list[Any] = [torch.backends.cuda.matmul, cudnn.conv]
+    cuda = device is not None and device.type == "cuda"
+    places: list[Any] = [torch.backends.cuda.matmul, cudnn.conv] if cuda else []
     before = [place.fp32_precision for place in places]
-    for place in places:
-        place.fp32_precision = "ieee"
     try:
+        for place in places:
+            place.fp32_precision = "ieee"
         yield
     finally:
         for place, value in zip(places, before):
@@ -75,10 +77,9 @@ def _random_state(model: nn.Module) -> tuple[bytes, object]:
 
 
 def run(model: nn.Module, inputs: Arguments, *, seed: int, training: bool = False, grad: bool = False) -> Outcome:
-    """Runs a model once; an exception of the model is an outcome too.
+    """Runs a model once, which is a copy that may change; an exception of the model is an outcome too.
 
-    The model is a copy that may change: its mode is set, its buffers move. With ``grad`` the outputs are
-    those of the graph, otherwise copies.
+    With ``grad`` the outputs are those of the graph, otherwise copies.
     """
     model.train(training)
     args, kwargs = copied(inputs)
@@ -88,7 +89,7 @@ def run(model: nn.Module, inputs: Arguments, *, seed: int, training: bool = Fals
         with same_directory(), torch.set_grad_enabled(grad):
             flat = flatten(model(*args, **kwargs))
     except Exception as error:
-        return Outcome(None, first_line(error), before, False)
+        return Outcome(Flat(), first_line(error), before)
     if not grad:
         flat.tensors = {path: t.detach().clone() for path, t in flat.tensors.items()}
     after = _random_state(model)
@@ -114,6 +115,6 @@ def keeping_buffers(model: nn.Module) -> Iterator[None]:
 
 def _same(written: Tensor, before: Tensor) -> bool:
     """Whether a tensor holds what it held; NaN stays NaN."""
-    if written.shape != before.shape or torch.equal(written, before):
-        return written.shape == before.shape
-    return bool(((written == before) | ((written != written) & (before != before))).all())
+    if written.shape != before.shape:
+        return False
+    return torch.equal(written, before) or bool(((written == before) | (written.isnan() & before.isnan())).all())

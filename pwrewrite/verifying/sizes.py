@@ -47,7 +47,7 @@ def _more_samples(context: Context, results: Results, many: int) -> None:
         if had + results.samples >= many:
             return
         before, after = context.run_both(context.draws.draw(variant=variant))
-        if before.output is not None and after.output is not None:
+        if before.ran and after.ran:
             results.count_agreeing(context, before.output, after.output)
 
 
@@ -71,7 +71,7 @@ def _check(context: Context, name: str, variants: Variants, groups: Sequence[Var
                 continue
             inputs = context.draws.draw(batch, size)
             before = context.run(context.original, inputs)
-            if before.output is not None:
+            if before.ran:
                 ran, context = [*ran, label], replace(context, smaller=context.smaller or size)
                 more, context = _same_at(context, results, inputs, before, batch)
                 problems += [f"at {label} {problem}" for problem in more]
@@ -115,8 +115,7 @@ def _same_at(
 ) -> tuple[list[str], Context]:
     """Compares a real run at a size."""
     after = context.run(context.rewritten, inputs)
-    assert before.output is not None
-    if after.output is None:
+    if not after.ran:
         return [f"the rewritten model does not run: {after.error}; {results.locate(context, inputs)}"], context
     problems = []
     different, context = real_differences(context, results, inputs, before.output, after.output)

@@ -20,7 +20,7 @@ from .gradients import backward, complaints, gradient_difference, origins
 from .inputs import Arguments
 from .outputs import Flat
 from .runs import Outcome
-from .values import Verdict, check_values, drew_alike
+from .values import Verdict, check_values
 
 _SMALL_MACS = 1_000_000_000
 """MACs up to which the training run takes the full spatial size."""
@@ -43,10 +43,10 @@ def check_training(context: Context) -> Results:
     context.say("training")
     results, verdict = Results(), Verdict()
     inputs, before, grad = _training_run(context)
-    if before.output is not None:
+    if before.ran:
         after = context.run(context.rewritten, inputs, training=True, grad=grad)
         context = check_form(context, results, "train", inputs, before, after)
-        if after.output is not None:
+        if after.ran:
             verdict = _check_values(context, results, inputs, before, after)
     else:
         results.notes.append(f"the original does not run in training mode ({before.error}): training was not checked")
@@ -55,12 +55,12 @@ def check_training(context: Context) -> Results:
             before, after = context.run_both(context.draws.draw(), grad=True)
     if context.needs_values:
         results.notes.append("gradients were not checked: values decide which there are")
-    elif before.output is None or after.output is None:
+    elif not before.ran or not after.ran:
         return results
     elif not grad:
         results.notes.append("gradients were not checked: the original does not run with them")
     else:
-        exact = context.options.exact_in("train") and drew_alike(before, after)
+        exact = context.options.exact_in("train") and before.drew_like(after)
         exact = exact and context.reference.precise(before.output)
         _check_gradients(context, results, before.output, after.output, verdict.rounding if exact else None)
     return results
@@ -91,7 +91,7 @@ def _check_values(context: Context, results: Results, inputs: Arguments, before:
     """NaN, numerics and running statistics. These are read first: to find a divergence the models run again."""
     old, new = (copy.deepcopy(dict(model.named_buffers())) for model in (context.original, context.rewritten))
     verdict = check_values(context, results, "train", inputs, before, after)
-    if context.options.exact_in("train") and old and drew_alike(before, after):
+    if context.options.exact_in("train") and old and before.drew_like(after):
         problems = buffer_differences(old, new, verdict.buffers)
         results.check("buffers (train)", problems, "running statistics move alike")
     return verdict

@@ -8,9 +8,9 @@ from math import inf
 import torch
 
 from .context import Context, Results
-from .divergence import layer_differences, within
+from .divergence import Key, layer_differences, within
 from .inputs import Arguments
-from .numerics import Bound, Comparison, compare, flips, scale_of
+from .numerics import Bound, compare, flips, scale_of
 from .outputs import Flat, differences
 from .rounding import SCRAMBLED, Rounding, cast, noisy_copy
 from .runs import Outcome
@@ -65,13 +65,12 @@ def check_values(
 
 def judge(context: Context, mode: str, inputs: Arguments, before: Outcome, after: Outcome) -> Verdict:
     """Compares the values of a run in a mode."""
-    old, new = _outputs(before, after)
-    plain = compare(old, new, Bound())
-    verdict = Verdict(plain.error, [f"output{p} has {n} NaN or Inf" for p, n in plain.spoiled.items()])
+    plain = compare(before.output, after.output, Bound())
+    verdict = Verdict(plain.error, plain.spoiled)
     exact = context.options.exact_in(mode)
     if mode == "train" and not exact:
         return verdict
-    if before.drew and not drew_alike(before, after):
+    if before.drew and not before.drew_like(after):
         verdict.error = None
         verdict.notes.append(f"numerics ({mode}) were not compared: the models draw random numbers, and not the same")
         return verdict
@@ -79,28 +78,25 @@ def judge(context: Context, mode: str, inputs: Arguments, before: Outcome, after
         verdict.notes.append(f"numerics ({mode}) were not compared: no output has the shape it had")
         return verdict
     if exact:
-        _judge_exact(context, mode, inputs, before, new, verdict)
+        _judge_exact(context, mode, inputs, before, after.output, verdict)
     else:
-        _judge_approximate(context, inputs, old, new, verdict)
-    verdict.detail += _remarks(plain)
+        _judge_approximate(context, inputs, before.output, after.output, verdict)
+    if plain.zero:
+        verdict.detail += f"; the original's output{plain.zero[0]} is zero throughout, which proves little"
+    if plain.uncompared:
+        paths = ", ".join(f"output{path}" for path in plain.uncompared[:4])
+        verdict.detail += f"; not compared, as shapes differ: {paths}"
     if verdict.scrambled or (verdict.exceeded and context.needs_values):
         compared = mode == "eval" and _layers_instead(context, inputs, verdict)
         if verdict.scrambled and not compared and not verdict.exceeded:
             verdict.detail = ""
-            verdict.notes.append(
-                f"numerics ({mode}) were not compared: rounding alone turns the original's outputs over"
-            )
+            why = "rounding alone turns the original's outputs over"
+            verdict.notes.append(f"numerics ({mode}) were not compared: {why}")
     return verdict
-
-
-def drew_alike(before: Outcome, after: Outcome) -> bool:
-    """Whether both runs drew the same random numbers."""
-    return before.random_state == after.random_state
 
 
 def _rounding(context: Context, inputs: Arguments, before: Outcome, training: bool) -> tuple[Rounding, Bound]:
     """What rounding does to the original on some inputs, and the bound that follows for an exact rewrite."""
-    assert before.output is not None
     depth = 1 + len(context.captures[0].calls) if context.captures else 1
     known = context.reference.rounding(inputs, before, training, depth)
     may_flip = {path: 4 * n for path, n in flips(before.output, known.reference).items()}
@@ -108,7 +104,6 @@ def _rounding(context: Context, inputs: Arguments, before: Outcome, training: bo
 
 
 def _judge_exact(context: Context, mode: str, inputs: Arguments, before: Outcome, new: Flat, verdict: Verdict) -> None:
-    assert before.output is not None
     known, bound = _rounding(context, inputs, before, mode == "train")
     judged = compare(known.reference, new, bound)
     limit = max(known.limits.values(), default=known.floor)
@@ -120,12 +115,12 @@ def _judge_exact(context: Context, mode: str, inputs: Arguments, before: Outcome
     verdict.exceeded = judged.exceeded
     verdict.allowed = 2 * (limit + rounding)
     verdict.buffers = max(16 * limit, 64 * known.floor)
-    worst = judged.worst[1] if judged.worst else 0.0
-    verdict.detail = f"error {worst:.1e} against {known.name}; the original's {rounding:.1e}, allowed {limit:.1e}"
+    measured = f"error {judged.worst:.1e} against {known.name}"
+    verdict.detail = f"{measured}; the original's {rounding:.1e}, allowed {limit:.1e}"
 
 
 def _judge_approximate(context: Context, inputs: Arguments, old: Flat, new: Flat, verdict: Verdict) -> None:
-    limit = inf if context.options.max_error is None else context.options.max_error
+    limit = context.options.largest_error
     judged = compare(old, new, Bound(overall=limit, scale=scale_of(inputs)))
     verdict.exceeded, verdict.allowed = judged.exceeded, limit
     verdict.detail = "no floating output" if verdict.error is None else f"relative error {verdict.error:.2e}"
@@ -136,29 +131,25 @@ def _judge_approximate(context: Context, inputs: Arguments, old: Flat, new: Flat
 
 def judge_elsewhere(context: Context, inputs: Arguments, before: Outcome, after: Outcome) -> tuple[list[str], float]:
     """The same for an evaluation at another size, without a reference: what differs too much, what may."""
-    options = context.options
-    skip = context.needs_values or (before.drew and not drew_alike(before, after))
-    bound = Bound(overall=inf if options.max_error is None else options.max_error, scale=scale_of(inputs))
-    if options.exact_in("eval"):
-        bound = replace(bound, overall=inf)
-        if context.pair is not None:
-            bound = replace(bound, limit=context.pair, flips={})
-    judged = compare(*_outputs(before, after), bound)
-    if judged.exceeded and options.exact_in("eval") and not skip and after.output is not None:
+    exact = context.options.exact_in("eval")
+    skip = context.needs_values or (before.drew and not before.drew_like(after))
+    bound = Bound(overall=inf if exact else context.options.largest_error, scale=scale_of(inputs))
+    if exact and context.pair is not None:
+        bound = replace(bound, limit=context.pair, flips={})
+    judged = compare(before.output, after.output, bound)
+    if judged.exceeded and exact and not skip:
         known, bound = _rounding(context, inputs, before, False)
         judged = compare(known.reference, after.output, bound)
-    spoiled = [f"output{path} has {n} NaN or Inf" for path, n in judged.spoiled.items()]
-    return spoiled + ([] if skip else judged.exceeded), min(bound.limit, bound.overall)
+    return judged.spoiled + ([] if skip else judged.exceeded), min(bound.limit, bound.overall)
 
 
 def unlike(context: Context, before: Outcome, after: Outcome) -> list[str]:
     """What differs between two runs of what should be one model with the same weights."""
-    if before.output is None or after.output is None:
+    if not after.ran:
         return [f"after reloading, the model does not run: {after.error}"]
     problems = differences(before.output, after.output)
     judged = compare(before.output, after.output, Bound(context.reference.floor(before.output), flips={}))
-    spoiled = [f"output{path} has {n} NaN or Inf" for path, n in judged.spoiled.items()]
-    return [f"after reloading, {problem}" for problem in (*problems, *spoiled, *judged.exceeded)]
+    return [f"after reloading, {problem}" for problem in (*problems, *judged.spoiled, *judged.exceeded)]
 
 
 def _layers_instead(context: Context, inputs: Arguments, verdict: Verdict) -> bool:
@@ -174,12 +165,10 @@ def _layers_instead(context: Context, inputs: Arguments, verdict: Verdict) -> bo
     double = context.reference.in_precision(torch.float64)
     if double is not None:
         references.append((double, cast(inputs, torch.float64)))
-    rounding: dict[tuple[str, int], float] = {}
-    between: dict[tuple[str, int], float] = {}
+    rounding, between = dict[Key, float](), dict[Key, float]()
     for reference in references:
-        between, alone, raised = layer_differences(
-            context.original, context.rewritten, inputs, seed=seed, reference=reference
-        )
+        models = context.original, context.rewritten
+        between, alone, raised = layer_differences(*models, inputs, seed=seed, reference=reference)
         if raised is not None:
             return False
         rounding = {key: max(e, rounding.get(key, 0.0)) for key, e in alone.items()}
@@ -202,18 +191,3 @@ def _layers_instead(context: Context, inputs: Arguments, verdict: Verdict) -> bo
             f"the {compared} layers before were compared instead of the outputs"
         )
     return bool(compared)
-
-
-def _outputs(before: Outcome, after: Outcome) -> tuple[Flat, Flat]:
-    assert before.output is not None
-    assert after.output is not None
-    return before.output, after.output
-
-
-def _remarks(plain: Comparison) -> str:
-    text = ""
-    if plain.zero:
-        text += f"; the original's output{plain.zero[0]} is zero throughout, which proves little"
-    if plain.uncompared:
-        text += f"; not compared, as shapes differ: {', '.join(f'output{p}' for p in plain.uncompared[:4])}"
-    return text
