@@ -77,15 +77,19 @@ def joined(node: fx.Node) -> list[fx.Node]:
 
 
 def follow(capture: Capture, owners: Owners, branch: fx.Node, cat: fx.Node) -> Flow:
-    """Follows a branch's channels from a concatenation to everything that reads them.
-
-    Args:
-        capture: The model.
-        owners: ``Owners(capture)``.
-        branch: The node that makes the branch's output.
-        cat: The concatenation along the channels.
-    """
-    return _Walk(capture, owners).run(branch, cat)
+    """Follows the output of a branch from a concatenation along the channels to everything that reads it."""
+    walk, behind = _Walk(capture, owners), False
+    reached = {branch: Segment(0, info(branch).outputs[0].shape[1])}
+    for node in capture.graph.nodes:
+        behind = behind or node is cat
+        sources = [source for source in node.all_input_nodes if source in reached]
+        if behind and sources:
+            segment = walk.through(node, reached, sources)
+            if walk.flow.blocked:
+                break
+            if segment is not None:
+                reached[node] = walk.flow.nodes[node] = segment
+    return walk.flow
 
 
 class _Walk:
@@ -94,32 +98,18 @@ class _Walk:
         self.layers = {call.node: layer for layer in capture.layers for call in layer.calls}
         self.flow = Flow()
 
-    def run(self, branch: fx.Node, cat: fx.Node) -> Flow:
-        start = Segment(0, info(branch).outputs[0].shape[1])
-        reached = {branch: start}
-        behind = False
-        for node in self.capture.graph.nodes:
-            behind = behind or node is cat
-            sources = [source for source in node.all_input_nodes if source in reached]
-            if not behind or not sources:
-                continue
-            segment = self._through(node, reached, sources)
-            if self.flow.blocked:
-                break
-            if segment is not None:
-                reached[node] = self.flow.nodes[node] = segment
-        return self.flow
-
-    def _through(self, node: fx.Node, reached: dict[fx.Node, Segment], sources: list[fx.Node]) -> Segment | None:
+    def through(self, node: fx.Node, reached: dict[fx.Node, Segment], sources: list[fx.Node]) -> Segment | None:
         """The branch's part of what a node makes; None where the way ends there."""
         facts = info(node)
         if node.op == "output":
-            self._output(node, reached)
+            tensors = list[fx.Node]()
+            fx.node.map_arg(node.args, tensors.append)
+            widths = [(i, info(t).outputs[0].shape[1], reached[t]) for i, t in enumerate(tensors) if t in reached]
+            self.flow.outputs += widths
             return None
         if len(sources) > 1:
             return self._block(node, "joins several copies of the branch's channels")
-        source = sources[0]
-        segment = reached[source]
+        source, segment = sources[0], reached[sources[0]]
         if facts.op == "cat":
             return self._cat(node, source, segment)
         if node.name in self.layers:
@@ -135,34 +125,23 @@ class _Walk:
         if len(after) != 1:
             return self._block(node, "splits the tensor")
         shape = after[0].shape
-        if op in _RESHAPES:
-            return self._reshape(node, segment, before, shape)
         same_channels = len(shape) >= 2 and shape[:2] == before[:2]
-        if op in ("mean", "sum", "pad"):
-            if not same_channels or (op == "mean" and 1 in _dims(node, len(before))):
-                return self._block(node, "does not keep the channels apart")
-            if op == "pad" and not _zero_pad(node):
-                self._remember(node)
-            return segment
-        if not same_channels:
+        if op in _RESHAPES:
+            spatial = prod(before[2:])
+            if same_channels:
+                return segment
+            if shape != (before[0], before[1] * spatial):
+                return self._block(node, "moves channels to another axis")
+            return Segment(segment.offset * spatial, segment.channels, segment.repeat * spatial)
+        if not same_channels or (op == "mean" and 1 in _dims(node, len(before))):
             return self._block(node, "does not keep the channels apart")
-        if op in _LINEAR:
+        if op in _LINEAR or op in ("mean", "sum") or (op == "pad" and _zero_pad(node)):
             self.flow.dropout |= op == "dropout"
             return segment
-        if op in _ALONE or (op == "prelu" and self._one_slope(node)):
+        if op in _ALONE or op == "pad" or (op == "prelu" and self._one_slope(node)):
             self._remember(node)
             return segment
         return self._block(node, "is not known to treat each channel alone")
-
-    def _reshape(
-        self, node: fx.Node, segment: Segment, before: tuple[int, ...], after: tuple[int, ...]
-    ) -> Segment | None:
-        if len(after) >= 2 and after[:2] == before[:2]:
-            return segment
-        spatial = prod(before[2:])
-        if after == (before[0], before[1] * spatial):
-            return Segment(segment.offset * spatial, segment.channels, segment.repeat * spatial)
-        return self._block(node, "moves channels to another axis")
 
     def _cat(self, node: fx.Node, source: fx.Node, segment: Segment) -> Segment | None:
         tensors = joined(node)
@@ -203,13 +182,6 @@ class _Walk:
         self.flow.norms.append((path, norm, segment))
         self._remember(node)
         return segment
-
-    def _output(self, node: fx.Node, reached: dict[fx.Node, Segment]) -> None:
-        tensors: list[fx.Node] = []
-        fx.node.map_arg(node.args, tensors.append)
-        for i, tensor in enumerate(tensors):
-            if tensor in reached:
-                self.flow.outputs.append((i, info(tensor).outputs[0].shape[1], reached[tensor]))
 
     def _one_slope(self, node: fx.Node) -> bool:
         module: Any = self.owners.modules.get(str(node.target))

@@ -11,20 +11,18 @@ the vectors of the format stay empty.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..capturing.eligibility import Owners, eligible
 from ..capturing.records import Capture, Layer
 from ..core.plan import Estimate, Op, Skip, SkipReason
+from ..core.records import Json
 from ..forms.specs import spec_to_dict
 from ..layers import PointwiseActivation
 from ..layers.kernels import CPU_DTYPES
 from .base import Pass, Proposal, weight_of
 
 _WIDE = 16
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class ChannelsLast(Pass):
@@ -36,14 +34,12 @@ class ChannelsLast(Pass):
 
     def propose(self, capture: Capture) -> list[Proposal]:
         """See `Pass.propose`."""
-        owners = Owners(capture)
+        owners, specs = Owners(capture), dict[str, Json]()
         layers: list[Layer] = []
-        specs: dict[str, Any] = {}
         for layer in capture.layers:
-            spec = layer.spec
+            spec, module = layer.spec, owners.modules.get(layer.path)
             if spec is None or spec.dims != 2 or spec.transposed or not layer.called:
                 continue
-            module = owners.modules.get(layer.path)
             if isinstance(module, PointwiseActivation):
                 if module.channels_last:
                     continue
@@ -52,12 +48,9 @@ class ChannelsLast(Pass):
                 continue
             layers.append(layer)
             specs[layer.path] = spec_to_dict(spec)
-        if not layers:
-            return []
-        refusal = _does_not_pay(layers, owners)
-        if refusal:
-            return [Skip("", SkipReason.NO_GAIN, refusal)]
-        return [Op("channels-last", "", self.name, {"layers": specs}, Estimate(0, 0, 0, 0))]
+        if layers and (why := _does_not_pay(layers, owners)):
+            return [Skip("", SkipReason.NO_GAIN, why)]
+        return [Op("channels-last", "", self.name, {"layers": specs}, Estimate(0, 0, 0, 0))] if layers else []
 
 
 def _does_not_pay(layers: list[Layer], owners: Owners) -> str:
@@ -67,7 +60,9 @@ def _does_not_pay(layers: list[Layer], owners: Owners) -> str:
         device, dtype = "cpu", torch.float32
     else:
         device, dtype = weight.device.type, weight.dtype
-    if not ((device == "cpu" and dtype in CPU_DTYPES) or (device == "cuda" and dtype in _HALF)):
+    if not (
+        (device == "cpu" and dtype in CPU_DTYPES) or (device == "cuda" and dtype in (torch.float16, torch.bfloat16))
+    ):
         return f"no kernels that want channels_last for {dtype} on {device}"
     wide = sum(layer.macs for layer in layers if max(layer.in_channels, layer.out_channels) >= _WIDE)
     total = sum(layer.macs for layer in layers) or 1

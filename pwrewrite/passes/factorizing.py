@@ -12,16 +12,8 @@ from .base import LayerPass
 
 def _make(form: Form, facts: FormPass) -> type[LayerPass]:
     name = "".join(part.capitalize() for part in facts.name.split("-"))
-    return type(
-        name,
-        (LayerPass,),
-        {
-            **{key: getattr(facts, key) for key in FormPass.__slots__},
-            "form": form,
-            "__doc__": f"{facts.summary}.",
-            "__module__": __name__,
-        },
-    )
+    says = {key: getattr(facts, key) for key in FormPass.__slots__}
+    return type(name, (LayerPass,), {**says, "form": form, "__doc__": f"{facts.summary}.", "__module__": __name__})
 
 
 FACTORIZING: dict[str, type[LayerPass]] = {

@@ -17,7 +17,6 @@ propagation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -50,10 +49,8 @@ def as_graph_pass(pass_: Pass, example_inputs: Inputs | None = None) -> Callable
 
     def run(graph_module: fx.GraphModule) -> PassResult:
         if pass_.exact == "eval" and graph_module.training:
-            raise RefusedError(
-                f"{pass_.name} is exact in evaluation only, and the graph module is in training mode",
-                hint="call eval() on it first",
-            )
+            message = f"{pass_.name} is exact in evaluation only, and the graph module is in training mode"
+            raise RefusedError(message, hint="call eval() on it first")
         inputs = inputs_of(graph_module) if example_inputs is None else example_inputs
         captured = capture(graph_module, inputs)
         proposals = pass_.propose(captured)
@@ -88,9 +85,7 @@ def inputs_of(graph_module: fx.GraphModule) -> tuple[Tensor, ...]:
         UsageError: If a placeholder says nothing.
     """
     inputs = []
-    for node in graph_module.graph.nodes:
-        if node.op != "placeholder":
-            continue
+    for node in graph_module.graph.find_nodes(op="placeholder"):
         known = node.meta.get("val", node.meta.get("tensor_meta"))
         if not isinstance(known, (Tensor, TensorMetadata)):
             if node.args:  # it has a default
@@ -100,11 +95,6 @@ def inputs_of(graph_module: fx.GraphModule) -> tuple[Tensor, ...]:
                 expected="meta['val'] or meta['tensor_meta'], as a shape propagation leaves them",
                 hint="give as_graph_pass the example inputs",
             )
-        shape = tuple(_hint(size) for size in known.shape)
+        shape = [size if isinstance(size, int) else int(size.node.hint) for size in known.shape]  # of its example
         inputs.append(torch.empty(shape, dtype=known.dtype, device="meta"))
     return tuple(inputs)
-
-
-def _hint(size: Any) -> int:
-    """A size; for a symbolic one that of the example that it was traced with."""
-    return size if isinstance(size, int) else int(size.node.hint)

@@ -13,6 +13,8 @@ inserted expand before the pointwise layer behind it, neighbours left when a nor
 
 from __future__ import annotations
 
+from math import prod
+
 from torch import fx
 
 from ..capturing.eligibility import eligible
@@ -45,49 +47,37 @@ class MergePointwise(Pass):
                 continue
             if {first.path, second.path} & taken:
                 continue
-            found = _pair(capture, graph, first, second)
-            if isinstance(found, Op):
-                found = _unsafe(graph, second, node, reader) or found
-            if isinstance(found, Op):
+            proposal = _pair(graph, first, second, node, reader)
+            if isinstance(proposal, Op):
                 taken |= {first.path, second.path}
-            if found is not None:
-                proposals.append(found)
+            if proposal is not None:
+                proposals.append(proposal)
         return proposals
 
 
-def _unsafe(graph: Graph, second: Layer, node: fx.Node, reader: fx.Node) -> Skip | None:
-    """Why the first of two layers may not be computed where the second one is."""
+def _pair(graph: Graph, first: Layer, second: Layer, node: fx.Node, reader: fx.Node) -> Proposal | None:
+    before, after = spec_of(first), spec_of(second)
+    merged = merged_layer(before, after)
+    fused = any(isinstance(graph.modules.get(layer.path), PointwiseActivation) for layer in (first, second))
+    alone = len(first.calls) == len(second.calls) == 1
+    if not alone or first.out_channels != second.in_channels or isinstance(merged, str) or fused:
+        return None
+    macs, params = first.macs + second.macs, first.params + second.params
+    inputs, outputs = first.calls[0].input_shape, second.calls[0].output_shape
+    linear = prod(outputs[:-1]) * merged.in_channels * merged.out_channels
+    new = merged.macs(inputs, outputs) if merged.dims else linear
+    if new >= macs or merged.params > params:
+        return None  # a bottleneck that pays, as most are meant to
+    for layer in (first, second):
+        if refusal := eligible(graph.capture, layer, graph.owners):
+            return refusal
+        if layer.functional:
+            return Skip(layer.path, SkipReason.FUNCTIONAL, "a functional call; make it a module")
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or graph.written(source, node, reader):
         detail = "what the layer before reads is written into before this one runs"
         return Skip(second.path, SkipReason.WRITTEN, detail)
-    why = graph.unfixed(node, reader)
-    return None if why is None else Skip(second.path, SkipReason.DATA_DEPENDENT, why)
-
-
-def _pair(capture: Capture, graph: Graph, first: Layer, second: Layer) -> Proposal | None:
-    before, after = spec_of(first), spec_of(second)
-    if len(first.calls) != 1 or len(second.calls) != 1 or first.out_channels != second.in_channels:
-        return None
-    merged = merged_layer(before, after)
-    if isinstance(merged, str):
-        return None
-    fused = [isinstance(graph.modules.get(layer.path), PointwiseActivation) for layer in (first, second)]
-    if any(fused):
-        return None
-    macs, params = first.macs + second.macs, first.params + second.params
-    a, b = first.calls[0], second.calls[0]
-    rows = 1
-    for n in b.output_shape[:-1]:
-        rows *= n
-    new = merged.macs(a.input_shape, b.output_shape) if merged.dims else rows * merged.in_channels * merged.out_channels
-    if new >= macs or merged.params > params:
-        return None  # a bottleneck that pays, as most are meant to
-    for layer in (first, second):
-        refusal = eligible(capture, layer, graph.owners)
-        if refusal is not None:
-            return refusal
-        if layer.functional:
-            return Skip(layer.path, SkipReason.FUNCTIONAL, "a functional call; make it a module")
+    if why := graph.unfixed(node, reader):
+        return Skip(second.path, SkipReason.DATA_DEPENDENT, why)
     settings = {"first": first.path, "first_layer": spec_to_dict(before), "layer": spec_to_dict(after)}
     return Op("merge", second.path, MergePointwise.name, settings, Estimate(params, merged.params, macs, new))

@@ -11,7 +11,6 @@ parameters of its own), or, for a frozen one, where some of that layer got none.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -21,46 +20,35 @@ from ..core.plan import Edit
 from .outputs import Flat
 
 
-@dataclass(slots=True)
-class Gradients:
-    """Gradients of one backward pass by parameter name, None where there is none; or why there was no backward pass."""
-
-    of: dict[str, Tensor | None] = field(default_factory=dict)
-    error: str = ""
-
-
-def backward(model: nn.Module, output: Flat) -> Gradients:
-    """Runs the backward pass of a scalar of ``output`` and takes the gradients off the model."""
+def backward(model: nn.Module, output: Flat) -> dict[str, Tensor | None] | str:
+    """Gradients of a scalar of ``output`` by parameter name, None where there is none; or why there is no backward."""
     generator = torch.Generator().manual_seed(0)
-    total: Tensor | None = None
+    terms: list[Tensor] = []
     for t in output.floating.values():
         if t.requires_grad and t.numel():
             real = torch.view_as_real(t) if t.is_complex() else t
             real = real.float() if real.dtype.itemsize < 4 else real
-            term = (real * torch.randn(real.shape, generator=generator).to(real)).mean()
-            total = term if total is None else total + term.to(total)
-    if total is None:
-        return Gradients(error="no output depends on a parameter that needs a gradient")
+            terms.append((real * torch.randn(real.shape, generator=generator).to(real)).mean())
+    if not terms:
+        return "no output depends on a parameter that needs a gradient"
     model.zero_grad(set_to_none=True)
     try:
-        total.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(terms)
     except Exception as error:
-        return Gradients(error=first_line(error))
+        return first_line(error)
     gradients = {name: p.grad for name, p in model.named_parameters(remove_duplicate=False)}
     model.zero_grad(set_to_none=True)
-    return Gradients(gradients)
+    return gradients
 
 
 def origins(edits: Iterable[Edit]) -> dict[str, set[str]]:
     """Names of the rewritten model's parameters to the original's; a later edit may rename what an earlier one made."""
     sources: dict[str, set[str]] = {}
     for edit in edits:
-        became: dict[str, set[str]] = {}
+        before = dict(sources)
         for old, names in edit.renamed.items():
             for name in names:
-                became.setdefault(name, set()).update(sources.get(old, {old}))
-        for name, olds in became.items():
-            sources[name] = sources.get(name, set()) | olds
+                sources[name] = sources.get(name, set()) | before.get(old, {old})
     return sources
 
 
@@ -88,9 +76,7 @@ def complaints(
 
 
 def _finite(gradient: Tensor | None) -> bool:
-    if gradient is None:
-        return False
-    return bool(torch.isfinite(gradient.sum())) or bool(torch.isfinite(gradient).all())
+    return gradient is not None and (bool(gradient.sum().isfinite()) or bool(gradient.isfinite().all()))
 
 
 def _should_learn(name: str, before: Mapping[str, Tensor | None], frozen: Container[str]) -> bool:
@@ -98,8 +84,7 @@ def _should_learn(name: str, before: Mapping[str, Tensor | None], frozen: Contai
     place = name
     while place:
         place = place.rpartition(".")[0]
-        prefix = f"{place}." if place else ""
-        own = [gradient is not None for old, gradient in before.items() if old.startswith(prefix)]
+        own = [gradient is not None for old, gradient in before.items() if old.startswith(f"{place}." if place else "")]
         if own:
             return all(own) if name in frozen else any(own)
     return True

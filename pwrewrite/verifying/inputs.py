@@ -42,8 +42,8 @@ def copied(inputs: Arguments) -> Arguments:
     return map_arguments(inputs, torch.clone)
 
 
-def _constant(t: Tensor) -> bool:
-    return t.numel() < 2 or bool((t == t.flatten()[0]).all())
+def _floating(t: Tensor) -> bool:
+    return t.dtype.is_floating_point or t.dtype.is_complex
 
 
 class Draws:
@@ -63,17 +63,14 @@ class Draws:
     def __init__(self, example_inputs: Inputs, device: torch.device | None, seed: int) -> None:
         self.args, self.kwargs = split_inputs(example_inputs)
         self.device, self.seed, self.random = device, seed, True
-        tensors = list(flatten((self.args, self.kwargs)).tensors.values())
-        floating = [t for t in tensors if t.dtype.is_floating_point or t.dtype.is_complex]
-        self.drawn = not any(not t.is_meta and not _constant(t) for t in floating)
+        self._tensors: list[Tensor] = list(flatten((self.args, self.kwargs)).tensors.values())
+        floating = [t for t in self._tensors if _floating(t)]
+        self.drawn = all(t.is_meta or t.numel() < 2 or bool((t == t.flatten()[0]).all()) for t in floating)
         self.images = self._find_images()
-        dims = [t for t in floating if t.dim() > 1] or [t for t in tensors if t.dim()]
-        if self.images is not None:
-            self.batch: int | None = len(self.images)
-        else:
-            self.batch = dims[0].shape[0] if dims and dims[0].shape[0] else None
-        flat = max((t.dim() for t in floating), default=0) < 4
-        self._spatial_from = 3 if flat else 4
+        batched = [t for t in floating if t.dim() > 1] or [t for t in self._tensors if t.dim()]
+        first = batched[0].shape[0] if batched else 0
+        self.batch: int | None = len(self.images) if self.images is not None else first or None
+        self._spatial_from = 3 if max((t.dim() for t in floating), default=0) < 4 else 4
 
     def without_random_values(self) -> Draws:
         """The same, for a model that refuses random values: only the given ones are used."""
@@ -83,27 +80,18 @@ class Draws:
 
     def _find_images(self) -> list[Tensor] | None:
         """The list of images that detection models take in place of a batch."""
-        for value in (*self.args, *self.kwargs.values()):
-            if isinstance(value, (list, tuple)) and value and all(isinstance(t, Tensor) for t in value):
-                if all(t.dim() == 3 and t.dtype.is_floating_point for t in value):
-                    return list(value)
-                return None
-        return None
+        values = (value for value in (*self.args, *self.kwargs.values()) if isinstance(value, (list, tuple)) and value)
+        tensors = next((list(value) for value in values if all(isinstance(t, Tensor) for t in value)), [])
+        return tensors if tensors and all(t.dim() == 3 and t.dtype.is_floating_point for t in tensors) else None
 
     def sizes(self) -> list[str]:
         """Names of the spatial sizes that can be tried."""
-        spatial = [n for t in flatten((self.args, self.kwargs)).tensors.values() for n in self._space(t)]
-        if not spatial:
-            return []
-        return [name for name in SIZES if name != "half" or min(spatial) >= 8]
+        spatial = [n for t in self._tensors for n in self._space(t)]
+        return [name for name in SIZES if spatial and (name != "half" or min(spatial) >= 8)]
 
     def size_text(self, size: str) -> str:
         """What a spatial size amounts to, such as ``112×112``."""
-        for t in flatten((self.args, self.kwargs)).tensors.values():
-            if space := self._space(t):
-                last = len(space) - 1
-                return dims([SIZES[size](last - i, n) for i, n in enumerate(space)])
-        return size
+        return dims(_resized(next(filter(None, map(self._space, self._tensors))), size))
 
     def _space(self, t: Tensor) -> tuple[int, ...]:
         """Spatial sizes of an input; empty where it has none."""
@@ -117,7 +105,7 @@ class Draws:
 
     def draw(self, batch: int | None = None, size: str | None = None, variant: int = 0) -> Arguments:
         """Inputs of the example's batch and size by default; variant 0 keeps given values, others vary them."""
-        number = (variant * 8 + (list(SIZES).index(size) + 1 if size else 0)) * 1009 + (batch or 0)
+        number = (variant * 8 + ["", *SIZES].index(size or "")) * 1009 + (batch or 0)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         plain = variant == 0 and size is None and batch in (None, self.batch)
         return self._build(batch, size, lambda t, shape: self._values(t, shape, plain, generator))
@@ -129,8 +117,7 @@ class Draws:
 
         def convert(t: Tensor) -> Tensor:
             other = next(order)
-            shape = tuple(other.get(axis, n) for axis, n in enumerate(t.shape))
-            return self._values(t, shape, False, generator)
+            return self._values(t, tuple(other.get(i, n) for i, n in enumerate(t.shape)), False, generator)
 
         return map_arguments((self.args, self.kwargs), convert)
 
@@ -143,7 +130,7 @@ class Draws:
                 result[0] = batch
             space = self._space(t)
             if size and space:
-                result[-len(space) :] = [SIZES[size](len(space) - 1 - i, n) for i, n in enumerate(space)]
+                result[-len(space) :] = _resized(space, size)
             return tuple(result)
 
         def convert(t: Tensor) -> Tensor:
@@ -158,14 +145,14 @@ class Draws:
         return tuple(map(item, self.args)), {key: item(value) for key, value in self.kwargs.items()}
 
     def _values(self, t: Tensor, shape: tuple[int, ...], plain: bool, generator: torch.Generator) -> Tensor:
-        floating = t.dtype.is_floating_point or t.dtype.is_complex
         device = self.device or (torch.device("cpu") if t.is_meta else t.device)
-        if floating and self.random and self.drawn and (t.numel() > 1 or t.is_meta):
+        random = _floating(t) and self.random
+        if random and self.drawn and (t.numel() > 1 or t.is_meta):
             return _normal(t, shape, generator).to(device, t.dtype)
         if t.is_meta:
             return torch.zeros(shape, dtype=t.dtype, device=device)
         values = _stretched(t.detach(), shape)
-        if floating and self.random and not plain and t.numel() > 1:
+        if random and not plain and t.numel() > 1:
             spread = 0.25 * float(t.detach().abs().double().std())
             if 0 < spread < float("inf"):
                 values = values + spread * _normal(t, shape, generator).to(t.device, t.dtype)
@@ -175,6 +162,11 @@ class Draws:
 def _normal(t: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     dtype = torch.complex64 if t.dtype.is_complex else torch.float32
     return torch.randn(shape, generator=generator, dtype=dtype)
+
+
+def _resized(space: tuple[int, ...], size: str) -> list[int]:
+    """Spatial sizes at another size."""
+    return [SIZES[size](len(space) - 1 - i, n) for i, n in enumerate(space)]
 
 
 def _stretched(t: Tensor, shape: tuple[int, ...]) -> Tensor:

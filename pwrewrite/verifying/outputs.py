@@ -58,7 +58,7 @@ def _flatten(value: Any, path: str, flat: Flat, leaf: Callable[[Any], Any], dept
         flat.kinds[path], flat.tensors[path] = "tensor", tensor
         return
     name = type(value).__qualname__
-    items: list[tuple[str, Any]]
+    items: list[tuple[str, Any]] = []
     if isinstance(value, Mapping):
         items = [(f"[{key!r}]", item) for key, item in value.items()]
         name += f" of {', '.join(repr(key) for key in value)}"
@@ -71,8 +71,6 @@ def _flatten(value: Any, path: str, flat: Flat, leaf: Callable[[Any], Any], dept
         items = [(f".{f.name}", getattr(value, f.name)) for f in fields(value)]
     elif hasattr(value, "__dict__") and not callable(value) and depth < _DEPTH:
         items = [(f".{key}", item) for key, item in vars(value).items()]
-    else:
-        items = []
     flat.kinds[path] = name
     for key, item in items:
         _flatten(item, path + key, flat, leaf, depth + 1)
@@ -101,15 +99,12 @@ def differences(before: Flat, after: Flat, free: Collection[tuple[str, int]] = (
         new = after.tensors.get(path)
         if new is None:
             continue
-        if not _same_shape(path, tuple(old.shape), tuple(new.shape), free):
+        other = [i for i, (a, b) in enumerate(zip(old.shape, new.shape)) if a != b and (path, i) not in free]
+        if other or len(old.shape) != len(new.shape):
             problems.append(f"output{path} had shape {dims(old.shape)}, now {dims(new.shape)}")
         if old.dtype != new.dtype:
             problems.append(f"output{path} had dtype {dtype_text(old.dtype)}, now {dtype_text(new.dtype)}")
     return problems
-
-
-def _same_shape(path: str, old: tuple[int, ...], new: tuple[int, ...], free: Collection[tuple[str, int]]) -> bool:
-    return len(old) == len(new) and all(a == b or (path, i) in free for i, (a, b) in enumerate(zip(old, new)))
 
 
 def varying(before: Flat, after: Flat) -> set[tuple[str, int]]:

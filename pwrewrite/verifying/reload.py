@@ -10,9 +10,8 @@ kind is written; shared tensors are written once, as it requires.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +38,12 @@ def check_reloading(context: Context) -> Results:
 
 def reloaded(rewritten: nn.Module, original: nn.Module) -> tuple[nn.Module | None, list[str], list[str]]:
     """An emptied copy with the saved state loaded, or None; what is wrong, and what a reader should know."""
-    state = rewritten.state_dict()
-    problems, notes = _names(rewritten, original, state)
-    tensor_problems, tensor_notes = _safetensors(state, original)
+    state, before = rewritten.state_dict(), set(original.state_dict())
+    left_out = {name for name, _ in original.named_parameters(remove_duplicate=False)} - before
+    names = [name for name, _ in rewritten.named_parameters(remove_duplicate=False)]
+    tensor_problems, tensor_notes = _safetensors(state, before)
+    problems = [f"the state_dict lacks {name}" for name in names if name not in state and name not in left_out]
+    notes = [f"the state_dict leaves out {len(left_out)} parameters, as before"] if left_out else []
     problems, notes = problems + tensor_problems, notes + tensor_notes
     zeros = {id(p): nn.Parameter(torch.zeros_like(p), p.requires_grad) for p in rewritten.parameters()}
     fresh = deep_copy(rewritten, dict(zeros))
@@ -58,39 +60,23 @@ def reloaded(rewritten: nn.Module, original: nn.Module) -> tuple[nn.Module | Non
     return fresh, problems, notes
 
 
-def _names(rewritten: nn.Module, original: nn.Module, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Parameters that the state lacks; in the original, that is its own affair."""
-    before = set(original.state_dict())
-    left_out = {name for name, _ in original.named_parameters(remove_duplicate=False)} - before
-    lacking = [n for n, _ in rewritten.named_parameters(remove_duplicate=False) if n not in state and n not in left_out]
-    notes = [f"the state_dict leaves out {len(left_out)} parameters, as before"] if left_out else []
-    return [f"the state_dict lacks {name}" for name in lacking], notes
-
-
-def _safetensors(state: Mapping[str, Any], original: nn.Module) -> tuple[list[str], list[str]]:
-    """Whether safetensors takes what the state holds."""
+def _safetensors(state: Mapping[str, object], known: Collection[str]) -> tuple[list[str], list[str]]:
+    """Whether safetensors takes what the state holds: problems, and notes where the original's is alike (``known``)."""
     from safetensors.torch import load, save
 
-    notes: list[str] = []
-    samples: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
-    others = []
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            others.append(name)
-            continue
-        samples.setdefault((value.dtype, value.layout, type(value)), (name, value))
-    known = original.state_dict()
-    problems: list[str] = []
-    for name, value in samples.values():
+    problems, notes = list[str](), list[str]()
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    samples = {(t.dtype, t.layout, type(t)): name for name, t in reversed(tensors.items())}
+    for name in (name for name in tensors if name in samples.values()):
         try:
-            sample = value.detach().cpu().contiguous().flatten()[:8].clone()
+            sample = tensors[name].detach().cpu().contiguous().flatten()[:8].clone()
             again = load(save({"sample": sample}))["sample"]
             if not torch.equal(again.view(torch.uint8), sample.view(torch.uint8)):
                 raise ValueError("comes back changed")
         except Exception as error:
-            said = f"safetensors does not take {name}: {first_line(error)}"
-            (notes if name in known else problems).append(said)
-    if others:
+            report = notes if name in known else problems
+            report.append(f"safetensors does not take {name}: {first_line(error)}")
+    if others := [name for name in state if name not in tensors]:
         new = [name for name in others if name not in known]
         (problems if new else notes).append(f"not a tensor in the state_dict: {', '.join((new or others)[:5])}")
     return problems, notes
@@ -123,7 +109,6 @@ def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, value in vars(module).items():
             if name in ("_parameters", "_buffers", "_modules"):
                 continue
-            held = (
-                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-            )
+            held = value.values() if isinstance(value, dict) else value
+            held = held if isinstance(value, (dict, list, tuple)) else (value,)
             yield from ((prefix + name, t) for t in held if isinstance(t, Tensor) and id(t) not in owned)

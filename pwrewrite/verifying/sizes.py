@@ -24,8 +24,10 @@ from .values import judge_elsewhere
 _REAL_MACS = 40_000_000_000
 """MACs that the run at a larger batch may take: 8 images of ResNet-50, 2 of VGG-16."""
 
-Variants = Mapping[str, tuple[int | None, str | None]]
-"""Label to batch size and name of a spatial size."""
+Variant = tuple[int | None, str | None]
+"""Batch size and name of a spatial size; the example's where None."""
+
+Variants = Mapping[str, Variant]
 
 
 def check_batch_sizes(context: Context, predicts: bool) -> tuple[Results, Context]:
@@ -54,9 +56,8 @@ def _more_samples(context: Context, results: Results, many: int) -> None:
 def check_spatial_sizes(context: Context) -> tuple[Results, Context]:
     """Tries half the size, another aspect ratio and an odd size."""
     variants: Variants = {context.draws.size_text(size): (None, size) for size in context.draws.sizes()}
-    below = {label: variant for label, variant in variants.items() if variant[1] == "half"}
-    above = {label: variant for label, variant in variants.items() if variant[1] != "half"}
-    return _check(context, "spatial sizes", variants, [below, above])
+    groups = [{k: v for k, v in variants.items() if (v[1] == "half") is below} for below in (True, False)]
+    return _check(context, "spatial sizes", variants, groups)
 
 
 def _check(context: Context, name: str, variants: Variants, groups: Sequence[Variants]) -> tuple[Results, Context]:
@@ -89,9 +90,7 @@ def _check(context: Context, name: str, variants: Variants, groups: Sequence[Var
     return results, context
 
 
-def _fits(
-    context: Context, results: Results, label: str, variant: tuple[int | None, str | None], problems: list[str]
-) -> bool:
+def _fits(context: Context, results: Results, label: str, variant: Variant, problems: list[str]) -> bool:
     """Compares shapes statically at a size; whether the original takes it."""
     inputs = as_inputs(context.draws.shapes(*variant))
     try:

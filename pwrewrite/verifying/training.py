@@ -120,25 +120,23 @@ def buffer_differences(before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 def _check_gradients(context: Context, results: Results, before: Flat, after: Flat, rounding: float | None) -> None:
     """Compares which parameters get a gradient and, where rounding in training is known, the gradients' values."""
     old = backward(context.original, before)
-    if old.error:
-        results.notes.append(f"gradients were not checked: {old.error}")
+    if isinstance(old, str):
+        results.notes.append(f"gradients were not checked: {old}")
         return
     new = backward(context.rewritten, after)
-    if new.error:
-        results.check("gradients", [f"the rewritten model has no backward pass: {new.error}"])
+    if isinstance(new, str):
+        results.check("gradients", [f"the rewritten model has no backward pass: {new}"])
         return
     frozen = {name for name, p in context.rewritten.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    problems = complaints(old.of, new.of, origins(context.options.edits), frozen)
-    detail = f"{sum(g is not None for g in new.of.values())} parameters get one"
-    difference = gradient_difference(old.of, new.of) if rounding is not None else None
+    problems = complaints(old, new, origins(context.options.edits), frozen)
+    detail = f"{sum(g is not None for g in new.values())} parameters get one"
+    difference = gradient_difference(old, new) if rounding is not None else None
     if rounding is not None and difference is not None:
         detail += f"; those that both have differ by {difference:.1e}"
         limit = gradient_limit(rounding)
         if limit == inf:
-            results.notes.append(
-                "gradient values were not compared: rounding alone moves the original's outputs in training by "
-                f"{rounding:.1e}"
-            )
+            moves = "rounding alone moves the original's outputs in training by"
+            results.notes.append(f"gradient values were not compared: {moves} {rounding:.1e}")
         elif not difference <= limit:
             problems.append(f"gradients differ by {difference:.1e}, allowed {limit:.1e}")
     results.check("gradients", problems, detail)
