@@ -20,7 +20,7 @@ from ..core.nested import deep_copy
 from ..core.plan import Edit, Op, Plan, Skip, SkipReason
 from .actions import Bench, Decomposer, Refused, prepare
 
-Probe = Callable[[nn.Module], None]
+Probe = Callable[[nn.Module], object]
 
 
 @dataclass(frozen=True)

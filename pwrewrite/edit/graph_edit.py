@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from typing import cast
 
 from torch import Tensor, fx, nn
 
@@ -79,6 +80,12 @@ def argument(node: fx.Node, position: int, name: str) -> fx.node.Argument:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
+def stored(graph_module: Regraphed, value: object) -> object:
+    """The tensor of the module that a node reads; any other value as it is."""
+    name = _read(value)
+    return value if name is None else operator.attrgetter(name)(graph_module)
+
+
 class FunctionalCall:
     """The one functional convolution or linear map that reads a weight, in the graph of a module (`to_graph`).
 
@@ -94,26 +101,24 @@ class FunctionalCall:
         if len(calls) != 1:
             raise NotTraceable(f"{weight} is read by {len(calls)} functional calls in this code, expected one")
         self.node: fx.Node = calls[0]
-        bias = argument(self.node, 2, "bias")
-        self.bias_name = _read(bias)
-        if isinstance(bias, fx.Node) and self.bias_name is None:
+        self.bias_name = _read(argument(self.node, 2, "bias"))
+        bias = stored(made, argument(self.node, 2, "bias"))
+        if isinstance(bias, fx.Node):
             raise NotTraceable(f"the bias beside {weight} is computed by the code")
-        tensors = {name: operator.attrgetter(name)(made) for name in (weight, self.bias_name) if name is not None}
-        self.bias: Tensor | None = None if self.bias_name is None else tensors[self.bias_name]
-        name, shape = _function(self.node), tensors[weight].shape
+        self.bias = cast("Tensor | None", bias)
+        name, tensor = _function(self.node), operator.attrgetter(weight)(made)
         if name == "linear":
-            self.spec = linear_spec(shape[1], shape[0], self.bias is not None)
+            self.spec = linear_spec(tensor.shape[1], tensor.shape[0], self.bias is not None)
             return
         settings = (self.node.args[3:], {k: v for k, v in self.node.kwargs.items() if k not in _TENSORS})
         if any(isinstance(value, fx.Node) for value in (*settings[0], *settings[1].values())):
             raise NotTraceable(f"the stride, padding or dilation of the call with {weight} is computed by the code")
-        self.spec, _, _ = convolution_call(name, (None, tensors[weight], self.bias, *settings[0]), settings[1])
+        self.spec, _, _ = convolution_call(name, (None, tensor, self.bias, *settings[0]), settings[1])
 
     def replace(self, name: str, new: nn.Module) -> str:
-        """Puts a call of a module in its place, and drops the parameters that nothing reads any more.
+        """Puts a call of a module in its place, under a free name like ``name``, which it returns.
 
-        Returns:
-            The name that the module was registered under: ``name``, changed where that is taken.
+        Parameters that nothing reads any more go.
         """
         made, node = self.made, self.node
         while hasattr(made, name):
@@ -123,9 +128,8 @@ class FunctionalCall:
             call = made.graph.call_module(name, (argument(node, 0, "input"),))
             call.meta = dict(node.meta)
         drop_node(node, call)
-        for gone in (self.weight, self.bias_name):
-            if gone is not None:
-                self._drop(gone)
+        for gone in filter(None, (self.weight, self.bias_name)):
+            self._drop(gone)
         finish(made)
         return name
 

@@ -37,35 +37,28 @@ def probe_for(plan: Plan, before: Capture, inputs: Inputs) -> Probe:
 
     How many operations a model runs that needs values depends on these. ``before`` is its capture, on ``inputs``.
     """
-    actions, known = {op.action for op in plan.ops}, before.coverage.values == "meta"
-    if known and actions <= _CHANGES:
+    actions, values = {op.action for op in plan.ops}, before.coverage.values
+    if values == "meta" and actions <= _CHANGES:
         return survives(before, inputs)
+    if values == "meta" and actions <= _FUSES:
+        return survives(before, inputs, {path for op in plan.ops for path in _named(op)})
+    return lambda changed: capture(changed, inputs, values=values)
+
+
+def survives(before: Capture, inputs: Inputs, fused: set[str] | None = None) -> Probe:
+    """A probe that raises if a changed model does not run, or runs something else outside of what was put in.
+
+    For a plan that fuses, ``fused`` are the paths at which it takes operations away.
+    """
 
     def probe(changed: nn.Module) -> None:
         after = capture(changed, inputs, values=before.coverage.values)
-        if known and actions <= _FUSES:
-            graphs = {path for path, module in changed.named_modules() if isinstance(module, Regraphed)}
-            touched = {path for op in plan.ops for path in _named(op)}
-            old, new = (_operations(run, touched, graphs, fused=True) for run in (before, after))
-            _compare(old, new, "what was fused")
-
-    return probe
-
-
-def survives(before: Capture, inputs: Inputs) -> Probe:
-    """A probe that raises if a changed model does not run, or runs something else outside of the layers put in."""
-
-    def probe(changed: nn.Module) -> None:
-        after = capture(changed, inputs, values=before.coverage.values)
-        modules = dict(before.model.named_modules(remove_duplicate=False))
-        put_in, graphs = set(), set()
-        for path, module in changed.named_modules(remove_duplicate=False):
-            if isinstance(module, (Factorized, Projected)) and type(modules.get(path)) is not type(module):
-                put_in.add(path)
-            if isinstance(module, Regraphed):
-                graphs.add(path)
-        old, new = (_operations(run, put_in, graphs, fused=False) for run in (before, after))
-        _compare(old, new, "what was put in")
+        modules, old = (dict(model.named_modules(remove_duplicate=False)) for model in (changed, before.model))
+        graphs = {path for path, module in modules.items() if isinstance(module, Regraphed)}
+        ours = {path for path, module in modules.items() if isinstance(module, (Factorized, Projected))}
+        put_in = {path for path in ours if type(old.get(path)) is not type(modules[path])} if fused is None else fused
+        was, now = (_operations(run, put_in, graphs, fused=fused is not None) for run in (before, after))
+        _compare(was, now, "what was put in" if fused is None else "what was fused")
 
     return probe
 

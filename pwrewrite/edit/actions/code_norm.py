@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import partial
-from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 
 from ...core.nested import deep_copy
 from ...core.plan import Op, SkipReason
-from ..graph_edit import argument, drop_node, finish
+from ..graph_edit import argument, drop_node, finish, stored
 from .bench import Bench, Refused, not_traced
 from .settings import wrong
 
@@ -98,36 +97,29 @@ class CodeNorm:
 
     def _call(self) -> fx.Node:
         """The node that makes the call."""
-        calls = [n for n in self.graph_module.graph.nodes if n.op == "call_function" and n.target is F.batch_norm]
-        nodes: list[fx.Node] = [n for n in calls if self._reads(n, 1, "running_mean") is self.facts.running_mean]
+        made, mean = self.graph_module, self.facts.running_mean
+        calls = [n for n in made.graph.nodes if n.op == "call_function" and n.target is F.batch_norm]
+        nodes: list[fx.Node] = [n for n in calls if stored(made, argument(n, 1, "running_mean")) is mean]
         if len(nodes) != 1:
             what = f"{len(nodes)} calls of batch_norm with {self.names['running_mean']}"
             raise not_traced(self.op, f"this code has {what}, expected one")
         for i, key in enumerate(TENSORS, start=1):
-            if self._reads(nodes[0], i, key) is not getattr(self.facts, key):
+            if stored(made, argument(nodes[0], i, key)) is not getattr(self.facts, key):
                 raise not_traced(self.op, f"the {key} of the call of batch_norm is another one")
         eps = argument(nodes[0], len(TENSORS) + 3, "eps")
         if (_EPS if eps is None else eps) != self.facts.eps:
             raise not_traced(self.op, f"the eps of the call of batch_norm is {eps}, not {self.facts.eps}")
         return nodes[0]
 
-    def _reads(self, node: fx.Node, position: int, key: str) -> object:
-        read = argument(node, position, key)
-        if not isinstance(read, fx.Node) or read.op != "get_attr":
-            return read
-        return attrgetter(str(read.target))(self.graph_module)
-
     def remove(self) -> None:
         """Takes the call out and puts the graph in the module's place."""
         reads = [read for read in self.node.all_input_nodes if read.op == "get_attr"]
         drop_node(self.node, cast(fx.Node, argument(self.node, 0, "input")))
-        for read in reads:
-            if not read.users:
-                self.graph_module.graph.erase_node(read)
+        for read in [read for read in reads if not read.users]:
+            self.graph_module.graph.erase_node(read)
         self.bench.replace(self.module, self.graph_module)
-        for name in self.names.values():
-            if name is not None:
-                self._drop(name)
+        for name in filter(None, self.names.values()):
+            self._drop(name)
         finish(self.graph_module)
 
     def _drop(self, name: str) -> None:

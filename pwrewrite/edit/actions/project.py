@@ -175,10 +175,10 @@ def _joint_factors(
     bench: Bench, op: Op, settings: ProjectSettings, layers: list[WeightedModule], projection: WeightedModule
 ) -> tuple[list[Tensor], float]:
     """Fills the projection from the joint factorisation; the consumers' new slices and the relative error."""
-    consumers, channels = settings.consumers, settings.channels
+    consumers, channels, width = settings.consumers, settings.channels, settings.branch_channels
 
     def factorise() -> decompose.AxisSplit:
-        slices = [_rows(c, layer.weight.detach(), settings.branch_channels) for c, layer in zip(consumers, layers)]
+        slices = [_rows(each, layer.weight.detach(), width) for each, layer in zip(consumers, layers)]
         try:
             return decompose.split_spectrum(torch.cat(slices)).truncate(channels)
         except RefusedError as error:
@@ -207,12 +207,10 @@ def _narrow_layer(
     bench: Bench, settings: ProjectSettings, consumer: Consumer, layer: WeightedModule, new: Tensor | None
 ) -> None:
     """Gives a consumer fewer input channels; its slice is ``new``, or fresh where that is None."""
-    spec, start = consumer.layer, consumer.offset
-    gone = (settings.branch_channels - settings.channels) * consumer.repeat
-    old_end = start + settings.branch_channels * consumer.repeat
-    narrower, new_end, old = replace(spec, in_channels=spec.in_channels - gone), old_end - gone, layer.weight
+    spec, start, old = consumer.layer, consumer.offset, layer.weight
+    old_end, new_end = (start + n * consumer.repeat for n in (settings.branch_channels, settings.channels))
+    narrower, axis = replace(spec, in_channels=spec.in_channels + new_end - old_end), 0 if spec.transposed else 1
     smaller = layer_like(old, consumer.path, narrower, initialised=True)
-    axis = 0 if spec.transposed else 1
     if not old.is_meta:
         with torch.no_grad():
             source, target = old.movedim(axis, 0), smaller.weight.movedim(axis, 0)
