@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ..core.errors import UsageError
+from ..core.errors import UsageError, first_line
 from ..core.files import read_text
 from ..core.text import did_you_mean
 
@@ -58,10 +58,10 @@ def _read() -> tuple[str, dict[str, object]]:
             data = tomllib.loads(read_text(Path(file)))
         except FileNotFoundError:
             continue
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            if file == SHARED and not isinstance(error, tomllib.TOMLDecodeError):
+        except (OSError, ValueError, RecursionError) as error:  # no TOML, too deep, a number of thousands of digits
+            if file == SHARED and isinstance(error, (OSError, UnicodeDecodeError)):
                 continue
-            raise UsageError(f"{file} cannot be read: {error}", where=file) from None
+            raise UsageError(f"{file} cannot be read: {first_line(error)}", where=file) from None
         shared = data.get("tool")
         tables = data if file == OWN else shared.get("pwrewrite") if isinstance(shared, dict) else None
         if isinstance(tables, dict):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -144,6 +145,29 @@ def test_crafted_names_reach_no_terminal_and_no_command(run: Run, folder: Path) 
         assert "\x07" not in text
     github = run("check", "net.py", "--baseline", "evil.json", "--max-params", "1", "--format", "github").stdout
     assert all(line.startswith(("::error ", "::notice ", "::warning ")) for line in github.splitlines())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: "[" * 100_000,
+        lambda data: json.dumps({**data, "layers": [1, 2]}),
+        lambda data: json.dumps(
+            {**data, "layers": [{**data["layers"][0], "path": {"a": 1}}], "modules": [{"path": []}]}
+        ),
+        lambda data: json.dumps({**data, "layers": [{**data["layers"][0], "in_channels": "9" * 5000}]}),
+        lambda data: json.dumps(data).replace('"macs": ', '"macs": NaN, "x": '),
+        lambda data: '{"schema": "pwrewrite.analysis/1", "totals": {"macs": ' + "9" * 100_000 + "}}",
+    ],
+    ids=["deep", "numbers", "dicts", "digits", "nan", "huge"],
+)
+def test_a_crafted_analysis_is_refused(run: Run, folder: Path, change: Callable[[Any], str]) -> None:
+    run("analyze", "net.py", "--format", "json", "--output", "main.json")
+    (folder / "evil.json").write_text(change(json.loads((folder / "main.json").read_text())))
+    result = run("diff", "evil.json", "main.json")
+    assert result.exit_code == 2
+    assert "internal error" not in result.stderr
+    assert len(result.stderr) < 2_000
 
 
 def test_the_fixture_of_pytest(pytester: pytest.Pytester) -> None:

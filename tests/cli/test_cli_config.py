@@ -58,6 +58,9 @@ def test_other_commands_and_files_without_our_table_are_left_alone(run: Run, fol
         ("[check]\nmax-params = 1979-05-27\n", "no value of an option"),
         ("[check]\nmax-params = 'many'\n", "--max-params is not a number"),
         ("[check]\ndebug = true\n", "no such option of check: debug"),
+        (f"[check]\nmax-params = {'[' * 5000}{']' * 5000}\n", "pwrewrite.toml cannot be read"),
+        (f"[check]\nmax-params = {'9' * 5000}\n", "pwrewrite.toml cannot be read"),
+        ('["\\u001b[2J"]\nx = 1\n', "no such command"),
         ("[analyze]\nsort = 'colour'\n[check]\nmax-params = '1k'\n", ""),
     ],
 )
@@ -67,6 +70,8 @@ def test_what_makes_no_sense_is_said(run: Run, folder: Path, text: str, says: st
     assert result.exit_code in ((1, 2) if not says else (2,))
     assert says in result.stderr
     assert "Traceback" not in result.stderr
+    assert "internal error" not in result.stderr
+    assert "\x1b[2J" not in result.stderr
     assert run("check", "--help").exit_code == 0
 
 
