@@ -29,6 +29,7 @@ from ..forms.weighted import WeightedLayer
 from ..passes import FORM_PASSES, LayerPass
 from ..passes.base import chosen, estimate_chain, scope_of, spec_of, weight_of
 from .allocate import Option
+from .fitting import off_mean
 from .latency import LatencyTable, Variant
 from .running import Say
 from .statistics import Statistics, level_of
@@ -109,15 +110,19 @@ class ReplaceableLayers:
         """Paths of modules that are called several times."""
         return {layer.path for layer, _ in self.layers if len(layer.calls) > 1 and not layer.functional}
 
-    def weighted(self, path: str, weight: Tensor, statistics: Statistics | None) -> WeightedLayer:
-        """A layer's kernel in the norm of its statistics, off the mean where a refit makes up for that."""
+    @cached_property
+    def _off_mean(self) -> set[str]:
+        return off_mean(self.capture)
+
+    def weighted(self, path: str, weight: Tensor, statistics: Statistics | None, fitted: bool = True) -> WeightedLayer:
+        """A layer's kernel in the norm of its statistics, off the mean where a fit will make up for it."""
         spec, multiple = self.specs[path], self.budget.multiple
         if statistics is None:
             weighted = WeightedLayer(weight, spec, None, None, multiple=multiple)
         else:
             layer, positions = statistics.layers[path], statistics.positions(path)
-            biased = path not in self.functions and (path not in self.repeated or spec.bias)
-            centred = self.budget.refit != "none" and biased
+            made_up = spec.bias or (path not in self.repeated and path in self._off_mean)
+            centred = fitted and self.budget.refit != "none" and path not in self.functions and made_up
             inputs = layer.input_moment(centred=centred)
             if inputs is None:  # too large to be kept: its mean square stands for it
                 positions *= layer.level(centred)

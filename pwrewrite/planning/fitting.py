@@ -51,11 +51,12 @@ def fit_steps(
     once = {layer.path for layer in captured.layers if len(layer.calls) == 1}
     planned = [op.path for op in plan.ops if op.action == "factorize" and op.path in specs and op.path in once]
     paths = [path for path in planned if isinstance(_module(rewritten, path), Factorized)]
-    sums, targets = residuals(captured, paths), dict[str, Target]()
+    sums, unseen, targets = residuals(captured, paths), off_mean(captured), dict[str, Target]()
     for path in paths:
         weight = cast(Tensor, captured.model.get_submodule(path).weight).detach()
         gradients = None if statistics is None else statistics.layers[path].gradient_moment()
-        targets[path] = Target(path, specs[path], weight, gradients, sums.get(path), factors)
+        centred = specs[path].bias or path in unseen
+        targets[path] = Target(path, specs[path], weight, gradients, sums.get(path), factors, centred)
     order: list[str] = []
     for node in captured.graph.nodes:
         facts = info(node)
@@ -72,6 +73,29 @@ def fit_steps(
             if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
                 steps.append(path)
     return steps
+
+
+def off_mean(capture: Capture) -> set[str]:
+    """Paths of modules of whose output nothing sees a shift of the mean: all of it goes, sums included, to norms.
+
+    These are batch norms whose running mean can follow, and instance norms. A group norm takes off the mean of a group,
+    and a shift of one channel against another shows.
+    """
+    modules = dict(capture.model.named_modules())
+    calls = Counter(info(node).path for node in capture.graph.nodes if info(node).op == "batch_norm")
+    unseen: set[fx.Node] = set()
+    for node in reversed(capture.graph.nodes):
+        for user in node.users:
+            facts = info(user)
+            norm = modules.get(facts.path) if facts.op == "batch_norm" and calls[facts.path] == 1 else None
+            follows = isinstance(norm, _BatchNorm) and norm.running_mean is not None
+            passes = facts.op == "add" or facts.op in _IDENTITIES
+            if not (follows or facts.op == "instance_norm" or (passes and user in unseen)):
+                break
+        else:
+            unseen.add(node)
+    layers = [node for node in capture.graph.nodes if node.op == "call_module"]
+    return {str(node.target) for node in layers} - {str(node.target) for node in layers if node not in unseen}
 
 
 def shift_biases(

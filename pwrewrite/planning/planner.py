@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from ..core.plan import Op, Plan
 from ..decompose import Factors
 from ..engines.timing import NOISY, time_models
 from ..forms import FORMS
+from ..layers.factorized import Factorized
 from .allocator import Allocator, Choice
 from .batches import Batches
 from .budget import Limit
@@ -33,8 +35,8 @@ from .cache import read_statistics, statistics_file, write_statistics
 from .candidates import ReplaceableLayers, make_candidates, timed
 from .fitting import fit_steps, shift_biases
 from .latency import MEASURED, Conditions, LatencyTable, time_plan
-from .outputs import kind_of_outputs, scoring
-from .refit import refit
+from .outputs import FAR, compare, kind_of_outputs, scoring
+from .refit import Target, refit
 from .room import Room, samples_in_run
 from .running import Say, device_of, evaluating, run_seeded
 from .spill import Spill
@@ -243,9 +245,12 @@ class Planner:
 
     def decomposer(self, op: Op, weight: Tensor) -> Factors | None:
         """The factors of an op in the norm of the statistics; None where there are none of its layer."""
+        return self._factors(op, weight)
+
+    def _factors(self, op: Op, weight: Tensor, fitted: bool = True) -> Factors | None:
         if op.path not in self.replaceable.specs or self.settings.sensitivity == "weights":
             return None
-        weighted = self.replaceable.weighted(op.path, weight, self.statistics)
+        weighted = self.replaceable.weighted(op.path, weight, self.statistics, fitted)
         return FORMS[op.settings["form"]].fit(weighted, op.settings["widths"], op.settings.get("axes"))
 
     def refit(self, rewritten: nn.Module, plan: Plan) -> dict[str, float]:
@@ -266,10 +271,45 @@ class Planner:
         if not steps:
             return {}
         room = Room(self.captured, self.batches.samples)
+        modules = [rewritten.get_submodule(step if isinstance(step, str) else step.path) for step in steps]
+        state = [(t, t.detach().clone()) for module in modules for t in (*module.parameters(), *module.buffers())]
         chunks, spill = room.first(self.batches.calibration()), Spill(room.memory) if room.spilled else None
         errors = refit(self.model, rewritten, steps, chunks, self.say, seed=self.settings.seed, spill=spill)
         self.notes += room.notes()
-        return errors
+        return errors if self._fit_helps(rewritten, plan, steps, state) else {}
+
+    def _fit_helps(
+        self,
+        rewritten: nn.Module,
+        plan: Plan,
+        steps: Sequence[Target | str],
+        state: Sequence[tuple[Tensor, Tensor]],
+    ) -> bool:
+        """Whether a fitted model loses less on held-out inputs than without a fit; where not, it becomes that one.
+
+        A loss near the predicted one needs no second look. ``state``: the tensors that were fitted, and what they were.
+        """
+        assert self.batches is not None
+        fitted = compare(self.model, rewritten, self.batches.held_out(), self.outputs).loss
+        predicted = plan.budget.get("predicted_loss") if self.settings.sensitivity == "loss" else None
+        if predicted is not None and fitted <= FAR * predicted:
+            return True
+        after = [tensor.detach().clone() for tensor, _ in state]
+        weights = {step.path: step.weight for step in steps if isinstance(step, Target)}
+        with torch.no_grad():
+            for tensor, before in state:
+                tensor.copy_(before)
+        for op in plan.ops:
+            factors = self._factors(op, weights[op.path], fitted=False) if op.path in weights else None
+            if factors is not None:
+                cast(Factorized, rewritten.get_submodule(op.path)).load_factors(factors, None)
+        if compare(self.model, rewritten, self.batches.held_out(), self.outputs).loss < fitted:
+            self.notes.append("fitting made the held-out loss larger, and was taken back")
+            return False
+        with torch.no_grad():
+            for (tensor, _), value in zip(state, after):
+                tensor.copy_(value)
+        return True
 
 
 def _checked(budget: Budget, calibrated: bool) -> Budget:

@@ -4,7 +4,7 @@ Layer by layer, in the order in which they run, with everything before already f
 gives a layer to read, ``y`` what the original's layer writes. The linear map that is nearest to the original outputs is
 the regularised least-squares one,
 
-    Ŵ = W + (E[y x̃ᵀ] − W E[x̃ x̃ᵀ]) (E[x̃ x̃ᵀ] + λ)⁻¹        (centred; the bias makes up for the means)
+    Ŵ = W + (E[y x̃ᵀ] − W E[x̃ x̃ᵀ]) (E[x̃ x̃ᵀ] + λ)⁻¹        (centred where a bias or norm makes up for the means)
 
 and the chain takes its best approximation in the norm of ``E[x̃ x̃ᵀ]`` and of the output gradients: reduced-rank
 regression (Izenman 1975; Zhang et al. 2016, *Accelerating very deep convolutional networks*, for one of the forms).
@@ -76,6 +76,7 @@ class Target:
     gradients: Tensor | None
     residual: Residual | None = None
     factors: bool = True
+    centred: bool = True
 
 
 class _Moments:
@@ -221,6 +222,8 @@ def _gather_moments(
 def _fit_layer(target: Target, module: Factorized, moments: _Moments) -> float:
     """Fits a layer to the outputs of the original, from what the rewritten model reads; its weights' relative error."""
     xx, yx, x, y = moments.centred()
+    if not target.centred:
+        xx, yx = xx + x[:, :, None] * x[:, None, :], yx + y[:, :, None] * x[:, None, :]
     weighted = WeightedLayer(target.weight, target.spec, xx, target.gradients)
     root = torch.linalg.cholesky(xx + (RIDGE + 0.02 * xx.shape[-1] / max(moments.count, 1)) * level_of(xx))
     kernel = weighted.rows + torch.cholesky_solve((yx - weighted.rows @ xx).mT, root).mT

@@ -14,12 +14,16 @@ from torch.nn import functional as F
 
 from pwrewrite.capturing import capture
 from pwrewrite.core.convolution import ConvSpec
+from pwrewrite.core.options import Budget
+from pwrewrite.edit.apply import carry_out
 from pwrewrite.forms import FORMS
 from pwrewrite.forms.specs import linear_spec
 from pwrewrite.forms.weighted import WeightedLayer
 from pwrewrite.layers.factorized import build
-from pwrewrite.planning.fitting import residuals, shift_biases
+from pwrewrite.planning.budget import budgets_of
+from pwrewrite.planning.fitting import off_mean, residuals, shift_biases
 from pwrewrite.planning.lockstep import Lockstep
+from pwrewrite.planning.planner import Planner
 from pwrewrite.planning.refit import Residual, Target, refit
 from pwrewrite.planning.statistics import Gathering, gather
 from pwrewrite.workflows.rewrite import rewrite
@@ -100,6 +104,39 @@ def test_residual_branches_are_found(model: Net) -> None:
         "blocks.0.conv2": Residual("blocks.0.bn2", ("blocks.0.conv1", "input")),
         "blocks.1.conv2": Residual("blocks.1.bn2", ("blocks.1.conv1", "input")),
     }
+
+
+class Unmended(nn.Module):
+    """Layers without biases before a group norm, before nothing and, in a sum, before a batch and an instance norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped, self.group = nn.Conv2d(3, 24, 3, padding=1, bias=False), nn.GroupNorm(4, 24)
+        self.bare, self.out = (nn.Conv2d(24, n, 3, padding=1, bias=False) for n in (24, 4))
+        self.left, self.right = (nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(2))
+        self.batch, self.instance = nn.BatchNorm2d(4), nn.InstanceNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.out(self.bare(self.group(self.grouped(x + 1)).relu() + 1).relu())
+        total = self.left(x) + self.right(x)
+        return x + self.batch(total) + self.instance(total)
+
+
+def test_the_mean_is_taken_off_where_a_norm_makes_up_for_it(model: Net) -> None:
+    assert off_mean(capture(model, inputs()[0][0][0])) >= {"blocks.0.conv1", "blocks.1.conv1"}
+    convolutions = {"grouped", "bare", "out", "left", "right"}
+    assert off_mean(capture(Unmended().eval(), inputs()[0][0][0])) & convolutions == {"left", "right"}
+
+
+def test_what_nothing_makes_up_for_keeps_its_mean() -> None:
+    torch.manual_seed(0)
+    original = Unmended().eval()
+    planner = Planner(original, inputs()[0][0][0], [args[0] for args, _ in inputs()], Budget(forms=("expand",)))
+    plan = planner.choose(budgets_of({"macs": 0.5})).plan
+    changed = carry_out(original, plan, decomposer=planner.decomposer).model
+    plain = distance(original, changed)
+    assert planner.refit(changed, plan)
+    assert distance(original, changed) < plain
 
 
 def test_fitting_comes_nearer_on_inputs_it_has_not_seen(model: Net) -> None:

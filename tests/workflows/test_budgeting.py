@@ -16,6 +16,7 @@ from pwrewrite import Plan, Rewritten, passes
 from pwrewrite.core.errors import PlanError, RefusedError, UsageError
 from pwrewrite.core.options import Budget
 from pwrewrite.core.plan import SkipReason
+from pwrewrite.planning import planner
 from pwrewrite.planning.budget import budgets_of
 from pwrewrite.planning.planner import Planner
 from pwrewrite.workflows.budget import search
@@ -265,6 +266,27 @@ def test_a_result_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
         assert torch.equal(loaded(x), result.model(x))
     assert Plan.read(tmp_path / "out" / "plan.json").budget == result.plan.budget
     assert '"budget"' in (tmp_path / "out" / "report.json").read_text()
+
+
+def test_a_fit_that_does_harm_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = made("plain")
+    plain = pwrewrite.rewrite(model, inputs, budget={"macs": 0.6}, calibration=batches(), refit="none")
+    real = planner.refit
+
+    def spoiled(original: nn.Module, rewritten: nn.Module, *args: Any, **kwargs: Any) -> dict[str, float]:
+        errors = real(original, rewritten, *args, **kwargs)
+        with torch.no_grad():
+            for path in errors:
+                for parameter in rewritten.get_submodule(path).parameters():
+                    parameter.mul_(1.5)
+        return errors
+
+    monkeypatch.setattr(planner, "refit", spoiled)
+    result = pwrewrite.rewrite(model, inputs, budget={"macs": 0.6}, calibration=batches(), verify=False)
+    assert "fitting made the held-out loss larger, and was taken back" in result.report.notes
+    assert result.report.budget is not None
+    assert plain.report.budget is not None
+    assert result.report.budget.measured == pytest.approx(plain.report.budget.measured, rel=0.5)
 
 
 def test_what_is_rewritten_already_is_left() -> None:
