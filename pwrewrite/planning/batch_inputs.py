@@ -75,10 +75,7 @@ def sort_out(batch: object, number: int, args: Args, kwargs: Kwargs) -> tuple[Ba
     """Tells the inputs in a batch from what comes beside them, by the example inputs.
 
     Returns:
-        The batch, and a note on what of it was left out.
-
-    Raises:
-        UsageError: It has fewer inputs, or other names, than the example.
+        The batch, and a note on what of it was left out; one with fewer inputs or other names is refused.
     """
     named: Kwargs = {}
     values: Args = ()

@@ -38,9 +38,6 @@ def fit_steps(
     """The layers to fit, which a plan replaced and which are called once, and the norms behind the first of them.
 
     Args:
-        captured: The original.
-        rewritten: The model with the plan carried out.
-        plan: The plan.
         specs: Shape facts of the layers that may be fitted.
         statistics: Where the gradients are; None for none.
         factors: Whether the factors are fitted, or the biases and norms only.

@@ -125,8 +125,6 @@ class Lockstep:
     """Forwards of one model on several chunks; a context manager that ends them and takes its hooks off.
 
     Args:
-        model: The model.
-        chunks: The inputs.
         before: Paths of modules before which to stop, with the input.
         behind: Paths of modules behind which to stop, with the output.
         record: Path and ``input`` or ``output`` of modules whose tensor is put into `Forward.recorded` in passing.

@@ -53,13 +53,9 @@ class Planner:
     """A model, calibrated; it stays as it is.
 
     Args:
-        model: The model.
-        inputs: Example inputs.
         calibration: Any iterable of inputs, or `Batches`; None to plan by the weights alone.
         settings: Which limits and forms, and how to fit.
         size: Use at most so many calibration inputs.
-        say: Called at each step, with the part of it that is done.
-        captured: The model's capture, where it is at hand.
 
     Attributes:
         layers: The layers that may change, with their candidates.

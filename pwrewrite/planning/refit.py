@@ -129,14 +129,10 @@ def refit(
     seed: int = 0,
     spill: Spill | None = None,
 ) -> dict[str, float]:
-    """Fits layers, biases and batch norms of a rewritten model, in place.
+    """Fits layers, biases and batch norms of a rewritten model, in place; the original stays as it is.
 
     Args:
-        original: The original; stays as it is.
-        rewritten: The rewritten model.
         steps: The layers to fit and the paths of the batch norms to re-estimate, in the order in which they run.
-        chunks: Calibration inputs.
-        say: Called at each step, with the part that is done.
         seed: Of the positions that are sampled.
         spill: Holds inputs and activations, and is at its end with this; all are in memory where None.
 

@@ -34,11 +34,7 @@ def samples_in_run(captured: Capture) -> int:
 
 
 class Room:
-    """The memory and disk for the live activations of two models that run in lock-step.
-
-    Args:
-        captured: The model.
-        samples: Of how many samples they are.
+    """The memory and disk for the live activations of two models that run in lock-step on so many samples.
 
     Attributes:
         memory: Bytes of them that may be held in memory.

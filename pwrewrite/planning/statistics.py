@@ -183,10 +183,6 @@ def gather(
     """Runs a model, which stays as it is, over calibration inputs once and sums up what its layers see.
 
     Args:
-        model: The model.
-        layers: Path and shape facts of the layers.
-        chunks: Inputs, run by run.
-        how: What is gathered, and from how much.
         start: Statistics of the first chunks, which are then passed over.
         each: Called after every chunk with the statistics by then.
 
