@@ -108,9 +108,8 @@ def _compare(old: _Operations, new: _Operations, where: str) -> None:
         said = [f"{_counted(ops)} {how}" for ops, how in ((lost, "no longer run"), (gained, "run now")) if ops]
         raise OtherOperations(f"outside of {where}, {', '.join(said)}")
     if old != new:
-        raise OtherOperations(
-            f"outside of {where}, {_counted(_named_only(old - new))} would be called with other numbers"
-        )
+        other = _counted(_named_only(old - new))
+        raise OtherOperations(f"outside of {where}, {other} would be called with other numbers")
 
 
 def _named_only(operations: _Operations) -> Counter[tuple[str, str]]:

@@ -102,8 +102,9 @@ def drops(module: nn.Module) -> bool:
     if isinstance(module, _DROPOUTS):
         return type(module).__module__ == nn.Dropout.__module__ and "forward" not in vars(module)
     kind = type(module).__name__.lower()
-    held = (*module.children(), *module.parameters(), *module.buffers())
-    if held or not ("drop" in kind or "stochasticdepth" in kind):
+    if "drop" not in kind and "stochasticdepth" not in kind:
+        return False
+    if any(True for _ in (*module.children(), *module.parameters(), *module.buffers())):
         return False
     x = torch.zeros(2, 3, 4, 4)
     try:

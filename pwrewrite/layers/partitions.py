@@ -27,8 +27,8 @@ takes the tanh approximation of GELU for GELU itself, at 1e-4)."""
 
 def worthwhile(x: Tensor, out: Tensor, weight: Tensor) -> bool:
     """Whether a call is one that a partition makes faster: on float32, short, and not itself a part of tracing."""
-    short = out.numel() * weight[0].numel() <= _MACS
-    return short and tracing.FUSER and x.dtype is torch.float32 and not tracing.tracing()
+    possible = tracing.FUSER and x.dtype is torch.float32 and not tracing.tracing()
+    return possible and out.numel() * weight[0].numel() <= _MACS
 
 
 def compiled(

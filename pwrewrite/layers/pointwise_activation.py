@@ -270,11 +270,11 @@ class PointwiseActivation(StandsForLayer, nn.Module):
             packed = self._packed = Packed(weight, bias)
         return packed.form(x.shape, lambda: kernels.pack(weight, self._how, x.shape))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Everything but what is worked out from it."""
         return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         parent: Any = super()
         parent.__setstate__({"keep_nan": False, **state})
         self._prepare()

@@ -126,8 +126,8 @@ class Bench:
             raise not_traced(op, error) from error
 
     def replace(self, old: nn.Module, new: nn.Module, path: str = "") -> tuple[str, ...]:
-        """Puts a module in another's place, under every name; returns its names beside a ``path``."""
-        aliases = tuple(name for name in names_of(self.model, old) if name != path)
+        """Puts a module in another's place, under every name; where it has a ``path``, its names beside that."""
+        aliases = tuple(name for name in names_of(self.model, old) if name != path) if path else ()
         self.model = replace_module(self.model, old, new)
         return aliases
 

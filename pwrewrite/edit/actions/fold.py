@@ -110,8 +110,8 @@ def fold_norm(bench: Bench, op: Op, settings: FoldSettings) -> Edit:
     else:
         gain, shift = (own.get("weight"), own.get("bias")) if code is None else (norm.weight, norm.bias)
         names = {key: inner + key for key in ("weight", "bias")} if code is None else code.names
-        kept = [key for key in ("weight", "bias") if getattr(norm, key) is not None]
-        renamed = {str(names[key]): (outer + key,) for key in kept}
+        keys = [key for key in ("weight", "bias") if getattr(norm, key) is not None]
+        renamed = {str(names[key]): (outer + key,) for key in keys}
     train_like(layer.weight, weight, gain)
     train_like(layer.bias, weight if old_bias is None else old_bias, shift)
     if old_bias is None:
@@ -122,10 +122,9 @@ def fold_norm(bench: Bench, op: Op, settings: FoldSettings) -> Edit:
     if code is not None:
         code.remove()
     else:
-        rest = (
-            nn.Sequential(OrderedDict((name, module.get_submodule(name)) for name in keep)) if keep else nn.Identity()
-        )
-        aliases = bench.replace(module, rest.train(module.training), op.path)
+        rest = OrderedDict((name, module.get_submodule(name)) for name in keep)
+        left: nn.Module = nn.Sequential(rest) if rest else nn.Identity()
+        aliases = bench.replace(module, left.train(module.training), op.path)
     return replace(edit, params_before=params, params_after=param_count(layer), aliases=aliases)
 
 
