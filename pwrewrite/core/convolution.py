@@ -206,9 +206,6 @@ def _padding(
 def stock_convolution(module: nn.Module) -> bool:
     """Whether ``module`` is a convolution whose forward is torch's own: replaced neither on it nor by its class."""
     base = next((base for base in CONV_MODULES if isinstance(module, base)), None)
-    return (
-        base is not None
-        and all(getattr(type(module), name, 0) is getattr(base, name, 0) for name in ("forward", "_conv_forward"))
-        and "forward" not in module.__dict__
-        and not isinstance(module, nn.modules.lazy.LazyModuleMixin)
-    )
+    if base is None or "forward" in module.__dict__ or isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return False
+    return all(getattr(type(module), name, 0) is getattr(base, name, 0) for name in ("forward", "_conv_forward"))

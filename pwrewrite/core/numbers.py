@@ -72,9 +72,8 @@ def plural(n: int, noun: str, nouns: str = "") -> str:
 
 def amount(text: str) -> tuple[Decimal, str] | None:
     """A number as a person types it (``4.1G``, ``25e6``, ``25,557,032``) and its unit as it stands; None for none."""
-    match = re.fullmatch(
-        r"([+-]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:e[+-]?\d{1,2})?)\s*(%|[^\W\d]*)", text.strip(), re.IGNORECASE
-    )
+    number = r"[+-]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:e[+-]?\d{1,2})?"
+    match = re.fullmatch(rf"(?i)({number})\s*(%|[^\W\d]*)", text.strip())
     return (Decimal(match[1].replace(",", "").replace("_", "")), match[2]) if match else None
 
 

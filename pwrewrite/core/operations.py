@@ -55,7 +55,6 @@ class Operation:
         functions: Names of torch functions and tensor methods; those with ``_`` behind work in place.
         dispatched: Names of the operations that reach the dispatcher, ``aten::`` left out.
         macs: Its cost, for functions and dispatched operations alike; None where it has no MACs.
-        kernel: The kernel that applies it behind a convolution.
         scalars: Names and defaults of the numbers that the kernel takes: attributes of the module, arguments of the
             function from the second on.
         linear: Whether it applies one linear map to every channel, so that a 1×1 convolution may move across it.
@@ -141,9 +140,8 @@ def _recurrent(args: Args, kwargs: Kwargs, out: Tensor) -> int:
 def _convolution_backward(args: Args, kwargs: Kwargs, out: Tensor) -> int:
     """The gradients of input and weight cost what the convolution costs, each where it is asked for."""
     grad, x, weight, _, stride, padding, dilation, transposed, extra, groups, mask = args
-    spec = ConvSpec.of_call(
-        weight.shape, stride, padding, dilation, groups, transposed=transposed, output_padding=extra
-    )
+    how = {"transposed": transposed, "output_padding": extra}
+    spec = ConvSpec.of_call(weight.shape, stride, padding, dilation, groups, **how)
     return spec.macs(tuple(x.shape), tuple(grad.shape)) * (bool(mask[0]) + bool(mask[1]))
 
 
@@ -205,23 +203,16 @@ def _activations() -> Iterator[Operation]:
 
 
 def _arithmetic() -> Iterator[Operation]:
-    yield from _each(
-        "elementwise",
-        "same",
-        """exp sqrt rsqrt abs log log1p expm1 sin cos erf square sign reciprocal floor ceil round clamp_min clamp_max
-        threshold""",
-    )
+    yield from _each("elementwise", "same", "exp sqrt rsqrt abs log log1p expm1 sin cos erf square sign reciprocal")
+    yield from _each("elementwise", "same", "floor ceil round clamp_min clamp_max threshold")
     yield from _each("elementwise", "same", "neg", linear=True)
     yield from _each("elementwise", "", "nan_to_num logical_not __invert__")
     yield from _each("arithmetic", "broadcast", "mul div true_divide divide multiply", linear=True)
     yield from _each("arithmetic", "broadcast", "add sub subtract pow maximum minimum __rsub__ __rdiv__ __rpow__")
-    yield from _each(
-        "arithmetic",
-        "",
-        """rsub __radd__ __rmul__ __rtruediv__ __truediv__ __floordiv__ __iadd__ __isub__ __imul__ __idiv__ __itruediv__
-        addcmul addcdiv lerp floor_divide remainder fmod where masked_fill __eq__ __ne__ __lt__ __le__ __gt__ __ge__ eq
-        ne lt le gt ge logical_and logical_or __and__ __or__ __xor__""",
-    )
+    yield from _each("arithmetic", "", "rsub __radd__ __rmul__ __rtruediv__ __truediv__ __floordiv__ __iadd__ __isub__")
+    yield from _each("arithmetic", "", "__imul__ __idiv__ __itruediv__ addcmul addcdiv lerp floor_divide remainder")
+    yield from _each("arithmetic", "", "fmod where masked_fill __eq__ __ne__ __lt__ __le__ __gt__ __ge__ eq ne lt le")
+    yield from _each("arithmetic", "", "gt ge logical_and logical_or __and__ __or__ __xor__")
 
 
 def _norms() -> Iterator[Operation]:

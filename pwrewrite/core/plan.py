@@ -253,9 +253,8 @@ class _Reader(JsonText):
             at = self.find(f'"{key}"', start, end)
             raise self.error(f"an op has no {key!r}", at, "action, path, pass, settings or estimate", key)
         numbers, names = data.get("estimate"), [f.name for f in fields(Estimate)]
-        if numbers is not None and (
-            not isinstance(numbers, dict) or {*numbers} != {*names} or any(type(n) is not int for n in numbers.values())
-        ):
+        whole = isinstance(numbers, dict) and all(type(n) is int for n in numbers.values())
+        if numbers is not None and (not whole or {*numbers} != {*names}):
             at = self.find('"estimate"', start, end)
             raise self.error("not an estimate", at, f"integers {', '.join(names)}", numbers)
         estimate = None if numbers is None else Estimate(**numbers)

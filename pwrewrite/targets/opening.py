@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import add
 from pathlib import Path
 
 import torch
@@ -177,12 +178,10 @@ def _recorded_target(folder: str, plan: Plan, trusted: bool) -> str:
     """The target of the original model that a folder's plan names, if that may be imported."""
     target = plan.model.get("target")
     if not trusted:
-        raise TargetError(
-            "a saved folder holds weights and a plan, not the model's code",
-            where=folder,
-            expected="the original model, as load(folder, model) or --model TARGET",
-            hint=f"its target was {target!r}; --trust-target (trust_target=True) imports that, which runs its code",
-        )
+        message = "a saved folder holds weights and a plan, not the model's code"
+        expected = "the original model, as load(folder, model) or --model TARGET"
+        hint = f"its target was {target!r}; --trust-target (trust_target=True) imports that, which runs its code"
+        raise TargetError(message, where=folder, expected=expected, hint=hint)
     if not isinstance(target, str):
         raise TargetError("the plan records no target", where=folder, hint="give the model: load(folder, model)")
     return target
@@ -204,11 +203,10 @@ def _inputs(original: nn.Module, info: TargetInfo, plan: Plan) -> tuple[ExampleI
 
 def _recorded_inputs(model: nn.Module, plan: Plan) -> tuple[ExampleInputs, tuple[str, ...]]:
     """Inputs of the shapes that a plan records."""
-    texts = [
-        (f"{item['name']}=" if item.get("name") else "") + f"{'x'.join(map(str, item['shape']))}:{item['dtype']}"
-        for item in plan.model.get("inputs") or []
-    ]
-    return resolve_inputs(model, None, texts)
+    items = plan.model.get("inputs") or []
+    names = [f"{item['name']}=" if item.get("name") else "" for item in items]
+    shapes = [f"{'x'.join(map(str, item['shape']))}:{item['dtype']}" for item in items]
+    return resolve_inputs(model, None, list(map(add, names, shapes)))
 
 
 def _with_shapes(original: nn.Module, plan: Plan) -> nn.Module:
