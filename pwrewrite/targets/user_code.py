@@ -100,9 +100,8 @@ def _locate(error: BaseException, origin: Path | None) -> str | None:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not Path(f.filename).is_relative_to(_OURS)]
     own = [f for f in frames if f.filename == str(origin)]
     near = [f for f in frames if Path(f.filename).is_relative_to(origin.parent) and "site-packages" not in f.filename]
-    for frame in [*own[-1:], *near[-1:]]:
-        return f"{frame.filename}, line {frame.lineno}" + (f": {frame.line}" if frame.line else "")
-    return None
+    lines = [f"{f.filename}, line {f.lineno}" + (f": {f.line}" if f.line else "") for f in own or near]
+    return lines[-1] if lines else None
 
 
 def _user_error(error: BaseException, what: str, origin: Path | None, hint: str | None = None) -> TargetError:
