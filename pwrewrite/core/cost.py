@@ -1,6 +1,6 @@
 """What operations cost, from shapes alone: `Cost`, `price` and `PricingMode`.
 
-The formulas stand in `pwrewrite.core.operations`. `register_formula` adds one for an operation of one's own::
+`register_formula` adds a formula of one's own to those of `pwrewrite.core.operations`::
 
     register_formula(torch.ops.mylib.correlate, lambda args, kwargs, out: out.numel() * args[1].shape[1])
 """

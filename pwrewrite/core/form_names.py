@@ -1,7 +1,4 @@
-"""The names of the forms that a layer can be factorised into.
-
-They stand here and not in `pwrewrite.forms`, so that ``--help`` can name them without importing torch.
-"""
+"""The names of forms and export formats, here so that ``--help`` can name them without importing torch."""
 
 FORM_NAMES = ("bottleneck", "reduce", "expand", "spatial", "depthwise", "pair")
 """Every form, by the name of its file in `pwrewrite.forms`, in the order in which they are shown."""

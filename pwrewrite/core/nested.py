@@ -1,11 +1,9 @@
 """Tensors in nested Python containers: finding them, rebuilding the containers around others, copying models.
 
 A container is opened one level at a time: tuples, lists, dicts and slices, mappings and sequences of the user's own,
-whatever is registered with ``torch.utils._pytree`` (many libraries register their outputs), and dataclasses and other
-plain objects by their attributes. A container that holds itself is not followed around.
-
-``torch.utils._pytree`` is private to torch and used in this file only. Where its registry is gone, what would be known
-from there alone is opened by its attributes.
+whatever is registered with ``torch.utils._pytree`` (many libraries register their outputs; it is private to torch, used
+here only, and done without where it is gone), and dataclasses and other plain objects by their attributes. A container
+that holds itself is not followed around.
 """
 
 from __future__ import annotations

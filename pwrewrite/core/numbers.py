@@ -1,8 +1,7 @@
 """Numbers as people read and type them: the one place where an integer is scaled.
 
-Counts scale by 1000 (``4.09 G``), bytes by 1024 (``97.5 MiB``), both to three significant digits. JSON and CSV never
-pass through here: they hold the integers. Reading (``4.1G``, ``1%``, ``width=32``) is the reverse; counts are read
-exactly, without a detour over floats.
+Counts scale by 1000 (``4.09 G``), bytes by 1024 (``97.5 MiB``), both to three significant digits; JSON and CSV hold the
+integers. Reading (``4.1G``, ``1%``, ``width=32``) is the reverse, exact for counts.
 """
 
 from __future__ import annotations

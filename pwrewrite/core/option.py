@@ -32,8 +32,8 @@ class Typed:
         panel: The part of the help that shows it.
         read: Makes the value of a text and the flag's name, which an error mentions; None to take the text.
         least: Smallest value of a whole number; None where it is no number.
-        gather: Makes the value of an option that may be given several times of all its values; None for a single one.
-        split: Whether one text may hold several values with commas between.
+        gather: Makes one value of all that are given, where there may be several, of which one text holds several with
+            commas between if ``split``.
     """
 
     help: str
@@ -56,7 +56,7 @@ def option(default: object, help: str, *flags: str, **typed: Any) -> Any:
     """A field of a record that is also an option of the command.
 
     ``default`` is `dataclasses.MISSING` where it must be given; what stands for the value in the help follows the last
-    of the flags, as in ``"--rank R"``; see `Typed` for all others.
+    of the flags, as in ``"--rank R"``; `Typed` tells of all others.
     """
     if isinstance(default, tuple):
         typed.setdefault("gather", tuple)

@@ -161,8 +161,7 @@ class Budget(LayerOptions):
     Attributes:
         limits: Kind to limit, ``{"macs": 0.5, "params": "12M"}``, where floats up to 1 are parts of the original; the
             same as ``macs=0.5`` texts; or a single number, which limits the MACs.
-        calibration: Any iterable of batches, or what names one. Without it the weights' own errors count, which is a
-            much poorer guide.
+        calibration: Any iterable of batches, or what names one; without it the weights' own errors are a poorer guide.
         batch: A function, or what names one, as ``preprocess`` and ``metric``.
         plan: A plan that has chosen already: only its weights are calibrated.
         metric_name: What reports call the metric; the name of its function where empty.

@@ -1,9 +1,8 @@
 """Plans: what to change in a model, as plain data and JSON.
 
 A `Plan` is an ordered list of `Op` (what to do) beside the `Skip` records (what was refused, and why). An op names a
-layer by its absolute path, says what replaces it and how wide, and holds no weights: a dry run prints the plan,
-``rewrite`` applies it and fills in weights, ``load`` applies it and fills in saved ones. The file is JSON that a person
-may edit; what does not make sense is refused with the line it stands in.
+layer by its absolute path, says what replaces it and how wide, and holds no weights: ``rewrite`` fills in new ones,
+``load`` saved ones. A person may edit the file; what does not make sense is refused with the line it stands in.
 """
 
 from __future__ import annotations

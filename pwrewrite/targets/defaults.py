@@ -1,7 +1,7 @@
 """What a model takes when nobody says: from timm, from torchvision, or from its first layer.
 
-torchvision's sizes are those of its weights' own transforms, and where these leave something open, those that reproduce
-the operation counts that torchvision publishes beside the weights:
+torchvision's sizes are those of its weights' own transforms, and else those that reproduce the operation counts that
+it publishes beside the weights:
 
 =============== =========================================== ====================================================
 family          input                                       from

@@ -1,7 +1,6 @@
-"""What an option names in a user's own Python: ``file.py:NAME`` or ``package.module:NAME``.
+"""What an option names in a user's own Python, as ``file.py:NAME`` or ``package.module:NAME``.
 
-Three options do: ``--calibration`` (an iterable of inputs, or a function that gives one), ``--preprocess`` (a function
-that makes inputs of what was stored) and ``--metric`` (a function that scores a model).
+``--calibration``, ``--preprocess``, ``--batch`` and ``--metric`` do.
 """
 
 from __future__ import annotations
