@@ -9,7 +9,6 @@ tensors themselves (``assign=True``), cast to its own dtype, tied parameters sta
 from __future__ import annotations
 
 import contextlib
-import difflib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..core.errors import WeightsError
+from ..core.text import nearest
 from .checkpoints import read_weights
 
 #: What wrappers put before every key: data parallel, ``torch.compile``, and trainers that hold a ``self.model``.
@@ -267,7 +267,7 @@ def _hint(fit: Fit) -> str:
         return f"the checkpoint has {theirs} classes and the model {ours}: --arg num_classes={theirs}"
     if 2 * fit.matched < fit.total:
         return "the checkpoint looks like it is of another model"
-    if fit.missing and (near := difflib.get_close_matches(fit.missing[0], fit.unexpected, n=1)):
+    if fit.missing and (near := nearest(fit.missing[0], fit.unexpected)):
         return f"part of the model has other names in the checkpoint ({near[0]} for {fit.missing[0]}?)"
     return "check that the target and its --arg are those that the checkpoint was saved from"
 
