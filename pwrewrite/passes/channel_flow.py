@@ -65,7 +65,7 @@ class Flow:
 
 def channel_axis(node: fx.Node) -> bool:
     """Whether a node joins tensors along axis 1, the channels of a batch."""
-    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
     shapes = [info(source).outputs[0].shape for source in node.all_input_nodes]
     return isinstance(dim, int) and all(len(shape) >= 2 and dim % len(shape) == 1 for shape in shapes)
 
@@ -173,7 +173,7 @@ class _Walk:
     def _norm(self, node: fx.Node, segment: Segment) -> Segment | None:
         path = str(node.target)
         norm = self.owners.modules[path]
-        if sum(1 for other in self.capture.graph.nodes if other.op == "call_module" and other.target == path) > 1:
+        if len(self.capture.graph.find_nodes(op="call_module", target=path)) > 1:
             return self._block(node, "is called several times")
         if segment.repeat > 1:
             return self._block(node, "normalises single positions")
@@ -203,13 +203,13 @@ def describe(node: fx.Node) -> str:
 
 def _dims(node: fx.Node, rank: int) -> tuple[int, ...]:
     """The axes that a reduction goes over."""
-    given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", ())
+    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", ())
     values = given if isinstance(given, (tuple, list)) else (given,)
     return tuple(value % rank for value in values if isinstance(value, int))
 
 
 def _zero_pad(node: fx.Node) -> bool:
     """Whether a padding commutes with a 1×1: all do but those with a constant other than 0."""
-    mode: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
-    value: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-    return mode != "constant" or value is None or value == 0
+    mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+    value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
+    return mode != "constant" or not value

@@ -56,13 +56,9 @@ class ChannelsLast(Pass):
 def _does_not_pay(layers: list[Layer], owners: Owners) -> str:
     """Why channels_last would not pay; empty where it does."""
     weight = weight_of(layers[0], owners)
-    if weight is None or weight.is_meta:
-        device, dtype = "cpu", torch.float32
-    else:
-        device, dtype = weight.device.type, weight.dtype
-    if not (
-        (device == "cpu" and dtype in CPU_DTYPES) or (device == "cuda" and dtype in (torch.float16, torch.bfloat16))
-    ):
+    real = torch.zeros(()) if weight is None or weight.is_meta else weight
+    device, dtype = real.device.type, real.dtype
+    if dtype not in {"cpu": CPU_DTYPES, "cuda": (torch.float16, torch.bfloat16)}.get(device, ()):
         return f"no kernels that want channels_last for {dtype} on {device}"
     wide = sum(layer.macs for layer in layers if max(layer.in_channels, layer.out_channels) >= _WIDE)
     total = sum(layer.macs for layer in layers) or 1

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 from torch import fx, nn
 
@@ -23,6 +22,7 @@ from ..capturing.eligibility import eligible, module_refusal
 from ..capturing.records import Capture, Layer, info
 from ..core.convolution import ConvSpec
 from ..core.plan import Estimate, Op, Skip, SkipReason
+from ..core.records import Json
 from ..edit.actions.bench import spec_of_module
 from ..forms.specs import spec_to_dict
 from ..layers.kernels import LOSES_NAN
@@ -118,12 +118,12 @@ class FusePointwiseActivation(Pass):
 
     def _activation(
         self, graph: Graph, layer: Layer, behind: list[fx.Node], act: tuple[Found, str], fused: set[fx.Node]
-    ) -> dict[str, Any] | None:
+    ) -> dict[str, Json] | None:
         """Settings for an activation behind each call of a layer."""
         (name, numbers), path = act
         if fused & set(behind) or (path and hooked(graph.modules[path])):
             return None
-        settings: dict[str, Any] = {"activation": name, "scalars": list(numbers), "nodes": set(behind)}
+        settings: dict[str, Json] = {"activation": name, "scalars": list(numbers), "nodes": set(behind)}
         if path and graph.calls_of(path) == len(behind) and _held_by_callers(graph, path, behind):
             return settings | {"remove": path}
         if path and (item := _item(graph, path, behind)) is not None:
@@ -136,7 +136,7 @@ class FusePointwiseActivation(Pass):
 
     def _addition(
         self, graph: Graph, layer: Layer, node: fx.Node, last: fx.Node, add: fx.Node, fused: set[fx.Node]
-    ) -> dict[str, Any] | None:
+    ) -> dict[str, Json] | None:
         """Settings for an addition behind a layer, and the ReLU behind that where there is one."""
         operands = [a for a in add.args[:2] if isinstance(a, fx.Node)]
         if add in fused or layer.spec is None or layer.spec.dims != 2 or len(operands) != 2:

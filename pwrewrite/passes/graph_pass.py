@@ -54,24 +54,18 @@ def as_graph_pass(pass_: Pass, example_inputs: Inputs | None = None) -> Callable
         inputs = inputs_of(graph_module) if example_inputs is None else example_inputs
         captured = capture(graph_module, inputs)
         proposals = pass_.propose(captured)
-        plan = Plan(
-            tuple(found for found in proposals if isinstance(found, Op)),
-            tuple(found for found in proposals if isinstance(found, Skip)),
-        )
-        if not plan.ops:
-            return PassResult(graph_module, False)
-        applied = carry_out(graph_module, plan, probe=probe_for(plan, captured, inputs))
-        if not applied.edits:
+        skips = tuple(p for p in proposals if isinstance(p, Skip))
+        plan = Plan(tuple(p for p in proposals if isinstance(p, Op)), skips)
+        applied = carry_out(graph_module, plan, probe=probe_for(plan, captured, inputs)) if plan.ops else None
+        if applied is None or not applied.edits:
             return PassResult(graph_module, False)
         changed = applied.model
         assert isinstance(changed, fx.GraphModule)
         changed.graph.lint()
         changed.recompile()
         before = changed.meta.get(META, {"edits": (), "skips": ()})
-        changed.meta[META] = {
-            "edits": (*before["edits"], *applied.edits),
-            "skips": (*before["skips"], *plan.skips, *applied.skips),
-        }
+        left = (*before["skips"], *skips, *applied.skips)
+        changed.meta[META] = {"edits": (*before["edits"], *applied.edits), "skips": left}
         return PassResult(changed, True)
 
     run.__name__ = run.__qualname__ = pass_.name

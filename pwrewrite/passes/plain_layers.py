@@ -25,18 +25,15 @@ class BakeWeights(Pass):
         """See `Pass.propose`."""
         ops: list[Proposal] = []
         for path, module in capture.model.named_modules():
-            computed = computed_weights(module)
-            if not computed:
+            if not (computed := computed_weights(module)):
                 continue
-            inner = f"{path}." if path else ""
-            nodes = [info(node) for node in capture.graph.nodes]
+            inner, nodes = f"{path}." if path else "", map(info, capture.graph.nodes)
             macs = sum(node.cost.macs for node in nodes if node.path == path or node.path.startswith(inner))
             own = sum(layer.macs for layer in capture.layers if layer.path == path or layer.path.startswith(inner))
-            before = sum(parameter.numel() for parameter in module.parameters())
-            plain = [name for name, _ in module.named_parameters() if not any(key in name for key in computed)]
-            after = sum(module.get_parameter(name).numel() for name in plain)
-            after += sum(getattr(module, name).numel() for name in computed)
-            ops.append(Op("bake", path, self.name, {"weights": list(computed)}, Estimate(before, after, macs, own)))
+            plain = {name: p for name, p in module.named_parameters() if not any(key in name for key in computed)}
+            after = sum(t.numel() for t in (*plain.values(), *(getattr(module, name) for name in computed)))
+            estimate = Estimate(sum(p.numel() for p in module.parameters()), after, macs, own)
+            ops.append(Op("bake", path, self.name, {"weights": list(computed)}, estimate))
         return ops
 
 

@@ -2,18 +2,14 @@
 
 Both models are tried on copies, seeded, and compared in what can be observed: what they return (structure, shapes,
 dtypes, values) in both modes and at several batch and spatial sizes, what they cost, whether they save, reload and
-learn. Static checks come from captures, which compute nothing. The real runs are few: one on the example, one at a
-larger batch, two at other spatial sizes, one of the reloaded model, and one forward and backward in training, which
-for costly models takes the smaller spatial size. In all that takes as long as some 20 forward passes of VGG-16, 30
-where a float64 copy is the reference, and 40 to 60 of a small classifier, whose eight further samples are most of it.
+learn. Static checks come from captures, which compute nothing. The real runs are few: in all they take as long as some
+20 forward passes of VGG-16, 30 where a float64 copy is the reference, and 40 to 60 of a small classifier. How much two
+outputs may differ is argued in `numerics`.
 
-How much two outputs may differ is argued in `numerics`; how the layer to blame is found, in `divergence`.
-
-Limits. Values are compared where the models run, on random or given inputs: equal there is evidence, not
-proof. A branch that the random weights make negligible (a layer scale of 1e-6) hides its own mistakes. Where
-sizes depend on values (detection), only structure and dtypes are compared for those sizes; where values decide
-*which* results come out (the best thousand boxes), rounding alone reorders them, and if the outputs differ the
-layers before are compared instead.
+Limits. Values are compared where the models run, on random or given inputs: equal there is evidence, not proof. A
+branch that the random weights make negligible (a layer scale of 1e-6) hides its own mistakes. Where sizes depend on
+values (detection), only structure and dtypes are compared for those sizes; where values decide *which* results come out
+(the best thousand boxes), rounding alone reorders them, and if the outputs differ the layers before are compared.
 """
 
 from __future__ import annotations
@@ -67,7 +63,7 @@ def verify(original: nn.Module, rewritten: nn.Module, example_inputs: Inputs, **
     >>> proof.passed, proof.failures[0].name
     (False, 'shapes (static)')
     """
-    for model, name in ((original, "original"), (rewritten, "rewritten")):
+    for model, name in (original, "original"), (rewritten, "rewritten"):
         if not isinstance(model, nn.Module):
             raise InputError(f"{name} is not a model", expected="a torch.nn.Module", got=type(model).__name__)
     known = from_keywords(Options, options)
@@ -84,16 +80,8 @@ def verify(original: nn.Module, rewritten: nn.Module, example_inputs: Inputs, **
         agreement = results.agree / results.samples
         words = f"; the largest output agrees on {results.agree} of {results.samples} samples"
         checks = tuple(replace(c, detail=c.detail + words) if c.name == "numerics (eval)" else c for c in checks)
-    return Verification(
-        checks,
-        results.error,
-        agreement,
-        results.diverges_at,
-        tuple(results.notes),
-        results.samples,
-        known.exact_in("eval"),
-        bound,
-    )
+    notes, exact = tuple(results.notes), known.exact_in("eval")
+    return Verification(checks, results.error, agreement, results.diverges_at, notes, results.samples, exact, bound)
 
 
 def _checked(context: Context) -> Results:

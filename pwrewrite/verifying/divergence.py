@@ -60,12 +60,6 @@ def watch(
     return None if outcome.ran else entered[-1] if entered else ROOT
 
 
-def common_paths(original: nn.Module, rewritten: nn.Module) -> set[str]:
-    """Paths that lead to a module in both; plain sequences repeat what their last part says."""
-    names = {path for path, module in original.named_modules() if path and type(module) is not nn.Sequential}
-    return names & {path for path, _ in rewritten.named_modules()}
-
-
 def layer_differences(
     original: nn.Module,
     rewritten: nn.Module,
@@ -81,7 +75,8 @@ def layer_differences(
     where shapes differ or only it has NaN or Inf) in layers that both call equally often, the reference's, and the
     module in which the rewritten model raised.
     """
-    paths = common_paths(original, rewritten)
+    names = {path for path, module in original.named_modules() if path and type(module) is not nn.Sequential}
+    paths = names & {path for path, _ in rewritten.named_modules()}  # plain sequences repeat what their last part says
     outputs: dict[Key, list[Tensor]] = {}
 
     def keep(key: Key, output: object) -> None:

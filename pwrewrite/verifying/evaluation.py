@@ -108,16 +108,7 @@ def _sizes_by_value(
     original, seed, free = context.original, context.options.seed, set(context.free)
     noisy, smaller = noisy_copy(original, 0.1, seed), noisy_copy(original, 0.0, seed, scale=0.9)
     first, second, third = (context.draws.draw(variant=variant) for variant in (1, 2, 3))
-    shapes = _shapes(inputs)
-    tries = [(original, first), (noisy, inputs), (smaller, inputs), (noisy, second), (original, third)]
-    for model, tried in tries:
-        if _shapes(tried) != shapes:
-            continue
-        if wanted <= free:
-            break
-        free |= varying(before, context.run(model, tried).output)
+    for model, tried in (original, first), (noisy, inputs), (smaller, inputs), (noisy, second), (original, third):
+        if flatten(tried).shapes == flatten(inputs).shapes and not wanted <= free:
+            free |= varying(before, context.run(model, tried).output)
     return frozenset(free)
-
-
-def _shapes(inputs: Arguments) -> list[tuple[int, ...]]:
-    return [tuple(t.shape) for t in flatten(inputs).tensors.values()]

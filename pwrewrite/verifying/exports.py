@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,7 +21,7 @@ from ..core.errors import PwrewriteError, RefusedError
 from ..core.nested import tensors_of
 from ..core.numbers import dims
 from ..engines.exporting import Axes, Call, Format, Program, Run
-from .divergence import ROOT, watch
+from .divergence import ROOT, Key, watch
 from .inputs import Draws, copied
 from .numerics import exact_limits, relative_difference
 from .outputs import Flat, dtype_text, flatten
@@ -150,14 +150,14 @@ class _Recorder(fx.Interpreter):
         super().__init__(module)
         self.kept: dict[fx.Node, Tensor] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)
         if isinstance(value, Tensor) and n.op == "call_function":
             self.kept[n] = value.clone()
         return value
 
 
-def first_difference(program: Program, form: Format, folder: Any, expected: Expected) -> str | None:
+def first_difference(program: Program, form: Format, folder: Path, expected: Expected) -> str | None:
     """The first layer at which the exported program departs from the model, else the first node of the runtime's graph.
 
     None where what a runtime computes inside is not known, or all of it agrees.
@@ -203,7 +203,7 @@ def _departs_from_model(
     real: dict[str, list[Tensor]] = {}
     paths = [path for path, _ in program.model.named_modules() if path in last]
 
-    def see(key: tuple[str, int], output: Any) -> None:
+    def see(key: Key, output: object) -> None:
         real.setdefault(key[0], []).extend(t.clone() for t in flatten(output).tensors.values())
 
     watch(program.model, paths, expected.call, 0, False, see)

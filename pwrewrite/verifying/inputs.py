@@ -11,17 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..capturing import Inputs, split_inputs
-from ..core.nested import map_tensors
+from ..core.nested import Args, Kwargs, Tree, map_tensors
 from ..core.numbers import dims
 from .outputs import flatten
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[Args, Kwargs]
 
 #: Other spatial sizes, by name: from the distance to the last dim and the size to the new size.
 SIZES: dict[str, Callable[[int, int], int]] = {
@@ -136,7 +135,7 @@ class Draws:
         def convert(t: Tensor) -> Tensor:
             return make(t, shape(t))
 
-        def item(value: Any) -> Any:
+        def item(value: Tree) -> Tree:
             images = self.images
             if batch and images and isinstance(value, (list, tuple)) and [*map(id, value)] == [*map(id, images)]:
                 return type(value)(convert(images[i % len(images)]) for i in range(batch))

@@ -31,6 +31,11 @@ class Flat:
         """The tensors with floating or complex values."""
         return {p: t for p, t in self.tensors.items() if t.dtype.is_floating_point or t.dtype.is_complex}
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors' shapes."""
+        return {path: tuple(t.shape) for path, t in self.tensors.items()}
+
     def describe(self) -> str:
         """One line: ``1×1000 float32, 1×10 int64``."""
         shown = [f"{dims(t.shape)} {dtype_text(t.dtype)}" for t in list(self.tensors.values())[:4]]
@@ -44,7 +49,8 @@ def dtype_text(dtype: torch.dtype) -> str:
 
 
 def flatten(
-    value: Any, leaf: Callable[[Any], Any] = lambda value: value if isinstance(value, Tensor) else None
+    value: object,
+    leaf: Callable[[object], Tensor | TensorSpec | None] = lambda value: value if isinstance(value, Tensor) else None,
 ) -> Flat:
     """Flattens a nested value; ``leaf`` gives the tensor or spec that a value stands for, None where for none."""
     flat = Flat()
@@ -52,13 +58,15 @@ def flatten(
     return flat
 
 
-def _flatten(value: Any, path: str, flat: Flat, leaf: Callable[[Any], Any], depth: int) -> None:
+def _flatten(
+    value: object, path: str, flat: Flat, leaf: Callable[[object], Tensor | TensorSpec | None], depth: int
+) -> None:
     tensor = leaf(value)
     if tensor is not None:
         flat.kinds[path], flat.tensors[path] = "tensor", tensor
         return
     name = type(value).__qualname__
-    items: list[tuple[str, Any]] = []
+    items: list[tuple[str, object]] = []
     if isinstance(value, Mapping):
         items = [(f"[{key!r}]", item) for key, item in value.items()]
         name += f" of {', '.join(repr(key) for key in value)}"
@@ -81,7 +89,7 @@ def flatten_captured(capture: Capture) -> Flat:
     node = next(n for n in capture.graph.nodes if n.op == "output")
     specs = iter(info(node).inputs)
 
-    def leaf(value: Any) -> TensorSpec | None:
+    def leaf(value: object) -> TensorSpec | None:
         return next(specs) if isinstance(value, fx.Node) else None
 
     return flatten(node.args[0], leaf)
@@ -89,11 +97,8 @@ def flatten_captured(capture: Capture) -> Flat:
 
 def differences(before: Flat, after: Flat, free: Collection[tuple[str, int]] = ()) -> list[str]:
     """Sentences on what differs in structure, shape or dtype; sizes in ``free``, ``(path, dim)``, may differ."""
-    problems = []
-    for path, kind in before.kinds.items():
-        now = after.kinds.get(path, "nothing")
-        if now != kind:
-            problems.append(f"output{path} was a {kind}, now {now}")
+    now = {path: after.kinds.get(path, "nothing") for path in before.kinds}
+    problems = [f"output{path} was a {k}, now {now[path]}" for path, k in before.kinds.items() if now[path] != k]
     problems += [f"output{path} is new: {kind}" for path, kind in after.kinds.items() if path not in before.kinds]
     for path, old in before.tensors.items():
         new = after.tensors.get(path)
