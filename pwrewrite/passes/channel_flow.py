@@ -212,4 +212,4 @@ def _zero_pad(node: fx.Node) -> bool:
     """Whether a padding commutes with a 1×1: all do but those with a constant other than 0."""
     mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
     value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-    return mode != "constant" or not value
+    return str(mode) != "constant" or not value

@@ -71,23 +71,14 @@ class FoldBatchNorm(Pass):
 
 @dataclass(frozen=True)
 class _Norm:
-    """One call of a norm.
+    """One call of a norm."""
 
-    Attributes:
-        path: Its path; that of its mean where it is a function call.
-        source: What it reads.
-        last: The node that makes its output, up to the norm itself.
-        tensors: Its running mean and variance, and what else it computes with.
-        keep: Names of its children that run behind the norm.
-        code: Settings of a function call: ``tensors``, ``eps`` and ``scope``; of a norm written out: ``affine``.
-    """
-
-    path: str
-    source: object
-    last: fx.Node
-    tensors: Sequence[object]
-    keep: tuple[str, ...] = ()
-    code: dict[str, Json] = field(default_factory=dict)
+    path: str  # that of its mean where it is a function call
+    source: object  # what it reads
+    last: fx.Node  # what makes its output
+    tensors: Sequence[object]  # its running mean and variance, and what else it computes with
+    keep: tuple[str, ...] = ()  # names of its children that run behind the norm
+    code: dict[str, Json] = field(default_factory=dict)  # further settings: of a function call, or ``affine``
 
     @property
     def channels(self) -> int:

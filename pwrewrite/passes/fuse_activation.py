@@ -218,10 +218,7 @@ def _callers(node: fx.Node) -> list[str]:
 
 
 def _item(graph: Graph, path: str, calls: Sequence[fx.Node]) -> str | None:
-    """The name under which a ``Sequential`` holds an activation that others share, where these are all its calls of it.
-
-    That item may become an identity while the others keep the activation.
-    """
+    """The item of a ``Sequential`` that may become an identity, for an activation that others share, of these calls."""
     owners = {tuple(_callers(node)[-1:]) for node in calls}
     owner = owners.pop()
     container = graph.modules.get(owner[0]) if owner else None

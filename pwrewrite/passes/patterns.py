@@ -73,10 +73,7 @@ class Graph:
         return node
 
     def activation(self, node: fx.Node) -> tuple[Found, str] | None:
-        """The activation that a node is, and the path of its module.
-
-        The path is empty for a function that other code calls, be it only one that scales the result.
-        """
+        """The activation that a node is, and the path of its module; empty for a function that other code calls."""
         if node.op == "call_module":
             found = module_activation(self.modules[str(node.target)])
             return None if found is None else (found, str(node.target))
@@ -122,10 +119,7 @@ class Graph:
         return any(self.root_of(node) == root for node in (*between, *items) if isinstance(node, fx.Node))
 
     def private(self, node: fx.Node) -> bool:
-        """Whether what a node makes, and all that shares its storage, is read by one node only, each by the next.
-
-        Writing into it is then the same as making another one.
-        """
+        """Whether one node only reads what a node makes and all that shares its storage: writing into it is safe."""
         while len(node.users) == 1 and node.op not in ("placeholder", "get_attr"):
             held = info(node).alias_of
             if held is None or held == node.name:
@@ -139,13 +133,7 @@ class Graph:
         Asked of every module whose code passes the result on. A call in such code itself (a function) is not asked
         about: that code becomes a graph, which only code without decisions can.
 
-        Args:
-            first: The node that makes a tensor.
-            then: The node that reads it.
-            only: Whether the second module may read nothing else in any of its calls, as one that is taken out.
-
-        Returns:
-            A clause for a message; None where the two are connected for every input.
+        With ``only``, the second module may read nothing else in any of its calls, as one that is taken out.
         """
         up, down = _stack(first), _stack(then)
         shared = 0

@@ -74,14 +74,9 @@ class ProjectBranch(Pass):
 
 
 class _Run:
-    """One call of `ProjectBranch.propose`; later branches see what earlier ones have narrowed.
+    """One call of `ProjectBranch.propose`; later branches see what earlier ones have ``narrowed`` and ``touched``.
 
-    Attributes:
-        inputs: Every concatenation along the channels, with each of its inputs.
-        names: Path of a module to all its paths.
-        matched: The patterns that match a branch.
-        narrowed: Path to what is gone from its inputs: from which channel on, and how many.
-        touched: What holds channels of an earlier branch.
+    ``inputs`` are every concatenation along the channels with each of its inputs; ``matched`` are patterns.
     """
 
     def __init__(self, settings: ProjectBranch, capture: Capture) -> None:
@@ -95,7 +90,7 @@ class _Run:
         for name, module in self.owners.modules.items():
             self.names.setdefault(paths.setdefault(id(module), name), []).append(name)
         self.matched: set[str] = set()
-        self.narrowed: dict[str, list[tuple[int, int]]] = {}
+        self.narrowed: dict[str, list[tuple[int, int]]] = {}  # path to first channel and count of what is gone
         self.touched: set[fx.Node] = set()
 
     def _ending_in(self, source: fx.Node) -> list[str]:

@@ -73,31 +73,18 @@ class Options:
 
 @dataclass(frozen=True)
 class Context:
-    """One verification.
-
-    Attributes:
-        original: A copy of the user's model before.
-        rewritten: A copy of the user's model after.
-        options: What is asked.
-        draws: Makes inputs.
-        reference: The original in other precisions.
-        has_values: Whether both models have weights with values.
-        captures: The static view of both; None where there is none.
-        free: ``(path, dim)`` of the outputs' sizes that depend on values.
-        pair: Relative difference that exact models may have to each other in evaluation; None before that is known.
-        smaller: Name of a spatial size that both ran at.
-    """
+    """One verification: copies of both models, what is asked, and what is known so far."""
 
     original: nn.Module
     rewritten: nn.Module
     options: Options
     draws: Draws
-    reference: Original
-    has_values: bool
-    captures: tuple[Capture, Capture] | None = None
-    free: frozenset[tuple[str, int]] = frozenset()
-    pair: float | None = None
-    smaller: str | None = None
+    reference: Original  # the original in other precisions
+    has_values: bool  # whether both models have weights with values
+    captures: tuple[Capture, Capture] | None = None  # the static view of both
+    free: frozenset[tuple[str, int]] = frozenset()  # ``(path, dim)`` of the outputs' sizes that depend on values
+    pair: float | None = None  # relative difference that exact models may have to each other in evaluation
+    smaller: str | None = None  # name of a spatial size that both ran at
 
     @property
     def values_decide(self) -> bool:
@@ -131,22 +118,13 @@ class Context:
 
 @dataclass
 class Results:
-    """What a check found.
-
-    Attributes:
-        checks: What was checked.
-        notes: What was not, and why.
-        diverges_at: Where the models part, if a check failed so.
-        error: Relative error of the outputs in evaluation.
-        agree: Samples for which a classifier's prediction is the same.
-        samples: Samples looked at for that.
-    """
+    """What a check found."""
 
     checks: list[Check] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    diverges_at: str | None = None
-    error: float | None = None
-    agree: int = 0
+    notes: list[str] = field(default_factory=list)  # what was not checked, and why
+    diverges_at: str | None = None  # where the models part, if a check failed so
+    error: float | None = None  # relative, of the outputs in evaluation
+    agree: int = 0  # samples for which a classifier's prediction is the same, of ``samples`` looked at
     samples: int = 0
 
     def check(self, name: str, problems: list[str], detail: str = "") -> None:

@@ -70,10 +70,7 @@ def _norm(t: Tensor) -> float:
 
 
 def relative_difference(value: Tensor, reference: Tensor) -> float:
-    """``‖value − reference‖ / ‖reference‖`` where that is finite; ∞ where only ``value`` is not.
-
-    The largest float where only the reference is zero.
-    """
+    """``‖value − reference‖ / ‖reference‖``: ∞ where only ``value`` is not finite, the largest float at reference 0."""
     difference, norm, spoiled = _norms(value, reference)
     if spoiled:
         return inf
@@ -82,44 +79,26 @@ def relative_difference(value: Tensor, reference: Tensor) -> float:
 
 @dataclass(slots=True)
 class Comparison:
-    """How two outputs compare.
+    """How two outputs compare: sentences on what differs, and paths."""
 
-    Attributes:
-        error: ``‖y − ŷ‖ / ‖y‖`` over all floating tensors together; None where there is none or ``y`` is zero.
-        worst: The largest error of a single tensor.
-        spoiled: One sentence per tensor with elements that are NaN or infinite only in the rewritten model.
-        exceeded: One sentence per tensor that differs by more than allowed.
-        compared: How many floating tensors were compared.
-        zero: Paths of tensors of which the original's are zero throughout.
-        uncompared: Paths of tensors whose shapes differ.
-    """
-
-    error: float | None = None
-    worst: float = 0.0
-    spoiled: list[str] = field(default_factory=list)
+    error: float | None = None  # ``‖y − ŷ‖ / ‖y‖`` of all floating tensors together; None without any, or for zeros
+    worst: float = 0.0  # the largest of a single tensor
+    spoiled: list[str] = field(default_factory=list)  # NaN or Inf in the rewritten model only
     exceeded: list[str] = field(default_factory=list)
-    compared: int = 0
-    zero: list[str] = field(default_factory=list)
-    uncompared: list[str] = field(default_factory=list)
+    compared: int = 0  # how many floating tensors were compared
+    zero: list[str] = field(default_factory=list)  # paths of which the original's are zero throughout
+    uncompared: list[str] = field(default_factory=list)  # paths whose shapes differ
 
 
 @dataclass(slots=True)
 class Bound:
-    """What may differ.
+    """What may differ: relative differences of floating tensors, and numbers of elements of others."""
 
-    Attributes:
-        limit: Relative difference allowed per floating tensor; ∞ for no bound.
-        limits: The same for single tensors, by path.
-        overall: Relative difference allowed over all floating tensors together.
-        flips: Integer elements that may differ, by path; None for any number.
-        scale: Root mean square of the inputs, which stands in for a reference that is zero.
-    """
-
-    limit: float = inf
-    limits: Mapping[str, float] = field(default_factory=dict)
-    overall: float = inf
-    flips: Mapping[str, int] | None = None
-    scale: float = 1.0
+    limit: float = inf  # per tensor
+    limits: Mapping[str, float] = field(default_factory=dict)  # of single tensors, by path
+    overall: float = inf  # over all tensors together
+    flips: Mapping[str, int] | None = None  # by path; None for any number
+    scale: float = 1.0  # root mean square of the inputs, which stands in for a reference that is zero
 
 
 def compare(before: Flat, after: Flat, bound: Bound) -> Comparison:

@@ -20,21 +20,13 @@ SCRAMBLED = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """What rounding does to the original.
+    """What rounding does to the original: by output, its relative error and that which an exact rewrite may have."""
 
-    Attributes:
-        reference: What an exact computation gives.
-        errors: Path of an output to the original's relative error.
-        limits: Path of an output to the relative error that an exact rewrite may have.
-        floor: What one layer may round differently.
-        name: What the reference is.
-    """
-
-    reference: Flat
+    reference: Flat  # what an exact computation gives
     errors: dict[str, float]
     limits: dict[str, float]
-    floor: float
-    name: str
+    floor: float  # what one layer may round differently
+    name: str  # what the reference is
 
 
 class Original:

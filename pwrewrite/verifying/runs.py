@@ -20,19 +20,11 @@ from .outputs import Flat, flatten
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one run.
+    """What became of one run: its output or its error, whether it drew random numbers, the inputs it wrote into."""
 
-    Attributes:
-        output: What the model returned; nothing where it failed.
-        error: The first line of the exception; empty where it ran.
-        random_state: The random state that the run left, of torch and of Python.
-        drew: Whether it drew random numbers.
-        written: Paths of the inputs that it wrote into.
-    """
-
-    output: Flat
-    error: str
-    random_state: tuple[bytes, object]
+    output: Flat  # nothing where it failed
+    error: str  # the first line of the exception; empty where it ran
+    random_state: tuple[bytes, object]  # that the run left, of torch and of Python
     drew: bool = False
     written: tuple[str, ...] = ()
 

@@ -21,28 +21,16 @@ _SCRAMBLED_HALF = 0.5
 
 @dataclass(slots=True)
 class Verdict:
-    """What came of one comparison.
+    """What came of one comparison; errors and differences are relative."""
 
-    Attributes:
-        error: Relative output error to the original; None where there is none to tell.
-        spoiled: One sentence per tensor with NaN or Inf that the original's does not have.
-        exceeded: One sentence per difference that is too large.
-        detail: What was measured; empty where numerics were not compared.
-        allowed: Relative difference up to which the two models' layers agree.
-        scrambled: Whether rounding alone changes the original's output so much that it says nothing.
-        rounding: Relative error that rounding made in the original's outputs.
-        buffers: Relative difference that running statistics may have after a training run.
-        notes: What a reader should know.
-    """
-
-    error: float | None = None
-    spoiled: list[str] = field(default_factory=list)
+    error: float | None = None  # of the outputs to the original's; None where there is none to tell
+    spoiled: list[str] = field(default_factory=list)  # NaN or Inf that the original does not have
     exceeded: list[str] = field(default_factory=list)
-    detail: str = ""
-    allowed: float = inf
-    scrambled: bool = False
-    rounding: float = 0.0
-    buffers: float = inf
+    detail: str = ""  # what was measured; empty where numerics were not compared
+    allowed: float = inf  # up to which the two models' layers agree
+    scrambled: bool = False  # whether rounding alone changes the original's output so much that it says nothing
+    rounding: float = 0.0  # what rounding made in the original's outputs
+    buffers: float = inf  # what running statistics may differ by after a training run
     notes: list[str] = field(default_factory=list)
 
 
