@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cache
+from itertools import chain
 
 from torch import Tensor, fx, nn
 
@@ -86,7 +87,9 @@ class Graph:
     def wraps(self, path: str) -> bool:
         """Whether a module is nothing but the calls of one function: no children, no weights."""
         module = self.modules.get(path)
-        return module is not None and not [*module.children(), *module.parameters(), *module.buffers()]
+        return (
+            module is not None and next(chain(module.children(), module.parameters(), module.buffers()), None) is None
+        )
 
     def calls_of(self, path: str) -> int:
         """How many nodes a module made: its calls where it is a leaf, the calls inside where it is not."""
