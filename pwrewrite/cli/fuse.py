@@ -26,12 +26,14 @@ def fuse(
     [dim]pwrewrite fuse torchvision:resnet50 --pass fold-batch-norm[/]
     """
     with working(reported) as progress:
-        from ..core.errors import RefusedError
+        from ..core.errors import RefusedError, UsageError
         from ..report.fused import page
         from ..targets import open_target
         from ..workflows.fuse import fuse
         from ..workflows.fuse_timing import with_latency
 
+        if options.engine is not None and not options.benchmark:
+            raise UsageError("--engine says where --benchmark measures", hint="add --benchmark")
         check_saving(proof, saved)
         check_places(saved, reported)
         progress("loading", None)
@@ -42,6 +44,6 @@ def fuse(
             raise RefusedError("there is nothing to fuse", where=target.target)
         if options.benchmark:
             progress("measuring", None)
-            result = with_latency(result, loaded)
+            result = with_latency(result, loaded, options.engine)
     show(reported, page(result.report, everything=reported.everything), json=result.report.to_json)
     save(result, saved, reported)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..core.numbers import parse_count, parse_share
 from ..core.option import option, path
-from ..core.options import BUDGET, PASSES, PROOF
+from ..core.options import BUDGET, PASSES, PROOF, engine_option
 
 OUT, SHOWN, CHECKS = "Output", "What is shown", "Checks"
 _of_output, _of_view, _of_checks = (partial(option, panel=panel) for panel in (OUT, SHOWN, CHECKS))
@@ -154,6 +154,7 @@ class FuseOptions:
     benchmark: bool = option(
         False, "Measure the latency before, after, and frozen (pwrewrite.freeze).", "--benchmark", panel=PROOF
     )
+    engine: str | None = engine_option(panel=PROOF)
 
 
 @dataclass(frozen=True)

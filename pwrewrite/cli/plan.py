@@ -65,7 +65,11 @@ def plan(
 def _check_measures(budget: Budget) -> None:
     """Refuses what only a rewrite can measure."""
     from ..core.errors import UsageError
+    from ..planning.budget import budgets_of
 
+    timed = budget.gate is not None or any(limit.kind == "latency" for limit in budgets_of(budget.limits))
+    if budget.engine is not None and not timed:
+        raise UsageError("--engine says where latencies are measured", hint="add --budget latency=… or --gate latency")
     for name, value in (
         ("--metric", None if budget.max_drop is not None else budget.metric),
         ("--labels", budget.labels),

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .form_names import EXPORT_NAMES, FORM_NAMES
+from .form_names import ENGINE_NAMES, EXPORT_NAMES, FORM_NAMES
 from .numbers import parse_arg, parse_count, parse_error, parse_increase, parse_share, parse_size, parse_width
 from .option import documented, option, path
 
@@ -46,6 +46,14 @@ _preprocess = partial(
     None,
     "Function from a batch of arrays, or an image, to what the model takes.",
     "--preprocess file.py:NAME",
+)
+engine_option = partial(
+    option,
+    None,
+    f"Where latencies are measured: {', '.join(ENGINE_NAMES)}, or auto, the fastest of them for this model. "
+    r"[dim]\[default: torch, with the model as it is][/]",
+    "--engine NAME",
+    choices=(*ENGINE_NAMES, "auto"),
 )
 _calibration_size = partial(_of_budget, None, "Use at most so many inputs.", "--calibration-size N", least=1)
 
@@ -216,6 +224,7 @@ class Budget(LayerOptions):
         "--gate",
         choices=("latency",),
     )
+    engine: str | None = engine_option(panel=BUDGET)
     threads: int | None = _of_budget(
         None, r"Threads while latencies are measured. [dim]\[default: as torch has them][/]", "--threads N", least=1
     )

@@ -47,7 +47,7 @@ class Openvino(Format):
 
     def run(self, program: Program, folder: Path, calls: Sequence[Call]) -> Run:
         """Compiles the IR for the CPU and runs it."""
-        compiled = self.compiled(folder)
+        compiled = self.compiled(folder / self.main)
         pairs = zip(compiled.outputs, program.outputs.values())
         names = [name if name in port.names else port.get_any_name() for port, name in pairs]  # a port may have several
 
@@ -60,10 +60,10 @@ class Openvino(Format):
         engine = f"OpenVINO {version}, CPU, {self.precision}, {torch.get_num_threads()} threads"
         return Run(outputs, measured(lambda: call(calls[0])), engine, call)
 
-    def compiled(self, folder: Path) -> Any:
-        """The IR as it runs on the CPU; OpenVINO has no types."""
+    def compiled(self, model: object) -> Any:
+        """A model, or the path of one, as it runs on the CPU; OpenVINO has no types."""
         settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        return quiet_import("openvino").compile_model(folder / self.main, "CPU", settings)
+        return quiet_import("openvino").compile_model(model, "CPU", settings)
 
 
 def quiet_import(name: str) -> ModuleType:

@@ -33,7 +33,7 @@ class OpenvinoInt8(Openvino):
     def precisions(self, folder: Path) -> dict[str, bool]:
         """Which layers the plugin's own graph computes in int8, by their names in the IR."""
         layers = {}
-        for operation in self.compiled(folder).get_runtime_model().get_ops():
+        for operation in self.compiled(folder / self.main).get_runtime_model().get_ops():
             facts = operation.get_rt_info()
             if "layerType" in facts and facts["layerType"].astype(str) in _LAYERS:
                 layers[operation.get_friendly_name()] = facts["runtimePrecision"].astype(str) in ("u8", "i8")

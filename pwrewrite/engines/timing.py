@@ -9,18 +9,19 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from ..capturing.inventory import Inventory
-from ..capturing.state import untouched
+from ..core.nested import Args, Kwargs, tensors_of
+from ..layers.partitions import CALLS
+from .engine import Engine, Session, with_threads
+from .torch_engine import PLAIN
 
 NOISY = 0.1
 """From this spread on, times are noise more than anything else."""
@@ -82,30 +83,37 @@ def time_in_turns(
 
 
 def time_models(
-    models: Sequence[nn.Module],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    models: Sequence[nn.Module | Session],
+    args: Args,
+    kwargs: Kwargs,
     *,
     seconds: float = 4.0,
     threads: int | None = None,
+    engine: Engine = PLAIN,
 ) -> list[Timing]:
-    """Times a forward of each of several models, in eval mode, in turns.
+    """Times a forward of each of several models, in evaluation, in turns.
 
     Args:
-        models: The models.
+        models: The models, or sessions of them, whose threads are then their own.
         args: Positional inputs.
         kwargs: Keyword inputs.
         seconds: About how long.
-        threads: Threads of torch meanwhile; as they are where None.
+        threads: How many; as torch has them where None.
+        engine: Where models run.
     """
-    device = next((p.device for p in models[0].parameters()), torch.device("cpu"))
+    sessions = [m if isinstance(m, Session) else engine.session(m, args, kwargs, threads) for m in models]
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(with_threads(threads))
-        for model in models:
-            stack.enter_context(untouched(Inventory(model), values=True))
-            model.eval()
-        return time_in_turns([partial(m, *args, **kwargs) for m in models], device, turns=(7, 60), seconds=seconds)
+        for session in sessions:
+            stack.enter_context(session.held())
+        device = next((t.device for t in tensors_of((args, kwargs))), torch.device("cpu"))
+        for session in sessions:
+            for _ in range(CALLS):  # after which fused layers are as fast as they get
+                session.run(*args, **kwargs)
+        return time_in_turns(
+            [partial(s.run, *args, **kwargs) for s in sessions], device, turns=(7, 60), seconds=seconds
+        )
 
 
 def _spread(ratios: Sequence[float]) -> float:
@@ -124,19 +132,6 @@ def _once(run: Callable[[], object], repeats: int, device: torch.device) -> floa
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return (time.perf_counter() - start) / repeats
-
-
-@contextmanager
-def with_threads(threads: int | None) -> Iterator[None]:
-    """With so many threads in torch; as they are where None."""
-    before = torch.get_num_threads()
-    try:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        yield
-    finally:
-        if threads is not None:
-            torch.set_num_threads(before)
 
 
 def device_name(device: torch.device) -> str:

@@ -1,9 +1,9 @@
 """What layers and their candidates really take on this device.
 
 Fewer MACs are not always faster: three small convolutions can take longer than one large one. Each distinct layer (its
-shape facts, its input's shape) and its candidates run alone, in eval mode, on the model's device, in its dtype and
-memory format and with as many threads, in turns (`pwrewrite.engines.timing`). Results are stored on disk by device and
-shape.
+shape facts, its input's shape) and its candidates run alone, in the engine that is asked for, in eval mode, on the
+model's device, in its dtype and memory format and with as many threads, in turns (`pwrewrite.engines.timing`). Results
+are stored on disk by engine and its version, device and shape.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from ..capturing import Inputs, split_inputs
 from ..core.convolution import ConvSpec
-from ..core.errors import first_line
+from ..core.errors import RefusedError, first_line
 from ..core.files import cache_folder, read_text, write_file
 from ..core.plan import Plan
 from ..edit.apply import carry_out
-from ..engines.timing import device_name, time_in_turns, time_models, with_threads
+from ..engines.engine import Engine, Session, with_threads
+from ..engines.timing import device_name, time_in_turns, time_models
+from ..engines.torch_engine import PLAIN
 from ..forms.specs import spec_to_dict
 from ..layers.factorized import Factorized, build, make_layer
 
@@ -68,16 +70,18 @@ class Conditions:
         device: The device.
         dtype: Of weights and activations.
         channels_last: Whether tensors are in that memory format.
-        threads: Threads that torch uses.
+        threads: How many.
+        engine: Where they run.
     """
 
     device: torch.device
     dtype: torch.dtype
     channels_last: bool
     threads: int
+    engine: Engine = PLAIN
 
     @classmethod
-    def of(cls, model: nn.Module, threads: int | None = None) -> Conditions:
+    def of(cls, model: nn.Module, threads: int | None = None, engine: Engine = PLAIN) -> Conditions:
         """Those of a model, by its weights, with so many threads (those that torch uses where None)."""
         weights = [p for p in model.parameters() if p.is_floating_point()]
         first = weights[0] if weights else torch.zeros(())
@@ -85,7 +89,7 @@ class Conditions:
             p.dim() in _FORMATS and not p.is_contiguous() and p.is_contiguous(memory_format=_FORMATS[p.dim()])
             for p in weights
         )
-        return cls(first.device, first.dtype, last, threads or torch.get_num_threads())
+        return cls(first.device, first.dtype, last, threads or torch.get_num_threads(), engine)
 
     def arranged(self, tensor: Tensor) -> Tensor:
         """A tensor in the memory format."""
@@ -114,7 +118,8 @@ class LatencyTable:
     def __init__(self, conditions: Conditions) -> None:
         self.conditions, self.measured = conditions, 0
         folder = cache_folder("latency")
-        facts = (device_name(conditions.device), conditions.dtype, conditions.channels_last, conditions.threads)
+        engine = "" if conditions.engine is PLAIN else f"{conditions.engine.name} {conditions.engine.version}"
+        facts = (device_name(conditions.device), conditions.dtype, conditions.channels_last, conditions.threads, engine)
         name = hashlib.sha256("|".join(map(str, (*facts, torch.__version__))).encode()).hexdigest()[:24]
         self._file = None if folder is None else folder / f"{name}.json"
         self._known, self.notes = _read(self._file)
@@ -156,9 +161,10 @@ class LatencyTable:
         runs: dict[int, Callable[[], object]] = {}
         for i, variant in enumerate(variants):
             try:
-                run = partial(conditions.make(variant), x)
+                session = conditions.engine.session(conditions.make(variant), (x,), {}, conditions.threads)
+                run = partial(session.run, x)
                 run()
-            except RuntimeError:  # no kernel for this dtype, or too little memory
+            except (RuntimeError, RefusedError):  # no kernel for this dtype, or too little memory
                 if i == 0:
                     raise
                 continue
@@ -168,14 +174,21 @@ class LatencyTable:
         return [seconds.get(i, math.inf) for i in range(len(variants))]
 
 
-def time_plan(model: nn.Module, inputs: Inputs, plan: Plan, threads: int | None = None) -> float:
-    """The time of a model with a plan carried out, as a share of its time before.
+def time_plan(
+    model: nn.Module,
+    inputs: Inputs,
+    plan: Plan,
+    threads: int | None = None,
+    engine: tuple[Engine, Session] | None = None,
+) -> float:
+    """What the whole model takes with a plan carried out, as a share of its time before.
 
     Args:
         model: The model; stays as it is.
         inputs: What it runs on.
         plan: The plan; its weights do not matter here.
-        threads: Threads of torch meanwhile; as they are where None.
+        threads: Threads meanwhile; as torch has them where None.
+        engine: Where it runs, and the model there; where None, torch.
     """
     if not plan.ops:
         return 1.0
@@ -187,7 +200,8 @@ def time_plan(model: nn.Module, inputs: Inputs, plan: Plan, threads: int | None 
                 for parameter in module.parameters():
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
     args, kwargs = split_inputs(inputs)
-    before, after = time_models([model, rewritten], args, kwargs, threads=threads)
+    where, first = engine or (PLAIN, model)
+    before, after = time_models([first, rewritten], args, kwargs, threads=threads, engine=where)
     return after.seconds / before.seconds
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import cast
 
@@ -25,6 +27,8 @@ from ..core.option import typed_fields
 from ..core.options import Budget
 from ..core.plan import Op, Plan
 from ..decompose import Factors
+from ..engines.choosing import choose
+from ..engines.engine import Engine, Session
 from ..engines.timing import NOISY, time_models
 from ..forms import FORMS
 from ..layers.factorized import Factorized
@@ -43,9 +47,9 @@ from .spill import Spill
 from .statistics import Gathering, NoGradientsError, Statistics, gather
 
 _ATTEMPTS = 4
-"""How often a latency budget is tightened at most."""
-_NEAR = 1.01
-"""How near to its limit a time is near enough."""
+"""How many plans for a latency budget are timed at most."""
+_NEAR, _WASTED = 1.01, 0.96
+"""How near to its limit, from above and below, a time is near enough."""
 _log = logging.getLogger(__name__)
 
 
@@ -167,15 +171,25 @@ class Planner:
         if blind and statistics.kind == "loss":
             self.notes.append(f"no gradient reaches {_few(blind)}: their errors count without a weight")
 
+    @cached_property
+    def engine(self) -> tuple[Engine, Session]:
+        """Where latencies are measured, and the model there."""
+        args, kwargs = split_inputs(self.inputs)
+        engine = choose(self.settings.engine, self.model, args, kwargs, self.settings.threads)
+        if self.settings.engine == "auto":
+            self.notes.append(f"the fastest engine for this model is {engine.name}")
+        return engine, engine.session(self.model, args, kwargs, self.settings.threads)
+
     def _time(self) -> None:
         """Measures the model, its layers and their candidates; those that are not faster are given up."""
         if "latency" in self.original:
             return
-        table = LatencyTable(Conditions.of(self.model, self.settings.threads))
-        self.notes += table.notes
         args, kwargs = split_inputs(self.inputs)
         self.say("timing the model", None)
-        (timing,) = time_models([self.model], args, kwargs, threads=self.settings.threads)
+        engine, session = self.engine
+        table = LatencyTable(Conditions.of(self.model, self.settings.threads, engine))
+        self.notes += table.notes
+        (timing,) = time_models([session], args, kwargs, threads=self.settings.threads)
         if timing.spread > NOISY:
             self._warn(
                 f"this machine is noisy: times of the same run are {timing.spread:.0%} apart; close what runs "
@@ -197,31 +211,35 @@ class Planner:
         return self._within_latency(limits)
 
     def _within_latency(self, limits: Sequence[Limit]) -> Choice:
-        """Allocates by the layers' own times, and tightens the limit until the whole model meets it.
+        """Allocates by the layers' own times, and corrects the limit until the whole model meets it.
 
-        Layers do not add up to the model, and the best of many measured candidates is partly lucky. Where no allocation
-        is tight enough, the tightest one decides.
+        Layers do not add up to the model, and the best of many measured candidates is partly lucky: what the whole
+        model saves, as a part of what its layers promise, corrects the limit, also upwards where more was given up than
+        had to be. Where no allocation is tight enough, the tightest one decides.
         """
         absolute, original = self.allocator.absolute(limits), self.original["latency"]
         wanted = aim = absolute["latency"] / original
-        best: tuple[float, Choice] | None = None
+        tried: list[tuple[float, Choice]] = []
         for attempt in range(_ATTEMPTS):
             try:
                 choice = self.allocator.choose(limits, {**absolute, "latency": aim * original})
             except RefusedError:
-                if best is None and not self.settings.best_effort:
+                if not tried and not self.settings.best_effort:
                     raise
                 others = {kind: limit for kind, limit in absolute.items() if kind != "latency"}
                 choice, attempt = self.allocator.cheapest("latency", limits, others), _ATTEMPTS
-            self.say("timing the plan", min(1.0, attempt / _ATTEMPTS))
-            reached = time_plan(self.model, self.inputs, choice.plan, self.settings.threads)
-            if best is None or reached < best[0]:
-                best = (reached, choice)
-            if reached <= wanted * _NEAR or attempt == _ATTEMPTS:
+            if any(choice.plan.ops == before.plan.ops for _, before in tried):
                 break
-            aim *= wanted / reached
-        assert best is not None
-        reached, choice = best
+            self.say("timing the plan", min(1.0, attempt / _ATTEMPTS))
+            reached = time_plan(self.model, self.inputs, choice.plan, self.settings.threads, self.engine)
+            tried.append((reached, choice))
+            if wanted * _WASTED <= reached <= wanted * _NEAR or attempt == _ATTEMPTS:
+                break
+            predicted = choice.costs["latency"] / original
+            saved = max(0.1, (1 - reached) / max(1 - predicted, 1e-9))  # of what the layers alone promise
+            aim = min(1 - (1 - wanted) / saved, 1.0)
+        met = [each for each in tried if each[0] <= wanted * _NEAR]
+        reached, choice = max(met, key=itemgetter(0)) if met else min(tried, key=itemgetter(0))
         if reached > wanted * MEASURED and not self.settings.best_effort:
             limit = next(limit for limit in limits if limit.kind == "latency")
             raise RefusedError(

@@ -39,6 +39,12 @@ def lines(budget: BudgetReport, *, random: bool = False) -> list[Line]:
         threads = f", {plural(budget.threads, 'thread')}" if budget.threads else ""
         how = f"{after / before:.2f}×, ±{percent(budget.spread)}{threads}"
         facts.append(("latency", f"{1000 * before:.3g} ms → {1000 * after:.3g} ms ({how})"))
+        if budget.engine:
+            facts.append(("engine", budget.engine))
+        facts += [
+            (f"in {name}", f"{1000 * b:.3g} ms → {1000 * a:.3g} ms ({a / b:.2f}×)")
+            for name, (b, a) in budget.engines.items()
+        ]
     return facts
 
 

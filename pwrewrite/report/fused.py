@@ -25,6 +25,8 @@ def page(report: Report, *, everything: bool = False) -> Page:
         blocks.append(Section("Left as they are", plural(len(report.skips), "place")))
         blocks.append(_groups(_left(report), everything))
     notes = rows.notes(report)
+    if fusing.engine:
+        notes.append(f"the latency is that in {fusing.engine}")
     if fusing.not_frozen:
         notes.append(f"not measured frozen (pwrewrite.freeze): {fusing.not_frozen}")
     return (*blocks, *notes_part(notes))
@@ -41,11 +43,14 @@ def _headline(report: Report) -> str:
 
 
 def _saving(report: Report, fusing: FusingReport) -> Table:
-    lines: list[tuple[str, str, str, str]] = []
-    for name, seconds in (("latency", fusing.seconds_after), ("latency, frozen", fusing.seconds_frozen)):
-        if fusing.seconds_before is not None and seconds is not None:
-            before, after = f"{fusing.seconds_before * 1e3:.1f} ms", f"{seconds * 1e3:.1f} ms"
-            lines.append((name, before, after, f"{fusing.seconds_before / seconds:.2f}× as fast"))
+    times = [("latency", fusing.seconds_before, fusing.seconds_after)]
+    times += [("latency, frozen", fusing.seconds_before, fusing.seconds_frozen)]
+    times += [(f"latency in {name}", before, after) for name, (before, after) in fusing.engines.items()]
+    lines = [
+        (name, f"{first * 1e3:.1f} ms", f"{then * 1e3:.1f} ms", f"{first / then:.2f}× as fast")
+        for name, first, then in times
+        if first is not None and then is not None
+    ]
     totals = [("kernels", "kernels", exact), ("nodes", "nodes", exact), ("bytes_moved", "bytes moved", size)]
     counted = [(name, fusing.before[key], fusing.after[key], shown) for key, name, shown in totals]
     counted += [(n, report.before[k], report.after[k], exact) for k, n in (("params", "parameters"), ("macs", "MACs"))]

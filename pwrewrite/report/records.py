@@ -56,7 +56,9 @@ class BudgetReport(Record):
         latency: Seconds before and after, measured in one run; None where it was not asked for.
         outputs: What the model's outputs were taken for: ``logits``, ``probabilities`` or ``values``.
         spread: Half the distance between the quartiles of these times, as a share.
-        threads: Threads of torch meanwhile.
+        threads: Threads meanwhile.
+        engine: What they ran on, where an engine was asked for.
+        engines: Each other engine that was there to the seconds before and after in it.
     """
 
     limits: Mapping[str, str]
@@ -75,6 +77,8 @@ class BudgetReport(Record):
     outputs: str = ""
     spread: float = 0.0
     threads: int | None = None
+    engine: str = ""
+    engines: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON data."""
@@ -102,6 +106,8 @@ class FusingReport(Record):
         seconds_after: The same after.
         seconds_frozen: The same of the fused model under `pwrewrite.freeze`; None where it cannot be frozen.
         not_frozen: Why it cannot be frozen, where that was tried.
+        engine: What ``seconds_before`` and ``seconds_after`` ran on, where an engine was asked for.
+        engines: Each other engine that was there to the seconds before and after in it.
     """
 
     before: Mapping[str, int]
@@ -110,6 +116,8 @@ class FusingReport(Record):
     seconds_after: float | None = None
     seconds_frozen: float | None = None
     not_frozen: str = ""
+    engine: str = ""
+    engines: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, repr=False)

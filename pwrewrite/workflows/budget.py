@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from ..capturing import Inputs, split_inputs
 from ..core.errors import RefusedError
+from ..core.form_names import ENGINE_NAMES
 from ..core.options import Budget
 from ..edit.apply import carry_out
+from ..engines.choosing import time_everywhere
 from ..engines.timing import NOISY, time_models
 from ..passes.plain_layers import BakeWeights, UnfuseLayers
 from ..planning.allocator import Choice
@@ -106,8 +108,8 @@ class Budgeted:
                 outputs=planner.outputs,
             )
             notes += _astray(result)
-        if "latency" in result.limits or settings.gate == "latency":
-            result = self._timed(result)
+        if "latency" in result.limits or settings.gate == "latency" or settings.engine is not None:
+            result = self._timed(result, notes)
             assert result.latency is not None
             if result.latency[1] > result.latency[0]:
                 notes.append("the rewritten model is slower than the original: keep the original, or give it more room")
@@ -118,22 +120,33 @@ class Budgeted:
                 )
         return replace(result, metrics=self._metrics()), [*notes, *(planner.batches.notes if planner.batches else ())]
 
-    def _timed(self, result: BudgetReport) -> BudgetReport:
+    def _timed(self, result: BudgetReport, notes: list[str]) -> BudgetReport:
         """With the times of both models, end to end; measured for longer where a limit seems missed."""
         args, kwargs = split_inputs(self.run.inputs)
         limit = next((limit for limit in self.limits if limit.kind == "latency"), None)
+        models, threads = (self.run.first.model, self.run.state.model), self.budget.threads
+        self.run.say("timing both models", None)
+        engine, session = self.planner.engine
+        sessions = [
+            session if model is self.planner.model else engine.session(model, args, kwargs, threads) for model in models
+        ]
         for seconds in (4.0, 8.0):
-            self.run.say("timing both models", None)
-            models = [self.run.first.model, self.run.state.model]
-            before, after = time_models(models, args, kwargs, seconds=seconds, threads=self.budget.threads)
+            before, after = time_models(sessions, args, kwargs, seconds=seconds, threads=threads)
             if limit is None or after.seconds <= limit.absolute(before.seconds) * MEASURED:
                 break
-        return replace(
+        result = replace(
             result,
             latency=(before.seconds, after.seconds),
             spread=max(before.spread, after.spread),
-            threads=self.budget.threads or torch.get_num_threads(),
+            threads=threads or torch.get_num_threads(),
         )
+        if self.budget.engine is None:
+            return result
+        self.run.say("timing both models in the other engines", None)
+        others = [name for name in ENGINE_NAMES if name != engine.name]
+        beside = time_everywhere(models, args, kwargs, others, threads)
+        notes += beside.notes
+        return replace(result, engine=str(sessions[1].ran), engines=beside.seconds)
 
     def _missed(self, before: Mapping[str, float], after: Mapping[str, float], timing: str) -> list[RefusedError]:
         """The limits that the result does not meet, each with what was measured."""

@@ -12,6 +12,8 @@ from torch import nn
 from ..capturing import Inputs, split_inputs
 from ..core.errors import InputError, RefusedError
 from ..core.nested import deep_copy
+from ..engines.choosing import time_everywhere
+from ..engines.engine import engine_named
 from ..engines.frozen import Frozen, freeze
 from ..engines.timing import time_in_turns
 from ..layers.partitions import CALLS
@@ -22,16 +24,20 @@ from .fuse import Fused, drawn_inputs
 _SECONDS = 4.0
 
 
-def with_latency(result: Fused, loaded: LoadedModel) -> Fused:
+def with_latency(result: Fused, loaded: LoadedModel, engine: str | None = None) -> Fused:
     """A result with what its model takes before, after and frozen in ``report.fusing``.
 
     Args:
         result: What `fuse` made.
         loaded: The model before, with its example inputs.
+        engine: Name of an engine, or ``auto``: the times before and after in it, and beside it in all others.
 
     Raises:
-        RefusedError: If the models have no values.
+        UsageError: If the engine is unknown or not installed.
+        RefusedError: If the models have no values, or do not run in the engine.
     """
+    if engine is not None:
+        return _in_engine(result, loaded, engine)
     models, reason = [loaded.model, result.model], ""
     try:
         models.append(freeze(result.model, drawn_inputs(loaded.example_inputs)))
@@ -40,6 +46,22 @@ def with_latency(result: Fused, loaded: LoadedModel) -> Fused:
     before, after, frozen = (*latencies(models, loaded.example_inputs), None)[:3]
     fusing = FusingReport(result.before, result.after, before, after, frozen, reason)
     return replace(result, report=replace(result.report, fusing=fusing))
+
+
+def _in_engine(result: Fused, loaded: LoadedModel, engine: str) -> Fused:
+    if engine != "auto":
+        engine_named(engine).require()
+    args, kwargs = split_inputs(drawn_inputs(loaded.example_inputs))
+    times = time_everywhere([loaded.model, result.model], args, kwargs)
+    name = times.fastest if engine == "auto" and times.times else engine
+    others = times.seconds
+    if name not in others:
+        raise RefusedError(f"the models cannot be measured in {name}", got="; ".join(times.notes))
+    before, after = others.pop(name)
+    ran = str(times.ran[name])
+    fusing = FusingReport(result.before, result.after, before, after, engine=ran, engines=others)
+    notes = (*result.report.notes, *times.notes)
+    return replace(result, report=replace(result.report, fusing=fusing, notes=notes))
 
 
 def latencies(models: Sequence[nn.Module], inputs: Inputs) -> list[float]:

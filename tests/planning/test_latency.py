@@ -187,7 +187,7 @@ class Fake(LatencyTable):
 def timed(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
     """Every edit makes the whole model that much faster."""
     monkeypatch.setattr(
-        "pwrewrite.planning.planner.time_plan", lambda model, inputs, plan, threads: 1 - share * len(plan)
+        "pwrewrite.planning.planner.time_plan", lambda model, inputs, plan, *where: 1 - share * len(plan)
     )
 
 
@@ -197,7 +197,7 @@ def planner(monkeypatch: pytest.MonkeyPatch, **settings: object) -> Planner:
     monkeypatch.setattr("pwrewrite.planning.planner.LatencyTable", Fake)
     monkeypatch.setattr("pwrewrite.planning.planner.time_models", lambda *given, **how: [Timing(5.0, 0.0)])
     monkeypatch.setattr(
-        "pwrewrite.planning.planner.time_plan", lambda model, inputs, plan, threads: (5 - 0.5 * len(plan)) / 5
+        "pwrewrite.planning.planner.time_plan", lambda model, inputs, plan, *where: (5 - 0.5 * len(plan)) / 5
     )
     return Planner(model, torch.zeros(1, 3 + 13, 8, 8), None, Budget(**settings))  # type: ignore[arg-type]
 
@@ -216,7 +216,7 @@ def test_a_latency_budget_uses_only_what_is_faster(monkeypatch: pytest.MonkeyPat
 def test_a_limit_is_tightened_until_the_whole_model_meets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     made = planner(monkeypatch)
     monkeypatch.setattr(
-        "pwrewrite.planning.planner.time_plan", lambda model, inputs, plan, threads: 1 - 0.07 * len(plan)
+        "pwrewrite.planning.planner.time_plan", lambda model, inputs, plan, *where: 1 - 0.07 * len(plan)
     )
     choice = made.choose(budgets_of({"latency": 0.8}))
     assert len(choice.plan.ops) == 3
@@ -226,7 +226,7 @@ def test_a_limit_is_tightened_until_the_whole_model_meets_it(monkeypatch: pytest
     assert "--best-effort" in str(caught.value)
     nearest = planner(monkeypatch, best_effort=True)
     monkeypatch.setattr(
-        "pwrewrite.planning.planner.time_plan", lambda model, inputs, plan, threads: 1 - 0.07 * len(plan)
+        "pwrewrite.planning.planner.time_plan", lambda model, inputs, plan, *where: 1 - 0.07 * len(plan)
     )
     assert len(nearest.choose(budgets_of({"latency": 0.65})).plan.ops) == 4
 
