@@ -174,6 +174,23 @@ def test_a_missed_time_saves_nothing(run: Run, folder: Path, monkeypatch: pytest
     assert "latency=0.99 is missed" in " ".join(taken.stdout.split())
 
 
+def test_times_in_an_engine(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pwrewrite.engines.choosing import Times
+    from pwrewrite.engines.timing import Timing
+    from pwrewrite.workflows import budget
+
+    beside = Times({"frozen": [Timing(2.0, 0.0), Timing(1.0, 0.0)]}, {}, ("not measured in openvino: needs openvino",))
+    monkeypatch.setattr(budget, "time_everywhere", lambda *given: beside)
+    data = json.loads(run("rewrite", "net.py", *HALF, "--engine", "torch", "--format", "json").stdout)
+    assert data["budget"]["engine"].startswith("torch ")
+    assert data["budget"]["latency"]["after"] > 0
+    assert data["budget"]["engines"] == {"frozen": [2.0, 1.0]}
+    assert beside.notes[0] in data["notes"]
+    idle = run("plan", "net.py", *HALF, "--engine", "torch")
+    assert idle.exit_code == 2
+    assert "--gate latency" in idle.stderr
+
+
 def test_the_report_comes_in_every_form(run: Run) -> None:
     data = json.loads(run("rewrite", "net.py", *HALF, "--format", "json").stdout)
     assert data["schema"] == "pwrewrite.report/1"

@@ -59,6 +59,17 @@ def test_shows_and_saves(folder: Path) -> None:
     assert shown.exit_code == 0, shown.output
 
 
+def test_the_latency_in_an_engine(folder: Path) -> None:
+    done = run("net.py", "--input", "1x3x12x12", "--benchmark", "--engine", "torch", "--format", "json")
+    assert done.exit_code == 0, done.output
+    fusing = json.loads(done.stdout)["fusing"]
+    assert fusing["engine"].startswith("torch ")
+    assert fusing["seconds_before"] > 0 < fusing["seconds_after"]
+    assert "torch" not in fusing["engines"]
+    assert run("net.py", "--input", "1x3x12x12", "--engine", "torch").exit_code == 2
+    assert run("net.py", "--input", "1x3x12x12", "--benchmark", "--engine", "tf").exit_code == 2
+
+
 def test_what_cannot_be_frozen_is_said(folder: Path) -> None:
     code = MODEL.replace("return self.act", "x = x if x.sum() > 0 else -x\n        return self.act")
     (folder / "net.py").write_text(code)

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from pwrewrite.core.convolution import ConvSpec
-from pwrewrite.core.errors import RefusedError
+from pwrewrite.core.errors import RefusedError, UsageError
 from pwrewrite.core.options import Budget
 from pwrewrite.core.plan import Plan
+from pwrewrite.engines.engine import engine_named
 from pwrewrite.engines.timing import Timing, time_models
 from pwrewrite.forms.specs import linear_spec
 from pwrewrite.planning import latency
@@ -147,6 +148,22 @@ def test_what_does_not_run_here_takes_for_ever_and_is_not_kept(monkeypatch: pyte
         LatencyTable(CPU).times((2, 8, 6, 6), variants()[1:])
 
 
+@pytest.mark.parametrize("name", ["torch", "onnxruntime", "openvino"])
+def test_an_engine_has_times_of_its_own(name: str, cache: Path) -> None:
+    engine = engine_named(name)
+    if engine.missing:
+        pytest.skip(engine.missing)
+    there = replace(CPU, engine=engine)
+    table = LatencyTable(there)
+    found = table.times((2, 8, 12, 12), variants())
+    assert all(0 < seconds < 10 for seconds in found)
+    table.save()
+    assert LatencyTable(there).times((2, 8, 12, 12), variants()) == found
+    plain = LatencyTable(CPU)
+    plain.times((2, 8, 12, 12), variants()[:1])
+    assert plain.measured == 1
+
+
 def test_no_cache(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setenv("PWREWRITE_CACHE", "off")
     table = LatencyTable(CPU)
@@ -229,6 +246,25 @@ def test_a_limit_is_tightened_until_the_whole_model_meets_it(monkeypatch: pytest
         "pwrewrite.planning.planner.time_plan", lambda model, inputs, plan, *where: 1 - 0.07 * len(plan)
     )
     assert len(nearest.choose(budgets_of({"latency": 0.65})).plan.ops) == 4
+
+
+def test_a_limit_is_loosened_where_more_was_given_up_than_had_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = planner(monkeypatch)
+    monkeypatch.setattr("pwrewrite.planning.planner.time_plan", lambda model, inputs, plan, *where: 1 - 0.2 * len(plan))
+    choice = made.choose(budgets_of({"latency": 0.8}))  # the layers promise a tenth each, the model saves a fifth
+    assert len(choice.plan.ops) == 1
+    assert choice.costs["latency"] == pytest.approx(4.0)
+
+
+def test_the_engine_of_a_plan_is_chosen_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = planner(monkeypatch, engine="auto")
+    monkeypatch.setattr("pwrewrite.planning.planner.choose", lambda *given: engine_named("torch"))
+    engine, session = made.engine
+    assert session.ran.engine == "torch"
+    assert made.engine[0] is engine
+    assert made.notes == ["the fastest engine for this model is torch"]
+    with pytest.raises(UsageError, match="unknown engine 'tensorflow'"):
+        planner(monkeypatch, engine="tensorflow")
 
 
 def test_a_gate_keeps_slower_forms_out_of_other_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
