@@ -33,8 +33,9 @@ from ..core.options import Budget, CompressOptions, ExportOptions, PassOptions, 
 from ..core.plan import Plan
 from ..core.records import Shown
 from ..edit.apply import copy_of
+from ..engines.engine import with_threads
 from ..engines.exporting import format_named
-from ..engines.timing import device_name, with_threads
+from ..engines.timing import device_name
 from ..passes.fold_batch_norm import FoldBatchNorm
 from ..planning.budget import budgets_of
 from ..planning.cache import content_key
