@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class DigitsNet(nn.Module):
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int = 48) -> None:
         super().__init__()
         self.stem = self.block(1, width)
         self.body = nn.Sequential(self.block(width, width), self.block(width, 2 * width, stride=2))
@@ -37,20 +37,20 @@ def build_model() -> nn.Module:
 
 
 def example_inputs() -> tuple[Tensor, ...]:
-    return (torch.zeros(1, 1, 32, 32),)
+    return (torch.zeros(1, 1, 24, 24),)
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """All images as ``(1797, 1, 32, 32)`` from 0 to 1, in an order that mixes the writers, and their classes."""
+    """All images as ``(1797, 1, 24, 24)`` from 0 to 1, in an order that mixes the writers, and their classes."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     images = torch.from_numpy(data.images[order]).float()[:, None] / 16
-    return F.interpolate(images, size=(32, 32), mode="bilinear"), torch.from_numpy(data.target[order])
+    return F.interpolate(images, size=(24, 24), mode="bilinear"), torch.from_numpy(data.target[order])
 
 
-def train(model: nn.Module, images: Tensor, classes: Tensor, epochs: int = 3, rate: float = 1e-2) -> None:
+def train(model: nn.Module, images: Tensor, classes: Tensor, epochs: int = 2, rate: float = 1e-2) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * -(-len(images) // 16))
     model.train()

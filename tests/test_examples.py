@@ -100,7 +100,7 @@ def digits(width: int) -> int:
 KNOWN: dict[str, tuple[int, tuple[int, ...]]] = {
     "attention": (attention(), (1, 10)),
     "channel_mixing": (12, (1, 4, 3, 3)),
-    "digits": (digits(32), (1, 10)),
+    "digits": (digits(48), (1, 10)),
     "googlenet": (6_998_552, (1, 1000)),
     "inception_naive": (387_072, (1, 416, 28, 28)),
     "inception_reduced": (163_328, (1, 256, 28, 28)),
@@ -267,7 +267,7 @@ def test_digits_learns() -> None:
     pytest.importorskip("sklearn")
     example = load("digits")
     images, classes = example.digits()
-    assert tuple(images.shape) == (1797, 1, 32, 32)
+    assert tuple(images.shape) == (1797, 1, 24, 24)
     assert (float(images.min()), float(images.max())) == (0, 1)
     assert sorted(classes.unique().tolist()) == list(range(10))
     torch.manual_seed(0)

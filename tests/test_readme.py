@@ -70,7 +70,7 @@ def test_every_command_of_a_page_runs(page: str, tmp_path: Path) -> None:
 
 def test_the_two_commands_of_ci_are_there() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in ("analyze", "test"):
+    for name in ("compress", "test"):
         found = re.findall(rf"^<!-- ci: {name} -->\n```sh\n([^\n]+)\n```$", text, re.MULTILINE)
         assert len(found) == 1, name
     assert text.index("<!-- ci: test -->") < 4000  # near the top

@@ -16,7 +16,7 @@ def compress(
     budget: Budget,
     proof: Annotated[Proof, Only(("max_error",))],
     options: CompressOptions,
-    exporting: Annotated[ExportOptions, Only(("dynamic", "static"))],
+    exporting: Annotated[ExportOptions, Only(("dynamic", "static", "int8"))],
     reported: Reported,
 ) -> None:
     """Plans, rewrites, refits, fuses, verifies and exports within a budget, [bold]in one go[/]; what was done is kept.

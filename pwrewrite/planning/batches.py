@@ -75,7 +75,7 @@ class Batches:
                 raise UsageError(f"{name} of the calibration inputs must be {least} or more", got=str(value))
         self.size, self.chunk, self.holdout = size, chunk, holdout
         self._reader = Reader(*split_inputs(example_inputs))
-        self._batch, self._original, self._source = batch, source, _stable(source, chunk)
+        self._batch, self._original, self._source = batch, source, stable(source, chunk)
         self._notes: list[str] = []
         self._first: Batch | None = None
         self._known: list[tuple[frozenset[str], int, Tensor | None]] = []
@@ -229,7 +229,7 @@ class Batches:
             self._notes.append(text)
 
 
-def _stable(source: object, chunk: int) -> Iterable[object]:
+def stable(source: object, chunk: int) -> Iterable[object]:
     """An iterable that gives the batches of the user's in the same order every time; ``chunk`` cuts a bare dataset.
 
     Raises:

@@ -33,10 +33,11 @@ def body(result: Compression) -> Page:
     before, after = result.seconds["before"], result.seconds["after"]
     time = ("time", duration(before), duration(after), f"{100 * (after / before - 1):+.1f}%")
     proven = [f"{name}: {plural(len(proof['checks']), 'check')} passed" for name, proof in result.proofs.items()]
-    if result.exports:
-        proven.append(f"{', '.join(each.format for each in result.exports)}: the same outputs in its own runtime")
+    same = [each.format for each in result.exports if each.loss is None]
+    proven += [f"{', '.join(same)}: the same outputs in its own runtime"] if same else []
     took = [f"{name} {'as before' if s is None else duration(s)}" for name, s in result.stages.items()]
     facts = [*budget_rows.lines(result.budget), ("timed in", result.engine)]
+    facts += [(each.format, each.detail) for each in result.exports if each.loss is not None]
     facts += [("verified", " · ".join(proven)), ("stages", " · ".join(took))]
     blocks: list[Block] = [Section("", silent=True), saving([*rows.totals(result), time])]
     blocks += [Section("Budget and proof"), Facts([(*fact, "") for fact in facts])]

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shutil import copyfile, rmtree
 from typing import Any, cast
@@ -28,15 +28,16 @@ from ..core.errors import OutputError, RefusedError, UsageError
 from ..core.exports import Exported
 from ..core.files import new_folder, read_text
 from ..core.nested import tensors_of
-from ..core.option import from_keywords
+from ..core.option import changed, flag_of, from_keywords
 from ..core.options import Budget, CompressOptions, ExportOptions, PassOptions, Proof, TargetOptions
 from ..core.plan import Plan
 from ..core.records import Shown
 from ..edit.apply import copy_of
 from ..engines.engine import with_threads
-from ..engines.exporting import format_named
+from ..engines.exporting import format_named, int8_of
 from ..engines.timing import device_name
 from ..passes.fold_batch_norm import FoldBatchNorm
+from ..planning.batches import stable
 from ..planning.budget import budgets_of
 from ..planning.cache import content_key
 from ..planning.planner import batches_of
@@ -48,6 +49,7 @@ from ..targets.storage import PLAN, README, REPORT, WEIGHTS, check_place, plan_t
 from .export import ALL_FILES, REPORT as EXPORT_REPORT, differing_error, export
 from .fuse import drawn_inputs, fuse, outputs_of
 from .fuse_timing import latencies
+from .int8 import DATA, int8_formats
 from .rewrite import rewrite
 from .stages import Stages
 from .steps import Progress, join_names, silent
@@ -88,7 +90,7 @@ def compress(
         calibration: A few hundred inputs: any iterable of batches.
         progress: Called at each step with what is being done and how much of it is done.
         **options: Fields of `pwrewrite.core.options`: of `CompressOptions` (``out``, ``export``, ``force``), `Budget`,
-            `Proof` (``max_error``) and `ExportOptions` (``dynamic``, ``static``).
+            `Proof` (``max_error``) and `ExportOptions` (``dynamic``, ``static``, ``int8``).
 
     Returns:
         The fused copy with its plan and report.
@@ -100,12 +102,12 @@ def compress(
         UsageError: If options make no sense, or what a format needs is not installed.
     """
     chosen = from_keywords(CompressOptions, options)
-    axes: dict[str, Any] = {name: options.pop(name) for name in ("dynamic", "static") if name in options}
+    axes: dict[str, Any] = {name: options.pop(name) for name in ("dynamic", "static", "int8") if name in options}
     exporting = from_keywords(ExportOptions, axes)
     if calibration is not None:
         options["calibration"] = calibration
     what, proof = what_from_keywords("compress", None, {"budget": budget, **options})
-    what = _checked(what, chosen)
+    what = _checked(what, chosen, exporting)
     loaded = loaded_of(model, example_inputs)
     return _compressed(loaded, what, proof, (chosen, exporting), progress or silent)
 
@@ -120,22 +122,31 @@ def compress_target(
     progress: Progress | None = None,
 ) -> Compressed:
     """The same for what can be typed."""
-    what, say = _checked(what_of(PassOptions(), budget), chosen), progress or silent
+    what, say = _checked(what_of(PassOptions(), budget), chosen, exporting), progress or silent
     say("loading", None)
     return _compressed(loaded_of(open_target(target), None), what, proof, (chosen, exporting), say)
 
 
-def _checked(budget: object, options: CompressOptions) -> Budget:
+def _checked(budget: object, options: CompressOptions, exporting: ExportOptions) -> Budget:
     """Refuses what is cheap to refuse."""
     if not isinstance(budget, Budget):
         raise UsageError("there is no budget to compress to", expected="--budget latency=0.5, or budget=")
-    for name in (options.export,) if isinstance(options.export, str) else options.export:
-        format_named(name).require()
+    formats = [format_named(name) for name in _names(options)]
+    if exporting.int8:
+        formats += int8_formats(replace(exporting, calibration=budget.calibration), formats).values()
+    for each in formats:
+        each.require()
+    for name in changed(exporting) if not formats else ():
+        raise UsageError(f"{flag_of(ExportOptions, name)} goes with --export")
     if options.out is not None:
         _check_place(options)
     elif options.export:
         raise UsageError("there is no place to export to", hint="--out DIR, or out=")
     return budget
+
+
+def _names(options: CompressOptions) -> tuple[str, ...]:
+    return (options.export,) if isinstance(options.export, str) else tuple(options.export)
 
 
 def _check_place(options: CompressOptions) -> None:
@@ -148,7 +159,7 @@ def _compressed(
     given: LoadedModel, budget: Budget, proof: Proof, to: tuple[CompressOptions, ExportOptions], say: Progress
 ) -> Compressed:
     options, exporting = to
-    formats = (options.export,) if isinstance(options.export, str) else tuple(options.export)
+    formats = _names(options)
     # Plans of stages lead from the model that was given; in the end they are put behind what led to it.
     loaded = replace(given, plan=None, names={}, origin="", notes=())
     if given.model.training:
@@ -156,6 +167,10 @@ def _compressed(
     read = partial(_read, loaded=loaded)
     with Stages("compress", ("rewrite", "fuse", *(("export",) if formats else ()), "measure"), say) as stages:
         stages.progress("rewrite")("reading the calibration inputs", None)
+        budget = opened(budget, loaded)
+        if budget.calibration is not None:
+            budget = replace(budget, calibration=stable(budget.calibration, 32))
+        data = {name: getattr(budget, name) for name in DATA} if exporting.int8 else {}
         budget, stages.key = _prepared(budget, loaded, proof)
         rewritten, rewriting = stages.done(
             "rewrite",
@@ -168,12 +183,13 @@ def _compressed(
         )
         exports: dict[str, Any] = {"formats": [], "notes": []}
         if formats:
-            settings: dict[str, Any] = {"to": formats, "dynamic": exporting.dynamic, "static": exporting.static}
-            packages = {name: version(name) for each in formats for name in format_named(each).needs}
+            settings: dict[str, Any] = {name: getattr(exporting, name) for name in ("dynamic", "static", "int8")}
+            kinds = [form for each in map(format_named, formats) for form in (each, int8_of(each)) if form is not None]
+            packages = {name: _version(name) for form in kinds for name in form.needs}
             exports = stages.done(
                 "export",
-                {**settings, "packages": packages},
-                lambda at, say: _exported(fused, at, say, settings),
+                {"to": formats, **settings, "packages": packages},
+                lambda at, say: _exported(fused, at, say, {"to": formats, **settings, **data}),
                 _read_exports,
             )
         before, after = stages.timed("measure", partial(_measured, loaded, fused, budget.threads))
@@ -203,7 +219,7 @@ def _prepared(budget: Budget, loaded: LoadedModel, proof: Proof) -> tuple[Budget
     if any(t.is_meta for t in (*loaded.model.parameters(), *loaded.model.buffers())):
         raise RefusedError("a model without weights cannot be compressed: they are on meta")
     captured = capture(loaded.model, loaded.example_inputs)
-    budget = replace(opened(budget, loaded), first=(FoldBatchNorm(),))
+    budget = replace(budget, first=(FoldBatchNorm(),))
     inputs, data = drawn_inputs(loaded.example_inputs), ""
     tensors = [*tensors_of(inputs), *outputs_of(loaded.model, inputs)]
     if budget.calibration is not None:
@@ -220,6 +236,13 @@ def _prepared(budget: Budget, loaded: LoadedModel, proof: Proof) -> tuple[Budget
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     facts["values"] = digest.hexdigest()
     return budget, content_key(captured, {}, data, {"facts": json.dumps(facts, default=str)})
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def _source(function: object) -> str:

@@ -27,12 +27,13 @@ from .what import opened
 
 FASTER = 0.97
 """Below this share of the time in float32, int8 is faster."""
-_DATA = ("calibration", "batch", "preprocess", "calibration_size")
+DATA = ("calibration", "batch", "preprocess", "calibration_size")
+"""Options that say what to calibrate on."""
 
 
 def int8_formats(options: ExportOptions, formats: Sequence[Format]) -> dict[str, Format]:
     """The quantized sibling of each format that is to have one, by its name; refuses options that go without."""
-    given = [name for name in _DATA if getattr(options, name) is not None]
+    given = [name for name in DATA if getattr(options, name) is not None]
     if given and not options.int8:
         raise UsageError(f"{flag_of(ExportOptions, given[0])} goes with --int8")
     if not options.int8:
@@ -49,7 +50,7 @@ class Samples:
     """The calibration inputs of an export, in batches that it takes; every fifth is held out to measure on."""
 
     def __init__(self, options: ExportOptions, loaded: LoadedModel, axes: Axes) -> None:
-        data = opened(Budget(**{name: getattr(options, name) for name in _DATA}), loaded)
+        data = opened(Budget(**{name: getattr(options, name) for name in DATA}), loaded)
         example = loaded.example_inputs
         args, kwargs = ((), example) if isinstance(example, Mapping) else (example, {})
         self._size = None if any(axes) else samples_of((args,) if isinstance(args, Tensor) else tuple(args), kwargs)

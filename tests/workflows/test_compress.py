@@ -101,6 +101,14 @@ def test_what_has_not_changed_is_not_done_again(tmp_path: Path) -> None:
     assert again(compressed(model)) == ["rewrite", "fuse"]
 
 
+def test_int8_is_calibrated_on_the_same_inputs(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    result = compressed(net(), tmp_path / "out", data=iter(IMAGES.split(16)), export="onnx", int8=True)
+    assert [each.format for each in result.report.exports] == ["onnx", "onnx int8"]
+    assert result.report.exports[1].loss is not None
+    assert "layers in int8" in str(result)
+
+
 def test_a_damaged_stage_is_done_again(cache: Path) -> None:
     model = net()
     compressed(model)
@@ -279,6 +287,8 @@ def test_a_missing_extra_is_said_before_the_work(monkeypatch: pytest.MonkeyPatch
     [
         ({"export": "pt2"}, "no place to export"),
         ({"export": "tflite", "out": "x"}, "no export format"),
+        ({"static": True}, "--static goes with --export"),
+        ({"int8": True, "export": "pt2", "out": "x"}, "--int8 is for onnx and openvino"),
         ({"limits": 0.5, "passes": ["insert-bottleneck"]}, "goes with passes"),
         ({"size": 3}, "has no option 'size'"),
     ],
