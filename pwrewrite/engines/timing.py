@@ -51,6 +51,7 @@ def time_in_turns(
     turns: tuple[int, int] = (5, 40),
     seconds: float = 1.0,
     drop: bool = False,
+    against: int = 0,
 ) -> list[Timing]:
     """Times several runs that take turns.
 
@@ -59,7 +60,8 @@ def time_in_turns(
         device: Where they run; waited for.
         turns: How many turns, at least and at most.
         seconds: Stop between the two after about so long.
-        drop: Whether those much slower than the first are given up early.
+        drop: Whether those much slower than one of them are given up early.
+        against: Which one that is.
     """
     repeats = []
     for run in runs:
@@ -75,7 +77,7 @@ def time_in_turns(
             if i not in dropped:
                 times[i].append(_once(run, repeats[i], device))
         if drop and turn == 1:
-            dropped = {i for i, own in enumerate(times) if min(own) > _SLOWER * max(times[0])}
+            dropped = {i for i, own in enumerate(times) if i and min(own) > _SLOWER * max(times[against])}
     base = statistics.median(times[0])
     first = Timing(base, _spread([t / base for t in times[0]]))
     ratios = [[t / reference for t, reference in zip(own, times[0])] for own in times[1:]]

@@ -4,6 +4,10 @@ Fewer MACs are not always faster: three small convolutions can take longer than 
 shape facts, its input's shape) and its candidates run alone, in the engine that is asked for, in eval mode, on the
 model's device, in its dtype and memory format and with as many threads, in turns (`pwrewrite.engines.timing`). Results
 are stored on disk by engine and its version, device and shape.
+
+Layers are timed minutes or days apart, while other things run or not. So each turn begins with the same small
+reference, and what is stored is how many times as long as it a layer takes. The reference takes turns with the whole
+model, too, which makes seconds of it.
 """
 
 from __future__ import annotations
@@ -29,9 +33,10 @@ from ..edit.apply import carry_out
 from ..engines.engine import Engine, Session, with_threads
 from ..engines.timing import device_name, time_in_turns, time_models
 from ..engines.torch_engine import PLAIN
-from ..forms.specs import spec_to_dict
+from ..forms.specs import linear_spec, spec_to_dict
 from ..layers.factorized import Factorized, build, make_layer
 
+_REFERENCE, _REFERENCE_SHAPE = linear_spec(512, 512, True), (64, 512)
 _SECONDS = 1.0
 """About how long one layer and its candidates run."""
 MEASURED = 1.05
@@ -111,16 +116,17 @@ class LatencyTable:
         conditions: Where and how they run.
 
     Attributes:
+        unit: Seconds that the reference takes.
         measured: How many were measured and not in the cache.
         notes: What should be told: that a cached file was damaged.
     """
 
     def __init__(self, conditions: Conditions) -> None:
-        self.conditions, self.measured = conditions, 0
+        self.conditions, self.measured, self.unit = conditions, 0, 1.0
         folder = cache_folder("latency")
         engine = "" if conditions.engine is PLAIN else f"{conditions.engine.name} {conditions.engine.version}"
         facts = (device_name(conditions.device), conditions.dtype, conditions.channels_last, conditions.threads, engine)
-        name = hashlib.sha256("|".join(map(str, (*facts, torch.__version__))).encode()).hexdigest()[:24]
+        name = hashlib.sha256("|".join(map(str, (*facts, torch.__version__, "relative"))).encode()).hexdigest()[:24]
         self._file = None if folder is None else folder / f"{name}.json"
         self._known, self.notes = _read(self._file)
 
@@ -144,7 +150,18 @@ class LatencyTable:
             with torch.no_grad(), with_threads(conditions.threads), torch.random.fork_rng(devices):
                 self._known.update(zip(keys, self._measure(shape, variants)))
             self.measured += len(keys)
-        return [self._known[key] for key in keys]
+        return [self._known[key] * self.unit for key in keys]
+
+    def reference(self) -> Callable[[], object]:
+        """A small layer that takes turns with everything that is timed."""
+        with torch.random.fork_rng([self.conditions.device] if self.conditions.device.type == "cuda" else []):
+            run, x = self._ready(_REFERENCE_SHAPE, Variant(_REFERENCE))
+        return partial(run, x)
+
+    def _ready(self, shape: Sequence[int], variant: Variant) -> tuple[Callable[..., object], Tensor]:
+        where = self.conditions
+        x = where.arranged(torch.randn(tuple(shape), device=where.device).to(where.dtype))
+        return where.engine.session(where.make(variant), (x,), {}, where.threads).run, x
 
     def save(self) -> None:
         """Stores what was measured, beside what others stored meanwhile; if it cannot, that is no error."""
@@ -156,22 +173,20 @@ class LatencyTable:
             write_file(self._file, json.dumps({**_read(self._file)[0], **runs}))
 
     def _measure(self, shape: Sequence[int], variants: Sequence[Variant]) -> list[float]:
-        conditions = self.conditions
-        x = conditions.arranged(torch.randn(tuple(shape), device=conditions.device).to(conditions.dtype))
         runs: dict[int, Callable[[], object]] = {}
         for i, variant in enumerate(variants):
             try:
-                session = conditions.engine.session(conditions.make(variant), (x,), {}, conditions.threads)
-                run = partial(session.run, x)
-                run()
+                run, x = self._ready(shape, variant)
+                run(x)
             except (RuntimeError, RefusedError):  # no kernel for this dtype, or too little memory
                 if i == 0:
                     raise
                 continue
-            runs[i] = run
-        timings = time_in_turns(list(runs.values()), conditions.device, seconds=_SECONDS, drop=True)
-        seconds = {i: timing.seconds for i, timing in zip(runs, timings)}
-        return [seconds.get(i, math.inf) for i in range(len(variants))]
+            runs[i] = partial(run, x)
+        every = [self.reference(), *runs.values()]
+        unit, *timings = time_in_turns(every, self.conditions.device, seconds=_SECONDS, drop=True, against=1)
+        shares = {i: timing.seconds / unit.seconds for i, timing in zip(runs, timings)}
+        return [shares.get(i, math.inf) for i in range(len(variants))]
 
 
 def time_plan(

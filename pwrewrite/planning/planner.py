@@ -9,7 +9,7 @@ and `Planner.refit` fits them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from operator import itemgetter
@@ -46,7 +46,7 @@ from .running import Say, device_of, evaluating, run_seeded
 from .spill import Spill
 from .statistics import Gathering, NoGradientsError, Statistics, gather
 
-_ATTEMPTS = 4
+_ATTEMPTS = 5
 """How many plans for a latency budget are timed at most."""
 _NEAR, _WASTED = 1.01, 0.96
 """How near to its limit, from above and below, a time is near enough."""
@@ -189,7 +189,10 @@ class Planner:
         engine, session = self.engine
         table = LatencyTable(Conditions.of(self.model, self.settings.threads, engine))
         self.notes += table.notes
-        (timing,) = time_models([session], args, kwargs, threads=self.settings.threads)
+        small = table.reference()
+        unit = replace(session, run=lambda *args, **kwargs: small())
+        timing, reference = time_models([session, unit], args, kwargs, threads=self.settings.threads)
+        table.unit = reference.seconds
         if timing.spread > NOISY:
             self._warn(
                 f"this machine is noisy: times of the same run are {timing.spread:.0%} apart; close what runs "
@@ -220,24 +223,24 @@ class Planner:
         absolute, original = self.allocator.absolute(limits), self.original["latency"]
         wanted = aim = absolute["latency"] / original
         tried: list[tuple[float, Choice]] = []
-        for attempt in range(_ATTEMPTS):
+        known = {1.0: 1.0}  # what the layers promise, to what the whole model takes
+        while len(tried) < _ATTEMPTS:
             try:
                 choice = self.allocator.choose(limits, {**absolute, "latency": aim * original})
             except RefusedError:
                 if not tried and not self.settings.best_effort:
                     raise
                 others = {kind: limit for kind, limit in absolute.items() if kind != "latency"}
-                choice, attempt = self.allocator.cheapest("latency", limits, others), _ATTEMPTS
+                choice = self.allocator.cheapest("latency", limits, others)
             if any(choice.plan.ops == before.plan.ops for _, before in tried):
                 break
-            self.say("timing the plan", min(1.0, attempt / _ATTEMPTS))
+            self.say("timing the plan", len(tried) / _ATTEMPTS)
             reached = time_plan(self.model, self.inputs, choice.plan, self.settings.threads, self.engine)
             tried.append((reached, choice))
-            if wanted * _WASTED <= reached <= wanted * _NEAR or attempt == _ATTEMPTS:
+            if reached <= wanted * _NEAR and (reached >= wanted * _WASTED or not choice.plan.ops):
                 break
-            predicted = choice.costs["latency"] / original
-            saved = max(0.1, (1 - reached) / max(1 - predicted, 1e-9))  # of what the layers alone promise
-            aim = min(1 - (1 - wanted) / saved, 1.0)
+            known[choice.costs["latency"] / original] = reached
+            aim = _aim(known, wanted)
         met = [each for each in tried if each[0] <= wanted * _NEAR]
         reached, choice = max(met, key=itemgetter(0)) if met else min(tried, key=itemgetter(0))
         if reached > wanted * MEASURED and not self.settings.best_effort:
@@ -324,6 +327,15 @@ class Planner:
             for (tensor, _), value in zip(state, after):
                 tensor.copy_(value)
         return True
+
+
+def _aim(known: Mapping[float, float], wanted: float) -> float:
+    """What the layers should promise so that the model takes the share ``wanted``, by the nearest plans timed."""
+    reached, promised = min((took, share) for share, took in known.items() if took >= wanted)
+    below = max(((took, share) for share, took in known.items() if took < wanted), default=None)
+    if below is None:  # as much again for each part as the nearest one saved
+        return 1 - (1 - wanted) / max(0.1, (1 - reached) / max(1 - promised, 1e-9))
+    return below[1] + (promised - below[1]) * (wanted - below[0]) / (reached - below[0])
 
 
 def _checked(budget: Budget, calibrated: bool) -> Budget:

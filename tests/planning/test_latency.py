@@ -22,7 +22,7 @@ from pwrewrite.forms.specs import linear_spec
 from pwrewrite.planning import latency
 from pwrewrite.planning.budget import budgets_of
 from pwrewrite.planning.latency import Conditions, LatencyTable, Variant, time_plan
-from pwrewrite.planning.planner import Planner
+from pwrewrite.planning.planner import Planner, _aim
 
 SPEC = ConvSpec.of_module(nn.Conv2d(8, 8, 3, padding=1))
 CPU = Conditions(torch.device("cpu"), torch.float32, False, 1)
@@ -212,7 +212,9 @@ def planner(monkeypatch: pytest.MonkeyPatch, **settings: object) -> Planner:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(4))).eval()
     monkeypatch.setattr("pwrewrite.planning.planner.LatencyTable", Fake)
-    monkeypatch.setattr("pwrewrite.planning.planner.time_models", lambda *given, **how: [Timing(5.0, 0.0)])
+    monkeypatch.setattr(
+        "pwrewrite.planning.planner.time_models", lambda *given, **how: [Timing(5.0, 0.0), Timing(1.0, 0.0)]
+    )
     monkeypatch.setattr(
         "pwrewrite.planning.planner.time_plan", lambda model, inputs, plan, *where: (5 - 0.5 * len(plan)) / 5
     )
@@ -254,6 +256,12 @@ def test_a_limit_is_loosened_where_more_was_given_up_than_had_to_be(monkeypatch:
     choice = made.choose(budgets_of({"latency": 0.8}))  # the layers promise a tenth each, the model saves a fifth
     assert len(choice.plan.ops) == 1
     assert choice.costs["latency"] == pytest.approx(4.0)
+
+
+def test_the_next_limit_lies_between_the_plans_timed() -> None:
+    assert _aim({1.0: 1.0, 0.6: 0.8}, 0.6) == pytest.approx(0.2)  # a fifth saved of two promised
+    assert _aim({1.0: 1.0, 0.6: 0.8, 0.2: 0.4}, 0.6) == pytest.approx(0.4)
+    assert _aim({1.0: 1.0, 0.6: 0.2}, 0.6) == pytest.approx(0.8)
 
 
 def test_the_engine_of_a_plan_is_chosen_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -277,7 +277,7 @@ def test_a_fused_model_is_unfused(residual: bool, tmp_path: Path) -> None:
 
 def test_a_missed_time_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pwrewrite.planning.planner.time_plan", lambda *given: 0.5)
-    monkeypatch.setattr("pwrewrite.planning.planner.time_models", lambda *given, **how: [Timing(1.0, 0.0)])
+    monkeypatch.setattr("pwrewrite.planning.planner.time_models", lambda *given, **how: [Timing(1.0, 0.0)] * 2)
     monkeypatch.setattr(
         "pwrewrite.planning.planner.LatencyTable.times",
         lambda self, shape, variants: [1.0 if not variant.form else 0.25 for variant in variants],
