@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..core.numbers import duration, percent, plural, size
 from . import budget_rows, rewrite_rows as rows
 from .page import Block, Column, Facts, Page, Section, Table, Title, notes_part
@@ -30,27 +32,29 @@ _SHARES = {"macs": "MACs", "weight_bytes": "size"}
 
 def body(result: Compression) -> Page:
     """The page without its title."""
-    before, after = result.seconds["before"], result.seconds["after"]
-    time = ("time", duration(before), duration(after), f"{100 * (after / before - 1):+.1f}%")
+    pairs = {"time": (result.seconds["before"], result.seconds["after"])}
+    pairs |= {f"time in {name}": pair for name, pair in result.engines.items()}
+    times = [(name, duration(b), duration(a), f"{100 * (a / b - 1):+.1f}%") for name, (b, a) in pairs.items()]
     proven = [f"{name}: {plural(len(proof['checks']), 'check')} passed" for name, proof in result.proofs.items()]
     same = [each.format for each in result.exports if each.loss is None]
     proven += [f"{', '.join(same)}: the same outputs in its own runtime"] if same else []
     took = [f"{name} {'as before' if s is None else duration(s)}" for name, s in result.stages.items()]
-    facts = [*budget_rows.lines(result.budget), ("timed in", result.engine)]
+    budget = replace(result.budget, latency=None, engine="", engines={})  # what was measured in the end stands above
+    facts = [*budget_rows.lines(budget), ("timed in", result.engine)]
     facts += [(each.format, each.detail) for each in result.exports if each.loss is not None]
     facts += [("verified", " · ".join(proven)), ("stages", " · ".join(took))]
-    blocks: list[Block] = [Section("", silent=True), saving([*rows.totals(result), time])]
+    blocks: list[Block] = [Section("", silent=True), saving([*rows.totals(result), *times])]
     blocks += [Section("Budget and proof"), Facts([(*fact, "") for fact in facts])]
     if result.files:
         exports = {f"export/{name}": each for each in result.exports for name in each.files[:1]}
         own = [exports.get(name) for name in result.files]
-        times = ["" if each is None or each.seconds is None else duration(each.seconds) for each in own]
+        took_each = ["" if each is None or each.seconds is None else duration(each.seconds) for each in own]
         engines = ["" if each is None else each.engine for each in own]
         columns = [
             Column("file", list(result.files), right=False),
             Column("size", [size(nbytes) for nbytes in result.files.values()]),
         ]
         if exports:
-            columns += [Column("time", times), Column("run by", engines, right=False, keep=1, shrink=12)]
+            columns += [Column("time", took_each), Column("run by", engines, right=False, keep=1, shrink=12)]
         blocks += [Section("Files"), Table(columns)]
     return (*blocks, *notes_part(result.notes))

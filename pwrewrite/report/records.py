@@ -91,6 +91,7 @@ class BudgetReport(Record):
         """The record that `to_dict` gave as data."""
         values = {f.name: data[f.metadata.get("key", f.name)] for f in fields(cls)}
         values["metrics"] = {name: tuple(pair.values()) for name, pair in values["metrics"].items()}
+        values["engines"] = {name: tuple(pair) for name, pair in values["engines"].items()}
         values["latency"] = values["latency"] and tuple(values["latency"].values())
         return cls(**values)
 
@@ -200,6 +201,7 @@ class Compression(Shown, Record):
         proofs: The verification, as data, of the rewriting and of the fusing.
         exports: What became of each format.
         stages: Seconds of each stage; None where it was not done again.
+        engines: Each other engine that was there to the seconds before and after in it.
         notes: What a reader should be told.
         files: The files in the folder, with their bytes.
     """
@@ -213,6 +215,7 @@ class Compression(Shown, Record):
     proofs: Mapping[str, Mapping[str, Any]]
     exports: tuple[Exported, ...]
     stages: Mapping[str, float | None]
+    engines: Mapping[str, tuple[float, float]]
     notes: tuple[str, ...] = ()
     files: Mapping[str, int] = field(default_factory=dict)
     schema: str = field(default=COMPRESS_SCHEMA)

@@ -23,17 +23,19 @@ import torch
 from torch import nn
 
 from ..analysis.records import versions
-from ..capturing import Inputs, capture
+from ..capturing import Inputs, capture, split_inputs
 from ..core.errors import OutputError, RefusedError, UsageError
 from ..core.exports import Exported
 from ..core.files import new_folder, read_text
+from ..core.form_names import ENGINE_NAMES
 from ..core.nested import tensors_of
 from ..core.option import changed, flag_of, from_keywords
 from ..core.options import Budget, CompressOptions, ExportOptions, PassOptions, Proof, TargetOptions
 from ..core.plan import Plan
 from ..core.records import Shown
 from ..edit.apply import copy_of
-from ..engines.engine import with_threads
+from ..engines.choosing import time_everywhere
+from ..engines.engine import engine_named, with_threads
 from ..engines.exporting import format_named, int8_of
 from ..engines.timing import device_name
 from ..passes.fold_batch_norm import FoldBatchNorm
@@ -131,6 +133,8 @@ def _checked(budget: object, options: CompressOptions, exporting: ExportOptions)
     """Refuses what is cheap to refuse."""
     if not isinstance(budget, Budget):
         raise UsageError("there is no budget to compress to", expected="--budget latency=0.5, or budget=")
+    if budget.engine not in (None, "auto"):
+        engine_named(str(budget.engine)).require()
     formats = [format_named(name) for name in _names(options)]
     if exporting.int8:
         formats += int8_formats(replace(exporting, calibration=budget.calibration), formats).values()
@@ -192,17 +196,19 @@ def _compressed(
                 lambda at, say: _exported(fused, at, say, {"to": formats, **settings, **data}),
                 _read_exports,
             )
-        before, after = stages.timed("measure", partial(_measured, loaded, fused, budget.threads))
+        engine = str(rewriting["budget"].get("engine") or "").partition(" ")[0]  # the one that auto has chosen
+        ran, seconds = stages.timed("measure", partial(_measured, loaded, fused, budget, engine))
         result = Compression(
             given.target or type(given.model).__name__,
-            f"torch {torch.__version__}",
+            ran,
             rewriting["before"],
             fusing["after"],
-            {"before": before, "after": after},
+            dict(zip(("before", "after"), seconds.pop(engine))),
             BudgetReport.from_dict(rewriting["budget"]),
             {"rewrite": rewriting["verification"], "fuse": fusing["verification"]},
             tuple(exports["formats"]),
             stages.seconds,
+            seconds,
             tuple(
                 dict.fromkeys((*given.notes, *rewriting["notes"], *fusing["notes"], *exports["notes"], *stages.notes))
             ),
@@ -228,10 +234,11 @@ def _prepared(budget: Budget, loaded: LoadedModel, proof: Proof) -> tuple[Budget
         budget, data, labels = replace(budget, calibration=batches), batches.fingerprint, batches.labels()
         tensors += [] if labels is None else [labels]
     threads = budget.threads or torch.get_num_threads()
+    engines = [each.version for each in map(engine_named, ENGINE_NAMES) if budget.engine and not each.missing]
     digest = hashlib.sha256()
     facts = {name: value for name, value in vars(budget).items() if name not in _DATA}
     facts |= {"limits": [str(limit) for limit in budgets_of(budget.limits)], "metric": _source(budget.metric)}
-    facts |= {"proof": vars(proof), "versions": versions(), "on": [device_name(tensors[0].device), threads]}
+    facts |= {"proof": vars(proof), "versions": versions(), "on": [device_name(tensors[0].device), threads, engines]}
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     facts["values"] = digest.hexdigest()
@@ -281,10 +288,20 @@ def _data(file: Path) -> dict[str, Any]:
     return data
 
 
-def _measured(before: LoadedModel, after: LoadedModel, threads: int | None, say: Progress) -> list[float]:
+def _measured(
+    before: LoadedModel, after: LoadedModel, budget: Budget, engine: str, say: Progress
+) -> tuple[str, dict[str, tuple[float, float]]]:
+    """What ran, and what both models take: there first, then in the other engines."""
     say("timing both models", None)
-    with with_threads(threads):
-        return latencies([before.model, after.model], before.example_inputs)
+    models = [before.model, after.model]
+    if not engine:
+        with with_threads(budget.threads):
+            first, then = latencies(models, before.example_inputs)
+        return f"torch {torch.__version__}, {budget.threads or torch.get_num_threads()} threads", {"": (first, then)}
+    times = time_everywhere(models, *split_inputs(drawn_inputs(before.example_inputs)), threads=budget.threads)
+    if engine not in times.times:
+        raise RefusedError(f"the models cannot be measured in {engine}", got="; ".join(times.notes))
+    return str(times.ran[engine]), {engine: times.seconds[engine], **times.seconds}
 
 
 def _written(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import pwrewrite
 from pwrewrite.core.errors import OutputError, RefusedError, UsageError, VerificationError
-from pwrewrite.engines import exporting, pt2_format
+from pwrewrite.engines import choosing, exporting, pt2_format
 from pwrewrite.workflows import fuse_timing
 from pwrewrite.workflows.compress import Compressed
 
@@ -107,6 +107,18 @@ def test_int8_is_calibrated_on_the_same_inputs(tmp_path: Path) -> None:
     assert [each.format for each in result.report.exports] == ["onnx", "onnx int8"]
     assert result.report.exports[1].loss is not None
     assert "layers in int8" in str(result)
+
+
+def test_an_engine_times_both_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(choosing, "_SECONDS", 0.02)
+    result = compressed(net(), engine="onnxruntime", best_effort=True)
+    assert result.report.engine.startswith("onnxruntime ")
+    assert result.report.seconds["after"] > 0
+    assert "onnxruntime" not in result.report.engines
+    assert "torch" in result.report.engines
+    assert "time in torch" in str(result)
+    assert again(compressed(net(), engine="onnxruntime", best_effort=True)) == []
 
 
 def test_a_damaged_stage_is_done_again(cache: Path) -> None:
