@@ -213,7 +213,8 @@ def time_plan(
         for module in rewritten.modules():
             if isinstance(module, Factorized):
                 for parameter in module.parameters():
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+                    fan_in = parameter[0].numel()  # keeps the level: what becomes denormal takes many times as long
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
     args, kwargs = split_inputs(inputs)
     where, first = engine or (PLAIN, model)
     before, after = time_models([first, rewritten], args, kwargs, threads=threads, engine=where)
