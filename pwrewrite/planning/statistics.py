@@ -11,7 +11,10 @@ the model's own prediction, so that ``G`` is a diagonal block of the Fisher info
 perspectives on the natural gradient method*; Martens & Grosse 2015): a change of the layer's outputs then changes the
 predicted distribution, in KL divergence, by half its square in that norm, to second order. For any other outputs it is
 the inner product with Gaussian noise, scaled per output tensor to ``1/√(n·rms²)``: the same half square is then half
-the expected squared relative error of the outputs.
+the expected squared relative error of the outputs. Class scores get that on top, off their mean: where a model is sure
+of every input, as of those that it was trained on, the Fisher information is next to nothing, and the errors that it
+lets through do not stay small. At 15% of the MACs, networks for digits kept 67 and 73% without that floor, of 99, and
+keep 99 with it; ResNet-20 on CIFAR-10 kept 72% at 30%, and keeps 84.
 
 The loss that is made of them, ``½ · positions · tr(G ΔW C ΔWᵀ)``, assumes that gradients do not depend on inputs, and
 that errors at different positions and in different layers do not add coherently. `pwrewrite.planning.outputs` measures
@@ -318,6 +321,7 @@ class _Watch:
             predicted = log_probabilities(scores.float(), kind)
             drawn = torch.multinomial(predicted.detach().exp().cpu(), 1, generator=self.generator)
             loss = F.nll_loss(predicted, drawn[:, 0].to(predicted.device), reduction="sum")
+            loss = loss + self._noisy(predicted - predicted.mean(1, keepdim=True))
         else:
             loss = torch.stack([self._noisy(t) for t in tensors]).sum()
         try:

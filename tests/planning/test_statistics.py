@@ -116,7 +116,11 @@ def test_gradients_are_those_of_autograd(model: Net) -> None:
         output.requires_grad_()
         logits = model.head(model.twice(F.relu(model.twice(output.clone().relu()))).mean((2, 3)))
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-        F.cross_entropy(logits, labels, reduction="sum").backward()
+        scores = logits - logits.mean(1, keepdim=True)
+        noise = (
+            torch.randn(scores.shape, generator=generator) / (scores.shape[1] * scores.detach().square().mean()).sqrt()
+        )
+        (F.cross_entropy(logits, labels, reduction="sum") + (scores * noise).sum()).backward()
         assert output.grad is not None
         rows = output.grad.flatten(2).transpose(1, 2).reshape(-1, 4).double()
         total += rows.T @ rows
@@ -127,7 +131,10 @@ def test_gradients_are_those_of_autograd(model: Net) -> None:
 
 
 def test_the_loss_predicts_what_noise_in_a_layer_does() -> None:
-    """½ · positions · tr(G ΔW C ΔWᵀ) is the KL divergence that a small random change of the weights makes."""
+    """½ · positions · tr(G ΔW C ΔWᵀ) is the KL divergence that a small random change of the weights makes.
+
+    And half the squared relative error of the scores off their mean.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 16, 10)).double().eval()
     data = [((torch.randn(64, 3, 6, 6, dtype=torch.float64),), {}) for _ in range(8)]
@@ -147,6 +154,8 @@ def test_the_loss_predicts_what_noise_in_a_layer_does() -> None:
             for (x,), _ in data:
                 p, q = model(x).log_softmax(-1), changed(x).log_softmax(-1)
                 kl += float((p.exp() * (p - q)).sum()) / 512
+                a, b = (scores - scores.mean(1, keepdim=True) for scores in (p, q))
+                kl += float((a - b).square().sum() / a.square().sum()) / 2 / len(data)
         ratios.append(kl / predicted)
     assert 0.5 < sum(ratios) / len(ratios) < 2
 
@@ -276,3 +285,19 @@ def test_very_long_rows_keep_their_mean_square_only(monkeypatch: pytest.MonkeyPa
     rows = F.unfold(x, 3)
     assert one.level() == pytest.approx(float(rows.square().mean()), rel=1e-5)
     assert one.level(centred=True) == pytest.approx(float(rows.var((0, 2), correction=0).mean()), rel=1e-4)
+
+
+def test_a_model_that_is_sure_of_everything_still_says_what_matters() -> None:
+    """On inputs that a model has learnt by heart the Fisher information is next to nothing; its scores still count."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10)).eval()
+    data = [((torch.randn(64, 3, 6, 6),), {}) for _ in range(8)]
+    levels = []
+    for sureness in (1.0, 1e4):
+        with torch.no_grad():
+            model[3].weight *= sureness  # type: ignore[operator]
+            model[3].bias *= sureness  # type: ignore[operator]
+        gradient = gather(model, {"0": ConvSpec.of_module(model[0])}, data).layers["0"].gradient_moment()  # type: ignore[arg-type]
+        assert gradient is not None
+        levels.append(float(gradient.diagonal(dim1=1, dim2=2).sum()))
+    assert levels[1] > 0.5 * levels[0]
