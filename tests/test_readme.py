@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from pwrewrite.cli.app import app
 
@@ -47,25 +49,36 @@ def test_every_page_has_something_to_run_and_is_linked() -> None:
         assert page == "README.md" or f"({page})" in readme, page
 
 
+def lines(body: str) -> list[str]:
+    return [line for line in body.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_of_a_page_runs(page: str, tmp_path: Path) -> None:
+def test_every_command_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first command of a page runs in a shell, later calls of ``pwrewrite`` in this process."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }
+    began = False
     for expected, kind, body in blocks(page):
-        if kind == "python":
-            commands = [[sys.executable, "-c", body]]
-        else:
-            lines = body.replace("\\\n", " ").splitlines()
-            commands = [["sh", "-c", line] for line in lines if line.strip() and not line.startswith("#")]
-        for command in commands:
-            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-            said = f"{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-            assert done.returncode == expected, said
-            assert "Traceback" not in done.stderr, said
+        for line in [body] if kind == "python" else lines(body):
+            words = shlex.split(line) if kind == "sh" else []
+            if began and words[:1] == ["pwrewrite"]:
+                result = CliRunner().invoke(app, words[1:], catch_exceptions=False)
+                code, out, errors = result.exit_code, result.stdout, result.stderr
+            else:
+                began = began or kind == "sh"
+                command = [sys.executable, "-c", line] if kind == "python" else ["sh", "-c", line]
+                done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+                code, out, errors = done.returncode, done.stdout, done.stderr
+            said = f"{line}\n{out[-2000:]}\n{errors[-2000:]}"
+            assert code == expected, said
+            assert "Traceback" not in errors, said
 
 
 def test_the_two_commands_of_ci_are_there() -> None:
