@@ -278,7 +278,7 @@ def test_a_fit_that_does_harm_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> 
         with torch.no_grad():
             for path in errors:
                 for parameter in rewritten.get_submodule(path).parameters():
-                    parameter.mul_(1.5)
+                    parameter.mul_(50)
         return errors
 
     monkeypatch.setattr(planner, "refit", spoiled)
