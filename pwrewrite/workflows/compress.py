@@ -140,7 +140,7 @@ def _checked(budget: object, options: CompressOptions, exporting: ExportOptions)
         formats += int8_formats(replace(exporting, calibration=budget.calibration), formats).values()
     for each in formats:
         each.require()
-    for name in changed(exporting) if not formats else ():
+    for name in changed(exporting, Budget, CompressOptions) if not formats else ():
         raise UsageError(f"{flag_of(ExportOptions, name)} goes with --export")
     if options.out is not None:
         _check_place(options)

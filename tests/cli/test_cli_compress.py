@@ -85,3 +85,12 @@ def test_nothing_is_saved_without_a_place(run: Run, folder: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert "nothing was saved: give --out DIR" in result.stderr
     assert {p.name for p in folder.iterdir()} - {"__pycache__"} == {"cache", "net.py", "x.npz"}
+
+
+def test_a_folder_without_exports(run: Run, folder: Path) -> None:
+    result = run("compress", "net.py", "--budget", "macs=0.9", "--calibration", "x.npz", "--out", "small")
+    assert result.exit_code == 0, result.stderr
+    assert "saved in small" in result.stderr
+    refused = run("compress", "net.py", "--budget", "macs=0.9", "--out", "other", "--static")
+    assert refused.exit_code == 2
+    assert "--static goes with --export" in refused.stderr
