@@ -144,5 +144,5 @@ def test_forms_by_name() -> None:
 
 
 def test_a_layer_of_no_kind() -> None:
-    with pytest.raises((UsageError, KeyError)):
+    with pytest.raises(AttributeError, match="Conv4d"):
         make_layer(replace(CONV, kernel_size=(1,) * 4))
