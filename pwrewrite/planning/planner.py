@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
@@ -39,7 +39,7 @@ from .cache import read_statistics, statistics_file, write_statistics
 from .candidates import ReplaceableLayers, make_candidates, timed
 from .fitting import fit_steps, shift_biases
 from .latency import MEASURED, Conditions, LatencyTable, time_plan
-from .outputs import FAR, compare, kind_of_outputs, scoring
+from .outputs import FAR, Measured, compare, kind_of_outputs, scoring
 from .refit import Target, refit
 from .room import Room, samples_in_run
 from .running import Say, device_of, evaluating, run_seeded
@@ -51,6 +51,19 @@ _ATTEMPTS = 5
 _NEAR, _WASTED = 1.01, 0.96
 """How near to its limit, from above and below, a time is near enough."""
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a fit came to.
+
+    Attributes:
+        errors: Path to the relative error of the weights of each layer whose factors were fitted.
+        held_out: How far the model is from the original now; None where nothing was fitted.
+    """
+
+    errors: Mapping[str, float] = field(default_factory=dict)
+    held_out: Measured | None = None
 
 
 class Planner:
@@ -270,10 +283,13 @@ class Planner:
         weighted = self.replaceable.weighted(op.path, weight, self.statistics, fitted)
         return FORMS[op.settings["form"]].fit(weighted, op.settings["widths"], op.settings.get("axes"))
 
-    def refit(self, rewritten: nn.Module, plan: Plan) -> dict[str, float]:
-        """Fits the model with a plan carried out to the original on the calibration inputs, in place: as `refit`."""
+    def refit(self, rewritten: nn.Module, plan: Plan) -> Fit:
+        """Fits the model with a plan carried out to the original on the calibration inputs, in place: as `refit`.
+
+        A fit under which held-out inputs lose more than without one is taken back.
+        """
         if self.batches is None or self.settings.refit == "none":
-            return {}
+            return Fit()
         functions = sorted(self.replaceable.functions.keys() & {op.path for op in plan.ops})
         if functions:
             self.notes.append(f"called as functions, and therefore not fitted: {_few(functions)}")
@@ -286,31 +302,36 @@ class Planner:
         full = self.settings.refit == "full"
         steps = fit_steps(self.captured, rewritten, plan, specs, self.statistics, factors=full)
         if not steps:
-            return {}
+            return Fit()
         room = Room(self.captured, self.batches.samples)
         modules = [rewritten.get_submodule(step if isinstance(step, str) else step.path) for step in steps]
         state = [(t, t.detach().clone()) for module in modules for t in (*module.parameters(), *module.buffers())]
         chunks, spill = room.first(self.batches.calibration()), Spill(room.memory) if room.spilled else None
         errors = refit(self.model, rewritten, steps, chunks, self.say, seed=self.settings.seed, spill=spill)
         self.notes += room.notes()
-        return errors if self._fit_helps(rewritten, plan, steps, state) else {}
+        fitted = self._held_out(rewritten)
+        predicted = plan.budget.get("predicted_loss") if self.settings.sensitivity == "loss" else None
+        if predicted is not None and fitted.loss <= FAR * predicted:  # no second look
+            return Fit(errors, fitted)
+        unfitted = self._without_fit(rewritten, plan, steps, state, fitted.loss)
+        return Fit(errors, fitted) if unfitted is None else Fit({}, unfitted)
 
-    def _fit_helps(
+    def _held_out(self, rewritten: nn.Module) -> Measured:
+        assert self.batches is not None
+        return compare(self.model, rewritten, self.batches.held_out(), self.outputs)
+
+    def _without_fit(
         self,
         rewritten: nn.Module,
         plan: Plan,
         steps: Sequence[Target | str],
         state: Sequence[tuple[Tensor, Tensor]],
-    ) -> bool:
-        """Whether a fitted model loses less on held-out inputs than without a fit; where not, it becomes that one.
+        fitted: float,
+    ) -> Measured | None:
+        """Makes of a fitted model what it is without a fit, if that loses less; else None, and it stays.
 
-        A loss near the predicted one needs no second look. ``state``: the tensors that were fitted, and what they were.
+        ``state``: the tensors that were fitted, and what they were.
         """
-        assert self.batches is not None
-        fitted = compare(self.model, rewritten, self.batches.held_out(), self.outputs).loss
-        predicted = plan.budget.get("predicted_loss") if self.settings.sensitivity == "loss" else None
-        if predicted is not None and fitted <= FAR * predicted:
-            return True
         after = [tensor.detach().clone() for tensor, _ in state]
         weights = {step.path: step.weight for step in steps if isinstance(step, Target)}
         with torch.no_grad():
@@ -320,13 +341,14 @@ class Planner:
             factors = self._factors(op, weights[op.path], fitted=False) if op.path in weights else None
             if factors is not None:
                 cast(Factorized, rewritten.get_submodule(op.path)).load_factors(factors, None)
-        if compare(self.model, rewritten, self.batches.held_out(), self.outputs).loss < fitted:
+        unfitted = self._held_out(rewritten)
+        if unfitted.loss < fitted:
             self.notes.append("fitting made the held-out loss larger, and was taken back")
-            return False
+            return unfitted
         with torch.no_grad():
             for (tensor, _), value in zip(state, after):
                 tensor.copy_(value)
-        return True
+        return None
 
 
 def _aim(known: Mapping[float, float], wanted: float) -> float:

@@ -25,7 +25,7 @@ from ..planning.allocator import Choice
 from ..planning.budget import Limit, budgets_of
 from ..planning.latency import MEASURED
 from ..planning.outputs import FAR, accuracy, compare
-from ..planning.planner import Planner, costs_of
+from ..planning.planner import Fit, Planner, costs_of
 from ..planning.running import samples_of
 from ..report.records import BudgetReport, Report
 from .steps import Run
@@ -42,7 +42,7 @@ class Budgeted:
         self._before = {name: self._score(name, metric, run.first.model) for name, metric in self.metrics.items()}
         if budget.plan is not None:  # which has chosen already, and its layers need their statistics
             budget = replace(budget, forms=("all",), include=(), exclude=(), max_layer_error=None)
-        self.planner = planner_of(run, budget)
+        self.planner, self.fit = planner_of(run, budget), Fit()
 
     def carry_out(self) -> None:
         """Plans where there is no plan yet, carries it out and fits the result."""
@@ -54,7 +54,8 @@ class Budgeted:
             plan = self.planner.choose(self.limits).plan
         self.run.all(plan, self.planner.decomposer)
         if self.run.state.rows:
-            self.run.fitted(self.planner.refit(self.run.state.model, self.run.state.plan))
+            self.fit = self.planner.refit(self.run.state.model, self.run.state.plan)
+            self.run.fitted(self.fit.errors)
 
     def sample(self) -> Inputs:
         """Held-out inputs to verify on, at most as many as the example inputs, which stand in where there are none."""
@@ -98,7 +99,9 @@ class Budgeted:
         notes = list(planner.notes)
         if planner.batches is not None:
             self.run.say("measuring on held-out inputs", None)
-            measured = compare(planner.model, self.run.state.model, planner.batches.held_out(), planner.outputs)
+            measured = self.fit.held_out or compare(
+                planner.model, self.run.state.model, planner.batches.held_out(), planner.outputs
+            )
             result = replace(
                 result,
                 measured=measured.loss,

@@ -18,6 +18,7 @@ from pwrewrite.core.options import Budget
 from pwrewrite.core.plan import SkipReason
 from pwrewrite.planning import planner
 from pwrewrite.planning.budget import budgets_of
+from pwrewrite.planning.outputs import compare
 from pwrewrite.planning.planner import Planner
 from pwrewrite.workflows.budget import search
 
@@ -266,6 +267,20 @@ def test_a_result_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
         assert torch.equal(loaded(x), result.model(x))
     assert Plan.read(tmp_path / "out" / "plan.json").budget == result.plan.budget
     assert '"budget"' in (tmp_path / "out" / "report.json").read_text()
+
+
+def test_a_fit_that_was_looked_at_twice_is_put_back() -> None:
+    """Without a predicted loss to go by, every fit is held against none."""
+    model, inputs = made("plain")
+    result = pwrewrite.rewrite(
+        model, inputs, budget={"macs": 0.6}, calibration=batches(), sensitivity="activations", verify=False
+    )
+    assert not any("taken back" in note for note in result.report.notes)
+    assert result.report.budget is not None
+    ready = Planner(model, inputs, batches(), Budget())
+    assert ready.batches is not None
+    now = compare(model, result.model, ready.batches.held_out(), ready.outputs)
+    assert now.loss == pytest.approx(result.report.budget.measured, rel=1e-3)
 
 
 def test_a_fit_that_does_harm_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
