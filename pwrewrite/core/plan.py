@@ -95,7 +95,7 @@ class Op(Record):
 
     Attributes:
         action: ``factorize`` (a layer becomes a chain of smaller ones), ``project`` (a 1×1 after a branch), ``fold``,
-            ``fuse``, ``merge``, ``remove`` or ``channels-last``.
+            ``fuse``, ``merge``, ``merge-branches``, ``remove`` or ``channels-last``.
         path: Absolute path of the layer or module it is done to.
         pass_name: Name of the pass or planner that proposed it, such as ``insert-bottleneck``.
         settings: What the action needs to know, as JSON data; each action documents its own.

@@ -24,7 +24,7 @@ from .graph_edit import Regraphed
 from .swap import stem
 
 _CHANGES = frozenset({"factorize", "project"})  # actions that put other layers in
-_FUSES = frozenset({"fold", "merge", "fuse", "remove"})  # actions that take operations away
+_FUSES = frozenset({"fold", "merge", "merge-branches", "fuse", "remove"})  # actions that take operations away
 _Operations = Counter[tuple[str, str, str]]
 
 
@@ -72,6 +72,8 @@ def _named(op: Op) -> Iterator[str]:
         if isinstance(settings.get(key), str) and settings[key]:
             yield settings[key]
     yield from settings.get("unread", ())
+    if op.action == "merge-branches":
+        yield from (stem(settings["scope"]) + name for name, _ in settings["calls"])
     for pair in settings.get("same", ()) if op.action == "remove" else ():
         for what, _ in pair:
             kind, _, name = what.partition(" ")

@@ -18,6 +18,7 @@ from .factorizing import (
 from .fold_batch_norm import FoldBatchNorm
 from .fuse_activation import FusePointwiseActivation
 from .graph_pass import as_graph_pass
+from .merge_branches import MergeBranches
 from .merge_pointwise import MergePointwise
 from .project import ProjectBranch
 from .remove_noise import RemoveInferenceNoise
@@ -28,6 +29,7 @@ ALL: tuple[type[Pass], ...] = (*FACTORIZING.values(), ProjectBranch)
 FUSING: tuple[type[Pass], ...] = (
     RemoveInferenceNoise,
     FoldBatchNorm,
+    MergeBranches,
     MergePointwise,
     FusePointwiseActivation,
     ChannelsLast,
@@ -49,6 +51,7 @@ __all__ = [
     "InsertExpansion",
     "InsertReduction",
     "LayerPass",
+    "MergeBranches",
     "MergePointwise",
     "Pass",
     "ProjectBranch",

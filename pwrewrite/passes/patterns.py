@@ -138,7 +138,7 @@ class Graph:
 
         With ``only``, the second module may read nothing else in any of its calls, as one that is taken out.
         """
-        up, down = _stack(first), _stack(then)
+        up, down = stack_of(first), stack_of(then)
         shared = 0
         while shared < min(len(up), len(down)) - 1 and up[shared] == down[shared]:
             shared += 1
@@ -168,7 +168,7 @@ class Graph:
         return str(node.target) if node.op == "call_module" else f"{info(node).path}.{node.name}".removeprefix(".")
 
 
-def _stack(node: fx.Node) -> list[_Callee]:
+def stack_of(node: fx.Node) -> list[_Callee]:
     """Paths of the modules whose code was running, and what was called in the end: a path, or a function's node."""
     return [*info(node).callers, str(node.target) if node.op == "call_module" else node]
 

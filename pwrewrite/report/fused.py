@@ -12,7 +12,12 @@ from .records import FusingReport, Report
 from .rewrite import saving, verdicts
 
 _SHOWN = 5
-_WORDS = {"fold": "batch norm folded", "remove": "module without effect removed", "channels-last": "channels_last"}
+_WORDS = {
+    "fold": "batch norm folded",
+    "branches": "branches and their sum merged",
+    "remove": "module without effect removed",
+    "channels-last": "channels_last",
+}
 
 
 def page(report: Report, *, everything: bool = False) -> Page:
@@ -37,6 +42,8 @@ def _headline(report: Report) -> str:
     parts = [f"{plural(done['fold'], 'norm')} folded", f"{plural(done['fuse'], 'layer')} fused"]
     if done["merge"]:
         parts.append(f"{plural(done['merge'], 'pair')} merged")
+    if done["merge-branches"]:
+        parts.append(f"{plural(done['merge-branches'], 'sum')} of branches merged")
     if done["channels-last"]:
         parts.append("channels_last")
     return ", ".join(parts) + rows.and_outputs(report.verification)

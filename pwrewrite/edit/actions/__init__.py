@@ -14,6 +14,7 @@ from typing import Any
 from ...core.plan import Edit, Op
 from .bake import BakeSettings, bake_weights
 from .bench import Bench, Decomposer, Refused
+from .branches import BranchSettings, merge_branches
 from .channels_last import ChannelsLastSettings, use_channels_last
 from .factorize import FactorizeSettings, factorize_layer
 from .fold import WEIGHT, FoldSettings, FoldWeightSettings, fold_norm, fold_weight
@@ -34,6 +35,7 @@ ACTIONS: dict[str, Action] = {
     "fold": (FoldSettings, fold_norm),
     "fuse": (FuseSettings, fuse_layer),
     "merge": (MergeSettings, merge_layers),
+    "merge-branches": (BranchSettings, merge_branches),
     "remove": (RemoveSettings, remove_module),
     "channels-last": (ChannelsLastSettings, use_channels_last),
     "unfuse": (UnfuseSettings, unfuse_layer),
