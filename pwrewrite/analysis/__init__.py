@@ -14,6 +14,7 @@ from .memory import peak_memory
 from .receptive_field import receptive_fields
 from .records import Analysis
 from .roofline import DEVICES, DeviceProfile, device_profile, roofline
+from .steps import steps
 from .tree import module_tree
 
 __all__ = [
@@ -49,7 +50,7 @@ def analyze_capture(
         facts = infos.values()
         macs = sum(each.cost.macs for each in facts)
         kind = type(capture.model)
-        fields = receptive_fields(capture)
+        fields, flow = receptive_fields(capture), graph(capture)
         return Analysis(
             target=target or kind.__name__,
             model_class=f"{kind.__module__}.{kind.__qualname__}",
@@ -61,11 +62,12 @@ def analyze_capture(
             weight_bytes=capture.weight_bytes,
             activation_bytes=sum(each.cost.write_bytes for each in facts),
             peak=peak_memory(capture.memory, infos),
-            critical_path=critical_path(graph(capture)),
+            critical_path=critical_path(flow),
             roofline=roofline(facts, profile),
             layers=hotspots(capture, infos, profile, fields, total_macs=macs, hotspot_share=hotspot_share),
             by_op=by_op(facts),
             tree=module_tree(capture.model, facts),
             coverage=capture.coverage,
             notes=capture.notes,
+            steps=steps(capture, flow, profile),
         )

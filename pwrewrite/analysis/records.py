@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..capturing.records import Call, Coverage, Layer
+from ..core.cost import Cost
 from ..core.plan import Skip
 from ..core.records import Record, Shown, as_data, key
 from ..core.version import version
@@ -202,6 +203,28 @@ class TreeNode(Shown):
             stack.extend((depth + 1, child) for child in reversed(node.children))
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An operation of the run.
+
+    Attributes:
+        path: Path of the module that ran it: ``leaf`` where that module is the operation, else its code made the call.
+        shape: Of its first output.
+        inputs: Positions of the steps that it reads.
+        seconds: Lower bound of its time on the stated device.
+        live: Most bytes of activations alive while it runs.
+    """
+
+    op: str
+    path: str
+    leaf: bool
+    shape: tuple[int, ...]
+    inputs: tuple[int, ...]
+    cost: Cost
+    seconds: float
+    live: int
+
+
 @dataclass(frozen=True, repr=False)
 class Analysis(Shown, Record):
     """Where a model's work goes.
@@ -214,6 +237,7 @@ class Analysis(Shown, Record):
         activation_bytes: Bytes of all tensors written in one forward pass, views excluded.
         layers: Every convolution and linear map, largest MACs first.
         by_op: Totals by kind of operation, largest MACs first and then most bytes.
+        steps: Every operation in the order of the run, inputs and outputs included; not part of the JSON.
     """
 
     target: str
@@ -231,6 +255,7 @@ class Analysis(Shown, Record):
     tree: TreeNode
     coverage: Coverage
     notes: tuple[str, ...] = field(default=())
+    steps: tuple[Step, ...] = field(default=())
 
     @property
     def flops(self) -> int:

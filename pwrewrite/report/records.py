@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..analysis.records import Analysis
 from ..core.exports import Exported
 from ..core.plan import Edit, Skip
 from ..core.records import Record, Shown, key
@@ -136,6 +137,7 @@ class Report(Shown, Record):
         notes: What a reader should be told.
         budget: Where there was one: what it asked, predicted and measured.
         fusing: Where layers were fused: kernels and times.
+        models: The analyses of both models, for pictures; not part of the JSON.
     """
 
     target: str
@@ -148,6 +150,7 @@ class Report(Shown, Record):
     notes: tuple[str, ...] = ()
     budget: BudgetReport | None = None
     fusing: FusingReport | None = None
+    models: tuple[Analysis, Analysis] | None = None
 
     @property
     def passed(self) -> bool:

@@ -213,6 +213,7 @@ class Run:
             proof,
             _output_changes(self.first, self.state.captured),
             tuple(dict.fromkeys((*self.first.notes, *self.state.captured.notes, *_narrowed(self.state.rows)))),
+            models=(before, after),
         )
 
 
