@@ -1,0 +1,98 @@
+"""A report as one HTML file to look at: pictures and a table that a browser draws, and the page in words.
+
+The file holds all that it needs: the scripts and the style of ``assets``, and the numbers as one JSON block. No request
+leaves it: its own content security policy forbids them, and allows no script but these, by their hashes. Names from
+models reach it as data in which nothing is markup (`_json`), and its scripts write them as text only.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+
+from ..analysis.records import Analysis
+from ..core.records import Json
+from . import analysis as analysis_page, frontier as frontier_page, fused, rewrite
+from .budget_rows import NORMS
+from .frontier import Frontier
+from .page import Page
+from .records import Report
+from .to_html import escape, html
+from .web_data import frontier_data, model_data, rewrite_data
+
+SCRIPTS = ("dagre.min.js", "base.js", "treemap.js", "graph_layout.js", "graph.js", "charts.js", "table.js", "main.js")
+"""The scripts of a page, in order."""
+
+
+def page(record: Analysis | Report | Frontier) -> str:
+    """The HTML file of an analysis, of a rewrite, or of a frontier."""
+    match record:
+        case Analysis():
+            return analysis(record)
+        case Report():
+            return report(record)
+        case Frontier():
+            return frontier(record)
+
+
+def analysis(record: Analysis, words: Page | None = None) -> str:
+    """The HTML file of an analysis; ``words`` in place of its usual page in words."""
+    words = words or analysis_page.page(record)
+    data = {"kind": "analysis", "target": record.target, "subtitle": record.model_class, "models": [model_data(record)]}
+    return document(data, words)
+
+
+def report(record: Report, words: Page | None = None, *, planned: bool = False) -> str:
+    """The HTML file of a rewrite, or of a plan that was not carried out: the model before and after."""
+    if words is None:
+        words = rewrite.page(record, planned=planned) if record.fusing is None else fused.page(record)
+    return document({"kind": "plan" if planned else "rewrite", **rewrite_data(record, planned=planned)}, words)
+
+
+def frontier(record: Frontier) -> str:
+    """The HTML file of a frontier."""
+    norm = f"least predicted loss at every budget, {NORMS.get(record.sensitivity, record.sensitivity)}"
+    data = {"kind": "frontier", "target": record.target, "subtitle": norm, "models": []}
+    return document({**data, "frontier": frontier_data(record)}, frontier_page.page(record))
+
+
+def document(data: Mapping[str, Json], words: Page) -> str:
+    """The file: style, scripts and their licences, the data, and the page in words."""
+    scripts, hashes, style, body, licence = _assets()
+    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:"
+    title = escape(f"{data['target']} · pwrewrite")
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="referrer" content="no-referrer">\n<link rel="icon" href="data:,">\n<style>\n{style}</style>\n'
+        f"</head>\n{body.replace('<!--words-->', html(words))}"
+        f'<script type="application/json" id="data">{_json(data)}</script>\n<!--\n{licence}-->\n{scripts}</html>\n'
+    )
+
+
+def _json(data: Mapping[str, Json]) -> str:
+    """JSON in which nothing can end the script block that holds it or start another."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+@cache
+def _assets() -> tuple[str, str, str, str, str]:
+    """The script elements, their hashes, the style, the body, and the licence of what others wrote."""
+    folder = files(__package__) / "assets"
+
+    def read(name: str) -> str:
+        return (folder / name).read_text(encoding="utf-8")
+
+    texts = [read(name) for name in SCRIPTS]
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+    elements = "".join(f"<script>{text}</script>\n" for text in texts)
+    hashes = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return elements, hashes, read("page.css"), read("body.html"), read("dagre.LICENSE.txt")

@@ -1,0 +1,134 @@
+"""What the scripts of an HTML report draw: a model, a rewrite and a frontier as small JSON data.
+
+A page of a large model should stay small, so that modules name their parent by position, steps their module, and the
+steps that they read by distance; ``assets/base.js`` is the reader of this and names every column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..analysis.records import Analysis, LayerReport, TreeNode
+from ..core.numbers import count, dims
+from ..core.records import Json
+from ..core.text import plain
+from . import rewrite_rows, rows
+from .frontier import Frontier
+from .records import Report
+
+_BOUNDS = ("", "compute", "memory")
+_DIGITS = 4
+"""Significant digits of what is no integer."""
+
+
+def model_data(analysis: Analysis, name: str = "", notes: Mapping[str, str] | None = None) -> Json:
+    """A model: totals, modules, steps and layers; ``notes`` says of a layer by its path what was done to it."""
+    nodes = [node for _, node in analysis.tree.walk()]
+    position = {node.path: i for i, node in enumerate(nodes)}
+    ops: dict[str, int] = {}
+    shapes: dict[str, int] = {}
+    steps = []
+    for i, step in enumerate(analysis.steps):
+        op, shape = ops.setdefault(step.op, len(ops)), shapes.setdefault(dims(step.shape), len(shapes))
+        cost, seconds = step.cost, round(step.seconds * 1e9)
+        facts = [op, _module(step.path, position), int(step.leaf), shape, cost.macs, cost.params, cost.write_bytes]
+        steps.append([*facts, seconds, step.live, *(i - source for source in step.inputs)])
+    peak, roof = analysis.peak, analysis.roofline
+    return {
+        "name": name,
+        "inputs": [plain(text) for text in rows.input_texts(analysis)],
+        "totals": {
+            "params": analysis.params,
+            "macs": analysis.macs,
+            "weights": analysis.weight_bytes,
+            "memory": analysis.activation_bytes,
+            "peak": peak.nbytes,
+            "time": _rounded(roof.seconds),
+        },
+        "roof": {"device": roof.device, "macs": roof.macs_per_s, "bytes": roof.bytes_per_s},
+        "peak": [[plain(t.path or t.node), dims(t.shape), t.nbytes] for t in peak.tensors],
+        "modules": [[*_named(node, position), plain(node.kind), _own_params(node)] for node in nodes],
+        "ops": [plain(op) for op in ops],
+        "shapes": list(shapes),
+        "steps": steps,
+        "layers": [_layer(report, position, notes) for report in analysis.layers],
+    }
+
+
+def _named(node: TreeNode, position: Mapping[str, int]) -> list[Json]:
+    """A module's own name and the position of its parent."""
+    if not node.path:
+        return ["", -1]
+    return [plain(node.name), position[node.path.rpartition(".")[0]]]
+
+
+def _own_params(node: TreeNode) -> int:
+    return node.params - sum(child.params for child in node.children)
+
+
+def _module(path: str, position: Mapping[str, int]) -> int:
+    """The module of a path, or the nearest around it."""
+    while path not in position:
+        path = path.rpartition(".")[0]
+    return position[path]
+
+
+def _layer(report: LayerReport, position: Mapping[str, int], notes: Mapping[str, str] | None) -> list[Json]:
+    layer = report.layer
+    saving = "" if notes is not None else rows.saving_text(report)
+    note = notes.get(layer.path, "") if notes is not None else report.skip.detail if report.skip else ""
+    return [
+        _module(layer.path, position),
+        "" if layer.path in position else plain(layer.path),
+        rows.kernel_text(report),
+        layer.in_channels,
+        layer.out_channels,
+        rows.output_text(report),
+        len(layer.calls),
+        layer.params,
+        layer.macs,
+        report.activation_bytes,
+        _BOUNDS.index(report.bound),
+        _rounded(report.intensity),
+        _rounded(report.seconds),
+        int(report.hotspot),
+        saving,
+        plain(note),
+    ]
+
+
+def rewrite_data(report: Report, *, planned: bool = False) -> dict[str, Json]:
+    """A rewrite: the model before, with what was done to each layer, and after."""
+    notes = {skip.path: f"{skip.reason}: {skip.detail}" for skip in report.skips}
+    for row in report.edits:
+        edit = row.edit
+        text = f"{rewrite_rows.form_text(edit)} {rewrite_rows.widths_text(edit)}".removesuffix(" –")
+        text += f": MACs {count(row.macs_before)} → {count(row.macs_after)}"
+        if edit.relative_error is not None:
+            text += f", weight error {rewrite_rows.error_text(edit.relative_error)}"
+        notes[edit.path] = text
+    models = []
+    if report.models is not None:
+        before, after = report.models
+        models = [model_data(before, "before", notes), model_data(after, "after", {})]
+    return {
+        "target": plain(report.target),
+        "subtitle": rewrite_rows.headline(report, planned=planned),
+        "models": models,
+        "edited": sorted({row.edit.path for row in report.edits}),
+    }
+
+
+def frontier_data(frontier: Frontier) -> Json:
+    """A frontier: each point's share of what is limited, its cost, its loss and how many layers it rewrites."""
+    return {
+        "cost": frontier.kind,
+        "points": [
+            [_rounded(frontier.share(p, frontier.kind)), p.costs[frontier.kind], _rounded(p.loss), p.layers]
+            for p in frontier.points
+        ],
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")
