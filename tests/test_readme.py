@@ -33,6 +33,7 @@ PAGES = (
     "docs/fuse.md",
     "docs/check.md",
     "docs/export.md",
+    "docs/html.md",
 )
 
 

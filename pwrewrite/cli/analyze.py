@@ -53,6 +53,7 @@ def analyze(
         page(analysis, view, counts),
         json=lambda: render(analysis, "json", view, counts),
         csv=lambda: render(analysis, "csv", view, counts),
+        html=lambda: render(analysis, "html", view, counts),
     )
     costs.hold(judge(analysis, GateOptions(limits.max_params, limits.max_macs, strict=limits.strict)))
 

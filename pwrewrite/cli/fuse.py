@@ -7,9 +7,8 @@ from typing import Annotated
 from ..core.options import Proof, TargetOptions
 from .bridge import Only
 from .options import Detailed, FuseOptions, Saved
-from .rewrite import check_places, check_saving, save
+from .rewrite import check_places, check_saving, save, show_report
 from .running import working
-from .showing import show
 
 
 def fuse(
@@ -27,7 +26,6 @@ def fuse(
     """
     with working(reported) as progress:
         from ..core.errors import RefusedError, UsageError
-        from ..report.fused import page
         from ..targets import open_target
         from ..workflows.fuse import fuse
         from ..workflows.fuse_timing import with_latency
@@ -45,5 +43,5 @@ def fuse(
         if options.benchmark:
             progress("measuring", None)
             result = with_latency(result, loaded, options.engine)
-    show(reported, page(result.report, everything=reported.everything), json=result.report.to_json)
+    show_report(result.report, reported)
     save(result, saved, reported)

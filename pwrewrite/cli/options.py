@@ -14,7 +14,7 @@ from ..core.options import BUDGET, PASSES, PROOF, engine_option
 OUT, SHOWN, CHECKS = "Output", "What is shown", "Checks"
 _of_output, _of_view, _of_checks = (partial(option, panel=panel) for panel in (OUT, SHOWN, CHECKS))
 
-FORMATS = ("table", "json", "markdown")
+FORMATS = ("table", "json", "markdown", "html")
 TOOLS = ("torch", "fvcore", "thop", "ptflops", "torchinfo")
 
 
@@ -174,7 +174,7 @@ class Planned:
     pareto: bool = option(
         False,
         "Show the least loss at every budget of MACs instead, within the --budget of other kinds; "
-        "--report takes .csv, .svg, .json, .md.",
+        "--report takes .csv, .svg, .json, .md, .html.",
         "--pareto",
         panel=BUDGET,
     )

@@ -103,10 +103,11 @@ def _show_frontier(curve: Frontier, reported: Detailed) -> None:
         ".svg": frontier.picture,
         ".md": lambda drawn: markdown(frontier.page(drawn)),
         ".json": lambda drawn: drawn.to_json(),
+        ".html": lambda drawn: drawn.to_html(),
     }
     output = reported.output
     if output is not None and output.suffix.lower() in written:
         files.write_file(output, written[output.suffix.lower()](curve))
         tell(f"written to {output}", reported)
         return
-    show(reported, frontier.page(curve), json=curve.to_json)
+    show(reported, frontier.page(curve), json=curve.to_json, html=curve.to_html)

@@ -10,6 +10,7 @@ from .running import working
 from .showing import show, tell
 
 if TYPE_CHECKING:
+    from ..report.records import Report
     from ..workflows.plan import Planned
     from ..workflows.rewrite import Rewritten
 
@@ -34,7 +35,6 @@ def rewrite(
     with working(reported) as progress:
         from ..core.errors import UsageError
         from ..core.plan import Plan
-        from ..report.rewrite import page
         from ..targets import open_target
         from ..workflows.plan import make_plan
         from ..workflows.rewrite import check_rewritten, rewrite
@@ -58,7 +58,7 @@ def rewrite(
         show_planned(planned, reported)
         tell("nothing was done: this is a dry run", reported)
         return
-    show(reported, page(result.report, everything=reported.everything), json=result.report.to_json)
+    show_report(result.report, reported)
     save(result, saved, reported)
 
 
@@ -83,9 +83,20 @@ def check_places(saved: Saved, reported: Reported) -> None:
 
 def show_planned(planned: Planned, reported: Detailed) -> None:
     """Shows a plan that was not carried out."""
+    from ..report import web
     from ..report.rewrite import page
 
-    show(reported, page(planned.report, everything=reported.everything, planned=True), json=planned.plan.to_json)
+    words = page(planned.report, everything=reported.everything, planned=True)
+    html = lambda: web.report(planned.report, words, planned=True)
+    show(reported, words, json=planned.plan.to_json, html=html)
+
+
+def show_report(report: Report, reported: Detailed) -> None:
+    """Shows what was done to a model."""
+    from ..report import fused, rewrite, web
+
+    words = (rewrite if report.fusing is None else fused).page(report, everything=reported.everything)
+    show(reported, words, json=report.to_json, html=lambda: web.report(report, words))
 
 
 def save(result: Rewritten, saved: Saved, reported: Detailed) -> None:

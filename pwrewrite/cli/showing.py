@@ -28,7 +28,7 @@ def show(reported: Listed, page: Page, **texts: Callable[[], str]) -> None:
     from rich.console import Console
 
     from ..core import files
-    from ..report import markdown, terminal
+    from ..report import markdown, terminal, web
 
     output = reported.output if isinstance(reported, Reported) else None
     if reported.form == "table" and output is None:
@@ -40,8 +40,10 @@ def show(reported: Listed, page: Page, **texts: Callable[[], str]) -> None:
         columns = os.environ.get("COLUMNS", "")
         width = int(columns) if output is None and columns.isdecimal() and int(columns) > 0 else terminal.WIDTH
         text = terminal.text(page, width)
+    elif reported.form in texts:
+        text = texts[reported.form]()
     else:
-        text = markdown(page) if reported.form == "markdown" else texts[reported.form]()
+        text = markdown(page) if reported.form == "markdown" else web.document(page)
     if output is not None:
         files.write_file(output, text)
         return

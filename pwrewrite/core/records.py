@@ -55,7 +55,9 @@ _display: list[Callable[[], ModuleType]] = []
 
 
 def show_with(load: Callable[[], ModuleType]) -> None:
-    """Names what shows results, loaded when one is shown: ``text``, ``html`` and a ``summary`` in one line."""
+    """Names what shows results, loaded when one is shown: ``text``, ``html``, a ``file`` of HTML and a ``summary`` in
+    one line.
+    """
     _display[:] = [load]
 
 
@@ -72,3 +74,7 @@ class Shown:
 
     def _repr_html_(self) -> str:
         return str(_display[0]().html(self))
+
+    def to_html(self) -> str:
+        """The report as the text of one HTML file, with pictures where there is a model; no request leaves it."""
+        return str(_display[0]().file(self))

@@ -1,8 +1,8 @@
 """What a person or a program reads: analyses, rewrites and plans as a table, Markdown, HTML, CSV or JSON.
 
 Each subject makes a `page.Page` (in `analysis`, `rewrite`, `fused`, `frontier`, `passes`, `counts`); `terminal`,
-`to_markdown` and `to_html` write it, so that every form has the same columns and words. Everything here is a pure
-function; only the command prints.
+`to_markdown` and `to_html` write it, so that every form has the same columns and words; `web` adds pictures.
+Everything here is a pure function; only the command prints.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import json
 
 from ..analysis.records import Analysis
 from ..core.errors import UsageError
-from . import analysis as analysis_page, spreadsheet, terminal
+from . import analysis as analysis_page, spreadsheet, terminal, web
 from .counts import Counts
 from .rows import SORTS, View
 from .to_html import html
 from .to_markdown import markdown
 
-FORMATS = ("table", "json", "markdown", "csv")
+FORMATS = ("table", "json", "markdown", "csv", "html")
 """The names of what `render` makes."""
 
 __all__ = ["FORMATS", "SORTS", "Counts", "View", "html", "markdown", "render"]
@@ -52,4 +52,6 @@ def render(
         return terminal.text(analysis_page.page(analysis, view, counts), width)
     if form == "markdown":
         return markdown(analysis_page.page(analysis, view, counts))
+    if form == "html":
+        return web.analysis(analysis, analysis_page.page(analysis, view, counts))
     raise UsageError("no such format", expected=", ".join(FORMATS), got=repr(form))

@@ -16,7 +16,19 @@ from ..core.exports import Exports
 from ..core.numbers import count, plural
 from ..core.plan import Plan
 from ..core.verification import Verification
-from . import analysis, compressed, costs, exported, frontier, fused, rewrite, rewrite_rows as rows, terminal, to_html
+from . import (
+    analysis,
+    compressed,
+    costs,
+    exported,
+    frontier,
+    fused,
+    rewrite,
+    rewrite_rows as rows,
+    terminal,
+    to_html,
+    web,
+)
 from .frontier import Frontier
 from .page import Facts, Line, Page, Title
 from .records import Compression, Report
@@ -122,3 +134,16 @@ def text(result: object) -> str:
 def html(result: object) -> str:
     """The report as an HTML fragment."""
     return to_html.html(page(result))
+
+
+def file(result: object) -> str:
+    """The report as an HTML file."""
+    report = result if isinstance(result, Report) else getattr(result, "report", None)
+    match result:
+        case Analysis():
+            return web.analysis(result)
+        case Frontier():
+            return web.frontier(result)
+    if isinstance(report, Report):
+        return web.report(report, planned=report is not result and not hasattr(result, "model"))
+    return web.document(page(result))

@@ -19,7 +19,7 @@ from ..core.records import Json
 from . import analysis as analysis_page, frontier as frontier_page, fused, rewrite
 from .budget_rows import NORMS
 from .frontier import Frontier
-from .page import Page
+from .page import Page, Title
 from .records import Report
 from .to_html import escape, html
 from .web_data import frontier_data, model_data, rewrite_data
@@ -28,50 +28,44 @@ SCRIPTS = ("dagre.min.js", "base.js", "treemap.js", "graph_layout.js", "graph.js
 """The scripts of a page, in order."""
 
 
-def page(record: Analysis | Report | Frontier) -> str:
-    """The HTML file of an analysis, of a rewrite, or of a frontier."""
-    match record:
-        case Analysis():
-            return analysis(record)
-        case Report():
-            return report(record)
-        case Frontier():
-            return frontier(record)
-
-
 def analysis(record: Analysis, words: Page | None = None) -> str:
     """The HTML file of an analysis; ``words`` in place of its usual page in words."""
-    words = words or analysis_page.page(record)
     data = {"kind": "analysis", "target": record.target, "subtitle": record.model_class, "models": [model_data(record)]}
-    return document(data, words)
+    return document(words or analysis_page.page(record), data)
 
 
 def report(record: Report, words: Page | None = None, *, planned: bool = False) -> str:
     """The HTML file of a rewrite, or of a plan that was not carried out: the model before and after."""
     if words is None:
         words = rewrite.page(record, planned=planned) if record.fusing is None else fused.page(record)
-    return document({"kind": "plan" if planned else "rewrite", **rewrite_data(record, planned=planned)}, words)
+    if record.models is None:
+        return document(words)
+    return document(words, {"kind": "plan" if planned else "rewrite", **rewrite_data(record, planned=planned)})
 
 
 def frontier(record: Frontier) -> str:
     """The HTML file of a frontier."""
     norm = f"least predicted loss at every budget, {NORMS.get(record.sensitivity, record.sensitivity)}"
     data = {"kind": "frontier", "target": record.target, "subtitle": norm, "models": []}
-    return document({**data, "frontier": frontier_data(record)}, frontier_page.page(record))
+    return document(frontier_page.page(record), {**data, "frontier": frontier_data(record)})
 
 
-def document(data: Mapping[str, Json], words: Page) -> str:
-    """The file: style, scripts and their licences, the data, and the page in words."""
+def document(words: Page, data: Mapping[str, Json] | None = None) -> str:
+    """The file: style, scripts and their licences, the data, and the page in words; no more than words without data."""
+    name = next((block.name for block in words if isinstance(block, Title)), "report")
     scripts, hashes, style, body, licence = _assets()
-    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:"
-    title = escape(f"{data['target']} · pwrewrite")
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'; img-src data:"
+    shown = f'<body>\n<main id="words">\n{html(words)}\n</main>\n'
+    if data is not None:
+        policy += f"; script-src {hashes}"
+        shown = body.replace("<!--words-->", html(words))
+        shown += f'<script type="application/json" id="data">{_json(data)}</script>\n<!--\n{licence}-->\n{scripts}'
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="referrer" content="no-referrer">\n<link rel="icon" href="data:,">\n<style>\n{style}</style>\n'
-        f"</head>\n{body.replace('<!--words-->', html(words))}"
-        f'<script type="application/json" id="data">{_json(data)}</script>\n<!--\n{licence}-->\n{scripts}</html>\n'
+        '<meta name="referrer" content="no-referrer">\n<link rel="icon" href="data:,">\n'
+        f"<title>{escape(name)} · pwrewrite</title>\n<style>\n{style}</style>\n</head>\n{shown}</body>\n</html>\n"
     )
 
 

@@ -1,7 +1,7 @@
 """What the scripts of an HTML report draw: a model, a rewrite and a frontier as small JSON data.
 
 A page of a large model should stay small, so that modules name their parent by position, steps their module, and the
-steps that they read by distance; ``assets/base.js`` is the reader of this and names every column.
+steps that they read by distance, and texts that recur stand once; ``assets/base.js`` reads this and names every column.
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ def model_data(analysis: Analysis, name: str = "", notes: Mapping[str, str] | No
     """A model: totals, modules, steps and layers; ``notes`` says of a layer by its path what was done to it."""
     nodes = [node for _, node in analysis.tree.walk()]
     position = {node.path: i for i, node in enumerate(nodes)}
-    ops: dict[str, int] = {}
-    shapes: dict[str, int] = {}
+    texts = _Texts()
     steps = []
     for i, step in enumerate(analysis.steps):
-        op, shape = ops.setdefault(step.op, len(ops)), shapes.setdefault(dims(step.shape), len(shapes))
-        cost, seconds = step.cost, round(step.seconds * 1e9)
+        op, shape, cost, seconds = texts[step.op], texts[dims(step.shape)], step.cost, round(step.seconds * 1e9)
         facts = [op, _module(step.path, position), int(step.leaf), shape, cost.macs, cost.params, cost.write_bytes]
         steps.append([*facts, seconds, step.live, *(i - source for source in step.inputs)])
     peak, roof = analysis.peak, analysis.roofline
@@ -47,12 +45,18 @@ def model_data(analysis: Analysis, name: str = "", notes: Mapping[str, str] | No
         },
         "roof": {"device": roof.device, "macs": roof.macs_per_s, "bytes": roof.bytes_per_s},
         "peak": [[plain(t.path or t.node), dims(t.shape), t.nbytes] for t in peak.tensors],
-        "modules": [[*_named(node, position), plain(node.kind), _own_params(node)] for node in nodes],
-        "ops": [plain(op) for op in ops],
-        "shapes": list(shapes),
+        "modules": [[*_named(node, position), texts[node.kind], _own_params(node)] for node in nodes],
         "steps": steps,
-        "layers": [_layer(report, position, notes) for report in analysis.layers],
+        "layers": [_layer(report, position, notes, texts) for report in analysis.layers],
+        "texts": list(texts),
     }
+
+
+class _Texts(dict[str, int]):
+    """Texts that recur, and their positions."""
+
+    def __missing__(self, text: str) -> int:
+        return self.setdefault(plain(text), len(self))
 
 
 def _named(node: TreeNode, position: Mapping[str, int]) -> list[Json]:
@@ -73,17 +77,19 @@ def _module(path: str, position: Mapping[str, int]) -> int:
     return position[path]
 
 
-def _layer(report: LayerReport, position: Mapping[str, int], notes: Mapping[str, str] | None) -> list[Json]:
+def _layer(
+    report: LayerReport, position: Mapping[str, int], notes: Mapping[str, str] | None, texts: _Texts
+) -> list[Json]:
     layer = report.layer
     saving = "" if notes is not None else rows.saving_text(report)
     note = notes.get(layer.path, "") if notes is not None else report.skip.detail if report.skip else ""
     return [
         _module(layer.path, position),
         "" if layer.path in position else plain(layer.path),
-        rows.kernel_text(report),
+        texts[rows.kernel_text(report)],
         layer.in_channels,
         layer.out_channels,
-        rows.output_text(report),
+        texts[rows.output_text(report)],
         len(layer.calls),
         layer.params,
         layer.macs,
@@ -92,8 +98,8 @@ def _layer(report: LayerReport, position: Mapping[str, int], notes: Mapping[str,
         _rounded(report.intensity),
         _rounded(report.seconds),
         int(report.hotspot),
-        saving,
-        plain(note),
+        texts[saving],
+        texts[note],
     ]
 
 
@@ -115,7 +121,6 @@ def rewrite_data(report: Report, *, planned: bool = False) -> dict[str, Json]:
         "target": plain(report.target),
         "subtitle": rewrite_rows.headline(report, planned=planned),
         "models": models,
-        "edited": sorted({row.edit.path for row in report.edits}),
     }
 
 

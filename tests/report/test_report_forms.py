@@ -227,7 +227,7 @@ def test_what_a_form_cannot_show() -> None:
         View(top=3).check("json")
     with pytest.raises(UsageError, match="not modules"):
         View(depth=3).check("csv")
-    with pytest.raises(UsageError, match="table, json, markdown, csv"):
-        render(None, "html")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="table, json, markdown, csv, html"):
+        render(None, "pdf")  # type: ignore[arg-type]
     for form in FORMATS:
         View().check(form)

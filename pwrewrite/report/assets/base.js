@@ -49,7 +49,8 @@ pw.shorten = function (text, most) {
 pw.paint = function (element, share) {
   var part = Math.round(100 * Math.sqrt(Math.max(0, Math.min(1, share))));
   element.style.setProperty("--part", part + "%");
-  element.classList.toggle("strong", part > 55);
+  element.classList.toggle("mid", part > 50);
+  element.classList.toggle("strong", part > 62);
 };
 
 pw.COSTS = [
@@ -63,7 +64,7 @@ pw.COSTS = [
 pw.read = function (data) {
   var model = { name: data.name, inputs: data.inputs, totals: data.totals, roof: data.roof, peak: data.peak };
   model.modules = data.modules.map(function (row, id) {
-    return { id: id, name: row[0], parent: row[1], kind: row[2], params: row[3], macs: 0, memory: 0, time: 0,
+    return { id: id, name: row[0], parent: row[1], kind: data.texts[row[2]], params: row[3], macs: 0, memory: 0, time: 0,
              children: [], steps: [], own: { macs: 0, params: 0, memory: 0, time: 0 } };
   });
   model.modules.forEach(function (module) {
@@ -75,7 +76,7 @@ pw.read = function (data) {
   });
   model.steps = data.steps.map(function (row, id) {
     var module = model.modules[row[1]];
-    var step = { id: id, op: data.ops[row[0]], module: module, leaf: row[2] === 1, shape: data.shapes[row[3]],
+    var step = { id: id, op: data.texts[row[0]], module: module, leaf: row[2] === 1, shape: data.texts[row[3]],
                  macs: row[4], params: row[5], memory: row[6], time: row[7] * 1e-9, live: row[8],
                  inputs: row.slice(9).map(function (back) { return id - back; }) };
     module.steps.push(step);
@@ -88,10 +89,10 @@ pw.read = function (data) {
   }
   model.layers = data.layers.map(function (row) {
     var module = model.modules[row[0]];
-    var layer = { module: module, path: row[1] || module.label, kernel: row[2], channels: row[3] + "→" + row[4],
-                  output: row[5], calls: row[6], params: row[7], macs: row[8], memory: row[9],
+    var layer = { module: module, path: row[1] || module.label, kernel: data.texts[row[2]], channels: row[3] + "→" + row[4],
+                  output: data.texts[row[5]], calls: row[6], params: row[7], macs: row[8], memory: row[9],
                   bound: ["", "compute", "memory"][row[10]], intensity: row[11], time: row[12], hotspot: row[13] === 1,
-                  half: row[14], note: row[15], share: data.totals.macs ? row[8] / data.totals.macs : 0 };
+                  half: data.texts[row[14]], note: data.texts[row[15]], share: data.totals.macs ? row[8] / data.totals.macs : 0 };
     (module.layers = module.layers || []).push(layer);
     return layer;
   });

@@ -19,7 +19,7 @@ pw.ticks = function (low, high, log) {
 // A frame with axes: { svg, x, y, width, height } with scales from values to places.
 pw.frame = function (container, x, y, label) {
   var width = Math.max(280, container.clientWidth || 600), height = Math.round(Math.max(240, Math.min(360, width * 0.56)));
-  var left = 64, bottom = 44, right = 14, top = 12;
+  var left = 74, bottom = 44, right = 14, top = 12;
   var svg = pw.make("svg", { viewBox: "0 0 " + width + " " + height, "aria-label": label });
   var at = { svg: svg, width: width, height: height, left: left, right: width - right, top: top, bottom: height - bottom,
              x: pw.scale(x.low, x.high, left, width - right, x.log), y: pw.scale(y.low, y.high, height - bottom, top, y.log) };
