@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from .workflows.export import export as export
     from .workflows.fuse import fuse as fuse
     from .workflows.plan import make_plan as make_plan, plan as plan
+    from .workflows.recover import recover as recover
     from .workflows.rewrite import Rewritten as Rewritten, rewrite as rewrite
 
     __version__: str
@@ -86,6 +87,7 @@ _NAMES = {
     "workflows.export": "export",
     "workflows.fuse": "fuse",
     "workflows.plan": "make_plan plan",
+    "workflows.recover": "recover",
     "workflows.rewrite": "Rewritten rewrite",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

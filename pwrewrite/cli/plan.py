@@ -73,20 +73,23 @@ def _check_measures(budget: Budget) -> None:
     for name, value in (
         ("--metric", None if budget.max_drop is not None else budget.metric),
         ("--labels", budget.labels),
+        ("--recover", None if budget.max_drop is not None else budget.recover),
     ):
         if value is not None:
             raise UsageError(
-                f"a plan makes no model that {name} could measure",
-                hint="give it to rewrite" + (", or add --max-drop" if name == "--metric" else ""),
+                f"a plan makes no model for {name}",
+                hint="give it to rewrite" + (", or add --max-drop" if name != "--labels" else ""),
             )
 
 
 def _check_pareto(budget: Budget, planning: Planned) -> None:
     from ..core.errors import UsageError
+    from ..core.option import flag_of
 
     if planning.out is not None:
         raise UsageError("--pareto makes no plan for --out", hint="--report frontier.csv writes the frontier")
-    for flag, value in (("--max-drop", budget.max_drop), ("--metric", budget.metric), ("--labels", budget.labels)):
+    for name in ("max_drop", "metric", "labels", "recover"):
+        flag, value = flag_of(Budget, name), getattr(budget, name)
         if value is not None:
             raise UsageError(
                 f"--pareto and {flag} exclude each other", hint="--pareto shows predictions, and makes no model"

@@ -23,11 +23,12 @@ Say = Callable[[str, float | None], None]
 _STEPS = (
     ("loading", 3), ("analysing", 3), ("capturing", 1), ("measuring", 1), ("reading the calibration", 1),
     ("calibrating", 30), ("storing", 1), ("looking at", 15), ("timing", 5), ("trying", 5), ("proposing", 2),
-    ("rewriting", 15), ("fitting", 20), ("verifying", 20), ("measuring on", 5), ("timing both", 5), ("saving", 1),
-    ("which axes", 2), ("running the model", 2), ("torch.export", 10), ("writing", 20), ("running at", 30),
+    ("rewriting", 15), ("fitting", 20), ("recovering", 60), ("verifying", 20), ("measuring on", 5), ("timing both", 5),
+    ("saving", 1), ("which axes", 2), ("running the model", 2), ("torch.export", 10), ("writing", 20),
+    ("running at", 30),
 )  # fmt: skip
 """What a step's text holds, and its usual share of the time, in the order in which they come."""
-_EXPORTING = 17
+_EXPORTING = 18
 """Where in them the steps of an export begin."""
 
 _WIDTH = 60

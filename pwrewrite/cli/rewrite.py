@@ -35,6 +35,7 @@ def rewrite(
     with working(reported) as progress:
         from ..core.errors import UsageError
         from ..core.plan import Plan
+        from ..core.processes import rank
         from ..targets import open_target
         from ..workflows.plan import make_plan
         from ..workflows.rewrite import check_rewritten, rewrite
@@ -54,6 +55,8 @@ def rewrite(
         else:
             result = rewrite(loaded, None, what, proof=proof, progress=progress)
             check_rewritten(result, what, target.target)
+        if rank():  # the first process of several reports and saves
+            return
     if carried.dry_run:
         show_planned(planned, reported)
         tell("nothing was done: this is a dry run", reported)

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from typing import NamedTuple
 
 from .errors import UsageError
 
@@ -181,3 +182,30 @@ def parse_increase(text: str, what: str = "--max-increase") -> tuple[str, float]
         expected = "params, macs, weights or peak-memory, and a share: macs=2%"
         raise UsageError(f"{what} makes no sense", expected=expected, got=repr(text))
     return kind, value
+
+
+class Time(NamedTuple):
+    """A time to train for: passes through the inputs, or seconds."""
+
+    text: str
+    epochs: float | None
+    seconds: float | None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def parse_time(text: str, what: str = "time") -> Time:
+    """Reads ``5m``, ``90s``, ``1.5h`` or ``3epochs``; a `UsageError` if it is none of them, or 0.
+
+    >>> parse_time("5m").seconds, parse_time("3 epochs").epochs
+    (300.0, 3.0)
+    """
+    match = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*(s|m|min|h|epochs?)", text.strip().lower())
+    number = float(match[1]) if match else 0.0
+    if match is None or not 0 < number < 1e9:
+        expected = "minutes, seconds, hours or epochs, such as 5m, 90s, 1h or 3epochs"
+        raise UsageError(f"{what} is no time to train for", expected=expected, got=repr(text))
+    if match[2].startswith("epoch"):
+        return Time(text.strip(), number, None)
+    return Time(text.strip(), None, number * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2]])

@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .form_names import ENGINE_NAMES, EXPORT_NAMES, FORM_NAMES
-from .numbers import parse_arg, parse_count, parse_error, parse_increase, parse_share, parse_size, parse_width
+from .numbers import (
+    Time,
+    parse_arg,
+    parse_count,
+    parse_error,
+    parse_increase,
+    parse_share,
+    parse_size,
+    parse_time,
+    parse_width,
+)
 from .option import documented, option, path
 
 if TYPE_CHECKING:
@@ -23,10 +33,11 @@ Width = int | float
 """A width, or the part of the channels that it is."""
 
 MODEL, PASSES, BUDGET, PROOF = "Model and inputs", "What is rewritten", "Budget and calibration", "Verification"
-LIMITS = "Limits"
+LIMITS, RECOVERY = "Limits", "Recovery"
 """The panels in which the help of a command shows options."""
 
 _of_model, _of_passes, _of_budget, _of_proof = (partial(option, panel=p) for p in (MODEL, PASSES, BUDGET, PROOF))
+_of_recovery = partial(option, None, panel=RECOVERY)
 _seed = partial(_of_model, 0, "Seed of what is drawn: weights, samples.", "--seed N", least=0)
 _calibration = partial(
     _of_budget,
@@ -162,8 +173,34 @@ class PassOptions(LayerOptions):
 
 
 @documented
+@dataclass(frozen=True, kw_only=True)
+class RecoverOptions:
+    """How a rewritten model is trained, with its original as the teacher; ``augment`` may be a function itself."""
+
+    recover: Time | str | None = _of_recovery(
+        "Train the result to the original on --calibration so long: 5m, 90s, 1h, or 3epochs, which is reproducible.",
+        "--recover TIME",
+        read=parse_time,
+    )
+    recover_batch: int | None = _of_recovery(
+        r"Inputs in a step. [dim]\[default: as many as calibrate together, up to 32][/]", "--recover-batch N", least=1
+    )
+    recover_rate: float | None = _of_recovery(
+        r"Largest learning rate. [dim]\[default: 0.001][/]", "--recover-rate R", read=parse_error
+    )
+    recover_device: str | None = _of_recovery(
+        r"Device to train on, such as cuda. [dim]\[default: where the model is][/]", "--recover-device DEVICE"
+    )
+    augment: str | Callable[..., object] | None = _of_recovery(
+        "What is done to the inputs of each step: shift, flip (and shift), none, or file.py:NAME, a function of the "
+        r"model's inputs. [dim]\[default: shift for images][/]",
+        "--augment NAME",
+    )
+
+
+@documented
 @dataclass(frozen=True)
-class Budget(LayerOptions):
+class Budget(LayerOptions, RecoverOptions):
     """What the result may cost, and how layers, forms and widths are chosen so that the least is lost.
 
     Attributes:

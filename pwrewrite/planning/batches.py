@@ -91,6 +91,10 @@ class Batches:
         """The chunks kept for measuring."""
         return self._read("held_out")
 
+    def labelled(self) -> Iterator[tuple[Chunk, Tensor | None]]:
+        """The same as `calibration`, each chunk with its labels, where it has any."""
+        return ((self._reader.read(batch), batch.labels) for batch, parts in self._parts() if "calibration" in parts)
+
     def first(self) -> tuple[Chunk, Tensor | None]:
         """The first chunk and its labels, where it has any."""
         batch = self._first or next(self._chunks())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..core.numbers import exact, percent, plural
+from ..core.numbers import duration, exact, percent, plural
+from ..core.recovery import Recovery
 from .records import BudgetReport
 
 Line = tuple[str, str]
@@ -30,6 +31,7 @@ def lines(budget: BudgetReport, *, random: bool = False) -> list[Line]:
         fitted = f"{_REFITS[budget.refit]} {'fitted' if budget.measured is not None else 'to be fitted'}"
         facts.append(("calibration", f"{plural(budget.samples, 'input')}; {fitted}"))
     facts += _losses(budget, random)
+    facts += _recovered(budget.recovery)
     facts += [
         (name, f"{before:.4g} → {after:.4g} ({after - before:+.3g})")
         for name, (before, after) in budget.metrics.items()
@@ -51,6 +53,22 @@ def lines(budget: BudgetReport, *, random: bool = False) -> list[Line]:
 def _limit(kind: str, text: str, budget: BudgetReport) -> str:
     reached = budget.reached.get(kind)
     return f"at most {text}" + (f"; {percent(reached)} of the original" if reached is not None else "")
+
+
+def _recovered(recovery: Recovery | None) -> list[Line]:
+    """How the result was trained; nothing where it was not."""
+    if recovery is None:
+        return []
+    steps = f"{plural(recovery.steps, 'step')}, {recovery.epochs:.3g} epochs, in {duration(recovery.seconds)}"
+    kept = f"kept as after {exact(recovery.kept)}" if recovery.kept else "kept as before"
+    norms = "" if recovery.norms == "none" else f"; batch norms {recovery.norms}"
+    labels = " and labels" if recovery.labelled else ""
+    together = f"; {recovery.processes} processes" if recovery.processes > 1 else ""
+    what = f"{plural(recovery.samples, 'input')}{labels}, {recovery.augment} augmentation, {recovery.precision}"
+    return [
+        ("recovery", f"held-out loss {recovery.before:.3g} → {recovery.after:.3g}; {steps}; {kept}"),
+        ("trained on", f"{what}; {plural(recovery.blocks, 'block')}, then predictions{norms}{together}"),
+    ]
 
 
 def _losses(budget: BudgetReport, random: bool) -> list[Line]:

@@ -14,6 +14,7 @@ from ..analysis.records import Analysis
 from ..core.exports import Exported
 from ..core.plan import Edit, Skip
 from ..core.records import Record, Shown, key
+from ..core.recovery import Recovery
 from ..core.verification import Verification
 
 SCHEMA = "pwrewrite.report/1"
@@ -60,6 +61,7 @@ class BudgetReport(Record):
         threads: Threads meanwhile.
         engine: What they ran on, where an engine was asked for.
         engines: Each other engine that was there to the seconds before and after in it.
+        recovery: How the result was trained after the fit; None where it was not.
     """
 
     limits: Mapping[str, str]
@@ -80,6 +82,7 @@ class BudgetReport(Record):
     threads: int | None = None
     engine: str = ""
     engines: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    recovery: Recovery | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON data."""
@@ -94,6 +97,7 @@ class BudgetReport(Record):
         values["metrics"] = {name: tuple(pair.values()) for name, pair in values["metrics"].items()}
         values["engines"] = {name: tuple(pair) for name, pair in values["engines"].items()}
         values["latency"] = values["latency"] and tuple(values["latency"].values())
+        values["recovery"] = values["recovery"] and Recovery.from_dict(values["recovery"])
         return cls(**values)
 
 

@@ -1,6 +1,6 @@
 """What an option names in a user's own Python, as ``file.py:NAME`` or ``package.module:NAME``.
 
-``--calibration``, ``--preprocess``, ``--batch`` and ``--metric`` do.
+``--calibration``, ``--preprocess``, ``--batch``, ``--augment`` and ``--metric`` do.
 """
 
 from __future__ import annotations
@@ -98,6 +98,11 @@ def open_preprocess(text: str) -> Callable[..., object]:
 def open_batch(text: str) -> Callable[[object], object]:
     """The function behind ``--batch``, from a batch as it comes to the model's inputs; errors name its line."""
     return _callable(load_named(text, "--batch"), "--batch", "a function of a batch", 1).call
+
+
+def open_augment(text: str) -> Callable[..., object]:
+    """The function behind ``--augment``, from the model's inputs to others; errors name its line."""
+    return _callable(load_named(text, "--augment"), "--augment", "a function of the model's inputs", 10).call
 
 
 def open_metric(text: str) -> Callable[[nn.Module], float]:

@@ -17,6 +17,9 @@ from ..capturing import Inputs, split_inputs
 from ..core.errors import RefusedError
 from ..core.form_names import ENGINE_NAMES
 from ..core.options import Budget
+from ..core.plan import Plan
+from ..core.processes import of_first, world
+from ..core.recovery import Recovery
 from ..edit.apply import carry_out
 from ..engines.choosing import time_everywhere
 from ..engines.timing import NOISY, time_models
@@ -28,6 +31,7 @@ from ..planning.outputs import FAR, accuracy, compare
 from ..planning.planner import Fit, Planner, costs_of
 from ..planning.running import samples_of
 from ..report.records import BudgetReport, Report
+from .recover import fitted
 from .steps import Run
 
 Metric = Callable[[nn.Module], float]
@@ -43,6 +47,7 @@ class Budgeted:
         if budget.plan is not None:  # which has chosen already, and its layers need their statistics
             budget = replace(budget, forms=("all",), include=(), exclude=(), max_layer_error=None)
         self.planner, self.fit = planner_of(run, budget), Fit()
+        self.recovery: Recovery | None = None
 
     def carry_out(self) -> None:
         """Plans where there is no plan yet, carries it out and fits the result."""
@@ -52,10 +57,13 @@ class Budgeted:
             plan = search(self.planner, metric, budget.max_drop, budgets=self.limits).choice.plan
         elif plan is None:
             plan = self.planner.choose(self.limits).plan
+        plan = Plan.from_json(of_first(plan.to_json())) if world() > 1 else plan
         self.run.all(plan, self.planner.decomposer)
         if self.run.state.rows:
-            self.fit = self.planner.refit(self.run.state.model, self.run.state.plan)
-            self.run.fitted(self.fit.errors)
+            self.fit, self.recovery = fitted(self.planner, self.run.state.model, self.run.state.plan)
+            trained = self.recovery is not None and self.recovery.kept > 0
+            rows = self.run.state.rows if trained else ()
+            self.run.fitted({**self.fit.errors, **{row.edit.path: None for row in rows}})
 
     def sample(self) -> Inputs:
         """Held-out inputs to verify on, at most as many as the example inputs, which stand in where there are none."""
@@ -109,6 +117,7 @@ class Budgeted:
                 held_out=measured.samples,
                 kind=measured.kind,
                 outputs=planner.outputs,
+                recovery=self.recovery,
             )
             notes += _astray(result)
         if "latency" in result.limits or settings.gate == "latency" or settings.engine is not None:
@@ -281,8 +290,8 @@ def search(
         choice = choices[middle]
         planner.say(f"trying {choice.costs[kind] / planner.original[kind]:.1%} of the {kind}", len(tried) / steps)
         rewritten = carry_out(planner.model, choice.plan, decomposer=planner.decomposer).model
-        planner.refit(rewritten, choice.plan)
-        after = float(metric(rewritten))
+        fitted(planner, rewritten, choice.plan)
+        after = of_first(float(metric(rewritten)))
         tried.append((choice.costs[kind] / planner.original[kind], after))
         if after >= before - max_drop:
             best, low = Smallest(choice, before, after, tuple(tried)), middle + 1

@@ -8,16 +8,14 @@ of `pwrewrite.workflows.stages`; only the times are measured anew in every run.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shutil import copyfile, rmtree
-from typing import Any, cast
-from uuid import uuid4
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,6 +37,7 @@ from ..engines.engine import engine_named, with_threads
 from ..engines.exporting import format_named, int8_of
 from ..engines.timing import device_name
 from ..passes.fold_batch_norm import FoldBatchNorm
+from ..planning.augment import source_of
 from ..planning.batches import stable
 from ..planning.budget import budgets_of
 from ..planning.cache import content_key
@@ -59,7 +58,7 @@ from .subject import Subject, loaded_of, plan_from_original
 from .what import opened, what_from_keywords, what_of
 
 _FILES = (WEIGHTS, PLAN, REPORT, README, *(f"export/{name}" for name in ALL_FILES))
-_DATA = ("calibration", "batch", "preprocess", "labels", "metric", "plan", "first")
+_DATA = ("calibration", "batch", "preprocess", "labels", "metric", "plan", "first", "augment")
 """Fields of a budget that are known by what comes of them."""
 
 
@@ -237,7 +236,8 @@ def _prepared(budget: Budget, loaded: LoadedModel, proof: Proof) -> tuple[Budget
     engines = [each.version for each in map(engine_named, ENGINE_NAMES) if budget.engine and not each.missing]
     digest = hashlib.sha256()
     facts = {name: value for name, value in vars(budget).items() if name not in _DATA}
-    facts |= {"limits": [str(limit) for limit in budgets_of(budget.limits)], "metric": _source(budget.metric)}
+    facts |= {"limits": [str(limit) for limit in budgets_of(budget.limits)], "metric": source_of(budget.metric)}
+    facts["augment"] = budget.augment if isinstance(budget.augment, str) else source_of(budget.augment)
     facts |= {"proof": vars(proof), "versions": versions(), "on": [device_name(tensors[0].device), threads, engines]}
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -250,14 +250,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
-
-
-def _source(function: object) -> str:
-    """The code of a function; of one whose code cannot be read, what no other run knows."""
-    try:
-        return "" if function is None else inspect.getsource(cast("Callable[..., object]", function))
-    except (OSError, TypeError):
-        return uuid4().hex
 
 
 def _read(place: Path, loaded: LoadedModel) -> tuple[LoadedModel, dict[str, Any]]:

@@ -159,8 +159,8 @@ class Run:
             renamed = join_names(renamed, edit.renamed)
         return State(applied.model, after, whole, tuple(rows), tuple(estimates), renamed)
 
-    def fitted(self, errors: Mapping[str, float]) -> None:
-        """Takes note of the relative errors of weights that were fitted after they were put in, by path."""
+    def fitted(self, errors: Mapping[str, float | None]) -> None:
+        """Takes note of the relative errors of weights that were fitted later, by path; None where trained."""
         rows = tuple(
             replace(row, edit=replace(row.edit, relative_error=errors[row.edit.path], exact=None))
             if row.edit.path in errors

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..core.errors import UsageError
+from ..core.numbers import parse_time
 from ..core.option import changed, flag_of, from_keywords, refuse_unknown
 from ..core.options import Budget, LayerOptions, PassOptions, Proof
 from ..core.plan import Plan
 from ..passes import Pass
+from ..planning.augment import PLAIN
 from ..targets import LoadedModel
 from ..targets.calibration import open_calibration, open_labels, open_metric
-from ..targets.user_objects import open_batch
+from ..targets.user_objects import open_augment, open_batch
 from .pass_names import as_list, passes_of
+from .recover import check_recovery
 
 T = TypeVar("T")
 
@@ -90,6 +93,9 @@ def what_of(passes: PassOptions, budget: Budget, plan: Plan | None = None, allow
     for_passes, for_budget = changed(passes, LayerOptions), changed(budget, LayerOptions)
     for_budget = [name for name in for_budget if name not in ("seed", "plan")]
     check_goes_with_calibration(budget)
+    check_recovery(budget)
+    if isinstance(budget.recover, str):
+        budget = replace(budget, recover=parse_time(budget.recover, "recover"))
     if not limited and budget.calibration is None:
         if for_budget:
             raise UsageError(f"{flag_of(Budget, for_budget[0])} goes with --budget or --calibration")
@@ -146,6 +152,8 @@ def opened(budget: Budget, loaded: LoadedModel) -> Budget:
         budget = replace(budget, calibration=data)
     if isinstance(budget.batch, str):
         budget = replace(budget, batch=open_batch(budget.batch))
+    if isinstance(budget.augment, str) and budget.augment not in PLAIN:
+        budget = replace(budget, augment=open_augment(budget.augment))
     if isinstance(budget.metric, str):
         name = budget.metric.rpartition(":")[2]
         budget = replace(budget, metric=open_metric(budget.metric), metric_name=name)

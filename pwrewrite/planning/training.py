@@ -1,0 +1,357 @@
+"""One training of a rewritten model to its original: the steps, what is measured in between, what is kept.
+
+The loop is torch's: AdamW, a warm-up and a cosine, an average of the weights (EMA), clipped gradients, mixed precision
+on CUDA, ``DistributedDataParallel`` where there are several processes. First the outputs of blocks are compared, then
+predictions (`pwrewrite.planning.distilling`), each with an optimizer of its own. The held-out loss of the averaged
+weights decides which state is kept, the one before included.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..core.errors import RefusedError, UsageError
+from ..core.nested import map_tensors, tensors_of
+from ..core.numbers import Time, duration
+from ..core.processes import of_first, rank, world
+from ..core.random_state import seed_all
+from ..core.recovery import Recovery
+from .augment import Augment
+from .batches import Batches
+from .checkpoints import read_checkpoint, write_checkpoint
+from .distilling import Distilling
+from .outputs import Measured, compare_outputs
+from .running import Chunk, Say, run_seeded
+from .training_set import Part, TrainingSet
+
+BLOCKS = 0.3
+"""The part of the steps in which block outputs are compared."""
+_WARM, _AVERAGED = 0.05, 0.02
+"""Parts of the steps: those that warm up, and those that the average of the weights reaches back."""
+_CLIP = 1.0
+_LOOKS = 20
+"""How often the held-out loss is measured, about."""
+_PLANNED = 0.95
+"""The part of a time budget that is planned for."""
+_TIMED = 3
+_HELD = 256 * 1024**2
+"""Bytes of the original's held-out outputs that are kept."""
+LOWER = "lower --recover-batch"
+_TRY = "try a lower --recover-rate, a longer --recover or more --calibration inputs"
+_log = logging.getLogger(__name__)
+_NOTHING = Measured(math.inf, None, 0, "values")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How long and how to train.
+
+    Attributes:
+        size: Inputs in a step, at most.
+        outputs: What the models' outputs are, see `pwrewrite.planning.outputs`.
+        precision: What is computed in, under ``torch.autocast``; None for as the model is.
+        augment: The name of what changes the inputs of a step, and that function.
+        labelled: Whether labels count, too.
+        say: Called at each step.
+        notes: Takes what a reader should know.
+    """
+
+    time: Time
+    rate: float
+    size: int
+    seed: int
+    outputs: str
+    device: torch.device
+    precision: torch.dtype | None
+    augment: tuple[str, Augment | None]
+    labelled: bool
+    say: Say
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Phase:
+    """What trains some of the steps."""
+
+    optimizer: torch.optim.Optimizer
+    schedule: SequentialLR
+    average: AveragedModel
+
+    def _parts(self) -> tuple[Any, ...]:
+        return self.optimizer, self.schedule, self.average
+
+    def state(self) -> list[dict[str, Any]]:
+        return [part.state_dict() for part in self._parts()]
+
+    def load(self, states: Sequence[dict[str, Any]]) -> None:
+        for part, state in zip(self._parts(), states, strict=True):
+            part.load_state_dict(state)
+
+
+@dataclass
+class _State:
+    """How far a training is; ``steps`` in all, ``best`` of the held-out measurements, after ``kept`` steps."""
+
+    before: Measured
+    best: Measured
+    weights: list[Tensor]
+    steps: int = 0
+    step: int = 0
+    kept: int = 0
+    seconds: float = 0.0
+
+
+class Training:
+    """One model that is trained; both are in eval mode and on the device."""
+
+    def __init__(self, settings: Setting, batches: Batches, teacher: nn.Module, student: nn.Module) -> None:
+        self.began = time.monotonic()
+        self.settings, self.batches, self.teacher, self.student = settings, batches, teacher, student
+        self.parameters = [p for p in student.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise RefusedError("the rewritten model has no weights to train")
+        chunk = self._placed(batches.first()[0])
+        self.data = TrainingSet(batches, settings.size, settings.seed, settings.augment[1], (rank(), world()))
+        self.loss = Distilling(teacher, student, settings.outputs, chunk, settings.precision)
+        self.model: nn.Module = self.loss
+        if world() > 1:
+            self.model = DistributedDataParallel(self.loss, find_unused_parameters=True, broadcast_buffers=False)
+        self.scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.precision is torch.float16)
+        self._wanted: list[object] | None = None
+
+    def run(self, file: Path | None) -> tuple[Recovery, Measured]:
+        """Trains, from where an earlier run was interrupted, and puts the best weights in."""
+        settings = self.settings
+        kept = of_first(read_checkpoint(file))
+        if kept is not None and "recovery" in kept:
+            self._put(kept["weights"])
+            return Recovery.from_dict(kept["recovery"]), Measured(*kept["best"])
+        settings.say("measuring what is lost before", None)
+        phase: _Phase | None = None
+        if kept is not None:
+            weights = kept["best_weights"]
+            state = _State(Measured(*kept["before"]), Measured(*kept["best"]), weights, *kept["at"])
+            self._put(kept["weights"])
+            phase = self._phase(state)
+            phase.load(kept["phase"])
+            self.scaler.load_state_dict(kept["scaler"])
+            self.began -= state.seconds
+            settings.notes.append(f"an interrupted recovery went on after {state.step} of {state.steps} steps")
+        else:
+            before = self._held_out()
+            state = _State(before, before, self._weights())
+            state.steps = self._steps(time.monotonic() - self.began)
+        self._loop(state, phase, file)
+        self._put(state.weights)
+        recovery = self._facts(state)
+        facts = {"recovery": recovery.to_dict(), "weights": state.weights, "best": list(astuple(state.best))}
+        write_checkpoint(file, facts)
+        self._note(state)
+        return recovery, state.best
+
+    def _loop(self, state: _State, phase: _Phase | None, file: Path | None) -> None:
+        steps_in_epoch, time_left = self.data.steps, self.settings.time.seconds
+        every = max(1, math.ceil(state.steps / steps_in_epoch / _LOOKS)) * steps_in_epoch
+        first, began = state.step, time.monotonic()
+        while state.step < state.steps:
+            epoch = state.step // steps_in_epoch
+            for parts in self.data.epoch(epoch, state.step % steps_in_epoch):
+                if phase is None or state.step == self._switch(state):
+                    phase = self._phase(state)
+                self._step(parts, phase, state)
+                state.step += 1
+                left = (time.monotonic() - began) / (state.step - first) * (state.steps - state.step)
+                self.settings.say(f"epoch {epoch + 1}, about {left:.0f} s left", state.step / state.steps)
+                over = time_left is not None and self._over(state, time_left)
+                if state.step == state.steps or over:
+                    break
+            assert phase is not None
+            if over:
+                self.settings.notes.append(f"recovery ended after {state.step} of {state.steps} steps: time was up")
+            looks = over or state.step == state.steps or state.step % every == 0
+            if (looks and not self._look(state, phase)) or over:
+                return
+            state.seconds = time.monotonic() - self.began
+            self._keep(state, phase, file)
+
+    def _switch(self, state: _State) -> int:
+        """The step from which on predictions are compared."""
+        return round(BLOCKS * state.steps) if self.loss.blocks else 0
+
+    def _phase(self, state: _State) -> _Phase:
+        """A new optimizer with its schedule, for the steps up to the switch or from there on."""
+        switch = self._switch(state)
+        steps = switch if state.step < switch else state.steps - switch
+        optimizer = torch.optim.AdamW(self.parameters, lr=self.settings.rate, weight_decay=0.0)
+        warm = max(1, round(_WARM * steps))
+        warming = LinearLR(optimizer, 1 / (warm + 1), total_iters=warm)
+        cosine = CosineAnnealingLR(optimizer, max(1, steps - warm))
+        decay = 1 - 1 / (1 + _AVERAGED * steps)
+        mean = get_ema_multi_avg_fn(min(0.999, decay))  # type: ignore[no-untyped-call]
+        average = AveragedModel(nn.ParameterList(self.parameters), multi_avg_fn=mean)
+        return _Phase(optimizer, SequentialLR(optimizer, [warming, cosine], [warm]), average)
+
+    def _step(self, parts: Sequence[Part], phase: _Phase, state: _State) -> None:
+        phase.optimizer.zero_grad()
+        blocks = state.step < self._switch(state)
+        seed_all((self.settings.seed + state.step) % 2**63)
+        for part in parts:
+            waits = part is not parts[-1] and isinstance(self.model, DistributedDataParallel)
+            with self.model.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                labels = _classes(part.labels) if self.settings.labelled else None
+                loss = self.model(self._placed(part.chunk), labels, blocks) * part.weight
+                self.scaler.scale(loss).backward()
+        self.scaler.unscale_(phase.optimizer)
+        norm = clip_grad_norm_(self.parameters, _CLIP)
+        if self.scaler.is_enabled() or bool(norm.isfinite()):
+            self.scaler.step(phase.optimizer)
+        self.scaler.update()
+        phase.schedule.step()
+        phase.average.update_parameters(nn.ParameterList(self.parameters))
+
+    def _look(self, state: _State, phase: _Phase) -> bool:
+        """Measures the averaged weights, and keeps them if they are the best; whether they are numbers."""
+        weights, averaged = self._weights(), [p.detach().clone() for p in phase.average.module.parameters()]
+        self._put(averaged)
+        measured = self._held_out()
+        self._put(weights)
+        if measured.loss < state.best.loss:
+            state.best, state.weights, state.kept = measured, averaged, state.step
+        if not math.isfinite(measured.loss):
+            self.settings.notes.append(f"training diverged after {state.step} steps, and was stopped: {_TRY}")
+        return math.isfinite(measured.loss)
+
+    def _held_out(self) -> Measured:
+        """How far the model is from the original on held-out inputs, as the first process measures it."""
+        measured = None
+        if not rank():
+            with torch.no_grad():
+                measured = compare_outputs(self._both(), self.settings.outputs)
+        first = of_first(None if measured is None else astuple(measured))
+        assert first is not None
+        return Measured(*first)
+
+    def _both(self) -> Iterator[tuple[object, object, Chunk]]:
+        """What both models make of the held-out inputs; what the original does is kept where it is not too much."""
+        outputs, held = list[object](), 0
+        for number, chunk in enumerate(map(self._placed, self.batches.held_out())):
+            wanted = self._wanted[number] if self._wanted else run_seeded(self.teacher, chunk, number)
+            held += sum(tensor.nbytes for tensor in tensors_of(wanted))
+            outputs = [*outputs, wanted] if held <= _HELD else []
+            yield wanted, run_seeded(self.student, chunk, number), chunk
+        self._wanted = outputs if held <= _HELD else None
+
+    def _steps(self, looking: float) -> int:
+        """How many steps to take: so many epochs, or what fits into the time that is left, by timing a few."""
+        asked = self.settings.time
+        if asked.epochs is not None:
+            return max(1, round(asked.epochs * self.data.steps))
+        assert asked.seconds is not None
+        state, weights = _State(_NOTHING, _NOTHING, [], steps=_TIMED + 1), self._weights()
+        phase = self._phase(state)
+        while state.step <= _TIMED:
+            for parts in self.data.epoch(0):
+                if state.step == 1:
+                    start = time.monotonic()
+                self._step(parts, phase, state)
+                state.step += 1
+                if state.step > _TIMED:
+                    break
+        each = (time.monotonic() - start) / _TIMED
+        self._put(weights)
+        left = _PLANNED * asked.seconds - (time.monotonic() - self.began)
+        epoch = each * self.data.steps + looking  # with a look at its end, of which there are only so many
+        epochs = left / epoch if left <= _LOOKS * epoch else (left - _LOOKS * looking) / (each * self.data.steps)
+        steps = of_first(int(epochs * self.data.steps))
+        if steps < 1:
+            spent = time.monotonic() - self.began
+            raise UsageError(
+                f"{asked} is too short for one step of training, which takes {duration(each)}",
+                hint=f"give it {math.ceil((spent + each + looking) / _PLANNED)}s or more, or {LOWER}",
+            )
+        return steps
+
+    def _over(self, state: _State, seconds: float) -> bool:
+        """Whether the time is up, as the first process sees it; asked now and then where there are several."""
+        if world() > 1 and state.step % 10:
+            return False
+        return of_first(time.monotonic() - self.began > seconds)
+
+    def _keep(self, state: _State, phase: _Phase, file: Path | None) -> None:
+        at = [state.steps, state.step, state.kept, state.seconds]
+        write_checkpoint(
+            file,
+            {
+                "at": at,
+                "before": list(astuple(state.before)),
+                "best": list(astuple(state.best)),
+                "best_weights": state.weights,
+                "weights": self._weights(),
+                "phase": phase.state(),
+                "scaler": self.scaler.state_dict(),
+            },
+        )
+
+    def _weights(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def _put(self, weights: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, weights, strict=True):
+            parameter.copy_(value)
+
+    def _placed(self, chunk: Chunk) -> Chunk:
+        placed: Chunk = map_tensors(chunk, lambda tensor: tensor.to(self.settings.device))
+        return placed
+
+    def _facts(self, state: _State) -> Recovery:
+        settings, norms = (
+            self.settings,
+            [
+                any(isinstance(module, _BatchNorm) for module in model.modules())
+                for model in (self.student, self.teacher)
+            ],
+        )
+        return Recovery(
+            str(settings.time),
+            state.before.loss,
+            state.best.loss,
+            state.kept,
+            state.step,
+            state.step / self.data.steps,
+            time.monotonic() - self.began,
+            self.data.samples,
+            settings.size,
+            settings.rate,
+            len(self.loss.blocks),
+            "frozen" if norms[0] else "folded" if norms[1] else "none",
+            settings.augment[0],
+            settings.labelled,
+            str(settings.precision or self.parameters[0].dtype).removeprefix("torch."),
+            world(),
+        )
+
+    def _note(self, state: _State) -> None:
+        if not state.kept:
+            note = f"recovery did not lower the held-out loss, {state.before.loss:.3g}: the model is as before; {_TRY}"
+            self.settings.notes.append(note)
+            _log.warning(note)
+
+
+def _classes(labels: Tensor | None) -> Tensor | None:
+    return labels if labels is None or labels.dim() == 1 else labels.argmax(1)

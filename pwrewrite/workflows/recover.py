@@ -1,0 +1,147 @@
+"""Training a rewritten model to its original: `recover`, and `fitted` for what was planned under a budget."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capturing import Inputs, capture
+from ..capturing.inputs import tensors_for
+from ..core.errors import UsageError, first_line
+from ..core.nested import Tree
+from ..core.option import flag_of, from_keywords, refuse_unknown
+from ..core.options import Budget, RecoverOptions
+from ..core.plan import Plan
+from ..core.recovery import Recovery
+from ..edit.apply import copy_of
+from ..planning.batches import Batches, stable
+from ..planning.outputs import Measured, kind_of_outputs
+from ..planning.planner import Fit, Planner
+from ..planning.recovery import Recoverer
+from ..planning.room import samples_in_run
+from ..planning.running import evaluating, run_seeded
+from .steps import Progress, silent
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """The result of `recover`.
+
+    Attributes:
+        model: The trained copy.
+        report: How it was trained, and the held-out loss before and after.
+        measured: How far it is from the original on held-out inputs.
+        notes: What a reader should know.
+    """
+
+    model: nn.Module
+    report: Recovery
+    measured: Measured
+    notes: tuple[str, ...] = ()
+
+
+@torch.inference_mode(False)  # parameters made inside it could not be trained
+def recover(
+    original: nn.Module,
+    rewritten: nn.Module,
+    batches: Iterable[Tree],
+    time: str = "3epochs",
+    *,
+    example_inputs: Inputs | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Recovered:
+    """Trains a rewritten model to its original, which is the teacher: no labels are needed.
+
+    One in five of the inputs is held out, and decides which state is kept; the one before counts too, so that the
+    result is never worse by its loss there. Under ``torchrun`` all processes train together.
+
+    Args:
+        original: The model that was rewritten; stays as it is.
+        rewritten: What became of it; stays as it is, too.
+        batches: Inputs: any iterable of batches, of inputs alone or of ``(inputs, labels)``.
+        time: How long: ``5m``, ``90s``, or ``3epochs``, which gives the same result every time.
+        example_inputs: What the models take; told from the first batch and the original's ``forward`` where None.
+        progress: Called at each step with what is being done and how much of it is done.
+        **options: Fields of `pwrewrite.core.options.RecoverOptions`: ``recover_batch``, ``recover_rate``,
+            ``recover_device``, ``augment``; and of `pwrewrite.Budget`: ``outputs``, ``batch``, ``calibration_size``,
+            ``seed``.
+
+    Returns:
+        The trained copy, in the training mode of ``rewritten``, and how it went.
+
+    Raises:
+        UsageError: If there is no batch, one holds NaN, an option makes no sense, or the time is too short for a step.
+        RefusedError: If memory runs out, or there is nothing to train.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    >>> smaller = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2)).eval()
+    >>> result = recover(model, smaller, torch.randn(64, 1, 8, 8).split(8), "20epochs")
+    >>> result.report.after < result.report.before
+    True
+    """
+    names = ("outputs", "batch", "calibration_size", "seed")
+    budget = from_keywords(Budget, {name: options.pop(name) for name in names if name in options})
+    chosen = from_keywords(RecoverOptions, {"recover": time, **options})
+    refuse_unknown("recover", {k: v for k, v in options.items() if k not in vars(chosen)}, RecoverOptions)
+    own, source = budget.batch, stable(batches, 32)
+    if isinstance(own, str):
+        raise UsageError(f"batch={own!r} is a name", hint="give the function itself")
+    inputs = tensors_for(_inputs_of(original, source, own) if example_inputs is None else example_inputs)
+    chunk = samples_in_run(capture(original, inputs))
+    read = Batches(source, inputs, size=budget.calibration_size, chunk=chunk, batch=own)
+    first, labels = read.first()
+    with torch.no_grad(), evaluating(original):
+        outputs = budget.outputs or kind_of_outputs(run_seeded(original, first, budget.seed), labels)
+    model, say = copy_of(rewritten), progress or silent
+    recoverer = Recoverer(original, read, chosen, outputs, seed=budget.seed, say=say)
+    report, measured = recoverer.train(model)
+    return Recovered(model, report, measured, tuple(dict.fromkeys((*read.notes, *recoverer.notes))))
+
+
+def fitted(planner: Planner, rewritten: nn.Module, plan: Plan) -> tuple[Fit, Recovery | None]:
+    """Fits a model with a plan carried out, and trains it where the budget says so; in place."""
+    fit, settings = planner.refit(rewritten, plan), planner.settings
+    if settings.recover is None or planner.batches is None:
+        return fit, None
+    recoverer = Recoverer(
+        planner.model, planner.batches, settings, planner.outputs, seed=settings.seed, say=planner.say
+    )
+    report, measured = recoverer.train(rewritten)
+    planner.notes += recoverer.notes
+    return replace(fit, held_out=measured), report
+
+
+def check_recovery(budget: Budget) -> None:
+    """Refuses options that say nothing without ``recover``, and recovery without inputs."""
+    for name in RecoverOptions.__dataclass_fields__:
+        if getattr(budget, name) is not None and budget.recover is None:
+            raise UsageError(f"{flag_of(Budget, name)} goes with --recover")
+    if budget.recover is not None and budget.calibration is None:
+        raise UsageError("--recover goes with --calibration: there is nothing to train on")
+
+
+def _inputs_of(model: nn.Module, source: Iterable[object], own: Callable[..., object] | None) -> Inputs:
+    """The inputs in the first batch: as many as the model's forward needs, at least one; by name from a dict."""
+    try:
+        batch: Any = next(iter(source), None)
+        batch = batch if own is None or batch is None else own(batch)
+    except Exception as error:
+        raise UsageError("batch 0 of the inputs cannot be read", got=first_line(error)) from error
+    parameters = inspect.signature(model.forward).parameters
+    if batch is None:
+        raise UsageError("the inputs are empty", hint="an iterator that was gone through gives nothing more")
+    if isinstance(batch, Mapping):
+        return {name: value for name, value in batch.items() if name in parameters}
+    if not isinstance(batch, (tuple, list)):
+        return (torch.as_tensor(batch),)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters.values())
+    return tuple(value if isinstance(value, Tensor) else torch.as_tensor(value) for value in batch[: max(1, needed)])
