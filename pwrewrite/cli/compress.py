@@ -33,5 +33,5 @@ def compress(
         if reported.output is not None:
             files.check_writable(reported.output)
         result = compress_target(target, budget, proof, options, exporting, progress=progress).report
-    show(reported, page(result), json=result.to_json)
+    show(reported, page(result), json=result.to_json, html=result.to_html)
     tell(f"saved in {options.out}" if options.out is not None else "nothing was saved: give --out DIR", reported)

@@ -138,12 +138,14 @@ def html(result: object) -> str:
 
 def file(result: object) -> str:
     """The report as an HTML file."""
-    report = result if isinstance(result, Report) else getattr(result, "report", None)
+    report = result if isinstance(result, (Report, Compression)) else getattr(result, "report", None)
     match result:
         case Analysis():
             return web.analysis(result)
         case Frontier():
             return web.frontier(result)
+    if isinstance(report, Compression):
+        return web.compression(report)
     if isinstance(report, Report):
         return web.report(report, planned=report is not result and not hasattr(result, "model"))
     return web.document(page(result))

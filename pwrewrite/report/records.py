@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..analysis.records import Analysis
@@ -211,6 +211,8 @@ class Compression(Shown, Record):
         engines: Each other engine that was there to the seconds before and after in it.
         notes: What a reader should be told.
         files: The files in the folder, with their bytes.
+        models: The analyses of the original and of the result, for pictures; ``done`` says by path what became of its
+            layers. Neither is part of the JSON.
     """
 
     target: str
@@ -226,3 +228,11 @@ class Compression(Shown, Record):
     notes: tuple[str, ...] = ()
     files: Mapping[str, int] = field(default_factory=dict)
     schema: str = field(default=COMPRESS_SCHEMA)
+    models: tuple[Analysis, Analysis] | None = None
+    done: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON data."""
+        if self.models is not None:
+            return replace(self, models=None).to_dict()
+        return {name: value for name, value in super().to_dict().items() if name not in ("models", "done")}

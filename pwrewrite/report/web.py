@@ -16,13 +16,13 @@ from importlib.resources import files
 
 from ..analysis.records import Analysis
 from ..core.records import Json
-from . import analysis as analysis_page, frontier as frontier_page, fused, rewrite
+from . import analysis as analysis_page, compressed, frontier as frontier_page, fused, rewrite
 from .budget_rows import NORMS
 from .frontier import Frontier
 from .page import Page, Title
-from .records import Report
+from .records import Compression, Report
 from .to_html import escape, html
-from .web_data import frontier_data, model_data, rewrite_data
+from .web_data import frontier_data, model_data, pair_data, rewrite_data
 
 SCRIPTS = ("dagre.min.js", "base.js", "treemap.js", "graph_layout.js", "graph.js", "charts.js", "table.js", "main.js")
 """The scripts of a page, in order."""
@@ -41,6 +41,12 @@ def report(record: Report, words: Page | None = None, *, planned: bool = False) 
     if record.models is None:
         return document(words)
     return document(words, {"kind": "plan" if planned else "rewrite", **rewrite_data(record, planned=planned)})
+
+
+def compression(record: Compression) -> str:
+    """The HTML file of a compression: the original and the result."""
+    words, subtitle = compressed.page(record), compressed.headline(record)
+    return document(words, {"kind": "compress", **pair_data(record.target, subtitle, record.models, record.done)})
 
 
 def frontier(record: Frontier) -> str:

@@ -6,7 +6,7 @@ steps that they read by distance, and texts that recur stand once; ``assets/base
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ..analysis.records import Analysis, LayerReport, TreeNode
 from ..core.numbers import count, dims
@@ -105,23 +105,30 @@ def _layer(
 
 def rewrite_data(report: Report, *, planned: bool = False) -> dict[str, Json]:
     """A rewrite: the model before, with what was done to each layer, and after."""
-    notes = {skip.path: f"{skip.reason}: {skip.detail}" for skip in report.skips}
-    for row in report.edits:
-        edit = row.edit
-        text = f"{rewrite_rows.form_text(edit)} {rewrite_rows.widths_text(edit)}".removesuffix(" –")
-        text += f": MACs {count(row.macs_before)} → {count(row.macs_after)}"
-        if edit.relative_error is not None:
-            text += f", weight error {rewrite_rows.error_text(edit.relative_error)}"
-        notes[edit.path] = text
-    models = []
-    if report.models is not None:
-        before, after = report.models
-        models = [model_data(before, "before", notes), model_data(after, "after", {})]
-    return {
-        "target": plain(report.target),
-        "subtitle": rewrite_rows.headline(report, planned=planned),
-        "models": models,
-    }
+    done = done_to([row.to_dict() for row in report.edits], [skip.to_dict() for skip in report.skips])
+    return pair_data(report.target, rewrite_rows.headline(report, planned=planned), report.models, done)
+
+
+def pair_data(
+    target: str, subtitle: str, models: tuple[Analysis, Analysis] | None, done: Mapping[str, str]
+) -> dict[str, Json]:
+    """A model before, with what was done to each layer, and after."""
+    pairs = zip(models or (), ("before", "after"), (done, {}))
+    data = [model_data(model, name, notes) for model, name, notes in pairs]
+    return {"target": plain(target), "subtitle": subtitle, "models": data}
+
+
+def done_to(edits: Sequence[Mapping[str, Json]], skips: Sequence[Mapping[str, Json]]) -> dict[str, str]:
+    """What became of layers, by path, from the edits and skips in the JSON of a report."""
+    done = {skip["path"]: f"{skip['reason']}: {skip['detail']}" for skip in skips}
+    for edit in edits:
+        widths = "→".join(dict.fromkeys(str(edit[key]) for key in ("rank_in", "rank_out") if edit[key] is not None))
+        text = f"{edit['method']} {widths}".strip()
+        text += f": MACs {count(edit['macs_before'])} → {count(edit['macs_after'])}"
+        if edit["relative_error"] is not None:
+            text += f", weight error {rewrite_rows.error_text(edit['relative_error'])}"
+        done[edit["path"]] = text
+    return done
 
 
 def frontier_data(frontier: Frontier) -> Json:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..analysis.records import versions
+from ..analysis import analyze_capture
+from ..analysis.records import Analysis, versions
 from ..capturing import Inputs, capture, split_inputs
 from ..core.errors import OutputError, RefusedError, UsageError
 from ..core.exports import Exported
@@ -45,6 +46,7 @@ from ..planning.planner import batches_of
 from ..planning.room import samples_in_run
 from ..report.readme import compressed_readme
 from ..report.records import COMPRESS_SCHEMA, BudgetReport, Compression
+from ..report.web_data import done_to
 from ..targets import LoadedModel, open_target
 from ..targets.storage import PLAN, README, REPORT, WEIGHTS, check_place, plan_text, read_names, read_plan, restore
 from .export import ALL_FILES, REPORT as EXPORT_REPORT, differing_error, export
@@ -211,12 +213,18 @@ def _compressed(
             tuple(
                 dict.fromkeys((*given.notes, *rewriting["notes"], *fusing["notes"], *exports["notes"], *stages.notes))
             ),
+            models=(_analysis(loaded), _analysis(fused)),
+            done=done_to(rewriting["edits"], rewriting["skipped"]),
         )
         plan = plan_from_original(given, fused.plan or Plan())
         if options.out is not None:
             text = plan_text(plan, join_names(given.names, fused.names))
             result = _written(result, text, compressed_readme(result, plan, options.out), stages.places, options)
     return Compressed(fused.model, plan, result)
+
+
+def _analysis(loaded: LoadedModel) -> Analysis:
+    return analyze_capture(capture(loaded.model, loaded.example_inputs), target=loaded.target)
 
 
 def _prepared(budget: Budget, loaded: LoadedModel, proof: Proof) -> tuple[Budget, str]:

@@ -43,3 +43,13 @@ def test_what_has_no_model_to_draw_is_there_in_words(run: Run) -> None:
 def test_the_name_of_a_file_asks_for_a_frontier_to_look_at(run: Run, folder: Path) -> None:
     assert run("plan", "net.py", "--pareto", "--report", "frontier.html").exit_code == 0
     assert '"kind":"frontier"' in (folder / "frontier.html").read_text(encoding="utf-8")
+
+
+def test_a_compression_is_drawn(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PWREWRITE_CACHE", str(folder / "cache"))
+    options = ("--budget", "macs=0.6", "--format", "html", "--report", "report.html")
+    assert run("compress", "net.py", *options).exit_code == 0
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert '"kind":"compress"' in text
+    assert '"name":"before"' in text
+    assert '"name":"after"' in text

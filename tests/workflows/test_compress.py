@@ -78,6 +78,14 @@ def test_a_folder_is_a_target_and_serves(tmp_path: Path) -> None:
         served = torch.export.load(tmp_path / "out" / "export" / "model.pt2").module()
         torch.testing.assert_close(served(IMAGES), expected, rtol=1e-4, atol=1e-5)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in result.model.modules())
+    assert report.models is not None
+    assert [each.macs for each in report.models] == [report.before["macs"], report.after["macs"]]
+    assert [each.params for each in report.models] == [report.before["params"], report.after["params"]]
+    assert set(report.done) >= {"a", "b"}
+    text = result.to_html()
+    assert '"kind":"compress"' in text
+    assert all(f'"{report.done[path]}"' in text for path in "ab")
+    assert not {"models", "done"} & set(report.to_dict())
     shown = str(result)
     for text in ("parameters", "MACs", "time", "macs", "loss", "export/model.pt2", "accuracy on held-out inputs"):
         assert text in shown
