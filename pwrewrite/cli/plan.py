@@ -13,7 +13,7 @@ from .running import working
 from .showing import show, tell
 
 if TYPE_CHECKING:
-    from ..report.frontier import Frontier
+    from ..report.records import Frontier
 
 
 def plan(

@@ -29,9 +29,8 @@ from . import (
     to_html,
     web,
 )
-from .frontier import Frontier
 from .page import Facts, Line, Page, Title
-from .records import Compression, Report
+from .records import Compression, Frontier, Report
 
 
 def page(result: object) -> Page:

@@ -2,64 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 from ..core.numbers import count, duration, exact, percent, plural, size
-from ..core.records import Record, Shown
 from ..core.text import plain
 from . import spreadsheet
 from .budget_rows import NORMS, caveat
 from .page import Column, Line, Page, Table, Title
+from .records import Frontier, Point
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 400, 80, 50
 _KINDS = {"macs": "MACs", "flops": "FLOPs", "params": "parameters", "bytes": "bytes of weights"}
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One budget: what the model then costs, by kind, the least predicted loss, and how many layers are rewritten."""
-
-    costs: Mapping[str, float]
-    loss: float
-    layers: int
-
-
-@dataclass(frozen=True, repr=False)
-class Frontier(Shown, Record):
-    """The least loss at every budget.
-
-    Attributes:
-        target: What was planned for.
-        kind: What the budgets limit.
-        original: What the model costs now, by kind.
-        sensitivity: In what norm errors count.
-        points: From the original down.
-        random: Whether the weights are those that the model's code makes.
-    """
-
-    target: str
-    kind: str
-    original: Mapping[str, float]
-    sensitivity: str
-    points: tuple[Point, ...]
-    random: bool = False
-
-    def share(self, point: Point, kind: str) -> float:
-        """A cost as a share of the original's."""
-        return point.costs[kind] / self.original[kind] if self.original[kind] else 1.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain JSON data."""
-        return {
-            "target": self.target,
-            "kind": self.kind,
-            "sensitivity": self.sensitivity,
-            "original": dict(self.original),
-            "points": [{**point.costs, "loss": point.loss, "layers": point.layers} for point in self.points],
-        }
 
 
 def page(frontier: Frontier) -> Page:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -126,6 +126,52 @@ class FusingReport(Record):
     engines: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One budget: what the model then costs, by kind, the least predicted loss, and how many layers are rewritten."""
+
+    costs: Mapping[str, float]
+    loss: float
+    layers: int
+
+
+@dataclass(frozen=True, repr=False)
+class Frontier(Shown, Record):
+    """The least loss at every budget.
+
+    Attributes:
+        target: What was planned for.
+        kind: What the budgets limit.
+        original: What the model costs now, by kind.
+        sensitivity: In what norm errors count.
+        points: From the original down.
+        random: Whether the weights are those that the model's code makes.
+        chosen: The plan that was made, where one was; not part of the JSON.
+    """
+
+    target: str
+    kind: str
+    original: Mapping[str, float]
+    sensitivity: str
+    points: tuple[Point, ...]
+    random: bool = False
+    chosen: Point | None = None
+
+    def share(self, point: Point, kind: str) -> float:
+        """A cost as a share of the original's."""
+        return point.costs[kind] / self.original[kind] if self.original[kind] else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON data."""
+        return {
+            "target": self.target,
+            "kind": self.kind,
+            "sensitivity": self.sensitivity,
+            "original": dict(self.original),
+            "points": [{**point.costs, "loss": point.loss, "layers": point.layers} for point in self.points],
+        }
+
+
 @dataclass(frozen=True, repr=False)
 class Report(Shown, Record):
     """What a rewrite did.
@@ -142,6 +188,7 @@ class Report(Shown, Record):
         budget: Where there was one: what it asked, predicted and measured.
         fusing: Where layers were fused: kernels and times.
         models: The analyses of both models, for pictures; not part of the JSON.
+        frontier: Where a plan was chosen within a budget: works out the least losses at other budgets, for pictures.
     """
 
     target: str
@@ -155,6 +202,7 @@ class Report(Shown, Record):
     budget: BudgetReport | None = None
     fusing: FusingReport | None = None
     models: tuple[Analysis, Analysis] | None = None
+    frontier: Callable[[], Frontier] | None = field(default=None, compare=False)
 
     @property
     def passed(self) -> bool:

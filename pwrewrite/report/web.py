@@ -18,9 +18,8 @@ from ..analysis.records import Analysis
 from ..core.records import Json
 from . import analysis as analysis_page, compressed, frontier as frontier_page, fused, rewrite
 from .budget_rows import NORMS
-from .frontier import Frontier
 from .page import Page, Title
-from .records import Compression, Report
+from .records import Compression, Frontier, Report
 from .to_html import escape, html
 from .web_data import frontier_data, model_data, pair_data, rewrite_data
 
@@ -40,7 +39,9 @@ def report(record: Report, words: Page | None = None, *, planned: bool = False) 
         words = rewrite.page(record, planned=planned) if record.fusing is None else fused.page(record)
     if record.models is None:
         return document(words)
-    return document(words, {"kind": "plan" if planned else "rewrite", **rewrite_data(record, planned=planned)})
+    data = {"kind": "plan" if planned else "rewrite", **rewrite_data(record, planned=planned)}
+    curve = record.frontier() if record.frontier is not None else None
+    return document(words, data if curve is None else {**data, "frontier": frontier_data(curve)})
 
 
 def compression(record: Compression) -> str:

@@ -13,8 +13,7 @@ from ..core.numbers import count, dims
 from ..core.records import Json
 from ..core.text import plain
 from . import rewrite_rows, rows
-from .frontier import Frontier
-from .records import Report
+from .records import Frontier, Point, Report
 
 _BOUNDS = ("", "compute", "memory")
 _DIGITS = 4
@@ -133,13 +132,17 @@ def done_to(edits: Sequence[Mapping[str, Json]], skips: Sequence[Mapping[str, Js
 
 def frontier_data(frontier: Frontier) -> Json:
     """A frontier: each point's share of what is limited, its cost, its loss and how many layers it rewrites."""
-    return {
-        "cost": frontier.kind,
-        "points": [
-            [_rounded(frontier.share(p, frontier.kind)), p.costs[frontier.kind], _rounded(p.loss), p.layers]
-            for p in frontier.points
-        ],
-    }
+
+    def data(point: Point) -> list[Json]:
+        return [
+            _rounded(frontier.share(point, frontier.kind)),
+            point.costs[frontier.kind],
+            _rounded(point.loss),
+            point.layers,
+        ]
+
+    chosen = None if frontier.chosen is None else data(frontier.chosen)
+    return {"cost": frontier.kind, "points": [data(point) for point in frontier.points], "chosen": chosen}
 
 
 def _rounded(value: float) -> float:

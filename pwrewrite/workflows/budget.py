@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,17 +25,20 @@ from ..edit.apply import carry_out
 from ..engines.choosing import time_everywhere
 from ..engines.timing import NOISY, time_models
 from ..passes.plain_layers import BakeWeights, UnfuseLayers
-from ..planning.allocator import Choice
+from ..planning.allocator import Allocator, Choice
 from ..planning.budget import Limit, budgets_of
 from ..planning.latency import MEASURED
 from ..planning.outputs import FAR, accuracy, compare
 from ..planning.planner import Fit, Planner, costs_of
 from ..planning.running import samples_of
-from ..report.records import BudgetReport, Report
+from ..report.records import BudgetReport, Frontier, Point, Report
 from .recover import fitted
 from .steps import Run
 
 Metric = Callable[[nn.Module], float]
+
+_POINTS = 11
+"""Budgets on the frontier beside a plan; each takes up to a second or two."""
 
 
 class Budgeted:
@@ -48,15 +52,14 @@ class Budgeted:
             budget = replace(budget, forms=("all",), include=(), exclude=(), max_layer_error=None)
         self.planner, self.fit = planner_of(run, budget), Fit()
         self.recovery: Recovery | None = None
+        self.choice: Choice | None = None
 
     def carry_out(self) -> None:
         """Plans where there is no plan yet, carries it out and fits the result."""
-        plan, budget = self.budget.plan, self.budget
-        if plan is None and budget.max_drop is not None:
-            (metric,) = self.metrics.values()
-            plan = search(self.planner, metric, budget.max_drop, budgets=self.limits).choice.plan
-        elif plan is None:
-            plan = self.planner.choose(self.limits).plan
+        plan = self.budget.plan
+        if plan is None:
+            self.choice = self._chosen()
+            plan = self.choice.plan
         plan = Plan.from_json(of_first(plan.to_json())) if world() > 1 else plan
         self.run.all(plan, self.planner.decomposer)
         if self.run.state.rows:
@@ -64,6 +67,12 @@ class Budgeted:
             trained = self.recovery is not None and self.recovery.kept > 0
             rows = self.run.state.rows if trained else ()
             self.run.fitted({**self.fit.errors, **{row.edit.path: None for row in rows}})
+
+    def _chosen(self) -> Choice:
+        if self.budget.max_drop is None:
+            return self.planner.choose(self.limits)
+        (metric,) = self.metrics.values()
+        return search(self.planner, metric, self.budget.max_drop, budgets=self.limits).choice
 
     def sample(self) -> Inputs:
         """Held-out inputs to verify on, at most as many as the example inputs, which stand in where there are none."""
@@ -95,6 +104,7 @@ class Budgeted:
         return replace(
             report,
             budget=replace(result, reached=reached),
+            frontier=None if self.choice is None else curve_of(self.planner, self.choice, self.limits, report.target),
             notes=tuple(dict.fromkeys((*(error.message for error in missed), *report.notes, *notes))),
         )
 
@@ -222,6 +232,22 @@ def report_of(planner: Planner, limits: Mapping[str, str], predicted: float | No
     """How a plan was made and what it predicts; nothing is measured yet."""
     settings, samples = planner.settings, planner.statistics.samples if planner.statistics is not None else 0
     return BudgetReport(limits, {}, str(settings.sensitivity), str(settings.refit), samples, predicted, gap)
+
+
+def point_of(choice: Choice) -> Point:
+    """A choice as a point of a frontier."""
+    return Point(dict(choice.costs), choice.loss, len(choice.plan.ops))
+
+
+def curve_of(planner: Planner, choice: Choice, limits: Sequence[Limit], target: str) -> Callable[[], Frontier]:
+    """What works out the frontier of the first cost that a budget limits, with the plan that was chosen."""
+    kind = limits[0].kind if limits else "macs"
+    return partial(_curve, planner.allocator, choice, kind, target, str(planner.settings.sensitivity))
+
+
+def _curve(allocator: Allocator, choice: Choice, kind: str, target: str, sensitivity: str) -> Frontier:
+    points = tuple(map(point_of, allocator.frontier(kind, points=_POINTS)))
+    return Frontier(target, kind, dict(allocator.original), sensitivity, points, chosen=point_of(choice))
 
 
 def metrics_of(budget: Budget) -> dict[str, Metric]:

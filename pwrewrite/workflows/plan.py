@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,10 +16,9 @@ from ..core.text import NO_WEIGHTS
 from ..planning.allocator import Choice
 from ..planning.budget import budgets_of
 from ..planning.planner import Planner
-from ..report.frontier import Frontier, Point
-from ..report.records import BudgetReport, Report
+from ..report.records import BudgetReport, Frontier, Report
 from ..targets import LoadedModel, describe_inputs
-from .budget import metrics_of, planner_of, report_of, search
+from .budget import curve_of, metrics_of, planner_of, point_of, report_of, search
 from .steps import Progress, Run, model_facts, silent
 from .subject import Subject, check_editable, loaded_of, origin_of, with_notes_of
 from .what import What, opened, what_from_keywords
@@ -64,14 +63,15 @@ def make_plan(
     target = target or loaded.target or None
     budget_report: BudgetReport | None = None
     notes: tuple[str, ...] = ()
+    curve: Callable[[], Frontier] | None = None
     if isinstance(what, Budget):
-        what, budget_report, notes = _within(what, loaded, progress)
+        what, budget_report, notes, curve = _within(what, loaded, progress)
     run = Run(loaded.model, loaded.example_inputs, progress or silent, fill=False)
     run.all(what)
     if not run.state.rows:
         check_editable(loaded.model)
     report = with_notes_of(loaded, run.report(*run.analyses(target), target, None))
-    report = replace(report, budget=budget_report, notes=tuple(dict.fromkeys((*report.notes, *notes))))
+    report = replace(report, budget=budget_report, frontier=curve, notes=tuple(dict.fromkeys((*report.notes, *notes))))
     plan = run.finished(target)
     return Planned(replace(plan, model={**plan.model, **origin_of(loaded)}), report)
 
@@ -141,29 +141,31 @@ def frontier(
     loaded = loaded_of(model, example_inputs)
     planner = planner_of(Run(loaded.model, loaded.example_inputs, progress or silent), opened(budget, loaded))
     choices = planner.frontier("macs", limits, points)
-    rows = tuple(Point(dict(choice.costs), choice.loss, len(choice.plan.ops)) for choice in choices)
+    rows = tuple(map(point_of, choices))
     random = any(note.startswith(NO_WEIGHTS) for note in loaded.notes)
     return Frontier(loaded.target, "macs", dict(planner.original), str(planner.settings.sensitivity), rows, random)
 
 
 def _within(
     budget: Budget, loaded: LoadedModel, progress: Progress | None
-) -> tuple[Plan, BudgetReport | None, tuple[str, ...]]:
-    """The plan within a budget, with what it predicts and what a reader should know."""
+) -> tuple[Plan, BudgetReport | None, tuple[str, ...], Callable[[], Frontier] | None]:
+    """The plan within a budget, with what it predicts, what a reader should know, and the frontier that it lies on."""
     if budget.plan is not None:
-        return budget.plan, None, ()
+        return budget.plan, None, (), None
     budget = opened(budget, loaded)
     run, limits = Run(loaded.model, loaded.example_inputs, progress or silent), budgets_of(budget.limits)
     planner = planner_of(run, budget)
     if budget.max_drop is None:
         choice = planner.choose(limits)
-        return run.state.plan + choice.plan, _predicted(planner, choice, {}), tuple(planner.notes)
+        curve = curve_of(planner, choice, limits, loaded.target)
+        return run.state.plan + choice.plan, _predicted(planner, choice, {}), tuple(planner.notes), curve
     ((name, metric),) = metrics_of(budget).items()
     result = search(planner, metric, budget.max_drop, budgets=limits)
     tried = ", ".join(f"{share:.1%} of the MACs: {name} {value:.4g}" for share, value in result.tried)
     metrics = {name: (result.before, result.after)}
     whole = run.state.plan + result.choice.plan
-    return whole, _predicted(planner, result.choice, metrics), (*planner.notes, f"tried {tried}")
+    curve = curve_of(planner, result.choice, limits, loaded.target)
+    return whole, _predicted(planner, result.choice, metrics), (*planner.notes, f"tried {tried}"), curve
 
 
 def _predicted(planner: Planner, choice: Choice, metrics: dict[str, tuple[float, float]]) -> BudgetReport:

@@ -20,9 +20,9 @@ from pwrewrite.core.text import LONGEST
 from pwrewrite.core.verification import Check, Verification
 from pwrewrite.report import html, markdown, render, terminal
 from pwrewrite.report.analysis import page
-from pwrewrite.report.frontier import Frontier, Point, picture
+from pwrewrite.report.frontier import picture
 from pwrewrite.report.page import Column, Facts, Line, Listing, Notes, Page, Section, Table, Title
-from pwrewrite.report.records import Report
+from pwrewrite.report.records import Frontier, Point, Report
 from pwrewrite.targets import LoadedModel
 
 HINTS = {"bottleneck", "does", "gains", "ranks", "what", "which"}

@@ -20,7 +20,7 @@ import pwrewrite
 from pwrewrite.analysis.records import Analysis
 from pwrewrite.core.plan import Plan
 from pwrewrite.report import render
-from pwrewrite.report.frontier import Frontier, Point
+from pwrewrite.report.records import Frontier, Point
 from pwrewrite.report.web import SCRIPTS
 from pwrewrite.workflows.plan import make_plan
 from pwrewrite.workflows.rewrite import Rewritten
@@ -165,7 +165,29 @@ def test_a_rewrite_is_drawn_before_and_after_with_the_figures_of_its_report() ->
 
 def test_a_frontier_is_drawn_with_its_points() -> None:
     data = data_of(FRONTIER.to_html())
-    assert data["frontier"] == {"cost": "macs", "points": [[1.0, 100, 0, 0], [0.5, 50, 0.1, 3]]}
+    assert data["frontier"] == {"cost": "macs", "points": [[1.0, 100, 0, 0], [0.5, 50, 0.1, 3]], "chosen": None}
+
+
+@pytest.mark.parametrize("kind", ["macs", "params"])
+def test_a_plan_within_a_budget_is_drawn_on_its_frontier(kind: str) -> None:
+    for result in (
+        pwrewrite.rewrite(net(), X, budget={kind: 0.6}, verify=False),
+        make_plan(net(), X, budget={kind: 0.6}),
+    ):
+        assert result.report.budget is not None
+        curve = data_of(result.to_html())["frontier"]
+        shares, losses = [point[0] for point in curve["points"]], [point[2] for point in curve["points"]]
+        assert (shares[0], losses[0]) == (1, 0)
+        assert shares == sorted(shares, reverse=True)
+        assert losses == sorted(losses)
+        share, _, loss, layers = curve["chosen"]
+        assert curve["cost"] == kind
+        assert share == pytest.approx(result.report.budget.reached[kind], rel=1e-3)
+        assert loss == pytest.approx(result.report.budget.predicted, rel=1e-3)
+        assert layers == len(result.plan.ops)
+        assert all(each >= loss * (1 - 1e-3) for part, each in zip(shares, losses) if part <= share)  # none beats it
+        assert "frontier" not in result.report.to_dict()
+    assert "frontier" not in data_of(rewritten().to_html())
 
 
 def test_an_analysis_without_its_steps_is_drawn_without_a_graph(analysis: Analysis) -> None:

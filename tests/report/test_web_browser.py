@@ -196,6 +196,14 @@ def test_a_frontier_with_its_plan(page: Open) -> None:
     assert texts(browser, "#pareto-note") == ["50.0% of the MACs: loss 0.1, 3 layers"]
 
 
+def test_a_plan_on_its_frontier(page: Open) -> None:
+    result = pwrewrite.rewrite(net(), X, budget={"macs": 0.6}, verify=False)
+    browser = page(result.to_html())
+    assert count(browser, "#pareto .dot.chosen") == 1
+    assert count(browser, "#pareto .dot") > 3
+    assert texts(browser, "#pareto-note")[0].startswith("the plan: ")
+
+
 def test_hostile_names_stay_text(page: Open) -> None:
     browser = page(rewritten(net(HOSTILE)).to_html())
     assert count(browser, "img") == 0

@@ -170,10 +170,10 @@ pw.memory = function (container, caption, select) {
   return { redraw: redraw, show: function (all, model) { models = all; current = model; redraw(); } };
 };
 
-pw.pareto = function (container, data, chosen) {
-  var names = { macs: "MACs", params: "parameters", bytes: "bytes of weights", latency: "time" };
+pw.pareto = function (container, data) {
+  var names = { macs: "MACs", params: "parameters", bytes: "bytes of weights", latency: "time" }, chosen = data.chosen;
   function redraw() {
-    var points = data.points, most = Math.max.apply(null, points.map(function (p) { return p[2]; }).concat(chosen ? [chosen[1]] : [])) || 1;
+    var points = data.points, most = Math.max.apply(null, points.map(function (p) { return p[2]; }).concat(chosen ? [chosen[2]] : [])) || 1;
     var root = function (loss) { return Math.sqrt(Math.max(0, loss)); }, ticks = [0, 0.2, 0.4, 0.6, 0.8, 1].map(function (part) { return part * root(most); });
     var at = pw.frame(container, { low: 0, high: 1, ticks: [0, 0.2, 0.4, 0.6, 0.8, 1], show: pw.percent, label: (names[data.cost] || data.cost) + " left, of the original's" },
                       { low: 0, high: root(most) * 1.05, ticks: ticks, show: function (v) { return String(Number((v * v).toPrecision(2))); }, label: "least predicted loss (root scale)" },
@@ -183,7 +183,7 @@ pw.pareto = function (container, data, chosen) {
       return { x: at.x(p[0]), y: at.y(root(p[2])), r: 4, kind: "after",
                label: pw.percent(p[0]) + " of the " + (names[data.cost] || data.cost) + ": loss " + Number(p[2].toPrecision(3)) + ", " + p[3] + (p[3] === 1 ? " layer" : " layers") };
     });
-    if (chosen) dots.push({ x: at.x(chosen[0]), y: at.y(root(chosen[1])), r: 7, kind: "chosen", label: "the plan: " + pw.percent(chosen[0]) + ", loss " + Number(chosen[1].toPrecision(3)) });
+    if (chosen) dots.push({ x: at.x(chosen[0]), y: at.y(root(chosen[2])), r: 7, kind: "chosen", label: "the plan: " + pw.percent(chosen[0]) + ", loss " + Number(chosen[2].toPrecision(3)) + ", " + chosen[3] + (chosen[3] === 1 ? " layer" : " layers") });
     pw.dots(at, dots, function (dot) { pw.find("pareto-note").textContent = dot.label; });
     pw.find("pareto-note").textContent = dots[dots.length - 1].label;
   }

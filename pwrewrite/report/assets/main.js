@@ -47,7 +47,7 @@
       pw.size(models[0].roof.bytes) + "/s." + (models.length > 1 ? " Rings are before, discs after." : "");
   }
   if (parts("memory", run)) pictures.memory = pw.memory(pw.find("memory"), pw.find("memory-note"), select);
-  if (parts("pareto", Boolean(data.frontier && data.frontier.points.length))) pictures.pareto = pw.pareto(pw.find("pareto"), data.frontier, data.chosen);
+  if (parts("pareto", Boolean(data.frontier && data.frontier.points.length))) pictures.pareto = pw.pareto(pw.find("pareto"), data.frontier);
   if (parts("table", drawn)) {
     pictures.table = pw.table(pw.find("layers"), { search: pw.find("search"), shown: pw.find("shown"), all: pw.find("all") }, select);
   }
