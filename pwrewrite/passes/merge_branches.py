@@ -66,11 +66,13 @@ class MergeBranches(Pass):
                 taken.update(region.nodes)
             if proposal is not None and (isinstance(proposal, Op) or proposal.path not in proposals):
                 proposals[proposal.path] = proposal
-        return [proposals[path] for path in reversed(proposals)]
+        return list(proposals.values())  # the last first: an edit leaves how often code called what before it
 
 
-def _inputs(node: fx.Node) -> list[fx.Node]:
+def _inputs(graph: Graph, node: fx.Node) -> list[fx.Node]:
     """What a node reads, its weights apart; a norm's statistics are among these."""
+    if node.name in graph.layers:
+        return [arg for arg in node.args[:1] if isinstance(arg, fx.Node)]
     return [n for n in node.all_input_nodes if n.op != "get_attr"]
 
 
@@ -78,6 +80,8 @@ def _linear(graph: Graph, node: fx.Node) -> bool:
     """Whether a node may be part of one convolution."""
     if passes_on(node):
         return len(node.args) == 1
+    if node.op != "call_module" and node.name in graph.layers:
+        return True  # what `eligible` says of it is the reason why it is left
     module = graph.modules.get(info(node).path)
     if node.op == "call_module":
         if len(node.args) != 1 or node.kwargs or not isinstance(module, (*LINEAR, *POOLS, _BatchNorm)):
@@ -104,7 +108,7 @@ def _fixed(norm: _BatchNorm) -> bool:
 
 def _regions(graph: Graph, root: fx.Node) -> Iterator[_Region]:
     """The parts of a graph that end in a node and read one value, the smallest first."""
-    nodes, frontier = [root], set(_inputs(root))
+    nodes, frontier = [root], set(_inputs(graph, root))
     while frontier:
         latest = max(frontier, key=graph.order.__getitem__)
         if len(frontier) == 1:
@@ -112,7 +116,7 @@ def _regions(graph: Graph, root: fx.Node) -> Iterator[_Region]:
         if latest.op == "placeholder" or not _linear(graph, latest) or not set(latest.users) <= set(nodes):
             return
         nodes.append(latest)
-        frontier = (frontier - {latest}) | set(_inputs(latest))
+        frontier = (frontier - {latest}) | set(_inputs(graph, latest))
 
 
 @dataclass(frozen=True)
@@ -135,14 +139,19 @@ class _Region:
 
     @property
     def worth(self) -> bool:
-        """Whether it holds a layer and a sum."""
-        sums = any(KINDS.get(function_of(n)) in ("add", "sub") and len(n.args) == 2 for n in self.nodes)
+        """Whether it holds a layer and a sum of two maps."""
+        sums = any(KINDS.get(function_of(n)) in ("add", "sub") and len(_inputs(self.graph, n)) == 2 for n in self.nodes)
         return sums and bool(self.layers) and len(info(self.source).outputs) == 1
 
     def proposal(self) -> Proposal:
         """What to do with it."""
         layers, graph = self.layers, self.graph
         place = max(layers, key=lambda layer: layer.macs)
+        for layer in layers:
+            if refusal := eligible(graph.capture, layer, graph.owners):
+                return refusal
+            if layer.functional:
+                return Skip(layer.path, SkipReason.FUNCTIONAL, "a functional call; make it a module")
         try:
             merged = self._merged()
         except NotExact as error:
@@ -155,8 +164,6 @@ class _Region:
             detail = f"merged with its branches it would take {new:,} MACs against {macs:,}"
             return Skip(place.path, SkipReason.NO_GAIN, detail)
         for layer in layers:
-            if refusal := eligible(graph.capture, layer, graph.owners):
-                return refusal
             if len(layer.calls) != 1:
                 detail = f"called {len(layer.calls)} times; merging it would need copies of it"
                 return Skip(layer.path, SkipReason.CALLED_TWICE, detail)

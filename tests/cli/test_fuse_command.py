@@ -44,7 +44,7 @@ def test_shows_and_saves(folder: Path) -> None:
     done = run("net.py", "--input", "1x3x12x12", "--out", "fused", "--benchmark")
     assert done.exit_code == 0, done.output
     for said in (
-        "1 norm folded, 2 layers fused, channels_last",
+        "1 norm folded, 1 layer fused, 1 sum of branches merged, channels_last",
         "latency",
         "latency, frozen",
         "kernels",

@@ -109,6 +109,27 @@ def test_heads_that_are_averaged() -> None:
     check_pass(MergeBranches(), Heads().eval(), torch.randn(5, 6), edits={"a": "branches"}, skips={})
 
 
+def test_two_sums_in_one_code() -> None:
+    """What is merged first does not change which calls the second one names."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.ModuleList([conv(3), conv(1), nn.BatchNorm2d(4)])
+            self.second = nn.ModuleList([conv(3), conv(1)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layers in (self.first, self.second):
+                total = 0
+                for layer in layers:
+                    total += layer(x)
+                x = torch.relu(total)
+            return x
+
+    model = lively(Twice())
+    check_pass(MergeBranches(), model, X, edits={"first.0": "branches", "second.0": "branches"}, skips={})
+
+
 class Residual(nn.Module):
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -230,10 +251,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Expected]]] = {
     "hook": (lambda: Sum(conv(3), hooked(conv(1))), {"branches.1": SkipReason.HOOKS}),
     "hook on a norm": (lambda: Sum(conv(3), hooked(nn.BatchNorm2d(4))), {"branches.0": SkipReason.HOOKS}),
     "hook around": (lambda: Sum(conv(3), hooked(nn.Sequential(conv(1)))), {"branches.0": SkipReason.HOOKS}),
-    "forward": (lambda: Sum(conv(3), OwnForward(4, 4, 1)), {}),
+    "forward": (lambda: Sum(conv(3), OwnForward(4, 4, 1)), {"branches.1": SkipReason.OVERRIDDEN_FORWARD}),
     "parametrized": (
         lambda: Sum(conv(3), nn.utils.parametrizations.weight_norm(conv(1))),
-        {},
+        {"branches.1": SkipReason.PARAMETRIZED},
     ),
     "training": (lambda: Sum(conv(3), nn.BatchNorm2d(4).train()), {}),
     "read elsewhere": (lambda: Shared("read"), {}),
