@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,10 @@ _HELD = 256 * 1024**2
 LOWER = "lower --recover-batch"
 _TRY = "try a lower --recover-rate, a longer --recover or more --calibration inputs"
 _log = logging.getLogger(__name__)
+_OPTIONS = signature(DistributedDataParallel).parameters
+_SYNC = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers"
+_NO_BUFFERS: dict[str, Any] = {_SYNC: False}
+"""What turns the exchange of buffers at every step off, which do not change; torch renames it."""
 _NOTHING = Measured(math.inf, None, 0, "values")
 
 
@@ -130,7 +135,7 @@ class Training:
         self.loss = Distilling(teacher, student, settings.outputs, chunk, settings.precision)
         self.model: nn.Module = self.loss
         if world() > 1:
-            self.model = DistributedDataParallel(self.loss, find_unused_parameters=True, broadcast_buffers=False)
+            self.model = DistributedDataParallel(self.loss, find_unused_parameters=True, **_NO_BUFFERS)
         self.scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.precision is torch.float16)
         self._wanted: list[object] | None = None
 

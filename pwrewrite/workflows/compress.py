@@ -31,6 +31,7 @@ from ..core.nested import tensors_of
 from ..core.option import changed, flag_of, from_keywords
 from ..core.options import Budget, CompressOptions, ExportOptions, PassOptions, Proof, TargetOptions
 from ..core.plan import Plan
+from ..core.processes import world
 from ..core.records import Shown
 from ..edit.apply import copy_of
 from ..engines.choosing import time_everywhere
@@ -134,6 +135,9 @@ def _checked(budget: object, options: CompressOptions, exporting: ExportOptions)
     """Refuses what is cheap to refuse."""
     if not isinstance(budget, Budget):
         raise UsageError("there is no budget to compress to", expected="--budget latency=0.5, or budget=")
+    if world() > 1:
+        hint = "train with rewrite --recover under torchrun, then fuse and export what it saved"
+        raise UsageError("compress is for one process", hint=hint)
     if budget.engine not in (None, "auto"):
         engine_named(str(budget.engine)).require()
     formats = [format_named(name) for name in _names(options)]
