@@ -34,6 +34,7 @@ PAGES = (
     "docs/check.md",
     "docs/export.md",
     "docs/html.md",
+    "docs/recover.md",
 )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,16 @@ def rank() -> int:
 def world() -> int:
     """How many processes there are."""
     if not _joined() and _launched():
+        from torch.distributed.distributed_c10d import PrefixStore  # not in every build of torch
+        from torch.distributed.rendezvous import rendezvous
+
         gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        backend, place = "cpu:gloo,cuda:nccl" if gpus else "gloo", dict[str, Any]()
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # a restart would find the addresses of the dead in the store
+            store, number, count = next(rendezvous("env://"))
+            store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            place = {"store": store, "rank": number, "world_size": count}
+        dist.init_process_group(backend, **place)
         atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
     return dist.get_world_size() if _joined() else 1
 
