@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from messages import messages
 from rich.cells import cell_len
 from typer.testing import Result
 
@@ -30,7 +31,7 @@ def test_a_table_in_100_columns(run: Run) -> None:
     assert any(line.startswith("graph") and "whole · 2/2 convolutions · all priced" in line for line in lines)
     assert max(map(cell_len, lines)) <= 100
     assert "\x1b" not in result.stdout
-    assert result.stderr == ""
+    assert messages(result.stderr) == ""
 
 
 def test_columns_of_the_environment(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +116,7 @@ def test_limits_are_checked_after_the_report(run: Run, folder: Path) -> None:
     result = run("analyze", "net.py", "--max-macs", "1M", "--max-params", "100", "--output", "report.txt")
     assert result.exit_code == 1
     assert (folder / "report.txt").read_text().startswith("net.py\n")
-    assert result.stderr.startswith("error: net.py: 2 of 2 limits exceeded: parameters, MACs\n")
+    assert messages(result.stderr).startswith("error: net.py: 2 of 2 limits exceeded: parameters, MACs\n")
     assert re.search(r"got: parameters: [\d,]+, at most 100; most: .*; MACs: [\d,]+, at most 1,000,000", result.stderr)
 
 
@@ -172,10 +173,13 @@ def test_help_names_every_device(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_closed_pipe_is_no_error(folder: Path) -> None:
     """As in `pwrewrite analyze net.py | head -1`; the reader is gone before the first line comes."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "pwrewrite", "analyze", "net.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "pwrewrite", "analyze", "net.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
-    assert process.stderr.read() == b""
+    assert messages(process.stderr.read()) == ""
     assert process.wait(60) == 141

@@ -12,6 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from messages import messages
 from typer.testing import Result
 
 Run = Callable[..., Result]
@@ -31,7 +32,7 @@ def test_over_a_limit_is_exit_code_1_and_names_the_layers(run: Run) -> None:
     assert result.exit_code == 1
     assert "1 of 2 limits exceeded: parameters" in result.stdout
     assert "body.1  2.32 k" in result.stdout
-    assert result.stderr.startswith("error: net.py: 1 of 2 limits exceeded: parameters\n")
+    assert messages(result.stderr).startswith("error: net.py: 1 of 2 limits exceeded: parameters\n")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_a_summary_that_cannot_be_written_is_an_error(run: Run, folder: Path, mo
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(folder))
     result = run("check", "net.py", "--max-params", "5k", "--format", "github")
     assert result.exit_code == 2
-    assert result.stderr.startswith("error: cannot write")
+    assert messages(result.stderr).startswith("error: cannot write")
 
 
 def test_for_junit(run: Run) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from messages import messages
 
 from pwrewrite.cli.encoding import plain
 
@@ -51,8 +52,8 @@ def test_a_reader_that_goes_away(arguments: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-m", "pwrewrite", *arguments], stdout=write, stderr=subprocess.PIPE, check=False
+        [sys.executable, "-m", "pwrewrite", *arguments], stdout=write, stderr=subprocess.PIPE, check=False, text=True
     )
     os.close(write)
     assert done.returncode == 141
-    assert done.stderr == b""
+    assert messages(done.stderr) == ""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from messages import messages, next_message
 
 NET = """
 import torch
@@ -82,7 +83,7 @@ def test_a_full_standard_output(arguments: list[str]) -> None:
     assert result.returncode == 2
     assert "cannot write to standard output: no space left on device" in result.stderr
     assert "Traceback" not in result.stderr
-    assert len(result.stderr.splitlines()) == 2
+    assert len(messages(result.stderr).splitlines()) == 2
 
 
 @pytest.mark.parametrize("seed", ["9" * 30, str(2**63), "-1"])
@@ -158,7 +159,7 @@ def test_a_signal_while_saving_over_an_earlier_folder(run: Run, number: signal.S
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup a hang-up is ignored on purpose
     )
     assert process.stderr is not None
-    assert process.stderr.readline() == "READY\n"
+    assert next_message(process.stderr) == "READY\n"
     process.send_signal(number)
     errors = process.stderr.read()
     process.wait(30)

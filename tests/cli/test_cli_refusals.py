@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import messages, next_message
 from typer.testing import Result
 
 Run = Callable[..., Result]
@@ -75,7 +76,7 @@ def test_refused_in_plain_words(run: Run, folder: Path, case: str) -> None:
     result = run("analyze", *arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
+    assert messages(result.stderr).startswith("error: ")
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert sorted(folder.iterdir()) == before
@@ -131,7 +132,9 @@ def test_a_fault_of_ours_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("pwrewrite.workflows.analyze.capture_target", broken)
     result = run("analyze", "net.py")
     assert result.exit_code == 1
-    assert result.stderr == "internal error: ZeroDivisionError: first line (run with --debug; please report)\n"
+    assert (
+        messages(result.stderr) == "internal error: ZeroDivisionError: first line (run with --debug; please report)\n"
+    )
     assert "second line" in run("analyze", "net.py", "--debug").stderr
 
 
@@ -161,10 +164,10 @@ def test_ctrl_c(folder: Path, place: str) -> None:
         preexec_fn=default_interrupts,
     )
     assert process.stderr is not None
-    assert process.stderr.readline() == "READY\n"
+    assert next_message(process.stderr) == "READY\n"
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
     assert stdout == ""
-    assert stderr == "interrupted\n"
+    assert messages(stderr) == "interrupted\n"
     assert sorted(folder.iterdir()) == before

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import messages, next_message
 from typer.testing import Result
 
 Run = Callable[..., Result]
@@ -69,7 +70,7 @@ def test_refused_in_plain_words(run: Run, folder: Path, case: str) -> None:
     result = run("rewrite", "net.py", *arguments, *out)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
+    assert messages(result.stderr).startswith("error: ")
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert [p for p in sorted(folder.rglob("*")) if "__pycache__" not in p.parts] == before
@@ -271,11 +272,11 @@ def test_ctrl_c_while_saving(run: Run, folder: Path, function: str) -> None:
         preexec_fn=default_interrupts,
     )
     assert process.stderr is not None
-    assert process.stderr.readline() == "READY\n"
+    assert next_message(process.stderr) == "READY\n"
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert stderr == "interrupted\n"
+    assert messages(stderr) == "interrupted\n"
     after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     assert after == before
     assert json.loads((folder / "out" / "plan.json").read_text())
