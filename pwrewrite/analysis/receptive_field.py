@@ -349,9 +349,12 @@ def receptive_fields(capture: Capture) -> dict[str, tuple[tuple[int, ...], bool]
             if facts.op in _FIRST_ONLY or facts.op == "copy":  # of which what is written counts, not what was there
                 operands = node.args[1:2] if facts.op == "copy" else node.args[:1]
             seen = [fields[a.name] for a in operands if isinstance(a, fx.Node) and a.name in fields]
+            if _RULES.get(facts.op) is _broadcast and facts.op != "copy" and len(seen) == 1 and seen[0][0] == shape and shape:
+                fields[node.name] = seen[0]  # an activation, a norm: what its operand sees
+                continue
             sources = [(shape, field) for shape, field in seen if shape is not None]
             if sources:
-                fields[node.name] = shape, _step(node, capture.model, sources, hulls)
+                fields[node.name] = shape, _step(node, facts, capture.model, sources, hulls)
                 base = facts.alias_of or ""
                 written = base in fields and (facts.op == "copy" or len(sources) > 1)
                 if written and str(node.target).endswith("_") and base not in map(str, node.args[:1]):
@@ -364,9 +367,10 @@ def receptive_fields(capture: Capture) -> dict[str, tuple[tuple[int, ...], bool]
     return {name: extents[id(field)] for name, (_, field) in fields.items() if id(field) in extents}
 
 
-def _step(node: fx.Node, model: nn.Module, sources: list[tuple[Shape, Field]], hulls: Hulls) -> Field:
+def _step(
+    node: fx.Node, facts: NodeInfo, model: nn.Module, sources: list[tuple[Shape, Field]], hulls: Hulls
+) -> Field:
     """What is seen behind an operation: each operand through its rule, then their hull."""
-    facts = info(node)
     rule = _windowed if facts.window is not None else _RULES.get(facts.op)
     output = facts.outputs[0].shape if facts.outputs else ()
     if rule is _broadcast and len(sources) == 1 and sources[0][0] == output:

@@ -11,7 +11,7 @@ import torch
 
 from ..capturing.records import Capture, info
 from .records import Step
-from .roofline import DeviceProfile, bound
+from .roofline import DeviceProfile
 
 
 def steps(capture: Capture, graph: nx.DiGraph, device: DeviceProfile) -> tuple[Step, ...]:
@@ -24,7 +24,7 @@ def steps(capture: Capture, graph: nx.DiGraph, device: DeviceProfile) -> tuple[S
             facts = info(node)
             cost, output = facts.cost, facts.outputs[0] if facts.outputs else None
             dtype = output.dtype if output else torch.float32
-            seconds = bound(cost.macs, cost.read_bytes + cost.write_bytes, dtype, device).seconds
+            seconds = max(cost.macs / device.peak(dtype), (cost.read_bytes + cost.write_bytes) / device.bytes_per_s)
             inputs = tuple([position[source] for source in graph.pred[node.name]])
             shape, leaf = output.shape if output else (), node.op == "call_module"
             made.append(Step(facts.op, facts.path, leaf, shape, inputs, cost, seconds, live[len(made)]))
