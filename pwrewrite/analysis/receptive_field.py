@@ -349,8 +349,9 @@ def receptive_fields(capture: Capture) -> dict[str, tuple[tuple[int, ...], bool]
             if facts.op in _FIRST_ONLY or facts.op == "copy":  # of which what is written counts, not what was there
                 operands = node.args[1:2] if facts.op == "copy" else node.args[:1]
             seen = [fields[a.name] for a in operands if isinstance(a, fx.Node) and a.name in fields]
-            if _RULES.get(facts.op) is _broadcast and facts.op != "copy" and len(seen) == 1 and seen[0][0] == shape and shape:
-                fields[node.name] = seen[0]  # an activation, a norm: what its operand sees
+            plain = _RULES.get(facts.op) is _broadcast and facts.op != "copy"
+            if plain and shape and len(seen) == 1 and seen[0][0] == shape:  # an activation, a norm
+                fields[node.name] = seen[0]
                 continue
             sources = [(shape, field) for shape, field in seen if shape is not None]
             if sources:
@@ -367,9 +368,7 @@ def receptive_fields(capture: Capture) -> dict[str, tuple[tuple[int, ...], bool]
     return {name: extents[id(field)] for name, (_, field) in fields.items() if id(field) in extents}
 
 
-def _step(
-    node: fx.Node, facts: NodeInfo, model: nn.Module, sources: list[tuple[Shape, Field]], hulls: Hulls
-) -> Field:
+def _step(node: fx.Node, facts: NodeInfo, model: nn.Module, sources: list[tuple[Shape, Field]], hulls: Hulls) -> Field:
     """What is seen behind an operation: each operand through its rule, then their hull."""
     rule = _windowed if facts.window is not None else _RULES.get(facts.op)
     output = facts.outputs[0].shape if facts.outputs else ()
