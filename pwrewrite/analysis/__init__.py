@@ -9,12 +9,13 @@ from ..core.collector import no_collection
 from ..core.errors import UsageError
 from .by_op import by_op
 from .critical_path import critical_path
+from .devices import DEVICES, DeviceProfile, device_profile
 from .hotspots import HOTSPOT_SHARE, hotspots
 from .memory import peak_memory
 from .receptive_field import receptive_fields
 from .records import Analysis
-from .roofline import DEVICES, DeviceProfile, device_profile, roofline
-from .steps import steps
+from .roofline import roofline
+from .steps import Recording
 from .tree import module_tree
 
 __all__ = [
@@ -51,6 +52,7 @@ def analyze_capture(
         macs = sum(each.cost.macs for each in facts)
         kind = type(capture.model)
         fields, flow = receptive_fields(capture), graph(capture)
+        leaves = frozenset(node.name for node in capture.graph.nodes if node.op == "call_module")
         return Analysis(
             target=target or kind.__name__,
             model_class=f"{kind.__module__}.{kind.__qualname__}",
@@ -69,5 +71,5 @@ def analyze_capture(
             tree=module_tree(capture.model, facts),
             coverage=capture.coverage,
             notes=capture.notes,
-            steps=steps(capture, flow, profile),
+            recording=Recording(infos, leaves, flow, capture.memory, profile),
         )

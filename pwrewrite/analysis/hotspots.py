@@ -19,8 +19,9 @@ from ..capturing.eligibility import Owners, eligible
 from ..capturing.records import Capture, Layer, NodeInfo
 from ..core.plan import Skip, SkipReason
 from .break_even import BottleneckCost
+from .devices import DeviceProfile
 from .records import BreakEven, LayerReport
-from .roofline import DeviceProfile, layer_bound
+from .roofline import layer_bound
 
 HOTSPOT_SHARE = 0.01
 """Share of the MACs from which a dense k×k layer is a hotspot."""

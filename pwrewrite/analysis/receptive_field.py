@@ -349,10 +349,6 @@ def receptive_fields(capture: Capture) -> dict[str, tuple[tuple[int, ...], bool]
             if facts.op in _FIRST_ONLY or facts.op == "copy":  # of which what is written counts, not what was there
                 operands = node.args[1:2] if facts.op == "copy" else node.args[:1]
             seen = [fields[a.name] for a in operands if isinstance(a, fx.Node) and a.name in fields]
-            plain = _RULES.get(facts.op) is _broadcast and facts.op != "copy"
-            if plain and shape and len(seen) == 1 and seen[0][0] == shape:  # an activation, a norm
-                fields[node.name] = seen[0]
-                continue
             sources = [(shape, field) for shape, field in seen if shape is not None]
             if sources:
                 fields[node.name] = shape, _step(node, facts, capture.model, sources, hulls)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 
 from ..capturing.records import Call, Coverage, Layer
-from ..core.cost import Cost
 from ..core.plan import Skip
 from ..core.records import Record, Shown, as_data, key
 from ..core.version import version
+from .steps import Recording, Step
 
 SCHEMA = "pwrewrite.analysis/1"
 """Name and version of the JSON: keys may be added under one version, never renamed or removed."""
@@ -203,28 +203,6 @@ class TreeNode(Shown):
             stack.extend((depth + 1, child) for child in reversed(node.children))
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """An operation of the run.
-
-    Attributes:
-        path: Path of the module that ran it: ``leaf`` where that module is the operation, else its code made the call.
-        shape: Of its first output.
-        inputs: Positions of the steps that it reads.
-        seconds: Lower bound of its time on the stated device.
-        live: Most bytes of activations alive while it runs.
-    """
-
-    op: str
-    path: str
-    leaf: bool
-    shape: tuple[int, ...]
-    inputs: tuple[int, ...]
-    cost: Cost
-    seconds: float
-    live: int
-
-
 @dataclass(frozen=True, repr=False)
 class Analysis(Shown, Record):
     """Where a model's work goes.
@@ -237,7 +215,6 @@ class Analysis(Shown, Record):
         activation_bytes: Bytes of all tensors written in one forward pass, views excluded.
         layers: Every convolution and linear map, largest MACs first.
         by_op: Totals by kind of operation, largest MACs first and then most bytes.
-        steps: Every operation in the order of the run, inputs and outputs included; not part of the JSON.
     """
 
     target: str
@@ -255,7 +232,12 @@ class Analysis(Shown, Record):
     tree: TreeNode
     coverage: Coverage
     notes: tuple[str, ...] = field(default=())
-    steps: tuple[Step, ...] = field(default=())
+    recording: Recording | None = field(default=None, compare=False)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Every operation in the order of the run, inputs and outputs included; not part of the JSON."""
+        return self.recording.steps if self.recording else ()
 
     @property
     def flops(self) -> int:

@@ -6,36 +6,78 @@ one in place) is drawn at what was alive when the one before it ended.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
 import networkx as nx
 import torch
 
-from ..capturing.records import Capture, info
-from .records import Step
-from .roofline import DeviceProfile
+from ..capturing.records import MemoryEvent, NodeInfo
+from ..core.cost import Cost
+from .devices import DeviceProfile, bound
 
 
-def steps(capture: Capture, graph: nx.DiGraph, device: DeviceProfile) -> tuple[Step, ...]:
-    """The steps of a capture, whose graph `pwrewrite.graph` made, with their least times on a device."""
-    position = {name: i for i, name in enumerate(graph)}
-    live = _live(capture, position)
-    made: list[Step] = []
-    for node in capture.graph.nodes:
-        if node.name in position:
-            facts = info(node)
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An operation of the run.
+
+    Attributes:
+        path: Path of the module that ran it: ``leaf`` where that module is the operation, else its code made the call.
+        shape: Of its first output.
+        inputs: Positions of the steps that it reads.
+        seconds: Lower bound of its time on the stated device.
+        live: Most bytes of activations alive while it runs.
+    """
+
+    op: str
+    path: str
+    leaf: bool
+    shape: tuple[int, ...]
+    inputs: tuple[int, ...]
+    cost: Cost
+    seconds: float
+    live: int
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Recording:
+    """What a run's steps are worked out from, when somebody reads them; holds no module and no tensor.
+
+    Attributes:
+        infos: Facts by name of a node, of which those in ``graph`` are steps; ``leaves`` are calls of modules.
+        graph: What `pwrewrite.graph` made of the capture.
+        memory: ``Capture.memory``.
+    """
+
+    infos: Mapping[str, NodeInfo]
+    leaves: frozenset[str]
+    graph: nx.DiGraph
+    memory: Sequence[MemoryEvent]
+    device: DeviceProfile
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """Every operation in the order of the run, inputs and outputs included."""
+        return tuple(self._steps())
+
+    def _steps(self) -> Iterator[Step]:
+        position = {name: i for i, name in enumerate(self.graph)}
+        live = _live(self.memory, position)
+        for name, i in position.items():
+            facts = self.infos[name]
             cost, output = facts.cost, facts.outputs[0] if facts.outputs else None
-            dtype = output.dtype if output else torch.float32
-            seconds = max(cost.macs / device.peak(dtype), (cost.read_bytes + cost.write_bytes) / device.bytes_per_s)
-            inputs = tuple([position[source] for source in graph.pred[node.name]])
-            shape, leaf = output.shape if output else (), node.op == "call_module"
-            made.append(Step(facts.op, facts.path, leaf, shape, inputs, cost, seconds, live[len(made)]))
-    return tuple(made)
+            dtype, shape = (output.dtype, output.shape) if output else (torch.float32, ())
+            seconds = bound(cost.macs, cost.read_bytes + cost.write_bytes, dtype, self.device).seconds
+            inputs = tuple([position[source] for source in self.graph.pred[name]])
+            yield Step(facts.op, facts.path, name in self.leaves, shape, inputs, cost, seconds, live[i])
 
 
-def _live(capture: Capture, position: dict[str, int]) -> list[int]:
+def _live(memory: Sequence[MemoryEvent], position: Mapping[str, int]) -> list[int]:
     """Most bytes alive at each position, from the births and deaths of storages in order."""
     most = [-1] * len(position)
     after, now, at = [0] * len(position), 0, 0
-    for event in capture.memory:
+    for event in memory:
         now += event.nbytes
         if event.nbytes > 0:
             at = max(at, position.get(event.node, at))

@@ -32,8 +32,8 @@ def analyze(
     [dim]pwrewrite analyze timm:convnext_tiny --format json --output report.json[/]
     """
     with no_collection(), working(reported) as progress:
+        from ..analysis.devices import device_profile
         from ..analysis.gates import judge
-        from ..analysis.roofline import device_profile
         from ..core import files
         from ..report import costs, render
         from ..report.analysis import page

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..analysis import analyze_capture
+from ..analysis.devices import DeviceProfile, device_profile
 from ..analysis.records import Analysis
-from ..analysis.roofline import DeviceProfile, device_profile
 from ..capturing import Capture, Inputs, capture
 from ..capturing.shapes import ShapeError
 from ..core.errors import CaptureError

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from pwrewrite.analysis import DEVICES, DeviceProfile, analyze_capture, device_profile
-from pwrewrite.analysis.roofline import bound, roofline
+from pwrewrite.analysis.devices import bound
+from pwrewrite.analysis.roofline import roofline
 from pwrewrite.capturing import NodeInfo, TensorSpec, capture
 from pwrewrite.core.cost import Cost
 from pwrewrite.core.errors import UsageError

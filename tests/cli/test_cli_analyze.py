@@ -161,7 +161,7 @@ def test_version(run: Run) -> None:
 
 
 def test_help_names_every_device(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pwrewrite.analysis.roofline import DEVICES
+    from pwrewrite.analysis.devices import DEVICES
 
     monkeypatch.setenv("COLUMNS", "200")
     text = run("analyze", "--help").stdout

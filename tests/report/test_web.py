@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import gc
 import hashlib
 import json
 import re
+import weakref
 from collections.abc import Callable
 from html.parser import HTMLParser
 from importlib.resources import files
@@ -188,6 +190,16 @@ def test_a_plan_within_a_budget_is_drawn_on_its_frontier(kind: str) -> None:
         assert all(each >= loss * (1 - 1e-3) for part, each in zip(shares, losses) if part <= share)  # none beats it
         assert "frontier" not in result.report.to_dict()
     assert "frontier" not in data_of(rewritten().to_html())
+
+
+def test_steps_are_worked_out_without_the_model() -> None:
+    model = torchvision.models.squeezenet1_1(weights=None)
+    analysis, gone = pwrewrite.analyze(model, X), weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert sum(step.cost.macs for step in analysis.steps) == analysis.macs
+    assert analysis.steps is analysis.steps
 
 
 def test_an_analysis_without_its_steps_is_drawn_without_a_graph(analysis: Analysis) -> None:
