@@ -126,7 +126,9 @@ class LatencyTable:
         folder = cache_folder("latency")
         engine = "" if conditions.engine is PLAIN else f"{conditions.engine.name} {conditions.engine.version}"
         facts = (device_name(conditions.device), conditions.dtype, conditions.channels_last, conditions.threads, engine)
-        name = hashlib.sha256("|".join(map(str, (*facts, torch.__version__, "relative"))).encode()).hexdigest()[:24]
+        name = hashlib.sha256(
+            "|".join(map(str, (*facts, torch.__version__, "relative, short turns"))).encode()
+        ).hexdigest()[:24]
         self._file = None if folder is None else folder / f"{name}.json"
         self._known, self.notes = _read(self._file)
 
