@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import re
 import statistics
-import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +19,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module, util
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +34,7 @@ Call = tuple[Args, Kwargs]
 Axes = tuple[Mapping[int, str], ...]
 """For each input tensor the axes that may vary, with their labels; axes of one label vary together."""
 
-_SECONDS = 0.5
+SECONDS = 0.5
 """About how long a runtime is timed."""
 
 
@@ -182,7 +179,7 @@ def measured(call: Callable[[], object]) -> float:
     """The median time of a call in seconds, after one to warm up."""
     call()
     times: list[float] = []
-    while not times or (len(times) < 50 and sum(times) < _SECONDS):
+    while not times or (len(times) < 50 and sum(times) < SECONDS):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
@@ -192,62 +189,3 @@ def measured(call: Callable[[], object]) -> float:
 def identifier(text: str) -> str:
     """A text as a name: ``[0]['a']`` becomes ``_0_a``."""
     return re.sub(r"\W+", "_", text).rstrip("_")
-
-
-_CHILD = """
-import statistics, sys, time
-sys.modules["pwrewrite"] = None
-sys.path.insert(0, ".")
-import torch
-
-def flat(value, path=""):
-    if isinstance(value, torch.Tensor):
-        return {path: value.clone()}
-    if isinstance(value, dict):
-        items = [(f"[{key!r}]", item) for key, item in value.items()]
-    elif hasattr(value, "_fields"):
-        items = [(f".{key}", getattr(value, key)) for key in value._fields]
-    elif isinstance(value, (tuple, list)):
-        items = [(f"[{i}]", item) for i, item in enumerate(value)]
-    else:
-        items = [(f".{key}", item) for key, item in getattr(value, "__dict__", {}).items()]
-    return {p: t for key, item in items for p, t in flat(item, path + key).items()}
-
-torch.set_num_threads(int(sys.argv[2]))
-calls = torch.load(f"{sys.argv[1]}/calls", weights_only=True)
-with torch.no_grad():
-    LOAD
-    torch.save([flat(model(*args, **kwargs)) for args, kwargs in calls], f"{sys.argv[1]}/outputs")
-    (args, kwargs), times = calls[0], []
-    while not times or (len(times) < 50 and sum(times) < float(sys.argv[3])):
-        start = time.perf_counter()
-        model(*args, **kwargs)
-        times.append(time.perf_counter() - start)
-print(statistics.median(times))
-"""
-
-
-def run_apart(load: str, program: Program, folder: Path, calls: Sequence[Call]) -> Run:
-    """Runs what was written in a process of its own, which has torch and cannot import pwrewrite.
-
-    Args:
-        load: Python that makes ``model`` from the files in the working directory.
-        program: What was written.
-        folder: Where to.
-        calls: The inputs.
-
-    Raises:
-        RefusedError: If it does not run there.
-    """
-    with TemporaryDirectory() as scratch:
-        torch.save(list(calls), f"{scratch}/calls")
-        code = [sys.executable, "-W", "ignore", "-c", _CHILD.replace("LOAD", load), scratch]
-        command = [*code, str(torch.get_num_threads()), str(_SECONDS)]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise RefusedError("it does not run in a process of its own", got=lines[-1])
-        outputs = torch.load(f"{scratch}/outputs", weights_only=True)
-    named = [{program.outputs.get(path, path): t for path, t in each.items()} for each in outputs]
-    threads = torch.get_num_threads()
-    return Run(named, float(done.stdout.split()[-1]), f"torch {torch.__version__}, CPU, {threads} threads")

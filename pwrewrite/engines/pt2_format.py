@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from .exporting import Call, Format, Program, Run, run_apart
+from .apart import run_apart
+from .exporting import Call, Format, Program, Run
 
 
 class Pt2(Format):
@@ -22,7 +23,8 @@ class Pt2(Format):
 
     def run(self, program: Program, folder: Path, calls: Sequence[Call]) -> Run:
         """Reads it again and runs it."""
-        return run_apart(f"model = torch.export.load({self.main!r}).module()", program, folder, calls)
+        load = f"model = torch.export.load({self.main!r}).module()"
+        return run_apart(load, program, folder, calls, imports=["torch._export.serde.serialize"])
 
 
 FORMAT = Pt2()

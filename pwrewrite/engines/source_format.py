@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..core.errors import RefusedError
 from ..core.version import version
-from .exporting import Call, Format, Program, Run, run_apart
+from .apart import run_apart
+from .exporting import Call, Format, Program, Run
 from .source_code import Writer
 
 _TEXT = '''"""{name}, as plain torch: written by pwrewrite {version}. ``load()`` gives the model with its weights."""
