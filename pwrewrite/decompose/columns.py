@@ -1,0 +1,259 @@
+"""Fewer input channels for linear maps: which channels go, what that loses, and what the others do in their place.
+
+A map ``W (out, d)`` reads ``x`` with the second moment ``H = E[x xᵀ]``; a channel is a block ``S`` of ``d / channels``
+columns. Of all maps without a block the best one, whatever the weight ``G`` of the outputs, and what it loses, are
+
+    W − W_S (P_SS)⁻¹ P_S        tr(G W_S (P_SS)⁻¹ W_Sᵀ)        with P = H⁻¹
+
+(optimal brain surgeon: Hassibi & Stork 1993; for groups of columns Kurtic et al. 2022, *The optimal BERT surgeon*). The
+same holds for the next block with ``P − P_Sᵀ (P_SS)⁻¹ P_S``: these are the steps of a block Cholesky factorisation of
+``P`` whose pivot is the channel that loses least. Losses add up, so one sweep (`eliminate`) has a loss for every number
+of channels. Maps that read the same channels share the order: their losses count together.
+
+Updates of whole matrices wait and are made many at a time; channels that are gone leave the matrices then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .layout import Factors, Stage, frobenius, from_forward_layout, relative
+
+RIDGE = 1e-6
+"""What is added to the diagonal of a moment before it is inverted, as a share of it."""
+
+_LARGE, _LARGE_RIDGE = 2048, 1e-4
+"""Larger moments are swept in float32, with another ridge."""
+_WAITING = 96
+"""How many columns wait to be taken off the matrices, at least."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A map that reads channels, in the widest dtype.
+
+    Attributes:
+        rows: ``W (out, d)``, the columns of a channel side by side.
+        moment: ``H (d, d)``, or its diagonal ``(d,)`` where no more of it is known.
+        outputs: ``G (out, out)``; the identity where None.
+        factor: What its loss counts.
+    """
+
+    rows: Tensor
+    moment: Tensor
+    outputs: Tensor | None = None
+    factor: float = 1.0
+
+    @property
+    def scale(self) -> float:
+        """Loss of a map without any column."""
+        moved = self.rows @ self.moment if self.moment.dim() == 2 else self.rows * self.moment
+        weighted = self.rows if self.outputs is None else self.outputs @ self.rows
+        return max(float((moved * weighted).sum()), 0.0) * self.factor
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """The channels in the order in which they go, and the loss ``losses[n]`` without the first ``n`` of them."""
+
+    channels: int
+    order: tuple[int, ...]
+    losses: tuple[float, ...]
+
+    def kept(self, count: int) -> tuple[int, ...]:
+        """The channels that stay where so many do, in their order."""
+        gone = set(self.order[: self.channels - count])
+        return tuple(channel for channel in range(self.channels) if channel not in gone)
+
+    def loss(self, count: int) -> float:
+        """What is lost where so many channels stay."""
+        return self.losses[self.channels - count]
+
+
+def eliminate(readers: Sequence[Reader], channels: int, least: int = 1) -> Elimination:
+    """Takes channels away one by one, each time the one that loses least with the others made to do its work.
+
+    Args:
+        readers: What reads the channels.
+        channels: How many there are.
+        least: How many stay.
+    """
+    sweeps = [_Fixed(r, channels) if r.moment.dim() == 1 else _Sweep(r, channels) for r in readers]
+    order, losses = list[int](), [0.0]
+    gone = torch.zeros(channels)
+    for _ in range(channels - max(least, 1)):
+        prices = torch.stack([sweep.losses() for sweep in sweeps]).sum(0) + gone
+        channel = int(prices.argmin())
+        for sweep in sweeps:
+            sweep.remove(channel)
+        gone[channel] = torch.inf
+        order.append(channel)
+        losses.append(losses[-1] + max(float(prices[channel]), 0.0))
+    return Elimination(channels, tuple(order), tuple(losses))
+
+
+class _Fixed:
+    """The losses of a map of which only the diagonal of the moment is known: no channel can do another's work."""
+
+    def __init__(self, reader: Reader, channels: int) -> None:
+        weighted = reader.rows if reader.outputs is None else reader.outputs @ reader.rows
+        each = (weighted * reader.rows).sum(0) * reader.moment
+        self._losses = each.reshape(channels, -1).sum(1).cpu() * reader.factor
+
+    def losses(self) -> Tensor:
+        """``(channels,)``: what each channel loses."""
+        return self._losses
+
+    def remove(self, channel: int) -> None:
+        """Nothing else changes."""
+
+
+class _Sweep:
+    """A map whose channels go one by one: ``P = H⁻¹`` and ``A = Wᵀ G W``, as far as they are of channels that stay.
+
+    With ``B = (P_SS)⁻¹ P_S`` the map becomes ``W − W_S B``, so ``P −= LᵀL`` with ``L = chol(P_SS)⁻¹ P_S`` and
+    ``A −= BᵀR + RᵀB`` with ``R = A_S − ½ A_SS B``.
+    """
+
+    def __init__(self, reader: Reader, channels: int) -> None:
+        self._size, self._factor, self._channels = reader.rows.shape[1] // channels, reader.factor, channels
+        large = reader.moment.shape[0] > _LARGE
+        unit = reader.moment.diagonal()  # in its units rounding is the same share of every column
+        unit = unit.clamp(min=max(float(unit.mean()) * 1e-12, 1e-300)).sqrt()
+        moment, rows = reader.moment / unit / unit[:, None], reader.rows * unit
+        inverse = _inverse(moment, _LARGE_RIDGE if large else RIDGE)
+        energy = rows.mT @ (rows if reader.outputs is None else reader.outputs @ rows)
+        dtype = torch.float32 if large else inverse.dtype
+        self._begin(inverse.to(dtype), energy.to(dtype), torch.arange(channels))
+
+    def _begin(self, inverse: Tensor, energy: Tensor, left: Tensor) -> None:
+        """Takes matrices that are up to date, of the channels that are left."""
+        self._inverse, self._energy, self._left = inverse, energy, left
+        self._place = {channel: i for i, channel in enumerate(left.tolist())}
+        every = torch.arange(len(left))
+        blocks = [m.reshape(len(left), self._size, len(left), self._size)[every, :, every] for m in (inverse, energy)]
+        self._own_inverse, self._own_energy = blocks
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def losses(self) -> Tensor:
+        """``(channels,)``: what each channel would lose now; any number for those that are gone."""
+        if self._size == 1:
+            own = self._own_energy[:, 0, 0] / self._own_inverse[:, 0, 0]
+        else:
+            solved, _ = torch.linalg.solve_ex(self._own_inverse, self._own_energy)
+            own = solved.diagonal(dim1=-2, dim2=-1).sum(-1)
+        losses = own.new_zeros(self._channels)
+        losses[self._left] = own
+        return losses.double().cpu() * self._factor
+
+    def remove(self, channel: int) -> None:
+        """Takes a channel away; the others take over what they can of its work."""
+        place, size = self._place.pop(channel), self._size
+        block = slice(place * size, (place + 1) * size)
+        inverse, energy = self._inverse[block], self._energy[block]
+        if self._waiting:
+            left, solved, rest = map(torch.cat, zip(*self._waiting))
+            inverse = inverse - left[:, block].mT @ left
+            energy = energy - solved[:, block].mT @ rest - rest[:, block].mT @ solved
+        root, _ = torch.linalg.cholesky_ex(inverse[:, block])
+        left = torch.linalg.solve_triangular(root, inverse, upper=False)
+        solved = torch.linalg.solve_triangular(root.mT, left, upper=True)
+        rest = energy - 0.5 * energy[:, block] @ solved
+        self._waiting.append((left, solved, rest))
+        both = _own(solved, rest, size)
+        self._own_inverse = self._own_inverse - _own(left, left, size)
+        self._own_energy = self._own_energy - both - both.mT
+        self._own_inverse[place] = torch.eye(size, dtype=inverse.dtype, device=inverse.device)
+        if len(self._waiting) * size >= _WAITING:
+            self._update()
+
+    def _update(self) -> None:
+        """Takes what waits off the matrices, and what is gone out of them."""
+        places = torch.tensor(list(self._place.values()), dtype=torch.long)
+        columns = (places[:, None] * self._size + torch.arange(self._size)).flatten().to(self._inverse.device)
+        left, solved, rest = (torch.cat(each)[:, columns] for each in zip(*self._waiting))
+        inverse, energy = (m[columns][:, columns] for m in (self._inverse, self._energy))
+        inverse.addmm_(left.mT, left, alpha=-1)
+        energy.addmm_(torch.cat([solved, rest]).mT, torch.cat([rest, solved]), alpha=-1)
+        self._begin(inverse, energy, self._left[places])
+
+
+def _own(first: Tensor, second: Tensor, size: int) -> Tensor:
+    """``firstᵀ second`` within each channel: ``(channels, size, size)`` of ``(size, channels · size)``."""
+    each = [m.reshape(size, -1, size).transpose(0, 1) for m in (first, second)]
+    return each[0].mT @ each[1]
+
+
+def _inverse(moment: Tensor, ridge: float) -> Tensor:
+    """The inverse of a moment of unit diagonal, with as large a ridge as it takes."""
+    eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    root, bad = torch.linalg.cholesky_ex(moment + ridge * eye)
+    while bool(bad) and ridge < 1:
+        ridge *= 10
+        root, bad = torch.linalg.cholesky_ex(moment + ridge * eye)
+    return torch.cholesky_inverse(root)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Kept(Factors):
+    """A kernel that reads some of its input channels only.
+
+    Attributes:
+        kernel: ``(out, kept, *k)`` in forward layout.
+        channels: The input channels that it reads, of ``of``.
+        shift: ``(out,)``: what the outputs lack on average; for a bias, or a running mean.
+    """
+
+    kernel: Tensor
+    channels: tuple[int, ...]
+    of: int
+    shift: Tensor
+
+    def reconstruct(self) -> Tensor:
+        """See `Factors.reconstruct`."""
+        whole = self.kernel.new_zeros(self.kernel.shape[0], self.of, *self.kernel.shape[2:])
+        whole[:, list(self.channels)] = self.kernel
+        return whole
+
+    def stages(self, transposed: bool = False) -> tuple[Stage, ...]:
+        """See `Factors.stages`."""
+        axes = tuple(range(self.kernel.dim() - 2))
+        return (Stage(from_forward_layout(self.kernel, 1, transposed), 1, transposed, axes),)
+
+
+def keep(kernel: Tensor, channels: Sequence[int], moment: Tensor | None, mean: Tensor | None) -> Kept:
+    """The best kernel of those that read some channels only: ``W H_K (H_KK)⁻¹``.
+
+    Args:
+        kernel: ``(out, in, *k)`` in forward layout.
+        channels: The input channels that stay.
+        moment: ``H (d, d)`` of the patches; the identity where None or ``(d,)``.
+        mean: ``(d,)`` of the patches, where what is lost of it can be made up for; None where not.
+    """
+    size = kernel[0, 0].numel()
+    wide = kernel.detach().to(torch.float64 if kernel.device.type != "mps" else kernel.dtype)
+    rows, of = wide.flatten(1), kernel.shape[1]
+    chosen = torch.tensor(list(channels), device=kernel.device)
+    columns = (chosen[:, None] * size + torch.arange(size, device=kernel.device)).flatten()
+    stays = rows[:, columns]
+    if moment is not None and moment.dim() == 2 and len(chosen) < of:
+        moment = moment.to(rows)
+        unit = moment.diagonal()[columns]
+        unit = unit.clamp(min=max(float(unit.mean()) * 1e-12, 1e-300)).sqrt()
+        normal = moment[columns][:, columns] / unit / unit[:, None]
+        others = torch.ones(rows.shape[1], dtype=torch.bool, device=kernel.device)
+        others[columns] = False
+        cross = rows[:, others] @ moment[others][:, columns] / unit
+        stays = stays + cross @ _inverse(normal, RIDGE) / unit
+    shift = rows.new_zeros(len(rows)) if mean is None else rows @ mean.to(rows) - stays @ mean.to(rows)[columns]
+    shape = (kernel.shape[0], len(chosen), *kernel.shape[2:])
+    result = Kept(
+        groups=1, relative_error=0.0, weighted_error=0.0, kernel=stays.reshape(shape),
+        channels=tuple(channels), of=of, shift=shift,
+    )  # fmt: skip
+    error = relative(frobenius(result.reconstruct() - wide), frobenius(wide))
+    return replace(result, relative_error=error, weighted_error=error)
