@@ -135,7 +135,7 @@ class PassOptions(LayerOptions):
     settings: Sequence[str] = _of_passes(
         (),
         "A form for one layer (or pattern), over --pass; repeatable: b3=reduce:96, 'layer4.*=bottleneck:64,32', "
-        f"pool=project:32, fc=keep. Forms: {', '.join(FORM_NAMES)}, project, keep.",
+        f"pool=project:32, conv1=narrow:0.5, fc=keep. Forms: {', '.join(FORM_NAMES)}, project, narrow, keep.",
         "--set PATH=FORM:W",
     )
     rank: Width | None = _of_passes(

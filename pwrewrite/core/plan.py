@@ -53,6 +53,7 @@ class SkipReason(StrEnum):
     PADDING = "padding"
     DATA_DEPENDENT = "data-dependent"
     WRITTEN = "written"
+    SHARED_CHANNELS = "shared-channels"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +95,9 @@ class Op(Record):
     """One thing to do to a model.
 
     Attributes:
-        action: ``factorize`` (a layer becomes a chain of smaller ones), ``project`` (a 1×1 after a branch), ``fold``,
-            ``fuse``, ``merge``, ``merge-branches``, ``remove`` or ``channels-last``.
+        action: ``factorize`` (a layer becomes a chain of smaller ones), ``project`` (a 1×1 after a branch), ``narrow``
+            (fewer channels between layers), ``fold``, ``fuse``, ``merge``, ``merge-branches``, ``remove`` or
+            ``channels-last``.
         path: Absolute path of the layer or module it is done to.
         pass_name: Name of the pass or planner that proposed it, such as ``insert-bottleneck``.
         settings: What the action needs to know, as JSON data; each action documents its own.

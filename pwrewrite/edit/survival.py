@@ -23,7 +23,7 @@ from .apply import Probe
 from .graph_edit import Regraphed
 from .swap import stem
 
-_CHANGES = frozenset({"factorize", "project"})  # actions that put other layers in
+_CHANGES = frozenset({"factorize", "project", "narrow"})  # actions that put other layers in
 _FUSES = frozenset({"fold", "merge", "merge-branches", "fuse", "remove"})  # actions that take operations away
 _Operations = Counter[tuple[str, str, str]]
 

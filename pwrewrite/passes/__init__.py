@@ -20,10 +20,11 @@ from .fuse_activation import FusePointwiseActivation
 from .graph_pass import as_graph_pass
 from .merge_branches import MergeBranches
 from .merge_pointwise import MergePointwise
+from .narrow import Narrow
 from .project import ProjectBranch
 from .remove_noise import RemoveInferenceNoise
 
-ALL: tuple[type[Pass], ...] = (*FACTORIZING.values(), ProjectBranch)
+ALL: tuple[type[Pass], ...] = (*FACTORIZING.values(), Narrow, ProjectBranch)
 """Every pass of `pwrewrite.rewrite`."""
 
 FUSING: tuple[type[Pass], ...] = (
@@ -53,6 +54,7 @@ __all__ = [
     "LayerPass",
     "MergeBranches",
     "MergePointwise",
+    "Narrow",
     "Pass",
     "ProjectBranch",
     "Proposal",

@@ -133,7 +133,7 @@ class _Walk:
             if shape != (before[0], before[1] * spatial):
                 return self._block(node, "moves channels to another axis")
             return Segment(segment.offset * spatial, segment.channels, segment.repeat * spatial)
-        if not same_channels or (op == "mean" and 1 in _dims(node, len(before))):
+        if not same_channels or (op == "mean" and 1 in reduced_axes(node, len(before))):
             return self._block(node, "does not keep the channels apart")
         if op in _LINEAR or op in ("mean", "sum") or (op == "pad" and _zero_pad(node)):
             self.flow.dropout |= op == "dropout"
@@ -201,7 +201,7 @@ def describe(node: fx.Node) -> str:
     return f"{facts.op} in {facts.path}" if facts.path else facts.op
 
 
-def _dims(node: fx.Node, rank: int) -> tuple[int, ...]:
+def reduced_axes(node: fx.Node, rank: int) -> tuple[int, ...]:
     """The axes that a reduction goes over."""
     given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", ())
     values = given if isinstance(given, (tuple, list)) else (given,)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.records import Record
-from ..passes import ALL, FUSING, LayerPass, ProjectBranch
+from ..passes import ALL, FUSING, LayerPass, Narrow, ProjectBranch
 from .page import Column, Line, Page, Table
 
 
@@ -30,6 +30,8 @@ def _set(kind: type) -> str:
         return f"{kind.form.name}:{','.join(name.removeprefix('rank_').upper() for name in kind.form.widths)}"
     if issubclass(kind, ProjectBranch):
         return "project:CHANNELS"
+    if issubclass(kind, Narrow):
+        return "narrow:CHANNELS"
     return "(pwrewrite fuse)"
 
 

@@ -3,8 +3,8 @@
 `SetLayers` is the pass behind ``PATH=FORM:WIDTH``: it gives single layers (or patterns of them) a form of their own and
 leaves the choice of eligibility, costs and settings to the pass of that form.
 
-The order is: projections first (they change the channels of the layers behind them), then the passes as given, on
-everything that no ``PATH=FORM`` names, then the layers that are named.
+The order is: projections and narrowed layers first (they change the channels of the layers behind them), then the
+passes as given, on everything that no ``PATH=FORM`` names, then the layers that are named.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..core.options import LayerOptions, PassOptions, Width
 from ..core.plan import Edit, Op, Skip, SkipReason
 from ..core.text import did_you_mean
 from ..forms import FORMS
-from ..passes import ALL, FORM_PASSES, InsertBottleneck, LayerPass, Pass, ProjectBranch, Proposal
+from ..passes import ALL, FORM_PASSES, InsertBottleneck, LayerPass, Narrow, Pass, ProjectBranch, Proposal
 
 DEFAULT_SHARE = 0.01
 """Least part of the MACs where neither a pass nor a layer is named."""
@@ -42,7 +42,7 @@ class LayerForm:
     Attributes:
         text: As it was given.
         path: A path or pattern.
-        form: One of `FORM_PASSES`, ``project`` or ``keep``.
+        form: One of `FORM_PASSES`, ``project``, ``narrow`` or ``keep``.
         widths: Its widths; none for ``keep``, and for the others where the form's default is meant.
     """
 
@@ -69,7 +69,7 @@ def parse_set(text: str) -> LayerForm:
     """
     path, equals, rest = text.partition("=")
     form, colon, widths_text = (part.strip() for part in rest.partition(":"))
-    known = (*FORM_PASSES, "project", "keep")
+    known = (*FORM_PASSES, "project", "narrow", "keep")
     if not equals or not form:
         raise UsageError(
             f"cannot read --set {text!r}",
@@ -81,7 +81,7 @@ def parse_set(text: str) -> LayerForm:
         raise UsageError(f"--set {text!r} names an unknown form {form!r}", expected=", ".join(known), hint=hint)
     what = f"a width in --set {text!r}"
     widths = tuple(parse_width(part, what) for part in widths_text.split(",")) if colon else ()
-    names = () if form == "keep" else ("channels",) if form == "project" else FORMS[form].widths
+    names = () if form == "keep" else ("channels",) if form in ("project", "narrow") else FORMS[form].widths
     if len(widths) not in ({1, len(names)} if names else {0}):
         raise UsageError(
             f"--set {text!r} gives {len(widths)} widths",
@@ -107,17 +107,28 @@ def passes_of(options: PassOptions, allow_output_change: bool = False) -> list[P
     kinds = [kind for kind in chosen if isinstance(kind, type)]
     _check(options, forms, kinds)
     common: dict[str, Any] = {name: getattr(options, name) for name in _COMMON}
-    layers = [form for form in forms if form.form != "project"]
-    include, exclude = as_list(options.include), (*as_list(options.exclude), *(form.path for form in layers))
+    layers = [form for form in forms if form.form not in ("project", "narrow")]
+    include, exclude = (
+        as_list(options.include),
+        (
+            *as_list(options.exclude),
+            *(form.path for form in forms if form.form != "project"),
+        ),
+    )
     share = options.min_share
     if share is None:
         share = 0.0 if options.passes else DEFAULT_SHARE
     passes: list[Pass] = [_projection(form, options, allow_output_change) for form in forms if form.form == "project"]
+    passes += [
+        Narrow(form.widths[0], include=[form.path], multiple=options.multiple, required=True)
+        for form in forms
+        if form.form == "narrow"
+    ]
     for i, kind in enumerate(chosen):
         if isinstance(kind, Pass):
             passes.append(kind)
         elif not issubclass(kind, LayerPass):
-            passes.append(_plain(kind, include, exclude))
+            passes.append(_plain(kind, options, include, exclude))
         else:  # the first checks that the patterns match; later ones may find their layer already replaced
             which = {"include": include, "exclude": exclude} if i == 0 else {"select": _selecting(include, exclude)}
             passes.append(_layer_pass(kind, options, share, common | which))
@@ -163,7 +174,8 @@ def _check(options: PassOptions, forms: Sequence[LayerForm], kinds: Sequence[typ
             hint="give the width in --set, or name a --pass for the other layers",
         )
     layer_kinds = [kind for kind in kinds if issubclass(kind, LayerPass)]
-    unused = [name for name in idle if name not in ("include", "exclude")]
+    taken = {name for kind in kinds for name in signature(kind).parameters}
+    unused = [name for name in idle if name not in ("include", "exclude", *taken)]
     if unused and options.passes and not layer_kinds:
         names = ", ".join(kind.name for kind in kinds) or "passes that are made already"
         raise UsageError(f"{flag_of(PassOptions, unused[0])} means nothing to {names}")
@@ -217,14 +229,15 @@ def _projection(form: LayerForm, options: PassOptions, allow_output_change: bool
     )
 
 
-def _plain(kind: type[Pass], include: Sequence[str], exclude: Sequence[str]) -> Pass:
-    """A pass without widths; the patterns go to it where it takes any."""
+def _plain(kind: type[Pass], options: PassOptions, include: Sequence[str], exclude: Sequence[str]) -> Pass:
+    """A pass that is not for single layers; patterns and other options go to it where it takes them."""
     takes = signature(kind).parameters
     patterns = {name: value for name, value in (("include", include), ("exclude", exclude)) if value}
     if unknown := [name for name in patterns if name not in takes]:
         raise UsageError(f"{kind.name} takes no {flag_of(LayerOptions, unknown[0])}")
+    given = {name: getattr(options, name) for name in changed(options) if name in takes}
     make: Callable[..., Pass] = kind
-    return make(**patterns)
+    return make(**given | patterns)
 
 
 def _selecting(include: Sequence[str], exclude: Sequence[str]) -> Callable[[Layer], bool]:
@@ -292,9 +305,13 @@ def check_forms(passes: Sequence[Pass], edits: Sequence[Edit], skips: Sequence[S
         RefusedError: If nothing was done for a layer that was named.
     """
     done = [path for edit in edits for path in (edit.path, *edit.aliases)]
+    done += [each["path"] for edit in edits if edit.method == "narrow" for each in edit.op.settings["producers"]]
     wanted = [(form.path, form.text) for each in passes if isinstance(each, SetLayers) for form in each.forms]
     wanted = [(path, text) for path, text in wanted if not text.endswith("keep")]
     wanted += [(p, f"{p}=project") for each in passes if isinstance(each, ProjectBranch) for p in each.include]
+    wanted += [
+        (p, f"{p}=narrow") for each in passes if isinstance(each, Narrow) and each.required for p in each.include
+    ]
     for pattern, text in wanted:
         if any(fnmatchcase(path, pattern) for path in done):
             continue

@@ -119,10 +119,13 @@ class Run:
             self.step(propose(self.state.captured, [each]), fill=self.fill or read_later)
 
     def _parts(self, plan: Plan) -> list[Plan]:
-        """A plan in steps: an op on what an earlier one puts in waits for it, so that each step has a capture."""
+        """A plan in steps: an op on what an earlier one puts in, or narrows, waits for it; each step has a capture."""
         parts: list[list[Op]] = [[]]
         for op in plan.ops:
-            if any(op.path == done.path or op.path.startswith(f"{done.path}.") for done in parts[-1] if done.path):
+            built_on = any(
+                op.path == done.path or op.path.startswith(f"{done.path}.") for done in parts[-1] if done.path
+            )
+            if built_on or (op.action != "narrow" and any(op.path in _narrows(done) for done in parts[-1])):
                 parts.append([])
             parts[-1].append(op)
         return [Plan(tuple(ops)) for ops in parts]
@@ -215,6 +218,12 @@ class Run:
             tuple(dict.fromkeys((*self.first.notes, *self.state.captured.notes, *_narrowed(self.state.rows)))),
             models=(before, after),
         )
+
+
+def _narrows(op: Op) -> set[str]:
+    """Paths of the layers whose channels an op takes."""
+    keys = ("producers", "depthwise", "readers") if op.action == "narrow" else ()
+    return {each["path"] for key in keys for each in op.settings.get(key, ())}
 
 
 def _reads_weights(each: Pass) -> bool:

@@ -20,6 +20,7 @@ from .factorize import FactorizeSettings, factorize_layer
 from .fold import WEIGHT, FoldSettings, FoldWeightSettings, fold_norm, fold_weight
 from .fuse import FuseSettings, fuse_layer
 from .merge import MergeSettings, merge_layers
+from .narrow import NarrowSettings, narrow_channels
 from .project import ProjectSettings, project_branch
 from .settings import read, wrong
 from .simplify import CODE, RemoveSettings, SimplifySettings, remove_module, simplify_code
@@ -32,6 +33,7 @@ ACTIONS: dict[str, Action] = {
     "bake": (BakeSettings, bake_weights),
     "factorize": (FactorizeSettings, factorize_layer),
     "project": (ProjectSettings, project_branch),
+    "narrow": (NarrowSettings, narrow_channels),
     "fold": (FoldSettings, fold_norm),
     "fuse": (FuseSettings, fuse_layer),
     "merge": (MergeSettings, merge_layers),
