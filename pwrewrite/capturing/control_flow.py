@@ -150,6 +150,7 @@ def always_follows(
     passes_on: Callable[[nn.Module], bool],
     *,
     only: bool = True,
+    ways: Callable[[nn.Module], list[fx.Graph] | None] = paths,
 ) -> bool | None:
     """Whether ``then`` reads what ``first`` returns, and nothing else does, in every way through a module's own code.
 
@@ -159,13 +160,14 @@ def always_follows(
         then: Another one; the code's output where None.
         passes_on: Whether a module returns what it is given.
         only: Whether ``then`` may read nothing else, in any of its calls.
+        ways: `paths`, or what remembers its results.
 
     Returns:
         None where the code cannot be followed, or no way through it shows the connection.
     """
     if type(module).forward in _STOCK:
         return True
-    graphs = paths(module)
+    graphs = ways(module)
     if graphs is None:
         return None
     places, inputs = set[tuple[int, ...]](), set[str]()

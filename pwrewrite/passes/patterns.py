@@ -13,7 +13,7 @@ from itertools import chain
 
 from torch import Tensor, fx, nn
 
-from ..capturing.control_flow import always_follows
+from ..capturing.control_flow import always_follows, paths
 from ..capturing.eligibility import Owners
 from ..capturing.records import Capture, Layer, info
 from ..core.operations import OPERATIONS
@@ -49,7 +49,7 @@ class Graph:
         for node in self.nodes:
             if node.op in ("call_function", "call_method"):
                 self.code.setdefault(info(node).path, []).append(node)
-        self._link = cache(self._unlinked)
+        self._link, self._ways = cache(self._unlinked), cache(paths)
 
     def sole_reader(self, node: fx.Node) -> fx.Node | None:
         """The one node that reads another, once."""
@@ -157,7 +157,7 @@ class Graph:
         if any(end is not None and (end not in self.modules or end == owner) for end in (first, then)):
             return f"the code of {owner or 'the model'} calls a layer that is no submodule of it, such as one in a list"
         before, behind = (None if end is None else self.modules[end] for end in (first, then))
-        fixed = always_follows(module, before, behind, lambda m: is_identity(m) or drops(m), only=only)
+        fixed = always_follows(module, before, behind, lambda m: is_identity(m) or drops(m), only=only, ways=self._ways)
         where = f"the code of {owner}" if owner else "the model's own code"
         if fixed is None:
             return f"{where} decides by values or sizes in a way that cannot be followed"

@@ -84,7 +84,7 @@ class Context:
     captures: tuple[Capture, Capture] | None = None  # the static view of both
     free: frozenset[tuple[str, int]] = frozenset()  # ``(path, dim)`` of the outputs' sizes that depend on values
     pair: float | None = None  # relative difference that exact models may have to each other in evaluation
-    smaller: str | None = None  # name of a spatial size that both ran at
+    smaller: str | None = None  # name of a spatial size at which both are alike
 
     @property
     def values_decide(self) -> bool:

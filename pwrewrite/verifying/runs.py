@@ -61,7 +61,7 @@ def device_of(*models: nn.Module) -> torch.device | None:
 
 
 def _random_state(model: nn.Module) -> tuple[bytes, object]:
-    device = device_of(model)
+    device = device_of(model) if torch.cuda.is_available() else None
     state = torch.get_rng_state()
     if device is not None and device.type == "cuda":
         state = torch.cat((state, torch.cuda.get_rng_state(device)))

@@ -31,11 +31,15 @@ Variants = Mapping[str, Variant]
 
 
 def check_batch_sizes(context: Context, predicts: bool) -> tuple[Results, Context]:
-    """Tries batches of 1, 2 and 3, and for classifiers up to 8 in the real run, whose predictions are counted."""
-    batch = context.draws.batch
+    """Tries batches of 1, 2 and 3, and for classifiers up to 8 in the real run, whose predictions are counted.
+
+    The real run is at the smaller size that both ran at before, if any: its values are variations and no data.
+    """
+    batch, size = context.draws.batch, context.smaller
     variants: Variants = {str(b): (b, None) for b in (1, 2, 3) if b != batch} if batch else {}
     many = max(2, min(8, _REAL_MACS // max(context.macs, 1))) if predicts else 2
-    first: Variants = {str(many): (many, None)} if many != batch else {}
+    label = f"{many} at {context.draws.size_text(size)}" if size else str(many)
+    first: Variants = {label: (many, size)} if many != batch else {}
     results, context = _check(context, "batch sizes", variants, [{**first, **variants}])
     if predicts and not results.samples:
         _more_samples(context, results, many)
@@ -73,8 +77,10 @@ def _check(context: Context, name: str, variants: Variants, groups: Sequence[Var
             inputs = context.draws.draw(batch, size)
             before = context.run(context.original, inputs)
             if before.ran:
-                ran, context = [*ran, label], replace(context, smaller=context.smaller or size)
+                ran.append(label)
                 more, context = _same_at(context, results, inputs, before, batch)
+                if not more:
+                    context = replace(context, smaller=context.smaller or size)
                 problems += [f"at {label} {problem}" for problem in more]
                 break
     if not variants:

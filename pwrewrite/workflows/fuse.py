@@ -302,7 +302,7 @@ def reference_check(model: nn.Module, fused: nn.Module, inputs: Inputs, *, by_va
     for turn in range(1 if by_value else _TRIES):
         given = map_tensors(drawn, partial(_rolled, turn=turn))
         try:
-            exact = outputs_of(copy_of(model).double(), map_tensors(given, _doubled))
+            exact = _run(copy_of(model).double(), map_tensors(given, _doubled))
             first = outputs_of(model, given)
         except Exception:
             break
@@ -323,7 +323,7 @@ def reference_check(model: nn.Module, fused: nn.Module, inputs: Inputs, *, by_va
     for seed in range(_TRIES if by_value or unmeasured else 0):
         copied = noisy_copy(model, torch.finfo(largest).eps / 2, seed)
         try:
-            moved = outputs_of(in_channels_last(copied) if seed % 2 else copied, drawn)
+            moved = _run(in_channels_last(copied) if seed % 2 else copied, drawn)
         except RuntimeError:  # the model's own code does not survive that memory format
             continue
         same = [t.shape for t in moved] == [t.shape for t in exact]
@@ -361,11 +361,16 @@ def _doubled(t: Tensor) -> Tensor:
 
 def outputs_of(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """The output tensors of a copy of a model in evaluation mode, on copies of inputs, without gradients."""
+    return _run(deep_copy(model), inputs)
+
+
+def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """The same of a model that may change."""
     args, kwargs = split_inputs(map_tensors(inputs, lambda t: t.clone()))
-    runner = deep_copy(model).eval()
+    model.eval()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        out = runner(*args, **kwargs)
+        out = model(*args, **kwargs)
     if not tensors_of(out) and hasattr(out, "__dict__"):
         out = vars(out)
     return [t for t in tensors_of(out) if t.is_floating_point()]

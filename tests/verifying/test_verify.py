@@ -59,7 +59,7 @@ def test_an_honest_exact_rewrite_passes_every_check() -> None:
     assert result.agreement == 1.0
     assert result.diverges_at is None
     assert "float64" in check(result, "numerics (eval)").detail
-    assert "8 in a real run" in check(result, "batch sizes").detail
+    assert "8 at 8×8 in a real run" in check(result, "batch sizes").detail
     assert json.loads(json.dumps(result.to_dict()))["passed"]
 
 
