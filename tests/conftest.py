@@ -3,7 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and handed on to subprocesses
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_timings() -> Iterator[None]:
+    """What is timed to be reported is timed for hundredths of a second; how times are taken is the same."""
+    from pwrewrite.engines import choosing, exporting
+    from pwrewrite.workflows import budget, fuse_timing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "_SECONDS", (0.05, 0.1))
+        patch.setattr(choosing, "_SECONDS", 0.02)
+        patch.setattr(exporting, "SECONDS", 0.02)
+        patch.setattr(fuse_timing, "_SECONDS", 0.02)
+        yield

@@ -37,6 +37,8 @@ from .steps import Run
 
 Metric = Callable[[nn.Module], float]
 
+_SECONDS = (4.0, 8.0)
+"""How long both models are timed, and how long again where a limit seems missed."""
 _POINTS = 11
 """Budgets on the frontier beside a plan; each takes up to a second or two."""
 
@@ -152,7 +154,7 @@ class Budgeted:
         sessions = [
             session if model is self.planner.model else engine.session(model, args, kwargs, threads) for model in models
         ]
-        for seconds in (4.0, 8.0):
+        for seconds in _SECONDS:
             before, after = time_models(sessions, args, kwargs, seconds=seconds, threads=threads)
             if limit is None or after.seconds <= limit.absolute(before.seconds) * MEASURED:
                 break

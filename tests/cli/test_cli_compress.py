@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from typer.testing import Result
 
-from pwrewrite.workflows import fuse_timing
-
 Run = Callable[..., Result]
 
 PROJECT = """
@@ -30,7 +28,6 @@ def data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(0)
     np.savez("x.npz", x=draw.standard_normal((40, 3, 32, 32), "f"))
     monkeypatch.setenv("PWREWRITE_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(fuse_timing, "_SECONDS", 0.02)
 
 
 def test_a_project_says_it_all(run: Run, folder: Path) -> None:
