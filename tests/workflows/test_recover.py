@@ -295,19 +295,27 @@ def test_options_that_make_no_sense() -> None:
 _TOGETHER = """
 import os, signal, sys, torch
 from pathlib import Path
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 sys.path[:0] = [{tests!r}]
-from test_recover import images, network, recovered
+from test_recover import recovered
 from pwrewrite.core.processes import rank, world
-place, dies = Path(sys.argv[1]), len(sys.argv) > 2
+place, count, dies = Path(sys.argv[1]), int(sys.argv[2]), len(sys.argv) > 3
 
 def step(what, share):
     if dies and rank() == 1 and share and share > 0.7 and not place.with_suffix(".died").exists():
         place.with_suffix(".died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
-result = recovered("3epochs", recover_batch=15, progress=step)
-if not rank():
-    torch.save((world(), result.report.after, result.notes, result.model.state_dict()), place)
+def work():
+    result = recovered("3epochs", recover_batch=15, progress=step)
+    if not rank():
+        torch.save((world(), result.report.after, result.notes, result.model.state_dict()), place)
+
+# What `torchrun --standalone` does, but for its processes, which are forks of this one, where everything is imported.
+torch.set_num_threads(1)
+recovered("1epochs")
+one = dict(min_nodes=1, max_nodes=1, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=str(os.getpid()))
+elastic_launch(LaunchConfig(**one, nproc_per_node=count, max_restarts=1, start_method="fork"), work)()
 """
 
 
@@ -317,8 +325,7 @@ def test_processes_come_to_the_same_result(
 ) -> None:
     (tmp_path / "together.py").write_text(_TOGETHER.format(tests=str(Path(__file__).parent)))
     place = tmp_path / "result.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command += ["--max-restarts=1", str(tmp_path / "together.py"), str(place), *["dies"] * killed]
+    command = [sys.executable, str(tmp_path / "together.py"), str(place), str(count), *["dies"] * killed]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(pwrewrite.__file__).parents[1])}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert not done.returncode, done.stderr
