@@ -24,3 +24,11 @@ def short_timings() -> Iterator[None]:
         patch.setattr(exporting, "SECONDS", 0.02)
         patch.setattr(fuse_timing, "_SECONDS", 0.02)
         yield
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Workers keep to their half of the files, whose models they share, until one has nothing left to do."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
