@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from messages import messages
+from warm_python import python
 
 from pwrewrite.cli.encoding import plain
 
@@ -19,7 +19,7 @@ COMMANDS = (["--help"], ["analyze", "net.py"], ["analyze", "nö→×.py"], ["pas
 def command(*arguments: str, encoding: str, **options: object) -> subprocess.CompletedProcess[bytes]:
     env = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "100"}
     return subprocess.run(
-        [sys.executable, "-m", "pwrewrite", *arguments], capture_output=True, check=False, env=env, **options
+        [*python(), "-m", "pwrewrite", *arguments], capture_output=True, check=False, env=env, **options
     )  # type: ignore[call-overload, no-any-return]
 
 
@@ -52,7 +52,7 @@ def test_a_reader_that_goes_away(arguments: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-m", "pwrewrite", *arguments], stdout=write, stderr=subprocess.PIPE, check=False, text=True
+        [*python(), "-m", "pwrewrite", *arguments], stdout=write, stderr=subprocess.PIPE, check=False, text=True
     )
     os.close(write)
     assert done.returncode == 141

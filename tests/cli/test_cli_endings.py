@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from messages import messages, next_message
+from warm_python import python
 
 NET = """
 import torch
@@ -47,7 +47,7 @@ def write(folder: Path) -> Write:
 
 def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
-    call = [sys.executable, "-m", "pwrewrite", *arguments]
+    call = [*python(), "-m", "pwrewrite", *arguments]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
     return subprocess.run(call, check=False, timeout=120, **options)
 
@@ -153,7 +153,7 @@ def test_a_signal_while_saving_over_an_earlier_folder(run: Run, number: signal.S
     assert command(*arguments).returncode == 0
     before = {p.name: p.read_bytes() for p in Path("out").iterdir()}
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *arguments],
+        [*python(), "-c", SLOW, *arguments],
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup a hang-up is ignored on purpose

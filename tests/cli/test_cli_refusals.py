@@ -4,7 +4,6 @@ import os
 import pickle
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from messages import messages, next_message
 from typer.testing import Result
+from warm_python import python
 
 Run = Callable[..., Result]
 
@@ -157,7 +157,7 @@ def test_ctrl_c(folder: Path, place: str) -> None:
     (folder / "slow.py").write_text(wait + place)
     before = sorted(folder.iterdir())
     process = subprocess.Popen(
-        [sys.executable, "-m", "pwrewrite", "analyze", "slow.py", "--output", "report.json", "--format", "json"],
+        [*python(), "-m", "pwrewrite", "analyze", "slow.py", "--output", "report.json", "--format", "json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from messages import messages, next_message
 from typer.testing import Result
+from warm_python import python
 
 Run = Callable[..., Result]
 HALF = ("--pass", "insert-bottleneck", "--rank", "0.5")
@@ -228,7 +228,7 @@ main()
 def test_a_disk_that_takes_no_more_bytes(folder: Path) -> None:
     """A limit on the size of files stands in for a full disk: the weights' writer meets it in native code."""
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, "rewrite", "net.py", *HALF, "--out", "out", "--no-verify", "--save-unverified"],
+        [*python(), "-c", LIMITED, "rewrite", "net.py", *HALF, "--out", "out", "--no-verify", "--save-unverified"],
         capture_output=True,
         text=True,
         check=False,
@@ -265,7 +265,7 @@ def test_ctrl_c_while_saving(run: Run, folder: Path, function: str) -> None:
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     arguments = ["rewrite", "net.py", *HALF, "--out", "out", "--force", "--no-verify", "--save-unverified"]
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW.format(function=function), *arguments],
+        [*python(), "-c", SLOW.format(function=function), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
