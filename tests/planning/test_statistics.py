@@ -14,7 +14,7 @@ from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.core.errors import RefusedError
 from pwrewrite.decompose.weighting import SideWeight
 from pwrewrite.planning.running import samples_of
-from pwrewrite.planning.statistics import Gathering, LayerStatistics, Statistics, gather
+from pwrewrite.planning.statistics import TEMPERATURE, Gathering, LayerStatistics, Statistics, gather
 
 
 class Net(nn.Module):
@@ -115,12 +115,13 @@ def test_gradients_are_those_of_autograd(model: Net) -> None:
             output = model.first(x)
         output.requires_grad_()
         logits = model.head(model.twice(F.relu(model.twice(output.clone().relu()))).mean((2, 3)))
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        tempered = logits / TEMPERATURE
+        labels = torch.multinomial(tempered.detach().softmax(-1), 1, generator=generator)[:, 0]
         scores = logits - logits.mean(1, keepdim=True)
         noise = (
             torch.randn(scores.shape, generator=generator) / (scores.shape[1] * scores.detach().square().mean()).sqrt()
         )
-        (F.cross_entropy(logits, labels, reduction="sum") + (scores * noise).sum()).backward()
+        (F.cross_entropy(tempered, labels, reduction="sum") + (scores * noise).sum()).backward()
         assert output.grad is not None
         rows = output.grad.flatten(2).transpose(1, 2).reshape(-1, 4).double()
         total += rows.T @ rows
@@ -131,7 +132,7 @@ def test_gradients_are_those_of_autograd(model: Net) -> None:
 
 
 def test_the_loss_predicts_what_noise_in_a_layer_does() -> None:
-    """½ · positions · tr(G ΔW C ΔWᵀ) is the KL divergence that a small random change of the weights makes.
+    """½ · positions · tr(G ΔW C ΔWᵀ) is the KL divergence of halved scores that a small random change of weights makes.
 
     And half the squared relative error of the scores off their mean.
     """
@@ -152,7 +153,7 @@ def test_the_loss_predicts_what_noise_in_a_layer_does() -> None:
             changed[0].weight += delta.reshape(8, 3, 3, 3)  # type: ignore[operator]
             kl = 0.0
             for (x,), _ in data:
-                p, q = model(x).log_softmax(-1), changed(x).log_softmax(-1)
+                p, q = ((m(x) / TEMPERATURE).log_softmax(-1) for m in (model, changed))
                 kl += float((p.exp() * (p - q)).sum()) / 512
                 a, b = (scores - scores.mean(1, keepdim=True) for scores in (p, q))
                 kl += float((a - b).square().sum() / a.square().sum()) / 2 / len(data)
