@@ -3,11 +3,12 @@
 `Planner` takes the steps that all plans for one model share once: capture, calibration
 (`pwrewrite.planning.statistics`, cached on disk), candidates (`pwrewrite.planning.candidates`). A budget is then a
 question of allocation alone, and the frontier one of many of them. `Planner.decomposer` gives the weights behind a plan
-and `Planner.refit` fits them.
+and `Planner.refit` fits them; `Planner.in_norm` plans by another sensitivity from the same calibration.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,7 @@ from .cache import read_statistics, statistics_file, write_statistics
 from .candidates import ReplaceableLayers, make_candidates, timed
 from .fitting import fit_steps, shift_biases
 from .latency import MEASURED, Conditions, LatencyTable, time_plan
-from .outputs import FAR, Measured, compare, kind_of_outputs, scoring
+from .outputs import Measured, compare, kind_of_outputs, scoring
 from .refit import Target, refit
 from .room import Room, samples_in_run
 from .running import Say, device_of, evaluating, run_seeded
@@ -103,13 +104,28 @@ class Planner:
             self.batches = batches_of(calibration, inputs, self.settings, size, samples_in_run(self.captured))
         self.outputs = "values"
         self.statistics = self._calibrate()
-        chosen, samples = self.settings, self.statistics.samples if self.statistics is not None else 0
-        self.layers = make_candidates(self.replaceable, self.statistics, self.say)
         self.original = costs_of(self.captured)
-        facts = {"sensitivity": chosen.sensitivity, "refit": chosen.refit, "samples": samples, "seed": chosen.seed}
-        self.allocator = Allocator(self.layers, self.original, self.replaceable.skips, facts)
+        self._weigh()
         if self.settings.gate == "latency":
             self._time()
+
+    def _weigh(self) -> None:
+        """Works out the candidates, whose losses are in the norm of the sensitivity."""
+        chosen, samples = self.settings, self.statistics.samples if self.statistics is not None else 0
+        self.layers = make_candidates(self.replaceable, self.statistics, self.say)
+        facts = {"sensitivity": chosen.sensitivity, "refit": chosen.refit, "samples": samples, "seed": chosen.seed}
+        self.allocator = Allocator(self.layers, self.original, self.replaceable.skips, facts)
+
+    def in_norm(self, sensitivity: str) -> Planner:
+        """A planner by ``activations`` or ``weights`` from the calibration of this one, with the notes so far.
+
+        Latencies would have to be measured anew.
+        """
+        other = copy.copy(self)
+        other.settings, other.notes = replace(self.settings, sensitivity=sensitivity), list(self.notes)
+        other.statistics = self.statistics.without_gradients() if self.statistics and sensitivity != "weights" else None
+        other._weigh()
+        return other
 
     def _look_at_outputs(self, batches: Batches, known: str = "") -> str:
         """What the outputs are, by the first calibration inputs unless it is known; notes labels that do not fit."""
@@ -309,14 +325,12 @@ class Planner:
         chunks, spill = room.first(self.batches.calibration()), Spill(room.memory) if room.spilled else None
         errors = refit(self.model, rewritten, steps, chunks, self.say, seed=self.settings.seed, spill=spill)
         self.notes += room.notes()
-        fitted = self._held_out(rewritten)
-        predicted = plan.budget.get("predicted_loss") if self.settings.sensitivity == "loss" else None
-        if predicted is not None and fitted.loss <= FAR * predicted:  # no second look
-            return Fit(errors, fitted)
+        fitted = self.measure(rewritten)
         unfitted = self._without_fit(rewritten, plan, steps, state, fitted.loss)
         return Fit(errors, fitted) if unfitted is None else Fit({}, unfitted)
 
-    def _held_out(self, rewritten: nn.Module) -> Measured:
+    def measure(self, rewritten: nn.Module) -> Measured:
+        """How far a model is from the original on held-out inputs."""
         assert self.batches is not None
         return compare(self.model, rewritten, self.batches.held_out(), self.outputs)
 
@@ -341,7 +355,7 @@ class Planner:
             factors = self._factors(op, weights[op.path], fitted=False) if op.path in weights else None
             if factors is not None:
                 cast(Factorized, rewritten.get_submodule(op.path)).load_factors(factors, None)
-        unfitted = self._held_out(rewritten)
+        unfitted = self.measure(rewritten)
         if unfitted.loss < fitted:
             self.notes.append("fitting made the held-out loss larger, and was taken back")
             return unfitted

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from operator import attrgetter
 
@@ -155,6 +155,11 @@ class Statistics:
     def positions(self, path: str) -> float:
         """How many positions of a layer one sample has, over all its calls."""
         return self.layers[path].weight / max(self.samples, 1)
+
+    def without_gradients(self) -> Statistics:
+        """What the layers read alone."""
+        layers = {path: replace(sums, gradients=None) for path, sums in self.layers.items()}
+        return replace(self, layers=layers, kind="activations", outcome="")
 
     def round(self) -> None:
         """Rounds the moments of inputs as the cache does, so that a first plan equals those that come after it."""

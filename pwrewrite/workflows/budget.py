@@ -1,7 +1,8 @@
 """A rewrite under a budget: plan, carry out, fit, measure.
 
-What `pwrewrite.planning` works out for one model is put to use here on a `pwrewrite.workflows.steps.Run`. `search`
-looks for the smallest model that keeps a metric.
+What `pwrewrite.planning` works out for one model is put to use here on a `pwrewrite.workflows.steps.Run`. Where much
+more is lost on held-out inputs than was predicted, the model is planned and fitted in the other norms, too, and what
+loses least there is kept. `search` looks for the smallest model that keeps a metric.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from ..passes.plain_layers import BakeWeights, UnfuseLayers
 from ..planning.allocator import Allocator, Choice
 from ..planning.budget import Limit, budgets_of
 from ..planning.latency import MEASURED
-from ..planning.outputs import FAR, accuracy, compare
+from ..planning.outputs import FAR, accuracy
 from ..planning.planner import Fit, Planner, costs_of
 from ..planning.running import samples_of
 from ..report.records import BudgetReport, Frontier, Point, Report
-from .recover import fitted
-from .steps import Run
+from .recover import trained
+from .steps import Run, State
 
 Metric = Callable[[nn.Module], float]
 
@@ -62,13 +63,62 @@ class Budgeted:
         if plan is None:
             self.choice = self._chosen()
             plan = self.choice.plan
-        plan = Plan.from_json(of_first(plan.to_json())) if world() > 1 else plan
-        self.run.all(plan, self.planner.decomposer)
+        start, notes = self.run.state, list(self.planner.notes)
+        self.fit = self._fitted(self.planner, plan)
+        if self._may_plan_anew():
+            self._plan_anew(start, notes)
         if self.run.state.rows:
-            self.fit, self.recovery = fitted(self.planner, self.run.state.model, self.run.state.plan)
-            trained = self.recovery is not None and self.recovery.kept > 0
-            rows = self.run.state.rows if trained else ()
+            self.fit, self.recovery = trained(self.planner, self.run.state.model, self.fit)
+            rows = self.run.state.rows if self.recovery is not None and self.recovery.kept > 0 else ()
             self.run.fitted({**self.fit.errors, **{row.edit.path: None for row in rows}})
+
+    def _fitted(self, planner: Planner, plan: Plan) -> Fit:
+        """Carries a plan out on the run and fits the result."""
+        self.run.all(Plan.from_json(of_first(plan.to_json())) if world() > 1 else plan, planner.decomposer)
+        model = self.run.state.model
+        fit = planner.refit(model, self.run.state.plan) if self.run.state.rows else Fit()
+        if planner.batches is not None and fit.held_out is None:
+            return replace(fit, held_out=planner.measure(model))
+        return fit
+
+    def _may_plan_anew(self) -> bool:
+        """Whether much more is lost than predicted, and the norm, its limits and the plan were not given.
+
+        Nor latencies, which are those of candidates that would have to be measured anew.
+        """
+        budget, choice, held_out = self.budget, self.choice, self.fit.held_out
+        own = budget.sensitivity is None and budget.max_layer_error is None and budget.max_drop is None
+        timed = budget.gate is not None or any(limit.kind == "latency" for limit in self.limits)
+        if choice is None or held_out is None or not own or timed or self.planner.settings.sensitivity != "loss":
+            return False
+        return of_first(_far_above(held_out.loss, choice.loss))
+
+    def _plan_anew(self, start: State, notes: Sequence[str]) -> None:
+        """Plans in the other norms, too; what loses least on held-out inputs is kept, with these notes and its own."""
+        tried: dict[str, tuple[float, Planner, Choice | None, State, Fit]] = {}
+
+        def keep(planner: Planner, choice: Choice | None, fit: Fit) -> None:
+            assert fit.held_out is not None
+            loss = of_first(fit.held_out.loss)
+            tried[str(planner.settings.sensitivity)] = loss, planner, choice, self.run.state, fit
+
+        keep(self.planner, self.choice, self.fit)
+        for name in ("activations", "weights"):
+            self.run.say(f"planning by {name}", None)
+            planner, self.run.state = self.planner.in_norm(name), start
+            planner.notes[:] = notes
+            try:
+                choice = planner.choose(self.limits)
+            except RefusedError:  # other widths are candidates there, and none meets the limits
+                continue
+            keep(planner, choice, self._fitted(planner, choice.plan))
+        kept = min(tried, key=lambda name: tried[name][0])
+        losses = ", ".join(f"{name} {loss:.3g}" for name, (loss, *_) in tried.items())
+        _, self.planner, self.choice, self.run.state, self.fit = tried[kept]
+        self.planner.notes.append(
+            f"the loss measured is far above the predicted one: planned in every norm (held-out loss: {losses}); "
+            f"{kept} is kept"
+        )
 
     def _chosen(self) -> Choice:
         if self.budget.max_drop is None:
@@ -119,9 +169,7 @@ class Budgeted:
         notes = list(planner.notes)
         if planner.batches is not None:
             self.run.say("measuring on held-out inputs", None)
-            measured = self.fit.held_out or compare(
-                planner.model, self.run.state.model, planner.batches.held_out(), planner.outputs
-            )
+            measured = self.fit.held_out or planner.measure(self.run.state.model)
             result = replace(
                 result,
                 measured=measured.loss,
@@ -263,7 +311,7 @@ def _astray(result: BudgetReport) -> list[str]:
     """A note where the prediction is far from what was measured."""
     if result.predicted is None or result.measured is None or result.sensitivity != "loss":
         return []
-    if result.measured > FAR * result.predicted and result.measured > 1e-3:
+    if _far_above(result.measured, result.predicted):
         return [
             f"the measured loss, {result.measured:.3g}, is far above the predicted one, {result.predicted:.3g}: "
             "errors of different layers add up here, are too large for the prediction, or the calibration inputs are "
@@ -275,6 +323,10 @@ def _astray(result: BudgetReport) -> list[str]:
             "the prediction is too dark here, and a smaller budget may do"
         ]
     return []
+
+
+def _far_above(measured: float, predicted: float) -> bool:
+    return measured > FAR * predicted and measured > 1e-3
 
 
 @dataclass(frozen=True)
@@ -318,7 +370,7 @@ def search(
         choice = choices[middle]
         planner.say(f"trying {choice.costs[kind] / planner.original[kind]:.1%} of the {kind}", len(tried) / steps)
         rewritten = carry_out(planner.model, choice.plan, decomposer=planner.decomposer).model
-        fitted(planner, rewritten, choice.plan)
+        trained(planner, rewritten, planner.refit(rewritten, choice.plan))
         after = of_first(float(metric(rewritten)))
         tried.append((choice.costs[kind] / planner.original[kind], after))
         if after >= before - max_drop:

@@ -1,4 +1,4 @@
-"""Training a rewritten model to its original: `recover`, and `fitted` for what was planned under a budget."""
+"""Training a rewritten model to its original: `recover`, and `trained` for what was planned under a budget."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from ..core.errors import UsageError, first_line
 from ..core.nested import Tree
 from ..core.option import flag_of, from_keywords, refuse_unknown
 from ..core.options import Budget, RecoverOptions
-from ..core.plan import Plan
 from ..core.recovery import Recovery
 from ..edit.apply import copy_of
 from ..planning.batches import Batches, stable
@@ -106,9 +105,9 @@ def recover(
     return Recovered(model, report, measured, tuple(dict.fromkeys((*read.notes, *recoverer.notes))))
 
 
-def fitted(planner: Planner, rewritten: nn.Module, plan: Plan) -> tuple[Fit, Recovery | None]:
-    """Fits a model with a plan carried out, and trains it where the budget says so; in place."""
-    fit, settings = planner.refit(rewritten, plan), planner.settings
+def trained(planner: Planner, rewritten: nn.Module, fit: Fit) -> tuple[Fit, Recovery | None]:
+    """Trains a fitted model where the budget says so, in place; how far it is from the original then."""
+    settings = planner.settings
     if settings.recover is None or planner.batches is None:
         return fit, None
     recoverer = Recoverer(

@@ -20,6 +20,7 @@ from pwrewrite.planning import planner
 from pwrewrite.planning.budget import budgets_of
 from pwrewrite.planning.outputs import compare
 from pwrewrite.planning.planner import Planner
+from pwrewrite.workflows import budget as workflow
 from pwrewrite.workflows.budget import search
 
 ONE = torch.zeros(1, 1, 8, 8)
@@ -226,6 +227,44 @@ def test_a_prediction_far_from_what_is_measured_is_told() -> None:
         assert told[-1] is (measured > 4 * predicted and measured > 1e-3)
 
 
+def test_where_the_prediction_fails_held_out_inputs_choose_among_the_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every prediction failed: the default loses no more there than the best of the three."""
+    share, norms = 0.2, ("loss", "activations", "weights")
+    monkeypatch.setattr(workflow, "FAR", 0.0)
+    alone = {norm: digits_at(share, norm).report.budget for norm in norms}  # a norm that is given stays
+    losses = {norm: found.measured for norm, found in alone.items() if found is not None and found.measured is not None}
+    assert losses.keys() == {found.sensitivity for found in alone.values() if found is not None} == set(norms)
+    result = pwrewrite.rewrite(trained(), ONE, budget={"macs": share}, calibration=calibration_digits(), verify=False)
+    found = result.report.budget
+    assert found is not None
+    best = min(losses, key=losses.__getitem__)
+    assert (found.sensitivity, found.reached["macs"] <= share) == (best, True)
+    assert found.measured == pytest.approx(losses[best], rel=0.02)
+    assert result.plan.budget["sensitivity"] == best
+    told = [note for note in result.report.notes if "planned in every norm" in note]
+    assert len(told) == 1
+    assert told[0].endswith(f"; {best} is kept")
+    assert all(norm in told[0] for norm in norms)
+    ready = Planner(trained(), ONE, calibration_digits(), Budget()).measure(result.model)
+    assert ready.loss == pytest.approx(found.measured, rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"max_layer_error": 1.0}, {"sensitivity": "loss"}, {"budget": {"macs": 0.8}}])
+def test_one_norm_does_where_it_was_asked_for_or_predicts_well(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Planner, sensitivity: str) -> Planner:
+        raise AssertionError(f"planned by {sensitivity}")
+
+    monkeypatch.setattr(Planner, "in_norm", refused)
+    if "budget" not in options:
+        monkeypatch.setattr(workflow, "FAR", 0.0)
+    given: dict[str, Any] = {"budget": {"macs": 0.2}, "calibration": calibration_digits(), "verify": False, **options}
+    result = pwrewrite.rewrite(trained(), ONE, **given)
+    assert result.report.budget is not None
+    assert result.report.budget.sensitivity == "loss"
+
+
 # ----------------------------------------------------------------------------------------- plans and folders
 
 
@@ -269,12 +308,9 @@ def test_a_result_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
     assert '"budget"' in (tmp_path / "out" / "report.json").read_text()
 
 
-def test_a_fit_that_was_looked_at_twice_is_put_back() -> None:
-    """Without a predicted loss to go by, every fit is held against none."""
+def test_a_fit_that_was_held_against_none_is_put_back() -> None:
     model, inputs = made("plain")
-    result = pwrewrite.rewrite(
-        model, inputs, budget={"macs": 0.6}, calibration=batches(), sensitivity="activations", verify=False
-    )
+    result = pwrewrite.rewrite(model, inputs, budget={"macs": 0.6}, calibration=batches(), verify=False)
     assert not any("taken back" in note for note in result.report.notes)
     assert result.report.budget is not None
     ready = Planner(model, inputs, batches(), Budget())
@@ -283,7 +319,9 @@ def test_a_fit_that_was_looked_at_twice_is_put_back() -> None:
     assert now.loss == pytest.approx(result.report.budget.measured, rel=1e-3)
 
 
-def test_a_fit_that_does_harm_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("harm", [1.15, 50])
+def test_a_fit_that_does_harm_is_taken_back(harm: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Much harm, and so little that the loss is still near the predicted one."""
     model, inputs = made("plain")
     plain = pwrewrite.rewrite(model, inputs, budget={"macs": 0.6}, calibration=batches(), refit="none")
     real = planner.refit
@@ -293,7 +331,7 @@ def test_a_fit_that_does_harm_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> 
         with torch.no_grad():
             for path in errors:
                 for parameter in rewritten.get_submodule(path).parameters():
-                    parameter.mul_(50)
+                    parameter.mul_(harm)
         return errors
 
     monkeypatch.setattr(planner, "refit", spoiled)
