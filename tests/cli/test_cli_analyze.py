@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from messages import messages
 from rich.cells import cell_len
 from typer.testing import Result
+from warm_python import python
 
 import pwrewrite
 
@@ -173,7 +173,7 @@ def test_help_names_every_device(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_closed_pipe_is_no_error(folder: Path) -> None:
     """As in `pwrewrite analyze net.py | head -1`; the reader is gone before the first line comes."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "pwrewrite", "analyze", "net.py"],
+        [*python(), "-m", "pwrewrite", "analyze", "net.py"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

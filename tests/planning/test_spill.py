@@ -19,6 +19,7 @@ import torch
 from small_networks import KINDS, batches, made
 from torch import Tensor, nn
 from torch.utils import _python_dispatch
+from warm_python import python
 
 import pwrewrite
 from pwrewrite.core.errors import OutputError
@@ -401,7 +402,7 @@ from pwrewrite.forms.weighted import WeightedLayer
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-model = nn.Sequential(*(nn.Conv2d(16, 16, 1) for _ in range(6))).eval()
+model = nn.Sequential(*(nn.Conv2d(16, 16, 1) for _ in range(2))).eval()
 changed, targets = copy.deepcopy(model), []
 for i, layer in enumerate(model):
     spec = ConvSpec.of_module(layer)
@@ -419,7 +420,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 def _largest(chunks: int, allowance: int) -> float:
     """How large a process becomes that fits with so many chunks, in MiB."""
-    command = [sys.executable, "-c", _MEASURED, str(chunks), str(allowance * 1024**2)]
+    command = [*python(), "-c", _MEASURED, str(chunks), str(allowance * 1024**2)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024
 
 
