@@ -351,8 +351,9 @@ class Planner:
         with torch.no_grad():
             for tensor, before in state:
                 tensor.copy_(before)
-        for op in plan.ops:
-            factors = self._factors(op, weights[op.path], fitted=False) if op.path in weights else None
+        for op in plan.ops:  # of which others may have made plain weights of the layer first
+            factorized = op.action == "factorize" and op.path in weights
+            factors = self._factors(op, weights[op.path], fitted=False) if factorized else None
             if factors is not None:
                 cast(Factorized, rewritten.get_submodule(op.path)).load_factors(factors, None)
         unfitted = self.measure(rewritten)
