@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import pwrewrite
-from pwrewrite.core.option import typed_fields
+from pwrewrite.core.declaring import typed_fields
 
 
 def test_no_room_has_the_name_of_a_public_function() -> None:

@@ -40,7 +40,7 @@ class Finding(Record):
 
 
 @dataclass(frozen=True, repr=False)
-class Check(Shown, Record):
+class GateResult(Shown, Record):
     """What a model costs against its limits.
 
     Attributes:
@@ -65,7 +65,7 @@ class Check(Shown, Record):
         return [finding for finding in self.findings if finding.severity == severity]
 
 
-def judge(analysis: Analysis, gate: GateOptions, baseline: Costs | None = None) -> Check:
+def judge(analysis: Analysis, gate: GateOptions, baseline: Costs | None = None) -> GateResult:
     """Holds an analysis against limits.
 
     Args:
@@ -97,7 +97,7 @@ def judge(analysis: Analysis, gate: GateOptions, baseline: Costs | None = None) 
         findings.append(
             Finding("unpriced", "operations without a formula", calls, 0, None, verdict, analysis.coverage.unpriced)
         )
-    return Check(analysis.target, tuple(findings), difference, tuple(notes))
+    return GateResult(analysis.target, tuple(findings), difference, tuple(notes))
 
 
 def _finding(costs: Costs, kind: str, most: int, gate: GateOptions, against: Difference | None = None) -> Finding:

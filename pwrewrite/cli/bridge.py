@@ -16,7 +16,7 @@ from typing import Annotated, Any, cast, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ..core.option import T, Typed, default_of, read_typed, typed_fields
+from ..core.declaring import T, Typed, default_of, read_typed, typed_fields
 from .config import options_of
 from .running import handled
 

@@ -7,8 +7,8 @@ from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
 
+from ..core.declaring import option, path
 from ..core.numbers import parse_count, parse_share
-from ..core.option import option, path
 from ..core.options import BUDGET, PASSES, PROOF, engine_option
 
 OUT, SHOWN, CHECKS = "Output", "What is shown", "Checks"

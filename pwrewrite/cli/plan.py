@@ -83,8 +83,8 @@ def _check_measures(budget: Budget) -> None:
 
 
 def _check_pareto(budget: Budget, planning: Planned) -> None:
+    from ..core.declaring import flag_of
     from ..core.errors import UsageError
-    from ..core.option import flag_of
 
     if planning.out is not None:
         raise UsageError("--pareto makes no plan for --out", hint="--report frontier.csv writes the frontier")

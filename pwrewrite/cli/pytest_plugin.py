@@ -10,14 +10,14 @@ import pytest
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..analysis.gates import Check
+    from ..analysis.gates import GateResult
     from ..capturing import Inputs
 
 
 class ModelBudget(Protocol):
     """Fails the test where a model costs more than it may."""
 
-    def __call__(self, model: nn.Module, example_inputs: Inputs, **limits: object) -> Check:
+    def __call__(self, model: nn.Module, example_inputs: Inputs, **limits: object) -> GateResult:
         """The limits are those of `pwrewrite.check`: ``max_params``, ``max_macs``, ``baseline``, ….
 
         Returns:
@@ -29,10 +29,10 @@ class ModelBudget(Protocol):
 def model_budget() -> ModelBudget:
     """Holds a model against limits; a test whose model exceeds one fails with the layers that are to blame."""
 
-    def hold(model: nn.Module, example_inputs: Inputs, **limits: object) -> Check:
+    def hold(model: nn.Module, example_inputs: Inputs, **limits: object) -> GateResult:
         from ..workflows.check import check
 
-        holding: Callable[..., Check] = check
+        holding: Callable[..., GateResult] = check
         verdict = holding(model, example_inputs, **limits)
         if not verdict.passed:
             pytest.fail(str(verdict), pytrace=False)

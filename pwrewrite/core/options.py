@@ -1,6 +1,6 @@
 """The options of the library, each declared once: which model, which layers and passes, which budget, which proof.
 
-`pwrewrite.core.option` says how. Nothing here imports torch, since ``pwrewrite --help`` reads these records.
+`pwrewrite.core.declaring` says how. Nothing here imports torch, since ``pwrewrite --help`` reads these records.
 """
 # ruff: noqa: RUF009 (`option` makes a dataclass field)
 
@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .form_names import ENGINE_NAMES, EXPORT_NAMES, FORM_NAMES
+from .declaring import documented, option, path
+from .names import ENGINE_NAMES, EXPORT_NAMES, FORM_NAMES
 from .numbers import (
     Time,
     parse_arg,
@@ -24,7 +25,6 @@ from .numbers import (
     parse_time,
     parse_width,
 )
-from .option import documented, option, path
 
 if TYPE_CHECKING:
     from .plan import Plan

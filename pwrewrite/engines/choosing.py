@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..core.errors import PwrewriteError, RefusedError
-from ..core.form_names import ENGINE_NAMES
+from ..core.names import ENGINE_NAMES
 from ..core.nested import Args, Kwargs
 from .engine import Engine, Ran, Session, engine_named
 from .timing import Timing, time_models

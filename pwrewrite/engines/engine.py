@@ -2,7 +2,7 @@
 
 An engine makes a `Session` of a model and inputs, for their shapes; the session runs inputs of these shapes and says
 what it runs on. Each is one file, ``NAME_engine.py``, that ends in ``ENGINE = Name()``, and an entry in
-`pwrewrite.core.form_names.ENGINE_NAMES`.
+`pwrewrite.core.names.ENGINE_NAMES`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import PwrewriteError, RefusedError, UsageError, first_line
-from ..core.form_names import ENGINE_NAMES
+from ..core.names import ENGINE_NAMES
 from ..core.nested import Args, Kwargs, tensors_of
 from ..edit.actions.unfuse import unfuse
 from ..layers.factorized import Factorized

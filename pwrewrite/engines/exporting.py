@@ -1,7 +1,7 @@
 """What an export format is, and what it is given: a program of `torch.export` with names for its inputs and outputs.
 
 A format writes files from a `Program` and runs them in the runtime that they are for. It is one file,
-``NAME_format.py``, that ends in ``FORMAT = Name()``, and an entry in `pwrewrite.core.form_names.EXPORT_NAMES`.
+``NAME_format.py``, that ends in ``FORMAT = Name()``, and an entry in `pwrewrite.core.names.EXPORT_NAMES`.
 
 Axes that may vary get one symbol per label. Where the code of the model asks for more than that (a multiple of
 something, another label's size), torch chooses the relation itself; an axis that it freezes is refused, never kept
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
 from ..core.errors import RefusedError, UsageError, first_line
-from ..core.form_names import EXPORT_NAMES
+from ..core.names import EXPORT_NAMES
 from ..core.nested import Args, Kwargs, tensors_of
 
 Call = tuple[Args, Kwargs]

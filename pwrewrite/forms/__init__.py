@@ -1,6 +1,6 @@
 """The forms that a layer can be factorised into: one file per form, each with one object `Form` called ``FORM``.
 
-To add a form, write such a file and put its name into `pwrewrite.core.form_names`. The passes, the planner, the
+To add a form, write such a file and put its name into `pwrewrite.core.names`. The passes, the planner, the
 modules, plans, ``--set``, ``--forms`` and the help texts all ask the object.
 """
 
@@ -10,7 +10,7 @@ from importlib import import_module
 
 from ..core.convolution import ConvSpec
 from ..core.errors import PlanError, UsageError
-from ..core.form_names import FORM_NAMES
+from ..core.names import FORM_NAMES
 from ..core.text import did_you_mean
 from .form import Axes, Form, Where
 

@@ -154,7 +154,10 @@ class Form(ABC):
 
 
 class OneRank(Form):
-    """A form of two factors with one width between them."""
+    """A form of two factors with one width between them, the last of them dense over that width.
+
+    `predict` and `solve` rest on the second, as does refitting the last factor; a form without it overrides both.
+    """
 
     @abstractmethod
     def spectrum(self, kernel: Tensor, spec: ConvSpec, axes: Axes) -> Spectrum[PairFactors]:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ..capturing import Inputs, capture, split_inputs
 from ..capturing.records import Capture, info
+from ..core.declaring import typed_fields
 from ..core.errors import RefusedError, UsageError
 from ..core.nested import Tree
-from ..core.option import typed_fields
 from ..core.options import Budget
 from ..core.plan import Op, Plan
 from ..decompose import Factors

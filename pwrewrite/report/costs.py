@@ -5,7 +5,7 @@ from __future__ import annotations
 from xml.etree import ElementTree
 
 from ..analysis.costs import BYTES, KINDS, NAMES, Difference, LayerDifference
-from ..analysis.gates import Check, Finding
+from ..analysis.gates import Finding, GateResult
 from ..core.errors import GateError
 from ..core.numbers import count, exact, plural, size
 from ..core.text import plain
@@ -26,7 +26,7 @@ def signed(kind: str, value: int) -> str:
     return ("+" if value > 0 else "") + amount(kind, value)
 
 
-def check_page(check: Check) -> Page:
+def check_page(check: GateResult) -> Page:
     """A gate: each limit with what the model costs, and the layers to blame where it is exceeded or nearly so."""
     shown = check.findings
     marks, styles = zip(*(_MARKS[finding.severity] for finding in shown))
@@ -54,7 +54,7 @@ def check_page(check: Check) -> Page:
     return (*blocks, *notes_part(check.notes))
 
 
-def headline(check: Check) -> str:
+def headline(check: GateResult) -> str:
     """The verdict in a sentence."""
     failed, warned = check.of("failed"), check.of("warning")
     if failed:
@@ -77,7 +77,7 @@ def sentence(finding: Finding) -> str:
     return f"{text}; {'most' if finding.baseline is None else 'grown'}: {layers}" if layers else text
 
 
-def hold(check: Check) -> None:
+def hold(check: GateResult) -> None:
     """Raises `GateError` where a limit is exceeded: what the model costs, and what costs most."""
     if failed := check.of("failed"):
         unpriced = any(finding.kind == "unpriced" for finding in failed)
@@ -140,7 +140,7 @@ def _layers(layers: tuple[LayerDifference, ...]) -> Table:
     )
 
 
-def github(check: Check, file: str | None = None) -> str:
+def github(check: GateResult, file: str | None = None) -> str:
     """A gate as workflow commands: an error or a warning for each limit that is exceeded or nearly so.
 
     Args:
@@ -164,7 +164,7 @@ def _escaped(text: str, more: str = "") -> str:
     return text
 
 
-def junit(check: Check) -> str:
+def junit(check: GateResult) -> str:
     """A gate as JUnit XML, a test case for each limit."""
     count_ = {"tests": str(len(check.findings)), "failures": str(len(check.of("failed")))}
     suite = ElementTree.Element("testsuite", {"name": "pwrewrite check", **count_, "errors": "0", "skipped": "0"})

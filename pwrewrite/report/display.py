@@ -9,7 +9,7 @@ from collections.abc import Sized
 from dataclasses import fields, is_dataclass
 
 from ..analysis.costs import Difference
-from ..analysis.gates import Check
+from ..analysis.gates import GateResult
 from ..analysis.records import Analysis
 from ..core.errors import shortened
 from ..core.exports import Exports
@@ -46,7 +46,7 @@ def page(result: object) -> Page:
             return rewrite.plan_page(result)
         case Frontier():
             return frontier.page(result)
-        case Check():
+        case GateResult():
             return costs.check_page(result)
         case Difference():
             return costs.difference_page(result)
@@ -80,7 +80,7 @@ def _summary(result: object) -> str:
             return f": {plural(len(ops), 'op')}, {plural(len(skips), 'skip')}"
         case Frontier(target=target, kind=kind, points=points):
             return f" of {target}: {plural(len(points), 'point')} by {kind}"
-        case Check(target=target):
+        case GateResult(target=target):
             return f" of {target}: {costs.headline(result)}"
         case Exports(target=target):
             return f" of {target}: {exported.headline(result)}"

@@ -21,8 +21,8 @@ from torch import nn
 
 from ..capturing import split_inputs
 from ..capturing.lazy import has_lazy_modules, materialized
+from ..core.declaring import from_keywords
 from ..core.errors import InputError, TargetError, UsageError
-from ..core.option import from_keywords
 from ..core.options import TargetOptions
 from ..core.plan import Plan
 from ..core.random_state import check_seed, keeping_random_state

@@ -22,8 +22,8 @@ from torch import nn
 
 from ..capturing.inputs import Inputs, split_inputs
 from ..capturing.lazy import materialized
+from ..core.declaring import from_keywords, refuse_unknown
 from ..core.errors import InputError, UsageError
-from ..core.option import from_keywords, refuse_unknown
 from ..core.random_state import keeping_random_state
 from ..core.verification import Check, Verification
 from .context import Context, Options, Results, context_of

@@ -11,9 +11,9 @@ from ..analysis.devices import DeviceProfile, device_profile
 from ..analysis.records import Analysis
 from ..capturing import Capture, Inputs, capture
 from ..capturing.shapes import ShapeError
+from ..core.declaring import from_keywords, refuse_unknown
 from ..core.errors import CaptureError
 from ..core.numbers import parse_share
-from ..core.option import from_keywords, refuse_unknown
 from ..core.options import TargetOptions
 from ..targets import LoadedModel, class_name, open_target
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..capturing import Inputs, split_inputs
 from ..core.errors import RefusedError
-from ..core.form_names import ENGINE_NAMES
+from ..core.names import ENGINE_NAMES
 from ..core.options import Budget
 from ..core.plan import Plan
 from ..core.processes import of_first, world

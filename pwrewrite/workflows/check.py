@@ -11,12 +11,12 @@ from pathlib import Path
 from torch import nn
 
 from ..analysis.costs import Costs, Difference, compare
-from ..analysis.gates import Check, judge
+from ..analysis.gates import GateResult, judge
 from ..analysis.records import Analysis
 from ..capturing import Inputs
 from ..core import files
+from ..core.declaring import from_keywords, refuse_unknown
 from ..core.errors import InputError, UsageError
-from ..core.option import from_keywords, refuse_unknown
 from ..core.options import GateOptions, TargetOptions
 from ..targets.storage import is_saved, read_plan
 from .analyze import analyze, analyze_target
@@ -24,7 +24,7 @@ from .analyze import analyze, analyze_target
 
 def check(
     model: nn.Module, example_inputs: Inputs, *, target: str = "", gate: GateOptions | None = None, **limits: object
-) -> Check:
+) -> GateResult:
     """Holds a model against limits, from shapes alone.
 
     Args:
@@ -50,7 +50,7 @@ def check(
     return judge(analyze(model, example_inputs, target=target), gate, baseline)
 
 
-def check_target(target: TargetOptions, gate: GateOptions) -> Check:
+def check_target(target: TargetOptions, gate: GateOptions) -> GateResult:
     """The same for what can be typed."""
     _require_limits(gate)
     baseline = None if gate.baseline is None else costs_of(gate.baseline, target)

@@ -23,12 +23,12 @@ from torch import nn
 from ..analysis import analyze_capture
 from ..analysis.records import Analysis, versions
 from ..capturing import Inputs, capture, split_inputs
+from ..core.declaring import changed, flag_of, from_keywords
 from ..core.errors import OutputError, RefusedError, UsageError
 from ..core.exports import Exported
 from ..core.files import new_folder, read_text
-from ..core.form_names import ENGINE_NAMES
+from ..core.names import ENGINE_NAMES
 from ..core.nested import tensors_of
-from ..core.option import changed, flag_of, from_keywords
 from ..core.options import Budget, CompressOptions, ExportOptions, PassOptions, Proof, TargetOptions
 from ..core.plan import Plan
 from ..core.processes import world

@@ -19,13 +19,13 @@ from torch import nn
 
 from ..capturing import Inputs, split_inputs
 from ..capturing.inputs import input_names
+from ..core.declaring import from_keywords, refuse_unknown
 from ..core.errors import PwrewriteError, RefusedError, UsageError, VerificationError, first_line
 from ..core.exports import EXPORT_SCHEMA, Exported, Exports
 from ..core.files import new_folder
-from ..core.form_names import EXPORT_NAMES
+from ..core.names import EXPORT_NAMES
 from ..core.nested import tensors_of
 from ..core.numbers import dims
-from ..core.option import from_keywords, refuse_unknown
 from ..core.options import ExportOptions, TargetOptions
 from ..edit.actions.unfuse import unfuse
 from ..engines.exporting import Axes, Format, Program, format_named, identifier, int8_of, measured

@@ -24,10 +24,10 @@ from torch import Tensor, fx, nn
 
 from ..capturing import Inputs, split_inputs
 from ..capturing.records import Capture, info
+from ..core.declaring import from_keywords, refuse_unknown
 from ..core.errors import RefusedError, first_line
 from ..core.nested import deep_copy, map_tensors, tensors_of
 from ..core.numbers import plural
-from ..core.option import from_keywords, refuse_unknown
 from ..core.options import Proof
 from ..core.plan import Plan, SkipReason
 from ..core.verification import Check, Verification

@@ -11,10 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..core.declaring import flag_of
 from ..core.errors import UsageError, first_line
 from ..core.exports import Exported
 from ..core.numbers import plural
-from ..core.option import flag_of
 from ..core.options import Budget, ExportOptions
 from ..engines.exporting import Axes, Call, Format, Program, int8_of
 from ..engines.timing import time_in_turns

@@ -16,9 +16,9 @@ from inspect import signature
 from typing import Any, cast
 
 from ..capturing.records import Capture, Layer
+from ..core.declaring import changed, flag_of
 from ..core.errors import RefusedError, UsageError, shortened
 from ..core.numbers import parse_width
-from ..core.option import changed, flag_of
 from ..core.options import LayerOptions, PassOptions, Width
 from ..core.plan import Edit, Op, Skip, SkipReason
 from ..core.text import did_you_mean

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..capturing import Inputs, capture
 from ..capturing.inputs import tensors_for
+from ..core.declaring import flag_of, from_keywords, refuse_unknown
 from ..core.errors import UsageError, first_line
 from ..core.nested import Tree
-from ..core.option import flag_of, from_keywords, refuse_unknown
 from ..core.options import Budget, RecoverOptions
 from ..core.recovery import Recovery
 from ..edit.apply import copy_of

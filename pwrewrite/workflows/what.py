@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..core.declaring import changed, flag_of, from_keywords, refuse_unknown
 from ..core.errors import UsageError
 from ..core.numbers import parse_time
-from ..core.option import changed, flag_of, from_keywords, refuse_unknown
 from ..core.options import Budget, LayerOptions, PassOptions, Proof
 from ..core.plan import Plan
 from ..passes import Pass

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.core.errors import RefusedError, UsageError
-from pwrewrite.core.form_names import ENGINE_NAMES
+from pwrewrite.core.names import ENGINE_NAMES
 from pwrewrite.engines import choosing, engine
 from pwrewrite.engines.choosing import Times, choose, time_everywhere
 from pwrewrite.engines.engine import Engine, engine_named, program_of, stages_of

@@ -23,6 +23,7 @@ import pwrewrite
 from pwrewrite.core.errors import RefusedError, UsageError
 from pwrewrite.core.options import Budget
 from pwrewrite.core.plan import Plan, SkipReason
+from pwrewrite.forms import FORMS
 from pwrewrite.planning.budget import budgets_of
 from pwrewrite.planning.planner import Planner
 
@@ -182,7 +183,7 @@ def test_widths_are_multiples(multiple: int) -> None:
         (["1x1"], {"reduce", "expand", "bottleneck", "pair"}),
         (["reduce"], {"reduce"}),
         (["spatial", "depthwise"], {"spatial", "depthwise"}),
-        (["all"], {"reduce", "expand", "bottleneck", "pair", "spatial", "depthwise"}),
+        (["all"], set(FORMS)),
     ],
 )
 def test_forms_are_those_that_are_named(forms: Sequence[str], allowed: set[str]) -> None:

@@ -18,7 +18,7 @@ import pwrewrite
 from pwrewrite.capturing import Inputs
 from pwrewrite.core.errors import OutputError, RefusedError, UsageError
 from pwrewrite.core.exports import Exports
-from pwrewrite.core.form_names import EXPORT_NAMES
+from pwrewrite.core.names import EXPORT_NAMES
 from pwrewrite.engines import exporting, pt2_format, source_code
 
 X = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,7 @@ from torch import nn
 
 import pwrewrite
 from pwrewrite.core.errors import PwrewriteError
-from pwrewrite.core.form_names import EXPORT_NAMES
+from pwrewrite.core.names import EXPORT_NAMES
 
 from .fusing import _prepare, _smaller
 from .harness import Built, Candidate, build
