@@ -155,7 +155,7 @@ def test_results_print_as_pages_and_are_json() -> None:
     check = pwrewrite.check(net(), X, max_macs="1k", max_params="1M", target="small.py")
     text = str(check)
     assert text.startswith("small.py\n1 of 2 limits exceeded: MACs")
-    assert repr(check) == "<Check of small.py: 1 of 2 limits exceeded: MACs>"
+    assert repr(check) == "<GateResult of small.py: 1 of 2 limits exceeded: MACs>"
     assert "<table" in check._repr_html_()
     assert json.loads(check.to_json())["findings"][1]["severity"] == "failed"
     difference = pwrewrite.diff(pwrewrite.analyze(net(), X), pwrewrite.analyze(net(more=True), X))
