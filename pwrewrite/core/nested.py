@@ -8,6 +8,7 @@ that holds itself is not followed around.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy, deepcopy
 from operator import setitem
@@ -95,6 +96,15 @@ def _collect(value: Tree, tensors: list[Tensor], above: tuple[int, ...]) -> None
         if opened is not None:
             for item in opened[0].values():
                 _collect(item, tensors, (*above, id(value)))
+
+
+def hash_tensors(value: object) -> str:
+    """A hash of all tensors in nested containers, in order, 64 hex digits: dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for tensor in tensors_of(value):
+        digest.update(f"{tensor.dtype}|{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def map_tensors(value: Tree, convert: Callable[[Tensor], Tree], *, plain: bool = False) -> Tree:

@@ -27,7 +27,7 @@ from torch.utils import data
 
 from ..capturing import Inputs, split_inputs
 from ..core.errors import PwrewriteError, UsageError, first_line, shortened
-from ..core.nested import Tree, tensors_of
+from ..core.nested import Tree, hash_tensors
 from .batch_inputs import Batch, sort_out
 from .batch_reader import Reader
 from .running import Chunk
@@ -129,9 +129,7 @@ class Batches:
         for batch, parts in self._parts():
             args, kwargs = self._reader.read(batch, "cpu")
             digest.update(repr((sorted(parts), len(args), sorted(kwargs))).encode())
-            for tensor in tensors_of((args, [kwargs[name] for name in sorted(kwargs)])):
-                digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(hash_tensors((args, [kwargs[name] for name in sorted(kwargs)])).encode())
         return digest.hexdigest()
 
     def _read(self, part: Part) -> Iterator[Chunk]:

@@ -23,6 +23,7 @@ from ..capturing.records import Capture
 from ..core.convolution import ConvSpec
 from ..core.errors import first_line
 from ..core.files import cache_folder, new_file
+from ..core.nested import hash_tensors
 from ..core.options import Budget
 from .batches import Batches
 from .running import wide_dtype
@@ -51,9 +52,8 @@ def content_key(capture: Capture, layers: Mapping[str, ConvSpec], inputs: str, s
     digest.update(repr(sorted((path, repr(spec)) for path, spec in layers.items())).encode())
     for node in capture.graph.nodes:
         digest.update(f"{node.name}|{node.op}|{node.meta['info'].op}|{[a.name for a in node.all_input_nodes]}".encode())
-    for name, tensor in (*capture.model.named_parameters(), *capture.model.named_buffers()):
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    tensors = dict([*capture.model.named_parameters(), *capture.model.named_buffers()])
+    digest.update(f"{list(tensors)}|{hash_tensors(tensors)}".encode())
     return digest.hexdigest()
 
 

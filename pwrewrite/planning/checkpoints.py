@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..core.errors import OutputError
 from ..core.files import cache_folder, new_file
+from ..core.nested import hash_tensors
 
 LIMIT = 4 * 1024**3
 """Bytes that the files may take."""
@@ -32,11 +33,8 @@ def checkpoint_file(
     if (folder := cache_folder("recovery")) is None:
         return None
     facts = json.dumps([_VERSION, torch.__version__, inputs, settings], sort_keys=True, default=str)
-    digest = hashlib.sha256(facts.encode())
-    tensors = [(n, t) for model in models for n, t in (*model.named_parameters(), *model.named_buffers())]
-    for name, tensor in [*tensors, *([] if labels is None else [("labels", labels)])]:
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    tensors = [dict([*model.named_parameters(), *model.named_buffers()]) for model in models]
+    digest = hashlib.sha256(f"{facts}|{list(map(list, tensors))}|{hash_tensors([tensors, labels])}".encode())
     return folder / f"{digest.hexdigest()}.pt"
 
 

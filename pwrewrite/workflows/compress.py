@@ -7,7 +7,6 @@ of `pwrewrite.workflows.stages`; only the times are measured anew in every run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from ..core.errors import OutputError, RefusedError, UsageError
 from ..core.exports import Exported
 from ..core.files import new_folder, read_text
 from ..core.names import ENGINE_NAMES
-from ..core.nested import tensors_of
+from ..core.nested import hash_tensors, tensors_of
 from ..core.options import Budget, CompressOptions, ExportOptions, PassOptions, Proof, TargetOptions
 from ..core.plan import Plan
 from ..core.processes import world
@@ -246,14 +245,11 @@ def _prepared(budget: Budget, loaded: LoadedModel, proof: Proof) -> tuple[Budget
         tensors += [] if labels is None else [labels]
     threads = budget.threads or torch.get_num_threads()
     engines = [each.version for each in map(engine_named, ENGINE_NAMES) if budget.engine and not each.missing]
-    digest = hashlib.sha256()
     facts = {name: value for name, value in vars(budget).items() if name not in _DATA}
     facts |= {"limits": [str(limit) for limit in budgets_of(budget.limits)], "metric": source_of(budget.metric)}
     facts["augment"] = budget.augment if isinstance(budget.augment, str) else source_of(budget.augment)
     facts |= {"proof": vars(proof), "versions": versions(), "on": [device_name(tensors[0].device), threads, engines]}
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    facts["values"] = digest.hexdigest()
+    facts["values"] = hash_tensors(tensors)
     return budget, content_key(captured, {}, data, {"facts": json.dumps(facts, default=str)})
 
 
