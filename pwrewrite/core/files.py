@@ -15,11 +15,12 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import stat
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from .errors import OutputError
@@ -57,6 +58,17 @@ def check_writable(path: Path) -> None:
         places = [path] * path.exists() + [folder] * (path.is_file() or not path.exists())
     if not all(os.access(place, os.W_OK) for place in places):
         raise OutputError(f"{cannot} permission denied", where=where, hint="choose a place that you may write")
+
+
+def prune(places: Iterable[Path], limit: int) -> None:
+    """Removes the files and folders used longest ago until the rest take so many bytes; the last one used stays."""
+    with contextlib.suppress(OSError):
+        used, total = sorted(places, key=lambda place: place.stat().st_mtime, reverse=True), 0
+        for number, place in enumerate(used):
+            files = [file for file in place.rglob("*") if file.is_file()] if place.is_dir() else [place]
+            total += sum(file.stat().st_size for file in files)
+            if number and total > limit:
+                shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

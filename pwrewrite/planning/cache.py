@@ -22,7 +22,7 @@ from torch import Tensor
 from ..capturing.records import Capture
 from ..core.convolution import ConvSpec
 from ..core.errors import first_line
-from ..core.files import cache_folder, new_file
+from ..core.files import cache_folder, new_file, prune
 from ..core.nested import hash_tensors
 from ..core.options import Budget
 from .batches import Batches
@@ -124,16 +124,4 @@ def write_statistics(file: Path | None, statistics: Statistics, *, complete: boo
         file.parent.mkdir(parents=True, exist_ok=True)
         with new_file(file) as scratch:
             save_file(tensors, scratch, metadata={"pwrewrite": json.dumps(about)})
-        _prune(file)
-
-
-def _prune(newest: Path) -> None:
-    """Removes the files used longest ago until the rest fit."""
-    files = [file for file in newest.parent.glob("*.safetensors") if file != newest]
-    files.sort(key=lambda file: file.stat().st_mtime)
-    total = newest.stat().st_size + sum(f.stat().st_size for f in files)
-    for file in files:
-        if total <= LIMIT:
-            break
-        total -= file.stat().st_size
-        file.unlink(missing_ok=True)
+        prune(file.parent.glob("*.safetensors"), LIMIT)

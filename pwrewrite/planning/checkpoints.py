@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import OutputError
-from ..core.files import cache_folder, new_file
+from ..core.files import cache_folder, new_file, prune
 from ..core.nested import hash_tensors
 
 LIMIT = 4 * 1024**3
@@ -57,15 +57,6 @@ def write_checkpoint(file: Path | None, state: Mapping[str, Any]) -> bool:
         file.parent.mkdir(parents=True, exist_ok=True)
         with new_file(file) as scratch:
             torch.save(dict(state), scratch)
-        _prune(file)
+        prune(file.parent.glob("*.pt"), LIMIT)
         return True
     return False
-
-
-def _prune(newest: Path) -> None:
-    """Removes the files used longest ago until the rest fit."""
-    total = newest.stat().st_size
-    for file in sorted(newest.parent.glob("*.pt"), key=lambda file: -file.stat().st_mtime):
-        total += file.stat().st_size if file != newest else 0
-        if total > LIMIT and file != newest:
-            file.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from ..core.errors import PwrewriteError, first_line
-from ..core.files import cache_folder
+from ..core.files import cache_folder, prune
 from .steps import Progress
 
 T = TypeVar("T")
@@ -66,8 +66,7 @@ class Stages:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with suppress(OSError):
-            _prune(self._root)
+        prune((place for place in self._root.glob("*-*") if _FOLDER.fullmatch(place.name)), LIMIT)
         self._scratch.close()
 
     def progress(self, name: str) -> Progress:
@@ -113,13 +112,3 @@ class Stages:
                 shutil.rmtree(place, ignore_errors=True)
         self.timed(name, lambda say: make(place, say))
         return read(place)
-
-
-def _prune(root: Path) -> None:
-    """Removes the folders used longest ago until the rest fit."""
-    folders = [entry for entry in os.scandir(root) if _FOLDER.fullmatch(entry.name)]
-    total = 0
-    for folder in sorted(folders, key=lambda entry: -entry.stat().st_mtime):
-        total += sum(file.stat().st_size for file in os.scandir(folder))
-        if total > LIMIT:
-            shutil.rmtree(folder, ignore_errors=True)

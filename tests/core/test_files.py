@@ -9,7 +9,7 @@ import pytest
 
 from pwrewrite.core import files
 from pwrewrite.core.errors import OutputError
-from pwrewrite.core.files import check_writable, new_folder, recover, write_file
+from pwrewrite.core.files import check_writable, new_folder, prune, recover, write_file
 
 as_user = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 
@@ -206,3 +206,17 @@ def test_a_folder_that_version_0_1_moved_aside_is_moved_back(tmp_path: Path) -> 
     recover(tmp_path / "out")
     assert (tmp_path / "out" / "a").read_text() == "half"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
+    places = [tmp_path / name for name in ("old", "new", "newest")]
+    places[0].write_bytes(bytes(10))
+    for place in places[1:]:
+        (place / "inside").mkdir(parents=True)
+        (place / "inside" / "file").write_bytes(bytes(40))
+    for age, place in enumerate(reversed(places)):
+        os.utime(place, (0, 1000 - age))
+    for limit, left in ((90, places), (89, places[1:]), (50, places[2:]), (0, places[2:])):
+        prune(tmp_path.iterdir(), limit)
+        assert sorted(tmp_path.iterdir()) == sorted(left)
+    prune((tmp_path / "gone" for _ in range(1)), 0)
