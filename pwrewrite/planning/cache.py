@@ -1,8 +1,8 @@
 """Statistics on disk, by content: a second plan for the same model and inputs need not calibrate again.
 
-A file is named by a hash of the model's weights and operations, the inputs and the settings. What an interrupted
-calibration has gathered is stored too, and the next one goes on from there. Files are safetensors; the oldest go when
-the folder outgrows `LIMIT`.
+A file is named by a hash of the model's weights, operations and first outputs, the inputs and the settings. What an
+interrupted calibration has gathered is stored too, and the next one goes on from there. Files are safetensors; the
+oldest go when the folder outgrows `LIMIT`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,16 @@ _FACTS = ("samples", "chunks", "kind", "outcome", "outputs")
 
 
 def statistics_file(
-    capture: Capture, layers: Mapping[str, ConvSpec], batches: Batches, settings: Budget
+    capture: Capture, layers: Mapping[str, ConvSpec], batches: Batches, outputs: object, settings: Budget
 ) -> Path | None:
-    """The file of the statistics of such layers, named by all that they depend on; None where nothing is cached."""
+    """The file of the statistics of such layers, named by all that they depend on; None where nothing is cached.
+
+    ``outputs``, of the first chunk, tell models apart that do something else with the same weights.
+    """
     if (folder := cache_folder("statistics")) is None:
         return None
     facts = {"kind": settings.sensitivity, "seed": settings.seed, "outputs": settings.outputs, "chunk": batches.chunk}
+    facts["values"] = hash_tensors(outputs)
     return folder / f"{content_key(capture, layers, batches.fingerprint, facts)}.safetensors"
 
 

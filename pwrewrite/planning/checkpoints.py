@@ -1,7 +1,8 @@
 """Where a training that is not finished is kept, and the result of one that is: files of the cache, by content.
 
-A file is named by a hash of both models' weights, the inputs, labels and settings, so that the same call finds it, and
-no other does. Files are torch's, read with ``weights_only``; those used longest ago go when all outgrow `LIMIT`.
+A file is named by a hash of both models' weights and first outputs, the inputs, labels and settings, so that the same
+call finds it, and no other does. Files are torch's, read with ``weights_only``; those used longest ago go when all
+outgrow `LIMIT`.
 """
 
 from __future__ import annotations
@@ -19,22 +20,28 @@ from torch import Tensor, nn
 from ..core.errors import OutputError
 from ..core.files import cache_folder, new_file, prune
 from ..core.nested import hash_tensors
+from .batches import Batches
+from .running import evaluating, run_seeded
 
 LIMIT = 4 * 1024**3
 """Bytes that the files may take."""
 
-_VERSION = "1"
+_VERSION = "2"
 
 
 def checkpoint_file(
-    models: tuple[nn.Module, nn.Module], inputs: str, labels: Tensor | None, settings: Mapping[str, object]
+    models: tuple[nn.Module, nn.Module], batches: Batches, labels: Tensor | None, settings: Mapping[str, object]
 ) -> Path | None:
     """The file of a training, named by all that it depends on; None where nothing is cached."""
     if (folder := cache_folder("recovery")) is None:
         return None
-    facts = json.dumps([_VERSION, torch.__version__, inputs, settings], sort_keys=True, default=str)
+    facts = json.dumps([_VERSION, torch.__version__, batches.fingerprint, settings], sort_keys=True, default=str)
     tensors = [dict([*model.named_parameters(), *model.named_buffers()]) for model in models]
-    digest = hashlib.sha256(f"{facts}|{list(map(list, tensors))}|{hash_tensors([tensors, labels])}".encode())
+    outputs = []
+    for model in models:
+        with torch.no_grad(), evaluating(model):
+            outputs.append(run_seeded(model, batches.first()[0], 0))
+    digest = hashlib.sha256(f"{facts}|{list(map(list, tensors))}|{hash_tensors([tensors, labels, outputs])}".encode())
     return folder / f"{digest.hexdigest()}.pt"
 
 

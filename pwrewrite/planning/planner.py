@@ -127,19 +127,15 @@ class Planner:
         other._weigh()
         return other
 
-    def _look_at_outputs(self, batches: Batches, known: str = "") -> str:
-        """What the outputs are, by the first calibration inputs unless it is known; notes labels that do not fit."""
-        kind = self.settings.outputs or known
-        if not known or batches.labels() is not None:
-            chunk, labels = batches.first()
-            with torch.no_grad(), evaluating(self.model):
-                outputs = run_seeded(self.model, chunk, self.settings.seed)
-            kind = kind or kind_of_outputs(outputs, labels)
-            if labels is not None:
-                every = batches.labels()
-                why = scoring(outputs, labels if every is None else every, kind)
-                if isinstance(why, str):
-                    self._warn(f"no accuracy is measured, since the labels do not fit: {why}")
+    def _kind_of(self, outputs: object, batches: Batches, known: str = "") -> str:
+        """What outputs for the first calibration inputs are, unless it is known; notes labels that do not fit."""
+        labels = batches.first()[1]
+        kind = self.settings.outputs or known or kind_of_outputs(outputs, labels)
+        if labels is not None:
+            every = batches.labels()
+            why = scoring(outputs, labels if every is None else every, kind)
+            if isinstance(why, str):
+                self._warn(f"no accuracy is measured, since the labels do not fit: {why}")
         return kind
 
     def _warn(self, note: str) -> None:
@@ -150,15 +146,17 @@ class Planner:
         batches, settings = self.batches, self.settings
         if batches is None:
             return None
+        with torch.no_grad(), evaluating(self.model):
+            outputs = run_seeded(self.model, batches.first()[0], settings.seed)
         if settings.sensitivity == "weights":
-            self.outputs = self._look_at_outputs(batches)
+            self.outputs = self._kind_of(outputs, batches)
             return None
         self.say("reading the calibration inputs", None)
         specs = self.replaceable.specs
-        file = statistics_file(self.captured, specs, batches, settings)
+        file = statistics_file(self.captured, specs, batches, outputs, settings)
         statistics, complete, damage = read_statistics(file, device_of(self.model), specs)
         self.notes += damage
-        self.outputs = self._look_at_outputs(batches, "" if statistics is None else statistics.outputs)
+        self.outputs = self._kind_of(outputs, batches, "" if statistics is None else statistics.outputs)
         if statistics is None or not complete:
             try:
                 statistics = self._gather(batches, statistics, file)

@@ -100,7 +100,7 @@ class Recoverer:
             facts = {name: getattr(setting, name) for name in ("time", "rate", "size", "seed", "outputs")}
             facts |= {"device": setting.device.type, "augment": [setting.augment[0], source_of(setting.augment[1])]}
             labels = self.batches.labels("calibration") if setting.labelled else None
-            file = checkpoint_file((self.original, rewritten), self.batches.fingerprint, labels, facts)
+            file = checkpoint_file((self.original, rewritten), self.batches, labels, facts)
         home, teacher = device_of(rewritten), self.original
         if home != setting.device:
             teacher = deep_copy(self.original).to(setting.device)

@@ -432,18 +432,23 @@ def alike(one: Plan, other: Plan) -> bool:
     return same and [op.to_dict() for op in one.ops] == [op.to_dict() for op in other.ops]
 
 
-def test_a_second_plan_does_not_run_the_model(cache: Path) -> None:
+def test_a_second_plan_runs_the_model_once(cache: Path) -> None:
     model, _ = made("plain")
     first = plan()
     assert len(list(cache.glob("statistics/*.safetensors"))) == 1
-    assert runs(model) == 0
+    assert runs(model) == 1  # which says what it computes
     assert plan().to_json() == first.to_json()
-    assert runs(model, batches(seed=2)) > 0
-    assert runs(model, seed=1) > 0
-    assert runs(model, sensitivity="activations") > 0
+    assert runs(model, batches(seed=2)) > 1
+    assert runs(model, seed=1) > 1
+    assert runs(model, sensitivity="activations") > 1
     with torch.no_grad():
         model.get_parameter("head.bias").add_(1)
-    assert runs(model) > 0
+    assert runs(model) > 1
+    model.head = nn.Sequential(model.head, nn.Softplus(0.5))  # type: ignore[assignment]
+    assert runs(model) > 1
+    model.head[1].beta = 3.0  # type: ignore[index]  # of which neither weights nor operations tell
+    assert runs(model) > 1
+    assert runs(model) == 1
 
 
 def test_other_budgets_and_forms_need_no_new_run() -> None:
@@ -451,7 +456,7 @@ def test_other_budgets_and_forms_need_no_new_run() -> None:
     plan()
     pwrewrite.plan(model, inputs, {"params": 0.5}, batches(), refit="none", multiple=2)
     assert isinstance(model, Net)
-    assert model.runs == 0
+    assert model.runs == 1
 
 
 def test_the_cache_can_be_off(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,7 +474,7 @@ def test_a_damaged_cache_is_gathered_anew(cache: Path, damage: bytes | None) -> 
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
     assert plan().to_json() == first.to_json()
-    assert runs(model) == 0  # it was written again
+    assert runs(model) == 1  # it was written again
 
 
 POISONS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], None]] = {
@@ -531,6 +536,6 @@ def test_what_was_gathered_before_an_interruption_is_kept(monkeypatch: pytest.Mo
     monkeypatch.setenv("PWREWRITE_CACHE", "off")
     expected = pwrewrite.plan(whole, inputs, {"macs": 0.5}, batches(count=10, size=32))
     assert 0 < begun < whole.runs
-    assert model.runs == whole.runs  # none twice
+    assert model.runs == whole.runs + 1  # none twice but the first, which says what the model computes
     assert alike(found, expected)
     assert found.budget["samples"] == expected.budget["samples"]

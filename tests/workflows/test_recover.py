@@ -195,6 +195,22 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: py
     assert not any("epoch" in what for what in said)  # what is finished is not done again
 
 
+def test_models_that_compute_something_else_with_the_same_weights_are_trained_anew() -> None:
+    models = network(), smaller()
+    for changed in (None, *models):
+        if changed is not None:
+            changed[0][2] = nn.Tanh()  # type: ignore[operator]
+        assert _trains(*models)
+    assert not _trains(*models)
+
+
+def _trains(original: nn.Module, rewritten: nn.Module, **options: Any) -> bool:
+    """Whether a recovery takes steps, or finds what an earlier one came to."""
+    said: list[str] = []
+    recover(original, rewritten, images().split(20), "1epochs", progress=lambda what, _: said.append(what), **options)
+    return any("epoch" in what for what in said)
+
+
 def test_a_damaged_checkpoint_is_no_error(tmp_path: Path) -> None:
     whole = recovered("2epochs")
     (file,) = (tmp_path / "cache" / "recovery").glob("*.pt")
