@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.errors import RefusedError
 from ..core.nested import tensors_of
 from .outputs import class_scores, floating, log_probabilities
 from .running import Chunk
@@ -56,7 +57,10 @@ class Distilling(nn.Module):
         precision: What the models compute in, under ``torch.autocast``; None for as they are.
 
     Attributes:
-        blocks: Paths of the blocks whose outputs are compared.
+        blocks: Paths of the blocks whose outputs are compared: those with outputs of the same shapes in both.
+
+    Raises:
+        RefusedError: If no output of the one has the shape that it has in the other.
     """
 
     def __init__(
@@ -65,11 +69,14 @@ class Distilling(nn.Module):
         super().__init__()
         self.student, self._original = student, (original,)  # a tuple, whose parameters are none of this module's
         self._outputs, self._precision = outputs, precision
-        self.blocks = blocks_of(original, student)
-        results, of_blocks = self._run(original, chunk, self.blocks)
-        self.blocks = [path for path in self.blocks if of_blocks[path]]
+        blocks = blocks_of(original, student)
+        with torch.no_grad():
+            (results, of_blocks), (others, of_others) = (self._run(m, chunk, blocks) for m in (original, student))
+        shapes = [{path: [t.shape for t in outputs[path]] for path in blocks} for outputs in (of_blocks, of_others)]
+        self.blocks = [path for path in blocks if shapes[0][path] and shapes[0][path] == shapes[1][path]]
         self._levels = {path: [_level(t) for t in of_blocks[path]] for path in self.blocks}
         self._level = [_level(_centred(t) if self._scores(results) is not None else t) for t in floating(results)]
+        self._loss(results, others, None)
 
     def forward(self, chunk: Chunk, labels: Tensor | None, blocks: bool) -> Tensor:
         """The loss on inputs: of the blocks' outputs, or of the model's."""
@@ -88,9 +95,14 @@ class Distilling(nn.Module):
 
     def _loss(self, wanted: object, results: object, labels: Tensor | None) -> Tensor:
         before, after = self._scores(wanted), self._scores(results)
-        if before is None or after is None:
-            pairs = zip(floating(wanted), floating(results), self._level)
-            return torch.stack([_error(a, b, level) for a, b, level in pairs if a.shape == b.shape]).sum() / 2
+        if before is None or after is None or before.shape != after.shape:
+            tensors = floating(wanted), floating(results)
+            errors = [_error(a, b, level) for a, b, level in zip(*tensors, self._level) if a.shape == b.shape]
+            if not errors:
+                expected, got = (", ".join(str(tuple(t.shape)) for t in each) or "none" for each in tensors)
+                what = "the rewritten model has outputs of other shapes than the original"
+                raise RefusedError(what, expected=expected, got=got, hint="narrow or project inner layers only")
+            return torch.stack(errors).sum() / 2
         p, q = (log_probabilities(scores.float(), self._outputs) for scores in (before, after))
         loss = F.kl_div(q, p, reduction="batchmean", log_target=True)
         loss = loss + SCORES * _error(_centred(before), _centred(after), self._level[0])

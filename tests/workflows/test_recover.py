@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import pwrewrite
 from pwrewrite.core.errors import RefusedError, UsageError
+from pwrewrite.passes.narrow import Narrow
 from pwrewrite.planning import augment, distilling, training
 from pwrewrite.workflows.recover import Recovered, recover
 
@@ -125,6 +126,25 @@ def test_what_does_not_fit_in_memory_is_read_anew(monkeypatch: pytest.MonkeyPatc
     windows = recovered("3epochs", seed=1)
     assert windows.report.samples == whole.report.samples == 100
     assert windows.report.after < 0.5 * windows.report.before
+
+
+def test_blocks_that_were_narrowed_are_not_compared() -> None:
+    torch.manual_seed(0)
+    original, x = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval(), images(40)
+    narrowed = pwrewrite.rewrite(original, x[:4], passes=[Narrow(0.5)]).model
+    result = recover(original, narrowed, x.split(8), "4epochs", recover_rate=1e-2)
+    assert result.report.blocks == 1
+    assert result.report.after < result.report.before
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected", "got"),
+    [((3, 2), "(8, 3)", "(8, 2)"), ((1, 2), "(8, 1)", "(8, 2)"), ((3, 1), "(8, 3)", "(8, 1)")],
+)
+def test_models_with_other_outputs_are_refused(classes: tuple[int, int], expected: str, got: str) -> None:
+    with pytest.raises(RefusedError, match="outputs of other shapes") as error:
+        recover(*(nn.Linear(4, count) for count in classes), torch.randn(40, 4).split(8), "1epochs")
+    assert (error.value.expected, error.value.got) == (expected, got)
 
 
 # --------------------------------------------------------------------------------------------------- augmentations
