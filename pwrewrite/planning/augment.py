@@ -9,7 +9,9 @@ states alone, which the caller seeds.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
+from types import CodeType, FunctionType
 from uuid import uuid4
 
 import torch
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import UsageError, first_line
-from ..core.nested import tensors_of
+from ..core.nested import hash_tensors, tensors_of
 from .running import Chunk, samples_of
 
 Augment = Callable[..., object]
@@ -101,8 +103,22 @@ def flip(image: Tensor) -> Tensor:
 
 
 def source_of(function: object) -> str:
-    """The code of a function; of one whose code cannot be read, what no other run knows."""
+    """The code of a function, with its defaults and what it holds of plain data, tensors and functions.
+
+    Of anything else it is what no other run knows. Globals that it uses are not looked at.
+    """
+    if function is None:
+        return ""
+    if isinstance(function, Tensor):
+        return hash_tensors(function)
     try:
-        return "" if function is None else inspect.getsource(function)  # type: ignore[arg-type]
-    except (OSError, TypeError):
+        if not isinstance(function, FunctionType):
+            raise TypeError(type(function))
+        if function.__globals__.get("__name__") == "torch.utils._contextlib":  # torch.no_grad() and the like
+            return source_of(getattr(function, "__wrapped__", ...))
+        code, held = function.__code__, [cell.cell_contents for cell in function.__closure__ or ()]
+        constants = [str(each) for each in code.co_consts if not isinstance(each, CodeType)]
+        of_code = [inspect.getsource(code), code.co_code.hex(), constants, code.co_names]
+        return json.dumps([of_code, function.__defaults__, function.__kwdefaults__, held], default=source_of)
+    except (OSError, TypeError, ValueError, RecursionError):
         return uuid4().hex

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,41 @@ def test_plain_augmentations() -> None:
     assert {float(each[0, 4, 4]) for each in moved} == set(image[0, 0, 3:6, 3:6].flatten().tolist())
     mirrored = augment.flip(image)
     assert 10 < sum(float(each[0, 4, 5]) < float(each[0, 4, 4]) for each in mirrored) < 54
+
+
+def test_the_code_of_a_function_is_known_with_what_it_holds() -> None:
+    def held(by: object) -> Callable[[Tensor], object]:
+        return lambda x: (x, by)
+
+    def default(by: float) -> Callable[[Tensor], Tensor]:
+        def scaled(x: Tensor, by: float = by) -> Tensor:
+            return x * by
+
+        return scaled
+
+    class Scaled:
+        def __init__(self, by: float) -> None:
+            self.by = by
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return x * self.by
+
+    source_of = augment.source_of
+    one_line = [lambda x: x * 2, lambda x: x * 3, lambda x: x + 2]  # whose source is one text
+    assert len({source_of(each) for each in one_line}) == 3
+    for make, *values in (
+        (held, 1, 2, "1", [1], torch.ones(2), torch.zeros(2), default(1), default(2)),
+        (default, 1, 2),
+        (lambda by: torch.no_grad()(default(by)), 1, 2),
+    ):
+        assert len({source_of(make(value)) for value in values}) == len(values)
+        assert all(source_of(make(value)) == source_of(make(value)) for value in values)
+    assert source_of(None) == source_of(None)
+    for unknown in (Scaled(1), Scaled(1).__call__, held(object()), len, partial(len)):
+        assert source_of(unknown) != source_of(unknown)  # no other run knows it
+    recover(*(models := (network(), smaller())), images().split(20), "1epochs", augment=default(1.0))
+    assert not _trains(*models, augment=default(1.0))
+    assert _trains(*models, augment=default(0.5))
 
 
 def test_an_augmentation_of_the_user() -> None:
