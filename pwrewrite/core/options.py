@@ -225,7 +225,8 @@ class Budget(LayerOptions, RecoverOptions):
     calibration_size: int | None = _calibration_size()
     forms: Sequence[str] = _of_budget(
         ("all",),
-        f"What layers may become: all, 1x1 (forms that add 1×1 layers only) or some of {', '.join(FORM_NAMES)}. "
+        "What layers may become: all, 1x1 (forms that add 1×1 layers only) or some of "
+        f"{', '.join(FORM_NAMES)}, narrow. "
         r"[dim]\[default: all][/]",
         "--forms NAMES",
         split=True,

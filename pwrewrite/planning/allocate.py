@@ -17,7 +17,7 @@ from math import fsum, inf
 import numpy as np
 
 from ..core.errors import RefusedError
-from .knapsack import Answer, Knapsack, Search
+from .knapsack import Answer, Floats, Knapsack, Search
 
 _ROUNDING = 1e-12
 """Rounding of a cost that is allowed for, as a share, before an option is left out as too dear."""
@@ -30,10 +30,15 @@ _IMPOSSIBLE = Answer(None, 0.0, impossible=True)
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One thing that a group could be: what it loses, at least 0, and what it costs, by kind."""
+    """One thing that a group could be: what it loses, at least 0, what it costs, by kind, and what it claims.
+
+    Of all options that claim the same thing one is chosen at most. All options of a group that claim anything claim the
+    same, and every group has one that claims nothing.
+    """
 
     loss: float
     costs: Mapping[str, float]
+    claims: frozenset[str] = frozenset()
 
 
 Groups = Sequence[Sequence[Option]]
@@ -88,12 +93,13 @@ def allocate(
         RefusedError: If none that does was found in time, which only several limits can cause.
     """
     best = [min(range(len(group)), key=[option.loss for option in group].__getitem__) for group in groups]
-    if _excess(groups, best, limits) is None:
+    if _excess(groups, best, limits) is None and not _conflict(groups, best):
         return _allocation(groups, best, limits, 0.0)
-    for kind, limit in limits.items():
+    for kind, limit in limits.items():  # even if nothing excluded anything
         smallest = sum((min(Fraction(option.costs[kind]) for option in group) for group in groups), Fraction(0))
         if smallest > limit:
-            raise Infeasible(kind, {kind: float(smallest)})
+            claimed = any(option.claims for group in groups for option in group)
+            raise Infeasible(kind, {kind: _cheapest(groups, kind, {}).costs[kind] if claimed else float(smallest)})
     binding = {kind: limit for kind, limit in limits.items() if limit != inf}
     answer = _search(groups, binding, gap, time_limit, start)
     if answer.chosen is not None:
@@ -102,6 +108,9 @@ def allocate(
         return replace(found, gap=proven) if proven > _SURE else found
     if start is not None and _excess(groups, start, limits) is None:
         return _allocation(groups, start, limits, inf)
+    if answer.impossible and len(binding) == 1:
+        ((kind, _),) = binding.items()
+        raise Infeasible(kind, {kind: _cheapest(groups, kind, {}).costs[kind]})
     if answer.impossible:
         raise Infeasible(None, _together(groups, binding))
     what = f"no choice within the limits was found in {time_limit:g} s"
@@ -144,7 +153,9 @@ def _search(
         table = np.array([[option.loss, *(option.costs[kind] for kind in limits)] for option in group], dtype=float)
         order = np.lexsort(table.T[::-1])
         costs = table[order, 1:]
-        beaten = np.triu(np.all(costs[:, None] <= costs[None], axis=-1), 1).any(0)  # or equalled, by an earlier one
+        claims = np.array([bool(group[i].claims) for i in order])
+        beats = np.all(costs[:, None] <= costs[None], axis=-1) & (~claims[:, None] | claims)  # by what claims no more
+        beaten = np.triu(beats, 1).any(0)  # or equalled, by an earlier one
         left = order[~beaten & np.isfinite(table[order, 0])]
         if not len(left):
             return _IMPOSSIBLE
@@ -159,7 +170,9 @@ def _search(
     affordable = np.all(above[:, 1:] <= room * (1 + _ROUNDING), axis=1)
     if (room < 0).any() or len(np.unique(owner[affordable])) < len(tables):
         return _IMPOSSIBLE
-    problem = Knapsack(above[:, 0], above[:, 1:] / np.where(room > 0, room, 1.0), owner, np.concatenate(names))
+    left = [groups[group][name] for group, name in zip(owner.tolist(), np.concatenate(names).tolist())]
+    claims = _claims(left, owner.tolist())
+    problem = Knapsack(above[:, 0], above[:, 1:] / np.where(room > 0, room, 1.0), owner, np.concatenate(names), claims)
     search = Search(problem.keep(affordable), lambda chosen: _excess(groups, chosen, limits), gap, time_limit, start)
     answer = search.run()
     return answer._replace(bound=answer.bound + fsum(row[0] for row in least))
@@ -176,7 +189,7 @@ def _together(groups: Groups, limits: Mapping[str, float]) -> dict[str, float]:
 
 def _cheapest(groups: Groups, kind: str, limits: Mapping[str, float]) -> Allocation:
     """The choice with the smallest total of a kind within limits on others; its total is rounded up."""
-    priced = [[Option(option.costs[kind], option.costs) for option in group] for group in groups]
+    priced = [[Option(option.costs[kind], option.costs, option.claims) for option in group] for group in groups]
     chosen = allocate(priced, limits, gap=1e-6, time_limit=_CHEAPEST).chosen
     exact = _total(groups, chosen, kind)
     total = float(exact) if float(exact) >= exact else float(np.nextafter(float(exact), inf))
@@ -186,6 +199,24 @@ def _cheapest(groups: Groups, kind: str, limits: Mapping[str, float]) -> Allocat
 
 def _total(groups: Groups, chosen: Sequence[int], kind: str) -> Fraction:
     return sum((Fraction(group[i].costs[kind]) for group, i in zip(groups, chosen)), Fraction(0))
+
+
+def _claims(options: Sequence[Option], owner: Sequence[int]) -> Floats:
+    """What each option claims, of all that options of several groups claim: ``(options, things)``."""
+    owners: dict[str, set[int]] = {}
+    for option, group in zip(options, owner):
+        for claim in option.claims:
+            owners.setdefault(claim, set()).add(group)
+    shared = [claim for claim, claiming in owners.items() if len(claiming) > 1]
+    return np.array([[float(claim in option.claims) for claim in shared] for option in options]).reshape(
+        len(options), -1
+    )
+
+
+def _conflict(groups: Groups, chosen: Sequence[int]) -> bool:
+    """Whether a choice claims anything twice."""
+    claims = [claim for group, i in zip(groups, chosen) for claim in group[i].claims]
+    return len(claims) > len(set(claims))
 
 
 def _excess(groups: Groups, chosen: Sequence[int], limits: Mapping[str, float]) -> int | None:

@@ -11,6 +11,7 @@ from ..core.plan import Plan, Skip, SkipReason
 from .allocate import Allocation, Infeasible, allocate, frontier
 from .budget import Limit
 from .candidates import Candidate, LayerCandidates
+from .units import UnitCandidates
 
 _REMEDIES = {
     SkipReason.PARAMETRIZED: "bake the parametrizations into plain weights first (--bake)",
@@ -35,12 +36,13 @@ class Allocator:
     """Chooses among the candidates of the layers that may change.
 
     Attributes:
+        layers: The layers that may change, and the units of channels, which exclude changes of their layers.
         original: What the model costs now, by kind.
         skips: The layers that may not change, and why.
         facts: What a plan records beside its limits and loss.
     """
 
-    layers: Sequence[LayerCandidates]
+    layers: Sequence[LayerCandidates | UnitCandidates]
     original: Mapping[str, float]
     skips: Sequence[Skip]
     facts: Mapping[str, object]
@@ -84,8 +86,9 @@ class Allocator:
         picked = [(layer, layer.candidates[i]) for layer, i in zip(self.layers, allocation.chosen)]
         ops = tuple(candidate.op for _, candidate in picked if candidate.op is not None)
         kept = "kept: the budget is met at less loss elsewhere"
-        paths = [layer.layer.path for layer, candidate in picked if candidate.op is None]
-        unchanged = [Skip(path, SkipReason.NO_GAIN, kept) for path in paths]
+        changed = {path for _, candidate in picked for path in candidate.claims}
+        paths = [layer.path for layer, candidate in picked if candidate.op is None]
+        unchanged = [Skip(path, SkipReason.NO_GAIN, kept) for path in dict.fromkeys(paths) if path not in changed]
         costs = {
             kind: before + sum(candidate.costs[kind] - layer.candidates[0].costs[kind] for layer, candidate in picked)
             for kind, before in self.original.items()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
 
+import torch
 from torch import Tensor
 
 from ..capturing.code_trace import NotTraceable
@@ -20,24 +21,27 @@ from ..core.convolution import ConvSpec
 from ..core.errors import UsageError
 from ..core.options import Budget
 from ..core.plan import Op, Skip, SkipReason
+from ..decompose import to_forward_layout
+from ..decompose.columns import Kept, keep
 from ..edit.actions.evaluation import code_graph
 from ..edit.graph_edit import FunctionalCall
 from ..forms import FORMS
 from ..forms.form import Axes, Form
 from ..forms.specs import Chain, stage_output
 from ..forms.weighted import WeightedLayer
-from ..passes import FORM_PASSES, LayerPass
+from ..passes import FORM_PASSES, LayerPass, Narrow
 from ..passes.base import chosen, estimate_chain, scope_of, spec_of, weight_of
+from ..passes.channel_units import find_units
 from .allocate import Option
 from .fitting import off_mean
 from .latency import LatencyTable, Variant
 from .running import Say
 from .statistics import Statistics, level_of
 
-_TIMED = 7
+TIMED = 7
 """How many candidates of a form are measured."""
 
-_FASTER = 0.97
+FASTER = 0.97
 """A candidate is faster than the layer below this share of its time."""
 
 
@@ -57,11 +61,16 @@ class LayerCandidates:
     spec: ConvSpec
     candidates: list[Candidate]
 
+    @property
+    def path(self) -> str:
+        """The layer's."""
+        return self.layer.path
+
 
 def _forms_named(names: Sequence[str]) -> tuple[str, ...]:
     """Forms from their names, or from a name for several."""
     one_by_one = tuple(name for name, form in FORMS.items() if form.pointwise)
-    known = {"all": tuple(FORMS), "1x1": one_by_one} | {name: (name,) for name in FORMS}
+    known = {"all": (*FORMS, Narrow.name), "1x1": one_by_one} | {name: (name,) for name in (*FORMS, Narrow.name)}
     for name in names:
         if name not in known:
             raise UsageError(f"there is no form {name!r}", expected=f"some of {', '.join(known)}", got=name)
@@ -69,15 +78,23 @@ def _forms_named(names: Sequence[str]) -> tuple[str, ...]:
 
 
 class ReplaceableLayers:
-    """The ``layers`` that a budget lets be replaced, with the pass for each form, and the ``skips`` of all others."""
+    """The ``layers`` that a budget lets be replaced, with the pass for each form, and the ``skips`` of all others.
+
+    ``units`` are those that it lets be narrowed, all of whose layers it includes.
+    """
 
     def __init__(self, capture: Capture, budget: Budget) -> None:
         self.capture, self.budget, self.owners = capture, budget, Owners(capture)
         self.layers: list[tuple[Layer, dict[str, LayerPass]]] = []
         self.skips: list[Skip] = []
-        kinds = [kind for form in _forms_named(budget.forms) for kind in FORM_PASSES[form]]
+        forms = _forms_named(budget.forms)
+        kinds = [kind for form in forms if form in FORMS for kind in FORM_PASSES[form]]
         passes = [kind(replan=budget.replan, min_gain=0.0) for kind in kinds]
         chosen_layers = chosen(capture, budget.include, budget.exclude)
+        units, refused = find_units(capture) if Narrow.name in forms else ([], [])
+        self.units = [unit for unit in units if all(id(layer) in chosen_layers for layer in unit.layers)]
+        narrowed = {layer.path for unit in self.units for layer in unit.layers}
+        why = {skip.path: skip for skip in refused}
         for layer in capture.layers:
             if id(layer) not in chosen_layers:
                 self.skips.append(Skip(layer.path, SkipReason.EXCLUDED, "left out by include or exclude"))
@@ -89,16 +106,20 @@ class ReplaceableLayers:
                 refusals, applying = [in_code], {}
             if applying:
                 self.layers.append((layer, applying))
+            elif layer.path in narrowed:
+                continue
             elif refusals:
                 mild = (SkipReason.WRONG_FORM, SkipReason.POINTWISE)
                 self.skips.append(next((r for r in refusals if r.reason not in mild), refusals[0]))
             else:
-                self.skips.append(Skip(layer.path, SkipReason.WRONG_FORM, "none of the forms is for a linear map"))
+                plain = Skip(layer.path, SkipReason.WRONG_FORM, "none of the forms is for a linear map")
+                self.skips.append(why.get(layer.path, plain))
 
     @cached_property
     def specs(self) -> dict[str, ConvSpec]:
-        """Path to shape facts."""
-        return {layer.path: spec_of(layer) for layer, _ in self.layers}
+        """Path to shape facts, of the layers that may be replaced and of those whose inputs may be narrowed."""
+        readers = {reader.layer.path: spec_of(reader.layer) for unit in self.units for reader in unit.readers}
+        return {layer.path: spec_of(layer) for layer, _ in self.layers} | readers
 
     @cached_property
     def functions(self) -> dict[str, str]:
@@ -114,6 +135,17 @@ class ReplaceableLayers:
     def _off_mean(self) -> set[str]:
         return off_mean(self.capture)
 
+    def moment(self, path: str, statistics: Statistics, fitted: bool = True) -> tuple[Tensor | None, bool]:
+        """The second moment of what a layer reads, ``None`` where it was too large, and whether the mean is taken off.
+
+        It is where a fit will make up for it.
+        """
+        spec, layer = self.specs[path], statistics.layers[path]
+        made_up = spec.bias or (path not in self.repeated and path in self._off_mean)
+        centred = fitted and self.budget.refit != "none" and path not in self.functions and made_up
+        inputs = layer.input_moment(centred=centred)
+        return None if inputs is None else _shrunk(inputs, layer.rows), centred
+
     def weighted(self, path: str, weight: Tensor, statistics: Statistics | None, fitted: bool = True) -> WeightedLayer:
         """A layer's kernel in the norm of its statistics, off the mean where a fit will make up for it."""
         spec, multiple = self.specs[path], self.budget.multiple
@@ -121,17 +153,33 @@ class ReplaceableLayers:
             weighted = WeightedLayer(weight, spec, None, None, multiple=multiple)
         else:
             layer, positions = statistics.layers[path], statistics.positions(path)
-            made_up = spec.bias or (path not in self.repeated and path in self._off_mean)
-            centred = fitted and self.budget.refit != "none" and path not in self.functions and made_up
-            inputs = layer.input_moment(centred=centred)
+            inputs, centred = self.moment(path, statistics, fitted)
             if inputs is None:  # too large to be kept: its mean square stands for it
                 positions *= layer.level(centred)
-            else:
-                inputs = _shrunk(inputs, layer.rows)
             weighted = WeightedLayer(weight, spec, inputs, layer.gradient_moment(), positions, multiple)
         if statistics is None or statistics.kind != "loss":
             weighted.normalise(1.0)  # the relative squared error of each layer
         return weighted
+
+    def kept(self, op: Op, path: str, weight: Tensor, statistics: Statistics) -> Kept | None:
+        """What becomes of the kernel of a layer whose inputs a ``narrow`` op takes; None where that is not known.
+
+        Its outputs may have been narrowed by then.
+        """
+        spec = self.specs.get(path)
+        if spec is None or path not in statistics.layers:
+            return None
+        repeat = next(each.get("repeat", 1) for each in op.settings["readers"] if each["path"] == path)
+        columns = [channel * repeat + i for channel in op.settings["keep"] for i in range(repeat)]
+        moment, centred = self.moment(path, statistics)
+        sums, taps = statistics.layers[path], prod(spec.kernel_size)
+        mean = sums.means[0] / max(sums.weight, 1e-300)
+        if spec.transposed:  # what holds for rows of inputs holds for each tap
+            centred = False
+            eye = torch.eye(taps, dtype=mean.dtype, device=mean.device)
+            moment = None if moment is None else torch.kron(sums.inputs[0] / max(sums.weight, 1e-300), eye)[None]
+        kernel = to_forward_layout(weight, 1, spec.transposed)
+        return keep(kernel, columns, None if moment is None else moment[0], mean if centred else None)
 
 
 def _refused_in_code(capture: Capture, layer: Layer) -> Skip | None:
@@ -157,7 +205,7 @@ def make_candidates(replaceable: ReplaceableLayers, statistics: Statistics | Non
         spec, scope = spec_of(layer), scope_of(replaceable.capture, layer)
         weighted = replaceable.weighted(layer.path, weight, statistics)
         costs = {"params": float(layer.params), "macs": float(layer.macs), "bytes": _bytes(layer, [("", spec)])}
-        candidates = [Candidate(0.0, costs)]
+        candidates, claims = [Candidate(0.0, costs)], frozenset((layer.path,))
         for proposer in passes.values():
             form = proposer.form
             for predicted in form.losses(weighted, partial(_saves, layer, spec, form)):
@@ -167,7 +215,7 @@ def make_candidates(replaceable: ReplaceableLayers, statistics: Statistics | Non
                 if isinstance(op, Op) and (cost := op.estimate) is not None:
                     nbytes = _bytes(layer, form.stages(spec, predicted.widths, predicted.axes))
                     after = {"params": float(cost.params_after), "macs": float(cost.macs_after), "bytes": nbytes}
-                    candidates.append(Candidate(predicted.loss, after, op, predicted.error))
+                    candidates.append(Candidate(predicted.loss, after, claims, op, predicted.error))
         layers.append(LayerCandidates(layer, spec, candidates))
     return layers
 
@@ -196,7 +244,7 @@ def timed(layer: LayerCandidates, table: LatencyTable) -> list[Candidate]:
     faster = [
         replace(c, costs={**c.costs, "latency": seconds})
         for c, seconds in zip(some, total[1:])
-        if seconds < _FASTER * total[0]
+        if seconds < FASTER * total[0]
     ]
     return [keep, *faster]
 
@@ -215,7 +263,7 @@ def _few(candidates: Sequence[Candidate]) -> list[Candidate]:
             if not front or candidate.loss < front[-1].loss:
                 front.append(candidate)
         last = len(front) - 1
-        selected += [front[i] for i in sorted({round(last * n / (_TIMED - 1)) for n in range(_TIMED)})]
+        selected += [front[i] for i in sorted({round(last * n / (TIMED - 1)) for n in range(TIMED)})]
     return selected
 
 

@@ -8,7 +8,8 @@ also the first input of a module, or the output of one, that has run before.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -35,7 +36,7 @@ def fit_steps(
     *,
     factors: bool = True,
 ) -> list[Target | str]:
-    """The layers to fit, which a plan replaced and which are called once, and the norms behind the first of them.
+    """The layers to fit, which a plan replaced or narrowed and which are called once, and the norms behind the first.
 
     Args:
         specs: Shape facts of the layers that may be fitted.
@@ -46,14 +47,23 @@ def fit_steps(
         Layers and paths of norms in the order in which they run; empty where there is no layer to fit.
     """
     once = {layer.path for layer in captured.layers if len(layer.calls) == 1}
-    planned = [op.path for op in plan.ops if op.action == "factorize" and op.path in specs and op.path in once]
-    paths = [path for path in planned if isinstance(_module(rewritten, path), Factorized)]
-    sums, unseen, targets = residuals(captured, paths), off_mean(captured), dict[str, Target]()
-    for path in paths:
-        weight = cast(Tensor, captured.model.get_submodule(path).weight).detach()
+    readers = {each["path"] for op in plan.ops if op.action == "narrow" for each in op.settings["readers"]}
+    planned = {op.path for op in plan.ops if op.action == "factorize"} - readers | readers
+    fitted: dict[str, tuple[ConvSpec, Tensor]] = {}
+    for path in sorted(planned & once & specs.keys()):
+        module, spec = _module(rewritten, path), specs[path]
+        if path not in readers and isinstance(module, Factorized):
+            fitted[path] = spec, cast(Tensor, captured.model.get_submodule(path).weight).detach()
+        elif path in readers and not isinstance(module, Factorized):
+            weight = cast(Tensor, cast(nn.Module, module).weight).detach()
+            narrower = replace(spec, in_channels=weight.shape[0 if spec.transposed else 1])
+            if weight.shape == narrower.weight_shape:  # as wide on the other side as it was
+                fitted[path] = narrower, weight.clone()
+    sums, unseen, targets = residuals(captured, fitted), off_mean(captured), dict[str, Target]()
+    for path, (spec, weight) in fitted.items():
         gradients = None if statistics is None else statistics.layers[path].gradient_moment()
-        centred = specs[path].bias or path in unseen
-        targets[path] = Target(path, specs[path], weight, gradients, sums.get(path), factors, centred)
+        centred = spec.bias or path in unseen
+        targets[path] = Target(path, spec, weight, gradients, sums.get(path), factors, centred)
     order: list[str] = []
     for node in captured.graph.nodes:
         facts = info(node)
@@ -70,6 +80,11 @@ def fit_steps(
             if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
                 steps.append(path)
     return steps
+
+
+def kept_channels(plan: Plan) -> dict[str, Sequence[int]]:
+    """Path of a norm that was narrowed to the channels that it still has."""
+    return {path: op.settings["keep"] for op in plan.ops if op.action == "narrow" for path in op.settings["norms"]}
 
 
 def off_mean(capture: Capture) -> set[str]:

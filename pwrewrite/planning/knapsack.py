@@ -7,6 +7,10 @@ above the bound is in no better answer (Kellerer, Pferschy & Pisinger 2004, *Kna
 left out before HiGHS is asked. Losses then reach it as numbers around `_SCALE`, far above its absolute tolerances.
 
 Losses and costs count here from the least of each group, and costs in units of what there is to spend.
+
+Options of different groups that claim the same thing exclude each other. Bounds leave that out, and are bounds all the
+same; the options that are best at a price are repaired (of a claim it is the group with the larger gain that keeps it,
+or the groups around it if theirs together is larger), and the solver gets a row for each thing that is claimed.
 """
 
 from __future__ import annotations
@@ -62,13 +66,15 @@ class Knapsack:
     """The options of all groups, side by side; every group has at least one.
 
     Losses ``(options,)`` and costs ``(options, kinds)`` are at least 0. ``owner`` is the group of each, from 0 and
-    without holes, ascending, and ``names`` its index in the group as it was given.
+    without holes, ascending, and ``names`` its index in the group as it was given. ``claims (options, things)`` is 1
+    for what an option claims and 0 for all else.
     """
 
     losses: Floats
     costs: Floats
     owner: Ints
     names: Ints
+    claims: Floats
 
     @cached_property
     def starts(self) -> Ints:
@@ -77,7 +83,8 @@ class Knapsack:
 
     def keep(self, mask: NDArray[np.bool_]) -> Knapsack:
         """The same with some of the options."""
-        return Knapsack(self.losses[mask], self.costs[mask], self.owner[mask], self.names[mask])
+        losses, costs, claims = self.losses[mask], self.costs[mask], self.claims[mask]
+        return Knapsack(losses, costs, self.owner[mask], self.names[mask], claims)
 
     def at(self, price: float) -> Priced:
         """The best options at one price for a unit of every cost, the first among equals."""
@@ -87,12 +94,54 @@ class Knapsack:
         behind = priced - least[self.owner]
         best = np.flatnonzero(behind == 0)
         chosen = best[np.searchsorted(self.owner[best], np.arange(len(self.starts)))]
+        if self.claims.size:
+            chosen = self._repaired(chosen, priced)
         spent = float(prices.sum())
         return Priced(chosen, fsum(least) - spent, _ROUNDING * spent, behind)
 
     def within(self, chosen: Ints) -> bool:
-        """Whether a choice stays within the limits, up to rounding."""
-        return bool((self.costs[chosen].sum(0) <= 1 + _ROUNDING).all())
+        """Whether a choice stays within the limits, up to rounding, and claims nothing twice."""
+        return bool((self.costs[chosen].sum(0) <= 1 + _ROUNDING).all() and (self.claims[chosen].sum(0) <= 1).all())
+
+    @cached_property
+    def _neighbours(self) -> list[Ints]:
+        """The groups that each group shares a claim with."""
+        touched = np.array([part.any(0) for part in np.split(self.claims > 0, self.starts[1:])], dtype=float)
+        shared = (touched @ touched.T) > 0
+        np.fill_diagonal(shared, val=False)
+        return [np.flatnonzero(row) for row in shared]
+
+    def _repaired(self, chosen: Ints, priced: Floats) -> Ints:
+        """A choice in which claims exclude each other, of options that are the best of their group at a price."""
+        free = np.where(self.claims.any(1), np.inf, priced)
+        least = np.minimum.reduceat(free, self.starts)
+        gains = least - priced[chosen]  # over the best option that claims nothing
+        claims = self.claims[chosen] > 0
+        order = [int(i) for i in np.argsort(-gains, kind="stable") if claims[i].any()]
+        taken = np.zeros(len(chosen), dtype=bool)
+        against = [[int(n) for n in self._neighbours[i] if (claims[n] & claims[i]).any()] for i in range(len(chosen))]
+        for i in order:
+            taken[i] = not taken[against[i]].any()
+        for _ in range(2):
+            for i in order:
+                rivals = [n for n in against[i] if taken[n]]
+                if not taken[i] and gains[i] > gains[rivals].sum():
+                    taken[rivals], taken[i] = False, True
+                elif taken[i]:
+                    others = list[int]()
+                    for n in sorted(against[i], key=lambda n: -gains[n]):
+                        clear = all(not taken[m] or m == i for m in against[n])
+                        if clear and not any(n in against[m] for m in others):
+                            others.append(n)
+                    if gains[others].sum() > gains[i]:
+                        taken[i], taken[others] = False, True
+        result = chosen.copy()
+        for i in order:
+            if not taken[i] and least[i] < np.inf:
+                start = self.starts[i]
+                end = self.starts[i + 1] if i + 1 < len(self.starts) else len(free)
+                result[i] = start + int(np.argmin(free[start:end]))
+        return result
 
 
 class Search:
@@ -209,15 +258,15 @@ class Search:
 def _improved(view: Knapsack, chosen: Ints) -> Ints:
     """A choice with better options for single groups as long as they fit, the largest gain first."""
     chosen = chosen.copy()
-    left = 1.0 - view.costs[chosen].sum(0)
+    left, claimed = 1.0 - view.costs[chosen].sum(0), view.claims[chosen].sum(0)
     gains = view.losses[chosen][view.owner] - view.losses
     fitting = (view.costs - view.costs[chosen][view.owner] <= left).all(1)
     useful = np.flatnonzero((gains > 0) & fitting)
     for at in useful[np.argsort(-gains[useful], kind="stable")]:
         now = chosen[view.owner[at]]
-        need = view.costs[at] - view.costs[now]
-        if view.losses[at] < view.losses[now] and (need <= left).all():
-            left, chosen[view.owner[at]] = left - need, at
+        need, claims = view.costs[at] - view.costs[now], claimed + view.claims[at] - view.claims[now]
+        if view.losses[at] < view.losses[now] and (need <= left).all() and (claims <= 1).all():
+            left, claimed, chosen[view.owner[at]] = left - need, claims, at
     return chosen
 
 
@@ -234,6 +283,8 @@ def _solved(
     used = view.costs.any(0)
     if used.any():
         constraints.append(LinearConstraint(view.costs[:, used].T, -np.inf, room))
+    if view.claims.any():
+        constraints.append(LinearConstraint(csr_array(view.claims.T), -np.inf, 1))
     if cuts:
         constraints.append(LinearConstraint(np.array(cuts), -np.inf, len(view.starts) - 1))
     options = dict(zip(("mip_rel_gap", "time_limit"), stop))

@@ -38,7 +38,7 @@ from .batches import Batches
 from .budget import Limit
 from .cache import read_statistics, statistics_file, write_statistics
 from .candidates import ReplaceableLayers, make_candidates, timed
-from .fitting import fit_steps, shift_biases
+from .fitting import fit_steps, kept_channels, shift_biases
 from .latency import MEASURED, Conditions, LatencyTable, time_plan
 from .outputs import Measured, compare, kind_of_outputs, scoring
 from .refit import Target, refit
@@ -46,6 +46,7 @@ from .room import Room, samples_in_run
 from .running import Say, device_of, evaluating, run_seeded
 from .spill import Spill
 from .statistics import Gathering, NoGradientsError, Statistics, gather
+from .units import timed_unit, unit_candidates
 
 _ATTEMPTS = 5
 """How many plans for a latency budget are timed at most."""
@@ -77,6 +78,7 @@ class Planner:
 
     Attributes:
         layers: The layers that may change, with their candidates.
+        units: The channels between layers that may become fewer, with theirs.
         original: What the model costs now, by kind.
         notes: What a reader should know.
     """
@@ -111,10 +113,15 @@ class Planner:
 
     def _weigh(self) -> None:
         """Works out the candidates, whose losses are in the norm of the sensitivity."""
-        chosen, samples = self.settings, self.statistics.samples if self.statistics is not None else 0
         self.layers = make_candidates(self.replaceable, self.statistics, self.say)
+        self.units = unit_candidates(self.replaceable, self.statistics, self.say)
+        self._offer()
+
+    def _offer(self) -> None:
+        """Gives the allocator the candidates."""
+        chosen, samples = self.settings, self.statistics.samples if self.statistics is not None else 0
         facts = {"sensitivity": chosen.sensitivity, "refit": chosen.refit, "samples": samples, "seed": chosen.seed}
-        self.allocator = Allocator(self.layers, self.original, self.replaceable.skips, facts)
+        self.allocator = Allocator([*self.layers, *self.units], self.original, self.replaceable.skips, facts)
 
     def in_norm(self, sensitivity: str) -> Planner:
         """A planner by ``activations`` or ``weights`` from the calibration of this one, with the notes so far.
@@ -125,6 +132,13 @@ class Planner:
         other.settings, other.notes = replace(self.settings, sensitivity=sensitivity), list(self.notes)
         other.statistics = self.statistics.without_gradients() if self.statistics and sensitivity != "weights" else None
         other._weigh()
+        return other
+
+    def without_units(self) -> Planner:
+        """A planner that narrows nothing, from the calibration of this one, with the notes so far."""
+        other = copy.copy(self)
+        other.notes, other.units = list(self.notes), []
+        other._offer()
         return other
 
     def _kind_of(self, outputs: object, batches: Batches, known: str = "") -> str:
@@ -229,6 +243,9 @@ class Planner:
             for i, layer in enumerate(self.layers):
                 self.say(f"timing {layer.layer.path}", i / len(self.layers))
                 layer.candidates = timed(layer, table)
+            for channels in self.units:
+                self.say(f"timing the channels of {channels.path}", None)
+                channels.candidates = timed_unit(channels, table)
         finally:
             table.save()
         self.original["latency"] = timing.seconds
@@ -292,7 +309,12 @@ class Planner:
         return self._factors(op, weight)
 
     def _factors(self, op: Op, weight: Tensor, fitted: bool = True) -> Factors | None:
-        if op.path not in self.replaceable.specs or self.settings.sensitivity == "weights":
+        if self.statistics is None:
+            return None
+        if op.action == "narrow":
+            return self.replaceable.kept(op, op.path, weight, self.statistics)
+        spec = self.replaceable.specs.get(op.path)
+        if spec is None or weight.shape != spec.weight_shape:  # narrowed before
             return None
         weighted = self.replaceable.weighted(op.path, weight, self.statistics, fitted)
         return FORMS[op.settings["form"]].fit(weighted, op.settings["widths"], op.settings.get("axes"))
@@ -321,7 +343,16 @@ class Planner:
         modules = [rewritten.get_submodule(step if isinstance(step, str) else step.path) for step in steps]
         state = [(t, t.detach().clone()) for module in modules for t in (*module.parameters(), *module.buffers())]
         chunks, spill = room.first(self.batches.calibration()), Spill(room.memory) if room.spilled else None
-        errors = refit(self.model, rewritten, steps, chunks, self.say, seed=self.settings.seed, spill=spill)
+        errors = refit(
+            self.model,
+            rewritten,
+            steps,
+            chunks,
+            self.say,
+            kept=kept_channels(plan),
+            seed=self.settings.seed,
+            spill=spill,
+        )
         self.notes += room.notes()
         fitted = self.measure(rewritten)
         unfitted = self._without_fit(rewritten, plan, steps, state, fitted.loss)

@@ -20,7 +20,7 @@ and the solving. The live activations of all of them wait at every layer, in mem
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import cast
@@ -63,6 +63,8 @@ class Residual:
 @dataclass(frozen=True)
 class Target:
     """A layer to fit: the one that was there, and its weight in the module's own layout.
+
+    Of a layer whose inputs were narrowed it is the narrower one, which takes the nearest linear map itself.
 
     Attributes:
         gradients: ``G`` at its output; None for the identity.
@@ -126,6 +128,7 @@ def refit(
     chunks: Iterable[Chunk],
     say: Say = lambda what, share: None,
     *,
+    kept: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
     spill: Spill | None = None,
 ) -> dict[str, float]:
@@ -133,12 +136,14 @@ def refit(
 
     Args:
         steps: The layers to fit and the paths of the batch norms to re-estimate, in the order in which they run.
+        kept: The channels that norms still have, by path, of those that have lost some.
         seed: Of the positions that are sampled.
         spill: Holds inputs and activations, and is at its end with this; all are in memory where None.
 
     Returns:
         Path to the relative error of the weights of each layer whose factors were fitted.
     """
+    kept = kept or {}
     targets = [step for step in steps if isinstance(step, Target)]
     layers, norms = [target.path for target in targets], [step for step in steps if isinstance(step, str)]
     generator = torch.Generator().manual_seed(seed)
@@ -163,12 +168,13 @@ def refit(
             module, pairs = rewritten.get_submodule(path), _pairs_at(path, before, after, spill)
             try:
                 if isinstance(step, str):
-                    _fit_norm(cast(_BatchNorm, module), pairs)
+                    _fit_norm(cast(_BatchNorm, module), original.get_submodule(path), pairs, kept.get(path))
                 elif not step.factors or step.spec.transposed or row_size(step.spec) > LARGEST_ROW:
-                    _fit_bias(step.spec, cast(Factorized, module), pairs)
+                    _fit_bias(step.spec, module, pairs)
                 else:
                     moments = _gather_moments(step, pairs, _residual_scale(step, original), generator, share)
-                    errors[path] = _fit_layer(step, cast(Factorized, module), moments)
+                    error = _fit_layer(step, module, moments)
+                    errors |= {path: error} if isinstance(module, Factorized) else {}
             except _NotReached:
                 break
             for place in (place for place, last in record.items() if last <= i):
@@ -215,7 +221,7 @@ def _gather_moments(
     return moments
 
 
-def _fit_layer(target: Target, module: Factorized, moments: _Moments) -> float:
+def _fit_layer(target: Target, module: nn.Module, moments: _Moments) -> float:
     """Fits a layer to the outputs of the original, from what the rewritten model reads; its weights' relative error."""
     xx, yx, x, y = moments.centred()
     if not target.centred:
@@ -223,11 +229,15 @@ def _fit_layer(target: Target, module: Factorized, moments: _Moments) -> float:
     weighted = WeightedLayer(target.weight, target.spec, xx, target.gradients)
     root = torch.linalg.cholesky(xx + (RIDGE + 0.02 * xx.shape[-1] / max(moments.count, 1)) * level_of(xx))
     kernel = weighted.rows + torch.cholesky_solve((yx - weighted.rows @ xx).mT, root).mT
-    factors = module.form.fit(weighted.with_kernel(kernel), module.widths, module.axes)
-    approximation = factors.reconstruct().reshape(kernel.shape)
-    module.load_factors(factors, None)
-    if module.bias is not None:
-        module.bias.copy_((y - (approximation @ x[:, :, None])[..., 0]).flatten())
+    if isinstance(module, Factorized):
+        factors = module.form.fit(weighted.with_kernel(kernel), module.widths, module.axes)
+        approximation = factors.reconstruct().reshape(kernel.shape)
+        module.load_factors(factors, None)
+    else:
+        approximation = kernel
+        cast(Tensor, module.weight).copy_(kernel.reshape(target.weight.shape))
+    if (bias := cast("Tensor | None", module.bias)) is not None:
+        bias.copy_((y - (approximation @ x[:, :, None])[..., 0]).flatten())
     norm = float(weighted.rows.norm())
     return float((approximation - weighted.rows).norm()) / norm if norm else 0.0
 
@@ -249,23 +259,29 @@ def _residual_scale(target: Target, original: nn.Module) -> Tensor | None:
     return (1 / gain).masked_fill(dead, 0).reshape(shape)
 
 
-def _fit_bias(spec: ConvSpec, module: Factorized, pairs: Pairs) -> None:
+def _fit_bias(spec: ConvSpec, module: nn.Module, pairs: Pairs) -> None:
     """Moves the bias by the difference of the mean outputs."""
 
     def outputs() -> Iterator[tuple[Tensor, Tensor]]:
         for before, after in pairs:
             size = list(before.value.shape[-spec.dims :]) if spec.transposed else None
-            yield before.value, module.forward(after.value, size)
+            yield before.value, module.forward(after.value, *(() if size is None else (size,)))
 
-    if module.bias is not None:
-        module.bias.add_(_mean_difference(outputs(), -spec.dims - 1).to(module.bias))
+    if (bias := cast("Tensor | None", module.bias)) is not None:
+        bias.add_(_mean_difference(outputs(), -spec.dims - 1).to(bias))
 
 
-def _fit_norm(module: _BatchNorm, pairs: Pairs) -> None:
-    """Moves a batch norm's running mean by as much as the mean of what it reads."""
+def _fit_norm(module: _BatchNorm, old: nn.Module, pairs: Pairs, kept: Sequence[int] | None) -> None:
+    """Moves a batch norm's running mean from where it was by as much as the mean of what it reads."""
     assert module.running_mean is not None
-    shift = _mean_difference(((after.value, before.value) for before, after in pairs), 1)
-    module.running_mean += shift.to(module.running_mean)
+    channels = slice(None) if kept is None else list(kept)
+
+    def inputs() -> Iterator[tuple[Tensor, Tensor]]:
+        for before, after in pairs:
+            yield after.value, before.value[:, channels]
+
+    shift = _mean_difference(inputs(), 1)
+    module.running_mean.copy_(cast(Tensor, old.running_mean)[channels] + shift.to(module.running_mean))
 
 
 def _mean_difference(pairs: Iterable[tuple[Tensor, Tensor]], channel: int) -> Tensor:

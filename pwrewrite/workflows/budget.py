@@ -1,8 +1,9 @@
 """A rewrite under a budget: plan, carry out, fit, measure.
 
 What `pwrewrite.planning` works out for one model is put to use here on a `pwrewrite.workflows.steps.Run`. Where much
-more is lost on held-out inputs than was predicted, the model is planned and fitted in the other norms, too, and what
-loses least there is kept. `search` looks for the smallest model that keeps a metric.
+more is lost on held-out inputs than was predicted, the model is planned and fitted in the other norms, too, and where
+more is lost by a plan that narrows, without narrowing; what loses least there is kept. `search` looks for the smallest
+model that keeps a metric.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ class Budgeted:
             plan = self.choice.plan
         start, notes = self.run.state, list(self.planner.notes)
         self.fit = self._fitted(self.planner, plan)
-        if self._may_plan_anew():
-            self._plan_anew(start, notes)
+        if others := self._others():
+            self._plan_anew(start, notes, others)
         if self.run.state.rows:
             self.fit, self.recovery = trained(self.planner, self.run.state.model, self.fit)
             rows = self.run.state.rows if self.recovery is not None and self.recovery.kept > 0 else ()
@@ -81,43 +82,54 @@ class Budgeted:
             return replace(fit, held_out=planner.measure(model))
         return fit
 
-    def _may_plan_anew(self) -> bool:
-        """Whether much more is lost than predicted, and the norm, its limits and the plan were not given.
+    def _others(self) -> dict[str, Callable[[Planner], Planner]]:
+        """Other ways to plan where more is lost than predicted, by name, and how the planner gets there.
 
-        Nor latencies, which are those of candidates that would have to be measured anew.
+        Without narrowing, where the plan narrows; in the other norms, where much more is lost, and the norm, its limits
+        and the plan were not given, nor latencies, which are those of candidates that would have to be measured anew.
         """
         budget, choice, held_out = self.budget, self.choice, self.fit.held_out
-        own = budget.sensitivity is None and budget.max_layer_error is None and budget.max_drop is None
+        others: dict[str, Callable[[Planner], Planner]] = {}
+        if choice is None or held_out is None or self.planner.settings.sensitivity != "loss":
+            return others
+        own = budget.sensitivity is None and budget.max_layer_error is None
         timed = budget.gate is not None or any(limit.kind == "latency" for limit in self.limits)
-        if choice is None or held_out is None or not own or timed or self.planner.settings.sensitivity != "loss":
-            return False
-        return of_first(_far_above(held_out.loss, choice.loss))
+        if of_first(_far_above(held_out.loss, choice.loss)) and own and not timed and budget.max_drop is None:
+            others = {name: partial(Planner.in_norm, sensitivity=name) for name in ("activations", "weights")}
+        narrows = any(op.action == "narrow" for op in choice.plan.ops) and bool(self.planner.layers)
+        if narrows and of_first(held_out.loss > choice.loss) and budget.max_drop is None:
+            others["without narrow"] = Planner.without_units
+        return others
 
-    def _plan_anew(self, start: State, notes: Sequence[str]) -> None:
-        """Plans in the other norms, too; what loses least on held-out inputs is kept, with these notes and its own."""
+    def _plan_anew(
+        self, start: State, notes: Sequence[str], others: Mapping[str, Callable[[Planner], Planner]]
+    ) -> None:
+        """Plans in other ways, too; what loses least on held-out inputs is kept, with these notes and its own."""
         tried: dict[str, tuple[float, Planner, Choice | None, State, Fit]] = {}
 
-        def keep(planner: Planner, choice: Choice | None, fit: Fit) -> None:
+        def keep(name: str, planner: Planner, choice: Choice | None, fit: Fit) -> None:
             assert fit.held_out is not None
-            loss = of_first(fit.held_out.loss)
-            tried[str(planner.settings.sensitivity)] = loss, planner, choice, self.run.state, fit
+            tried[name] = of_first(fit.held_out.loss), planner, choice, self.run.state, fit
 
-        keep(self.planner, self.choice, self.fit)
-        for name in ("activations", "weights"):
-            self.run.say(f"planning by {name}", None)
-            planner, self.run.state = self.planner.in_norm(name), start
+        first = str(self.planner.settings.sensitivity)
+        keep(first, self.planner, self.choice, self.fit)
+        for name, other in others.items():
+            self.run.say(f"planning {name if ' ' in name else f'by {name}'}", None)
+            planner, self.run.state = other(tried[first][1]), start
             planner.notes[:] = notes
             try:
                 choice = planner.choose(self.limits)
             except RefusedError:  # other widths are candidates there, and none meets the limits
                 continue
-            keep(planner, choice, self._fitted(planner, choice.plan))
+            keep(name, planner, choice, self._fitted(planner, choice.plan))
         kept = min(tried, key=lambda name: tried[name][0])
         losses = ", ".join(f"{name} {loss:.3g}" for name, (loss, *_) in tried.items())
         _, self.planner, self.choice, self.run.state, self.fit = tried[kept]
+        ways = ["in every norm"] if "weights" in others else []
+        ways += ["without narrowing"] if "without narrow" in others else []
         self.planner.notes.append(
-            f"the loss measured is far above the predicted one: planned in every norm (held-out loss: {losses}); "
-            f"{kept} is kept"
+            f"the loss measured is {'far ' if 'weights' in others else ''}above the predicted one: planned "
+            f"{' and '.join(ways)} (held-out loss: {losses}); {kept} is kept"
         )
 
     def _chosen(self) -> Choice:

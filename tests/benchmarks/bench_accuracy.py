@@ -168,7 +168,7 @@ def measured(
         found.agreement,
         found.loss,
         choice.loss,
-        Counter(op.settings["form"] for op in choice.plan.ops),
+        Counter(op.settings.get("form", op.action) for op in choice.plan.ops),
         seconds,
     )
 

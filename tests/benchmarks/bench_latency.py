@@ -62,7 +62,7 @@ def row(name: str, batch: int, ratio: float, seconds: float) -> str:
     end = time.perf_counter()
     first, second, third = (t.seconds for t in time_models([model, planned, uniform], (x,), {}, seconds=seconds))
     macs = [sum(info(n).cost.macs for n in capture(one, x).graph.nodes) for one in (model, planned, uniform)]
-    forms = Counter(op.settings["form"] for op in choice.plan.ops)
+    forms = Counter(op.settings.get("form", op.action) for op in choice.plan.ops)
     limit = TARGET.get((name, batch), 1.0)
     verdict = "met" if second / first <= limit else "MISSED"
     return (

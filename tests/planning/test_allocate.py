@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -222,3 +223,58 @@ def test_a_solver_that_finds_nothing_in_time_proves_nothing(monkeypatch: pytest.
     found = allocate(one, {"macs": 18.0})
     assert found.costs["macs"] <= 18
     assert found.loss >= 3 >= found.loss * (1 - found.gap)
+
+
+@st.composite
+def claiming(draw: st.DrawFn) -> list[list[Option]]:
+    """Groups of which every one can claim some of three things, or nothing."""
+    groups = []
+    for _ in range(draw(st.integers(1, 5))):
+        claims = frozenset(draw(st.sets(st.sampled_from("abc"))))
+        group = [replace(option, claims=claims) for option in draw(st.lists(options, max_size=3))]
+        groups.append([draw(options), *group])
+    return groups
+
+
+@settings(max_examples=60, deadline=None)
+@given(claiming(), st.floats(0, 1.1))
+def test_what_claims_the_same_excludes_each_other(groups: list[list[Option]], share: float) -> None:
+    limits = {"macs": share * sum(max(o.costs["macs"] for o in group) for group in groups)}
+    best, least = None, math.inf
+    for picked in itertools.product(*groups):
+        claims = [claim for option in picked for claim in option.claims]
+        macs = sum(option.costs["macs"] for option in picked)
+        if len(claims) == len(set(claims)):
+            least = min(least, macs)
+            if macs <= limits["macs"]:
+                loss = sum(option.loss for option in picked)
+                best = loss if best is None else min(best, loss)
+    if best is None:
+        with pytest.raises(Infeasible) as caught:
+            allocate(groups, limits)
+        assert caught.value.kind == "macs"
+        return
+    found = allocate(groups, limits, gap=1e-9)
+    claims = [claim for group, i in zip(groups, found.chosen) for claim in group[i].claims]
+    assert len(claims) == len(set(claims))
+    assert found.loss == pytest.approx(best, rel=1e-6, abs=1e-9)
+    points = frontier(groups, "macs", points=4)
+    assert points[-1].costs["macs"] <= least * (1 + 1e-9)
+
+
+def test_many_units_over_many_layers() -> None:
+    """A hundred layers, and a unit over every three of them: within seconds, and a gap that is small."""
+    draw = random.Random(0)
+    groups = []
+    for i in range(99):
+        scale = draw.uniform(0.1, 10)
+        widths = [w / 20 for w in range(1, 20)]
+        lossy = [Option(scale * (1 - w) ** 2, {"macs": w * 10}, frozenset({str(i)})) for w in widths]
+        groups.append([Option(0.0, {"macs": 10.0}), *lossy])
+    for unit in range(33):
+        scale, claims = draw.uniform(0.1, 30), frozenset(str(i) for i in range(3 * unit, 3 * unit + 3 + unit % 2))
+        saves = [Option(scale * (1 - w) ** 2, {"macs": 30 * w}, claims) for w in (0.2, 0.4, 0.6, 0.8, 0.9)]
+        groups.append([Option(0.0, {"macs": 30.0}), *saves])
+    found = allocate(groups, {"macs": 1100.0}, time_limit=20)
+    assert found.gap < 1e-3
+    assert any(found.chosen[99:])

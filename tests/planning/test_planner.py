@@ -171,7 +171,8 @@ def test_no_layer_exceeds_the_largest_error() -> None:
 @pytest.mark.parametrize("multiple", [1, 2, 4])
 def test_widths_are_multiples(multiple: int) -> None:
     found = plan(multiple=multiple)
-    widths = [(op.path, width) for op in found.ops for width in op.settings["widths"].values()]
+    chosen = {op.path: op.settings.get("widths") or {"": len(op.settings["keep"])} for op in found.ops}
+    widths = [(path, width) for path, each in chosen.items() for width in each.values()]
     assert widths
     full = {"stem": (3, 12), "body": (12, 16), "tail": (16, 16), "head": (16, 5)}
     assert all(width % multiple == 0 or width in full[path] for path, width in widths)
@@ -183,12 +184,13 @@ def test_widths_are_multiples(multiple: int) -> None:
         (["1x1"], {"reduce", "expand", "bottleneck", "pair"}),
         (["reduce"], {"reduce"}),
         (["spatial", "depthwise"], {"spatial", "depthwise"}),
-        (["all"], set(FORMS)),
+        (["narrow"], {"narrow"}),
+        (["all"], {*FORMS, "narrow"}),
     ],
 )
 def test_forms_are_those_that_are_named(forms: Sequence[str], allowed: set[str]) -> None:
     points = planner(forms=tuple(forms)).frontier("macs", points=9)
-    used = {op.settings["form"] for point in points for op in point.plan.ops}
+    used = {op.settings.get("form", op.action) for point in points for op in point.plan.ops}
     assert used
     assert used <= allowed
 
@@ -353,7 +355,8 @@ def test_layers_called_as_functions_are_planned_like_modules() -> None:
     modules = nn.Sequential(*parts).eval()
     inputs, given = torch.zeros(1, 3, 10, 10), batches(count=8)
     found, expected = (
-        pwrewrite.plan(model, inputs, {"params": 0.3}, given, refit="none", multiple=1) for model in (code, modules)
+        pwrewrite.plan(model, inputs, {"params": 0.3}, given, refit="none", multiple=1, forms=tuple(FORMS))
+        for model in (code, modules)
     )
     names = {"0": "stem", "2": "kernel", "6": "matrix"}
     assert [op.path for op in found.ops] == [names[op.path] for op in expected.ops]

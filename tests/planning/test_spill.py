@@ -23,6 +23,7 @@ from warm_python import python
 
 import pwrewrite
 from pwrewrite.core.errors import OutputError
+from pwrewrite.core.names import FORM_NAMES
 from pwrewrite.core.options import Budget
 from pwrewrite.planning import planner as planner_module, room
 from pwrewrite.planning.lockstep import Lockstep
@@ -81,14 +82,15 @@ def fitted(name: str = "plain", count: int = 8, size: int = 16) -> tuple[nn.Modu
     """A network within a budget, fitted, and what is said of it."""
     model, inputs = made(name)
     given = batches(name, count=count, size=size)
-    result = pwrewrite.rewrite(model, inputs, budget={"macs": 0.6}, calibration=given, verify=False)
+    options = {"budget": {"macs": 0.6}, "forms": FORM_NAMES}  # several layers, fitted once
+    result = pwrewrite.rewrite(model, inputs, **options, calibration=given, verify=False)  # type: ignore[arg-type]
     return result.model, result.report.notes
 
 
 def planned(count: int = 8) -> tuple[Planner, nn.Module, Any]:
     """A planner, a model with a plan carried out, and the plan."""
     model, inputs = made("plain")
-    planner = Planner(model, inputs, batches(count=count), Budget())
+    planner = Planner(model, inputs, batches(count=count), Budget(forms=FORM_NAMES))
     plan = planner.choose(pwrewrite.planning.budget.budgets_of({"macs": 0.5})).plan
     return planner, pwrewrite.apply(model, plan), plan
 

@@ -248,7 +248,7 @@ def test_computed_weights_are_a_reason_with_a_remedy(name: str, tmp_path: Path) 
     assert "--bake" in str(caught.value)
     result = pwrewrite.rewrite(model, x, budget=HALF, calibration=torch.randn(32, 8, 64), bake=True)
     assert result.report.passed, result.report.verification.failures  # type: ignore[union-attr]
-    assert {edit.op.action for edit in result.edits} == {"bake", "factorize"}
+    assert {"bake"} < {edit.op.action for edit in result.edits} <= {"bake", "factorize", "narrow"}
     assert torch.equal(model(x), before)
     assert all(torch.equal(value, parameters[key]) for key, value in model.state_dict().items())
     assert not any(parametrize.is_parametrized(module) for module in result.model.modules())
@@ -256,7 +256,7 @@ def test_computed_weights_are_a_reason_with_a_remedy(name: str, tmp_path: Path) 
     loaded = pwrewrite.load(tmp_path / "baked", model)
     torch.testing.assert_close(loaded(x), result.model(x))
     plan = pwrewrite.plan(model, x, HALF, torch.randn(32, 8, 64), bake=True)
-    assert {op.action for op in plan.ops} == {"bake", "factorize"}
+    assert {"bake"} < {op.action for op in plan.ops} <= {"bake", "factorize", "narrow"}
     assert pwrewrite.apply(model, plan)(x).shape == before.shape
 
 
@@ -268,7 +268,7 @@ def test_a_fused_model_is_unfused(residual: bool, tmp_path: Path) -> None:
     assert fused.edits
     result = pwrewrite.rewrite(fused.model, images(2), budget=HALF, calibration=images(40))
     assert result.report.passed, result.report.verification.failures  # type: ignore[union-attr]
-    assert {edit.op.action for edit in result.edits} == {"unfuse", "factorize"}
+    assert {"unfuse"} < {edit.op.action for edit in result.edits} <= {"unfuse", "factorize", "narrow"}
     assert any("fuse the result again" in note for note in result.report.notes)
     result.save(tmp_path / "smaller")
     loaded = pwrewrite.load(tmp_path / "smaller", fused.model)
