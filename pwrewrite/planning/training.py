@@ -50,8 +50,8 @@ _LOOKS = 20
 _PLANNED = 0.95
 """The part of a time budget that is planned for."""
 _TIMED = 3
-_HELD = 256 * 1024**2
-"""Bytes of the original's held-out outputs that are kept."""
+_HELD = 512 * 1024**2
+"""Bytes of held-out inputs, and of what the original makes of them, that are kept."""
 LOWER = "lower --recover-batch"
 _TRY = "try a lower --recover-rate, a longer --recover or more --calibration inputs"
 _log = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class Training:
         if world() > 1:
             self.model = DistributedDataParallel(self.loss, find_unused_parameters=True, **_NO_BUFFERS)
         self.scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.precision is torch.float16)
-        self._wanted: list[object] | None = None
+        self._kept: list[tuple[Chunk, object]] = []
 
     def run(self, file: Path | None) -> tuple[Recovery, Measured]:
         """Trains, from where an earlier run was interrupted, and puts the best weights in."""
@@ -160,7 +160,7 @@ class Training:
         else:
             before = self._held_out()
             state = _State(before, before, self._weights())
-            state.steps = self._steps(time.monotonic() - self.began)
+            state.steps = self._steps()
         self._loop(state, phase, file)
         self._put(state.weights)
         recovery = self._facts(state)
@@ -252,16 +252,21 @@ class Training:
         return Measured(*first)
 
     def _both(self) -> Iterator[tuple[object, object, Chunk]]:
-        """What both models make of the held-out inputs; what the original does is kept where it is not too much."""
-        outputs, held = list[object](), 0
-        for number, chunk in enumerate(map(self._placed, self.batches.held_out())):
-            wanted = self._wanted[number] if self._wanted else run_seeded(self.teacher, chunk, number)
-            held += sum(tensor.nbytes for tensor in tensors_of(wanted))
-            outputs = [*outputs, wanted] if held <= _HELD else []
-            yield wanted, run_seeded(self.student, chunk, number), chunk
-        self._wanted = outputs if held <= _HELD else None
+        """What both models make of the held-out inputs."""
+        for number, (chunk, wanted) in enumerate(self._kept or self._of_original()):
+            yield wanted, run_seeded(self.student, self._placed(chunk), number), chunk
 
-    def _steps(self, looking: float) -> int:
+    def _of_original(self) -> Iterator[tuple[Chunk, object]]:
+        """The held-out inputs, and what the original makes of them; both are kept where they are not too much."""
+        pairs, held = list[tuple[Chunk, object]](), 0
+        for number, chunk in enumerate(self.batches.held_out()):
+            pair = chunk, run_seeded(self.teacher, self._placed(chunk), number)
+            held += sum(tensor.nbytes for tensor in tensors_of(pair))
+            pairs = [*pairs, pair] if held <= _HELD else []
+            yield pair
+        self._kept = pairs
+
+    def _steps(self) -> int:
         """How many steps to take: so many epochs, or what fits into the time that is left, by timing a few."""
         asked = self.settings.time
         if asked.epochs is not None:
@@ -279,6 +284,9 @@ class Training:
                     break
         each = (time.monotonic() - start) / _TIMED
         self._put(weights)
+        start = time.monotonic()
+        self._held_out()
+        looking = time.monotonic() - start
         left = _PLANNED * asked.seconds - (time.monotonic() - self.began)
         epoch = each * self.data.steps + looking  # with a look at its end, of which there are only so many
         epochs = left / epoch if left <= _LOOKS * epoch else (left - _LOOKS * looking) / (each * self.data.steps)

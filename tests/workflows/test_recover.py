@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -319,6 +319,37 @@ def test_a_budget_of_time_is_kept() -> None:
     result = recovered("4s")
     assert 1 < result.report.seconds < 6
     assert result.report.steps > 10
+
+
+class _Slow:
+    """A source whose batches take a second each, by a clock of its own."""
+
+    def __init__(self) -> None:
+        self.clock, self.batches = 0.0, 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in images(160).split(20):
+            self.clock, self.batches = self.clock + 1, self.batches + 1
+            yield batch
+
+    def monotonic(self) -> float:
+        return self.clock
+
+
+def test_a_slow_source_costs_no_time_once_it_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, step = _Slow(), training.Training._step
+
+    def slow_step(*args: Any) -> None:
+        source.clock += 0.5
+        step(*args)
+
+    monkeypatch.setattr(training, "time", source)
+    monkeypatch.setattr(training.Training, "_step", slow_step)
+    report = recover(network(), smaller(), source, "100s").report
+    assert 90 < report.seconds <= 100
+    source.batches = 0
+    recover(network(), smaller(), source, "20epochs")
+    assert source.batches <= 5 * 8
 
 
 # -------------------------------------------------------------------------------------------------------- workflows
