@@ -25,7 +25,6 @@ from ..core.nested import deep_copy
 from ..core.numbers import Time, parse_time
 from ..core.options import RecoverOptions
 from ..core.processes import rank
-from ..core.random_state import check_seed
 from ..core.recovery import Recovery
 from .augment import augment_named, source_of
 from .batches import Batches
@@ -61,7 +60,6 @@ class Recoverer:
     ) -> None:
         given = options.recover or ""
         rate, size = RATE if options.recover_rate is None else options.recover_rate, options.recover_batch
-        check_seed(seed)
         if not 0 < rate < math.inf:
             raise UsageError("the learning rate is out of range", expected="above 0, such as 0.001", got=str(rate))
         if size is not None and size < 1:

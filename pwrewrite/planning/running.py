@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +12,7 @@ from ..capturing.inventory import Inventory
 from ..capturing.state import untouched
 from ..core.files import same_directory
 from ..core.nested import Args, Kwargs
+from ..core.random_state import seed_all
 
 Chunk = tuple[Args, Kwargs]
 """Positional and keyword inputs of one run of the model."""
@@ -43,9 +42,7 @@ def evaluating(model: nn.Module, *, buffers: bool = True) -> Iterator[None]:
 
 def run_seeded(model: nn.Module, chunk: Chunk, seed: int) -> object:
     """A forward that draws the random numbers that go with a seed; inside `evaluating`, which puts the states back."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
+    seed_all(seed)
     args, kwargs = chunk
     with same_directory():
         return model(*args, **kwargs)

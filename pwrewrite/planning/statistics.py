@@ -227,7 +227,7 @@ def gather(
         for number, (args, kwargs) in enumerate(chunks):
             if number < skip:
                 continue
-            seed = how.seed * 1_000_003 + number
+            seed = (how.seed * 1_000_003 + number) % 2**63
             torch.manual_seed(seed)
             watch.begin(samples_of(args, kwargs), torch.Generator().manual_seed(seed))
             with same_directory(), torch.set_grad_enabled(gradients):

@@ -16,6 +16,7 @@ from ..core.declaring import flag_of, from_keywords, refuse_unknown
 from ..core.errors import UsageError, first_line
 from ..core.nested import Tree
 from ..core.options import Budget, RecoverOptions
+from ..core.random_state import check_seed
 from ..core.recovery import Recovery
 from ..edit.apply import copy_of
 from ..planning.batches import Batches, stable
@@ -86,10 +87,13 @@ def recover(
     >>> result.report.after < result.report.before
     True
     """
+    if "recover" in options:
+        raise UsageError("the time is given twice", hint="leave recover= out: here it is called time")
     names = ("outputs", "batch", "calibration_size", "seed")
     budget = from_keywords(Budget, {name: options.pop(name) for name in names if name in options})
     chosen = from_keywords(RecoverOptions, {"recover": time, **options})
     refuse_unknown("recover", {k: v for k, v in options.items() if k not in vars(chosen)}, RecoverOptions)
+    check_seed(budget.seed)
     own, source = budget.batch, stable(batches, 32)
     if isinstance(own, str):
         raise UsageError(f"batch={own!r} is a name", hint="give the function itself")

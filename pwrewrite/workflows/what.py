@@ -16,6 +16,7 @@ from ..core.errors import UsageError
 from ..core.numbers import parse_time
 from ..core.options import Budget, LayerOptions, PassOptions, Proof
 from ..core.plan import Plan
+from ..core.random_state import check_seed
 from ..passes import Pass
 from ..planning.augment import PLAIN
 from ..targets import LoadedModel
@@ -94,6 +95,7 @@ def what_of(passes: PassOptions, budget: Budget, plan: Plan | None = None, allow
     for_budget = [name for name in for_budget if name not in ("seed", "plan")]
     check_goes_with_calibration(budget)
     check_recovery(budget)
+    check_seed(budget.seed)
     if isinstance(budget.recover, str):
         budget = replace(budget, recover=parse_time(budget.recover, "recover"))
     if not limited and budget.calibration is None:

@@ -98,6 +98,17 @@ def test_the_same_seed_gives_the_same_weights(monkeypatch: pytest.MonkeyPatch) -
     assert not same(first.model, other.model)
 
 
+def test_seeds_may_be_large() -> None:
+    models = network(), smaller()
+    assert recover(*models, images().split(20), "1epochs", seed=2**62).report.steps
+    calibration = {"calibration": images().split(20)}
+    assert pwrewrite.rewrite(network(), images(1), budget=SEVENTH, seed=2**62, verify=False, **calibration).plan.ops
+    ran: list[nn.Module] = []
+    with pytest.raises(UsageError, match="not a seed"):
+        pwrewrite.rewrite(network(), images(1), budget=SEVENTH, seed=-1, metric=ran.append, **calibration)  # type: ignore[arg-type]
+    assert not ran
+
+
 def test_labels_are_used_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distilling, "LABELS", 10.0)
     classes = torch.randint(5, (120,), generator=torch.Generator().manual_seed(2))
@@ -290,6 +301,8 @@ def test_a_damaged_checkpoint_is_no_error(tmp_path: Path) -> None:
         ({"recover_batch": 0}, "1 input or more"),
         ({"recover_device": "nowhere"}, "there is no device"),
         ({"speed": 3}, "no option 'speed'"),
+        ({"seed": -1}, "not a seed"),
+        ({"recover": "2epochs"}, "time is given twice"),
     ],
 )
 def test_bad_input(change: dict[str, Any], message: str) -> None:
