@@ -95,7 +95,7 @@ class Recoverer:
         """
         setting, file = self.setting, None
         if not rank():
-            facts = {name: getattr(setting, name) for name in ("time", "rate", "size", "seed", "outputs")}
+            facts = {name: value for name, value in vars(setting).items() if name not in ("say", "notes")}
             facts |= {"device": setting.device.type, "augment": [setting.augment[0], source_of(setting.augment[1])]}
             labels = self.batches.labels("calibration") if setting.labelled else None
             file = checkpoint_file((self.original, rewritten), self.batches, labels, facts)

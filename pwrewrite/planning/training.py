@@ -141,10 +141,11 @@ class Training:
 
     def run(self, file: Path | None) -> tuple[Recovery, Measured]:
         """Trains, from where an earlier run was interrupted, and puts the best weights in."""
-        settings = self.settings
+        settings, earlier = self.settings, len(self.settings.notes)
         kept = of_first(read_checkpoint(file))
         if kept is not None and "recovery" in kept:
             self._put(kept["weights"])
+            settings.notes.extend(kept["notes"])
             return Recovery.from_dict(kept["recovery"]), Measured(*kept["best"])
         settings.say("measuring what is lost before", None)
         phase: _Phase | None = None
@@ -164,9 +165,9 @@ class Training:
         self._loop(state, phase, file)
         self._put(state.weights)
         recovery = self._facts(state)
-        facts = {"recovery": recovery.to_dict(), "weights": state.weights, "best": list(astuple(state.best))}
-        write_checkpoint(file, facts)
         self._note(state)
+        facts = {"recovery": recovery.to_dict(), "weights": state.weights, "best": list(astuple(state.best))}
+        write_checkpoint(file, {**facts, "notes": settings.notes[earlier:]})
         return recovery, state.best
 
     def _loop(self, state: _State, phase: _Phase | None, file: Path | None) -> None:
@@ -186,7 +187,7 @@ class Training:
                 if state.step == state.steps or over:
                     break
             assert phase is not None
-            if over:
+            if over and state.step < state.steps:
                 self.settings.notes.append(f"recovery ended after {state.step} of {state.steps} steps: time was up")
             looks = over or state.step == state.steps or state.step % every == 0
             if (looks and not self._look(state, phase)) or over:
@@ -218,7 +219,7 @@ class Training:
         for part in parts:
             waits = part is not parts[-1] and isinstance(self.model, DistributedDataParallel)
             with self.model.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                labels = _classes(part.labels) if self.settings.labelled else None
+                labels = part.labels if self.settings.labelled else None
                 loss = self.model(self._placed(part.chunk), labels, blocks) * part.weight
                 self.scaler.scale(loss).backward()
         self.scaler.unscale_(phase.optimizer)
@@ -364,7 +365,3 @@ class Training:
             note = f"recovery did not lower the held-out loss, {state.before.loss:.3g}: the model is as before; {_TRY}"
             self.settings.notes.append(note)
             _log.warning(note)
-
-
-def _classes(labels: Tensor | None) -> Tensor | None:
-    return labels if labels is None or labels.dim() == 1 else labels.argmax(1)

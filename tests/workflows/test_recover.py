@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 import pwrewrite
 from pwrewrite.core.errors import RefusedError, UsageError
 from pwrewrite.passes.narrow import Narrow
-from pwrewrite.planning import augment, distilling, training
+from pwrewrite.planning import augment, distilling, recovery, training
 from pwrewrite.workflows.recover import Recovered, recover
 
 SEVENTH = {"macs": 0.15}
@@ -85,6 +86,7 @@ def test_a_result_is_never_worse_and_what_to_try_is_said() -> None:
     result = recovered("3epochs", recover_rate=30.0)
     assert result.report.after <= result.report.before
     same_again = recover(network(), network(), images().split(20), "2epochs")
+    assert recover(network(), network(), images().split(20), "2epochs").notes == same_again.notes  # from the cache
     assert same_again.report.kept == 0
     assert same_again.report.after == same_again.report.before
     assert any("--recover-rate" in note for note in same_again.notes)
@@ -279,6 +281,13 @@ def _trains(original: nn.Module, rewritten: nn.Module, **options: Any) -> bool:
     return any("epoch" in what for what in said)
 
 
+def test_all_that_a_training_depends_on_is_in_the_name_of_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(recovery, "checkpoint_file", lambda models, batches, labels, facts: seen.update(facts))
+    recovered("1epochs")
+    assert seen.keys() == {each.name for each in fields(training.Setting)} - {"say", "notes"}
+
+
 def test_a_damaged_checkpoint_is_no_error(tmp_path: Path) -> None:
     whole = recovered("2epochs")
     (file,) = (tmp_path / "cache" / "recovery").glob("*.pt")
@@ -363,6 +372,19 @@ def test_a_slow_source_costs_no_time_once_it_was_read(monkeypatch: pytest.Monkey
     source.batches = 0
     recover(network(), smaller(), source, "20epochs")
     assert source.batches <= 5 * 8
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+def test_steps_that_were_left_out_are_noted(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _Slow()
+    monkeypatch.setattr(training, "time", source)
+    monkeypatch.setattr(training.Training, "_steps", lambda _: steps)
+    monkeypatch.setattr(training.Training, "_step", lambda *_: setattr(source, "clock", source.clock + 25))
+    result = recover(network(), smaller(), source, "100s")
+    assert result.report.steps == 4
+    assert [note for note in result.notes if "time was up" in note] == [
+        "recovery ended after 4 of 5 steps: time was up"
+    ] * (steps - 4)
 
 
 # -------------------------------------------------------------------------------------------------------- workflows
