@@ -41,8 +41,13 @@ class _Window:
     cut: bool
 
     @classmethod
-    def of(cls, chunks: list[tuple[Chunk, Tensor | None]]) -> _Window:
-        """Chunks put together, where their tensors are alike and all have the samples as their first dim."""
+    def of(cls, given: list[tuple[Chunk, Tensor | None]]) -> _Window:
+        """Chunks put together, where their tensors are alike and all have the samples as their first dim.
+
+        They are taken out of the list, so that memory does not hold them twice.
+        """
+        chunks = given.copy()
+        given.clear()
         tensors = [tensors_of(chunk) for chunk, _ in chunks]
         counts = [samples_of(*chunk) for chunk, _ in chunks]
         alike = len({tuple((t.shape[1:], t.dtype) for t in each) for each in tensors}) == 1
@@ -90,10 +95,10 @@ class TrainingSet:
         self._rank, self._world = share
         self.samples = self.steps = 0
         self._kept: list[_Window] = []
-        for number, window in enumerate(self._read()):
-            self._kept = [] if number else [window]
+        for window in self._read():
             self.samples += window.samples
             self.steps += len(window.groups(torch.arange(window.items), size))
+            del window  # before the next is read
 
     def epoch(self, number: int, start: int = 0) -> Iterator[list[Part]]:
         """The steps of an epoch, from one of them on: what this process takes in each."""
@@ -102,18 +107,24 @@ class TrainingSet:
             for group in window.groups(torch.randperm(window.items, generator=order), self._size):
                 if (step := step + 1) >= start:
                     yield self._parts(window, group, (self._seed, number, step))
+            del window
 
     def _read(self) -> Iterator[_Window]:
-        """One pass: as many chunks at a time as fit."""
-        chunks, held = list[tuple[Chunk, Tensor | None]](), 0
+        """One pass: as many chunks at a time as fit; all of them are kept where they do."""
+        chunks, held, several = list[tuple[Chunk, Tensor | None]](), 0, False
         for each in self._batches.labelled():
             size = sum(tensor.nbytes for tensor in tensors_of(each))
             if chunks and held + size > MEMORY:
                 yield _Window.of(chunks)
-                chunks, held = [], 0
+                held, several = 0, True
             chunks.append(each)
             held += size
-        yield _Window.of(chunks)
+            del each
+        if several:
+            yield _Window.of(chunks)
+        else:
+            self._kept = [_Window.of(chunks)]
+            yield from self._kept
 
     def _parts(self, window: _Window, group: Tensor, seed: tuple[int, ...]) -> list[Part]:
         """What this process takes of a group; one that is left without takes the first, with no weight."""

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 import pwrewrite
 from pwrewrite.core.errors import RefusedError, UsageError
 from pwrewrite.passes.narrow import Narrow
-from pwrewrite.planning import augment, distilling, recovery, training
+from pwrewrite.planning import augment, distilling, recovery, training, training_set
+from pwrewrite.planning.batches import Batches
+from pwrewrite.planning.running import Chunk
 from pwrewrite.workflows.recover import Recovered, recover
 
 SEVENTH = {"macs": 0.15}
@@ -160,6 +163,31 @@ def test_models_with_other_outputs_are_refused(classes: tuple[int, int], expecte
     with pytest.raises(RefusedError, match="outputs of other shapes") as error:
         recover(*(nn.Linear(4, count) for count in classes), torch.randn(40, 4).split(8), "1epochs")
     assert (error.value.expected, error.value.got) == (expected, got)
+
+
+def test_inputs_beyond_memory_are_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks: list[weakref.ref[Tensor]] = []
+    windows: list[weakref.ref[object]] = []
+    join = training_set._Window.of
+
+    def source(_: object) -> Iterator[tuple[Chunk, None]]:
+        for part in images(80).split(10):
+            assert not any(each() is not None for each in windows)
+            chunks.append(weakref.ref(chunk := part.clone()))
+            yield ((chunk,), {}), None
+            del chunk
+
+    def joined(parts: list[tuple[Chunk, Tensor | None]]) -> object:
+        windows.append(weakref.ref(window := join(parts)))
+        return window
+
+    monkeypatch.setattr(training_set, "MEMORY", 4 * 10 * 64 * 4)
+    monkeypatch.setattr(Batches, "labelled", source)
+    monkeypatch.setattr(training_set._Window, "of", joined)
+    data = training_set.TrainingSet(Batches(images(80), images(1)), 10, 0, None)
+    assert data.steps == 8
+    held = [sum(each() is not None for each in chunks) for _ in data.epoch(0)]
+    assert held == [1] * 4 + [0] * 4  # the one that did not fit any more, beside the window
 
 
 # --------------------------------------------------------------------------------------------------- augmentations
