@@ -6,8 +6,9 @@ predictions (`pwrewrite.planning.distilling`), each with an optimizer of its own
 norms keep their statistics and train their scales. The held-out loss of the averaged weights decides which state is
 kept, the one before included: by that loss the result is never worse.
 
-A budget of epochs gives the same result for the same seed; minutes are turned into steps by timing the first ones. At
-every epoch the state goes to the cache, and the same call, made again after a crash, goes on from there.
+A budget of epochs gives the same result for the same seed; minutes are turned into steps by timing the first ones.
+After an epoch the state goes to the cache, as often as takes little of the time, and the same call, made again after a
+crash, goes on from there.
 """
 
 from __future__ import annotations

@@ -49,6 +49,8 @@ _LOOKS = 20
 """How often the held-out loss is measured, about."""
 _PLANNED = 0.95
 """The part of a time budget that is planned for."""
+_RARE = 30
+"""How many times as long as it took is waited before the state is written again."""
 _TIMED = 3
 _HELD = 512 * 1024**2
 """Bytes of held-out inputs, and of what the original makes of them, that are kept."""
@@ -138,6 +140,7 @@ class Training:
             self.model = DistributedDataParallel(self.loss, find_unused_parameters=True, **_NO_BUFFERS)
         self.scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.precision is torch.float16)
         self._kept: list[tuple[Chunk, object]] = []
+        self._written, self._writing = -math.inf, 0.0
 
     def run(self, file: Path | None) -> tuple[Recovery, Measured]:
         """Trains, from where an earlier run was interrupted, and puts the best weights in."""
@@ -307,6 +310,10 @@ class Training:
         return of_first(time.monotonic() - self.began > seconds)
 
     def _keep(self, state: _State, phase: _Phase, file: Path | None) -> None:
+        """Writes the state, unless it was written a short time ago."""
+        start = time.monotonic()
+        if start - self._written < _RARE * self._writing:
+            return
         at = [state.steps, state.step, state.kept, state.seconds]
         write_checkpoint(
             file,
@@ -320,6 +327,8 @@ class Training:
                 "scaler": self.scaler.state_dict(),
             },
         )
+        self._written = time.monotonic()
+        self._writing = self._written - start
 
     def _weights(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.parameters]

@@ -402,6 +402,21 @@ def test_a_slow_source_costs_no_time_once_it_was_read(monkeypatch: pytest.Monkey
     assert source.batches <= 5 * 8
 
 
+def test_keeping_the_state_takes_little_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, step = _Slow(), training.Training._step
+
+    def slow_step(*args: Any) -> None:
+        clock.clock += 0.5
+        step(*args)
+
+    monkeypatch.setattr(training, "time", clock)
+    monkeypatch.setattr(training.Training, "_step", slow_step)
+    monkeypatch.setattr(training, "write_checkpoint", lambda *_: setattr(clock, "clock", clock.clock + 1))
+    result = recover(network(), smaller(), images().split(20), "100s")
+    assert not any("time was up" in note for note in result.notes)
+    assert result.report.steps >= 0.9 * 100 / 0.5
+
+
 @pytest.mark.parametrize("steps", [4, 5])
 def test_steps_that_were_left_out_are_noted(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     source = _Slow()
