@@ -37,8 +37,8 @@ from ..forms.specs import linear_spec, spec_to_dict
 from ..layers.factorized import Factorized, build, make_layer
 
 _REFERENCE, _REFERENCE_SHAPE = linear_spec(512, 512, True), (64, 512)
-_SECONDS = 1.0
-"""About how long one layer and its candidates run."""
+_SECONDS, _SECONDS_EACH = 1.0, 0.12
+"""About how long one layer and its candidates run together at most, and each of them where they are few."""
 MEASURED = 1.05
 """A time within this factor of its limit meets it: as far may two measurements of one model be apart."""
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -186,7 +186,8 @@ class LatencyTable:
                 continue
             runs[i] = partial(run, x)
         every = [self.reference(), *runs.values()]
-        unit, *timings = time_in_turns(every, self.conditions.device, seconds=_SECONDS, drop=True, against=1)
+        seconds = min(_SECONDS, _SECONDS_EACH * len(every))
+        unit, *timings = time_in_turns(every, self.conditions.device, seconds=seconds, drop=True, against=1)
         shares = {i: timing.seconds / unit.seconds for i, timing in zip(runs, timings)}
         return [shares.get(i, math.inf) for i in range(len(variants))]
 
