@@ -42,7 +42,7 @@ class Interrupted:
     def __iter__(self):
         Interrupted.passes += 1
         for number, batch in enumerate(8 * list(batches())):
-            if Interrupted.passes == 2 and number == 8:
+            if Interrupted.passes == 3 and number == 8:
                 raise KeyboardInterrupt
             yield batch
 
@@ -518,7 +518,7 @@ def test_an_interrupted_calibration_goes_on(run: Run, folder: Path) -> None:
     assert not (folder / "plan.json").exists()
     cache = folder.parent / f"{folder.name}-cache" / "statistics"
     assert len(list(cache.glob("*.safetensors"))) == 1
-    (folder / "data.py").write_text(DATA.replace("passes == 2", "passes == 99"))
+    (folder / "data.py").write_text(DATA.replace("passes == 3", "passes == 99"))
     second = run("plan", "net.py", *arguments)
     assert second.exit_code == 0, second.output
     assert len(list(cache.glob("*.safetensors"))) == 1

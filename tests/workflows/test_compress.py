@@ -342,4 +342,4 @@ def test_an_export_that_differs_is_no_result(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(pt2_format.Pt2, "run", usual)
     result = compressed(net(), tmp_path / "out", export=["pt2"])
     assert again(result) == ["export"]
-    assert not result.report.notes
+    assert not [note for note in result.report.notes if "export" in note or "stage" in note]
