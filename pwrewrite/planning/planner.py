@@ -37,7 +37,7 @@ from .allocator import Allocator, Choice
 from .batches import Batches
 from .budget import Limit
 from .cache import read_statistics, statistics_file, write_statistics
-from .candidates import ReplaceableLayers, make_candidates, timed
+from .candidates import LayerCandidates, ReplaceableLayers, make_candidates, timed
 from .fitting import fit_steps, kept_channels, shift_biases
 from .latency import MEASURED, Conditions, LatencyTable, time_plan
 from .outputs import Measured, compare, kind_of_outputs, scoring
@@ -46,9 +46,9 @@ from .room import Room, samples_in_run
 from .running import Say, device_of, evaluating, run_seeded
 from .spill import Spill
 from .statistics import Gathering, NoGradientsError, Statistics, gather
-from .units import timed_unit, unit_candidates
+from .units import UnitCandidates, timed_unit, unit_candidates
 
-_ATTEMPTS = 5
+_ATTEMPTS = 7
 """How many plans for a latency budget are timed at most."""
 _NEAR, _WASTED = 1.01, 0.96
 """How near to its limit, from above and below, a time is near enough."""
@@ -249,6 +249,21 @@ class Planner:
         finally:
             table.save()
         self.original["latency"] = timing.seconds
+        self._scale_times()
+
+    def _scale_times(self) -> None:
+        """Scales layers' times down where they add up to more than the model: alone they miss caches and fusion."""
+        own = {layer.layer.path: layer.candidates[0].costs["latency"] for layer in self.layers}
+        total = sum(own.values())
+        for channels in self.units:
+            inside = sum(own.get(layer.path, 0.0) for layer in channels.unit.layers)
+            total += max(channels.candidates[0].costs["latency"] - inside, 0.0)
+        scale = self.original["latency"] / total if total else 1.0
+        groups: list[LayerCandidates | UnitCandidates] = [*self.layers, *self.units]
+        for group in groups if scale < 1 else ():
+            group.candidates = [
+                replace(c, costs={**c.costs, "latency": c.costs["latency"] * scale}) for c in group.candidates
+            ]
 
     def choose(self, limits: Sequence[Limit]) -> Choice:
         """The allocation that loses least; where a limit cannot be met, the error says how far, and what was left."""

@@ -286,3 +286,17 @@ def test_bytes_are_those_that_the_report_counts(monkeypatch: pytest.MonkeyPatch)
     made = planner(monkeypatch)
     choice = made.choose(budgets_of({"bytes": 0.99}))
     assert choice.costs["bytes"] <= 0.99 * made.original["bytes"]
+
+
+def test_layers_that_take_longer_alone_than_together_promise_no_more_than_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)).eval()
+    monkeypatch.setattr(LatencyTable, "times", lambda self, shape, variants: [1.0, *[0.25] * (len(variants) - 1)])
+    made = Planner(model, (torch.randn(1, 8, 16, 16),), None, Budget({"latency": 0.6}))
+    made.frontier("latency", points=5)
+    original = made.original["latency"]
+    assert original < 1.0
+    whole = sum(layer.candidates[0].costs["latency"] for layer in made.layers)
+    assert 0 < whole <= original * (1 + 1e-9)
+    assert made.allocator.cheapest("latency", budgets_of({"latency": 0.6}), {}).costs["latency"] > 0
