@@ -197,7 +197,7 @@ def _compressed(
             exports = stages.done(
                 "export",
                 {"to": formats, **settings, "packages": packages},
-                lambda at, say: _exported(fused, at, say, {"to": formats, **settings, **data}),
+                lambda at, say: _exported(fused, at, say, {"to": formats, **settings, **data}, budget.threads),
                 _read_exports,
             )
         engine = str(rewriting["budget"].get("engine") or "").partition(" ")[0]  # the one that auto has chosen
@@ -266,9 +266,10 @@ def _read(place: Path, loaded: LoadedModel) -> tuple[LoadedModel, dict[str, Any]
     return replace(loaded, model=model, plan=read_plan(place), names=read_names(place)), _data(place / REPORT)
 
 
-def _exported(model: LoadedModel, place: Path, say: Progress, settings: Mapping[str, Any]) -> None:
+def _exported(model: LoadedModel, place: Path, say: Progress, settings: Mapping[str, Any], threads: int | None) -> None:
     """Exports all formats, or none; raises `VerificationError` where one differs from the model."""
-    result = export(model, out=place, force=True, progress=say, **settings)
+    with with_threads(threads):
+        result = export(model, out=place, force=True, progress=say, **settings)
     if not result.passed:
         rmtree(place, ignore_errors=True)
         raise differing_error(result.formats)

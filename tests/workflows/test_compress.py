@@ -126,6 +126,15 @@ def test_an_engine_times_both_models() -> None:
     assert again(compressed(net(), engine="onnxruntime", best_effort=True)) == []
 
 
+def test_exports_run_on_as_many_threads_as_were_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    before = torch.get_num_threads()
+    asked = before + 1
+    result = compressed(net(), tmp_path / "out", export="onnx", threads=asked)
+    assert result.report.exports[0].engine.endswith(f", {asked} threads")
+    assert torch.get_num_threads() == before
+
+
 def test_a_damaged_stage_is_done_again(cache: Path) -> None:
     model = net()
     compressed(model)
