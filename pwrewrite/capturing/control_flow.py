@@ -10,7 +10,7 @@ is tried as a few values only. Code that proxies cannot follow at all gets the a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TypeVar
 
 from torch import fx, nn
@@ -37,6 +37,9 @@ _COUNTS = (1, 0, 2, 4096)
 """What lengths and whole numbers may be: few, none, several, and more than code compares with."""
 
 _NUMBERS = (1.0, -1.0, 0.0, 1e6)
+
+
+_FACT = "fact"
 
 
 class _Value(Item):
@@ -191,6 +194,29 @@ def always_follows(
         if any(n.name in inputs and not _only_read_by(module, n, readers, passes_on) for n in graph.nodes):
             return False
     return len(places) == 1 if places else None
+
+
+def calls_of(graph: fx.Graph, plain: Container[str] = ()) -> tuple[str, ...]:
+    """What one way through code calls, and on what: two ways with equal calls do the same.
+
+    Shape facts, what is worked out from nothing else, and functions and methods named ``plain``, which only hand on
+    their first input here, are left out.
+    """
+    calls, made = list[str](), dict[fx.Node, object]()
+    for node in graph.nodes:
+        read = [made[source] for source in node.all_input_nodes]
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.op == "placeholder":
+            made[node] = str(node.target)
+        elif _asks_for_facts(node) or (read and all(each == _FACT for each in read)):
+            made[node] = _FACT
+        elif node.op in ("call_function", "call_method") and name in plain and read:
+            made[node] = read[0]
+        else:
+            made[node] = len(calls)
+            arguments = fx.node.map_arg((node.args, node.kwargs), lambda source: f"<{made[source]}>")
+            calls.append(f"{node.op} {name} {arguments}")
+    return tuple(calls)
 
 
 def _calls(owner: nn.Module, node: fx.Node, module: nn.Module) -> bool:

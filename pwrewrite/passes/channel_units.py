@@ -19,7 +19,7 @@ from math import prod
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..capturing.code_trace import NotTraceable, trace
+from ..capturing.control_flow import calls_of
 from ..capturing.eligibility import eligible
 from ..capturing.records import Capture, Layer, info
 from ..core.operations import OPERATIONS
@@ -41,6 +41,7 @@ _PLAIN = _named("pool", "dropout", "cast") | {"interpolate", "pad"}
 _POINTWISE = _named("activation", "elementwise") - {"prelu"}
 _ARITHMETIC = _named("arithmetic")
 _PRODUCTS = frozenset(("mul", "multiply", "__imul__", "__rmul__"))
+_SAME_CHANNELS = _PLAIN | _POINTWISE
 _RESHAPES = frozenset(("flatten", "view", "reshape", "squeeze"))
 
 
@@ -145,7 +146,7 @@ class _Walk:
         self.capture, self.graph = capture, graph
         self.spaces: list[_Space] = []
         self.where: dict[fx.Node, _Place] = {}
-        self.decides: dict[str, bool] = {}  # whether the code of a module cannot be followed for every input
+        self.decided: dict[str, bool] = {}
 
     def visit(self, node: fx.Node) -> None:
         """Notes where the channels are in what a node makes."""
@@ -157,7 +158,7 @@ class _Walk:
             if place is not None:
                 self.where[node] = place
         for source in sources:
-            if why := self._undecided(node):
+            if why := self._undecided(source, node):
                 self._refuse(source, SkipReason.DATA_DEPENDENT, why)
 
     def unit(self, space: _Space) -> Unit:
@@ -337,20 +338,27 @@ class _Walk:
         place, own = self.where[source], info(source).outputs[0].shape
         return len(own) == len(shape) and own[place.axis] == shape[place.axis]
 
-    def _undecided(self, node: fx.Node) -> str:
-        """Why code that looks at values may not read this for every input; ``""`` where it does."""
-        if self.capture.coverage.values == "meta" or node.op == "output":
-            return ""
-        callers = info(node).callers
-        path = callers[-1] if callers else ""
-        if path not in self.decides:
-            try:
-                trace(self.graph.modules[path])
-                self.decides[path] = False
-            except (NotTraceable, KeyError):
-                self.decides[path] = True
-        what = f"the code of {path or 'the model'} decides by values, and may do other things with them"
-        return what if self.decides[path] else ""
+    def _undecided(self, source: fx.Node, node: fx.Node) -> str:
+        """Why code may do other things with what a node made, on other values or at other sizes; ``""`` for nothing.
+
+        Asked of every module whose code hands it on, out of where it was made and into where it is read.
+        """
+        up, down = info(source).callers, info(node).callers
+        shared = 0
+        while shared < min(len(up), len(down)) and up[shared] == down[shared]:
+            shared += 1
+        owners = dict.fromkeys((*up[max(shared - 1, 0) :], *down[max(shared - 1, 0) :])) or {"": None}
+        path = next((path for path in owners if not self._decided(path)), None)
+        what = "decides by values or sizes what becomes of them"
+        return "" if path is None else f"{describe(node)} reads them, and the code of {path or 'the model'} {what}"
+
+    def _decided(self, path: str) -> bool:
+        """Whether a module's own code calls the same for every input."""
+        if path not in self.decided:
+            module = self.graph.modules.get(path)
+            ways = None if module is None else self.graph.ways(module)
+            self.decided[path] = ways is not None and len({calls_of(way, _SAME_CHANNELS) for way in ways}) == 1
+        return self.decided[path]
 
     def _norm_behind(self, node: fx.Node) -> str:
         """The batch norm that alone reads what a layer makes, and whose running mean can follow it."""

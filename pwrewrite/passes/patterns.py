@@ -8,6 +8,7 @@ public tools corrupt a convolution that is called twice (pytorch#104593).
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from itertools import chain
 
@@ -35,6 +36,7 @@ class Graph:
         owners: Who holds and reads which parameter.
         calls: Path to how many nodes call that module; ``code`` to the functions that its own code calls.
         layers: Name of a node to the layer that it calls.
+        ways: All ways through a module's own code, as `paths`.
     """
 
     def __init__(self, capture: Capture) -> None:
@@ -49,7 +51,8 @@ class Graph:
         for node in self.nodes:
             if node.op in ("call_function", "call_method"):
                 self.code.setdefault(info(node).path, []).append(node)
-        self._link, self._ways = cache(self._unlinked), cache(paths)
+        self.ways: Callable[[nn.Module], list[fx.Graph] | None] = cache(paths)
+        self._link = cache(self._unlinked)
 
     def sole_reader(self, node: fx.Node) -> fx.Node | None:
         """The one node that reads another, once."""
@@ -157,7 +160,7 @@ class Graph:
         if any(end is not None and (end not in self.modules or end == owner) for end in (first, then)):
             return f"the code of {owner or 'the model'} calls a layer that is no submodule of it, such as one in a list"
         before, behind = (None if end is None else self.modules[end] for end in (first, then))
-        fixed = always_follows(module, before, behind, lambda m: is_identity(m) or drops(m), only=only, ways=self._ways)
+        fixed = always_follows(module, before, behind, lambda m: is_identity(m) or drops(m), only=only, ways=self.ways)
         where = f"the code of {owner}" if owner else "the model's own code"
         if fixed is None:
             return f"{where} decides by values or sizes in a way that cannot be followed"

@@ -213,7 +213,7 @@ class Join(nn.Module):
         ("group", SkipReason.WRONG_FORM, "group_norm in norm is not known"),
         ("split", SkipReason.WRONG_FORM, "is not known to treat each channel alone"),
         ("transposed", SkipReason.WRONG_FORM, "transpose is not known"),
-        ("values", SkipReason.DATA_DEPENDENT, "the code of the model decides by values"),
+        ("values", SkipReason.DATA_DEPENDENT, "decides by values or sizes"),
     ],
 )
 def test_channels_that_others_have_stay(how: str, reason: SkipReason, detail: str) -> None:
@@ -273,7 +273,53 @@ class Reads(nn.Module):
         y = self.norm(self.conv(x))
         if self.what == "norm":
             return self.head(y) + self.norm.running_mean.sum()
-        return self.head(y.view(len(x), 8, *x.shape[2:]))
+        return self.head(y.view(x.shape[0], 8, x.shape[2], x.shape[3]))
+
+
+class BySize(nn.Module):
+    """Hands channels on to one layer or another, or only some of them, as the size of an image says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.make = how, nn.Conv2d(6, 16, 3, padding=1)
+        self.small, self.large = nn.Conv2d(16, 4, 1), nn.Conv2d(16, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.make(x).relu()
+        if self.how == "pooled":
+            return self.small(F.max_pool2d(y, 2) if x.shape[-1] > 100 else y)
+        if x.shape[-1] < 100:
+            return self.small(y)
+        return self.large(y) if self.how == "layer" else self.small(torch.cat([y[:, :8], y[:, :8]], 1))
+
+
+class Around(nn.Module):
+    """What decides lies around what makes the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(6, 16, 3, padding=1), nn.ReLU())
+        self.small, self.large = nn.Sequential(nn.Conv2d(16, 4, 1)), nn.Sequential(nn.Conv2d(16, 4, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.small(y) if x.size(2) * x.size(3) < 10_000 else self.large(y)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("model", "path"), [(BySize("layer"), "make"), (BySize("part"), "make"), (Around(), "first.0")]
+)
+def test_channels_that_go_elsewhere_at_another_size_stay(model: nn.Module, path: str) -> None:
+    proposed = plan_of(Narrow(0.5), model.eval(), X)
+    assert proposed.ops == ()
+    (skip,) = [s for s in proposed.skips if s.path == path]
+    assert skip.reason is SkipReason.DATA_DEPENDENT
+    assert "decides by values or sizes what becomes of them" in skip.detail
+
+
+def test_channels_that_are_pooled_at_another_size_may_go() -> None:
+    model = BySize("pooled").eval()
+    check_pass(Narrow(0.5), model, X, edits={"make": "narrow"})
 
 
 def test_code_that_would_not_survive() -> None:
