@@ -29,9 +29,8 @@ NOISY = 0.1
 """From this spread on, times are noise more than anything else."""
 _SLOWER = 1.15
 """A run that takes this many times as long as the first one in the first turns runs no more."""
-_LEAST = {"cpu": 2e-4}
-"""A timing lasts at least so many seconds by device, else `_LEAST_ELSEWHERE`; short runs are repeated within it."""
-_LEAST_ELSEWHERE = 2e-3
+_LEAST, _LEAST_ELSEWHERE = 2e-4, 2e-3
+"""A timing lasts at least so many seconds, on a CPU and elsewhere; short runs are repeated within it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ def time_in_turns(
         drop: Whether those much slower than one of them are given up early.
         against: Which one that is.
     """
-    least, repeats = _LEAST.get(device.type, _LEAST_ELSEWHERE), []
+    least, repeats = _LEAST if device.type == "cpu" else _LEAST_ELSEWHERE, []
     for run in runs:
         run()  # lazy initialisation, code caches
         repeats.append(max(1, min(50, int(least / max(_once(run, 1, device), 1e-7)))))

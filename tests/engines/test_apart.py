@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,15 @@ X = torch.ones(2)
 LOAD = "from model import load; model = load()"
 
 
-def run(folder: Path, forward: str, load: str = LOAD) -> Run:
+def run(folder: Path, forward: str, load: str = LOAD, imports: Sequence[str] = ()) -> Run:
     (folder / "model.py").write_text(f"import os, sys\ndef load(): return forward\ndef forward(x): {forward}\n")
     return run_apart(
-        load, Program(nn.Identity(), ((X,), {}), ("x",), {"": "y"}, ()), folder, [((X,), {}), ((2 * X,), {})]
+        load, Program(nn.Identity(), ((X,), {}), ("x",), {"": "y"}, ()), folder, [((X,), {}), ((2 * X,), {})], imports
     )
+
+
+def test_what_an_import_prints_is_no_answer(tmp_path: Path) -> None:
+    assert run(tmp_path, "return x", imports=("this",)).outputs[0]["y"].tolist() == [1, 1]
 
 
 def test_a_run_sees_nothing_of_another(tmp_path: Path) -> None:

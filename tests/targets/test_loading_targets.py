@@ -181,7 +181,7 @@ def test_everything_builds_on_meta_when_the_caller_says_so(tmp_path: Path) -> No
         ("timm:vit_base.augreg", "timm", "", "vit_base.augreg"),
         ("no/such/file.py", "file", "no/such/file.py", None),
         ("no/such/file.py:Net", "file", "no/such/file.py", "Net"),
-        ("C:/work/file.py:Net", "file", "C:/work/file.py", "Net"),
+        ("C:/models/file.py:Net", "file", "C:/models/file.py", "Net"),
         ("C:\\work\\file.py", "file", "C:\\work\\file.py", None),
         ("pkg.mod:Zoo.net", "module", "pkg.mod", "Zoo.net"),
     ],
