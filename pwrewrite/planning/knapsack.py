@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]
+Mask = NDArray[np.bool_]
 
 _SCALE = 1e3
 """What the best answer known loses, in the solver's numbers."""
@@ -66,14 +67,15 @@ class Knapsack:
     """The options of all groups, side by side; every group has at least one.
 
     Losses ``(options,)`` and costs ``(options, kinds)`` are at least 0. ``owner`` is the group of each, from 0 and
-    without holes, ascending, and ``names`` its index in the group as it was given. ``claims (options, things)`` is 1
-    for what an option claims and 0 for all else.
+    without holes, ascending, and ``names`` its index in the group as it was given. The options that ``claiming`` is
+    true of claim what the row of their group in ``claims (groups, things)`` has 1 for.
     """
 
     losses: Floats
     costs: Floats
     owner: Ints
     names: Ints
+    claiming: Mask
     claims: Floats
 
     @cached_property
@@ -81,10 +83,10 @@ class Knapsack:
         """The first option of each group, ``(groups,)``."""
         return np.searchsorted(self.owner, np.arange(self.owner[-1] + 1))
 
-    def keep(self, mask: NDArray[np.bool_]) -> Knapsack:
+    def keep(self, mask: Mask) -> Knapsack:
         """The same with some of the options."""
-        losses, costs, claims = self.losses[mask], self.costs[mask], self.claims[mask]
-        return Knapsack(losses, costs, self.owner[mask], self.names[mask], claims)
+        owner, names, claiming = self.owner[mask], self.names[mask], self.claiming[mask]
+        return Knapsack(self.losses[mask], self.costs[mask], owner, names, claiming, self.claims)
 
     def at(self, price: float) -> Priced:
         """The best options at one price for a unit of every cost, the first among equals."""
@@ -94,32 +96,38 @@ class Knapsack:
         behind = priced - least[self.owner]
         best = np.flatnonzero(behind == 0)
         chosen = best[np.searchsorted(self.owner[best], np.arange(len(self.starts)))]
-        if self.claims.size:
+        if self.claiming.any():
             chosen = self._repaired(chosen, priced)
         spent = float(prices.sum())
         return Priced(chosen, fsum(least) - spent, _ROUNDING * spent, behind)
 
     def within(self, chosen: Ints) -> bool:
         """Whether a choice stays within the limits, up to rounding, and claims nothing twice."""
-        return bool((self.costs[chosen].sum(0) <= 1 + _ROUNDING).all() and (self.claims[chosen].sum(0) <= 1).all())
+        return bool((self.costs[chosen].sum(0) <= 1 + _ROUNDING).all() and (self.claimed(chosen) <= 1).all())
+
+    def claimed(self, chosen: Ints) -> Floats:
+        """How often a choice claims each thing."""
+        return np.asarray(self.claims[self.claiming[chosen]].sum(0))
 
     @cached_property
-    def _neighbours(self) -> list[Ints]:
+    def _neighbours(self) -> list[list[int]]:
         """The groups that each group shares a claim with."""
-        touched = np.array([part.any(0) for part in np.split(self.claims > 0, self.starts[1:])], dtype=float)
-        shared = (touched @ touched.T) > 0
-        np.fill_diagonal(shared, val=False)
-        return [np.flatnonzero(row) for row in shared]
+        of_group = [np.flatnonzero(row).tolist() for row in self.claims]
+        owners: dict[int, list[int]] = {}
+        for group, things in enumerate(of_group):
+            for thing in things:
+                owners.setdefault(thing, []).append(group)
+        return [sorted({n for thing in things for n in owners[thing]} - {i}) for i, things in enumerate(of_group)]
 
     def _repaired(self, chosen: Ints, priced: Floats) -> Ints:
         """A choice in which claims exclude each other, of options that are the best of their group at a price."""
-        free = np.where(self.claims.any(1), np.inf, priced)
+        free = np.where(self.claiming, np.inf, priced)
         least = np.minimum.reduceat(free, self.starts)
         gains = least - priced[chosen]  # over the best option that claims nothing
-        claims = self.claims[chosen] > 0
-        order = [int(i) for i in np.argsort(-gains, kind="stable") if claims[i].any()]
+        claims = self.claiming[chosen]
+        order = [int(i) for i in np.argsort(-gains, kind="stable") if claims[i]]
         taken = np.zeros(len(chosen), dtype=bool)
-        against = [[int(n) for n in self._neighbours[i] if (claims[n] & claims[i]).any()] for i in range(len(chosen))]
+        against = [[n for n in near if claims[n]] if claims[i] else [] for i, near in enumerate(self._neighbours)]
         for i in order:
             taken[i] = not taken[against[i]].any()
         for _ in range(2):
@@ -258,15 +266,17 @@ class Search:
 def _improved(view: Knapsack, chosen: Ints) -> Ints:
     """A choice with better options for single groups as long as they fit, the largest gain first."""
     chosen = chosen.copy()
-    left, claimed = 1.0 - view.costs[chosen].sum(0), view.claims[chosen].sum(0)
+    left, claimed = 1.0 - view.costs[chosen].sum(0), view.claimed(chosen)
     gains = view.losses[chosen][view.owner] - view.losses
     fitting = (view.costs - view.costs[chosen][view.owner] <= left).all(1)
     useful = np.flatnonzero((gains > 0) & fitting)
     for at in useful[np.argsort(-gains[useful], kind="stable")]:
-        now = chosen[view.owner[at]]
-        need, claims = view.costs[at] - view.costs[now], claimed + view.claims[at] - view.claims[now]
-        if view.losses[at] < view.losses[now] and (need <= left).all() and (claims <= 1).all():
-            left, claimed, chosen[view.owner[at]] = left - need, claims, at
+        group = view.owner[at]
+        now = chosen[group]
+        need, more = view.costs[at] - view.costs[now], int(view.claiming[at]) - int(view.claiming[now])
+        free = more <= 0 or (claimed + view.claims[group] <= 1).all()
+        if view.losses[at] < view.losses[now] and (need <= left).all() and free:
+            left, claimed, chosen[group] = left - need, claimed + more * view.claims[group], at
     return chosen
 
 
@@ -283,8 +293,11 @@ def _solved(
     used = view.costs.any(0)
     if used.any():
         constraints.append(LinearConstraint(view.costs[:, used].T, -np.inf, room))
-    if view.claims.any():
-        constraints.append(LinearConstraint(csr_array(view.claims.T), -np.inf, 1))
+    claiming = np.flatnonzero(view.claiming)
+    if len(claiming):
+        option, thing = csr_array(view.claims)[view.owner[claiming]].nonzero()
+        rows = csr_array((np.ones(len(option)), (thing, claiming[option])), shape=(view.claims.shape[1], count))
+        constraints.append(LinearConstraint(rows, -np.inf, 1))
     if cuts:
         constraints.append(LinearConstraint(np.array(cuts), -np.inf, len(view.starts) - 1))
     options = dict(zip(("mip_rel_gap", "time_limit"), stop))
