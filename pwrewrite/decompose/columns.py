@@ -74,6 +74,11 @@ class Elimination:
         return self.losses[self.channels - count]
 
 
+def columns_of(channels: Sequence[int], size: int) -> list[int]:
+    """The columns of channels that have so many each, side by side."""
+    return [channel * size + i for channel in channels for i in range(size)]
+
+
 def eliminate(readers: Sequence[Reader], channels: int, least: int = 1) -> Elimination:
     """Takes channels away one by one, each time the one that loses least with the others made to do its work.
 
@@ -237,10 +242,9 @@ def keep(kernel: Tensor, channels: Sequence[int], moment: Tensor | None, mean: T
     size = kernel[0, 0].numel()
     wide = kernel.detach().to(torch.float64 if kernel.device.type != "mps" else kernel.dtype)
     rows, of = wide.flatten(1), kernel.shape[1]
-    chosen = torch.tensor(list(channels), device=kernel.device)
-    columns = (chosen[:, None] * size + torch.arange(size, device=kernel.device)).flatten()
+    columns = torch.tensor(columns_of(channels, size), device=kernel.device)
     stays = rows[:, columns]
-    if moment is not None and moment.dim() == 2 and len(chosen) < of:
+    if moment is not None and moment.dim() == 2 and len(channels) < of:
         moment = moment.to(rows)
         unit = moment.diagonal()[columns]
         unit = unit.clamp(min=max(float(unit.mean()) * 1e-12, 1e-300)).sqrt()
@@ -250,7 +254,7 @@ def keep(kernel: Tensor, channels: Sequence[int], moment: Tensor | None, mean: T
         cross = rows[:, others] @ moment[others][:, columns] / unit
         stays = stays + cross @ _inverse(normal, RIDGE) / unit
     shift = rows.new_zeros(len(rows)) if mean is None else rows @ mean.to(rows) - stays @ mean.to(rows)[columns]
-    shape = (kernel.shape[0], len(chosen), *kernel.shape[2:])
+    shape = (kernel.shape[0], len(channels), *kernel.shape[2:])
     result = Kept(
         groups=1, relative_error=0.0, weighted_error=0.0, kernel=stays.reshape(shape),
         channels=tuple(channels), of=of, shift=shift,

@@ -23,12 +23,16 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class Choice:
-    """One allocation as a plan: predicted loss and proven gap as in `Allocation`, and what the whole model costs."""
+    """One allocation as a plan: predicted loss and proven gap as in `Allocation`, and what the whole model costs.
+
+    ``promised``: seconds that the layers' own times add up to, where ``costs`` have those of the whole model.
+    """
 
     plan: Plan
     loss: float
     gap: float
     costs: Mapping[str, float]
+    promised: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from ..capturing.code_trace import NotTraceable
-from ..capturing.eligibility import Owners
 from ..capturing.records import Capture, Layer
 from ..core.convolution import ConvSpec
 from ..core.errors import UsageError
 from ..core.options import Budget
 from ..core.plan import Op, Skip, SkipReason
 from ..decompose import to_forward_layout
-from ..decompose.columns import Kept, keep
+from ..decompose.columns import Kept, columns_of, keep
 from ..edit.actions.evaluation import code_graph
 from ..edit.graph_edit import FunctionalCall
 from ..forms import FORMS
@@ -32,6 +31,7 @@ from ..forms.weighted import WeightedLayer
 from ..passes import FORM_PASSES, LayerPass, Narrow
 from ..passes.base import chosen, estimate_chain, scope_of, spec_of, weight_of
 from ..passes.channel_units import find_units
+from ..passes.patterns import Graph
 from .allocate import Option
 from .fitting import off_mean
 from .latency import LatencyTable, Variant
@@ -80,18 +80,19 @@ def _forms_named(names: Sequence[str]) -> tuple[str, ...]:
 class ReplaceableLayers:
     """The ``layers`` that a budget lets be replaced, with the pass for each form, and the ``skips`` of all others.
 
-    ``units`` are those that it lets be narrowed, all of whose layers it includes.
+    ``units`` are those that it lets be narrowed, all of whose layers it includes; ``graph`` is the captured graph.
     """
 
     def __init__(self, capture: Capture, budget: Budget) -> None:
-        self.capture, self.budget, self.owners = capture, budget, Owners(capture)
+        self.capture, self.budget, self.graph = capture, budget, Graph(capture)
+        self.owners = self.graph.owners
         self.layers: list[tuple[Layer, dict[str, LayerPass]]] = []
         self.skips: list[Skip] = []
         forms = _forms_named(budget.forms)
         kinds = [kind for form in forms if form in FORMS for kind in FORM_PASSES[form]]
         passes = [kind(replan=budget.replan, min_gain=0.0) for kind in kinds]
         chosen_layers = chosen(capture, budget.include, budget.exclude)
-        units, refused = find_units(capture) if Narrow.name in forms else ([], [])
+        units, refused = find_units(capture, self.graph) if Narrow.name in forms else ([], [])
         self.units = [unit for unit in units if all(id(layer) in chosen_layers for layer in unit.layers)]
         narrowed = {layer.path for unit in self.units for layer in unit.layers}
         why = {skip.path: skip for skip in refused}
@@ -170,7 +171,7 @@ class ReplaceableLayers:
         if spec is None or path not in statistics.layers:
             return None
         repeat = next(each.get("repeat", 1) for each in op.settings["readers"] if each["path"] == path)
-        columns = [channel * repeat + i for channel in op.settings["keep"] for i in range(repeat)]
+        columns = columns_of(op.settings["keep"], repeat)
         moment, centred = self.moment(path, statistics)
         sums, taps = statistics.layers[path], prod(spec.kernel_size)
         mean = sums.means[0] / max(sums.weight, 1e-300)
@@ -262,9 +263,14 @@ def _few(candidates: Sequence[Candidate]) -> list[Candidate]:
         for candidate in sorted(group, key=lambda c: (c.costs["macs"], c.loss)):
             if not front or candidate.loss < front[-1].loss:
                 front.append(candidate)
-        last = len(front) - 1
-        selected += [front[i] for i in sorted({round(last * n / (TIMED - 1)) for n in range(TIMED)})]
+        selected += evenly(front)
     return selected
+
+
+def evenly(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """`TIMED` of them at most, evenly apart, the first and the last among them."""
+    last = len(candidates) - 1
+    return [candidates[i] for i in sorted({round(last * n / (TIMED - 1)) for n in range(TIMED)})] if candidates else []
 
 
 def _variant(spec: ConvSpec, op: Op) -> Variant:

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from operator import itemgetter
 from pathlib import Path
 from typing import cast
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from ..capturing import Inputs, capture, split_inputs
 from ..capturing.records import Capture, info
 from ..core.declaring import typed_fields
-from ..core.errors import RefusedError, UsageError
+from ..core.errors import UsageError
 from ..core.nested import Tree
 from ..core.options import Budget
 from ..core.plan import Op, Plan
@@ -37,21 +36,18 @@ from .allocator import Allocator, Choice
 from .batches import Batches
 from .budget import Limit
 from .cache import read_statistics, statistics_file, write_statistics
-from .candidates import LayerCandidates, ReplaceableLayers, make_candidates, timed
+from .candidates import ReplaceableLayers, make_candidates, timed
 from .fitting import fit_steps, kept_channels, shift_biases
-from .latency import MEASURED, Conditions, LatencyTable, time_plan
+from .latency import Conditions, LatencyTable, time_plan
+from .latency_search import scale_times, within_latency
 from .outputs import Measured, compare, kind_of_outputs, scoring
 from .refit import Target, refit
 from .room import Room, samples_in_run
 from .running import Say, device_of, evaluating, run_seeded
 from .spill import Spill
 from .statistics import Gathering, NoGradientsError, Statistics, gather
-from .units import UnitCandidates, timed_unit, unit_candidates
+from .units import timed_unit, unit_candidates
 
-_ATTEMPTS = 7
-"""How many plans for a latency budget are timed at most."""
-_NEAR, _WASTED = 1.01, 0.96
-"""How near to its limit, from above and below, a time is near enough."""
 _log = logging.getLogger(__name__)
 
 
@@ -249,21 +245,7 @@ class Planner:
         finally:
             table.save()
         self.original["latency"] = timing.seconds
-        self._scale_times()
-
-    def _scale_times(self) -> None:
-        """Scales layers' times down where they add up to more than the model: alone they miss caches and fusion."""
-        own = {layer.layer.path: layer.candidates[0].costs["latency"] for layer in self.layers}
-        total = sum(own.values())
-        for channels in self.units:
-            inside = sum(own.get(layer.path, 0.0) for layer in channels.unit.layers)
-            total += max(channels.candidates[0].costs["latency"] - inside, 0.0)
-        scale = self.original["latency"] / total if total else 1.0
-        groups: list[LayerCandidates | UnitCandidates] = [*self.layers, *self.units]
-        for group in groups if scale < 1 else ():
-            group.candidates = [
-                replace(c, costs={**c.costs, "latency": c.costs["latency"] * scale}) for c in group.candidates
-            ]
+        scale_times([*self.layers, *self.units], timing.seconds)
 
     def choose(self, limits: Sequence[Limit]) -> Choice:
         """The allocation that loses least; where a limit cannot be met, the error says how far, and what was left."""
@@ -272,46 +254,20 @@ class Planner:
         self._time()
         return self._within_latency(limits)
 
-    def _within_latency(self, limits: Sequence[Limit]) -> Choice:
-        """Allocates by the layers' own times, and corrects the limit until the whole model meets it.
+    def tighter(self, limits: Sequence[Limit], missed: Choice, reached: float) -> Choice:
+        """The allocation for limits of which a choice turned out to miss that on latency, at such a share of the time.
 
-        Layers do not add up to the model, and the best of many measured candidates is partly lucky: what the whole
-        model saves, as a part of what its layers promise, corrects the limit, also upwards where more was given up than
-        had to be. Where no allocation is tight enough, the tightest one decides.
+        Raises:
+            RefusedError: As `choose`.
         """
-        absolute, original = self.allocator.absolute(limits), self.original["latency"]
-        wanted = aim = absolute["latency"] / original
-        tried: list[tuple[float, Choice]] = []
-        known = {1.0: 1.0}  # what the layers promise, to what the whole model takes
-        while len(tried) < _ATTEMPTS:
-            try:
-                choice = self.allocator.choose(limits, {**absolute, "latency": aim * original})
-            except RefusedError:
-                if not tried and not self.settings.best_effort:
-                    raise
-                others = {kind: limit for kind, limit in absolute.items() if kind != "latency"}
-                choice = self.allocator.cheapest("latency", limits, others)
-            if any(choice.plan.ops == before.plan.ops for _, before in tried):
-                break
-            self.say("timing the plan", len(tried) / _ATTEMPTS)
-            reached = time_plan(self.model, self.inputs, choice.plan, self.settings.threads, self.engine)
-            tried.append((reached, choice))
-            if reached <= wanted * _NEAR and (reached >= wanted * _WASTED or not choice.plan.ops):
-                break
-            known[choice.costs["latency"] / original] = reached
-            aim = _aim(known, wanted)
-        met = [each for each in tried if each[0] <= wanted * _NEAR]
-        reached, choice = max(met, key=itemgetter(0)) if met else min(tried, key=itemgetter(0))
-        if reached > wanted * MEASURED and not self.settings.best_effort:
-            limit = next(limit for limit in limits if limit.kind == "latency")
-            raise RefusedError(
-                f"the budget {limit} cannot be met: what is not a convolution or linear map takes the rest",
-                expected=f"at least latency={reached:.2f}, {1000 * reached * original:.3g} ms of "
-                f"{1000 * original:.3g} ms, as measured for the whole model",
-                got=str(limit),
-                hint="loosen it, allow more --forms or layers, or take the fastest there is with --best-effort",
-            )
-        return replace(choice, costs={**choice.costs, "latency": reached * original})
+        return self._within_latency(limits, (missed, reached))
+
+    def _within_latency(self, limits: Sequence[Limit], missed: tuple[Choice, float] | None = None) -> Choice:
+        def share_of(plan: Plan) -> float:
+            return time_plan(self.model, self.inputs, plan, self.settings.threads, self.engine)
+
+        best_effort = self.settings.best_effort
+        return within_latency(self.allocator, limits, share_of, best_effort=best_effort, say=self.say, missed=missed)
 
     def frontier(self, kind: str, limits: Sequence[Limit] = (), points: int = 25) -> list[Choice]:
         """The least losses at so many limits of a kind, from the original to the smallest, within those of others."""
@@ -408,15 +364,6 @@ class Planner:
             for (tensor, _), value in zip(state, after):
                 tensor.copy_(value)
         return None
-
-
-def _aim(known: Mapping[float, float], wanted: float) -> float:
-    """What the layers should promise so that the model takes the share ``wanted``, by the nearest plans timed."""
-    reached, promised = min((took, share) for share, took in known.items() if took >= wanted)
-    below = max(((took, share) for share, took in known.items() if took < wanted), default=None)
-    if below is None:  # as much again for each part as the nearest one saved
-        return 1 - (1 - wanted) / max(0.1, (1 - reached) / max(1 - promised, 1e-9))
-    return below[1] + (promised - below[1]) * (wanted - below[0]) / (reached - below[0])
 
 
 def _checked(budget: Budget, calibrated: bool) -> Budget:

@@ -16,7 +16,7 @@ from ..passes.base import spec_of, weight_of
 from ..passes.channel_units import Unit
 from ..passes.narrow import Narrow, Sizes, narrow_op, plain_readers
 from ..passes.patterns import Graph
-from .candidates import FASTER, TIMED, Candidate, ReplaceableLayers
+from .candidates import FASTER, Candidate, ReplaceableLayers, evenly
 from .latency import LatencyTable, Variant
 from .running import Say
 from .statistics import Statistics
@@ -42,7 +42,7 @@ class UnitCandidates:
 
 def unit_candidates(replaceable: ReplaceableLayers, statistics: Statistics | None, say: Say) -> list[UnitCandidates]:
     """The candidates of every unit; without statistics in the norm of what its norms say."""
-    graph, units, most = Graph(replaceable.capture), list[UnitCandidates](), replaceable.budget.max_layer_error
+    graph, units, most = replaceable.graph, list[UnitCandidates](), replaceable.budget.max_layer_error
     for i, unit in enumerate(replaceable.units):
         say(f"looking at the channels of {unit.producers[0].path}", i / len(replaceable.units))
         widths = [w for w in ranks_to_try(unit.channels, replaceable.budget.multiple, _WIDTHS) if w < unit.channels]
@@ -104,8 +104,7 @@ def timed_unit(unit: UnitCandidates, table: LatencyTable) -> list[Candidate]:
     A few are measured, evenly apart.
     """
     keep, *others = unit.candidates
-    last = len(others) - 1
-    some = [others[i] for i in sorted({round(last * n / (TIMED - 1)) for n in range(TIMED)})] if others else []
+    some = evenly(others)
     before = _seconds(unit.unit, unit.unit.channels, table)
     times = [_seconds(unit.unit, len(c.op.settings["keep"]), table) for c in some if c.op is not None]
     faster = [

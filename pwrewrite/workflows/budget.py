@@ -25,7 +25,8 @@ from ..core.processes import of_first, world
 from ..core.recovery import Recovery
 from ..edit.apply import carry_out
 from ..engines.choosing import time_everywhere
-from ..engines.timing import NOISY, time_models
+from ..engines.engine import Ran
+from ..engines.timing import NOISY, Timing, time_models
 from ..passes.plain_layers import BakeWeights, UnfuseLayers
 from ..planning.allocator import Allocator, Choice
 from ..planning.budget import Limit, budgets_of
@@ -41,8 +42,29 @@ Metric = Callable[[nn.Module], float]
 
 _SECONDS = (4.0, 8.0, 8.0)
 """How long both models are timed, and how long again, and once more, where a limit seems missed."""
+_PLANS = 3
+"""How many plans are carried out and fitted at most until one meets a limit on latency."""
 _POINTS = 11
 """Budgets on the frontier beside a plan; each takes up to a second or two."""
+
+
+@dataclass(frozen=True)
+class _BothTimed:
+    """The times of the original and of a model that a plan led to, and what ran it."""
+
+    model: nn.Module
+    before: Timing
+    after: Timing
+    ran: Ran
+
+    @property
+    def share(self) -> float:
+        """The second time as a share of the first."""
+        return self.after.seconds / self.before.seconds
+
+    def meets(self, limit: Limit) -> bool:
+        """Whether a limit on latency is met, as far as times can be told apart."""
+        return self.after.seconds <= limit.absolute(self.before.seconds) * MEASURED
 
 
 class Budgeted:
@@ -57,6 +79,7 @@ class Budgeted:
         self.planner, self.fit = planner_of(run, budget), Fit()
         self.recovery: Recovery | None = None
         self.choice: Choice | None = None
+        self._times: _BothTimed | None = None
 
     def carry_out(self) -> None:
         """Plans where there is no plan yet, carries it out and fits the result."""
@@ -64,14 +87,45 @@ class Budgeted:
         if plan is None:
             self.choice = self._chosen()
             plan = self.choice.plan
+        start = self.run.state
+        self._carry_out(plan)
+        for _ in range(_PLANS - 1):
+            if self.choice is None or self._in_time():
+                break
+            tighter = self._tighter(self.choice)
+            if tighter is None:
+                break
+            self.choice, self.run.state = tighter, start
+            self._carry_out(tighter.plan)
+        if self.run.state.rows:
+            self.fit, self.recovery = trained(self.planner, self.run.state.model, self.fit)
+            rows = self.run.state.rows if self.recovery is not None and self.recovery.kept > 0 else ()
+            self._times = None if rows else self._times
+            self.run.fitted({**self.fit.errors, **{row.edit.path: None for row in rows}})
+
+    def _in_time(self) -> bool:
+        """Whether the model meets the limit on latency, if there is one, as measured end to end."""
+        limit = self._latency_limit
+        return limit is None or self._both_timed().meets(limit)
+
+    def _tighter(self, missed: Choice) -> Choice | None:
+        """A plan with a smaller promise than one that was carried out and missed its latency, if there is one."""
+        reached = self._both_timed().share
+        try:
+            choice = self.planner.tighter(self.limits, missed, reached)
+        except RefusedError:  # the error that says what was reached in the end says more
+            return None
+        if choice.plan.ops == missed.plan.ops:
+            return None
+        self.planner.notes.append(f"carried out, a first plan took {reached:.2f} of the time: planned again for less")
+        return choice
+
+    def _carry_out(self, plan: Plan) -> None:
+        """Carries a plan out and fits the result, or what loses less where others may."""
         start, notes = self.run.state, list(self.planner.notes)
         self.fit = self._fitted(self.planner, plan)
         if others := self._others():
             self._plan_anew(start, notes, others)
-        if self.run.state.rows:
-            self.fit, self.recovery = trained(self.planner, self.run.state.model, self.fit)
-            rows = self.run.state.rows if self.recovery is not None and self.recovery.kept > 0 else ()
-            self.run.fitted({**self.fit.errors, **{row.edit.path: None for row in rows}})
 
     def _fitted(self, planner: Planner, plan: Plan) -> Fit:
         """Carries a plan out on the run and fits the result."""
@@ -204,33 +258,48 @@ class Budgeted:
                 )
         return replace(result, metrics=self._metrics()), [*notes, *(planner.batches.notes if planner.batches else ())]
 
-    def _timed(self, result: BudgetReport, notes: list[str]) -> BudgetReport:
-        """With the times of both models, end to end; measured for longer where a limit seems missed."""
+    @property
+    def _latency_limit(self) -> Limit | None:
+        return next((limit for limit in self.limits if limit.kind == "latency"), None)
+
+    def _both_timed(self) -> _BothTimed:
+        """Times both models end to end, once for each that is carried out; for longer where a limit seems missed."""
+        model, limit = self.run.state.model, self._latency_limit
+        if self._times is not None and self._times.model is model:
+            return self._times
         args, kwargs = split_inputs(self.run.inputs)
-        limit = next((limit for limit in self.limits if limit.kind == "latency"), None)
-        models, threads = (self.run.first.model, self.run.state.model), self.budget.threads
+        threads = self.budget.threads
         self.run.say("timing both models", None)
         engine, session = self.planner.engine
         sessions = [
-            session if model is self.planner.model else engine.session(model, args, kwargs, threads) for model in models
+            session if each is self.planner.model else engine.session(each, args, kwargs, threads)
+            for each in (self.run.first.model, model)
         ]
         for seconds in _SECONDS:
             before, after = time_models(sessions, args, kwargs, seconds=seconds, threads=threads)
-            if limit is None or after.seconds <= limit.absolute(before.seconds) * MEASURED:
+            self._times = _BothTimed(model, before, after, sessions[1].ran)
+            if limit is None or self._times.meets(limit):
                 break
+        assert self._times is not None
+        return self._times
+
+    def _timed(self, result: BudgetReport, notes: list[str]) -> BudgetReport:
+        """With the times of both models, end to end, and where an engine was asked for in the others."""
+        timed, threads = self._both_timed(), self.budget.threads
         result = replace(
             result,
-            latency=(before.seconds, after.seconds),
-            spread=max(before.spread, after.spread),
+            latency=(timed.before.seconds, timed.after.seconds),
+            spread=max(timed.before.spread, timed.after.spread),
             threads=threads or torch.get_num_threads(),
         )
         if self.budget.engine is None:
             return result
         self.run.say("timing both models in the other engines", None)
-        others = [name for name in ENGINE_NAMES if name != engine.name]
-        beside = time_everywhere(models, args, kwargs, others, threads)
+        args, kwargs = split_inputs(self.run.inputs)
+        others = [name for name in ENGINE_NAMES if name != self.planner.engine[0].name]
+        beside = time_everywhere((self.run.first.model, timed.model), args, kwargs, others, threads)
         notes += beside.notes
-        return replace(result, engine=str(sessions[1].ran), engines=beside.seconds)
+        return replace(result, engine=str(timed.ran), engines=beside.seconds)
 
     def _missed(self, before: Mapping[str, float], after: Mapping[str, float], timing: str) -> list[RefusedError]:
         """The limits that the result does not meet, each with what was measured."""

@@ -22,7 +22,8 @@ from pwrewrite.forms.specs import linear_spec
 from pwrewrite.planning import latency
 from pwrewrite.planning.budget import budgets_of
 from pwrewrite.planning.latency import Conditions, LatencyTable, Variant, time_plan
-from pwrewrite.planning.planner import Planner, _aim
+from pwrewrite.planning.latency_search import _aim
+from pwrewrite.planning.planner import Planner
 
 SPEC = ConvSpec.of_module(nn.Conv2d(8, 8, 3, padding=1))
 CPU = Conditions(torch.device("cpu"), torch.float32, False, 1)

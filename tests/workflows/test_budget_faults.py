@@ -299,6 +299,30 @@ def test_a_missed_time_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "0.72×, ±30.0%, 1 thread" in str(result.report)
 
 
+def test_a_plan_that_misses_its_time_when_carried_out_is_tightened(monkeypatch: pytest.MonkeyPatch) -> None:
+    def size(model: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    def share(model: nn.Module) -> float:
+        return size(model) / size(network())
+
+    def times(sessions: Any, args: Any, kwargs: Any, **how: Any) -> list[Timing]:
+        return [Timing(1.0, 0.0), Timing(0.2 + share(sessions[1].run), 0.0)]  # slower than was said
+
+    search = "pwrewrite.planning.planner"
+    monkeypatch.setattr(f"{search}.time_plan", lambda model, inputs, plan, *how: share(pwrewrite.apply(model, plan)))
+    monkeypatch.setattr("pwrewrite.planning.planner.time_models", lambda *given, **how: [Timing(1.0, 0.0)] * 2)
+    monkeypatch.setattr(
+        "pwrewrite.planning.planner.LatencyTable.times",
+        lambda self, shape, variants: [float(size(v.make(torch.device("cpu"), torch.float32))) for v in variants],
+    )
+    monkeypatch.setattr(budget_module, "time_models", times)
+    result = pwrewrite.rewrite(network(), images(2), budget={"latency": 0.7}, calibration=images(40), threads=1)
+    assert 0.6 < budget_of(result).reached["latency"] < 0.7 * 1.05
+    assert share(result.model) < 0.55
+    assert any("planned again" in note for note in result.report.notes)
+
+
 # ----------------------------------------------------------------------------------------------- loaders, modes
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ... import decompose
 from ...core.convolution import ConvSpec
 from ...core.plan import Edit, Op
-from ...decompose.columns import Kept, keep
+from ...decompose.columns import Kept, columns_of, keep
 from ...layers.kernels import FORMATS
 from ...layers.known import ACTIVATIONS, Found
 from .bench import Bench, WeightedModule, param_count
@@ -178,7 +178,7 @@ def _solved(bench: Bench, op: Op, settings: NarrowSettings, readers: Sequence[We
         factors = bench.decomposer(of_reader, weight) if bench.decomposer is not None else None
         if not isinstance(factors, Kept):
             kernel = decompose.to_forward_layout(weight, 1, reading.layer.transposed)
-            columns = [c * reading.repeat + i for c in settings.keep for i in range(reading.repeat)]
+            columns = columns_of(settings.keep, reading.repeat)
             spread = channel_spread(bench.model, reading.source, reading.found, settings.channels)
             mean = None
             if spread is not None and (layer.bias is not None or reading.norm):
@@ -221,7 +221,7 @@ def _take_inputs(
     bench: Bench, reading: Reading, layer: WeightedModule, kept: Sequence[int], solved: Kept | None
 ) -> None:
     """Gives a reader fewer inputs, and makes up for what it then lacks."""
-    columns = [c * reading.repeat + i for c in kept for i in range(reading.repeat)]
+    columns = columns_of(kept, reading.repeat)
     axis = 0 if reading.layer.transposed else 1
     layer.weight = _smaller(layer.weight, columns, axis)
     setattr(layer, "in_channels" if reading.layer.dims else "in_features", len(columns))
