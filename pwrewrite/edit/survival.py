@@ -9,7 +9,7 @@ away on purpose, in places that the ops name or in code that became a graph, whi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -23,7 +23,7 @@ from .apply import Probe
 from .graph_edit import Regraphed
 from .swap import stem
 
-_CHANGES = frozenset({"factorize", "project", "narrow"})  # actions that put other layers in
+_CHANGES = frozenset({"factorize", "project", "narrow", "substitute"})  # actions that put other layers in
 _FUSES = frozenset({"fold", "merge", "merge-branches", "fuse", "remove"})  # actions that take operations away
 _Operations = Counter[tuple[str, str, str]]
 
@@ -39,16 +39,18 @@ def probe_for(plan: Plan, before: Capture, inputs: Inputs) -> Probe:
     """
     actions, values = {op.action for op in plan.ops}, before.coverage.values
     if values == "meta" and actions <= _CHANGES:
-        return survives(before, inputs)
+        whole = {op.path for op in plan.ops if op.action == "substitute"}
+        return survives(before, inputs, whole=whole)
     if values == "meta" and actions <= _FUSES:
         return survives(before, inputs, {path for op in plan.ops for path in _named(op)})
     return lambda changed: capture(changed, inputs, values=values)
 
 
-def survives(before: Capture, inputs: Inputs, fused: set[str] | None = None) -> Probe:
+def survives(before: Capture, inputs: Inputs, fused: set[str] | None = None, *, whole: Collection[str] = ()) -> Probe:
     """A probe that raises if a changed model does not run, or runs something else outside of what was put in.
 
-    For a plan that fuses, ``fused`` are the paths at which it takes operations away.
+    For a plan that fuses, ``fused`` are the paths at which it takes operations away; ``whole`` are those of modules
+    that something else took the place of.
     """
 
     def probe(changed: nn.Module) -> None:
@@ -57,6 +59,7 @@ def survives(before: Capture, inputs: Inputs, fused: set[str] | None = None) -> 
         graphs = {path for path, module in modules.items() if isinstance(module, Regraphed)}
         ours = {path for path, module in modules.items() if isinstance(module, (Factorized, Projected))}
         put_in = {path for path in ours if type(old.get(path)) is not type(modules[path])} if fused is None else fused
+        put_in = put_in.union(whole)
         was, now = (_operations(run, put_in, graphs, fused=fused is not None) for run in (before, after))
         _compare(was, now, "what was put in" if fused is None else "what was fused")
 

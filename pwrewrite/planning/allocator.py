@@ -11,6 +11,7 @@ from ..core.plan import Plan, Skip, SkipReason
 from .allocate import Allocation, Infeasible, allocate, frontier
 from .budget import Limit
 from .candidates import Candidate, LayerCandidates
+from .regions import RegionCandidates
 from .units import UnitCandidates
 
 _REMEDIES = {
@@ -40,13 +41,13 @@ class Allocator:
     """Chooses among the candidates of the layers that may change.
 
     Attributes:
-        layers: The layers that may change, and the units of channels, which exclude changes of their layers.
+        layers: The layers that may change, and units of channels and regions, which exclude changes of their layers.
         original: What the model costs now, by kind.
         skips: The layers that may not change, and why.
         facts: What a plan records beside its limits and loss.
     """
 
-    layers: Sequence[LayerCandidates | UnitCandidates]
+    layers: Sequence[LayerCandidates | UnitCandidates | RegionCandidates]
     original: Mapping[str, float]
     skips: Sequence[Skip]
     facts: Mapping[str, object]
@@ -91,7 +92,8 @@ class Allocator:
         ops = tuple(candidate.op for _, candidate in picked if candidate.op is not None)
         kept = "kept: the budget is met at less loss elsewhere"
         changed = {path for _, candidate in picked for path in candidate.claims}
-        paths = [layer.path for layer, candidate in picked if candidate.op is None]
+        kept_ones = [layer for layer, candidate in picked if candidate.op is None]
+        paths = [layer.path for layer in kept_ones if not isinstance(layer, RegionCandidates)]
         unchanged = [Skip(path, SkipReason.NO_GAIN, kept) for path in dict.fromkeys(paths) if path not in changed]
         costs = {
             kind: before + sum(candidate.costs[kind] - layer.candidates[0].costs[kind] for layer, candidate in picked)

@@ -20,14 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..capturing.records import Capture
-from ..core.convolution import ConvSpec
 from ..core.errors import first_line
 from ..core.files import cache_folder, new_file, prune
 from ..core.nested import hash_tensors
 from ..core.options import Budget
 from .batches import Batches
 from .running import wide_dtype
-from .statistics import LayerStatistics, Statistics
+from .statistics import LayerStatistics, Statistics, Watched
 
 LIMIT = 8 * 1024**3
 """Bytes that the statistics in the cache may take."""
@@ -37,7 +36,7 @@ _FACTS = ("samples", "chunks", "kind", "outcome", "outputs")
 
 
 def statistics_file(
-    capture: Capture, layers: Mapping[str, ConvSpec], batches: Batches, outputs: object, settings: Budget
+    capture: Capture, layers: Watched, batches: Batches, outputs: object, settings: Budget
 ) -> Path | None:
     """The file of the statistics of such layers, named by all that they depend on; None where nothing is cached.
 
@@ -50,7 +49,7 @@ def statistics_file(
     return folder / f"{content_key(capture, layers, batches.fingerprint, facts)}.safetensors"
 
 
-def content_key(capture: Capture, layers: Mapping[str, ConvSpec], inputs: str, settings: Mapping[str, object]) -> str:
+def content_key(capture: Capture, layers: Watched, inputs: str, settings: Mapping[str, object]) -> str:
     """A hash of the model, the layers looked at, a hash of the inputs, and the settings."""
     digest = hashlib.sha256(f"{_VERSION}|{torch.__version__}|{inputs}|{json.dumps(settings, sort_keys=True)}".encode())
     digest.update(repr(sorted((path, repr(spec)) for path, spec in layers.items())).encode())
@@ -62,7 +61,7 @@ def content_key(capture: Capture, layers: Mapping[str, ConvSpec], inputs: str, s
 
 
 def read_statistics(
-    file: Path | None, device: torch.device, layers: Mapping[str, ConvSpec]
+    file: Path | None, device: torch.device, layers: Watched
 ) -> tuple[Statistics | None, bool, list[str]]:
     """The statistics in a file, whether they are complete, and a note on a damaged file, which is removed."""
     if file is None or not file.is_file():

@@ -32,11 +32,12 @@ from ..passes import FORM_PASSES, LayerPass, Narrow
 from ..passes.base import chosen, estimate_chain, scope_of, spec_of, weight_of
 from ..passes.channel_units import find_units
 from ..passes.patterns import Graph
+from ..passes.regions import NAME as SUBSTITUTE, find_regions
 from .allocate import Option
 from .fitting import off_mean
 from .latency import LatencyTable, Variant
 from .running import Say
-from .statistics import Statistics, level_of
+from .statistics import Between, Statistics, Watched, level_of
 
 TIMED = 7
 """How many candidates of a form are measured."""
@@ -70,7 +71,8 @@ class LayerCandidates:
 def _forms_named(names: Sequence[str]) -> tuple[str, ...]:
     """Forms from their names, or from a name for several."""
     one_by_one = tuple(name for name, form in FORMS.items() if form.pointwise)
-    known = {"all": (*FORMS, Narrow.name), "1x1": one_by_one} | {name: (name,) for name in (*FORMS, Narrow.name)}
+    every = (*FORMS, Narrow.name, SUBSTITUTE)
+    known = {"all": every, "1x1": one_by_one} | {name: (name,) for name in every}
     for name in names:
         if name not in known:
             raise UsageError(f"there is no form {name!r}", expected=f"some of {', '.join(known)}", got=name)
@@ -80,7 +82,8 @@ def _forms_named(names: Sequence[str]) -> tuple[str, ...]:
 class ReplaceableLayers:
     """The ``layers`` that a budget lets be replaced, with the pass for each form, and the ``skips`` of all others.
 
-    ``units`` are those that it lets be narrowed, all of whose layers it includes; ``graph`` is the captured graph.
+    ``units`` are those that it lets be narrowed, and ``regions`` those that something else may stand for as a whole, of
+    which it includes all layers; ``graph`` is the captured graph.
     """
 
     def __init__(self, capture: Capture, budget: Budget) -> None:
@@ -94,7 +97,15 @@ class ReplaceableLayers:
         chosen_layers = chosen(capture, budget.include, budget.exclude)
         units, refused = find_units(capture, self.graph) if Narrow.name in forms else ([], [])
         self.units = [unit for unit in units if all(id(layer) in chosen_layers for layer in unit.layers)]
+        seen = SUBSTITUTE in forms and budget.sensitivity != "weights"  # by the weights alone nothing is known of them
+        own = {layer.path for layer in capture.layers}
+        self.regions = [
+            region
+            for region in (find_regions(capture, self.graph) if seen else ())
+            if region.path not in own and all(id(layer) in chosen_layers for layer in region.layers)
+        ]
         narrowed = {layer.path for unit in self.units for layer in unit.layers}
+        substituted = {layer.path for region in self.regions for layer in region.layers}
         why = {skip.path: skip for skip in refused}
         for layer in capture.layers:
             if id(layer) not in chosen_layers:
@@ -107,7 +118,7 @@ class ReplaceableLayers:
                 refusals, applying = [in_code], {}
             if applying:
                 self.layers.append((layer, applying))
-            elif layer.path in narrowed:
+            elif layer.path in narrowed or layer.path in substituted:
                 continue
             elif refusals:
                 mild = (SkipReason.WRONG_FORM, SkipReason.POINTWISE)
@@ -121,6 +132,12 @@ class ReplaceableLayers:
         """Path to shape facts, of the layers that may be replaced and of those whose inputs may be narrowed."""
         readers = {reader.layer.path: spec_of(reader.layer) for unit in self.units for reader in unit.readers}
         return {layer.path: spec_of(layer) for layer, _ in self.layers} | readers
+
+    @cached_property
+    def watched(self) -> Watched:
+        """Path to what is watched on calibration inputs: of the same, and of the regions from end to end."""
+        regions = {region.path: Between(region.spec, region.mappable) for region in self.regions}
+        return {**self.specs, **regions}
 
     @cached_property
     def functions(self) -> dict[str, str]:

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..capturing.records import Capture, info
 from ..core.convolution import ConvSpec
 from ..core.plan import Plan
+from ..forms.specs import spec_from_dict
 from ..layers.factorized import Factorized
 from .refit import Residual, Target
 from .statistics import Statistics
@@ -36,7 +37,7 @@ def fit_steps(
     *,
     factors: bool = True,
 ) -> list[Target | str]:
-    """The layers to fit, which a plan replaced or narrowed and which are called once, and the norms behind the first.
+    """The layers to fit, which a plan replaced, narrowed or put in and which run once, and the norms behind the first.
 
     Args:
         specs: Shape facts of the layers that may be fitted.
@@ -59,17 +60,25 @@ def fit_steps(
             narrower = replace(spec, in_channels=weight.shape[0 if spec.transposed else 1])
             if weight.shape == narrower.weight_shape:  # as wide on the other side as it was
                 fitted[path] = narrower, weight.clone()
+    whole = {op.path: op for op in plan.ops if op.action == "substitute"}
+    for path, op in whole.items():
+        if not op.settings["drop"]:
+            weight = cast(Tensor, rewritten.get_submodule(path).weight).detach().clone()
+            fitted[path] = spec_from_dict(op.settings["layer"], op.where("layer")), weight
     sums, unseen, targets = residuals(captured, fitted), off_mean(captured), dict[str, Target]()
     for path, (spec, weight) in fitted.items():
         gradients = None if statistics is None else statistics.layers[path].gradient_moment()
         centred = spec.bias or path in unseen
         targets[path] = Target(path, spec, weight, gradients, sums.get(path), factors, centred)
     order: list[str] = []
+    ends = {path: node for node in captured.graph.nodes for path in whole.keys() & set(info(node).callers)}
     for node in captured.graph.nodes:
         facts = info(node)
         path = str(node.target) if node.op == "call_module" else facts.path
-        if (node.op == "call_module" and path in targets) or facts.op == "batch_norm":
+        inside = whole.keys() & set(facts.callers)
+        if ((node.op == "call_module" and path in targets) or facts.op == "batch_norm") and not inside:
             order.append(path)
+        order += [path for path in inside if ends[path] is node and path in targets]
     calls = Counter(order)
     steps: list[Target | str] = []
     for path in order:

@@ -12,6 +12,7 @@ from .allocator import Allocator, Choice
 from .budget import Limit
 from .candidates import LayerCandidates
 from .latency import MEASURED
+from .regions import RegionCandidates
 from .running import Say
 from .units import UnitCandidates
 
@@ -21,7 +22,7 @@ _NEAR, _WASTED = 1.01, 0.96
 """How near to its limit, from above and below, a time is near enough."""
 
 
-def scale_times(groups: Sequence[LayerCandidates | UnitCandidates], model: float) -> None:
+def scale_times(groups: Sequence[LayerCandidates | UnitCandidates | RegionCandidates], model: float) -> None:
     """Scales times down, in place, where they add up to more than the model's: alone layers miss caches and fusion."""
     own = {group.path: group.candidates[0].costs["latency"] for group in groups if isinstance(group, LayerCandidates)}
     total = sum(own.values())

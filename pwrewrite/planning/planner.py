@@ -42,6 +42,7 @@ from .latency import Conditions, LatencyTable, time_plan
 from .latency_search import scale_times, within_latency
 from .outputs import Measured, compare, kind_of_outputs, scoring
 from .refit import Target, refit
+from .regions import fitted_map, region_candidates, timed_region
 from .room import Room, samples_in_run
 from .running import Say, device_of, evaluating, run_seeded
 from .spill import Spill
@@ -75,6 +76,7 @@ class Planner:
     Attributes:
         layers: The layers that may change, with their candidates.
         units: The channels between layers that may become fewer, with theirs.
+        regions: The modules that something else may stand for as a whole, with theirs.
         original: What the model costs now, by kind.
         notes: What a reader should know.
     """
@@ -111,13 +113,16 @@ class Planner:
         """Works out the candidates, whose losses are in the norm of the sensitivity."""
         self.layers = make_candidates(self.replaceable, self.statistics, self.say)
         self.units = unit_candidates(self.replaceable, self.statistics, self.say)
+        self.regions = region_candidates(self.replaceable, self.statistics, self.say)
         self._offer()
 
     def _offer(self) -> None:
         """Gives the allocator the candidates."""
         chosen, samples = self.settings, self.statistics.samples if self.statistics is not None else 0
         facts = {"sensitivity": chosen.sensitivity, "refit": chosen.refit, "samples": samples, "seed": chosen.seed}
-        self.allocator = Allocator([*self.layers, *self.units], self.original, self.replaceable.skips, facts)
+        self.allocator = Allocator(
+            [*self.layers, *self.units, *self.regions], self.original, self.replaceable.skips, facts
+        )
 
     def in_norm(self, sensitivity: str) -> Planner:
         """A planner by ``activations`` or ``weights`` from the calibration of this one, with the notes so far.
@@ -130,10 +135,12 @@ class Planner:
         other._weigh()
         return other
 
-    def without_units(self) -> Planner:
-        """A planner that narrows nothing, from the calibration of this one, with the notes so far."""
+    def without(self, *actions: str) -> Planner:
+        """A planner that does not ``narrow``, or ``substitute``, from the calibration of this one, with its notes."""
         other = copy.copy(self)
-        other.notes, other.units = list(self.notes), []
+        other.notes = list(self.notes)
+        other.units = [] if "narrow" in actions else self.units
+        other.regions = [] if "substitute" in actions else self.regions
         other._offer()
         return other
 
@@ -162,9 +169,9 @@ class Planner:
             self.outputs = self._kind_of(outputs, batches)
             return None
         self.say("reading the calibration inputs", None)
-        specs = self.replaceable.specs
-        file = statistics_file(self.captured, specs, batches, outputs, settings)
-        statistics, complete, damage = read_statistics(file, device_of(self.model), specs)
+        watched = self.replaceable.watched
+        file = statistics_file(self.captured, watched, batches, outputs, settings)
+        statistics, complete, damage = read_statistics(file, device_of(self.model), watched)
         self.notes += damage
         self.outputs = self._kind_of(outputs, batches, "" if statistics is None else statistics.outputs)
         if statistics is None or not complete:
@@ -186,9 +193,9 @@ class Planner:
         statistics = start or Statistics(kind=kind, outputs=self.outputs)
         outputs = self.outputs if kind == "loss" else None
         how = Gathering(outputs, self.settings.seed, expected, self.replaceable.functions)
-        specs, each = self.replaceable.specs, lambda now: self.say("calibrating", now.samples / expected)
+        watched, each = self.replaceable.watched, lambda now: self.say("calibrating", now.samples / expected)
         try:
-            gather(self.model, specs, batches.calibration(), how, start=statistics, each=each)
+            gather(self.model, watched, batches.calibration(), how, start=statistics, each=each)
         except BaseException:
             write_statistics(file, statistics, complete=False)
             raise
@@ -198,13 +205,14 @@ class Planner:
 
     def _note_sparse(self, statistics: Statistics) -> None:
         """Notes where the inputs were too few."""
-        sparse = [path for path, sums in statistics.layers.items() if sums.rows < 2 * sums.means.shape[1]]
+        layers = {path: statistics.layers[path] for path in self.replaceable.specs}
+        sparse = [path for path, sums in layers.items() if sums.rows < 2 * sums.means.shape[1]]
         if sparse:
             self.notes.append(
                 f"too few calibration inputs for {_few(sparse)}: fewer than two patches per patch element; their "
                 "statistics are drawn to the identity, and more inputs would serve better"
             )
-        blind = [path for path, sums in statistics.layers.items() if sums.gradients is None]
+        blind = [path for path, sums in layers.items() if sums.gradients is None]
         if blind and statistics.kind == "loss":
             self.notes.append(f"no gradient reaches {_few(blind)}: their errors count without a weight")
 
@@ -242,10 +250,13 @@ class Planner:
             for channels in self.units:
                 self.say(f"timing the channels of {channels.path}", None)
                 channels.candidates = timed_unit(channels, table)
+            for whole in self.regions:
+                self.say(f"timing what {whole.path} could become", None)
+                whole.candidates = timed_region(whole, table)
         finally:
             table.save()
         self.original["latency"] = timing.seconds
-        scale_times([*self.layers, *self.units], timing.seconds)
+        scale_times([*self.layers, *self.units, *self.regions], timing.seconds)
 
     def choose(self, limits: Sequence[Limit]) -> Choice:
         """The allocation that loses least; where a limit cannot be met, the error says how far, and what was left."""
@@ -284,6 +295,8 @@ class Planner:
             return None
         if op.action == "narrow":
             return self.replaceable.kept(op, op.path, weight, self.statistics)
+        if op.action == "substitute":
+            return fitted_map(self.replaceable, op.path, self.statistics)
         spec = self.replaceable.specs.get(op.path)
         if spec is None or weight.shape != spec.weight_shape:  # narrowed before
             return None

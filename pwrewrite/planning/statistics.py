@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from ..core.convolution import ConvSpec
 from ..core.errors import RefusedError, first_line
@@ -60,6 +61,27 @@ Hook = Callable[[nn.Module | None, Args, Kwargs, Tensor], Tensor | None]
 """A forward hook: module, inputs by place and by name, output; what takes the output's place, if anything does."""
 
 
+@dataclass(frozen=True)
+class Between:
+    """A module that is watched from its one input to its one output, with the pointwise map between their channels.
+
+    ``joint``: whether rows are inputs and outputs side by side, at the same positions; else they are the outputs less
+    the inputs, which have the same shape.
+    """
+
+    spec: ConvSpec
+    joint: bool
+
+    @property
+    def size(self) -> int:
+        """Size of a row."""
+        return self.spec.out_channels + self.spec.in_channels * self.joint
+
+
+Watched = Mapping[str, ConvSpec | Between]
+"""Path to what is watched there: a layer, by its shape facts, or a module from end to end."""
+
+
 @dataclass
 class LayerStatistics:
     """Sums over what one layer read and what came back to it.
@@ -80,9 +102,9 @@ class LayerStatistics:
     gradient_weight: float = 0.0
 
     @classmethod
-    def empty(cls, spec: ConvSpec, device: torch.device) -> LayerStatistics:
+    def empty(cls, watched: ConvSpec | Between, device: torch.device) -> LayerStatistics:
         """No rows yet."""
-        size = row_size(spec)
+        size, spec = (watched.size, watched.spec) if isinstance(watched, Between) else (row_size(watched), watched)
         square = (size, size) if size <= LARGEST_ROW else (size,)
         none = torch.zeros(0, dtype=wide_dtype(device), device=device)
         return cls(none.new_zeros(spec.groups, *square), none.new_zeros(spec.groups, size))
@@ -186,7 +208,7 @@ class Gathering:
 
 def gather(
     model: nn.Module,
-    layers: Mapping[str, ConvSpec],
+    layers: Watched,
     chunks: Iterable[Chunk],
     how: Gathering = Gathering(),
     *,
@@ -217,7 +239,10 @@ def gather(
                 parameter.requires_grad_(False)
         hooks: list[tuple[Tensor, Hook]] = []
         for path, spec in layers.items():
-            if path in how.functions:
+            if isinstance(spec, Between):
+                for handle in watch.between(path, model.get_submodule(path), spec):
+                    stack.callback(handle.remove)
+            elif path in how.functions:
                 hooks.append((attrgetter(how.functions[path])(model), watch.hook(path, spec)))
             else:
                 handle = model.get_submodule(path).register_forward_hook(watch.hook(path, spec), with_kwargs=True)
@@ -296,6 +321,32 @@ class _Watch:
             return None if self.how.outputs is None else self._follow(path, spec, sums, output)
 
         return after
+
+    def between(self, path: str, module: nn.Module, watched: Between) -> tuple[RemovableHandle, RemovableHandle]:
+        """Hooks a module from end to end; what is called otherwise than with one tensor is passed over."""
+        sums, spec, reads = self.statistics.layers[path], watched.spec, list[tuple[Tensor | None, float, Tensor]]()
+
+        def before(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+            reads.clear()
+            if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+                x = batched(args[0].detach(), spec)
+                count = position_count(x, spec, spec.output_size(x.shape[2:]))
+                taken, share = self._sampled(count, watched.size, spec)
+                reads.append((taken, share, input_rows(x, spec, taken).clone()))  # it may be written into
+
+        def after(module: nn.Module, args: Args, kwargs: Kwargs, output: object) -> Tensor | None:
+            if not reads or not isinstance(output, Tensor):
+                return None
+            taken, share, x = reads.pop()
+            y = output_rows(batched(output.detach(), spec), spec, taken)
+            if x.shape[:2] != y.shape[:2]:
+                return None
+            rows = _checked(torch.cat([x, y], 2) if watched.joint else y - x, path, "what goes through")
+            self.pending.append(lambda: sums.add_inputs(rows, share))
+            return None if self.how.outputs is None else self._follow(path, spec, sums, output)
+
+        register = module.register_forward_pre_hook(before, with_kwargs=True)
+        return register, module.register_forward_hook(after, with_kwargs=True)
 
     def _follow(self, path: str, spec: ConvSpec, sums: LayerStatistics, output: Tensor) -> Tensor | None:
         """Makes sure that the gradient of an output comes back, and says what to do with it."""

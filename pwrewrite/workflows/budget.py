@@ -2,8 +2,8 @@
 
 What `pwrewrite.planning` works out for one model is put to use here on a `pwrewrite.workflows.steps.Run`. Where much
 more is lost on held-out inputs than was predicted, the model is planned and fitted in the other norms, too, and where
-more is lost by a plan that narrows, without narrowing; what loses least there is kept. `search` looks for the smallest
-model that keeps a metric.
+more is lost by a plan that narrows or substitutes, without that; what loses least there is kept. `search` looks for the
+smallest model that keeps a metric.
 """
 
 from __future__ import annotations
@@ -139,8 +139,9 @@ class Budgeted:
     def _others(self) -> dict[str, Callable[[Planner], Planner]]:
         """Other ways to plan where more is lost than predicted, by name, and how the planner gets there.
 
-        Without narrowing, where the plan narrows; in the other norms, where much more is lost, and the norm, its limits
-        and the plan were not given, nor latencies, which are those of candidates that would have to be measured anew.
+        Without what the plan does to several layers at once; in the other norms, where much more is lost, and the norm,
+        its limits and the plan were not given, nor latencies, which are those of candidates that would have to be
+        measured anew.
         """
         budget, choice, held_out = self.budget, self.choice, self.fit.held_out
         others: dict[str, Callable[[Planner], Planner]] = {}
@@ -150,9 +151,10 @@ class Budgeted:
         timed = budget.gate is not None or any(limit.kind == "latency" for limit in self.limits)
         if of_first(_far_above(held_out.loss, choice.loss)) and own and not timed and budget.max_drop is None:
             others = {name: partial(Planner.in_norm, sensitivity=name) for name in ("activations", "weights")}
-        narrows = any(op.action == "narrow" for op in choice.plan.ops) and bool(self.planner.layers)
-        if narrows and of_first(held_out.loss > choice.loss) and budget.max_drop is None:
-            others["without narrow"] = Planner.without_units
+        used = [each for each in ("narrow", "substitute") if any(op.action == each for op in choice.plan.ops)]
+        if of_first(held_out.loss > choice.loss and bool(self.planner.layers)) and budget.max_drop is None:
+            for actions in (*((each,) for each in used), *([tuple(used)] if len(used) > 1 else [])):
+                others[f"without {' and '.join(actions)}"] = partial(_without, actions=actions)
         return others
 
     def _plan_anew(
@@ -180,7 +182,7 @@ class Budgeted:
         losses = ", ".join(f"{name} {loss:.3g}" for name, (loss, *_) in tried.items())
         _, self.planner, self.choice, self.run.state, self.fit = tried[kept]
         ways = ["in every norm"] if "weights" in others else []
-        ways += ["without narrowing"] if "without narrow" in others else []
+        ways += [name for name in others if name.startswith("without ")]
         self.planner.notes.append(
             f"the loss measured is {'far ' if 'weights' in others else ''}above the predicted one: planned "
             f"{' and '.join(ways)} (held-out loss: {losses}); {kept} is kept"
@@ -404,6 +406,10 @@ def _astray(result: BudgetReport) -> list[str]:
             "the prediction is too dark here, and a smaller budget may do"
         ]
     return []
+
+
+def _without(planner: Planner, actions: Sequence[str]) -> Planner:
+    return planner.without(*actions)
 
 
 def _far_above(measured: float, predicted: float) -> bool:

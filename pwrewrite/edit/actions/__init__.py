@@ -24,6 +24,7 @@ from .narrow import NarrowSettings, narrow_channels
 from .project import ProjectSettings, project_branch
 from .settings import read, wrong
 from .simplify import CODE, RemoveSettings, SimplifySettings, remove_module, simplify_code
+from .substitute import SubstituteSettings, substitute_module
 from .unfuse import UnfuseSettings, unfuse_layer
 
 Action = tuple[type[Any], Callable[[Bench, Op, Any], Edit]]
@@ -34,6 +35,7 @@ ACTIONS: dict[str, Action] = {
     "factorize": (FactorizeSettings, factorize_layer),
     "project": (ProjectSettings, project_branch),
     "narrow": (NarrowSettings, narrow_channels),
+    "substitute": (SubstituteSettings, substitute_module),
     "fold": (FoldSettings, fold_norm),
     "fuse": (FuseSettings, fuse_layer),
     "merge": (MergeSettings, merge_layers),

@@ -1,0 +1,200 @@
+"""Which modules a single 1×1 map, or nothing at all, could stand for: `find_regions`.
+
+A *region* is a module that holds several operations, reads one tensor and gives one back, on whose way no other tensor
+comes in or goes out: a residual block, a stage, an inverted residual, an attention block. Where both tensors have as
+many positions, or the second has every ``s``-th of them, a 1×1 convolution of stride ``s`` can take its place, and
+where they have the same shape, the input itself can. What these lose is for calibration inputs to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import fx, nn
+
+from ..capturing import capture as capture_of
+from ..capturing.records import Capture, Layer, TensorSpec, info
+from ..core.convolution import ConvSpec
+from ..core.errors import PwrewriteError
+from ..core.plan import Estimate, Op
+from ..core.records import Json
+from ..forms.specs import linear_spec, pointwise_spec, spec_to_dict
+from ..layers.factorized import Factorized, Projected
+from ..layers.known import hooked
+from .patterns import Graph
+
+NAME = "substitute"
+"""Of the form, and of the action."""
+
+_WIDEST = 2048
+"""More channels than this, of both sides together for a map, are not looked at."""
+_SAVES = 0.7
+"""A map is looked at below this share of the MACs."""
+_LARGEST_STRIDE = 8
+
+
+@dataclass(frozen=True)
+class Region:
+    """A module that something small could stand for.
+
+    Attributes:
+        spec: The 1×1 convolution, or linear map, with a bias, that has its channels and its stride.
+        layers: Its convolutions and linear maps.
+        params: All its parameters; ``macs`` and ``moved``, bytes read and written, likewise.
+        input_shape: What it reads; ``positions`` are those of its output, batch included.
+        itemsize: Bytes of a number.
+        mappable: Whether the map could.
+        droppable: Whether its input could stand for its output.
+    """
+
+    path: str
+    spec: ConvSpec
+    layers: tuple[Layer, ...]
+    params: int
+    macs: int
+    moved: int
+    input_shape: tuple[int, ...]
+    positions: int
+    itemsize: int
+    mappable: bool
+    droppable: bool
+
+    def op(self, *, drop: bool) -> Op:
+        """The op that puts the map in its place, or nothing."""
+        params, macs = (0, 0) if drop else (self.spec.params, self.positions * prod(self.spec.weight_shape))
+        settings: dict[str, Json] = {"layer": spec_to_dict(self.spec), "drop": drop}
+        return Op("substitute", self.path, NAME, settings, Estimate(self.params, params, self.macs, macs))
+
+
+def find_regions(capture: Capture, graph: Graph | None = None) -> list[Region]:
+    """The regions of a model, outer ones first."""
+    graph = graph or Graph(capture)
+    inside: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for path in _around(node):
+            inside.setdefault(path, []).append(node)
+    closed = inside.keys() - _open(graph)
+    found = (_region(graph, path, inside[path]) for path in inside if path in closed)
+    return [region for region in found if region is not None]
+
+
+def _around(node: fx.Node) -> Sequence[str]:
+    """Paths of the modules that a node is in, but for the model and for a leaf's own."""
+    if node.op == "get_attr":
+        return list(_ancestors(str(node.target)))
+    return [path for path in dict.fromkeys(info(node).callers) if path]
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """Paths of the modules that what has a full name is in, but for the model."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _open(graph: Graph) -> set[str]:
+    """Paths of modules of which something else holds parameters, or which something else calls a part of."""
+    opened: set[str] = set()
+    for holders in graph.owners.holders.values():
+        if len(holders) > 1:
+            opened.update(a for h in holders for a in _ancestors(f"{h}.") if not all(_within(o, a) for o in holders))
+    for node in graph.nodes:
+        if node.op == "call_module":
+            opened.update(set(_ancestors(str(node.target))) - set(info(node).callers))
+        for name in (str(node.target),) if node.op == "get_attr" else ():
+            for user in node.users:
+                opened.update(set(_ancestors(name)) - {*info(user).callers, info(user).path})
+    return opened
+
+
+def _within(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(f"{outer}.")
+
+
+def _region(graph: Graph, path: str, nodes: Sequence[fx.Node]) -> Region | None:
+    module, own = graph.modules.get(path), set(nodes)
+    layers = tuple({id(graph.layers[n.name]): graph.layers[n.name] for n in nodes if n.name in graph.layers}.values())
+    called_once = all(len(layer.calls) == 1 for layer in layers)
+    if module is None or len(layers) < 2 or not called_once or len(graph.names_of(module)) > 1:
+        return None
+    if any(hooked(each) or isinstance(each, (Factorized, Projected)) for each in module.modules()):
+        return None
+    entries = {source for node in nodes for source in node.all_input_nodes} - own
+    exits = [node for node in nodes if any(user not in own for user in node.users)]
+    if len(entries) != 1 or len(exits) != 1:
+        return None
+    (entry,), (end,) = entries, exits
+    before, after = _tensor(entry), _tensor(end)
+    if before is None or after is None or before.dtype != after.dtype or _writes(graph, nodes, entry):
+        return None
+    spec = _map_between(before.shape, after.shape, layers)
+    if spec is None or max(spec.in_channels, spec.out_channels) > _WIDEST:
+        return None
+    if any(step > 1 for step in spec.stride) and not _every_size(module, spec, before.shape):
+        return None
+    behind = graph.nodes[graph.order[end] + 1 :]
+    droppable = before.shape == after.shape and not any(_writes(graph, behind, each) for each in (entry, end))
+    costs = [info(node).cost for node in nodes]
+    params, macs = sum(p.numel() for p in module.parameters()), sum(cost.macs for cost in costs)
+    moved, positions = sum(cost.bytes for cost in costs), prod(after.shape) // spec.out_channels
+    cheap = positions * prod(spec.weight_shape) < _SAVES * macs and spec.params < params
+    mappable = cheap and spec.in_channels + spec.out_channels <= _WIDEST
+    if not mappable and not droppable:
+        return None
+    sizes = before.shape, positions, after.dtype.itemsize
+    return Region(path, spec, layers, params, macs, moved, *sizes, mappable, droppable)
+
+
+def _tensor(node: fx.Node) -> TensorSpec | None:
+    """The one floating-point tensor that a node gives."""
+    outputs = info(node).outputs if node.op not in ("get_attr", "output") else ()
+    return outputs[0] if len(outputs) == 1 and outputs[0].dtype.is_floating_point else None
+
+
+def _writes(graph: Graph, nodes: Sequence[fx.Node], held: fx.Node) -> bool:
+    """Whether some of the nodes write into what a node holds."""
+    root = graph.root_of(held)
+    for node in nodes:
+        if node.op == "output":
+            continue
+        item = node.args[0] if info(node).op == "setitem" else None  # returns nothing that shares storage
+        in_place = info(node).cost.write_bytes or item is not None or "out" in node.kwargs
+        if in_place and graph.root_of(item if isinstance(item, fx.Node) else node) == root:
+            return True
+    return False
+
+
+def _map_between(before: Sequence[int], after: Sequence[int], layers: Sequence[Layer]) -> ConvSpec | None:
+    """The pointwise map between two shapes; None where there is none."""
+    dims = len(before) - 2
+    if any(layer.spec is not None and layer.spec.dims == dims for layer in layers):
+        if len(after) != len(before) or after[0] != before[0]:
+            return None
+        steps = tuple(round(b / a) for b, a in zip(before[2:], after[2:]) if a)
+        spec = replace(pointwise_spec(dims, before[1], after[1], bias=True), stride=steps)
+        fits = len(steps) == dims and all(1 <= step <= _LARGEST_STRIDE for step in steps)
+        return spec if fits and spec.output_size(tuple(before[2:])) == tuple(after[2:]) else None
+    if len(before) < 2 or tuple(before[:-1]) != tuple(after[:-1]):
+        return None
+    return linear_spec(before[-1], after[-1], True)
+
+
+def _every_size(module: nn.Module, spec: ConvSpec, shape: Sequence[int]) -> bool:
+    """Whether a module's outputs have the sizes of the map's for inputs a little smaller, too."""
+    for less in range(1, max(spec.stride)):
+        smaller = (*shape[:2], *(n - less for n in shape[2:]))
+        if min(smaller) < 1:
+            return False
+        try:
+            small = capture_of(module, (torch.empty(smaller, device="meta"),), values="meta")
+        except PwrewriteError:
+            return False
+        (end,) = (node for node in small.graph.nodes if node.op == "output")
+        given = end.args[0]
+        tensor = _tensor(given) if isinstance(given, fx.Node) else None
+        if tensor is None or tuple(tensor.shape[2:]) != spec.output_size(smaller[2:]):
+            return False
+    return True
