@@ -42,7 +42,7 @@ from .latency import Conditions, LatencyTable, time_plan
 from .latency_search import scale_times, within_latency
 from .outputs import Measured, compare, kind_of_outputs, scoring
 from .refit import Target, refit
-from .regions import fitted_map, region_candidates, timed_region
+from .regions import fitted_map, measure_losses, region_candidates, some_of, timed_region
 from .room import Room, samples_in_run
 from .running import Say, device_of, evaluating, run_seeded
 from .spill import Spill
@@ -114,6 +114,9 @@ class Planner:
         self.layers = make_candidates(self.replaceable, self.statistics, self.say)
         self.units = unit_candidates(self.replaceable, self.statistics, self.say)
         self.regions = region_candidates(self.replaceable, self.statistics, self.say)
+        if self.statistics is not None and self.batches is not None:
+            chunk = some_of(self.batches.first()[0])
+            measure_losses(self.model, self.regions, self.statistics, chunk, self.say)
         self._offer()
 
     def _offer(self) -> None:

@@ -407,6 +407,27 @@ class _Watch:
         return (values * noise).sum() / (per_sample * power).sqrt()
 
 
+def exact_loss(first: object, second: object, outputs: str) -> float:
+    """What a loss predicted from gradients stands for to second order, of outputs and of changed ones of a kind.
+
+    For class scores the KL divergence of the predictions from halved scores, and half the squared relative error of the
+    scores, off their mean; for other outputs the latter of each.
+    """
+    before, after = class_scores(first, outputs), class_scores(second, outputs)
+    if before is None or after is None:
+        pairs = [(a, b) for a, b in zip(floating(first), floating(second)) if a.shape == b.shape]
+        return sum(_relative_square(a, b) for a, b in pairs) / 2
+    p, q = log_probabilities(before.double(), outputs), log_probabilities(after.double(), outputs)
+    tempered, changed = ((each / TEMPERATURE).log_softmax(1) for each in (p, q))
+    divergence = float((tempered.exp() * (tempered - changed)).sum(1).mean())
+    return divergence + _relative_square(p - p.mean(1, keepdim=True), q - q.mean(1, keepdim=True)) / 2
+
+
+def _relative_square(before: Tensor, after: Tensor) -> float:
+    power = float(before.double().square().sum())
+    return float((after - before).double().square().sum()) / power if power else 0.0
+
+
 def level_of(moment: Tensor) -> Tensor:
     """The identity, times the mean of a moment's diagonal, ``(groups, d, d)``."""
     level = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[:, None, None]

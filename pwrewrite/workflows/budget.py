@@ -151,11 +151,16 @@ class Budgeted:
         timed = budget.gate is not None or any(limit.kind == "latency" for limit in self.limits)
         if of_first(_far_above(held_out.loss, choice.loss)) and own and not timed and budget.max_drop is None:
             others = {name: partial(Planner.in_norm, sensitivity=name) for name in ("activations", "weights")}
-        used = [each for each in ("narrow", "substitute") if any(op.action == each for op in choice.plan.ops)]
+        used = {op.action for op in choice.plan.ops}
         if of_first(held_out.loss > choice.loss and bool(self.planner.layers)) and budget.max_drop is None:
-            for actions in (*((each,) for each in used), *([tuple(used)] if len(used) > 1 else [])):
-                others[f"without {' and '.join(actions)}"] = partial(_without, actions=actions)
+            for actions in (("narrow",), ("substitute",), ("narrow", "substitute")):
+                if used.intersection(actions) and all(self._offers(action) for action in actions):
+                    others[f"without {' and '.join(actions)}"] = partial(_without, actions=actions)
         return others
+
+    def _offers(self, action: str) -> bool:
+        """Whether the planner has candidates for what changes several layers at once."""
+        return bool(self.planner.units if action == "narrow" else self.planner.regions)
 
     def _plan_anew(
         self, start: State, notes: Sequence[str], others: Mapping[str, Callable[[Planner], Planner]]

@@ -186,7 +186,8 @@ def test_a_block_that_does_next_to_nothing_is_dropped_first() -> None:
     }
     assert losses["1"][True] < 1e-3 * min(losses["0"][True], losses["2"][True])
     assert all(each[False] < each[True] for path, each in losses.items() if path != "1")
-    result = pwrewrite.rewrite(model, images(2), Budget({"macs": 0.7}, calibration=images(64), forms=("substitute",)))
+    tight = Budget({"macs": 0.67}, calibration=images(64), forms=("substitute",))
+    result = pwrewrite.rewrite(model, images(2), tight)
     assert [(edit.path, edit.method) for edit in result.edits] == [("1", "drop")]
     assert type(result.model[1]) is nn.Identity
 
@@ -230,16 +231,15 @@ def rewritten(**options: object) -> tuple[nn.Module, pwrewrite.Rewritten]:
 
 def test_a_saved_result_is_loaded_and_its_plan_carried_out_again(tmp_path: Path) -> None:
     model, result = rewritten(forms=("substitute",))
-    assert {edit.method for edit in result.edits} == {"substitute", "drop"}
+    assert {edit.method for edit in result.edits} == {"substitute"}
     result.save(tmp_path / "out")
     assert torch.equal(pwrewrite.load(tmp_path / "out", model)(images(3)), result.model(images(3)))
     again = pwrewrite.rewrite(model, images(2), Plan.from_json(result.plan.to_json()), calibration=images(64))
     torch.testing.assert_close(again.model(images(3)), result.model(images(3)))
     with pytest.raises(RefusedError, match="fitted on calibration inputs"):
         apply(model, result.plan)
-    dropped = Plan(tuple(op for op in result.plan.ops if op.settings["drop"]))
-    assert len(dropped)
-    apply(model, dropped)(images(2))
+    dropped = apply(model, Plan((regions(model, images(1))["1"].op(drop=True),)))
+    torch.testing.assert_close(dropped(images(2)), model(images(2)), atol=1e-3, rtol=1e-2)
 
 
 def test_every_form_competes_and_no_layer_is_changed_twice() -> None:
