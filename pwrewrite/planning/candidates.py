@@ -6,6 +6,7 @@ every layer is to keep it, at no loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -42,6 +43,8 @@ from .statistics import Between, Statistics, Watched, level_of
 TIMED = 7
 """How many candidates of a form are measured."""
 
+_TINY = 1e-30
+
 FASTER = 0.97
 """A candidate is faster than the layer below this share of its time."""
 
@@ -52,6 +55,35 @@ class Candidate(Option):
 
     op: Op | None = None
     error: float = 0.0
+
+
+class Prices:
+    """What was measured of the losses of a group's candidates, by their ops, and what it says of the others."""
+
+    def __init__(self) -> None:
+        self._predicted: dict[int, float] = {}
+        self._measured: dict[int, float] = {}
+
+    def knows(self, candidate: Candidate) -> bool:
+        """Whether a candidate's loss was measured."""
+        return id(candidate.op) in self._measured
+
+    def learn(self, candidate: Candidate, loss: float) -> None:
+        """Takes note of a loss that was measured."""
+        self._predicted.setdefault(id(candidate.op), candidate.loss)
+        self._measured[id(candidate.op)] = loss
+
+    def priced(self, candidate: Candidate) -> Candidate:
+        """A candidate with the loss that was measured, else with as many times what was predicted as the nearest."""
+        if candidate.op is None or not self._measured:
+            return candidate
+        key = id(candidate.op)
+        predicted = self._predicted.setdefault(key, candidate.loss)
+        if key not in self._measured:
+            near = min(self._measured, key=lambda other: abs(_log(self._predicted[other]) - _log(predicted)))
+            ratio = self._measured[near] / max(self._predicted[near], _TINY)
+            return replace(candidate, loss=predicted * ratio)
+        return replace(candidate, loss=self._measured[key])
 
 
 @dataclass
@@ -236,6 +268,10 @@ def make_candidates(replaceable: ReplaceableLayers, statistics: Statistics | Non
                     candidates.append(Candidate(predicted.loss, after, claims, op, predicted.error))
         layers.append(LayerCandidates(layer, spec, candidates))
     return layers
+
+
+def _log(loss: float) -> float:
+    return math.log(max(loss, _TINY))
 
 
 def _shrunk(moment: Tensor, rows: float) -> Tensor:

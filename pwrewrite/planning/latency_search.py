@@ -40,6 +40,7 @@ def scale_times(groups: Sequence[LayerCandidates | UnitCandidates | RegionCandid
 def within_latency(
     allocator: Allocator,
     limits: Sequence[Limit],
+    choose: Callable[[Mapping[str, float]], Choice],
     share_of: Callable[[Plan], float],
     *,
     best_effort: bool,
@@ -55,6 +56,7 @@ def within_latency(
     Args:
         allocator: With the times of its candidates and of the model.
         limits: One of which is on latency.
+        choose: What allocates within limits by kind, as `Allocator.choose`.
         share_of: What the whole model takes with a plan carried out, as a share of its time before.
         best_effort: Whether the tightest allocation is taken where it is not tight enough.
         say: Called at each step.
@@ -72,7 +74,7 @@ def within_latency(
         aim = _aim(known, wanted)
     while len(tried) < _ATTEMPTS:
         try:
-            choice = allocator.choose(limits, {**absolute, "latency": aim * original})
+            choice = choose({**absolute, "latency": aim * original})
         except RefusedError:
             if not tried and missed is None and not best_effort:
                 raise

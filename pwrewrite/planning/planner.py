@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import cast
 
@@ -40,15 +40,18 @@ from .candidates import ReplaceableLayers, make_candidates, timed
 from .fitting import fit_steps, kept_channels, shift_biases
 from .latency import Conditions, LatencyTable, time_plan
 from .latency_search import scale_times, within_latency
+from .measuring import LossMeter
 from .outputs import Measured, compare, kind_of_outputs, scoring
 from .refit import Target, refit
-from .regions import fitted_map, measure_losses, region_candidates, some_of, timed_region
+from .regions import RegionCandidates, fitted_map, region_candidates, timed_region
 from .room import Room, samples_in_run
 from .running import Say, device_of, evaluating, run_seeded
 from .spill import Spill
 from .statistics import Gathering, NoGradientsError, Statistics, gather
-from .units import timed_unit, unit_candidates
+from .units import UnitCandidates, timed_unit, unit_candidates
 
+_ROUNDS = 5
+"""How often a plan is made anew with what its changes were measured to lose."""
 _log = logging.getLogger(__name__)
 
 
@@ -114,9 +117,6 @@ class Planner:
         self.layers = make_candidates(self.replaceable, self.statistics, self.say)
         self.units = unit_candidates(self.replaceable, self.statistics, self.say)
         self.regions = region_candidates(self.replaceable, self.statistics, self.say)
-        if self.statistics is not None and self.batches is not None:
-            chunk = some_of(self.batches.first()[0])
-            measure_losses(self.model, self.regions, self.statistics, chunk, self.say)
         self._offer()
 
     def _offer(self) -> None:
@@ -133,6 +133,7 @@ class Planner:
         Latencies would have to be measured anew.
         """
         other = copy.copy(self)
+        other.__dict__.pop("meter", None)
         other.settings, other.notes = replace(self.settings, sensitivity=sensitivity), list(self.notes)
         other.statistics = self.statistics.without_gradients() if self.statistics and sensitivity != "weights" else None
         other._weigh()
@@ -264,9 +265,42 @@ class Planner:
     def choose(self, limits: Sequence[Limit]) -> Choice:
         """The allocation that loses least; where a limit cannot be met, the error says how far, and what was left."""
         if not any(limit.kind == "latency" for limit in limits):
-            return self.allocator.choose(limits, self.allocator.absolute(limits))
+            return self._choose(limits, self.allocator.absolute(limits))
         self._time()
         return self._within_latency(limits)
+
+    def _choose(self, limits: Sequence[Limit], absolute: Mapping[str, float]) -> Choice:
+        (choice,) = self._priced(lambda: [self.allocator.choose(limits, absolute)])
+        return choice
+
+    def _priced(self, choose: Callable[[], list[Choice]]) -> list[Choice]:
+        """Choices of which every change of several layers at once loses what was measured, not what was predicted."""
+        for _ in range(_ROUNDS if self.meter is not None else 0):
+            choices = choose()
+            if not self._measure({id(op) for choice in choices for op in choice.plan.ops}):
+                return choices
+        return choose()
+
+    def _measure(self, chosen: Container[int]) -> bool:
+        """Measures the loss of those changes that are chosen, by the identity of the op; whether any was not yet."""
+        groups: list[UnitCandidates | RegionCandidates] = [*self.units, *self.regions]
+        todo = [(group, c) for group in groups for c in group.candidates if c.op is not None and id(c.op) in chosen]
+        todo = [(group, c) for group, c in todo if not group.prices.knows(c)]
+        for i, (group, candidate) in enumerate(todo):
+            assert candidate.op is not None
+            assert self.meter is not None
+            self.say(f"measuring what the model loses at {group.path}", i / len(todo))
+            group.prices.learn(candidate, self.meter.loss(candidate.op))
+        for group in {id(group): group for group, _ in todo}.values():
+            group.candidates = [group.prices.priced(candidate) for candidate in group.candidates]
+        return bool(todo)
+
+    @cached_property
+    def meter(self) -> LossMeter | None:
+        """What measures the loss of single changes; None where losses are not those of the model."""
+        if self.statistics is None or self.statistics.kind != "loss" or self.batches is None:
+            return None
+        return LossMeter(self.model, self.replaceable, self.statistics, self.batches.first()[0])
 
     def tighter(self, limits: Sequence[Limit], missed: Choice, reached: float) -> Choice:
         """The allocation for limits of which a choice turned out to miss that on latency, at such a share of the time.
@@ -280,14 +314,21 @@ class Planner:
         def share_of(plan: Plan) -> float:
             return time_plan(self.model, self.inputs, plan, self.settings.threads, self.engine)
 
-        best_effort = self.settings.best_effort
-        return within_latency(self.allocator, limits, share_of, best_effort=best_effort, say=self.say, missed=missed)
+        return within_latency(
+            self.allocator,
+            limits,
+            partial(self._choose, limits),
+            share_of,
+            best_effort=self.settings.best_effort,
+            say=self.say,
+            missed=missed,
+        )
 
     def frontier(self, kind: str, limits: Sequence[Limit] = (), points: int = 25) -> list[Choice]:
         """The least losses at so many limits of a kind, from the original to the smallest, within those of others."""
         if kind == "latency" or any(limit.kind == "latency" for limit in limits):
             self._time()
-        return self.allocator.frontier(kind, limits, points)
+        return self._priced(lambda: self.allocator.frontier(kind, limits, points))
 
     def decomposer(self, op: Op, weight: Tensor) -> Factors | None:
         """The factors of an op in the norm of the statistics; None where there are none of its layer."""

@@ -1,40 +1,28 @@
 """What modules could be replaced by as a whole: a 1×1 map, or nothing, with what that costs and loses.
 
-To second order a region loses ``positions · ½ · tr(G R)``, as layers that are factorized do, where ``R`` is the second
-moment of what the map misses (`pwrewrite.decompose.nearest_map`), of the output less the input where it is dropped, and
-``G`` that of the gradients at its output. But what a whole module does is no small change, and what the map misses at
-one position has to do with what it misses at the next: with such losses, ResNet-20 at 30% of its MACs lost seven times
-as much as without substitutes. So what a model loses with one region replaced is measured, in the same unit
-(`statistics.exact_loss`), on a few of the inputs.
+A region loses ``positions · ½ · tr(G R)``, as layers that are factorized do, where ``R`` is the second moment of what
+the map misses (`pwrewrite.decompose.nearest_map`), of the output less the input where it is dropped, and ``G`` that of
+the gradients at its output. That is much too little where a whole module did much, so what is chosen is measured
+(`pwrewrite.planning.measuring`).
 
 A region is a group of its own beside its layers, and claims all of them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from math import prod
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from ..core.convolution import ConvSpec
-from ..core.nested import Args
 from ..decompose.nearest_map import NearestMap, nearest_map
 from ..passes.base import spec_of
 from ..passes.regions import Region
-from .candidates import FASTER, Candidate, ReplaceableLayers
+from .candidates import FASTER, Candidate, Prices, ReplaceableLayers
 from .latency import LatencyTable, Variant
-from .running import Chunk, Say, evaluating, run_seeded, samples_of
-from .statistics import LayerStatistics, Statistics, exact_loss
-
-_MEASURED = 32
-"""On how many samples losses are measured."""
-_CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+from .running import Say
+from .statistics import LayerStatistics, Statistics
 
 
 @dataclass
@@ -43,6 +31,7 @@ class RegionCandidates:
 
     region: Region
     candidates: list[Candidate]
+    prices: Prices = field(default_factory=Prices)
 
     @property
     def path(self) -> str:
@@ -95,7 +84,7 @@ def _losses(region: Region, sums: LayerStatistics, statistics: Statistics) -> It
 
     difference, whole = moment[0], None
     if region.mappable:
-        near = _map_of(region, sums)
+        near = map_of(region, sums)
         whole = weighed(centred[0][-outputs:, -outputs:])
         yield False, *_scaled(weighed(near.missed) * _optimism(sums), whole, loss)
         if not region.droppable:
@@ -105,64 +94,6 @@ def _losses(region: Region, sums: LayerStatistics, statistics: Statistics) -> It
     elif not loss:
         return  # a share of an output that was not seen
     yield True, *_scaled(weighed(difference), whole, loss)
-
-
-def measure_losses(
-    model: nn.Module, found: Sequence[RegionCandidates], statistics: Statistics, chunk: Chunk, say: Say
-) -> None:
-    """Makes the loss of each candidate what the model loses on some inputs with it in the place of its region."""
-    if statistics.kind != "loss" or not found:
-        return
-    with torch.no_grad(), evaluating(model):
-        before = run_seeded(model, chunk, 0)
-        for i, each in enumerate(found):
-            say(f"measuring what the model loses without {each.path}", i / len(found))
-            module, sums = model.get_submodule(each.path), statistics.layers[each.path]
-            for place, candidate in enumerate(each.candidates[1:], 1):
-                assert candidate.op is not None
-                near = None if candidate.op.settings["drop"] else _map_of(each.region, sums)
-                with _replaced(module, each.region.spec, near):
-                    after = run_seeded(model, chunk, 0)
-                loss = exact_loss(before, after, statistics.outputs)
-                each.candidates[place] = replace(candidate, loss=loss if math.isfinite(loss) else math.inf)
-
-
-@contextmanager
-def _replaced(module: nn.Module, spec: ConvSpec, near: NearestMap | None) -> Iterator[None]:
-    """A module that gives what a map, or nothing, makes of its input."""
-    reads = list[Tensor]()
-
-    def before(module: nn.Module, args: Args) -> None:
-        reads.append(args[0].clone())
-
-    def after(module: nn.Module, args: Args, output: Tensor) -> Tensor:
-        x = reads.pop()
-        if near is None:
-            return x
-        weight, bias = (t.to(x) for t in (near.reconstruct(), near.bias))
-        if not spec.dims:
-            return functional.linear(x, weight, bias)
-        steps = tuple(slice(None, None, step) for step in spec.stride)
-        return _CONVOLUTIONS[spec.dims](x[(slice(None), slice(None), *steps)], weight, bias)
-
-    handles = module.register_forward_pre_hook(before), module.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def some_of(chunk: Chunk) -> Chunk:
-    """The first samples of a chunk, at most `_MEASURED` of them."""
-    there = samples_of(*chunk)
-
-    def cut(value: object) -> object:
-        batched = isinstance(value, (Tensor, list, tuple)) and len(value) == there
-        return value[:_MEASURED] if batched and there > _MEASURED else value  # type: ignore[index]
-
-    args, kwargs = chunk
-    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
 
 
 def _scaled(missed: float, whole: float | None, loss: bool) -> tuple[float, float]:
@@ -176,7 +107,8 @@ def _optimism(sums: LayerStatistics) -> float:
     return 1 + 2 * sums.means.shape[1] / max(sums.rows, 1)
 
 
-def _map_of(region: Region, sums: LayerStatistics) -> NearestMap:
+def map_of(region: Region, sums: LayerStatistics) -> NearestMap:
+    """The map that is nearest to a region."""
     covariance = sums.input_moment(centred=True)
     assert covariance is not None
     ridge = 1e-6 + min(0.5, 0.02 * region.spec.in_channels / max(sums.rows, 1))
@@ -189,7 +121,7 @@ def fitted_map(replaceable: ReplaceableLayers, path: str, statistics: Statistics
     region = next((region for region in replaceable.regions if region.path == path), None)
     if region is None or not region.mappable or not statistics.layers[path].rows:
         return None
-    return _map_of(region, statistics.layers[path])
+    return map_of(region, statistics.layers[path])
 
 
 def timed_region(found: RegionCandidates, table: LatencyTable) -> list[Candidate]:

@@ -7,7 +7,7 @@ beside its layers, and each of its widths claims all of these.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from ..decompose.columns import Reader, eliminate
@@ -16,7 +16,7 @@ from ..passes.base import spec_of, weight_of
 from ..passes.channel_units import Unit
 from ..passes.narrow import Narrow, Sizes, narrow_op, plain_readers
 from ..passes.patterns import Graph
-from .candidates import FASTER, Candidate, ReplaceableLayers, evenly
+from .candidates import FASTER, Candidate, Prices, ReplaceableLayers, evenly
 from .latency import LatencyTable, Variant
 from .running import Say
 from .statistics import Statistics
@@ -33,6 +33,7 @@ class UnitCandidates:
 
     unit: Unit
     candidates: list[Candidate]
+    prices: Prices = field(default_factory=Prices)
 
     @property
     def path(self) -> str:

@@ -231,7 +231,7 @@ def rewritten(**options: object) -> tuple[nn.Module, pwrewrite.Rewritten]:
 
 def test_a_saved_result_is_loaded_and_its_plan_carried_out_again(tmp_path: Path) -> None:
     model, result = rewritten(forms=("substitute",))
-    assert {edit.method for edit in result.edits} == {"substitute"}
+    assert "substitute" in {edit.method for edit in result.edits}
     result.save(tmp_path / "out")
     assert torch.equal(pwrewrite.load(tmp_path / "out", model)(images(3)), result.model(images(3)))
     again = pwrewrite.rewrite(model, images(2), Plan.from_json(result.plan.to_json()), calibration=images(64))

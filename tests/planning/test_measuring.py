@@ -1,0 +1,102 @@
+"""Losses of changes of several layers at once: measured as if carried out, and taken into the plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_regions import Block, images, network
+from torch import Tensor, nn
+
+import pwrewrite
+from pwrewrite.core.options import Budget
+from pwrewrite.core.plan import Op, Plan
+from pwrewrite.planning.candidates import Candidate, Prices
+from pwrewrite.planning.measuring import LossMeter, _some_of
+from pwrewrite.planning.planner import Planner
+from pwrewrite.planning.statistics import exact_loss
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PWREWRITE_CACHE", str(tmp_path / "cache"))
+
+
+def planner(**settings: object) -> Planner:
+    torch.manual_seed(0)
+    inverted = nn.Sequential(nn.Conv2d(8, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 8, 3))
+    normed = nn.Sequential(nn.Conv2d(8, 12, 1), nn.ReLU(), nn.Conv2d(12, 8, 1, bias=False), nn.BatchNorm2d(8))
+    model = network(Block(), Block(stride=2), inverted, normed)
+    return Planner(model, images(2), images(64), Budget({"macs": 0.5}, **settings), size=64)  # type: ignore[arg-type]
+
+
+def test_what_is_measured_is_what_the_op_carried_out_loses() -> None:
+    made = planner(refit="none")
+    assert made.meter is not None
+    batch = made.batches
+    assert batch is not None
+    (x,), _ = _some_of(batch.first()[0])
+    before = {name: value.clone() for name, value in made.model.state_dict().items()}
+    ops = [c.op for group in (*made.units, *made.regions) for c in group.candidates if c.op is not None]
+    assert {op.action for op in ops} == {"narrow", "substitute"}
+    assert {op.settings["drop"] for op in ops if op.action == "substitute"} == {True, False}
+    for op in ops:
+        rewritten = pwrewrite.rewrite(
+            made.model, images(2), Plan((op,)), calibration=images(64), refit="none", verify=False
+        )
+        with torch.no_grad():
+            expected = exact_loss(made.model(x), rewritten.model(x), made.outputs)
+        assert made.meter.loss(op) == pytest.approx(expected, rel=1e-3, abs=1e-9), (op.action, op.path)
+    assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
+
+
+def test_a_plan_is_made_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, asked = planner(), list[Op]()
+
+    def bad(self: LossMeter, op: Op) -> float:
+        asked.append(op)
+        return 1e6
+
+    monkeypatch.setattr(LossMeter, "loss", bad)
+    choice = made.choose(pwrewrite.planning.budget.budgets_of({"macs": 0.7}))
+    assert asked
+    assert {op.action for op in choice.plan.ops} == {"factorize"}
+    assert len(asked) == len({id(op) for op in asked})
+
+
+def test_where_losses_are_not_those_of_the_model_nothing_is_measured() -> None:
+    assert planner(sensitivity="activations").meter is None
+    assert Planner(network(Block()), images(2), None, Budget({"macs": 0.9})).meter is None
+
+
+def test_prices_of_others_follow_the_nearest() -> None:
+    ops = [Op("narrow", "a", "narrow", {"n": n}) for n in range(4)]
+    candidates = [Candidate(0.0, {}), *(Candidate(10.0**n, {}, frozenset("a"), op) for n, op in enumerate(ops))]
+    prices = Prices()
+    assert [prices.priced(c) for c in candidates] == candidates
+    prices.learn(candidates[1], 3.0)
+    prices.learn(candidates[4], 1e4)
+    priced = [prices.priced(c) for c in candidates]
+    assert [c.loss for c in priced] == pytest.approx([0.0, 3.0, 30.0, 1000.0, 1e4])
+    assert [prices.priced(c).loss for c in priced] == pytest.approx([0.0, 3.0, 30.0, 1000.0, 1e4])
+    assert prices.knows(priced[1])
+    assert not prices.knows(priced[2])
+
+
+def test_the_unit_is_that_of_the_prediction() -> None:
+    scores = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+    assert exact_loss(scores, scores + 3, "logits") == pytest.approx(0, abs=1e-9)  # a shift says nothing
+    assert exact_loss(scores, scores + 0.1 * scores, "logits") > 0.005  # half of a hundredth, and the divergence
+    assert exact_loss([scores, scores[:3]], [1.1 * scores, 1.2 * scores[:3]], "values") == pytest.approx(0.005 + 0.02)
+
+
+def test_samples_are_cut_and_nothing_else_is() -> None:
+    x, scale = torch.zeros(100, 3), torch.tensor(2.0)
+    (args, kwargs) = _some_of(((x, scale, [1, 2]), {"y": list(range(100))}))
+    first, second, third = args
+    assert isinstance(first, Tensor)
+    assert len(first) == 32
+    assert second is scale
+    assert third == [1, 2]
+    assert kwargs["y"] == list(range(32))
