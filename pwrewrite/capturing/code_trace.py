@@ -18,6 +18,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..core.errors import first_line
+from ..core.files import same_directory
 from ..core.nested import Tree
 from .state import CONTAINERS, contents, refill, same
 
@@ -128,13 +129,16 @@ def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Gra
 def untouched(module: nn.Module) -> Iterator[list[str]]:
     """Puts back what code changes while it is traced: attributes, parameters, submodules, what containers hold.
 
+    The directory stays, too.
+
     Yields:
         A list that holds the names of what was put back, once the block has ended.
     """
     before = [(name, container, saved) for child in module.modules() for name, container, saved in _stores(child)]
     changed: list[str] = []
     try:
-        yield changed
+        with same_directory():
+            yield changed
     finally:
         for name, container, saved in before:
             if not same(container, saved):

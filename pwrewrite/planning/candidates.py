@@ -33,7 +33,7 @@ from ..passes import FORM_PASSES, LayerPass, Narrow
 from ..passes.base import chosen, estimate_chain, scope_of, spec_of, weight_of
 from ..passes.channel_units import find_units
 from ..passes.patterns import Graph
-from ..passes.regions import NAME as SUBSTITUTE, find_regions
+from ..passes.regions import NAME as SUBSTITUTE, Region, find_regions
 from .allocate import Option
 from .fitting import off_mean
 from .latency import LatencyTable, Variant
@@ -44,6 +44,9 @@ TIMED = 7
 """How many candidates of a form are measured."""
 
 _TINY = 1e-30
+
+_ROOM, _NUMBER = 1 << 30, 8
+"""Bytes for the moments of regions, and of a number in them."""
 
 FASTER = 0.97
 """A candidate is faster than the layer below this share of its time."""
@@ -131,11 +134,13 @@ class ReplaceableLayers:
         self.units = [unit for unit in units if all(id(layer) in chosen_layers for layer in unit.layers)]
         seen = SUBSTITUTE in forms and budget.sensitivity != "weights"  # by the weights alone nothing is known of them
         own = {layer.path for layer in capture.layers}
-        self.regions = [
-            region
-            for region in (find_regions(capture, self.graph) if seen else ())
-            if region.path not in own and all(id(layer) in chosen_layers for layer in region.layers)
-        ]
+        self.regions = _that_fit(
+            [
+                region
+                for region in (find_regions(capture, self.graph) if seen else ())
+                if region.path not in own and all(id(layer) in chosen_layers for layer in region.layers)
+            ]
+        )
         narrowed = {layer.path for unit in self.units for layer in unit.layers}
         substituted = {layer.path for region in self.regions for layer in region.layers}
         why = {skip.path: skip for skip in refused}
@@ -230,6 +235,17 @@ class ReplaceableLayers:
             moment = None if moment is None else torch.kron(sums.inputs[0] / max(sums.weight, 1e-300), eye)[None]
         kernel = to_forward_layout(weight, 1, spec.transposed)
         return keep(kernel, columns, None if moment is None else moment[0], mean if centred else None)
+
+
+def _that_fit(regions: Sequence[Region]) -> list[Region]:
+    """Those regions with the most MACs whose statistics fit into `_ROOM`, in their order."""
+    left, fitting = _ROOM, set[str]()
+    for region in sorted(regions, key=lambda region: -region.macs):
+        size = _NUMBER * Between(region.spec, region.mappable).size ** 2
+        if size <= left:
+            left -= size
+            fitting.add(region.path)
+    return [region for region in regions if region.path in fitting]
 
 
 def _refused_in_code(capture: Capture, layer: Layer) -> Skip | None:

@@ -18,6 +18,7 @@ from pwrewrite.core.plan import Op, Plan
 from pwrewrite.decompose.nearest_map import nearest_map
 from pwrewrite.edit.apply import apply
 from pwrewrite.passes.regions import Region, find_regions
+from pwrewrite.planning.candidates import ReplaceableLayers
 from pwrewrite.planning.planner import Planner
 
 
@@ -252,6 +253,14 @@ def test_every_form_competes_and_no_layer_is_changed_twice() -> None:
 def test_layers_that_are_left_out_keep_their_regions() -> None:
     _, result = rewritten(forms=("substitute",), exclude=["1.second"], best_effort=True)
     assert "1" not in {edit.path for edit in result.edits}
+
+
+def test_moments_are_held_of_the_largest_regions_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network(Block(), Block(stride=2), Block())  # 16 numbers a row each, 8 bytes
+    captured, budget = capture(model, (images(1),)), Budget(sensitivity="loss")
+    assert [region.path for region in ReplaceableLayers(captured, budget).regions] == ["0", "1", "2"]
+    monkeypatch.setattr("pwrewrite.planning.candidates._ROOM", 2 * 16 * 16 * 8)
+    assert [region.path for region in ReplaceableLayers(captured, budget).regions] == ["0", "1"]
 
 
 def wrong(change: Callable[[dict[str, object]], object]) -> Op:
