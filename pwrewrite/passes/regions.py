@@ -8,7 +8,7 @@ where they have the same shape, the input itself can. What these lose is for cal
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -23,7 +23,7 @@ from ..core.plan import Estimate, Op
 from ..core.records import Json
 from ..forms.specs import linear_spec, pointwise_spec, spec_to_dict
 from ..layers.factorized import Factorized, Projected
-from ..layers.known import hooked
+from ..layers.known import Found, hooked
 from .patterns import Graph
 
 NAME = "substitute"
@@ -34,6 +34,8 @@ _WIDEST = 2048
 _SAVES = 0.7
 """A map is looked at below this share of the MACs."""
 _LARGEST_STRIDE = 8
+_RANGES: Mapping[Found, str] = {("relu", ()): "relu", ("relu6", ()): "relu6"}
+"""Activations that leave what is in their range as it is."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Region:
         input_shape: What it reads; ``positions`` are those of its output, batch included.
         itemsize: Bytes of a number.
         mappable: Whether the map could.
+        activation: ``relu`` or ``relu6`` where all outputs are in its range, which the map's are then brought into.
         droppable: Whether its input could stand for its output.
     """
 
@@ -61,11 +64,14 @@ class Region:
     itemsize: int
     mappable: bool
     droppable: bool
+    activation: str | None = None
 
     def op(self, *, drop: bool) -> Op:
         """The op that puts the map in its place, or nothing."""
         params, macs = (0, 0) if drop else (self.spec.params, self.positions * prod(self.spec.weight_shape))
         settings: dict[str, Json] = {"layer": spec_to_dict(self.spec), "drop": drop}
+        if self.activation and not drop:
+            settings["activation"] = self.activation
         return Op("substitute", self.path, NAME, settings, Estimate(self.params, params, self.macs, macs))
 
 
@@ -145,7 +151,8 @@ def _region(graph: Graph, path: str, nodes: Sequence[fx.Node]) -> Region | None:
     if not mappable and not droppable:
         return None
     sizes = before.shape, positions, after.dtype.itemsize
-    return Region(path, spec, layers, params, macs, moved, *sizes, mappable, droppable)
+    activation = _RANGES.get(found[0]) if (found := graph.activation(end)) is not None else None
+    return Region(path, spec, layers, params, macs, moved, *sizes, mappable, droppable, activation)
 
 
 def _tensor(node: fx.Node) -> TensorSpec | None:

@@ -60,16 +60,18 @@ def fit_steps(
             narrower = replace(spec, in_channels=weight.shape[0 if spec.transposed else 1])
             if weight.shape == narrower.weight_shape:  # as wide on the other side as it was
                 fitted[path] = narrower, weight.clone()
-    whole = {op.path: op for op in plan.ops if op.action == "substitute"}
+    whole, parts = {op.path: op for op in plan.ops if op.action == "substitute"}, dict[str, str]()
     for path, op in whole.items():
         if not op.settings["drop"]:
-            weight = cast(Tensor, rewritten.get_submodule(path).weight).detach().clone()
+            parts[path] = "0" if op.settings.get("activation") else ""
+            module = rewritten.get_submodule(f"{path}.0" if parts[path] else path)
+            weight = cast(Tensor, module.weight).detach().clone()
             fitted[path] = spec_from_dict(op.settings["layer"], op.where("layer")), weight
     sums, unseen, targets = residuals(captured, fitted), off_mean(captured), dict[str, Target]()
     for path, (spec, weight) in fitted.items():
         gradients = None if statistics is None else statistics.layers[path].gradient_moment()
         centred = spec.bias or path in unseen
-        targets[path] = Target(path, spec, weight, gradients, sums.get(path), factors, centred)
+        targets[path] = Target(path, spec, weight, gradients, sums.get(path), factors, centred, parts.get(path, ""))
     order: list[str] = []
     ends = {path: node for node in captured.graph.nodes for path in whole.keys() & set(info(node).callers)}
     for node in captured.graph.nodes:

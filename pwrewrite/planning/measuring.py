@@ -22,6 +22,7 @@ from ..core.nested import Args
 from ..core.plan import Op
 from ..decompose.layout import from_forward_layout
 from ..decompose.nearest_map import NearestMap
+from ..edit.actions.substitute import RANGES
 from ..passes.base import weight_of
 from .candidates import ReplaceableLayers
 from .regions import fitted_map
@@ -84,7 +85,8 @@ class LossMeter:
             reads.append(args[0].clone())
 
         def after(module: nn.Module, args: Args, output: Tensor) -> Tensor:
-            return _mapped(reads.pop(), region.spec, near)
+            mapped = _mapped(reads.pop(), region.spec, near)
+            return mapped if near is None or region.activation is None else RANGES[region.activation]()(mapped)
 
         handles = module.register_forward_pre_hook(before), module.register_forward_hook(after)
         try:

@@ -70,6 +70,7 @@ class Target:
         gradients: ``G`` at its output; None for the identity.
         residual: Where the other side of the sum that it writes into can be read; None where there is none.
         factors: Whether its factors are fitted, or its bias only.
+        part: Which part of the rewritten module at this path it is; all of it where empty.
     """
 
     path: str
@@ -79,6 +80,11 @@ class Target:
     residual: Residual | None = None
     factors: bool = True
     centred: bool = True
+    part: str = ""
+
+    def module(self, rewritten: nn.Module) -> nn.Module:
+        """The module that is fitted."""
+        return rewritten.get_submodule(f"{self.path}.{self.part}" if self.part else self.path)
 
 
 class _Moments:
@@ -165,7 +171,8 @@ def refit(
         for i, step in enumerate(steps):
             path = step if isinstance(step, str) else step.path
             say(f"fitting {path}", i / len(steps))
-            module, pairs = rewritten.get_submodule(path), _pairs_at(path, before, after, spill)
+            module = rewritten.get_submodule(path) if isinstance(step, str) else step.module(rewritten)
+            pairs = _pairs_at(path, before, after, spill)
             try:
                 if isinstance(step, str):
                     _fit_norm(cast(_BatchNorm, module), original.get_submodule(path), pairs, kept.get(path))

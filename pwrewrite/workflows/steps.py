@@ -110,13 +110,20 @@ class Run:
         """Carries out passes, or a plan, whose weights a decomposer may give."""
         if isinstance(what, Plan):
             self.state = replace(self.state, plan=replace(self.state.plan, skips=what.skips, budget=what.budget))
-            for part in self._parts(what):
+            for part in self._parts(what if self._made_for(what) else _without_estimates(what)):
                 self.state = self.tried(part, decomposer=decomposer)
             return
         for i, each in enumerate(what):
             self.say(f"{each.name}: proposing", None)
             read_later = any(_reads_weights(later) for later in what[i + 1 :])
             self.step(propose(self.state.captured, [each]), fill=self.fill or read_later)
+
+    def _made_for(self, plan: Plan) -> bool:
+        """Whether a plan was made for inputs of these shapes, as far as it says."""
+        made, own = plan.model.get("inputs"), describe_inputs(self.inputs)
+        if not made:
+            return bool(plan.budget)  # just made, under a budget
+        return [each.get("shape") for each in made] == [each["shape"] for each in own]
 
     def _parts(self, plan: Plan) -> list[Plan]:
         """A plan in steps: an op on what an earlier one puts in, or narrows, waits for it; each step has a capture."""
@@ -218,6 +225,12 @@ class Run:
             tuple(dict.fromkeys((*self.first.notes, *self.state.captured.notes, *_narrowed(self.state.rows)))),
             models=(before, after),
         )
+
+
+def _without_estimates(plan: Plan) -> Plan:
+    """A plan whose ops on more than one layer do not say what they cost: that depends on the inputs."""
+    ops = (op if op.action == "factorize" else replace(op, estimate=None) for op in plan.ops)
+    return replace(plan, ops=tuple(ops))
 
 
 def _narrows(op: Op) -> set[str]:

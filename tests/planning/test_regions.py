@@ -20,6 +20,7 @@ from pwrewrite.edit.apply import apply
 from pwrewrite.passes.regions import Region, find_regions
 from pwrewrite.planning.candidates import ReplaceableLayers
 from pwrewrite.planning.planner import Planner
+from pwrewrite.planning.statistics import exact_loss
 
 
 @pytest.fixture(autouse=True)
@@ -176,6 +177,43 @@ def test_a_module_that_is_a_map_is_found_to_be_one(stride: int) -> None:
     torch.testing.assert_close(result.model(other), model(other), atol=2e-3, rtol=1e-3)
     saved = result.report.before["macs"] - result.report.after["macs"]
     assert saved == 2 * (64 * 8 * 24 + 64 // stride**2 * (24 * 6 * 9 - 8 * 6))
+
+
+class Rectified(Block):
+    """A block whose outputs are in the range of an activation."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.activation(super().forward(x))
+        return out
+
+
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.ReLU6, nn.Sigmoid])
+@pytest.mark.parametrize("refit", ["full", "none"])
+def test_outputs_stay_in_the_range_of_an_activation(kind: type[nn.Module], refit: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Rectified(kind()), nn.Conv2d(8, 4, 1)).eval()
+    region = regions(model, images(1))["0"]
+    assert region.activation == {nn.ReLU: "relu", nn.ReLU6: "relu6"}.get(kind)
+    plan = Plan((region.op(drop=False),))
+    result = pwrewrite.rewrite(model, images(2), plan, calibration=images(64), refit=refit)
+    assert result.report.passed, result.report.verification.failures  # type: ignore[union-attr]
+    put_in = result.model[0]
+    assert type(put_in) is (nn.Conv2d if kind is nn.Sigmoid else nn.Sequential)
+    if kind is not nn.Sigmoid:
+        assert float(put_in(images(16)).min()) == 0
+    planner = Planner(model, images(2), images(64), Budget({"macs": 0.9}, forms=("substitute",), refit=refit))
+    assert planner.meter is not None
+    assert planner.batches is not None
+    if refit == "none":
+        x = planner.batches.first()[0][0][0][:32]
+        expected = exact_loss(model(x), result.model(x), planner.outputs)
+        assert planner.meter.loss(plan.ops[0]) == pytest.approx(expected, rel=1e-3)
+    result.save(tmp_path / "out")
+    assert torch.equal(pwrewrite.load(tmp_path / "out", model)(images(3)), result.model(images(3)))
 
 
 def test_a_block_that_does_next_to_nothing_is_dropped_first() -> None:

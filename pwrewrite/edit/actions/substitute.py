@@ -7,8 +7,10 @@ calibration inputs there is none, and only a module that is dropped can be subst
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
+from torch import nn
 
 from ...core.convolution import ConvSpec
 from ...core.errors import RefusedError
@@ -17,7 +19,10 @@ from ...decompose.nearest_map import NearestMap
 from ...layers.known import hooked
 from ..swap import stem
 from .bench import ELSEWHERE, Bench, Refused, layer_like, param_count
-from .settings import wrong
+from .settings import one_of, wrong
+
+RANGES: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "relu6": nn.ReLU6}
+"""What brings the outputs of a map into the range of those of the module."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,12 @@ class SubstituteSettings:
     Attributes:
         layer: Shape facts of the 1×1 convolution or linear map.
         drop: Whether nothing takes the place of the module: its input goes on.
+        activation: What is behind the map, in a sequence with it.
     """
 
     layer: ConvSpec
     drop: bool = False
+    activation: Annotated[str | None, one_of(*RANGES)] = None
 
 
 def substitute_module(bench: Bench, op: Op, settings: SubstituteSettings) -> Edit:
@@ -74,7 +81,10 @@ def substitute_module(bench: Bench, op: Op, settings: SubstituteSettings) -> Edi
         error = found.relative_error
     for parameter in new.parameters():
         parameter.requires_grad_(weight.requires_grad)
-    new.train(module.training)
-    renamed = {f"{inner}{name}": (f"{inner}weight", f"{inner}bias") for name in names}
+    put_in: nn.Module = new
+    if settings.activation is not None:
+        put_in, inner = nn.Sequential(new, RANGES[settings.activation]()), f"{inner}0."
+    put_in.train(module.training)
+    renamed = {f"{stem(op.path)}{name}": (f"{inner}weight", f"{inner}bias") for name in names}
     after = replace(edit, params_after=param_count(new), relative_error=error, renamed=renamed)
-    return replace(after, aliases=bench.replace(module, new, op.path))
+    return replace(after, aliases=bench.replace(module, put_in, op.path))
