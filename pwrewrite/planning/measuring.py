@@ -29,8 +29,8 @@ from .regions import fitted_map
 from .running import Chunk, evaluating, run_seeded, samples_of
 from .statistics import Statistics, exact_loss
 
-_SAMPLES = 32
-"""On how many inputs losses are measured."""
+SAMPLES, FEW = 16, 8
+"""On how many inputs the losses of a plan's changes are measured, and on how many those of a whole frontier's."""
 _CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
@@ -39,17 +39,18 @@ class LossMeter:
 
     def __init__(self, model: nn.Module, replaceable: ReplaceableLayers, statistics: Statistics, chunk: Chunk) -> None:
         self._model, self._replaceable, self._statistics = model, replaceable, statistics
-        self._chunk = _some_of(chunk)
-        self._before: object = None
+        self._chunk = chunk
+        self._before: dict[int, object] = {}
 
-    def loss(self, op: Op) -> float:
+    def loss(self, op: Op, samples: int = SAMPLES) -> float:
         """The loss with a ``narrow`` or ``substitute`` op; infinite where outputs are not finite any more."""
+        chunk = _some_of(self._chunk, samples)
         with torch.no_grad(), evaluating(self._model):
-            if self._before is None:
-                self._before = run_seeded(self._model, self._chunk, 0)
+            if samples not in self._before:
+                self._before[samples] = run_seeded(self._model, chunk, 0)
             with self._narrowed(op) if op.action == "narrow" else self._substituted(op):
-                after = run_seeded(self._model, self._chunk, 0)
-        loss = exact_loss(self._before, after, self._statistics.outputs)
+                after = run_seeded(self._model, chunk, 0)
+        loss = exact_loss(self._before[samples], after, self._statistics.outputs)
         return loss if math.isfinite(loss) else math.inf
 
     @contextmanager
@@ -123,7 +124,7 @@ def _holding(tensor: Tensor, values: Tensor) -> Iterator[None]:
         tensor.data = before
 
 
-def _some_of(chunk: Chunk) -> Chunk:
+def _some_of(chunk: Chunk, samples: int) -> Chunk:
     """The first samples of a chunk."""
     there = samples_of(*chunk)
 
@@ -131,7 +132,7 @@ def _some_of(chunk: Chunk) -> Chunk:
         single = isinstance(value, Tensor) and not value.dim()
         if single or not isinstance(value, (Tensor, list, tuple)) or len(value) != there:
             return value
-        return value[:_SAMPLES]
+        return value[:samples]
 
     args, kwargs = chunk
     return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -46,12 +46,11 @@ from .refit import Target, refit
 from .regions import RegionCandidates, fitted_map, region_candidates, timed_region
 from .room import Room, samples_in_run
 from .running import Say, device_of, evaluating, run_seeded
+from .settling import settled
 from .spill import Spill
 from .statistics import Gathering, NoGradientsError, Statistics, gather
 from .units import UnitCandidates, timed_unit, unit_candidates
 
-_ROUNDS = 5
-"""How often a plan is made anew with what its changes were measured to lose."""
 _log = logging.getLogger(__name__)
 
 
@@ -260,7 +259,7 @@ class Planner:
         finally:
             table.save()
         self.original["latency"] = timing.seconds
-        scale_times([*self.layers, *self.units, *self.regions], timing.seconds)
+        scale_times([*self.layers, *self._several], timing.seconds)
 
     def choose(self, limits: Sequence[Limit]) -> Choice:
         """The allocation that loses least; where a limit cannot be met, the error says how far, and what was left."""
@@ -270,30 +269,13 @@ class Planner:
         return self._within_latency(limits)
 
     def _choose(self, limits: Sequence[Limit], absolute: Mapping[str, float]) -> Choice:
-        (choice,) = self._priced(lambda: [self.allocator.choose(limits, absolute)])
+        (choice,) = settled(self._several, self.meter, lambda: [self.allocator.choose(limits, absolute)], self.say)
         return choice
 
-    def _priced(self, choose: Callable[[], list[Choice]]) -> list[Choice]:
-        """Choices of which every change of several layers at once loses what was measured, not what was predicted."""
-        for _ in range(_ROUNDS if self.meter is not None else 0):
-            choices = choose()
-            if not self._measure({id(op) for choice in choices for op in choice.plan.ops}):
-                return choices
-        return choose()
-
-    def _measure(self, chosen: Container[int]) -> bool:
-        """Measures the loss of those changes that are chosen, by the identity of the op; whether any was not yet."""
-        groups: list[UnitCandidates | RegionCandidates] = [*self.units, *self.regions]
-        todo = [(group, c) for group in groups for c in group.candidates if c.op is not None and id(c.op) in chosen]
-        todo = [(group, c) for group, c in todo if not group.prices.knows(c)]
-        for i, (group, candidate) in enumerate(todo):
-            assert candidate.op is not None
-            assert self.meter is not None
-            self.say(f"measuring what the model loses at {group.path}", i / len(todo))
-            group.prices.learn(candidate, self.meter.loss(candidate.op))
-        for group in {id(group): group for group, _ in todo}.values():
-            group.candidates = [group.prices.priced(candidate) for candidate in group.candidates]
-        return bool(todo)
+    @property
+    def _several(self) -> list[UnitCandidates | RegionCandidates]:
+        """What changes several layers at once."""
+        return [*self.units, *self.regions]
 
     @cached_property
     def meter(self) -> LossMeter | None:
@@ -328,7 +310,7 @@ class Planner:
         """The least losses at so many limits of a kind, from the original to the smallest, within those of others."""
         if kind == "latency" or any(limit.kind == "latency" for limit in limits):
             self._time()
-        return self._priced(lambda: self.allocator.frontier(kind, limits, points))
+        return settled(self._several, self.meter, lambda: self.allocator.frontier(kind, limits, points), self.say)
 
     def decomposer(self, op: Op, weight: Tensor) -> Factors | None:
         """The factors of an op in the norm of the statistics; None where there are none of its layer."""

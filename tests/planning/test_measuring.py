@@ -36,7 +36,7 @@ def test_what_is_measured_is_what_the_op_carried_out_loses() -> None:
     assert made.meter is not None
     batch = made.batches
     assert batch is not None
-    (x,), _ = _some_of(batch.first()[0])
+    (x,), _ = _some_of(batch.first()[0], 16)
     before = {name: value.clone() for name, value in made.model.state_dict().items()}
     ops = [c.op for group in (*made.units, *made.regions) for c in group.candidates if c.op is not None]
     assert {op.action for op in ops} == {"narrow", "substitute"}
@@ -54,7 +54,7 @@ def test_what_is_measured_is_what_the_op_carried_out_loses() -> None:
 def test_a_plan_is_made_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     made, asked = planner(), list[Op]()
 
-    def bad(self: LossMeter, op: Op) -> float:
+    def bad(self: LossMeter, op: Op, samples: int) -> float:
         asked.append(op)
         return 1e6
 
@@ -63,6 +63,23 @@ def test_a_plan_is_made_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) ->
     assert asked
     assert {op.action for op in choice.plan.ops} == {"factorize"}
     assert len(asked) == len({id(op) for op in asked})
+
+
+def test_one_of_each_group_speaks_for_a_frontier(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, asked = planner(), list[str]()
+    low = made.allocator.frontier("macs")
+
+    def tenfold(self: LossMeter, op: Op, samples: int) -> float:
+        asked.append(f"{op.action} {op.path}")
+        return 1e6
+
+    monkeypatch.setattr(LossMeter, "loss", tenfold)
+    assert any(op.action != "factorize" for choice in low for op in choice.plan.ops)
+    high = made.frontier("macs")
+    assert asked
+    assert len(asked) == len(set(asked))
+    priced = [op for choice in high for op in choice.plan.ops if f"{op.action} {op.path}" in asked]
+    assert len(priced) < len([op for choice in low for op in choice.plan.ops if f"{op.action} {op.path}" in asked])
 
 
 def test_where_losses_are_not_those_of_the_model_nothing_is_measured() -> None:
@@ -93,7 +110,7 @@ def test_the_unit_is_that_of_the_prediction() -> None:
 
 def test_samples_are_cut_and_nothing_else_is() -> None:
     x, scale = torch.zeros(100, 3), torch.tensor(2.0)
-    (args, kwargs) = _some_of(((x, scale, [1, 2]), {"y": list(range(100))}))
+    (args, kwargs) = _some_of(((x, scale, [1, 2]), {"y": list(range(100))}), 32)
     first, second, third = args
     assert isinstance(first, Tensor)
     assert len(first) == 32
