@@ -67,7 +67,6 @@ def substitute_module(bench: Bench, op: Op, settings: SubstituteSettings) -> Edi
         renamed: dict[str, tuple[str, ...]] = {f"{inner}{name}": () for name in names}
         return replace(edit, renamed=renamed, aliases=bench.remove(module, op.path))
     new = layer_like(weight, op.path, spec, initialised=False)
-    error = None
     if bench.fill and not weight.is_meta:
         found = bench.once(op, lambda: None if bench.decomposer is None else bench.decomposer(op, weight))
         if not isinstance(found, NearestMap):
@@ -78,7 +77,6 @@ def substitute_module(bench: Bench, op: Op, settings: SubstituteSettings) -> Edi
             new.weight.copy_(found.kernel.reshape(new.weight.shape))
             assert new.bias is not None
             new.bias.copy_(found.bias)
-        error = found.relative_error
     for parameter in new.parameters():
         parameter.requires_grad_(weight.requires_grad)
     put_in: nn.Module = new
@@ -86,5 +84,5 @@ def substitute_module(bench: Bench, op: Op, settings: SubstituteSettings) -> Edi
         put_in, inner = nn.Sequential(new, RANGES[settings.activation]()), f"{inner}0."
     put_in.train(module.training)
     renamed = {f"{stem(op.path)}{name}": (f"{inner}weight", f"{inner}bias") for name in names}
-    after = replace(edit, params_after=param_count(new), relative_error=error, renamed=renamed)
+    after = replace(edit, params_after=param_count(new), renamed=renamed)
     return replace(after, aliases=bench.replace(module, put_in, op.path))
