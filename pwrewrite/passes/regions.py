@@ -82,8 +82,8 @@ def find_regions(capture: Capture, graph: Graph | None = None) -> list[Region]:
     for node in graph.nodes:
         for path in _around(node):
             inside.setdefault(path, []).append(node)
-    closed = inside.keys() - _open(graph)
-    found = (_region(graph, path, inside[path]) for path in inside if path in closed)
+    closed, writers = inside.keys() - _open(graph), _writers(graph)
+    found = (_region(graph, path, inside[path], writers) for path in inside if path in closed)
     return [region for region in found if region is not None]
 
 
@@ -120,7 +120,9 @@ def _within(path: str, outer: str) -> bool:
     return path == outer or path.startswith(f"{outer}.")
 
 
-def _region(graph: Graph, path: str, nodes: Sequence[fx.Node]) -> Region | None:
+def _region(
+    graph: Graph, path: str, nodes: Sequence[fx.Node], writers: Mapping[str, Sequence[fx.Node]]
+) -> Region | None:
     module, own = graph.modules.get(path), set(nodes)
     layers = tuple({id(graph.layers[n.name]): graph.layers[n.name] for n in nodes if n.name in graph.layers}.values())
     called_once = all(len(layer.calls) == 1 for layer in layers)
@@ -134,15 +136,17 @@ def _region(graph: Graph, path: str, nodes: Sequence[fx.Node]) -> Region | None:
         return None
     (entry,), (end,) = entries, exits
     before, after = _tensor(entry), _tensor(end)
-    if before is None or after is None or before.dtype != after.dtype or _writes(graph, nodes, entry):
+    if before is None or after is None or before.dtype != after.dtype:
+        return None
+    if any(node in own for node in writers.get(graph.root_of(entry), ())):
         return None
     spec = _map_between(before.shape, after.shape, layers)
     if spec is None or max(spec.in_channels, spec.out_channels) > _WIDEST:
         return None
     if any(step > 1 for step in spec.stride) and not _every_size(module, spec, before.shape):
         return None
-    behind = graph.nodes[graph.order[end] + 1 :]
-    droppable = before.shape == after.shape and not any(_writes(graph, behind, each) for each in (entry, end))
+    written = [node for each in (entry, end) for node in writers.get(graph.root_of(each), ())]
+    droppable = before.shape == after.shape and not any(graph.order[node] > graph.order[end] for node in written)
     costs = [info(node).cost for node in nodes]
     params, macs = sum(p.numel() for p in module.parameters()), sum(cost.macs for cost in costs)
     moved, positions = sum(cost.bytes for cost in costs), prod(after.shape) // spec.out_channels
@@ -161,17 +165,16 @@ def _tensor(node: fx.Node) -> TensorSpec | None:
     return outputs[0] if len(outputs) == 1 and outputs[0].dtype.is_floating_point else None
 
 
-def _writes(graph: Graph, nodes: Sequence[fx.Node], held: fx.Node) -> bool:
-    """Whether some of the nodes write into what a node holds."""
-    root = graph.root_of(held)
-    for node in nodes:
+def _writers(graph: Graph) -> dict[str, list[fx.Node]]:
+    """Name of the node that made a storage to the nodes that write into it."""
+    writers: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
         if node.op == "output":
             continue
         item = node.args[0] if info(node).op == "setitem" else None  # returns nothing that shares storage
-        in_place = info(node).cost.write_bytes or item is not None or "out" in node.kwargs
-        if in_place and graph.root_of(item if isinstance(item, fx.Node) else node) == root:
-            return True
-    return False
+        if info(node).cost.write_bytes or item is not None or "out" in node.kwargs:
+            writers.setdefault(graph.root_of(item if isinstance(item, fx.Node) else node), []).append(node)
+    return writers
 
 
 def _map_between(before: Sequence[int], after: Sequence[int], layers: Sequence[Layer]) -> ConvSpec | None:
