@@ -82,8 +82,8 @@ def find_regions(capture: Capture, graph: Graph | None = None) -> list[Region]:
     for node in graph.nodes:
         for path in _around(node):
             inside.setdefault(path, []).append(node)
-    closed, writers = inside.keys() - _open(graph), _writers(graph)
-    found = (_region(graph, path, inside[path], writers) for path in inside if path in closed)
+    closed, writers, tried = inside.keys() - _open(graph), _writers(graph), _Tried()
+    found = (_region(graph, path, inside[path], writers, tried) for path in inside if path in closed)
     return [region for region in found if region is not None]
 
 
@@ -121,7 +121,7 @@ def _within(path: str, outer: str) -> bool:
 
 
 def _region(
-    graph: Graph, path: str, nodes: Sequence[fx.Node], writers: Mapping[str, Sequence[fx.Node]]
+    graph: Graph, path: str, nodes: Sequence[fx.Node], writers: Mapping[str, Sequence[fx.Node]], tried: _Tried
 ) -> Region | None:
     module, own = graph.modules.get(path), set(nodes)
     layers = tuple({id(graph.layers[n.name]): graph.layers[n.name] for n in nodes if n.name in graph.layers}.values())
@@ -143,8 +143,6 @@ def _region(
     spec = _map_between(before.shape, after.shape, layers)
     if spec is None or max(spec.in_channels, spec.out_channels) > _WIDEST:
         return None
-    if any(step > 1 for step in spec.stride) and not _every_size(module, spec, before.shape):
-        return None
     written = [node for each in (entry, end) for node in writers.get(graph.root_of(each), ())]
     droppable = before.shape == after.shape and not any(graph.order[node] > graph.order[end] for node in written)
     costs = [info(node).cost for node in nodes]
@@ -152,7 +150,7 @@ def _region(
     moved, positions = sum(cost.bytes for cost in costs), prod(after.shape) // spec.out_channels
     cheap = positions * prod(spec.weight_shape) < _SAVES * macs and spec.params < params
     mappable = cheap and spec.in_channels + spec.out_channels <= _WIDEST
-    if not mappable and not droppable:
+    if not (mappable or droppable) or not tried.stands(module, spec, before):
         return None
     sizes = before.shape, positions, after.dtype.itemsize
     activation = _RANGES.get(found[0]) if (found := graph.activation(end)) is not None else None
@@ -192,19 +190,51 @@ def _map_between(before: Sequence[int], after: Sequence[int], layers: Sequence[L
     return linear_spec(before[-1], after[-1], True)
 
 
-def _every_size(module: nn.Module, spec: ConvSpec, shape: Sequence[int]) -> bool:
-    """Whether a module's outputs have the sizes of the map's for inputs a little smaller, too."""
-    for less in range(1, max(spec.stride)):
-        smaller = (*shape[:2], *(n - less for n in shape[2:]))
-        if min(smaller) < 1:
+class _Tried:
+    """How modules answer to inputs of other sizes than those that they had, shapes only; equal ones are asked once."""
+
+    def __init__(self) -> None:
+        self._answers: dict[tuple[object, ...], bool] = {}
+
+    def stands(self, module: nn.Module, spec: ConvSpec, before: TensorSpec) -> bool:
+        """Whether a map has a module's outputs in shape, whatever the size, and its channels are channels there."""
+        key = type(module), str(module), spec, before
+        if key not in self._answers:
+            self._answers[key] = self._stands(module, spec, before)
+        return self._answers[key]
+
+    @staticmethod
+    def _stands(module: nn.Module, spec: ConvSpec, before: TensorSpec) -> bool:
+        shape, axis = before.shape, 1 if spec.dims else len(before.shape) - 1
+        if _given(module, shape, before.dtype) != _of_map(spec, shape):
             return False
-        try:
-            small = capture_of(module, (torch.empty(smaller, device="meta"),), values="meta")
-        except PwrewriteError:
-            return False
-        (end,) = (node for node in small.graph.nodes if node.op == "output")
-        given = end.args[0]
-        tensor = _tensor(given) if isinstance(given, fx.Node) else None
-        if tensor is None or tuple(tensor.shape[2:]) != spec.output_size(smaller[2:]):
-            return False
-    return True
+        for more in (1, -1):  # of channels there are as many as the weights say
+            other = tuple(n + more * (i == axis) for i, n in enumerate(shape))
+            if min(other) > 0 and _given(module, other, before.dtype) is not None:
+                return False
+        sizes = [i for i in range(2 if spec.dims else 1, len(shape)) if i != axis]
+        for less in range(1, max((2, *spec.stride)) if sizes else 1):
+            smaller = tuple(n - less * (i in sizes) for i, n in enumerate(shape))
+            if min(smaller) < 1:
+                return all(step == 1 for step in spec.stride)
+            given = _given(module, smaller, before.dtype)
+            if given != _of_map(spec, smaller) and (given is not None or any(step > 1 for step in spec.stride)):
+                return False
+        return True
+
+
+def _given(module: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...] | None:
+    """The shape of what a module gives for an input of some shape; None where it gives no single tensor."""
+    try:
+        run = capture_of(module, (torch.empty(shape, device="meta", dtype=dtype),), values="meta")
+    except PwrewriteError:
+        return None
+    (end,) = (node for node in run.graph.nodes if node.op == "output")
+    tensor = _tensor(end.args[0]) if isinstance(end.args[0], fx.Node) else None
+    return None if tensor is None else tuple(tensor.shape)
+
+
+def _of_map(spec: ConvSpec, shape: Sequence[int]) -> tuple[int, ...]:
+    if not spec.dims:
+        return (*shape[:-1], spec.out_channels)
+    return (shape[0], spec.out_channels, *spec.output_size(tuple(shape[2:])))

@@ -43,7 +43,8 @@ from .statistics import Between, Statistics, Watched, level_of
 TIMED = 7
 """How many candidates of a form are measured."""
 
-_TINY = 1e-30
+_TINY, _LEAST, _MOST = 1e-30, 0.1, 1e3
+"""A loss that counts as none, and between what one that was measured may say of others, as a share of theirs."""
 
 _ROOM, _NUMBER = 1 << 30, 8
 """Bytes for the moments of regions, and of a number in them."""
@@ -85,7 +86,7 @@ class Prices:
         if key not in self._measured:
             near = min(self._measured, key=lambda other: abs(_log(self._predicted[other]) - _log(predicted)))
             ratio = self._measured[near] / max(self._predicted[near], _TINY)
-            return replace(candidate, loss=predicted * ratio)
+            return replace(candidate, loss=predicted * min(max(ratio, _LEAST), _MOST))
         return replace(candidate, loss=self._measured[key])
 
 

@@ -40,18 +40,26 @@ class LossMeter:
     def __init__(self, model: nn.Module, replaceable: ReplaceableLayers, statistics: Statistics, chunk: Chunk) -> None:
         self._model, self._replaceable, self._statistics = model, replaceable, statistics
         self._chunk = chunk
-        self._before: dict[int, object] = {}
+        self._before: dict[int, tuple[Chunk, object]] = {}
 
     def loss(self, op: Op, samples: int = SAMPLES) -> float:
         """The loss with a ``narrow`` or ``substitute`` op; infinite where outputs are not finite any more."""
-        chunk = _some_of(self._chunk, samples)
         with torch.no_grad(), evaluating(self._model):
-            if samples not in self._before:
-                self._before[samples] = run_seeded(self._model, chunk, 0)
+            chunk, before = self._reference(samples)
             with self._narrowed(op) if op.action == "narrow" else self._substituted(op):
                 after = run_seeded(self._model, chunk, 0)
-        loss = exact_loss(self._before[samples], after, self._statistics.outputs)
+        loss = exact_loss(before, after, self._statistics.outputs)
         return loss if math.isfinite(loss) else math.inf
+
+    def _reference(self, samples: int) -> tuple[Chunk, object]:
+        """Some inputs, all of the first chunk where it cannot be cut, and what the model makes of them."""
+        if samples not in self._before:
+            chunk = _some_of(self._chunk, samples)
+            try:
+                self._before[samples] = chunk, run_seeded(self._model, chunk, 0)
+            except Exception:  # its first axis is no batch, or other inputs have one that was not seen
+                self._before[samples] = self._chunk, run_seeded(self._model, self._chunk, 0)
+        return self._before[samples]
 
     @contextmanager
     def _narrowed(self, op: Op) -> Iterator[None]:

@@ -52,20 +52,23 @@ def region_candidates(
         before = {"params": float(region.params), "macs": float(region.macs), "bytes": float(region.moved)}
         candidates = [Candidate(0.0, before)]
         for drop, loss, error in _losses(region, sums, statistics):
-            if replaceable.budget.max_layer_error is not None and error > replaceable.budget.max_layer_error:
+            most = replaceable.budget.max_layer_error
+            if most is not None and (error is None or error > most):
                 continue
             op = region.op(drop=drop)
             assert op.estimate is not None
             costs = {"params": float(op.estimate.params_after), "macs": float(op.estimate.macs_after)}
             costs["bytes"] = 0.0 if drop else float(_moved(region))
-            candidates.append(Candidate(loss, costs, claims, op, error))
+            candidates.append(Candidate(loss, costs, claims, op, error or 0.0))
         if len(candidates) > 1:
             found.append(RegionCandidates(region, candidates))
     return found
 
 
-def _losses(region: Region, sums: LayerStatistics, statistics: Statistics) -> Iterator[tuple[bool, float, float]]:
-    """For each thing that could stand for a region whether it drops it, its loss and its relative error."""
+def _losses(
+    region: Region, sums: LayerStatistics, statistics: Statistics
+) -> Iterator[tuple[bool, float, float | None]]:
+    """For each thing that could stand for a region whether it drops it, its loss, its relative error where known."""
     if sums.rows < 2 * sums.means.shape[1]:  # any map would do
         return
     loss, outputs = statistics.kind == "loss", region.spec.out_channels
@@ -96,10 +99,10 @@ def _losses(region: Region, sums: LayerStatistics, statistics: Statistics) -> It
     yield True, *_scaled(weighed(difference), whole, loss)
 
 
-def _scaled(missed: float, whole: float | None, loss: bool) -> tuple[float, float]:
+def _scaled(missed: float, whole: float | None, loss: bool) -> tuple[float, float | None]:
     """What is lost, as a loss or else as a share of all, and as a relative error where that is known."""
     share = missed / whole if whole else 0.0
-    return missed if loss else share, share**0.5
+    return missed if loss else share, None if whole is None else share**0.5
 
 
 def _optimism(sums: LayerStatistics) -> float:

@@ -26,6 +26,7 @@ what that misses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -293,6 +294,7 @@ class _Watch:
         self.statistics, self.how = statistics, how
         self.roots: list[Tensor] = []
         self.pending: list[Callable[[], None]] = []
+        self.going_back = False
 
     def begin(self, samples: int, generator: torch.Generator) -> None:
         """Starts a chunk."""
@@ -312,6 +314,8 @@ class _Watch:
         sums = self.statistics.layers[path]
 
         def after(module: nn.Module | None, args: Args, kwargs: Kwargs, output: Tensor) -> Tensor | None:
+            if self.going_back:
+                return None
             x = batched((args[0] if args else kwargs["input"]).detach(), spec)
             count = position_count(x, spec, tuple(output.shape[output.dim() - spec.dims :]))
             taken, share = self._sampled(count, row_size(spec), spec)
@@ -324,23 +328,27 @@ class _Watch:
 
     def between(self, path: str, module: nn.Module, watched: Between) -> tuple[RemovableHandle, RemovableHandle]:
         """Hooks a module from end to end; what is called otherwise than with one tensor is passed over."""
-        sums, spec, reads = self.statistics.layers[path], watched.spec, list[tuple[Tensor | None, float, Tensor]]()
+        sums, spec, axis = self.statistics.layers[path], watched.spec, -1 - watched.spec.dims
+        reads = list[tuple[Tensor | None, float, Tensor, tuple[int, ...]]]()
 
         def before(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
             reads.clear()
-            if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            single = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and not self.going_back
+            if single and args[0].dim() >= spec.dims + 1 and args[0].shape[axis] == spec.in_channels:
                 x = batched(args[0].detach(), spec)
                 count = position_count(x, spec, spec.output_size(x.shape[2:]))
                 taken, share = self._sampled(count, watched.size, spec)
-                reads.append((taken, share, input_rows(x, spec, taken).clone()))  # it may be written into
+                sizes = args[0].shape[axis + 1 :]
+                size = spec.output_size(tuple(sizes)) if spec.dims else tuple(args[0].shape[:-1])
+                reads.append((taken, share, input_rows(x, spec, taken).clone(), size))  # it may be written into
 
         def after(module: nn.Module, args: Args, kwargs: Kwargs, output: object) -> Tensor | None:
             if not reads or not isinstance(output, Tensor):
                 return None
-            taken, share, x = reads.pop()
-            y = output_rows(batched(output.detach(), spec), spec, taken)
-            if x.shape[:2] != y.shape[:2]:
+            taken, share, x, size = reads.pop()
+            if tuple(output.shape[axis + 1 :] if spec.dims else output.shape[:-1]) != size:
                 return None
+            y = output_rows(batched(output.detach(), spec), spec, taken)
             rows = _checked(torch.cat([x, y], 2) if watched.joint else y - x, path, "what goes through")
             self.pending.append(lambda: sums.add_inputs(rows, share))
             return None if self.how.outputs is None else self._follow(path, spec, sums, output)
@@ -386,6 +394,7 @@ class _Watch:
             loss = loss + self._noisy(predicted - predicted.mean(1, keepdim=True))
         else:
             loss = torch.stack([self._noisy(t) for t in tensors]).sum()
+        self.going_back = True  # what is computed again on the way is not counted again
         try:
             torch.autograd.backward(loss, inputs=self.roots)
         except RuntimeError as error:
@@ -396,6 +405,8 @@ class _Watch:
                 expected="code that writes into no tensor that a layer before it needs for its gradient",
                 hint="the sensitivity activations needs no gradients",
             ) from error
+        finally:
+            self.going_back = False
         return "values" if scores is None else "classes"
 
     def _noisy(self, output: Tensor) -> Tensor:
@@ -415,8 +426,8 @@ def exact_loss(first: object, second: object, outputs: str) -> float:
     """
     before, after = class_scores(first, outputs), class_scores(second, outputs)
     if before is None or after is None:
-        pairs = [(a, b) for a, b in zip(floating(first), floating(second)) if a.shape == b.shape]
-        return sum(_relative_square(a, b) for a, b in pairs) / 2
+        pairs = list(zip(floating(first), floating(second)))
+        return sum(_relative_square(a, b) if a.shape == b.shape else math.inf for a, b in pairs) / 2
     p, q = log_probabilities(before.double(), outputs), log_probabilities(after.double(), outputs)
     tempered, changed = ((each / TEMPERATURE).log_softmax(1) for each in (p, q))
     divergence = float((tempered.exp() * (tempered - changed)).sum(1).mean())

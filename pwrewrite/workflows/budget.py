@@ -108,6 +108,12 @@ class Budgeted:
         limit = self._latency_limit
         return limit is None or self._both_timed().meets(limit)
 
+    def _said_in_time(self, choice: Choice) -> bool:
+        """Whether a choice meets the limit on latency, if there is one, as timed for its plan."""
+        limit, costs = self._latency_limit, choice.costs
+        before = self.planner.original.get("latency")
+        return limit is None or before is None or costs["latency"] <= limit.absolute(before) * MEASURED
+
     def _tighter(self, missed: Choice) -> Choice | None:
         """A plan with a smaller promise than one that was carried out and missed its latency, if there is one."""
         reached = self._both_timed().share
@@ -181,6 +187,8 @@ class Budgeted:
             try:
                 choice = planner.choose(self.limits)
             except RefusedError:  # other widths are candidates there, and none meets the limits
+                continue
+            if self.choice is not None and self._said_in_time(self.choice) and not self._said_in_time(choice):
                 continue
             keep(name, planner, choice, self._fitted(planner, choice.plan))
         kept = min(tried, key=lambda name: tried[name][0])

@@ -82,6 +82,25 @@ def test_one_of_each_group_speaks_for_a_frontier(monkeypatch: pytest.MonkeyPatch
     assert len(priced) < len([op for choice in low for op in choice.plan.ops if f"{op.action} {op.path}" in asked])
 
 
+class Fed(nn.Module):
+    """Takes a second input, of the same batch, in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = Block(), Block(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, more: dict[str, Tensor]) -> Tensor:
+        out: Tensor = self.head((self.second(self.first(x)) + more["shift"][:, :, None, None]).mean((2, 3)))
+        return out
+
+
+def test_inputs_that_cannot_be_cut_are_taken_whole() -> None:
+    torch.manual_seed(0)
+    batches = [(images(32), {"shift": torch.randn(32, 8)})] * 3
+    result = pwrewrite.rewrite(Fed().eval(), batches[0], Budget({"macs": 0.5}, calibration=batches), verify=False)
+    assert result.edits
+
+
 def test_where_losses_are_not_those_of_the_model_nothing_is_measured() -> None:
     assert planner(sensitivity="activations").meter is None
     assert Planner(network(Block()), images(2), None, Budget({"macs": 0.9})).meter is None

@@ -160,6 +160,78 @@ def test_sizes_must_agree_at_every_size() -> None:
     assert "1" in regions(nn.Sequential(nn.ReLU(), Block(stride=2)).eval(), images(1))
 
 
+class Turned(nn.Module):
+    """Two convolutions over another axis than the second one of the input."""
+
+    def __init__(self, *axes: int) -> None:
+        super().__init__()
+        self.axes, kind = axes, nn.Conv1d if len(axes) == 3 else nn.Conv2d
+        self.one, self.two = kind(8, 8, 3, padding=1), kind(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.two(self.one(x.permute(self.axes)).relu())
+        back = [self.axes.index(i) for i in range(len(self.axes))]
+        out: Tensor = y.permute(back)
+        return out
+
+
+class Fixed(nn.Module):
+    """Gives a map of one size, which is by chance that of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.AdaptiveAvgPool2d(8)
+        )
+        self.head = nn.Linear(512, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.stage(x).flatten(1))
+        return out
+
+
+def test_channels_are_not_taken_for_sizes() -> None:
+    assert "0" not in regions(nn.Sequential(Turned(0, 3, 1, 2), nn.ReLU()).eval(), torch.randn(1, 9, 9, 8))
+    assert "0" not in regions(nn.Sequential(Turned(0, 2, 1), nn.ReLU()).eval(), torch.randn(1, 9, 8))
+    unbatched = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
+    assert "0" not in regions(nn.Sequential(unbatched, nn.ReLU()).eval(), torch.randn(8, 9, 9))
+    assert "stage" not in regions(Fixed().eval(), images(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_strided_blocks_in_other_dtypes(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.ReLU(), Block(stride=2)).eval().to(dtype)
+    assert regions(model, images(1).to(dtype))["1"].spec.stride == (2, 2)
+
+
+def test_inputs_of_several_sizes() -> None:
+    torch.manual_seed(0)
+    batches = [images(16), images(16, size=12), images(16, size=7), images(16)]
+    for model in (network(Block(), Block(small=0.1), Block(stride=2)), Fixed().eval()):
+        some = batches if isinstance(model, nn.Sequential) else [images(16)] * 4
+        result = pwrewrite.rewrite(model, images(2), Budget({"macs": 0.7}, calibration=some))
+        assert result.report.passed, result.report.verification.failures  # type: ignore[union-attr]
+
+
+def test_an_error_that_is_not_known_is_not_within_a_limit() -> None:
+    torch.manual_seed(0)
+
+    class Adapter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.up = nn.Linear(16, 2), nn.Linear(2, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x + self.up(F.gelu(self.down(x)))
+            return out
+
+    model, x = nn.Sequential(nn.Linear(16, 16), Adapter(), nn.Linear(16, 4)).eval(), torch.randn(200, 16)
+    settings = {"forms": ("substitute",), "max_layer_error": 0.5}
+    assert [(r.mappable, r.droppable) for r in find_regions(capture(model, (x,)))] == [(False, True)]
+    assert Planner(model, x[:2], x, Budget({"macs": 0.9}, forms=("substitute",))).regions
+    assert not Planner(model, x[:2], x, Budget({"macs": 0.9}, **settings)).regions  # type: ignore[arg-type]
+
+
 # ------------------------------------------------------------------------------------------------- maps and their loss
 
 

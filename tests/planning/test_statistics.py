@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from pwrewrite.capturing import capture
 from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.core.errors import RefusedError
 from pwrewrite.decompose.weighting import SideWeight
+from pwrewrite.passes.base import spec_of
 from pwrewrite.planning.running import samples_of
 from pwrewrite.planning.statistics import TEMPERATURE, Gathering, LayerStatistics, Statistics, gather
 
@@ -302,3 +305,24 @@ def test_a_model_that_is_sure_of_everything_still_says_what_matters() -> None:
         assert gradient is not None
         levels.append(float(gradient.diagonal(dim1=1, dim2=2).sum()))
     assert levels[1] > 0.5 * levels[0]
+
+
+def test_what_is_computed_again_on_the_way_back_counts_once() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.inner, self.again = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x)
+            y = checkpoint(self.inner, y, use_reentrant=False) if self.again else self.inner(y)
+            return y.mean((2, 3))
+
+    torch.manual_seed(0)
+    model, chunks = Checkpointed().eval(), [((torch.randn(4, 3, 6, 6),), {})]
+    specs = {path: spec_of(layer) for layer in capture(model, chunks[0][0]).layers for path in (layer.path,)}
+    found = []
+    for model.again in (True, False):
+        sums = gather(model, specs, chunks, Gathering("values")).layers["inner"]
+        found.append((sums.rows, sums.weight, sums.gradient_weight))
+    assert found[0] == found[1]
