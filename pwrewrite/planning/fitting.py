@@ -73,6 +73,7 @@ def fit_steps(
         centred = spec.bias or path in unseen
         targets[path] = Target(path, spec, weight, gradients, sums.get(path), factors, centred, parts.get(path, ""))
     order: list[str] = []
+    # A module that was replaced as a whole gives what it gives behind the last of its nodes.
     ends = {path: node for node in captured.graph.nodes for path in whole.keys() & set(info(node).callers)}
     for node in captured.graph.nodes:
         facts = info(node)

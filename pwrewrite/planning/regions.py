@@ -85,18 +85,18 @@ def _losses(
             return max(float(square.diagonal().sum()), 0.0)
         return max(float((gradients[0] * square.mT).sum()), 0.0) * positions
 
-    difference, whole = moment[0], None
+    whole = weighed(centred[0][-outputs:, -outputs:]) if region.mappable else None  # else only differences were seen
     if region.mappable:
-        near = map_of(region, sums)
-        whole = weighed(centred[0][-outputs:, -outputs:])
-        yield False, *_scaled(weighed(near.missed) * _optimism(sums), whole, loss)
-        if not region.droppable:
-            return
-        rest = difference[outputs:] - difference[:outputs]  # of as many inputs
-        difference = rest[:, outputs:] - rest[:, :outputs]
-    elif not loss:
-        return  # a share of an output that was not seen
-    yield True, *_scaled(weighed(difference), whole, loss)
+        yield False, *_scaled(weighed(map_of(region, sums).missed) * _optimism(sums), whole, loss)
+    if region.droppable and (loss or whole is not None):
+        missed = _of_difference(moment[0], outputs) if region.mappable else moment[0]
+        yield True, *_scaled(weighed(missed), whole, loss)
+
+
+def _of_difference(joint: Tensor, outputs: int) -> Tensor:
+    """The moment of outputs less as many inputs, from that of both side by side, inputs first."""
+    rows = joint[outputs:] - joint[:outputs]
+    return rows[:, outputs:] - rows[:, :outputs]
 
 
 def _scaled(missed: float, whole: float | None, loss: bool) -> tuple[float, float | None]:

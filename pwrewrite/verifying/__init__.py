@@ -33,6 +33,7 @@ from .runs import device_of, plain_precision
 from .sizes import check_batch_sizes, check_spatial_sizes
 from .static import check_cost, check_static
 from .training import check_training
+from .values import numerics_check
 
 __all__ = ["Check", "Verification", "verify"]
 
@@ -79,7 +80,7 @@ def verify(original: nn.Module, rewritten: nn.Module, example_inputs: Inputs, **
     if results.samples:
         agreement = results.agree / results.samples
         words = f"; the largest output agrees on {results.agree} of {results.samples} samples"
-        checks = tuple(replace(c, detail=c.detail + words) if c.name == "numerics (eval)" else c for c in checks)
+        checks = tuple(replace(c, detail=c.detail + words) if c.name == numerics_check("eval") else c for c in checks)
     notes, exact = tuple(results.notes), known.exact_in("eval")
     return Verification(checks, results.error, agreement, results.diverges_at, notes, results.samples, exact, bound)
 

@@ -34,6 +34,11 @@ class Verdict:
     notes: list[str] = field(default_factory=list)
 
 
+def numerics_check(mode: str) -> str:
+    """The name of the check of a mode's values."""
+    return f"numerics ({mode})"
+
+
 def check_values(
     context: Context, results: Results, mode: str, inputs: Arguments, before: Outcome, after: Outcome
 ) -> Verdict:
@@ -45,9 +50,9 @@ def check_values(
     results.check(f"finite ({mode})", spoiled, "no NaN or Inf where the original has none")
     if verdict.exceeded:
         place = results.locate(context, inputs, training, verdict.allowed)
-        results.check(f"numerics ({mode})", [*verdict.exceeded, place])
+        results.check(numerics_check(mode), [*verdict.exceeded, place])
     elif verdict.detail:
-        results.check(f"numerics ({mode})", [], verdict.detail)
+        results.check(numerics_check(mode), [], verdict.detail)
     return verdict
 
 
@@ -60,10 +65,12 @@ def judge(context: Context, mode: str, inputs: Arguments, before: Outcome, after
         return verdict
     if before.drew and not before.drew_like(after):
         verdict.error = None
-        verdict.notes.append(f"numerics ({mode}) were not compared: the models draw random numbers, and not the same")
+        verdict.notes.append(
+            f"{numerics_check(mode)} were not compared: the models draw random numbers, and not the same"
+        )
         return verdict
     if not plain.compared and plain.uncompared:
-        verdict.notes.append(f"numerics ({mode}) were not compared: no output has the shape it had")
+        verdict.notes.append(f"{numerics_check(mode)} were not compared: no output has the shape it had")
         return verdict
     if exact:
         _judge_exact(context, mode, inputs, before, after.output, verdict)
@@ -79,7 +86,7 @@ def judge(context: Context, mode: str, inputs: Arguments, before: Outcome, after
         if verdict.scrambled and not compared and not verdict.exceeded:
             verdict.detail = ""
             why = "rounding alone turns the original's outputs over"
-            verdict.notes.append(f"numerics ({mode}) were not compared: {why}")
+            verdict.notes.append(f"{numerics_check(mode)} were not compared: {why}")
     return verdict
 
 
