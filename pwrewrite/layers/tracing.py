@@ -242,10 +242,12 @@ def _spare(graph: Any) -> None:
 
 
 def _draws(node: Node) -> bool:
-    """Whether a traced operation draws random numbers; attention only where it drops."""
+    """Whether a traced operation draws random numbers; attention only where it drops, dropouts only in training."""
+    given: list[Any] = list(node.inputs())
     if node.kind() == "aten::scaled_dot_product_attention":
-        rate: Any = list(node.inputs())[4].toIValue()
-        return bool(rate != 0)
+        return bool(given[4].toIValue() != 0)
+    if "dropout" in node.kind() and given[-1].toIValue() is False:
+        return False  # torch knows it of those that are not in place
     return bool(node.isNondeterministic())
 
 

@@ -589,3 +589,12 @@ def test_sums_behind_a_convolution(way: int) -> None:
     with torch.no_grad():
         for given in (x, torch.randn(1, 16, 14, 14)):
             close(made(given), model(given))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout])
+def test_dropouts_draw_nothing_in_evaluation(kind: type[nn.Dropout], inplace: bool) -> None:
+    """Torch says of those in place that they draw, whatever the mode: mobilenet_v3 and efficientnet were refused."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), kind(0.3, inplace=inplace), nn.Conv2d(8, 4, 1)).eval()
+    x = torch.randn(1, 3, 8, 8)
+    torch.testing.assert_close(freeze(model, (x,))(x), model(x))
