@@ -26,7 +26,7 @@ from ..edit.actions.substitute import RANGES
 from ..passes.base import weight_of
 from .candidates import ReplaceableLayers
 from .regions import fitted_map
-from .running import Chunk, evaluating, run_seeded, samples_of
+from .running import Chunk, evaluating, first_samples, run_seeded
 from .statistics import Statistics, exact_loss
 
 SAMPLES, FEW = 16, 8
@@ -54,7 +54,7 @@ class LossMeter:
     def _reference(self, samples: int) -> tuple[Chunk, object]:
         """Some inputs, all of the first chunk where it cannot be cut, and what the model makes of them."""
         if samples not in self._before:
-            chunk = _some_of(self._chunk, samples)
+            chunk = first_samples(self._chunk, samples)
             try:
                 self._before[samples] = chunk, run_seeded(self._model, chunk, 0)
             except Exception:  # its first axis is no batch, or other inputs have one that was not seen
@@ -69,8 +69,9 @@ class LossMeter:
             for each in op.settings["readers"]:
                 reader = layers[each["path"]]
                 weight = weight_of(reader.layer, self._replaceable.owners)
-                kept = self._replaceable.kept(op, each["path"], _value(weight), self._statistics)
-                if weight is None or kept is None:
+                assert weight is not None
+                kept = self._replaceable.kept(op, each["path"], weight.detach(), self._statistics)
+                if kept is None:
                     continue
                 module, spec = self._model.get_submodule(each["path"]), self._replaceable.specs[each["path"]]
                 whole = from_forward_layout(kept.reconstruct(), 1, spec.transposed).reshape(weight.shape)
@@ -116,11 +117,6 @@ def _mapped(x: Tensor, spec: ConvSpec, near: NearestMap | None) -> Tensor:
     return convolution(x, weight, bias, spec.stride)
 
 
-def _value(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor.detach()
-
-
 @contextmanager
 def _holding(tensor: Tensor, values: Tensor) -> Iterator[None]:
     """A parameter or buffer that holds other values."""
@@ -130,17 +126,3 @@ def _holding(tensor: Tensor, values: Tensor) -> Iterator[None]:
         yield
     finally:
         tensor.data = before
-
-
-def _some_of(chunk: Chunk, samples: int) -> Chunk:
-    """The first samples of a chunk."""
-    there = samples_of(*chunk)
-
-    def cut(value: object) -> object:
-        single = isinstance(value, Tensor) and not value.dim()
-        if single or not isinstance(value, (Tensor, list, tuple)) or len(value) != there:
-            return value
-        return value[:samples]
-
-    args, kwargs = chunk
-    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,18 @@ def samples_of(args: Args, kwargs: Kwargs) -> int:
         if isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.dim()):
             return len(value)
     return 1
+
+
+def first_samples(chunk: Chunk, count: int) -> Chunk:
+    """So many samples of a chunk at most: of what is as long as its batch, at the top level."""
+    there = samples_of(*chunk)
+
+    def cut(value: Any) -> Any:
+        sized = value.dim() > 0 if isinstance(value, Tensor) else isinstance(value, (list, tuple))
+        return value[:count] if sized and len(value) == there else value
+
+    args, kwargs = chunk
+    return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
 
 
 @contextmanager

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..capturing import Inputs, split_inputs
 from ..core.errors import RefusedError
@@ -33,7 +32,7 @@ from ..planning.budget import Limit, budgets_of
 from ..planning.latency import MEASURED
 from ..planning.outputs import FAR, accuracy
 from ..planning.planner import Fit, Planner, costs_of
-from ..planning.running import samples_of
+from ..planning.running import first_samples
 from ..report.records import BudgetReport, Frontier, Point, Report
 from .recover import trained
 from .steps import Run, State
@@ -213,16 +212,8 @@ class Budgeted:
         if batches is None:
             return self.run.inputs
         wanted = next((spec.shape[0] for _, spec in self.run.first.inputs if spec.shape), 1)
-        args, kwargs = next(iter(batches.held_out()))
-        there = samples_of(args, kwargs)
-
-        def cut(value: Any) -> Any:
-            batched = len(value) == there if isinstance(value, (list, tuple)) else False
-            if isinstance(value, Tensor):
-                batched = value.dim() > 0 and value.shape[0] == there
-            return value[:wanted] if batched else value
-
-        return {name: cut(value) for name, value in kwargs.items()} if kwargs and not args else tuple(map(cut, args))
+        args, kwargs = first_samples(next(iter(batches.held_out())), wanted)
+        return kwargs if kwargs and not args else args
 
     def complete(self, report: Report) -> Report:
         """With limits, prediction and measurement; a limit missed is refused, unless the budget is ``best_effort``."""

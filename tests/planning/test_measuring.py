@@ -13,8 +13,9 @@ import pwrewrite
 from pwrewrite.core.options import Budget
 from pwrewrite.core.plan import Op, Plan
 from pwrewrite.planning.candidates import Candidate, Prices
-from pwrewrite.planning.measuring import LossMeter, _some_of
+from pwrewrite.planning.measuring import LossMeter
 from pwrewrite.planning.planner import Planner
+from pwrewrite.planning.running import first_samples
 from pwrewrite.planning.statistics import exact_loss
 
 
@@ -36,7 +37,7 @@ def test_what_is_measured_is_what_the_op_carried_out_loses() -> None:
     assert made.meter is not None
     batch = made.batches
     assert batch is not None
-    (x,), _ = _some_of(batch.first()[0], 16)
+    (x,), _ = first_samples(batch.first()[0], 16)
     before = {name: value.clone() for name, value in made.model.state_dict().items()}
     ops = [c.op for group in (*made.units, *made.regions) for c in group.candidates if c.op is not None]
     assert {op.action for op in ops} == {"narrow", "substitute"}
@@ -129,7 +130,7 @@ def test_the_unit_is_that_of_the_prediction() -> None:
 
 def test_samples_are_cut_and_nothing_else_is() -> None:
     x, scale = torch.zeros(100, 3), torch.tensor(2.0)
-    (args, kwargs) = _some_of(((x, scale, [1, 2]), {"y": list(range(100))}), 32)
+    (args, kwargs) = first_samples(((x, scale, [1, 2]), {"y": list(range(100))}), 32)
     first, second, third = args
     assert isinstance(first, Tensor)
     assert len(first) == 32
