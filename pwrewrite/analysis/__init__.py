@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..capturing.network import graph
 from ..capturing.records import Capture, info
 from ..capturing.tensors import dtype_name
 from ..core.collector import no_collection
@@ -51,8 +50,9 @@ def analyze_capture(
         facts = infos.values()
         macs = sum(each.cost.macs for each in facts)
         kind = type(capture.model)
-        fields, flow = receptive_fields(capture), graph(capture)
-        leaves = frozenset(node.name for node in capture.graph.nodes if node.op == "call_module")
+        fields, nodes = receptive_fields(capture), [node for node in capture.graph.nodes if node.op != "get_attr"]
+        sources = {n.name: [source.name for source in n.all_input_nodes if source.op != "get_attr"] for n in nodes}
+        leaves = frozenset(node.name for node in nodes if node.op == "call_module")
         return Analysis(
             target=target or kind.__name__,
             model_class=f"{kind.__module__}.{kind.__qualname__}",
@@ -64,12 +64,12 @@ def analyze_capture(
             weight_bytes=capture.weight_bytes,
             activation_bytes=sum(each.cost.write_bytes for each in facts),
             peak=peak_memory(capture.memory, infos),
-            critical_path=critical_path(flow),
+            critical_path=critical_path({name: each.cost.macs for name, each in infos.items()}, sources),
             roofline=roofline(facts, profile),
             layers=hotspots(capture, infos, profile, fields, total_macs=macs, hotspot_share=hotspot_share),
             by_op=by_op(facts),
             tree=module_tree(capture.model, facts),
             coverage=capture.coverage,
             notes=capture.notes,
-            recording=Recording(infos, leaves, flow, capture.memory, profile),
+            recording=Recording(infos, leaves, sources, capture.memory, profile),
         )

@@ -1,7 +1,7 @@
 """The chain of dependent operations with the most MACs, and how much of the work lies off it.
 
 The heaviest path to a node is its own weight plus the heaviest path to any of its predecessors: one pass in
-topological order, the order of `pwrewrite.graph`. No schedule on any number of devices does the model in less than
+the order of the run. No schedule on any number of devices does the model in less than
 this chain takes; what lies off it can overlap with it (the branches of an Inception module).
 
 Limits: MACs are not time. Operations without MACs weigh nothing here, and equally heavy branches count one of them.
@@ -9,19 +9,18 @@ Limits: MACs are not time. Operations without MACs weigh nothing here, and equal
 
 from __future__ import annotations
 
-import networkx as nx
+from collections.abc import Iterable, Mapping
 
 from .records import CriticalPath
 
 
-def critical_path(graph: nx.DiGraph) -> CriticalPath:
-    """The heaviest path by MACs of a graph made by `pwrewrite.graph`, whose nodes are in topological order."""
+def critical_path(macs: Mapping[str, int], sources: Mapping[str, Iterable[str]]) -> CriticalPath:
+    """The heaviest path through operations in the order of the run, from the MACs of each and what each reads."""
     heaviest: dict[str, int] = {}
     before: dict[str, str] = {}
-    macs: dict[str, int] = dict(graph.nodes(data="macs"))
-    for name, sources in graph.pred.items():
+    for name, read in sources.items():
         best = -1
-        for source in sources:
+        for source in read:
             if heaviest[source] > best:
                 best = heaviest[source]
                 before[name] = source

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import networkx as nx
 import torch
 
 from ..capturing.records import MemoryEvent, NodeInfo
@@ -45,14 +44,14 @@ class Recording:
     """What a run's steps are worked out from, when somebody reads them; holds no module and no tensor.
 
     Attributes:
-        infos: Facts by name of a node, of which those in ``graph`` are steps; ``leaves`` are calls of modules.
-        graph: What `pwrewrite.graph` made of the capture.
+        infos: Facts by name of a node, of which those in ``sources`` are steps; ``leaves`` are calls of modules.
+        sources: Name of a step to those of the steps that it reads, in the order of the run.
         memory: ``Capture.memory``.
     """
 
     infos: Mapping[str, NodeInfo]
     leaves: frozenset[str]
-    graph: nx.DiGraph
+    sources: Mapping[str, Sequence[str]]
     memory: Sequence[MemoryEvent]
     device: DeviceProfile
 
@@ -62,14 +61,14 @@ class Recording:
         return tuple(self._steps())
 
     def _steps(self) -> Iterator[Step]:
-        position = {name: i for i, name in enumerate(self.graph)}
+        position = {name: i for i, name in enumerate(self.sources)}
         live = _live(self.memory, position)
         for name, i in position.items():
             facts = self.infos[name]
             cost, output = facts.cost, facts.outputs[0] if facts.outputs else None
             dtype, shape = (output.dtype, output.shape) if output else (torch.float32, ())
             seconds = bound(cost.macs, cost.read_bytes + cost.write_bytes, dtype, self.device).seconds
-            inputs = tuple([position[source] for source in self.graph.pred[name]])
+            inputs = tuple([position[source] for source in self.sources[name]])
             yield Step(facts.op, facts.path, name in self.leaves, shape, inputs, cost, seconds, live[i])
 
 

@@ -21,7 +21,6 @@ from ..core.errors import OutputError, PlanError, TargetError, WeightsError, fir
 from ..core.files import new_folder, read_text, recover, refusing
 from ..core.json_text import dumps, loads
 from ..core.plan import SCHEMA, Edit, Plan
-from ..edit.apply import carry_out
 from .weights import load_state, without_values
 
 WEIGHTS, PLAN, REPORT, README = "model.safetensors", "plan.json", "report.json", "README.md"
@@ -153,6 +152,8 @@ def restore(folder: str | Path, model: nn.Module) -> nn.Module:
 
     Raises `TargetError`, `PlanError` and `WeightsError` as `pwrewrite.load` does.
     """
+    from ..edit.apply import carry_out  # a tenth of a second, and most targets are no saved folders
+
     applied = carry_out(model, read_plan(folder), fill=False)
     if applied.skips:
         skip = applied.skips[0]

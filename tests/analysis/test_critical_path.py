@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pwrewrite.analysis.critical_path import critical_path
+from pwrewrite.analysis.critical_path import critical_path as critical_path_of
+from pwrewrite.analysis.records import CriticalPath
 from pwrewrite.capturing import capture
 from pwrewrite.capturing.network import graph
 
@@ -18,6 +19,10 @@ def weighted(macs: dict[str, int], *edges: tuple[str, str]) -> nx.DiGraph:
     g.add_nodes_from((name, {"macs": n}) for name, n in macs.items())
     g.add_edges_from(edges)
     return g
+
+
+def critical_path(g: nx.DiGraph) -> CriticalPath:
+    return critical_path_of(dict(g.nodes(data="macs")), g.pred)
 
 
 def test_the_heavier_branch_counts() -> None:
