@@ -19,7 +19,8 @@ from ..capturing import capture as capture_of
 from ..capturing.records import Capture, Layer, TensorSpec, info
 from ..core.convolution import ConvSpec
 from ..core.errors import PwrewriteError
-from ..core.plan import Estimate, Op
+from ..core.numbers import dims
+from ..core.plan import Estimate, Op, Skip, SkipReason
 from ..core.records import Json
 from ..forms.specs import linear_spec, pointwise_spec, spec_to_dict
 from ..layers.factorized import Factorized, Projected
@@ -75,16 +76,34 @@ class Region:
         return Op("substitute", self.path, NAME, settings, Estimate(self.params, params, self.macs, macs))
 
 
-def find_regions(capture: Capture, graph: Graph | None = None) -> list[Region]:
-    """The regions of a model, outer ones first."""
+def find_regions(capture: Capture, graph: Graph | None = None) -> tuple[list[Region], list[Skip]]:
+    """The regions of a model, outer ones first, and of every other module of several layers why it is none."""
     graph = graph or Graph(capture)
     inside: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         for path in _around(node):
             inside.setdefault(path, []).append(node)
-    closed, writers, tried = inside.keys() - _open(graph), _writers(graph), _Tried()
-    found = (_region(graph, path, inside[path], writers, tried) for path in inside if path in closed)
-    return [region for region in found if region is not None]
+    opened, writers, tried = _open(graph), _writers(graph), _Tried()
+    regions, skips = list[Region](), list[Skip]()
+    for path, nodes in inside.items():
+        layers = {id(graph.layers[n.name]): graph.layers[n.name] for n in nodes if n.name in graph.layers}
+        if path not in graph.modules or len(layers) < 2 or any(layer.path == path for layer in layers.values()):
+            continue
+        try:
+            if path in opened:
+                detail = "other code calls a part of it, or holds its parameters"
+                raise _NoRegion(SkipReason.HELD_ELSEWHERE, detail)
+            regions.append(_region(graph, path, nodes, tuple(layers.values()), writers, tried))
+        except _NoRegion as why:
+            skips.append(Skip(path, why.reason, why.detail))
+    return regions, skips
+
+
+class _NoRegion(Exception):
+    """Why a module is no region."""
+
+    def __init__(self, reason: SkipReason, detail: str) -> None:
+        self.reason, self.detail = reason, detail
 
 
 def _around(node: fx.Node) -> Sequence[str]:
@@ -121,40 +140,70 @@ def _within(path: str, outer: str) -> bool:
 
 
 def _region(
-    graph: Graph, path: str, nodes: Sequence[fx.Node], writers: Mapping[str, Sequence[fx.Node]], tried: _Tried
-) -> Region | None:
-    module, own = graph.modules.get(path), set(nodes)
-    layers = tuple({id(graph.layers[n.name]): graph.layers[n.name] for n in nodes if n.name in graph.layers}.values())
-    called_once = all(len(layer.calls) == 1 for layer in layers)
-    if module is None or len(layers) < 2 or not called_once or len(graph.names_of(module)) > 1:
-        return None
-    if any(hooked(each) or isinstance(each, (Factorized, Projected)) for each in module.modules()):
-        return None
-    entries = {source for node in nodes for source in node.all_input_nodes} - own
-    exits = [node for node in nodes if any(user not in own for user in node.users)]
-    if len(entries) != 1 or len(exits) != 1:
-        return None
-    (entry,), (end,) = entries, exits
-    before, after = _tensor(entry), _tensor(end)
-    if before is None or after is None or before.dtype != after.dtype:
-        return None
-    if any(node in own for node in writers.get(graph.root_of(entry), ())):
-        return None
+    graph: Graph,
+    path: str,
+    nodes: Sequence[fx.Node],
+    layers: tuple[Layer, ...],
+    writers: Mapping[str, Sequence[fx.Node]],
+    tried: _Tried,
+) -> Region:
+    module = graph.modules[path]
+    if twice := next((layer for layer in layers if len(layer.calls) > 1), None):
+        raise _NoRegion(SkipReason.CALLED_TWICE, f"{twice.path} is called several times")
+    _check_module(graph, module)
+    entry, end, before, after = _ends(nodes)
+    written = {each: writers.get(graph.root_of(each), ()) for each in (entry, end)}
+    if any(node in nodes for node in written[entry]):
+        raise _NoRegion(SkipReason.WRITTEN, "it writes into what it reads")
     spec = _map_between(before.shape, after.shape, layers)
-    if spec is None or max(spec.in_channels, spec.out_channels) > _WIDEST:
-        return None
-    written = [node for each in (entry, end) for node in writers.get(graph.root_of(each), ())]
-    droppable = before.shape == after.shape and not any(graph.order[node] > graph.order[end] for node in written)
+    if spec is None:
+        shapes = f"{dims(before.shape)} to {dims(after.shape)}"
+        raise _NoRegion(SkipReason.WRONG_FORM, f"no 1×1 map leads from {shapes}")
+    if max(spec.in_channels, spec.out_channels) > _WIDEST:
+        raise _NoRegion(SkipReason.NO_STATISTICS, f"it has more than {_WIDEST} channels on one side")
+    later = any(graph.order[node] > graph.order[end] for each in written.values() for node in each)
     costs = [info(node).cost for node in nodes]
     params, macs = sum(p.numel() for p in module.parameters()), sum(cost.macs for cost in costs)
     moved, positions = sum(cost.bytes for cost in costs), prod(after.shape) // spec.out_channels
     cheap = positions * prod(spec.weight_shape) < _SAVES * macs and spec.params < params
     mappable = cheap and spec.in_channels + spec.out_channels <= _WIDEST
-    if not (mappable or droppable) or not tried.stands(module, spec, before):
-        return None
+    droppable = before.shape == after.shape and not later
+    if not (mappable or droppable):
+        raise _NoRegion(
+            SkipReason.NO_GAIN, f"a 1×1 map takes more than {_SAVES:.0%} of its MACs, or has as many weights"
+        )
+    if not tried.stands(module, spec, before):
+        raise _NoRegion(
+            SkipReason.DATA_DEPENDENT, "at other sizes its outputs have other shapes than those of a 1×1 map"
+        )
     sizes = before.shape, positions, after.dtype.itemsize
     activation = _RANGES.get(found[0]) if (found := graph.activation(end)) is not None else None
     return Region(path, spec, layers, params, macs, moved, *sizes, mappable, droppable, activation)
+
+
+def _check_module(graph: Graph, module: nn.Module) -> None:
+    """Refuses a module that cannot be replaced by another."""
+    if len(names := graph.names_of(module)) > 1:
+        raise _NoRegion(SkipReason.HELD_ELSEWHERE, f"it has several names: {', '.join(names)}")
+    if any(map(hooked, module.modules())):
+        raise _NoRegion(SkipReason.HOOKS, "a hook inside it would no longer be called")
+    if any(isinstance(each, (Factorized, Projected)) for each in module.modules()):
+        raise _NoRegion(SkipReason.ALREADY_BOTTLENECK, "it holds what a rewrite put in")
+
+
+def _ends(nodes: Sequence[fx.Node]) -> tuple[fx.Node, fx.Node, TensorSpec, TensorSpec]:
+    """The one node that others read, the one that others read from, and their tensors."""
+    own = set(nodes)
+    entries = {source for node in nodes for source in node.all_input_nodes} - own
+    exits = [node for node in nodes if any(user not in own for user in node.users)]
+    for ends, what in ((entries, "reads"), (exits, "gives")):
+        if len(ends) != 1:
+            raise _NoRegion(SkipReason.WRONG_FORM, f"it {what} {len(ends)} tensors")
+    (entry,), (end,) = entries, exits
+    before, after = _tensor(entry), _tensor(end)
+    if before is None or after is None or before.dtype != after.dtype:
+        raise _NoRegion(SkipReason.WRONG_FORM, "what it reads and what it gives are not two tensors of one real dtype")
+    return entry, end, before, after
 
 
 def _tensor(node: fx.Node) -> TensorSpec | None:

@@ -10,9 +10,7 @@ from ..core.errors import RefusedError
 from ..core.plan import Plan, Skip, SkipReason
 from .allocate import Allocation, Infeasible, allocate, frontier
 from .budget import Limit
-from .candidates import Candidate, LayerCandidates
-from .regions import RegionCandidates
-from .units import UnitCandidates
+from .groups import Candidate, Group
 
 _REMEDIES = {
     SkipReason.PARAMETRIZED: "bake the parametrizations into plain weights first (--bake)",
@@ -41,13 +39,13 @@ class Allocator:
     """Chooses among the candidates of the layers that may change.
 
     Attributes:
-        layers: The layers that may change, and units of channels and regions, which exclude changes of their layers.
+        groups: What may change: layers, and several at once, which excludes changes of these alone.
         original: What the model costs now, by kind.
         skips: The layers that may not change, and why.
         facts: What a plan records beside its limits and loss.
     """
 
-    layers: Sequence[LayerCandidates | UnitCandidates | RegionCandidates]
+    groups: Sequence[Group]
     original: Mapping[str, float]
     skips: Sequence[Skip]
     facts: Mapping[str, object]
@@ -59,44 +57,43 @@ class Allocator:
     def choose(self, limits: Sequence[Limit], absolute: Mapping[str, float]) -> Choice:
         """The allocation that loses least within limits, given as such for the message and as numbers."""
         try:
-            return self._choice(allocate(self._groups, self._left(absolute)), limits)
+            return self._choice(allocate(self._candidates, self._left(absolute)), limits)
         except Infeasible as error:
             raise self._unmet(error, limits) from None
 
     def cheapest(self, kind: str, limits: Sequence[Limit], others: Mapping[str, float]) -> Choice:
         """The choice that costs least of one kind, within limits of others."""
-        return self._choice(frontier(self._groups, kind, limits=self._left(others), points=2)[-1], limits)
+        return self._choice(frontier(self._candidates, kind, limits=self._left(others), points=2)[-1], limits)
 
     def frontier(self, kind: str, limits: Sequence[Limit] = (), points: int = 25) -> list[Choice]:
         """As `Planner.frontier`, whose work this is."""
         try:
-            allocations = frontier(self._groups, kind, limits=self._left(self.absolute(limits)), points=points)
+            allocations = frontier(self._candidates, kind, limits=self._left(self.absolute(limits)), points=points)
         except Infeasible as error:
             raise self._unmet(error, limits) from None
         return [self._choice(allocation, limits) for allocation in allocations]
 
     @property
-    def _groups(self) -> list[list[Candidate]]:
-        return [layer.candidates for layer in self.layers]
+    def _candidates(self) -> list[list[Candidate]]:
+        return [group.candidates for group in self.groups]
 
     def _fixed(self, kind: str) -> float:
         """What the part of the model that cannot change costs."""
-        return self.original[kind] - sum(layer.candidates[0].costs[kind] for layer in self.layers)
+        return self.original[kind] - sum(group.candidates[0].costs[kind] for group in self.groups)
 
     def _left(self, absolute: Mapping[str, float]) -> dict[str, float]:
         """What limits leave to the layers that may change."""
         return {kind: limit - self._fixed(kind) for kind, limit in absolute.items()}
 
     def _choice(self, allocation: Allocation, limits: Sequence[Limit]) -> Choice:
-        picked = [(layer, layer.candidates[i]) for layer, i in zip(self.layers, allocation.chosen)]
+        picked = [(group, group.candidates[i]) for group, i in zip(self.groups, allocation.chosen)]
         ops = tuple(candidate.op for _, candidate in picked if candidate.op is not None)
         kept = "kept: the budget is met at less loss elsewhere"
         changed = {path for _, candidate in picked for path in candidate.claims}
-        kept_ones = [layer for layer, candidate in picked if candidate.op is None]
-        paths = [layer.path for layer in kept_ones if not isinstance(layer, RegionCandidates)]
-        unchanged = [Skip(path, SkipReason.NO_GAIN, kept) for path in dict.fromkeys(paths) if path not in changed]
+        paths = dict.fromkeys(group.kept for group, candidate in picked if candidate.op is None)
+        unchanged = [Skip(path, SkipReason.NO_GAIN, kept) for path in paths if path is not None and path not in changed]
         costs = {
-            kind: before + sum(candidate.costs[kind] - layer.candidates[0].costs[kind] for layer, candidate in picked)
+            kind: before + sum(candidate.costs[kind] - group.candidates[0].costs[kind] for group, candidate in picked)
             for kind, before in self.original.items()
         }
         loss, gap = allocation.loss, allocation.gap

@@ -10,11 +10,9 @@ from ..core.errors import RefusedError
 from ..core.plan import Plan
 from .allocator import Allocator, Choice
 from .budget import Limit
-from .candidates import LayerCandidates
+from .groups import Group
 from .latency import MEASURED
-from .regions import RegionCandidates
 from .running import Say
-from .units import UnitCandidates
 
 _ATTEMPTS = 7
 """How many plans for a latency budget are timed at most."""
@@ -22,19 +20,12 @@ _NEAR, _WASTED = 1.01, 0.96
 """How near to its limit, from above and below, a time is near enough."""
 
 
-def scale_times(groups: Sequence[LayerCandidates | UnitCandidates | RegionCandidates], model: float) -> None:
+def scale_times(groups: Sequence[Group], model: float) -> None:
     """Scales times down, in place, where they add up to more than the model's: alone layers miss caches and fusion."""
-    own = {group.path: group.candidates[0].costs["latency"] for group in groups if isinstance(group, LayerCandidates)}
-    total = sum(own.values())
-    for group in groups:
-        if isinstance(group, UnitCandidates):
-            inside = sum(own.get(layer.path, 0.0) for layer in group.unit.layers)
-            total += max(group.candidates[0].costs["latency"] - inside, 0.0)
-    scale = model / total if total else 1.0
-    for group in groups if scale < 1 else ():
-        group.candidates = [
-            replace(c, costs={**c.costs, "latency": c.costs["latency"] * scale}) for c in group.candidates
-        ]
+    alone = {path: seconds for group in groups for path, seconds in group.alone.items()}
+    total = sum(alone.values())
+    for group in groups if total > model else ():
+        group.scale_latency(model / total)
 
 
 def within_latency(

@@ -10,7 +10,7 @@ and the chain takes its best approximation in the norm of ``E[x̃ x̃ᵀ]`` and 
 regression (Izenman 1975; Zhang et al. 2016, *Accelerating very deep convolutional networks*, for one of the forms).
 
 A layer whose output goes to a residual sum is fitted to its output plus what has gone wrong on the other side of the
-sum by then (`pwrewrite.planning.fitting`), in the units of its own output: the sum is what later layers read. The
+sum by then (`pwrewrite.planning.fit_steps`), in the units of its own output: the sum is what later layers read. The
 running mean of a batch norm behind rewritten layers moves by as much as the mean of what it reads.
 
 All inputs move through both models together (`pwrewrite.planning.lockstep`), so the price is one forward of each model

@@ -4,77 +4,134 @@ A region loses ``positions · ½ · tr(G R)``, as layers that are factorized do,
 the map misses (`pwrewrite.decompose.nearest_map`), of the output less the input where it is dropped, and ``G`` that of
 the gradients at its output. That is much too little where a whole module did much, so what is chosen is measured
 (`pwrewrite.planning.measuring`).
-
-A region is a group of its own beside its layers, and claims all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
+from typing import Self
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
+from ..core.convolution import ConvSpec
+from ..core.nested import Args
+from ..core.plan import Op, Skip, SkipReason
 from ..decompose.nearest_map import NearestMap, nearest_map
+from ..edit.actions.substitute import RANGES
 from ..passes.base import spec_of
-from ..passes.regions import Region
-from .candidates import FASTER, Candidate, Prices, ReplaceableLayers
+from ..passes.regions import NAME, Region
+from .groups import Candidate, JointGroup
 from .latency import LatencyTable, Variant
+from .norm import Norm
 from .running import Say
 from .statistics import LayerStatistics, Statistics
 
+_CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+
 
 @dataclass
-class RegionCandidates:
-    """A region and its candidates, of which the first keeps it; costs are those of all that is in it."""
+class RegionCandidates(JointGroup):
+    """A region and what could stand for it."""
 
     region: Region
-    candidates: list[Candidate]
-    prices: Prices = field(default_factory=Prices)
+    action = NAME
 
     @property
     def path(self) -> str:
         """The module's."""
         return self.region.path
 
+    @property
+    def kept(self) -> None:
+        """Its layers may change all the same, so nothing is said."""
 
-def region_candidates(
-    replaceable: ReplaceableLayers, statistics: Statistics | None, say: Say
-) -> list[RegionCandidates]:
-    """The candidates of every region; without calibration inputs there are none."""
-    found = list[RegionCandidates]()
-    if statistics is None:
-        return found
-    for i, region in enumerate(replaceable.regions):
-        say(f"looking at {region.path} as a whole", i / len(replaceable.regions))
-        sums, claims = statistics.layers[region.path], frozenset(layer.path for layer in region.layers)
-        before = {"params": float(region.params), "macs": float(region.macs), "bytes": float(region.moved)}
-        candidates = [Candidate(0.0, before)]
-        for drop, loss, error in _losses(region, sums, statistics):
-            most = replaceable.budget.max_layer_error
-            if most is not None and (error is None or error > most):
+    @classmethod
+    def all_of(cls, norm: Norm, say: Say) -> tuple[list[Self], list[Skip]]:
+        """Without calibration inputs there are none."""
+        groups, skips, statistics = list[Self](), list[Skip](), norm.statistics
+        for i, region in enumerate(regions := norm.replaceable.regions if statistics is not None else []):
+            say(f"looking at {region.path} as a whole", i / len(regions))
+            assert statistics is not None
+            sums, claims = norm.sums(region.path), frozenset(layer.path for layer in region.layers)
+            before = {"params": float(region.params), "macs": float(region.macs), "bytes": float(region.moved)}
+            candidates, most = [Candidate(0.0, before)], norm.replaceable.budget.max_layer_error
+            if why := _unknown(sums, statistics):
+                detail = f"{region.path} stays whole: {why}"
+                skips += [Skip(layer.path, SkipReason.NO_STATISTICS, detail) for layer in region.layers]
                 continue
-            op = region.op(drop=drop)
-            assert op.estimate is not None
-            costs = {"params": float(op.estimate.params_after), "macs": float(op.estimate.macs_after)}
-            costs["bytes"] = 0.0 if drop else float(_moved(region))
-            candidates.append(Candidate(loss, costs, claims, op, error or 0.0))
-        if len(candidates) > 1:
-            found.append(RegionCandidates(region, candidates))
-    return found
+            for drop, loss, error in _losses(region, sums, statistics):
+                if most is not None and (error is None or error > most):
+                    continue
+                op = region.op(drop=drop)
+                assert op.estimate is not None
+                costs = {"params": float(op.estimate.params_after), "macs": float(op.estimate.macs_after)}
+                costs["bytes"] = 0.0 if drop else float(_moved(region))
+                candidates.append(Candidate(loss, costs, claims, op, error or 0.0))
+            if len(candidates) > 1:
+                groups.append(cls(candidates, region))
+        return groups, skips
+
+    @classmethod
+    def factors(cls, norm: Norm, op: Op, weight: Tensor) -> NearestMap | None:
+        """The map for a region; None where it was not looked at."""
+        region = next((region for region in norm.replaceable.regions if region.path == op.path), None)
+        if region is None or not region.mappable or not norm.sums(op.path).rows:
+            return None
+        return _map_of(region, norm.sums(op.path))
+
+    @contextmanager
+    def trial(self, model: nn.Module, norm: Norm, op: Op) -> Iterator[None]:
+        """The module gives what the map, or nothing, makes of its input."""
+        region, reads = self.region, list[Tensor]()
+        near = None if op.settings["drop"] else _map_of(region, norm.sums(op.path))
+        module = model.get_submodule(op.path)
+
+        def before(module: nn.Module, args: Args) -> None:
+            reads.append(args[0].clone())
+
+        def after(module: nn.Module, args: Args, output: Tensor) -> Tensor:
+            mapped = _mapped(reads.pop(), region.spec, near)
+            return mapped if near is None or region.activation is None else RANGES[region.activation]()(mapped)
+
+        handles = module.register_forward_pre_hook(before), module.register_forward_hook(after)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _few(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        return candidates
+
+    def _times(self, ops: Sequence[Op], table: LatencyTable) -> tuple[dict[str, float], list[float]]:
+        before = dict.fromkeys((layer.path for layer in self.region.layers), 0.0)
+        for layer in self.region.layers:
+            for call in layer.calls:
+                before[layer.path] += table.times(call.input_shape, [Variant(spec_of(layer))])[0]
+        shape, variant = self.region.input_shape, [Variant(self.region.spec)]
+        return before, [0.0 if op.settings["drop"] else table.times(shape, variant)[0] for op in ops]
+
+
+def _unknown(sums: LayerStatistics, statistics: Statistics) -> str:
+    """Why the calibration inputs do not say what a region loses; empty where they do."""
+    least = 2 * sums.means.shape[1]
+    if sums.rows < least:  # any map would do
+        return f"the calibration inputs have {sums.rows} positions there, and {least} are needed; give more inputs"
+    if statistics.kind == "loss" and sums.gradient_moment() is None:
+        return "no gradient reaches its output"
+    return ""
 
 
 def _losses(
     region: Region, sums: LayerStatistics, statistics: Statistics
 ) -> Iterator[tuple[bool, float, float | None]]:
     """For each thing that could stand for a region whether it drops it, its loss, its relative error where known."""
-    if sums.rows < 2 * sums.means.shape[1]:  # any map would do
-        return
     loss, outputs = statistics.kind == "loss", region.spec.out_channels
     gradients = sums.gradient_moment()
-    if loss and gradients is None:
-        return
     positions = sums.weight / max(statistics.samples, 1) / 2
     moment, centred = sums.input_moment(), sums.input_moment(centred=True)
     assert moment is not None
@@ -87,7 +144,7 @@ def _losses(
 
     whole = weighed(centred[0][-outputs:, -outputs:]) if region.mappable else None  # else only differences were seen
     if region.mappable:
-        yield False, *_scaled(weighed(map_of(region, sums).missed) * _optimism(sums), whole, loss)
+        yield False, *_scaled(weighed(_map_of(region, sums).missed) * _optimism(sums), whole, loss)
     if region.droppable and (loss or whole is not None):
         missed = _of_difference(moment[0], outputs) if region.mappable else moment[0]
         yield True, *_scaled(weighed(missed), whole, loss)
@@ -110,7 +167,7 @@ def _optimism(sums: LayerStatistics) -> float:
     return 1 + 2 * sums.means.shape[1] / max(sums.rows, 1)
 
 
-def map_of(region: Region, sums: LayerStatistics) -> NearestMap:
+def _map_of(region: Region, sums: LayerStatistics) -> NearestMap:
     """The map that is nearest to a region."""
     covariance = sums.input_moment(centred=True)
     assert covariance is not None
@@ -119,29 +176,15 @@ def map_of(region: Region, sums: LayerStatistics) -> NearestMap:
     return nearest_map(covariance[0], mean, region.spec.in_channels, region.spec.dims, ridge)
 
 
-def fitted_map(replaceable: ReplaceableLayers, path: str, statistics: Statistics) -> NearestMap | None:
-    """The map for a region; None where it was not looked at."""
-    region = next((region for region in replaceable.regions if region.path == path), None)
-    if region is None or not region.mappable or not statistics.layers[path].rows:
-        return None
-    return map_of(region, statistics.layers[path])
-
-
-def timed_region(found: RegionCandidates, table: LatencyTable) -> list[Candidate]:
-    """A region's candidates with the measured latency of its layers, and of the map; without those not faster."""
-    region, (keep, *others) = found.region, found.candidates
-    before = sum(
-        table.times(call.input_shape, [Variant(spec_of(layer))])[0] for layer in region.layers for call in layer.calls
-    )
-    timed = [replace(keep, costs={**keep.costs, "latency": before})]
-    for candidate in others:
-        assert candidate.op is not None
-        seconds = 0.0
-        if not candidate.op.settings["drop"]:
-            (seconds,) = table.times(region.input_shape, [Variant(region.spec)])
-        if seconds < FASTER * before:
-            timed.append(replace(candidate, costs={**candidate.costs, "latency": seconds}))
-    return timed
+def _mapped(x: Tensor, spec: ConvSpec, near: NearestMap | None) -> Tensor:
+    """What a map makes of a tensor; the tensor where there is none."""
+    if near is None:
+        return x
+    weight, bias = (tensor.to(x) for tensor in (near.reconstruct(), near.bias))
+    if not spec.dims:
+        return functional.linear(x, weight, bias)
+    convolution: Callable[..., Tensor] = _CONVOLUTIONS[spec.dims]
+    return convolution(x, weight, bias, spec.stride)
 
 
 def _moved(region: Region) -> int:

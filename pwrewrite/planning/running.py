@@ -53,6 +53,17 @@ def evaluating(model: nn.Module, *, buffers: bool = True) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def holding(tensor: Tensor, values: Tensor) -> Iterator[None]:
+    """A parameter or buffer that holds other values."""
+    before = tensor.data
+    tensor.data = values.to(before)
+    try:
+        yield
+    finally:
+        tensor.data = before
+
+
 def run_seeded(model: nn.Module, chunk: Chunk, seed: int) -> object:
     """A forward that draws the random numbers that go with a seed; inside `evaluating`, which puts the states back."""
     seed_all(seed)

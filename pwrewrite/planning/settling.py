@@ -6,19 +6,17 @@ from collections.abc import Callable, Container, Sequence
 
 from ..core.plan import Op
 from .allocator import Choice
-from .candidates import Candidate
+from .groups import Candidate, JointGroup
 from .measuring import FEW, SAMPLES, LossMeter
-from .regions import RegionCandidates
 from .running import Say
-from .units import UnitCandidates
 
 _ROUNDS = 5
 """How often a plan is made anew with what its changes were measured to lose."""
 
-Groups = Sequence[UnitCandidates | RegionCandidates]
 
-
-def settled(groups: Groups, meter: LossMeter | None, choose: Callable[[], list[Choice]], say: Say) -> list[Choice]:
+def settled(
+    groups: Sequence[JointGroup], meter: LossMeter | None, choose: Callable[[], list[Choice]], say: Say
+) -> list[Choice]:
     """Choices of which every change that is in ``groups`` loses what was measured, not what was predicted.
 
     What is chosen is measured, and chosen again by that. Where there are several choices one change of each group is
@@ -41,16 +39,18 @@ def settled(groups: Groups, meter: LossMeter | None, choose: Callable[[], list[C
     return choose()
 
 
-def _measure(groups: Groups, meter: LossMeter, chosen: Container[int], say: Say, *, one_each: bool) -> bool:
+def _measure(
+    groups: Sequence[JointGroup], meter: LossMeter, chosen: Container[int], say: Say, *, one_each: bool
+) -> bool:
     """Measures the changes that are chosen, by the identity of the op; whether any was not yet."""
-    todo = list[tuple[UnitCandidates | RegionCandidates, Candidate, Op]]()
+    todo = list[tuple[JointGroup, Candidate, Op]]()
     for group in groups:
         new = [(group, c, c.op) for c in group.candidates if c.op is not None and id(c.op) in chosen]
         new = [each for each in new if not group.prices.knows(each[1])]
         todo += new[len(new) // 2 :][:1] if one_each else new
     for i, (group, candidate, op) in enumerate(todo):
         say(f"measuring what the model loses at {group.path}", i / len(todo))
-        group.prices.learn(candidate, meter.loss(op, FEW if one_each else SAMPLES))
+        group.prices.learn(candidate, meter.loss(group, op, FEW if one_each else SAMPLES))
     for group in {id(group): group for group, *_ in todo}.values():
         group.candidates = [group.prices.priced(candidate) for candidate in group.candidates]
     return bool(todo)

@@ -1,25 +1,30 @@
 """What the channels between layers could be narrowed to: a ladder of widths for every unit, from one elimination sweep.
 
 The readers of a unit lose ``positions · ½ · tr(G Δ C Δᵀ)``, as layers that are factorized do, where ``Δ`` is what the
-other columns cannot make up for (`pwrewrite.decompose.columns`); nothing else changes. A unit is a group of its own
-beside its layers, and each of its widths claims all of these.
+other columns cannot make up for (`pwrewrite.decompose.columns`); nothing else changes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from math import prod
+from typing import Self
 
-from ..decompose.columns import Reader, eliminate
+from torch import Tensor, nn
+
+from ..core.plan import Op, Skip
+from ..decompose.columns import Kept, Reader, eliminate
+from ..decompose.layout import from_forward_layout
 from ..forms.form import ranks_to_try
 from ..passes.base import spec_of, weight_of
 from ..passes.channel_units import Unit
 from ..passes.narrow import Narrow, Sizes, narrow_op, plain_readers
-from ..passes.patterns import Graph
-from .candidates import FASTER, Candidate, Prices, ReplaceableLayers, evenly
+from .groups import Candidate, JointGroup
 from .latency import LatencyTable, Variant
-from .running import Say
-from .statistics import Statistics
+from .norm import Norm
+from .running import Say, holding
 
 _LEAST = 8
 """At least one channel in so many stays."""
@@ -28,63 +33,92 @@ _WIDTHS = 16
 
 
 @dataclass
-class UnitCandidates:
-    """A unit and its candidates, of which the first keeps it; costs are those of all its layers."""
+class UnitCandidates(JointGroup):
+    """A unit and its widths."""
 
     unit: Unit
-    candidates: list[Candidate]
-    prices: Prices = field(default_factory=Prices)
+    action = Narrow.name
 
     @property
     def path(self) -> str:
         """That of the first layer that makes its channels."""
         return self.unit.producers[0].path
 
-
-def unit_candidates(replaceable: ReplaceableLayers, statistics: Statistics | None, say: Say) -> list[UnitCandidates]:
-    """The candidates of every unit; without statistics in the norm of what its norms say."""
-    graph, units, most = replaceable.graph, list[UnitCandidates](), replaceable.budget.max_layer_error
-    for i, unit in enumerate(replaceable.units):
-        say(f"looking at the channels of {unit.producers[0].path}", i / len(replaceable.units))
-        widths = [w for w in ranks_to_try(unit.channels, replaceable.budget.multiple, _WIDTHS) if w < unit.channels]
-        widths = [w for w in widths if w * _LEAST >= unit.channels]
-        readers = _readers(replaceable, graph, unit, statistics)
-        if not widths or readers is None:
-            continue
-        found, scale = eliminate(readers, unit.channels, widths[0]), sum(reader.scale for reader in readers)
-        claims, params = frozenset(layer.path for layer in unit.layers), sum(layer.params for layer in unit.layers)
-        before = {
-            "params": float(params + unit.norm_params * unit.channels),
-            "macs": float(sum(layer.macs for layer in unit.layers)),
-            "bytes": _bytes(unit, Sizes(), unit.channels),
-        }
-        candidates = [Candidate(0.0, before)]
-        for width in widths:
-            loss = found.loss(width)
-            error = (loss / scale) ** 0.5 if scale > 0 else 0.0
-            if most is not None and error > most:
+    @classmethod
+    def all_of(cls, norm: Norm, say: Say) -> tuple[list[Self], list[Skip]]:
+        """Without statistics losses are in the norm of what the units' norms say."""
+        replaceable, units = norm.replaceable, list[Self]()
+        most = replaceable.budget.max_layer_error
+        for i, unit in enumerate(replaceable.units):
+            say(f"looking at the channels of {unit.producers[0].path}", i / len(replaceable.units))
+            widths = [w for w in ranks_to_try(unit.channels, replaceable.budget.multiple, _WIDTHS) if w < unit.channels]
+            widths = [w for w in widths if w * _LEAST >= unit.channels]
+            readers = _readers(norm, unit)
+            if not widths or readers is None:
                 continue
-            sizes = Sizes()
-            op = narrow_op(unit, found.kept(width), Narrow.name, sizes)
-            assert op.estimate is not None
-            costs = {"params": float(op.estimate.params_after), "macs": float(op.estimate.macs_after)}
-            costs["bytes"] = _bytes(unit, sizes, width)
-            candidates.append(Candidate(loss, costs, claims, op, error))
-        units.append(UnitCandidates(unit, candidates))
-    return units
+            found, scale = eliminate(readers, unit.channels, widths[0]), sum(reader.scale for reader in readers)
+            claims, params = frozenset(layer.path for layer in unit.layers), sum(layer.params for layer in unit.layers)
+            before = {
+                "params": float(params + unit.norm_params * unit.channels),
+                "macs": float(sum(layer.macs for layer in unit.layers)),
+                "bytes": _bytes(unit, Sizes(), unit.channels),
+            }
+            candidates = [Candidate(0.0, before)]
+            for width in widths:
+                loss = found.loss(width)
+                error = (loss / scale) ** 0.5 if scale > 0 else 0.0
+                if most is not None and error > most:
+                    continue
+                sizes = Sizes()
+                op = narrow_op(unit, found.kept(width), Narrow.name, sizes)
+                assert op.estimate is not None
+                costs = {"params": float(op.estimate.params_after), "macs": float(op.estimate.macs_after)}
+                costs["bytes"] = _bytes(unit, sizes, width)
+                candidates.append(Candidate(loss, costs, claims, op, error))
+            units.append(cls(candidates, unit))
+        return units, []
+
+    @classmethod
+    def factors(cls, norm: Norm, op: Op, weight: Tensor) -> Kept | None:
+        """What becomes of the kernel of the reader at the op's path."""
+        return norm.kept(op, op.path, weight)
+
+    @contextmanager
+    def trial(self, model: nn.Module, norm: Norm, op: Op) -> Iterator[None]:
+        """The readers' weights are such that they read some channels only."""
+        with ExitStack() as stack:
+            for reader in self.unit.readers:
+                path, weight = reader.layer.path, weight_of(reader.layer, norm.replaceable.owners)
+                assert weight is not None
+                kept = norm.kept(op, path, weight.detach())
+                if kept is None:
+                    continue
+                module, spec = model.get_submodule(path), norm.replaceable.specs[path]
+                whole = from_forward_layout(kept.reconstruct(), 1, spec.transposed).reshape(weight.shape)
+                stack.enter_context(holding(weight, whole))
+                if isinstance(bias := getattr(module, "bias", None), Tensor):
+                    stack.enter_context(holding(bias, bias.detach() + kept.shift.to(bias)))
+                elif reader.norm:
+                    mean = model.get_submodule(reader.norm).running_mean
+                    assert isinstance(mean, Tensor)
+                    stack.enter_context(holding(mean, mean - kept.shift.to(mean)))
+            yield
+
+    def _times(self, ops: Sequence[Op], table: LatencyTable) -> tuple[dict[str, float], list[float]]:
+        before = _seconds(self.unit, self.unit.channels, table)
+        return before, [sum(_seconds(self.unit, len(op.settings["keep"]), table).values()) for op in ops]
 
 
-def _readers(
-    replaceable: ReplaceableLayers, graph: Graph, unit: Unit, statistics: Statistics | None
-) -> list[Reader] | None:
+def _readers(norm: Norm, unit: Unit) -> list[Reader] | None:
     """The readers of a unit in the norm of their statistics."""
+    graph, statistics = norm.replaceable.graph, norm.statistics
     if statistics is None:
         return plain_readers(graph, unit)
     readers = []
     for each in unit.readers:
         path, weight = each.layer.path, weight_of(each.layer, graph.owners)
         assert weight is not None
-        weighted = replaceable.weighted(path, weight, statistics)
+        weighted = norm.weighted(path, weight)
         moment = None if weighted.inputs is None else weighted.inputs[0]
         factor = weighted.factor
         if moment is None:  # too large to be kept: its diagonal
@@ -99,26 +133,9 @@ def _readers(
     return readers
 
 
-def timed_unit(unit: UnitCandidates, table: LatencyTable) -> list[Candidate]:
-    """A unit's candidates with the measured latency of its layers; without those that are not faster.
-
-    A few are measured, evenly apart.
-    """
-    keep, *others = unit.candidates
-    some = evenly(others)
-    before = _seconds(unit.unit, unit.unit.channels, table)
-    times = [_seconds(unit.unit, len(c.op.settings["keep"]), table) for c in some if c.op is not None]
-    faster = [
-        replace(c, costs={**c.costs, "latency": seconds})
-        for c, seconds in zip(some, times)
-        if seconds < FASTER * before
-    ]
-    return [replace(keep, costs={**keep.costs, "latency": before}), *faster]
-
-
-def _seconds(unit: Unit, width: int, table: LatencyTable) -> float:
-    """How long the layers of a unit take with so many channels."""
-    total = 0.0
+def _seconds(unit: Unit, width: int, table: LatencyTable) -> dict[str, float]:
+    """How long each layer of a unit takes with so many channels."""
+    times = dict[str, float]()
     makes = {layer.path for layer in (*unit.producers, *unit.depthwise)}
     repeats = {reader.layer.path: reader.repeat for reader in unit.readers} | {d.path: 1 for d in unit.depthwise}
     for layer in unit.layers:
@@ -131,9 +148,8 @@ def _seconds(unit: Unit, width: int, table: LatencyTable) -> float:
             spec = replace(spec, out_channels=width)
         if spec_of(layer).is_depthwise:
             spec = replace(spec, groups=width)
-        (seconds,) = table.times(shape, [Variant(spec)])
-        total += seconds
-    return total
+        (times[layer.path],) = table.times(shape, [Variant(spec)])
+    return times
 
 
 def _bytes(unit: Unit, sizes: Sizes, width: int) -> float:

@@ -42,7 +42,7 @@ from ..planning.augment import source_of
 from ..planning.batches import stable
 from ..planning.budget import budgets_of
 from ..planning.cache import content_key
-from ..planning.planner import batches_of
+from ..planning.calibrating import batches_of
 from ..planning.room import samples_in_run
 from ..report.readme import compressed_readme
 from ..report.records import COMPRESS_SCHEMA, BudgetReport, Compression

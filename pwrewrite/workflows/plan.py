@@ -18,7 +18,8 @@ from ..planning.budget import budgets_of
 from ..planning.planner import Planner
 from ..report.records import BudgetReport, Frontier, Report
 from ..targets import LoadedModel, describe_inputs
-from .budget import curve_of, metrics_of, planner_of, point_of, report_of, search
+from .budget import curve_of, metrics_of, planner_of, point_of, report_of
+from .smallest import search
 from .steps import Progress, Run, model_facts, silent
 from .subject import Subject, check_editable, loaded_of, origin_of, with_notes_of
 from .what import What, opened, what_from_keywords

@@ -20,8 +20,9 @@ from ..core.random_state import check_seed
 from ..core.recovery import Recovery
 from ..edit.apply import copy_of
 from ..planning.batches import Batches, stable
+from ..planning.fitting import Fit
 from ..planning.outputs import Measured, kind_of_outputs
-from ..planning.planner import Fit, Planner
+from ..planning.planner import Planner
 from ..planning.recovery import Recoverer
 from ..planning.room import samples_in_run
 from ..planning.running import evaluating, run_seeded

@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from pwrewrite.core.options import Budget
 from pwrewrite.edit.apply import carry_out
 from pwrewrite.planning.budget import budgets_of
-from pwrewrite.planning.fitting import fit_steps
+from pwrewrite.planning.fit_steps import fit_steps
 from pwrewrite.planning.outputs import compare
 from pwrewrite.planning.planner import Choice, Planner
 from pwrewrite.planning.refit import Target, refit as fit

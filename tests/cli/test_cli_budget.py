@@ -155,16 +155,17 @@ def test_batches_of_any_kind_go_through_a_function(run: Run) -> None:
 
 def test_a_missed_time_saves_nothing(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pwrewrite.engines.timing import Timing
-    from pwrewrite.workflows import budget
+    from pwrewrite.workflows import budget, end_to_end
 
     monkeypatch.setattr("pwrewrite.planning.planner.time_plan", lambda *given: 0.5)
     monkeypatch.setattr(
         "pwrewrite.planning.latency.LatencyTable.times",
         lambda self, shape, variants: [1e-4 if not variant.form else 1e-5 for variant in variants],
     )
-    monkeypatch.setattr(budget, "time_models", lambda *given, **how: [Timing(1.0, 0.01), Timing(0.72, 0.01)])
+    monkeypatch.setattr(end_to_end, "time_models", lambda *given, **how: [Timing(1.0, 0.01), Timing(0.72, 0.01)])
     arguments = ("rewrite", "net.py", "--budget", "latency=99%", "--calibration", "x.npy", "--out", "out")
-    monkeypatch.setattr(budget, "MEASURED", 0.5)
+    for module in (budget, end_to_end):
+        monkeypatch.setattr(module, "MEASURED", 0.5)
     missed = run(*arguments)
     assert missed.exit_code == 1, missed.output
     assert "latency=0.99 is missed" in missed.stderr
@@ -178,10 +179,10 @@ def test_a_missed_time_saves_nothing(run: Run, folder: Path, monkeypatch: pytest
 def test_times_in_an_engine(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pwrewrite.engines.choosing import Times
     from pwrewrite.engines.timing import Timing
-    from pwrewrite.workflows import budget
+    from pwrewrite.workflows import end_to_end
 
     beside = Times({"frozen": [Timing(2.0, 0.0), Timing(1.0, 0.0)]}, {}, ("not measured in openvino: needs openvino",))
-    monkeypatch.setattr(budget, "time_everywhere", lambda *given: beside)
+    monkeypatch.setattr(end_to_end, "time_everywhere", lambda *given: beside)
     data = json.loads(run("rewrite", "net.py", *HALF, "--engine", "torch", "--format", "json").stdout)
     assert data["budget"]["engine"].startswith("torch ")
     assert data["budget"]["latency"]["after"] > 0

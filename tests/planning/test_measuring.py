@@ -12,11 +12,10 @@ from torch import Tensor, nn
 import pwrewrite
 from pwrewrite.core.options import Budget
 from pwrewrite.core.plan import Op, Plan
-from pwrewrite.planning.candidates import Candidate, Prices
-from pwrewrite.planning.measuring import LossMeter
+from pwrewrite.planning.groups import Candidate, JointGroup, Prices
+from pwrewrite.planning.measuring import LossMeter, exact_loss
 from pwrewrite.planning.planner import Planner
 from pwrewrite.planning.running import first_samples
-from pwrewrite.planning.statistics import exact_loss
 
 
 @pytest.fixture(autouse=True)
@@ -39,23 +38,23 @@ def test_what_is_measured_is_what_the_op_carried_out_loses() -> None:
     assert batch is not None
     (x,), _ = first_samples(batch.first()[0], 16)
     before = {name: value.clone() for name, value in made.model.state_dict().items()}
-    ops = [c.op for group in (*made.units, *made.regions) for c in group.candidates if c.op is not None]
-    assert {op.action for op in ops} == {"narrow", "substitute"}
-    assert {op.settings["drop"] for op in ops if op.action == "substitute"} == {True, False}
-    for op in ops:
+    ops = [(group, c.op) for group in made.joint for c in group.candidates if c.op is not None]
+    assert {op.action for _, op in ops} == {"narrow", "substitute"}
+    assert {op.settings["drop"] for _, op in ops if op.action == "substitute"} == {True, False}
+    for group, op in ops:
         rewritten = pwrewrite.rewrite(
             made.model, images(2), Plan((op,)), calibration=images(64), refit="none", verify=False
         )
         with torch.no_grad():
             expected = exact_loss(made.model(x), rewritten.model(x), made.outputs)
-        assert made.meter.loss(op) == pytest.approx(expected, rel=1e-3, abs=1e-9), (op.action, op.path)
+        assert made.meter.loss(group, op) == pytest.approx(expected, rel=1e-3, abs=1e-9), (op.action, op.path)
     assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
 
 
 def test_a_plan_is_made_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     made, asked = planner(), list[Op]()
 
-    def bad(self: LossMeter, op: Op, samples: int) -> float:
+    def bad(self: LossMeter, group: JointGroup, op: Op, samples: int) -> float:
         asked.append(op)
         return 1e6
 
@@ -70,7 +69,7 @@ def test_one_of_each_group_speaks_for_a_frontier(monkeypatch: pytest.MonkeyPatch
     made, asked = planner(), list[str]()
     low = made.allocator.frontier("macs")
 
-    def tenfold(self: LossMeter, op: Op, samples: int) -> float:
+    def tenfold(self: LossMeter, group: JointGroup, op: Op, samples: int) -> float:
         asked.append(f"{op.action} {op.path}")
         return 1e6
 

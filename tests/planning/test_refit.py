@@ -21,11 +21,11 @@ from pwrewrite.forms.specs import linear_spec
 from pwrewrite.forms.weighted import WeightedLayer
 from pwrewrite.layers.factorized import build
 from pwrewrite.planning.budget import budgets_of
-from pwrewrite.planning.fitting import fit_steps, off_mean, residuals, shift_biases
+from pwrewrite.planning.fit_steps import fit_steps, off_mean, residuals, shift_biases
+from pwrewrite.planning.gathering import Gathering, gather
 from pwrewrite.planning.lockstep import Lockstep
 from pwrewrite.planning.planner import Planner
 from pwrewrite.planning.refit import Residual, Target, refit
-from pwrewrite.planning.statistics import Gathering, gather
 from pwrewrite.workflows.rewrite import rewrite
 
 

@@ -14,13 +14,13 @@ import pwrewrite
 from pwrewrite.capturing import capture
 from pwrewrite.core.errors import PlanError, RefusedError
 from pwrewrite.core.options import Budget
-from pwrewrite.core.plan import Op, Plan
+from pwrewrite.core.plan import Op, Plan, SkipReason
 from pwrewrite.decompose.nearest_map import nearest_map
 from pwrewrite.edit.apply import apply
 from pwrewrite.passes.regions import Region, find_regions
-from pwrewrite.planning.candidates import ReplaceableLayers
+from pwrewrite.planning.measuring import exact_loss
 from pwrewrite.planning.planner import Planner
-from pwrewrite.planning.statistics import exact_loss
+from pwrewrite.planning.replaceable import ReplaceableLayers
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def network(*blocks: nn.Module, out: int = 8) -> nn.Sequential:
 
 
 def regions(model: nn.Module, x: Tensor) -> dict[str, Region]:
-    return {region.path: region for region in find_regions(capture(model, (x,)))}
+    return {region.path: region for region in find_regions(capture(model, (x,)))[0]}
 
 
 # ------------------------------------------------------------------------------------------------------- which ones
@@ -141,11 +141,20 @@ class Kept(nn.Module):
         return z
 
 
-@pytest.mark.parametrize("how", ["shared", "hook", "twice", "inner", "reads"])
-def test_what_others_have_to_do_with_stays(how: str) -> None:
-    found = regions(Kept(how).eval(), images(1))
-    assert "one" not in found
-    assert ("two" in found) is (how != "shared")
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("shared", SkipReason.HELD_ELSEWHERE),
+        ("hook", SkipReason.HOOKS),
+        ("twice", SkipReason.CALLED_TWICE),
+        ("inner", SkipReason.HELD_ELSEWHERE),
+        ("reads", SkipReason.HELD_ELSEWHERE),
+    ],
+)
+def test_what_others_have_to_do_with_stays(how: str, reason: SkipReason) -> None:
+    found, skips = find_regions(capture(Kept(how).eval(), (images(1),)))
+    assert ("two" in {region.path for region in found}) is (how != "shared")
+    assert {skip.path: skip.reason for skip in skips}["one"] is reason
 
 
 def test_what_is_written_into_later_is_not_dropped() -> None:
@@ -227,9 +236,25 @@ def test_an_error_that_is_not_known_is_not_within_a_limit() -> None:
 
     model, x = nn.Sequential(nn.Linear(16, 16), Adapter(), nn.Linear(16, 4)).eval(), torch.randn(200, 16)
     settings = {"forms": ("substitute",), "max_layer_error": 0.5}
-    assert [(r.mappable, r.droppable) for r in find_regions(capture(model, (x,)))] == [(False, True)]
-    assert Planner(model, x[:2], x, Budget({"macs": 0.9}, forms=("substitute",))).regions
-    assert not Planner(model, x[:2], x, Budget({"macs": 0.9}, **settings)).regions  # type: ignore[arg-type]
+    assert [(r.mappable, r.droppable) for r in find_regions(capture(model, (x,)))[0]] == [(False, True)]
+    assert Planner(model, x[:2], x, Budget({"macs": 0.9}, forms=("substitute",))).joint
+    assert not Planner(model, x[:2], x, Budget({"macs": 0.9}, **settings)).joint  # type: ignore[arg-type]
+
+
+def test_layers_say_why_the_modules_around_them_stay() -> None:
+    forms = ("substitute",)
+    pooled = Planner(Pooled().eval(), images(2), images(64), Budget(forms=forms, best_effort=True)).choose([])
+    assert {(s.path, s.reason) for s in pooled.plan.skips} == {(f"body.{i}", SkipReason.DATA_DEPENDENT) for i in (0, 2)}
+    assert all("other sizes" in skip.detail for skip in pooled.plan.skips)
+    few = Planner(network(Block()), images(2), images(2)[:, :, :3, :3], Budget(forms=forms)).choose([]).plan.skips
+    inside = [skip for skip in few if skip.path.startswith("0.")]
+    assert {skip.reason for skip in inside} == {SkipReason.NO_STATISTICS}
+    assert all("9 positions there, and 32 are needed" in skip.detail for skip in inside)
+    alone = [skip for skip in few if not skip.path.startswith("0.")]
+    assert alone
+    assert all("no module around it" in skip.detail for skip in alone)
+    without = Planner(network(Block()), images(2), None, Budget(forms=forms)).choose([]).plan.skips
+    assert {skip.reason for skip in without} == {SkipReason.NO_STATISTICS}
 
 
 # ------------------------------------------------------------------------------------------------- maps and their loss
@@ -283,7 +308,8 @@ def test_outputs_stay_in_the_range_of_an_activation(kind: type[nn.Module], refit
     if refit == "none":
         x = planner.batches.first()[0][0][0][:16]
         expected = exact_loss(model(x), result.model(x), planner.outputs)
-        assert planner.meter.loss(plan.ops[0]) == pytest.approx(expected, rel=1e-3)
+        (group,) = [each for each in planner.joint if each.path == "0"]
+        assert planner.meter.loss(group, plan.ops[0]) == pytest.approx(expected, rel=1e-3)
     result.save(tmp_path / "out")
     assert torch.equal(pwrewrite.load(tmp_path / "out", model)(images(3)), result.model(images(3)))
 
@@ -292,9 +318,7 @@ def test_a_block_that_does_next_to_nothing_is_dropped_first() -> None:
     torch.manual_seed(0)
     model = network(Block(), Block(small=1e-3), Block())
     planner = Planner(model, images(2), images(64), Budget({"macs": 0.7}, forms=("substitute",)))
-    losses = {
-        found.path: {c.op.settings["drop"]: c.loss for c in found.candidates if c.op} for found in planner.regions
-    }
+    losses = {found.path: {c.op.settings["drop"]: c.loss for c in found.candidates if c.op} for found in planner.joint}
     assert losses["1"][True] < 1e-3 * min(losses["0"][True], losses["2"][True])
     assert all(each[False] < each[True] for path, each in losses.items() if path != "1")
     tight = Budget({"macs": 0.67}, calibration=images(64), forms=("substitute",))
@@ -307,7 +331,7 @@ def test_the_loss_is_what_the_outputs_lose() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(Block(), Block(small=0.2), nn.Conv2d(8, 4, 1)).eval()
     planner = Planner(model, images(2), images(256), Budget({"macs": 0.7}, forms=("substitute",), refit="none"))
-    (found,) = [each for each in planner.regions if each.path == "1"]
+    (found,) = [each for each in planner.joint if each.path == "1"]
     for candidate in found.candidates[1:]:
         assert candidate.op is not None
         rewritten = pwrewrite.rewrite(
@@ -369,7 +393,7 @@ def test_moments_are_held_of_the_largest_regions_that_fit(monkeypatch: pytest.Mo
     model = network(Block(), Block(stride=2), Block())  # 16 numbers a row each, 8 bytes
     captured, budget = capture(model, (images(1),)), Budget(sensitivity="loss")
     assert [region.path for region in ReplaceableLayers(captured, budget).regions] == ["0", "1", "2"]
-    monkeypatch.setattr("pwrewrite.planning.candidates._ROOM", 2 * 16 * 16 * 8)
+    monkeypatch.setattr("pwrewrite.planning.replaceable._ROOM", 2 * 16 * 16 * 8)
     assert [region.path for region in ReplaceableLayers(captured, budget).regions] == ["0", "1"]
 
 

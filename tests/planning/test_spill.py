@@ -25,7 +25,7 @@ import pwrewrite
 from pwrewrite.core.errors import OutputError
 from pwrewrite.core.names import FORM_NAMES
 from pwrewrite.core.options import Budget
-from pwrewrite.planning import planner as planner_module, room
+from pwrewrite.planning import fitting, room
 from pwrewrite.planning.lockstep import Lockstep
 from pwrewrite.planning.planner import Planner
 from pwrewrite.planning.spill import Spill, _File
@@ -72,7 +72,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def spilling(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorded]]:
     """With next to no memory for activations."""
     monkeypatch.setattr(room, "MEMORY", ALLOWED)
-    monkeypatch.setattr(planner_module, "Spill", Recorded)
+    monkeypatch.setattr(fitting, "Spill", Recorded)
     Recorded.made_here.clear()
     yield Recorded.made_here
     Recorded.made_here.clear()
@@ -103,7 +103,7 @@ def test_spilling_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     size = 200 if name == "linear" else 16
     plain, notes = fitted(name, size=size)
     monkeypatch.setattr(room, "MEMORY", ALLOWED)
-    monkeypatch.setattr(planner_module, "Spill", Recorded)
+    monkeypatch.setattr(fitting, "Spill", Recorded)
     Recorded.made_here.clear()
     spilled, told = fitted(name, size=size)
     (spill,) = Recorded.made_here
@@ -224,7 +224,7 @@ def test_no_disk_at_all_is_no_error(spilling: list[Recorded], monkeypatch: pytes
 
 
 def test_what_fits_into_memory_is_not_spilled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner_module, "Spill", None)  # would raise
+    monkeypatch.setattr(fitting, "Spill", None)  # would raise
     fitted()
 
 

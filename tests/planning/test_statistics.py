@@ -16,8 +16,9 @@ from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.core.errors import RefusedError
 from pwrewrite.decompose.weighting import SideWeight
 from pwrewrite.passes.base import spec_of
+from pwrewrite.planning.gathering import TEMPERATURE, Gathering, gather
 from pwrewrite.planning.running import samples_of
-from pwrewrite.planning.statistics import TEMPERATURE, Gathering, LayerStatistics, Statistics, gather
+from pwrewrite.planning.statistics import LayerStatistics, Statistics
 
 
 class Net(nn.Module):

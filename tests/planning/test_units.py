@@ -13,11 +13,14 @@ from torch.nn import functional as F
 
 import pwrewrite
 from pwrewrite.capturing import capture
+from pwrewrite.capturing.records import Layer
 from pwrewrite.core.options import Budget
 from pwrewrite.core.plan import Plan
 from pwrewrite.edit.apply import carry_out
 from pwrewrite.planning.budget import budgets_of
+from pwrewrite.planning.groups import JointGroup
 from pwrewrite.planning.planner import Planner, costs_of
+from pwrewrite.planning.units import UnitCandidates
 
 
 class Mobile(nn.Module):
@@ -56,6 +59,11 @@ def mobile() -> Mobile:
     return model.eval()
 
 
+def layers_of(group: JointGroup) -> tuple[Layer, ...]:
+    assert isinstance(group, UnitCandidates)
+    return group.unit.layers
+
+
 def planner(model: nn.Module, **settings: object) -> Planner:
     return Planner(model, X, batches(), Budget(**settings))  # type: ignore[arg-type]
 
@@ -63,15 +71,15 @@ def planner(model: nn.Module, **settings: object) -> Planner:
 @pytest.mark.parametrize("sensitivity", ["loss", "activations", "weights"])
 def test_the_ladder_falls_in_cost_and_rises_in_loss(sensitivity: str) -> None:
     planned = planner(mobile(), sensitivity=sensitivity, forms=("narrow",))
-    assert {each.path for each in planned.units} == {"expand", "squeeze", "conv1"}
-    for each in planned.units:
+    assert {each.path for each in planned.joint} == {"expand", "squeeze", "conv1"}
+    for each in planned.joint:
         keep, *others = each.candidates
         assert (keep.loss, keep.op, keep.claims) == (0.0, None, frozenset())
         assert len(others) > 3
         for narrower, wider in itertools.pairwise([*others, keep]):
             assert 0 <= wider.loss < narrower.loss
             assert all(narrower.costs[kind] < wider.costs[kind] for kind in wider.costs)
-        assert {claim for one in others for claim in one.claims} == {layer.path for layer in each.unit.layers}
+        assert {claim for one in others for claim in one.claims} == {layer.path for layer in layers_of(each)}
 
 
 @pytest.mark.parametrize("limits", [{"macs": 0.6}, {"params": 0.7}, {"bytes": 0.8, "macs": 0.8}])
@@ -83,7 +91,7 @@ def test_budgets_are_met_as_predicted_and_nothing_is_changed_twice(
     planned = planner(model, forms=forms)
     choice = planned.choose(budgets_of(limits))
     claims = [
-        c for g in (*planned.layers, *planned.units) for o in g.candidates if o.op in choice.plan.ops for c in o.claims
+        c for g in (*planned.layers, *planned.joint) for o in g.candidates if o.op in choice.plan.ops for c in o.claims
     ]
     assert len(claims) == len(set(claims))
     assert any(op.action == "narrow" for op in choice.plan.ops) or forms == ("all",)
@@ -140,10 +148,10 @@ def test_what_is_narrowed_is_fitted(refit: str) -> None:
 
 def test_only_layers_that_are_included_change() -> None:
     model = mobile()
-    assert {each.path for each in planner(model, exclude=("excite",)).units} == {"conv1"}
-    assert {each.path for each in planner(model, include=("conv*",)).units} == {"conv1"}
+    assert {each.path for each in planner(model, exclude=("excite",)).joint} == {"conv1"}
+    assert {each.path for each in planner(model, include=("conv*",)).joint} == {"conv1"}
     planned = planner(model, forms=("narrow",), max_layer_error=0.3)
-    assert all(one.error <= 0.3 for each in planned.units for one in each.candidates)
+    assert all(one.error <= 0.3 for each in planned.joint for one in each.candidates)
     skips = {skip.path: skip.detail for skip in planned.replaceable.skips}
     assert "shares them" in skips["stem"]
 
@@ -176,7 +184,7 @@ def test_a_flatten_too_wide_for_its_moment_has_a_diagonal(monkeypatch: pytest.Mo
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 64, 5)).eval()
     planned = planner(model, forms=("narrow",))
-    (unit,) = planned.units
+    (unit,) = planned.joint
     assert unit.candidates[1].loss > unit.candidates[-1].loss > 0
     choice = planned.choose(budgets_of({"macs": 0.6}))
     changed = carry_out(model, choice.plan, decomposer=planned.decomposer).model
@@ -192,12 +200,11 @@ def test_latencies_of_units_are_those_of_their_layers(monkeypatch: pytest.Monkey
         return [float(variant.spec.params) for variant in variants]
 
     monkeypatch.setattr(LatencyTable, "times", times)
-    from pwrewrite.planning.units import timed_unit
-
     planned = planner(mobile(), forms=("narrow",))
     table = object.__new__(LatencyTable)
-    for unit in planned.units:
-        keep, *others = timed_unit(unit, table)
-        assert keep.costs["latency"] == sum(layer.params for layer in unit.unit.layers)
+    for unit in planned.joint:
+        unit.time(table)
+        keep, *others = unit.candidates
+        assert keep.costs["latency"] == sum(layer.params for layer in layers_of(unit))
         assert others
         assert all(one.costs["latency"] < keep.costs["latency"] for one in others)

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 import pwrewrite
 from pwrewrite.core.errors import RefusedError, UsageError
 from pwrewrite.engines.timing import Timing
-from pwrewrite.workflows import budget as budget_module
+from pwrewrite.workflows import end_to_end
 
 HALF = {"macs": 0.5}
 
@@ -283,7 +283,7 @@ def test_a_missed_time_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda self, shape, variants: [1.0 if not variant.form else 0.25 for variant in variants],
     )
     spread = Timing(1.0, 0.3)
-    monkeypatch.setattr(budget_module, "time_models", lambda *given, **how: [spread, Timing(0.72, 0.3)])
+    monkeypatch.setattr(end_to_end, "time_models", lambda *given, **how: [spread, Timing(0.72, 0.3)])
     model, x = network(), images(2)
     with pytest.raises(RefusedError, match=r"latency=0\.5 is missed") as caught:
         pwrewrite.rewrite(model, x, budget={"latency": 0.5}, calibration=images(40), threads=1)
@@ -316,7 +316,7 @@ def test_a_plan_that_misses_its_time_when_carried_out_is_tightened(monkeypatch: 
         "pwrewrite.planning.planner.LatencyTable.times",
         lambda self, shape, variants: [float(size(v.make(torch.device("cpu"), torch.float32))) for v in variants],
     )
-    monkeypatch.setattr(budget_module, "time_models", times)
+    monkeypatch.setattr(end_to_end, "time_models", times)
     result = pwrewrite.rewrite(network(), images(2), budget={"latency": 0.7}, calibration=images(40), threads=1)
     assert 0.6 < budget_of(result).reached["latency"] < 0.7 * 1.05
     assert share(result.model) < 0.55

@@ -16,12 +16,12 @@ from pwrewrite import Plan, Rewritten, passes
 from pwrewrite.core.errors import PlanError, RefusedError, UsageError
 from pwrewrite.core.options import Budget
 from pwrewrite.core.plan import SkipReason
-from pwrewrite.planning import planner
+from pwrewrite.planning import fitting
 from pwrewrite.planning.budget import budgets_of
 from pwrewrite.planning.outputs import compare
 from pwrewrite.planning.planner import Planner
-from pwrewrite.workflows import budget as workflow
-from pwrewrite.workflows.budget import search
+from pwrewrite.workflows import other_plans
+from pwrewrite.workflows.smallest import search
 
 ONE = torch.zeros(1, 1, 8, 8)
 
@@ -230,7 +230,7 @@ def test_a_prediction_far_from_what_is_measured_is_told() -> None:
 def test_where_the_prediction_fails_held_out_inputs_choose_among_the_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every prediction failed: the default loses no more there than the best of the three."""
     share, norms = 0.2, ("loss", "activations", "weights")
-    monkeypatch.setattr(workflow, "FAR", 0.0)
+    monkeypatch.setattr(other_plans, "FAR", 0.0)
     alone = {norm: digits_at(share, norm).report.budget for norm in norms}  # a norm that is given stays
     losses = {norm: found.measured for norm, found in alone.items() if found is not None and found.measured is not None}
     assert losses.keys() == {found.sensitivity for found in alone.values() if found is not None} == set(norms)
@@ -258,7 +258,7 @@ def test_one_norm_does_where_it_was_asked_for_or_predicts_well(
 
     monkeypatch.setattr(Planner, "in_norm", refused)
     if "budget" not in options:
-        monkeypatch.setattr(workflow, "FAR", 0.0)
+        monkeypatch.setattr(other_plans, "FAR", 0.0)
     given: dict[str, Any] = {"budget": {"macs": 0.2}, "calibration": calibration_digits(), "verify": False, **options}
     result = pwrewrite.rewrite(trained(), ONE, **given)
     assert result.report.budget is not None
@@ -324,7 +324,7 @@ def test_a_fit_that_does_harm_is_taken_back(harm: float, monkeypatch: pytest.Mon
     """Much harm, and so little that the loss is still near the predicted one."""
     model, inputs = made("plain")
     plain = pwrewrite.rewrite(model, inputs, budget={"macs": 0.6}, calibration=batches(), refit="none")
-    real = planner.refit
+    real = fitting.refit
 
     def spoiled(original: nn.Module, rewritten: nn.Module, *args: Any, **kwargs: Any) -> dict[str, float]:
         errors = real(original, rewritten, *args, **kwargs)
@@ -334,7 +334,7 @@ def test_a_fit_that_does_harm_is_taken_back(harm: float, monkeypatch: pytest.Mon
                     parameter.mul_(harm)
         return errors
 
-    monkeypatch.setattr(planner, "refit", spoiled)
+    monkeypatch.setattr(fitting, "refit", spoiled)
     result = pwrewrite.rewrite(model, inputs, budget={"macs": 0.6}, calibration=batches(), verify=False)
     assert "fitting made the held-out loss larger, and was taken back" in result.report.notes
     assert result.report.budget is not None
