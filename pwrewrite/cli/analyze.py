@@ -34,14 +34,11 @@ def analyze(
     with no_collection(), working(reported) as progress:
         from ..analysis.devices import device_profile
         from ..analysis.gates import judge
-        from ..core import files
         from ..report import costs, render
         from ..report.analysis import page
         from ..workflows.analyze import analyze_captured, capture_target
 
         view = _view(shown, reported.form)
-        if reported.output is not None:
-            files.check_writable(reported.output)
         device_profile(shown.device)  # what is cheap to refuse is refused before a model is built
         progress(f"analysing {target.target}", None)
         with interruptible():

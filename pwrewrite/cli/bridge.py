@@ -23,11 +23,8 @@ from .running import handled
 
 @dataclass(frozen=True, slots=True)
 class Only:
-    """As in ``Annotated[Proof, Only("verify")]``: the options of a record that a command has.
-
-    Attributes:
-        names: Names of fields; with ``but``, of those that the command does not have.
-        but: Whether all others are meant.
+    """As in ``Annotated[Proof, Only(("verify",))]``: the options of a record that a command has, by the names of their
+    fields; with ``but``, those that it does not have.
     """
 
     names: tuple[str, ...]
@@ -87,11 +84,7 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def read_record(record: type[T], texts: dict[str, object]) -> T:
-    """A record from what was typed for each of its fields: texts, numbers, or whether a flag was given.
-
-    Raises:
-        UsageError: If a text cannot be read.
-    """
+    """A record from what was typed for each of its fields: texts, numbers, or whether a flag was given."""
     values = {}
     for each, typed in typed_fields(record):
         text = texts.get(each.name)

@@ -30,8 +30,6 @@ def check(
         from ..report import costs, markdown
         from ..workflows.check import check_target
 
-        if reported.output is not None:
-            files.check_writable(reported.output)
         progress(f"checking {target.target}", None)
         result = check_target(target, gate)
         page = costs.check_page(result)
@@ -66,12 +64,9 @@ def diff(target: Annotated[TargetOptions, Only(_OPENING, but=True)], second: Oth
     [dim]pwrewrite diff model.py DIR[/]
     """
     with no_collection(), working(reported) as progress:
-        from ..core import files
         from ..report.costs import difference_page
         from ..workflows.check import diff as compared
 
-        if reported.output is not None:
-            files.check_writable(reported.output)
         progress(f"comparing {target.target} with {second.other}", None)
         difference = compared(target.target, second.other, target)
     show(reported, difference_page(difference), json=difference.to_json)

@@ -26,12 +26,9 @@ def compress(
     [dim]pwrewrite compress[/]  with the options in pwrewrite.toml
     """
     with working(reported) as progress:
-        from ..core import files
         from ..report.compressed import page
         from ..workflows.compress import compress_target
 
-        if reported.output is not None:
-            files.check_writable(reported.output)
         result = compress_target(target, budget, proof, options, exporting, progress=progress).report
     show(reported, page(result), json=result.to_json, html=result.to_html)
     tell(f"saved in {options.out}" if options.out is not None else "nothing was saved: give --out DIR", reported)

@@ -22,18 +22,10 @@ OWN, SHARED = "pwrewrite.toml", "pyproject.toml"
 
 
 def options_of(command: str, commands: Iterable[str], flags: Mapping[str, str]) -> dict[str, object]:
-    """The options that the project gives a command.
+    """The options that the project gives a command: parameter to a text, a list of texts, or whether a flag is given.
 
-    Args:
-        command: The command.
-        commands: All commands.
-        flags: How each of its options is written in the file, to the parameter that it fills.
-
-    Returns:
-        Parameter to a text, a list of texts, or whether a flag is given.
-
-    Raises:
-        UsageError: If the file is no TOML, or holds what is no command or option; names the nearest.
+    ``flags`` are its options as the file writes them, to the parameters that they fill. A `UsageError` names what is no
+    command or option, and the nearest.
     """
     file, tables = _read()
     for name, table in tables.items():

@@ -16,12 +16,9 @@ def export(target: TargetOptions, options: ExportOptions, reported: Reported) ->
     [dim]pwrewrite export model.py --dynamic x:2=height --dynamic x:3=width --out DIR[/]
     """
     with working(reported) as progress:
-        from ..core import files
         from ..report.exported import page
         from ..workflows.export import differing_error, export_target
 
-        if reported.output is not None:
-            files.check_writable(reported.output)
         result = export_target(target, options, progress=progress)
     show(reported, page(result), json=result.to_json)
     written = [row.format for row in result.formats if row.files]

@@ -7,7 +7,7 @@ from typing import Annotated
 from ..core.options import Proof, TargetOptions
 from .bridge import Only
 from .options import Detailed, FuseOptions, Saved
-from .rewrite import check_places, check_saving, save, show_report
+from .rewrite import check_place_of, check_saving, save, show_report
 from .running import working
 
 
@@ -33,7 +33,7 @@ def fuse(
         if options.engine is not None and not options.benchmark:
             raise UsageError("--engine says where --benchmark measures", hint="add --benchmark")
         check_saving(proof, saved)
-        check_places(saved, reported)
+        check_place_of(saved)
         progress("loading", None)
         loaded = open_target(target)
         passes, keep_nan = options.passes or None, options.keep_nan or None

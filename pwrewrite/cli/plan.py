@@ -42,9 +42,8 @@ def plan(
         else:
             what = what_of(passes, budget, None, proof.allow_output_change)
             _check_measures(budget)
-        for place in (planning.out, reported.output):
-            if place is not None:
-                files.check_writable(place)
+        if planning.out is not None:
+            files.check_writable(planning.out)
         progress("loading", None)
         loaded = open_target(target)
         if what is None:

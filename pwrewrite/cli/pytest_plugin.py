@@ -18,11 +18,7 @@ class ModelBudget(Protocol):
     """Fails the test where a model costs more than it may."""
 
     def __call__(self, model: nn.Module, example_inputs: Inputs, **limits: object) -> GateResult:
-        """The limits are those of `pwrewrite.check`: ``max_params``, ``max_macs``, ``baseline``, ….
-
-        Returns:
-            The verdict, of a model within its limits.
-        """
+        """The limits are those of `pwrewrite.check`: ``max_params``, ``max_macs``, ``baseline``, …."""
 
 
 @pytest.fixture

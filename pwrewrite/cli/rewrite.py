@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..core.options import Budget, PassOptions, Proof, TargetOptions
-from .options import Carried, Detailed, Reported, Saved
+from .options import Carried, Detailed, Saved
 from .running import working
 from .showing import show, tell
 
@@ -45,7 +45,7 @@ def rewrite(
             raise UsageError("--no-verify and --max-error exclude each other")
         if not carried.dry_run:
             check_saving(proof, saved)
-        check_places(saved, reported)
+        check_place_of(saved)
         plan = Plan.read(carried.plan) if carried.plan is not None else None
         what = what_of(passes, budget, plan, proof.allow_output_change)
         progress("loading", None)
@@ -73,15 +73,12 @@ def check_saving(proof: Proof, saved: Saved) -> None:
         raise UsageError("--no-verify saves nothing", hint="add --save-unverified, or leave --no-verify or --out out")
 
 
-def check_places(saved: Saved, reported: Reported) -> None:
-    """Refuses places that cannot be written, before any work."""
-    from ..core import files
+def check_place_of(saved: Saved) -> None:
+    """Refuses a folder that cannot be written, before any work."""
     from ..targets.storage import check_place
 
     if saved.out is not None:
         check_place(saved.out, force=saved.force)
-    if reported.output is not None:
-        files.check_writable(reported.output)
 
 
 def show_planned(planned: Planned, reported: Detailed) -> None:
@@ -103,10 +100,8 @@ def show_report(report: Report, reported: Detailed) -> None:
 
 
 def save(result: Rewritten, saved: Saved, reported: Detailed) -> None:
-    """Saves a result where it was asked for and may be, and says what became of it.
-
-    Raises:
-        VerificationError: If the verification failed, saved or not.
+    """Saves a result where it was asked for and may be, and says what became of it; raises `VerificationError` if the
+    verification failed, saved or not.
     """
     from ..workflows.rewrite import unverified_error
 

@@ -17,13 +17,14 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
 from ..core.errors import PwrewriteError, UsageError
-from ..core.files import same_directory
+from ..core.files import check_writable, same_directory
 from ..core.text import plain
 from .progress import Say, progressing
 
@@ -178,9 +179,15 @@ def interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def working(common: Common) -> Iterator[Say]:
-    """While a command works: libraries are quiet, Ctrl-C counts, and a person sees each step that is passed on."""
+    """While a command works: libraries are quiet, Ctrl-C counts, and a person sees each step that is passed on.
+
+    A place for the report that cannot be written is refused first.
+    """
     if common.verbose and common.quiet:
         raise UsageError("--verbose and --quiet exclude each other")
+    output: Path | None = getattr(common, "output", None)
+    if output is not None:
+        check_writable(output)
     shown = progressing(lines=not common.quiet, steps=common.verbose)
     with quiet(common.debug), interruptible(), logged(common), shown as progress:
         yield progress

@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 def show(reported: Listed, page: Page, **texts: Callable[[], str]) -> None:
     """Shows something in the form that was asked for: coloured and fitted where a person looks, plain elsewhere.
 
-    Args:
-        reported: The form, and where to.
-        page: What is shown to people.
-        **texts: Name of any form for programs to what makes its text.
+    ``page`` is for people; ``texts`` name each form for programs and what makes its text.
     """
     from rich.console import Console
 

@@ -21,13 +21,10 @@ def verify(
     [dim]pwrewrite verify DIR1 DIR2 --model model.py[/]
     """
     with working(reported) as progress:
-        from ..core import files
         from ..core.errors import VerificationError
         from ..report.rewrite import verification_page
         from ..workflows.verify import verify_targets
 
-        if reported.output is not None:
-            files.check_writable(reported.output)
         verification = verify_targets(target, second.other, proof, progress=progress)
     show(reported, verification_page(verification, (target.target, second.other)), json=verification.to_json)
     if not verification.passed:
