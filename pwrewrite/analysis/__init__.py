@@ -31,16 +31,10 @@ __all__ = [
 def analyze_capture(
     capture: Capture, *, target: str = "", hotspot_share: float = HOTSPOT_SHARE, device: str | DeviceProfile = "cpu"
 ) -> Analysis:
-    """Asks every question of a captured model.
+    """Asks every question of a captured model, which ``target`` names in the report.
 
-    Args:
-        capture: The captured model.
-        target: What the user calls it; the class name where left out.
-        hotspot_share: Share of the MACs from which a dense k×k layer is a hotspot, 0 to 1.
-        device: Name of a device profile (see `DEVICES`) or one of your own, for the roofline.
-
-    Raises:
-        UsageError: If the share is not between 0 and 1, or no profile has that name.
+    A dense k×k layer is a hotspot from ``hotspot_share`` (0 to 1) of the MACs on; ``device`` is a profile for the
+    roofline, or the name of one in `DEVICES`. A `UsageError` says that either makes no sense.
     """
     if not 0.0 <= hotspot_share <= 1.0:
         raise UsageError("the hotspot share is a part of the MACs", expected="0 to 1", got=str(hotspot_share))

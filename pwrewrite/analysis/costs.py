@@ -42,13 +42,7 @@ class LayerCosts(Record):
 
 @dataclass(frozen=True, slots=True)
 class Costs(Record):
-    """What a model costs in all, and layer by layer.
-
-    Attributes:
-        target: What it is called.
-        inputs: Shape and dtype of each input.
-        layers: Path to costs; a layer under several paths is at its first.
-    """
+    """What a model costs in all, and layer by layer: by path, a layer under several paths at its first."""
 
     target: str
     inputs: tuple[str, ...]
@@ -65,15 +59,9 @@ class Costs(Record):
 
     @classmethod
     def from_json(cls, text: str, name: str) -> Costs:
-        """Those of an analysis that was written as JSON.
+        """Those of an analysis that was written as JSON, of which nothing is run or imported; errors call it ``name``.
 
-        Args:
-            text: The file's text; nothing in it is run or imported.
-            name: What to call it in an error.
-
-        Raises:
-            PlanError: If it is not JSON.
-            InputError: If it is not an analysis.
+        Raises `PlanError` if it is not JSON, `InputError` if it is not an analysis.
         """
         data = loads(text, name)
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
@@ -146,13 +134,8 @@ class LayerDifference(Record):
 
 @dataclass(frozen=True, repr=False)
 class Difference(Shown, Record):
-    """How the costs of two models differ.
-
-    Attributes:
-        before: The first model.
-        after: The second.
-        layers: Layers that are in one only or not the same in both, largest change of MACs first.
-        same: How many layers are the same in both.
+    """How the costs of two models differ: layers that are in one only or not the same in both, largest change of MACs
+    first, and how many are the same.
     """
 
     before: Costs

@@ -111,11 +111,7 @@ DEVICES: dict[str, DeviceProfile] = {profile.name: profile for profile in _PROFI
 
 
 def device_profile(device: str | DeviceProfile) -> DeviceProfile:
-    """The profile of a name, or of a peak and a bandwidth such as ``82.6T,1008G``, or the profile given.
-
-    Raises:
-        UsageError: If there is no profile of that name.
-    """
+    """The profile of a name, or of a peak and a bandwidth such as ``82.6T,1008G``, or the profile given."""
     if isinstance(device, DeviceProfile):
         return device
     profile = DEVICES.get(str(device).lower())

@@ -21,11 +21,8 @@ class Finding(Record):
     """One limit, and what the model costs.
 
     Attributes:
-        kind: What is limited: one of `KINDS`, or ``unpriced``.
-        name: The same in words.
-        value: What the model costs, in parameters, MACs, bytes or operations.
-        limit: The most it may cost.
-        baseline: What the baseline costs; None for a limit of its own.
+        kind: What is limited: one of `KINDS`, or ``unpriced``; ``name`` says it in words.
+        value: What the model costs, in parameters, MACs, bytes or operations; ``baseline`` what the baseline does.
         severity: ``passed``, ``warning`` or ``failed``.
         layers: The paths that cost or grew most, each with by how much.
     """
@@ -41,14 +38,7 @@ class Finding(Record):
 
 @dataclass(frozen=True, repr=False)
 class GateResult(Shown, Record):
-    """What a model costs against its limits.
-
-    Attributes:
-        target: The model.
-        findings: One for each limit.
-        difference: How it differs from the baseline, where there is one.
-        notes: What a reader should be told.
-    """
+    """What a model costs against its limits, and how it differs from the baseline, where there is one."""
 
     target: str
     findings: tuple[Finding, ...]
@@ -66,13 +56,7 @@ class GateResult(Shown, Record):
 
 
 def judge(analysis: Analysis, gate: GateOptions, baseline: Costs | None = None) -> GateResult:
-    """Holds an analysis against limits.
-
-    Args:
-        analysis: The analysis.
-        gate: The limits; where its baseline is from does not matter here.
-        baseline: What the baseline costs.
-    """
+    """Holds an analysis against limits; where their baseline is from does not matter here."""
     costs = Costs.of(analysis)
     limits = {
         "params": gate.max_params,

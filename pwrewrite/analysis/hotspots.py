@@ -38,13 +38,8 @@ def hotspots(
 ) -> tuple[LayerReport, ...]:
     """One row per layer, largest MACs first; layers of equal MACs stay in graph order.
 
-    Args:
-        capture: The captured model.
-        infos: Facts of its nodes by name.
-        device: Device profile of the roofline columns.
-        receptive_fields: As `pwrewrite.analysis.receptive_fields` returns them.
-        total_macs: MACs of the model, linear maps and attention included.
-        hotspot_share: Share from which a dense k×k layer is a hotspot.
+    Facts of nodes are by name, receptive fields as `pwrewrite.analysis.receptive_fields` returns them; ``total_macs``
+    are those of the whole model, linear maps and attention included.
     """
     owners = Owners(capture)
     ranked = sorted(capture.layers, key=lambda layer: -layer.macs)

@@ -127,12 +127,8 @@ def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Gra
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[list[str]]:
-    """Puts back what code changes while it is traced: attributes, parameters, submodules, what containers hold.
-
-    The directory stays, too.
-
-    Yields:
-        A list that holds the names of what was put back, once the block has ended.
+    """Puts back what code changes while it is traced: attributes, parameters, submodules, what containers hold, the
+    directory. Yields a list that holds the names of what was put back, once the block has ended.
     """
     before = [(name, container, saved) for child in module.modules() for name, container, saved in _stores(child)]
     changed: list[str] = []

@@ -113,10 +113,8 @@ class _NotFollowed(RuntimeError):
 
 
 def paths(module: nn.Module) -> list[fx.Graph] | None:
-    """The graphs of all ways through a module's own code, its children being leaves; ways that raise are left out.
-
-    Returns:
-        The graphs; None where the code cannot be followed or has more than `MOST_PATHS` ways.
+    """The graphs of all ways through a module's own code, its children being leaves, without ways that raise; None
+    where the code cannot be followed or has more than `MOST_PATHS` ways.
     """
     graphs: list[fx.Graph] = []
     pending: list[list[int]] = [[]]

@@ -34,10 +34,8 @@ def tensors_for(inputs: object) -> Tree:
 
 
 def split_inputs(example_inputs: Inputs) -> tuple[Args, Kwargs]:
-    """Example inputs as positional and keyword arguments.
-
-    Raises:
-        InputError: If they are neither a tensor, a sequence nor a mapping, or hold no tensor.
+    """Example inputs as positional and keyword arguments; an `InputError` for what is neither a tensor, a sequence nor
+    a mapping, or holds no tensor.
     """
     args: Args = ()
     kwargs: Kwargs = {}

@@ -20,10 +20,8 @@ _KINDS = (*CONV_MODULES, nn.Linear)
 
 
 def find_layers(inventory: Inventory, graph: fx.Graph) -> tuple[Layer, ...]:
-    """Every convolution and linear map of a model, with the calls that the graph makes of it.
-
-    Returns:
-        Layers in graph order, then those that the graph does not call in module order.
+    """Every convolution and linear map of a model, with the calls that the graph makes of it: in graph order, then
+    those that it does not call in module order.
     """
     islands = _islands(graph)
     calls: defaultdict[str, list[Call]] = defaultdict(list)

@@ -43,8 +43,7 @@ class Liveness:
     def watch(self, t: Tensor, node: str, *, known: bool) -> str | None:
         """Starts to watch a tensor that ``node`` made; ``known`` says that this object is watched already.
 
-        Returns:
-            The node that made its storage, where that is another tensor's; None for a new storage.
+        Returns the node that made its storage, where that is another tensor's; None for a new storage.
         """
         try:
             untyped = t.untyped_storage()

@@ -49,14 +49,8 @@ class Piece:
 
 
 class Origins:
-    """Graph, names and origins of one recording.
-
-    Args:
-        inventory: The parts of the model.
-        liveness: Told which storages are no activations.
-        real: Whether values are computed.
-        items: Whether each of several tensors that a node makes gets a node of its own.
-        device: Where real values live.
+    """Graph, names and origins of one recording; ``items`` gives each of several tensors that a node makes a node of
+    its own, ``device`` is where real values live.
 
     Attributes:
         constants: Tensors that the graph reads and no module owns, by their name in the graph.
@@ -199,8 +193,7 @@ class Origins:
     def value(self, t: Tensor) -> Tensor:
         """What stands for a tensor here: itself, or an alias for one that the run did not make.
 
-        Raises:
-            NeedsValues: If it has no form without values, or gradients flow to it through a function transform.
+        Raises `NeedsValues` if it has no form without values, or gradients flow to it through a function transform.
         """
         if self._aliases:
             alias = self._aliases.get(id(t))

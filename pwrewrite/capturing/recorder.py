@@ -52,13 +52,10 @@ _DISPATCHED = (HigherOrderOperator, OpOverload, OpOverloadPacket)
 
 
 class Recorder(TorchFunctionMode):
-    """Records one run of one model.
+    """Records one run of one model, which the caller protects with `state.untouched`.
 
-    Args:
-        inventory: The parts of the model, which the caller protects with `state.untouched`.
-        real: Whether values are computed; otherwise only shapes are.
-        deep: Whether code that torch functions do not show (TorchScript functions) is recorded too, which takes longer.
-        items: Whether each of several tensors that a node makes gets a node of its own.
+    Values are computed where ``real``; code that torch functions do not show (TorchScript functions) is recorded too
+    where ``deep``, which takes longer.
 
     Attributes:
         opaque: Paths of TorchScript modules, which are not looked into.

@@ -15,21 +15,15 @@ class Recovery(Record):
 
     Attributes:
         time: What was asked for: ``5m``, ``3epochs``.
-        before: Held-out loss before, in the unit of ``measured_loss``.
-        after: The same of what was kept.
+        before: Held-out loss before, in the unit of ``measured_loss``; ``after`` that of what was kept.
         kept: Steps after which the kept state was reached; 0 where that is the state before.
-        steps: Steps that were taken.
-        epochs: Passes through the inputs that these are.
+        epochs: Passes through the inputs that the steps are.
         seconds: Wall time, that of an interrupted run's earlier parts included.
-        samples: Inputs that were trained on.
         batch: Inputs in a step, at most.
         rate: Largest learning rate.
         blocks: How many blocks' outputs were compared in the first steps.
         norms: Batch norms: ``frozen``, ``folded`` or ``none``.
-        augment: What was done to the inputs.
-        labelled: Whether labels were used, too.
         precision: What the steps were computed in.
-        processes: How many processes trained.
     """
 
     time: str

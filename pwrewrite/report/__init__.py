@@ -31,17 +31,10 @@ def render(
     *,
     width: int = terminal.WIDTH,
 ) -> str:
-    """An analysis as text.
+    """An analysis as text in one of `FORMATS`, as far as ``view`` shows it; JSON always holds everything.
 
-    Args:
-        analysis: The analysis.
-        form: One of `FORMATS`.
-        view: What to show; JSON always holds everything.
-        counts: How other tools count; CSV, which has no place for it beside the layers, then holds the counts.
-        width: Terminal cells there are, for the table.
-
-    Raises:
-        UsageError: If there is no such format.
+    Counts of other tools stand beside; CSV, which has no place for them beside the layers, then holds the counts.
+    ``width`` are the terminal cells that there are for a table.
     """
     view, counts = view or View(), counts or Counts()
     if form == "json":

@@ -141,12 +141,7 @@ def _layers(layers: tuple[LayerDifference, ...]) -> Table:
 
 
 def github(check: GateResult, file: str | None = None) -> str:
-    """A gate as workflow commands: an error or a warning for each limit that is exceeded or nearly so.
-
-    Args:
-        check: The gate.
-        file: The file that the annotations point to.
-    """
+    """A gate as workflow commands that point to a file: an error or a warning for each limit exceeded or nearly so."""
     commands = {"failed": "error", "warning": "warning", "passed": "notice"}
     place = f"file={_escaped(file, ':,')}," if file else ""
     titles = [_escaped(f"{check.target}: {finding.name}", ":,") for finding in check.findings]

@@ -46,7 +46,6 @@ class BudgetReport(Record):
         limits: Kind to limit, as a person writes it.
         reached: Kind to what the result costs, as a share of the original; latency only where it was measured.
         sensitivity: In what norm errors counted.
-        refit: How the result was fitted.
         samples: Calibration inputs seen.
         predicted: Predicted loss; None for a plan without statistics.
         gap: How far at most the predicted loss is from the least one, as a share of it.
@@ -58,10 +57,7 @@ class BudgetReport(Record):
         latency: Seconds before and after, measured in one run; None where it was not asked for.
         outputs: What the model's outputs were taken for: ``logits``, ``probabilities`` or ``values``.
         spread: Half the distance between the quartiles of these times, as a share.
-        threads: Threads meanwhile.
-        engine: What they ran on, where an engine was asked for.
-        engines: Each other engine that was there to the seconds before and after in it.
-        recovery: How the result was trained after the fit; None where it was not.
+        engine: What they ran on, where an engine was asked for; ``engines`` has the times in each other one.
     """
 
     limits: Mapping[str, str]
@@ -106,14 +102,11 @@ class FusingReport(Record):
     """What fusing saves beside parameters and MACs.
 
     Attributes:
-        before: Nodes, kernels and bytes moved, before: ``nodes``, ``kernels``, ``bytes_moved``.
-        after: The same, after.
+        before: Before: ``nodes``, ``kernels`` and ``bytes_moved``; ``after`` the same.
         seconds_before: Median seconds of one run before; None where not measured.
-        seconds_after: The same after.
         seconds_frozen: The same of the fused model under `pwrewrite.freeze`; None where it cannot be frozen.
         not_frozen: Why it cannot be frozen, where that was tried.
-        engine: What ``seconds_before`` and ``seconds_after`` ran on, where an engine was asked for.
-        engines: Each other engine that was there to the seconds before and after in it.
+        engine: What they ran on, where an engine was asked for; ``engines`` has the times in each other one.
     """
 
     before: Mapping[str, int]
@@ -137,14 +130,12 @@ class Point:
 
 @dataclass(frozen=True, repr=False)
 class Frontier(Shown, Record):
-    """The least loss at every budget.
+    """The least loss at every budget, from the original down.
 
     Attributes:
-        target: What was planned for.
         kind: What the budgets limit.
         original: What the model costs now, by kind.
         sensitivity: In what norm errors count.
-        points: From the original down.
         random: Whether the weights are those that the model's code makes.
         chosen: The plan that was made, where one was; not part of the JSON.
     """
@@ -174,19 +165,14 @@ class Frontier(Shown, Record):
 
 @dataclass(frozen=True, repr=False)
 class Report(Shown, Record):
-    """What a rewrite did.
+    """What a rewrite did, in order, and what it left.
 
     Attributes:
         target: What was rewritten, as the user named it, or the class name.
         before: Totals before, as in an analysis: ``params``, ``macs``, ``flops``, ``weight_bytes``, ….
         after: Totals after, recounted from the rewritten model.
-        edits: What was done, in order.
-        skips: What was left, and why.
         verification: The proof; None where it was not asked for.
         output_changes: Outputs whose shape changed, as sentences; empty unless that was allowed.
-        notes: What a reader should be told.
-        budget: Where there was one: what it asked, predicted and measured.
-        fusing: Where layers were fused: kernels and times.
         models: The analyses of both models, for pictures; not part of the JSON.
         frontier: Where a plan was chosen within a budget: works out the least losses at other budgets, for pictures.
     """
@@ -248,16 +234,11 @@ class Compression(Shown, Record):
 
     Attributes:
         target: What was compressed, as the user named it, or the class name.
-        engine: What timed it.
+        engine: What timed it; ``engines`` has the seconds before and after in each other one.
         before: Totals of the original, as in a `Report`.
-        after: Totals of the result.
         seconds: Median seconds of one run, ``before`` and ``after``.
-        budget: What the budget asked, predicted and measured.
         proofs: The verification, as data, of the rewriting and of the fusing.
-        exports: What became of each format.
         stages: Seconds of each stage; None where it was not done again.
-        engines: Each other engine that was there to the seconds before and after in it.
-        notes: What a reader should be told.
         files: The files in the folder, with their bytes.
         models: The analyses of the original and of the result, for pictures; ``done`` says by path what became of its
             layers. Neither is part of the JSON.

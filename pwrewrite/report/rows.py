@@ -49,11 +49,8 @@ class View:
                 raise UsageError(f"{name} is negative", expected="0 or more", got=str(value))
 
     def check(self, form: str) -> None:
-        """Refuses what a format cannot show.
-
-        Raises:
-            UsageError: For JSON, which holds every layer in one order, if a choice of layers is wanted; for CSV, if the
-                module hierarchy is.
+        """Refuses what a format cannot show: a choice of layers in JSON, which holds every layer in one order, and the
+        module hierarchy in CSV.
         """
         if form == "json" and (self.top is not None or self.sort != "macs"):
             raise UsageError("JSON always holds every layer, largest MACs first", hint="leave out --top and --sort")

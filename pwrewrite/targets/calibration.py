@@ -82,11 +82,9 @@ def open_calibration(
 class ArrayFile:
     """Batches from a file of arrays, read anew every time; the arguments are as for `open_calibration`.
 
-    ``preprocess`` makes inputs of a batch; without ``labels`` those in the file are taken.
-
-    Raises:
-        UsageError: The file cannot be read, does not say which arrays are the inputs, or holds images as bytes and
-            nothing says how the model takes them.
+    ``preprocess`` makes inputs of a batch; without ``labels`` those in the file are taken. A `UsageError` says that the
+    file cannot be read, does not say which arrays are the inputs, or holds images as bytes and nothing makes them
+    floats.
     """
 
     def __init__(

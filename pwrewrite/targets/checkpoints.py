@@ -60,8 +60,7 @@ def check_checkpoint(path: Path) -> None:
 def read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The tensors by name, on the CPU, of a file or of a folder with safetensors, and notes on what was chosen.
 
-    Raises:
-        WeightsError: There is no such file; it is empty, truncated, holds code, or is no checkpoint.
+    A `WeightsError` says that there is no such file, or that it is empty, truncated, holds code, or is no checkpoint.
     """
     check_checkpoint(path)
     try:

@@ -74,15 +74,9 @@ def construct(
 ) -> object:
     """Calls a class or function with the arguments by name; a model is made already.
 
-    Args:
-        factory: What is called.
-        args: The arguments.
-        what: What it is, for messages: ``class Net in model.py``.
-        origin: The user's file, if it is one, so that an error names the line.
-        but: Parameters that are not the user's to give, left out of messages.
-
-    Raises:
-        TargetError: An argument is missing or unknown, or the factory raised.
+    Messages call it ``what`` (``class Net in model.py``), leave out the parameters ``but`` that are not the user's to
+    give, and name the line where the user's file ``origin`` raised. A `TargetError` says that an argument is missing or
+    unknown, or that the factory raised.
     """
     if isinstance(factory, nn.Module):
         if args:
@@ -123,10 +117,8 @@ def _owner(error: TypeError, name: str) -> Callable[..., object] | None:
 
 
 def as_model(value: object, what: str) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model, without ``torch.compile`` and data-parallel wrappers and in eval mode, and notes on it.
-
-    Raises:
-        TargetError: It is no ``nn.Module``, or it is a TorchScript module.
+    """The model, without ``torch.compile`` and data-parallel wrappers and in eval mode, and notes on it; a
+    `TargetError` for what is no ``nn.Module``, or a TorchScript module.
     """
     notes: list[str] = []
     while (inner := _unwrap(value)) is not None:

@@ -125,13 +125,9 @@ def resolve_model(
 ) -> tuple[nn.Module, TargetInfo]:
     """Builds the model that a target means, in eval mode, and says where it came from.
 
-    Args:
-        target: One of the forms above.
-        args: Arguments for whatever makes the model, as ``parse_arg`` gives them.
-        empty: Build with empty weights (see `empty_weights`), and for real where the model's code fails with them.
-
-    Raises:
-        TargetError: The target does not lead to one model (`TargetNotFound`: no such file or module).
+    ``args`` are for whatever makes the model, as ``parse_arg`` gives them. Where ``empty``, it is built with empty
+    weights (see `empty_weights`), and for real where its code fails with them. A `TargetError` says that the target
+    does not lead to one model (`TargetNotFound`: no such file or module).
     """
     buildings: list[AbstractContextManager[object]] = [empty_weights()] if empty else []
     if empty and target.startswith(("torchvision:", "timm:")):  # some of these models run themselves when they are made

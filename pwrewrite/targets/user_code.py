@@ -67,13 +67,9 @@ def suggest_files(path: Path, suffixes: tuple[str, ...], only_near: bool = False
 def running_user_code(what: str, origin: Path | None, hint: str | None = None) -> Iterator[None]:
     """While a user's code runs: ``sys.argv`` is the file alone, prints go to stderr, and whatever it raises is told.
 
-    Args:
-        what: What runs, as the subject of a sentence: ``model.py`` or ``class Net in model.py``.
-        origin: The user's file, so that an error names the line; None where the code is not the user's.
-        hint: What to try, where the caller knows better than the error tells.
-
-    Raises:
-        TargetError: The code raised, even what is no ``Exception``; Ctrl-C passes through.
+    ``what`` runs, as the subject of a sentence (``class Net in model.py``); ``origin`` is the user's file, so that an
+    error names the line; ``hint`` says what to try where the caller knows better. A `TargetError` tells of whatever was
+    raised, even what is no ``Exception``; Ctrl-C passes through.
     """
     argv, sys.argv = sys.argv, [str(origin or what)]
     try:

@@ -87,9 +87,6 @@ def capture_target(options: TargetOptions) -> Captured:
 
     The model is built without memory for its weights. Where their values matter, it is built once more for real; a
     user's file is then executed twice.
-
-    Raises:
-        PwrewriteError: If the target does not lead to a model, or the model does not run.
     """
     loaded = open_target(options, empty=True, seeded=False)
     if loaded.plan is not None:

@@ -66,11 +66,9 @@ def _require_limits(gate: GateOptions) -> None:
 
 
 def costs_of(target: str, opened: TargetOptions | None = None) -> Costs:
-    """What a target, or an analysis that was written as JSON, costs.
+    """What a target costs, or an analysis in a ``.json`` file, which is read and never run.
 
-    Args:
-        target: A file that ends in ``.json``, which is read and never run, or a target.
-        opened: How a target is opened; weights, which do not change costs, are left out.
+    ``opened`` says how a target is opened; weights, which do not change costs, are left out.
     """
     if Path(target).suffix == ".json":
         try:

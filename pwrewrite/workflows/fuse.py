@@ -171,11 +171,7 @@ def _nan_notes(model: nn.Module) -> list[str]:
 
 
 def _check(model: nn.Module, passes: Sequence[Pass]) -> None:
-    """Refuses models that cannot be fused rightly.
-
-    Raises:
-        RefusedError: If the model is one.
-    """
+    """Refuses models that cannot be fused rightly."""
     devices: dict[str, str] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.dtype.is_complex:
@@ -221,14 +217,10 @@ def _surviving(run: Run, plan: Plan) -> State:
 
 
 def traffic(captured: Capture) -> dict[str, int]:
-    """What a model has to do beside its MACs, from shapes alone.
+    """What a model has to do beside its MACs, from shapes alone: ``nodes`` of the graph that compute, ``kernels`` (a
+    fused layer is one) and ``bytes_moved`` by them.
 
-    Args:
-        captured: The model.
-
-    Returns:
-        ``nodes`` of the graph that compute, ``kernels`` (a fused layer is one) and ``bytes_moved`` by them. A view
-        moves nothing; a fused layer reads its inputs and weights and writes its output once.
+    A view moves nothing; a fused layer reads its inputs and weights and writes its output once.
     """
     modules = dict(captured.model.named_modules(remove_duplicate=False))
     nodes = kernels = moved = 0
@@ -278,21 +270,16 @@ def _verified(model: nn.Module, run: Run, thorough: bool) -> Verification:
 
 
 def reference_check(model: nn.Module, fused: nn.Module, inputs: Inputs, *, by_value: bool = False) -> Check | None:
-    """Compares a fused model, without gradients, with the original in float64.
+    """Compares a fused model, without gradients, with the original in float64, on inputs of these shapes.
 
-    Args:
-        model: The original.
-        fused: The fused model.
-        inputs: Example inputs; random ones of the same shapes where they are constant or on meta.
-            Where the fused model is further off than allowed, they are also moved along the last axis, and the root
-            mean square over all counts: the error on one input is that on a few outputs, which vary.
-        by_value: Whether the model's code decides by values, as detectors do when they choose boxes. What one rounding
-            does to its outputs is then a matter of luck, so the original is also tried with its weights moved by one
-            rounding, in its memory format and in channels_last, and the worst of its errors counts.
+    Where the fused model is further off than allowed, the inputs are also moved along the last axis, and the root mean
+    square over all counts: the error on one input is that on a few outputs, which vary. What one rounding does to the
+    outputs of code that decides ``by_value``, as detectors do when they choose boxes, is a matter of luck, so the
+    original is then also tried with its weights moved by one rounding, in its memory format and in channels_last, and
+    the worst of its errors counts.
 
-    Returns:
-        The check; None where no values can be compared: weights on meta, a model that cannot run in float64, outputs
-        of which rounding alone changes the order or number.
+    None where no values can be compared: weights on meta, a model that cannot run in float64, outputs of which rounding
+    alone changes the order or number.
     """
     tensors = [*model.parameters(), *model.buffers()]
     if any(t.is_meta for t in tensors) or sum(t.numel() for t in tensors) > _REFERENCE_LIMIT:

@@ -25,16 +25,11 @@ _SECONDS = 4.0
 
 
 def with_latency(result: Fused, loaded: LoadedModel, engine: str | None = None) -> Fused:
-    """A result with what its model takes before, after and frozen in ``report.fusing``.
+    """A result with what its model takes before (``loaded``), after and frozen in ``report.fusing``; with the name of
+    an ``engine`` or ``auto``, before and after in it, and beside it in all others.
 
-    Args:
-        result: What `fuse` made.
-        loaded: The model before, with its example inputs.
-        engine: Name of an engine, or ``auto``: the times before and after in it, and beside it in all others.
-
-    Raises:
-        UsageError: If the engine is unknown or not installed.
-        RefusedError: If the models have no values, or do not run in the engine.
+    Raises `UsageError` if the engine is unknown or not installed, `RefusedError` if the models have no values or do not
+    run in it.
     """
     if engine is not None:
         return _in_engine(result, loaded, engine)
@@ -65,15 +60,7 @@ def _in_engine(result: Fused, loaded: LoadedModel, engine: str) -> Fused:
 
 
 def latencies(models: Sequence[nn.Module], inputs: Inputs) -> list[float]:
-    """Median seconds of models, run in turns, without gradients.
-
-    Args:
-        models: The models.
-        inputs: Example inputs.
-
-    Raises:
-        RefusedError: If the models have no values.
-    """
+    """Median seconds of models, run in turns, without gradients; a `RefusedError` if they have no values."""
     models = [model if isinstance(model, Frozen) else deep_copy(model) for model in models]
     tensors = [t for model in models for t in (*model.parameters(), *model.buffers())]
     if any(t.is_meta for t in tensors):

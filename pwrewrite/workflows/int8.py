@@ -77,14 +77,9 @@ class Samples:
 def quantize(
     forms: tuple[Format, Format], program: Program, expected: Sequence[Expected], folder: Path, samples: Samples
 ) -> Exported:
-    """Quantizes what a format wrote, measures speed and loss, and deletes it where it is no faster.
+    """Quantizes what a format wrote into a folder, measures speed and loss, and deletes it where it is no faster.
 
-    Args:
-        forms: The format, and its quantized sibling.
-        program: What was written.
-        expected: What it should compute.
-        folder: Where it lies.
-        samples: Inputs to calibrate and to measure on.
+    ``forms`` are the format and its quantized sibling; ``expected`` is what the program should compute.
     """
     form = forms[1]
     try:

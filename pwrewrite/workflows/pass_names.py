@@ -62,11 +62,7 @@ class LayerForm:
 
 
 def parse_set(text: str) -> LayerForm:
-    """Reads one ``--set``: ``PATH=FORM:WIDTH[,WIDTH]`` or ``PATH=keep``.
-
-    Raises:
-        UsageError: If it is none, or the form does not take these widths.
-    """
+    """Reads one ``--set``: ``PATH=FORM:WIDTH[,WIDTH]`` or ``PATH=keep``, with as many widths as the form takes."""
     path, equals, rest = text.partition("=")
     form, colon, widths_text = (part.strip() for part in rest.partition(":"))
     known = (*FORM_PASSES, "project", "narrow", "keep")
@@ -93,14 +89,8 @@ def parse_set(text: str) -> LayerForm:
 
 
 def passes_of(options: PassOptions, allow_output_change: bool = False) -> list[Pass]:
-    """The passes that options name, in the order in which they run.
-
-    Args:
-        options: Names of passes, or passes, and their settings.
-        allow_output_change: Whether a projection may change an output's shape.
-
-    Raises:
-        UsageError: If the options make no sense together.
+    """The passes that options name, in the order in which they run; a projection may change an output's shape where
+    that is allowed.
     """
     forms = tuple(parse_set(each) if isinstance(each, str) else each for each in as_list(options.settings))
     chosen = [named_pass(each) for each in as_list(options.passes)] or ([] if forms else [InsertBottleneck])
@@ -141,11 +131,7 @@ def as_list(values: object) -> tuple[Any, ...]:
 
 
 def named_pass(name: object, kinds: Sequence[type[Pass]] | None = None) -> type[Pass] | Pass:
-    """A pass, or the class of this name among ``kinds`` (all by default).
-
-    Raises:
-        UsageError: If there is no such pass.
-    """
+    """A pass, or the class of this name among ``kinds`` (all by default)."""
     if isinstance(name, Pass) or (isinstance(name, type) and issubclass(name, Pass)):
         return name
     by_name: dict[str, type[Pass]] = {kind.name: kind for kind in kinds or ALL}
@@ -250,11 +236,8 @@ def _selecting(include: Sequence[str], exclude: Sequence[str]) -> Callable[[Laye
 
 
 class SetLayers(Pass):
-    """Gives named layers a form of their own, and leaves others alone.
-
-    Args:
-        forms: What each becomes; a later one overrides an earlier one on layers that both name.
-        common: Settings for the passes of the forms.
+    """Gives named layers a form of their own, and leaves others alone; of ``forms``, a later one overrides an earlier
+    one on layers that both name.
     """
 
     name = "set"
@@ -299,11 +282,7 @@ class SetLayers(Pass):
 
 
 def check_forms(passes: Sequence[Pass], edits: Sequence[Edit], skips: Sequence[Skip]) -> None:
-    """Refuses a result in which what was named layer by layer was not done.
-
-    Raises:
-        RefusedError: If nothing was done for a layer that was named.
-    """
+    """Raises `RefusedError` for a result in which what was named layer by layer was not done."""
     done = [path for edit in edits for path in (edit.path, *edit.aliases)]
     done += [each["path"] for edit in edits if edit.method == "narrow" for each in edit.op.settings["producers"]]
     wanted = [(form.path, form.text) for each in passes if isinstance(each, SetLayers) for form in each.forms]

@@ -122,18 +122,7 @@ def plan(
 def frontier(
     model: Subject, example_inputs: Inputs | None, budget: Budget, *, points: int = 25, progress: Progress | None = None
 ) -> Frontier:
-    """The least predicted loss at every budget of MACs, within limits of other kinds.
-
-    Args:
-        model: Any module, or what `pwrewrite.load_target` gives; stays as it is.
-        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones.
-        budget: Limits of other kinds, calibration inputs and how to plan.
-        points: How many budgets.
-        progress: Called at each step.
-
-    Raises:
-        PwrewriteError: As for `rewrite`.
-    """
+    """The least predicted loss at every budget of MACs, at so many points, within limits of other kinds."""
     limits = budgets_of(budget.limits)
     if any(limit.kind == "macs" for limit in limits):
         raise UsageError(

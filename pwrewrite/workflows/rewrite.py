@@ -170,11 +170,7 @@ def rewrite(
 
 
 def check_rewritten(result: Rewritten, what: What, target: str) -> None:
-    """Refuses a result without edits, or in which what was named layer by layer was not done.
-
-    Raises:
-        RefusedError: With what was asked and why nothing came of it.
-    """
+    """Raises `RefusedError` for a result without edits, or in which what was named layer by layer was not done."""
     if isinstance(what, Budget):
         if not result.edits:
             budget = result.report.budget

@@ -32,12 +32,7 @@ _FOLDER = re.compile(r"[a-z]+-[0-9a-f]{64}")
 
 
 class Stages:
-    """The stages of one run; a context, which tidies the cache up.
-
-    Args:
-        kind: The cache's part for them.
-        names: The stages in order.
-        say: Called at each step, ``fuse 2/4 · verifying``.
+    """The stages of one run in order, in the cache's part ``kind``; a context, which tidies the cache up.
 
     Attributes:
         key: A hash of all that the stages so far were made from; set to that of the model and the options first.
@@ -91,11 +86,8 @@ class Stages:
     ) -> T:
         """Does a stage, unless its result is at hand.
 
-        Args:
-            name: The stage.
-            facts: What it depends on besides the stages before; JSON data.
-            make: Makes the folder, which may exist and hold what `read` refuses.
-            read: Reads what is in the folder; raises where it is damaged or not whole.
+        ``facts`` are what it depends on besides the stages before, as JSON data. ``make`` makes its folder, which may
+        exist and hold what ``read`` refuses, by raising, as damaged or not whole.
         """
         self.key = hashlib.sha256(f"{self.key}|{name}|{json.dumps(facts, sort_keys=True)}".encode()).hexdigest()
         place = self.places[name] = self._root / f"{name}-{self.key}"

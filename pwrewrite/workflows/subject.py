@@ -28,8 +28,7 @@ _OPERATOR = type(torch.ops.aten.relu.default)
 def loaded_of(model: Subject, example_inputs: Inputs | None) -> LoadedModel:
     """A model with its example inputs (None: those it came with); a copy, run once on them, where it has lazy modules.
 
-    Raises:
-        InputError: If it is no model, or there are no inputs.
+    An `InputError` says that it is no model, or that there are no inputs.
     """
     if isinstance(model, LoadedModel):
         loaded = model if example_inputs is None else replace(model, example_inputs=tensors_for(example_inputs))
@@ -73,11 +72,7 @@ def compiled_parts(model: nn.Module) -> dict[str, str]:
 
 
 def check_editable(model: nn.Module) -> None:
-    """Refuses a model that is a graph without layers as a whole.
-
-    Raises:
-        RefusedError: If it is one.
-    """
+    """Raises `RefusedError` for a model that is a graph without layers as a whole."""
     kind = compiled_parts(model).get("")
     if kind is not None:
         raise RefusedError(

@@ -16,18 +16,9 @@ from .steps import Progress, silent
 def verify_targets(
     target: TargetOptions, other: str, proof: Proof | None = None, *, progress: Progress | None = None
 ) -> Verification:
-    """Compares what two targets lead to; both may be saved folders.
+    """Compares what two targets lead to, opened alike; both may be saved folders.
 
     Where the second is a folder and the first is not, the first is the original of the second.
-
-    Args:
-        target: The first target, with what both are opened with.
-        other: The second target.
-        proof: What may differ.
-        progress: Called at each step.
-
-    Raises:
-        PwrewriteError: If a target does not lead to a model, or the first does not run.
     """
     say, proof = progress or silent, proof or Proof()
     say("loading", None)

@@ -32,15 +32,11 @@ What = Sequence[Pass] | Plan | Budget
 
 
 def what_from_keywords(function: str, what: object, options: Mapping[str, object]) -> tuple[What, Proof]:
-    """What a Python call asks for.
+    """What a Python call of ``function`` asks for.
 
-    Args:
-        function: The function that was called, for errors.
-        what: Passes or their names, a plan, a budget or its limits; None where keywords say it.
-        options: Keywords: fields of `PassOptions`, `Budget` and `Proof`, and ``proof``, ``plan`` and ``budget``.
-
-    Raises:
-        UsageError: If there is no such keyword, or they make no sense together.
+    ``what`` are passes or their names, a plan, a budget or its limits, or None where keywords say it: fields of
+    `PassOptions`, `Budget` and `Proof`, and ``proof``, ``plan`` and ``budget``. A `UsageError` for others, and for
+    those that make no sense together.
     """
     rest: dict[str, Any] = dict(options)
     proof = from_keywords(Proof, rest)
@@ -75,17 +71,7 @@ def _only(value: T, keyword: object, name: str) -> T:
 
 
 def what_of(passes: PassOptions, budget: Budget, plan: Plan | None = None, allow_output_change: bool = False) -> What:
-    """What options ask for.
-
-    Args:
-        passes: Passes and their settings.
-        budget: A budget and what goes with it.
-        plan: A plan to carry out, with weights that the budget's calibration inputs decide where there are any.
-        allow_output_change: Whether a projection may change an output's shape.
-
-    Raises:
-        UsageError: If they make no sense together.
-    """
+    """What options ask for; a plan gets weights that the budget's calibration inputs decide where there are any."""
     budget = replace(
         budget, forms=as_list(budget.forms), include=as_list(budget.include), exclude=as_list(budget.exclude)
     )
@@ -137,11 +123,7 @@ def _excluded(flag: str) -> UsageError:
 
 
 def opened(budget: Budget, loaded: LoadedModel) -> Budget:
-    """A budget with what it names opened: calibration inputs, labels and metric.
-
-    Raises:
-        PwrewriteError: If a name leads to nothing usable.
-    """
+    """A budget with what it names opened: calibration inputs, labels and metric."""
     if isinstance(budget.calibration, str):
         data = open_calibration(
             budget.calibration,

@@ -104,11 +104,7 @@ TOOLS = tuple(_TOOLS)
 
 
 def count(capture: Capture, tool: str) -> Count:
-    """The total of a model, captured in evaluation mode, as one of `TOOLS` would give it.
-
-    Raises:
-        UsageError: If the tool is not known.
-    """
+    """The total of a model, captured in evaluation mode, as one of `TOOLS` would give it."""
     if tool not in _TOOLS:
         raise UsageError("unknown counting convention", expected=", ".join(TOOLS), got=repr(tool))
     return _count(capture, tool, units(capture))
