@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from ..capturing.functions import words
+from ..capturing.functions import argument, words
 from ..capturing.records import Capture, NodeInfo, info
 from ..core.operations import OPERATIONS
 
@@ -70,7 +70,7 @@ class _Call(NamedTuple):
         """By position and name; of a module, its attribute."""
         if self.node.op == "call_module":
             return getattr(self.model.get_submodule(str(self.node.target)), name, default)
-        return self.node.args[position] if len(self.node.args) > position else self.node.kwargs.get(name, default)
+        return argument(self.node, position, name, default)
 
 
 def _windowed(call: _Call, reach: Reach) -> State:

@@ -10,7 +10,7 @@ import torch
 
 from ..capturing.records import Call, Coverage, Layer
 from ..core.plan import Skip
-from ..core.records import Record, Shown, as_data, key
+from ..core.records import Record, Shown, as_data, key, named
 from ..core.version import version
 from .steps import Recording, Step
 
@@ -71,24 +71,20 @@ class LayerReport(Record):
         names = ("kernel_size", "stride", "padding", "dilation", "groups")
         window = {name: as_data(getattr(layer.spec, name, None)) for name in names}
         return {
-            **_named(layer, "path aliases op"),
+            **named(layer, "path aliases op"),
             "kernel": window.pop("kernel_size"),
             **window,
-            **_named(layer, "in_channels out_channels functional params macs"),
+            **named(layer, "in_channels out_channels functional params macs"),
             "flops": 2 * layer.macs,
             "share": self.share,
             "cumulative_share": self.cumulative,
             "hotspot": self.hotspot,
             "weight_bytes": layer.weight_bytes,
-            **_named(self, "activation_bytes intensity bound seconds receptive_field sees_whole_input"),
+            **named(self, "activation_bytes intensity bound seconds receptive_field sees_whole_input"),
             "calls": [_call(call) for call in layer.calls],
             "break_even": as_data(self.break_even),
             "skip": {"reason": str(skip.reason), "detail": skip.detail} if skip else None,
         }
-
-
-def _named(record: object, names: str) -> dict[str, object]:
-    return {name: as_data(getattr(record, name)) for name in names.split()}
 
 
 def _call(call: Call) -> dict[str, object]:
@@ -109,8 +105,8 @@ class OpTotal(Record):
 
     def to_dict(self) -> dict[str, object]:
         """The same as plain JSON data."""
-        counts = {**_named(self, "op calls params macs"), "flops": 2 * self.macs}
-        return {**counts, **_named(self, "read_bytes write_bytes")}
+        counts = {**named(self, "op calls params macs"), "flops": 2 * self.macs}
+        return {**counts, **named(self, "read_bytes write_bytes")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,11 +258,11 @@ class Analysis(Shown, Record):
             "versions": versions(),
             "model": {"target": self.target, "class": self.model_class, "inputs": as_data(self.inputs)},
             "totals": {
-                **_named(self, "params macs flops weight_bytes activation_bytes"),
+                **named(self, "params macs flops weight_bytes activation_bytes"),
                 "peak_activation_bytes": self.peak.nbytes,
                 "critical_path_macs": self.critical_path.macs,
             },
-            **_named(self, "layers by_op peak critical_path roofline"),
+            **named(self, "layers by_op peak critical_path roofline"),
             "modules": [
                 {"path": node.path, "kind": node.kind, "depth": depth, "params": node.params, "macs": node.macs}
                 for depth, node in self.tree.walk()

@@ -19,6 +19,8 @@ from torch.nn.utils import parametrize
 
 from ..core.convolution import CONV_MODULES, stock_convolution
 from ..core.plan import Skip, SkipReason
+from ..core.text import few
+from .functions import argument
 from .records import Capture, Layer
 
 _LAYERS = (*CONV_MODULES, nn.Linear)
@@ -135,7 +137,7 @@ def _shared(
         held_by = holders.get(id(tensor), [])
         others = [other for other in held_by if other not in (path, holder)]
         if tensor is not None and len(held_by) > 1:
-            why = f"its {name} is also that of {_few(others)}, which would keep the old one"
+            why = f"its {name} is also that of {few(others)}, which would keep the old one"
             return Skip(path, SkipReason.SHARED_WEIGHT, why)
     return None
 
@@ -148,7 +150,7 @@ def _read_directly(layer: Layer, owners: Owners) -> Skip | None:
         users = (user.name for node in owners.reads.get(f"{prefix}{name}", []) for user in node.users)
         readers = [user for user in dict.fromkeys(users) if user not in calls]
         if readers:
-            why = f"its {name} is also read directly, by {_few(readers)}, which would see the old one"
+            why = f"its {name} is also read directly, by {few(readers)}, which would see the old one"
             return Skip(layer.path, SkipReason.WEIGHT_READ, why)
     return None
 
@@ -173,7 +175,7 @@ def _functional(layer: Layer, owners: Owners) -> Skip | None:
     bias_name, bias_reads = _bias(reads, calls, owners)
     users = {user.name for node in (*reads, *bias_reads) for user in node.users}
     if others := sorted(users - calls):
-        why = f"its weight or bias is also read by {_few(others)}, which would see the old one"
+        why = f"its weight or bias is also read by {few(others)}, which would see the old one"
         return Skip(layer.path, SkipReason.WEIGHT_READ, why)
     if len(calls) > 1:
         why = f"one weight in {len(calls)} functional calls, which may differ in stride or padding; make it one module"
@@ -195,12 +197,7 @@ def _bias(reads: list[fx.Node], calls: set[str], owners: Owners) -> tuple[str, l
     """Name and graph reads of the bias that goes with a functional call's weight; ``""`` where none is stored."""
     for read in reads:
         for user in read.users:
-            bias = user.args[2] if len(user.args) > 2 else user.kwargs.get("bias")
+            bias = argument(user, 2, "bias")
             if user.name in calls and isinstance(bias, fx.Node) and bias.op == "get_attr":
                 return str(bias.target), owners.reads.get(str(bias.target), [])
     return "", []
-
-
-def _few(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

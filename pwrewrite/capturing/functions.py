@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from ..core.nested import Args, Kwargs
+from ..core.nested import Args, Kwargs, Tree
 from ..core.operations import BY_FUNCTION, OPERATIONS
 
 
@@ -69,6 +69,11 @@ def is_method(func: object) -> bool:
     return type(func).__name__ in ("method_descriptor", "wrapper_descriptor", "getset_descriptor") or (
         getattr(func, "__module__", None) == "torch._tensor"
     )
+
+
+def argument(node: fx.Node, position: int, name: str, default: object = None) -> Tree:
+    """An argument of a call in a graph, by position or name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def is_device(value: object) -> bool:

@@ -48,11 +48,6 @@ class Inventory:
                     self._walk(child, prefix + name, above)
             above.discard(key)
 
-    def path(self, module: nn.Module) -> str | None:
-        """The first path of a module; None where it is not part of the model."""
-        names = self.names.get(id(module))
-        return names[0] if names is not None else None
-
     @cached_property
     def _named_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
         """Parameters with holder and name, taken before the model runs: ``functional_call`` swaps them for a while."""

@@ -13,6 +13,7 @@ from typing import TypeGuard
 from torch import Tensor, fx, nn
 
 from ..core.convolution import CONV_MODULES, ConvSpec
+from .functions import argument
 from .inventory import Inventory
 from .records import Call, Layer, info
 
@@ -47,8 +48,8 @@ def _layer(path: str, node: fx.Node, weight_name: str, calls: tuple[Call, ...], 
     spec, module, functional = facts.spec, inventory.paths.get(path), node.op != "call_module"
     if module is not None and (not functional or isinstance(module, _KINDS)):
         return _of_module([path, *inventory.names[id(module)][1:]], module, spec, functional, calls)
-    weight = _argument(node, 1, "weight")
-    tensors = [info(arg).outputs[0] for arg in (weight, _argument(node, 2, "bias")) if _is_stored(arg)]
+    weight = argument(node, 1, "weight")
+    tensors = [info(arg).outputs[0] for arg in (weight, argument(node, 2, "bias")) if _is_stored(arg)]
     shape = info(weight).outputs[0].shape if isinstance(weight, fx.Node) else ()
     widths = (spec.in_channels, spec.out_channels) if spec else (shape[-1], shape[0]) if shape else (0, 0)
     params, size = sum(t.numel for t in tensors), sum(t.nbytes for t in tensors)
@@ -87,10 +88,6 @@ def _spec_of(module: nn.Module) -> ConvSpec:
     return ConvSpec.of_module(shell)
 
 
-def _argument(node: fx.Node, position: int, name: str) -> object:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
-
-
 def _is_stored(weight: object) -> TypeGuard[fx.Node]:
     """Whether an argument is a tensor under a name of the model's."""
     return isinstance(weight, fx.Node) and weight.op == "get_attr" and not str(weight.target).startswith("_constant")
@@ -99,7 +96,7 @@ def _is_stored(weight: object) -> TypeGuard[fx.Node]:
 def _functional_path(node: fx.Node, scope: str, inventory: Inventory) -> tuple[str, str]:
     """Path of the layer behind a functional call, and the full name of its weight (``""`` where computed)."""
     modules = inventory.paths
-    weight = _argument(node, 1, "weight")
+    weight = argument(node, 1, "weight")
     if _is_stored(weight):
         name = str(weight.target)
         owner, _, attribute = name.rpartition(".")

@@ -30,6 +30,11 @@ def as_data(value: object) -> Json:
     return value.value if isinstance(value, Enum) else value
 
 
+def named(record: object, names: str) -> dict[str, Json]:
+    """Some of a record's attributes, by names between blanks, as plain JSON data."""
+    return {name: as_data(getattr(record, name)) for name in names.split()}
+
+
 def key(name: str) -> dict[str, str]:
     """Metadata for a field that has another name in JSON."""
     return {"key": name}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 LONGEST = 2000
@@ -22,6 +22,12 @@ def did_you_mean(known: Iterable[str], *names: str, n: int = 1) -> str | None:
     """The hint that offers, for each of the names, the ``n`` known ones most like it; None without any."""
     near = [match for name in names for match in nearest(name, known, n)]
     return f"did you mean {', '.join(near)}?" if near else None
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are: ``a, b, c and 2 more``."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def plain(text: str, *, lines: bool = False) -> str:

@@ -90,13 +90,12 @@ def difference_page(difference: Difference) -> Page:
     before, after = difference.before, difference.after
     names = [NAMES[kind] for kind in KINDS]
     pairs = [(kind, int(getattr(before, kind)), int(getattr(after, kind))) for kind in KINDS]
-    changes = [rows.change(old, new) for _, old, new in pairs]
     totals = Table(
         [
             Column("", names, right=False),
             Column("before", [amount(kind, old) for kind, old, _ in pairs]),
             Column("after", [amount(kind, new) for kind, _, new in pairs]),
-            Column("change", changes, styles=[_style(old, new) for _, old, new in pairs]),
+            rows.change_column([rows.change(old, new) for _, old, new in pairs]),
         ]
     )
     head = Title(f"{before.target} → {after.target}", [_summary(difference)])
@@ -112,10 +111,6 @@ def _summary(difference: Difference) -> str:
     kinds = [layer.change for layer in difference.layers]
     parts = [f"{kinds.count(change)} {change}" for change in ("added", "removed", "changed") if change in kinds]
     return ", ".join([*parts, f"{plural(difference.same, 'layer')} the same"])
-
-
-def _style(old: int, new: int) -> str:
-    return "" if new == old else "yellow" if new > old else "green"
 
 
 def _layers(layers: tuple[LayerDifference, ...]) -> Table:
@@ -135,7 +130,7 @@ def _layers(layers: tuple[LayerDifference, ...]) -> Table:
             Column("what", whats, right=False, shrink=16, keep=2),
             Column("params", [f"{count(old)} → {count(new)}" for old, new in params], keep=3),
             Column("MACs", [f"{count(old)} → {count(new)}" for old, new in macs]),
-            Column("change", [rows.change(*pair) for pair in macs], styles=[_style(*pair) for pair in macs]),
+            rows.change_column([rows.change(*pair) for pair in macs]),
         ]
     )
 

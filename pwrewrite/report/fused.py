@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 from ..core.numbers import exact, plural, size
 from . import rewrite_rows as rows
@@ -87,15 +86,15 @@ def _left(report: Report) -> Groups:
 
 
 def _groups(groups: Groups, everything: bool) -> Listing:
-    most = None if everything else _SHOWN
     return Listing(
         [
             Column("places", [exact(len(paths)) for paths in groups.values()]),
             Column("what", list(groups), right=False),
-            Column("where", [_few(paths, most) for paths in groups.values()], right=False, style="cyan"),
+            Column(
+                "where",
+                [rows.few(paths, len(paths) if everything else _SHOWN) for paths in groups.values()],
+                right=False,
+                style="cyan",
+            ),
         ]
     )
-
-
-def _few(paths: Sequence[str], most: int | None) -> str:
-    return rows.few(paths, len(paths) if most is None else most)

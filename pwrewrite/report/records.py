@@ -13,7 +13,7 @@ from typing import Any
 from ..analysis.records import Analysis
 from ..core.exports import Exported
 from ..core.plan import Edit, Skip
-from ..core.records import Record, Shown, key
+from ..core.records import Record, Shown, as_data, key, named
 from ..core.recovery import Recovery
 from ..core.verification import Verification
 
@@ -22,7 +22,7 @@ COMPRESS_SCHEMA = "pwrewrite.compress/1"
 
 
 @dataclass(frozen=True, slots=True)
-class EditRow:
+class EditRow(Record):
     """An edit with the MACs of the layer, all calls, as recounted from the models before and after it."""
 
     edit: Edit
@@ -31,11 +31,9 @@ class EditRow:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON data."""
-        edit = self.edit
-        names = ("method", "rank_in", "rank_out", "params_before", "params_after")
-        data = {"path": edit.path, "pass": edit.op.pass_name} | {name: getattr(edit, name) for name in names}
-        data |= {"macs_before": self.macs_before, "macs_after": self.macs_after}
-        return data | {name: getattr(edit, name) for name in ("relative_error", "exact", "kind", "graph_module")}
+        data = {"path": self.edit.path, "pass": self.edit.op.pass_name}
+        data |= named(self.edit, "method rank_in rank_out params_before params_after")
+        return data | named(self, "macs_before macs_after") | named(self.edit, "relative_error exact kind graph_module")
 
 
 @dataclass(frozen=True)
@@ -154,13 +152,8 @@ class Frontier(Shown, Record):
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON data."""
-        return {
-            "target": self.target,
-            "kind": self.kind,
-            "sensitivity": self.sensitivity,
-            "original": dict(self.original),
-            "points": [{**point.costs, "loss": point.loss, "layers": point.layers} for point in self.points],
-        }
+        points = [{**point.costs, "loss": point.loss, "layers": point.layers} for point in self.points]
+        return {**named(self, "target kind sensitivity original"), "points": points}
 
 
 @dataclass(frozen=True, repr=False)
@@ -209,15 +202,9 @@ class Report(Shown, Record):
         """The same as plain JSON data."""
         return {
             "schema": SCHEMA,
-            "target": self.target,
-            "before": dict(self.before),
-            "after": dict(self.after),
-            "delta": self.delta,
-            "edits": [row.to_dict() for row in self.edits],
-            "skipped": [skip.to_dict() for skip in self.skips],
-            "verification": self.verification.to_dict() if self.verification else None,
-            "output_changes": list(self.output_changes),
-            "notes": list(self.notes),
+            **named(self, "target before after delta edits"),
+            "skipped": as_data(self.skips),
+            **named(self, "verification output_changes notes"),
             **({"budget": self.budget.to_dict()} if self.budget else {}),
             **({"fusing": self._fusing(self.fusing)} if self.fusing else {}),
         }

@@ -94,18 +94,8 @@ def checks(proof: Verification) -> Listing:
 def saving(lines: Sequence[tuple[str, str, str, str]]) -> Table:
     """What is counted, before and after, and the change: green where there is less of it."""
     names, before, after, changes = ([line[i] for line in lines] for i in range(4))
-    styles = [
-        "green" if text.startswith(("-", "<-")) else "yellow" if text.startswith(("+", "<+")) else ""
-        for text in changes
-    ]
-    return Table(
-        [
-            Column("", names, right=False, style="bold"),
-            Column("before", before),
-            Column("after", after),
-            Column("change", changes, styles=styles),
-        ]
-    )
+    head = Column("", names, right=False, style="bold")
+    return Table([head, Column("before", before), Column("after", after), rows.change_column(changes)])
 
 
 def _edits(shown: Sequence[EditRow]) -> Table:
@@ -117,7 +107,7 @@ def _edits(shown: Sequence[EditRow]) -> Table:
         Column("width", [rows.widths_text(e) for e in edits], keep=4),
         Column("params", [f"{count(e.params_before)} → {count(e.params_after)}" for e in edits], keep=3),
         Column("MACs", [f"{count(row.macs_before)} → {count(row.macs_after)}" for row in shown]),
-        Column("change", changes, styles=["green" if text.startswith(("-", "<-")) else "yellow" for text in changes]),
+        rows.change_column(changes),
     ]
     if any(e.relative_error is not None for e in edits):
         columns.append(Column("error", [rows.error_text(e.relative_error) for e in edits], keep=5, long="weight error"))

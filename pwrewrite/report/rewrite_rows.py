@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..core import text
 from ..core.numbers import count, exact, percent, plural, size
 from ..core.plan import Edit, Skip
 from ..core.verification import Verification
+from .page import Column
 from .records import Compression, EditRow, Report
 from .rows import natural
 
@@ -50,6 +52,14 @@ def change(before: int, after: int) -> str:
     share = (after - before) / before
     text = f"{100 * share:+.1f}%"
     return text if text not in ("+0.0%", "-0.0%") else ("<+0.1%" if share > 0 else "<-0.1%")
+
+
+def change_column(changes: Sequence[str]) -> Column:
+    """Changes, green where there is less, yellow where there is more."""
+    styles = [
+        "green" if c.startswith(("-", "<-")) else "yellow" if c.startswith(("+", "<+", "new")) else "" for c in changes
+    ]
+    return Column("change", changes, styles=styles)
 
 
 def error_text(error: float | None) -> str:
@@ -160,8 +170,7 @@ def counts_text(skips: Sequence[Skip]) -> str:
 
 def few(paths: Sequence[str], most: int = 3) -> str:
     """Some paths, and how many more there are."""
-    shown = ", ".join(path or ROOT for path in paths[:most])
-    return shown if len(paths) <= most else f"{shown} and {exact(len(paths) - most)} more"
+    return text.few([path or ROOT for path in paths], most)
 
 
 def notes(report: Report) -> list[str]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from torch import nn
+
+from ..capturing.state import replaced
 
 _empty = [False]
 """Whether parameters go to the meta device: what each context that is active says, the innermost last."""
@@ -39,7 +41,7 @@ def empty_weights() -> Iterator[None]:
             param = known[1]
         register(module, name, param)
 
-    with module_method("register_parameter", register_empty), real_weights(False):
+    with replaced(nn.Module, "register_parameter", register_empty), real_weights(False):
         yield
 
 
@@ -51,14 +53,3 @@ def real_weights(real: bool = True) -> Iterator[None]:
         yield
     finally:
         _empty.pop()
-
-
-@contextlib.contextmanager
-def module_method(name: str, function: Callable[..., None]) -> Iterator[None]:
-    """While it lasts, a function is the method of all modules."""
-    before = getattr(nn.Module, name)
-    setattr(nn.Module, name, function)
-    try:
-        yield
-    finally:
-        setattr(nn.Module, name, before)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..capturing import Inputs
 from ..core.errors import UsageError, first_line
 from ..core.numbers import dims
+from ..core.text import few
 from .arrays import SUFFIXES as ARRAY_SUFFIXES
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 _BATCH = 32
-_SHOWN = 3
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _FUNCTION = "--preprocess file.py:NAME, a function of a PIL image that returns a tensor C×H×W"
 
@@ -96,9 +96,8 @@ class ImageFolder:
         if self.samples < images:
             notes.append(f"{self.samples} of the {images} images in {self.path}, drawn at random with a fixed seed")
         if bad := len(self._bad):
-            shown = [f"{path.relative_to(self.path)} ({why})" for path, why in islice(self._bad.items(), _SHOWN)]
-            more = f" and {bad - _SHOWN} more" if bad > _SHOWN else ""
-            notes.append(f"cannot read {bad} of {images} images: {', '.join(shown)}{more}; left out")
+            shown = few([f"{path.relative_to(self.path)} ({why})" for path, why in self._bad.items()])
+            notes.append(f"cannot read {bad} of {images} images: {shown}; left out")
         return tuple(notes)
 
     def __iter__(self) -> Iterator[object]:

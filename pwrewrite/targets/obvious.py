@@ -21,8 +21,9 @@ from types import ModuleType
 
 from torch import nn
 
+from ..capturing.state import replaced
 from ..core.errors import TargetError, first_line
-from .empty import empty_weights, module_method, real_weights
+from .empty import empty_weights, real_weights
 from .factories import construct, missing_args, unknown_args
 from .user_code import origin_of, what_there_is
 
@@ -111,7 +112,7 @@ def _parts_of(
         init(self, *args, **kwargs)
 
     for building in (empty_weights, real_weights):
-        with building(), module_method("__init__", noting_init):
+        with building(), replaced(nn.Module, "__init__", noting_init):
             try:
                 model = construct(cls, args, what, origin)
             except TargetError as error:

@@ -172,22 +172,21 @@ def _nan_notes(model: nn.Module) -> list[str]:
 
 def _check(model: nn.Module, passes: Sequence[Pass]) -> None:
     """Refuses models that cannot be fused rightly."""
-    devices: dict[str, str] = {}
+    devices, early = dict[str, str](), "fuse the model before it is quantized"
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.dtype.is_complex:
             raise RefusedError("complex weights cannot be fused", where=name, got=str(tensor.dtype))
         if tensor.is_quantized:
-            hint = "fuse the model before it is quantized"
-            raise RefusedError("quantized weights cannot be fused", where=name, got=str(tensor.dtype), hint=hint)
+            raise RefusedError("quantized weights cannot be fused", where=name, got=str(tensor.dtype), hint=early)
         devices.setdefault(str(tensor.device), name)
     for name, module in model.named_modules():
         kind = type(module).__module__
         if kind.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")):
-            hint = "fuse the model before it is quantized"
-            raise RefusedError("quantized layers cannot be fused", where=name, got=type(module).__name__, hint=hint)
+            raise RefusedError("quantized layers cannot be fused", where=name, got=type(module).__name__, hint=early)
     inexact = [each.name for each in passes if each.exact == "eval"]
     training = next((name or "the model" for name, module in model.named_modules() if module.training), None)
-    if inexact and training is not None and any(module.training for module in _stateful(model)):
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if inexact and training is not None and any(module.training for module in (model, *norms)):
         raise RefusedError(
             "the model is in training mode, in which batch norms cannot be folded",
             where=training,
@@ -196,11 +195,6 @@ def _check(model: nn.Module, passes: Sequence[Pass]) -> None:
     if len(devices) > 1:
         shown = ", ".join(f"{name} on {device}" for device, name in devices.items())
         raise RefusedError("the weights are on several devices", got=shown, hint="move the model to one")
-
-
-def _stateful(model: nn.Module) -> list[nn.Module]:
-    """Modules for which the mode matters: all but plain containers and layers would do, so all are asked."""
-    return [model, *(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))]
 
 
 def _surviving(run: Run, plan: Plan) -> State:

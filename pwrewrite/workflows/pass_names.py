@@ -98,16 +98,9 @@ def passes_of(options: PassOptions, allow_output_change: bool = False) -> list[P
     _check(options, forms, kinds)
     common: dict[str, Any] = {name: getattr(options, name) for name in _COMMON}
     layers = [form for form in forms if form.form not in ("project", "narrow")]
-    include, exclude = (
-        as_list(options.include),
-        (
-            *as_list(options.exclude),
-            *(form.path for form in forms if form.form != "project"),
-        ),
-    )
-    share = options.min_share
-    if share is None:
-        share = 0.0 if options.passes else DEFAULT_SHARE
+    include = as_list(options.include)
+    exclude = (*as_list(options.exclude), *(form.path for form in forms if form.form != "project"))
+    share = (0.0 if options.passes else DEFAULT_SHARE) if options.min_share is None else options.min_share
     passes: list[Pass] = [_projection(form, options, allow_output_change) for form in forms if form.form == "project"]
     passes += [
         Narrow(form.widths[0], include=[form.path], multiple=options.multiple, required=True)

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ...capturing import Capture, NodeInfo, info
+from ...capturing.functions import argument
 from ...core.convolution import CONV_MODULES
 from .by_module import RECURRENT, uncounted
-from .units import Share, Unit, argument, function_name, operand_shapes, visits, words
+from .units import Share, Unit, function_name, operand_shapes, visits, words
 
 _ACTIVATIONS = ("relu", "prelu", "elu", "relu6", "gelu", "silu", "softmax")
 _RESIZES = ("interpolate", "upsample")

@@ -16,7 +16,6 @@ import networkx as nx
 from torch import fx, nn
 
 from ...capturing import Capture, NodeInfo, TensorSpec, info
-from ...core.nested import Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,11 +159,6 @@ def visits(root: nn.Module, stop: Callable[[nn.Module], bool] | None = None) -> 
 def function_name(node: fx.Node) -> str:
     """Name of the function or method that a node calls."""
     return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
-
-
-def argument(node: fx.Node, position: int, name: str, default: object = None) -> Tree:
-    """An argument of a call by position or name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def shape_of(value: object) -> tuple[int, ...] | None:
