@@ -15,7 +15,6 @@ convolution; others of the same size share its coordinates, the rest are constan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 from math import ceil
 from typing import Literal, NamedTuple
 
@@ -229,22 +228,24 @@ def _step(node: fx.Node, facts: NodeInfo, model: nn.Module, sources: list[tuple[
     if rule is _broadcast and len(sources) == 1 and sources[0][0] == output:
         return sources[0][1]
     if rule is _cat:  # joined first, as dense blocks have many
-        sources = [(sources[0][0], reduce(_joined, (field for _, field in sources)))]
-    result: Field = (WHOLE,) * len(sources[0][1]) if rule is _multiplied and len(sources) > 1 else ()
+        sources = [(sources[0][0], _joined([field for _, field in sources]))]
+    through = []
     for shape, field in sources:
         call = _Call(node, facts, model, shape, output)
-        through = tuple([s if not isinstance(s, Reach) else rule(call, s) if rule is not None else None for s in field])
-        result = _joined(result, through) if result else through
-    return result
+        through.append(
+            tuple([s if not isinstance(s, Reach) else rule(call, s) if rule is not None else None for s in field])
+        )
+    return (WHOLE,) * len(through[0]) if rule is _multiplied and len(sources) > 1 else _joined(through)
 
 
-def _joined(a: Field, b: Field) -> Field:
-    """What is seen of two operands."""
-    return a if a is b else tuple(map(_larger, a, b))
+def _joined(fields: Sequence[Field]) -> Field:
+    """What is seen of several operands: the larger extent; all where one of them sees all."""
+    return fields[0] if len(fields) == 1 else tuple(map(_largest, zip(*fields, strict=True)))
 
 
-def _larger(a: State, b: State) -> State:
-    """The larger of two operands; what one of them sees whole is seen whole."""
-    if isinstance(a, Reach) and isinstance(b, Reach):
-        return Reach(a.axis, max(a.extent, b.extent), max(a.jump, b.jump)) if a.axis == b.axis else None
-    return WHOLE if WHOLE in (a, b) else None
+def _largest(states: Field) -> State:
+    if WHOLE in states:
+        return WHOLE
+    reaches = [state for state in states if state.__class__ is Reach]
+    together = len(reaches) == len(states) and len({reach[0] for reach in reaches}) == 1
+    return max(reaches) if together else None
