@@ -19,10 +19,8 @@ KINDS = ("params", "macs", "weight_bytes", "peak_bytes")
 """What a model costs: parameters, MACs, bytes of its weights, bytes of activations that are alive at most."""
 
 NAMES = {"params": "parameters", "macs": "MACs", "weight_bytes": "weights", "peak_bytes": "peak memory"}
-"""The same in words."""
 
 BYTES = ("weight_bytes", "peak_bytes")
-"""The kinds that are bytes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,6 @@ _PROFILES = (
 )
 
 DEVICES: dict[str, DeviceProfile] = {profile.name: profile for profile in _PROFILES}
-"""Profiles by name."""
 
 
 def device_profile(device: str | DeviceProfile) -> DeviceProfile:

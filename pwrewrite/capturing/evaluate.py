@@ -21,7 +21,6 @@ _IN_PLACE = frozenset(FUNCTION_RULES) | {"fill", "zero", "copy", "masked_fill"}
 
 
 Function = Callable[..., Any]
-"""A torch function or tensor method."""
 
 
 class Result(NamedTuple):

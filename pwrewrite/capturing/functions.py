@@ -52,7 +52,6 @@ SOMETIMES_PRODUCTS = words(
 
 CONVOLUTIONS = frozenset(name for row in OPERATIONS if row.shape == "convolution" for name in row.functions)
 WINDOWED = frozenset(f"{kind}_pool{d}d" for kind in ("max", "avg") for d in (1, 2, 3))
-"""Pooling with a window."""
 
 
 def writes(name: str, args: Args, kwargs: Kwargs) -> bool:

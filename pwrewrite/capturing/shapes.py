@@ -250,7 +250,6 @@ RULES: dict[str, Rule] = {
     "linear": _linear,
     "recurrent": _recurrent,
 }
-"""Name of a shape rule to the rule."""
 
 
 def _rule(shape: str, name: str) -> Rule:

@@ -66,7 +66,6 @@ def _view(shown: AnalysisShown, form: str) -> View:
 
 
 def _counts(shown: AnalysisShown, captured: Capture) -> Counts:
-    """What other tools would say, where that is wanted."""
     from ..report.counts import Counts
 
     if shown.convention is None and not shown.explain_count:

@@ -51,7 +51,6 @@ def check(
 
 
 def _file_of(target: str) -> str | None:
-    """The file of a target, where it is one."""
     file = target.rpartition(":")[0] or target
     return next((name for name in (target, file) if name.endswith(".py") and os.path.isfile(name)), None)
 

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from .options import Common
 
 BROKEN_PIPE = 141
-"""Exit code where the reader of stdout went away: 128 + SIGPIPE."""
 
 _STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG, errno.EIO)
 

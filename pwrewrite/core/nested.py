@@ -22,10 +22,8 @@ Tree = Any
 """Tensors and anything else, alone or in nested containers."""
 
 Args = tuple[Tree, ...]
-"""Positional arguments of a call."""
 
 Kwargs = dict[str, Tree]
-"""Keyword arguments of a call."""
 
 _SCALARS = frozenset((int, float, bool, str, type(None), type(Ellipsis), torch.dtype, torch.device))
 _REGISTERED: Mapping[type, _pytree.NodeDef] = getattr(_pytree, "SUPPORTED_NODES", {})

@@ -171,7 +171,6 @@ _HARDTANH = _activation(nn.Hardtanh, "hardtanh", "hardtanh", scalars=(("min_val"
 
 
 def _each(kind: str, shape: str, names: str, *, linear: bool = False) -> Iterator[Operation]:
-    """A row for each of several functions of the same kind."""
     for name in names.split():
         yield Operation(name.strip("_"), kind, shape, (), (name,), linear=linear)
 
@@ -287,7 +286,6 @@ def _products() -> Iterator[Operation]:
 
 _ROWS = (_activations, _arithmetic, _norms, _noise_and_casts, _movement, _products)
 OPERATIONS: tuple[Operation, ...] = tuple(row for rows in _ROWS for row in rows())
-"""The table."""
 
 BY_FUNCTION: dict[str, Operation] = {name: operation for operation in OPERATIONS for name in operation.functions}
 """Name of a torch function or tensor method to its row."""

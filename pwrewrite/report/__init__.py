@@ -18,7 +18,6 @@ from .to_html import html
 from .to_markdown import markdown
 
 FORMATS = ("table", "json", "markdown", "csv", "html")
-"""The names of what `render` makes."""
 
 __all__ = ["FORMATS", "SORTS", "Counts", "View", "html", "markdown", "render"]
 

@@ -105,7 +105,6 @@ def _heading(result: object) -> str:
 
 
 def _fields(result: object) -> list[tuple[str, str, str]]:
-    """The fields of a record, each in a few words."""
     shown = fields(result) if is_dataclass(result) and not isinstance(result, type) else ()
     return [(field.name, text, "") for field in shown if (text := _short(getattr(result, field.name)))]
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from ..analysis.conventions import Count
 
 SORTS = ("macs", "params", "memory", "name", "order")
-"""What layers can be sorted by."""
 
 TOP = 15
 """Layers shown unless the user says otherwise."""

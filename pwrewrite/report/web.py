@@ -24,7 +24,6 @@ from .to_html import escape, html
 from .web_data import frontier_data, model_data, pair_data, rewrite_data
 
 SCRIPTS = ("dagre.min.js", "base.js", "treemap.js", "graph_layout.js", "graph.js", "charts.js", "table.js", "main.js")
-"""The scripts of a page, in order."""
 
 
 def analysis(record: Analysis, words: Page | None = None) -> str:

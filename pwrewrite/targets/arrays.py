@@ -159,7 +159,6 @@ def _header(file: IO[bytes], name: str, total: int) -> _Header:
 
 
 def _member(path: Path, archive: zipfile.ZipFile, member: str) -> Stored:
-    """One array of a ``.npz``."""
     with archive.open(member) as file:
         header = _header(file, member, archive.getinfo(member).file_size)
     shape, dtype = header.shape, header.dtype
@@ -191,7 +190,6 @@ def _exactly(file: IO[bytes], size: int, name: str) -> bytes:
 
 
 def _safetensors(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file."""
     from safetensors import safe_open
 
     def stored(name: str, shape: Sequence[int], dtype: str) -> Stored:
@@ -233,7 +231,6 @@ def open_labels(path: str | Path) -> Tensor:
 
 
 def _from_text(path: Path) -> Tensor:
-    """Labels in a text file."""
     with _explained(path):
         lines = read_text(path).splitlines()
     rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]

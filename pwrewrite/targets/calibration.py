@@ -31,7 +31,6 @@ from .user_objects import is_named, open_iterable, open_metric, open_preprocess
 __all__ = ["ArrayFile", "open_calibration", "open_labels", "open_metric"]
 
 BATCH = 32
-"""Samples read at a time."""
 
 _USUAL = ("images", "image", "inputs", "input", "x", "data", "pixel_values", "arr_0")
 _EXPECTED = f"a {', '.join(SUFFIXES)} file, a folder of images, or file.py:NAME"
@@ -124,11 +123,9 @@ class ArrayFile:
             yield self._batch(inputs, labels, first)
 
     def _all(self) -> list[Stored]:
-        """Every array that is read."""
         return [*self._inputs, *([] if self._stored_labels is None else [self._stored_labels])]
 
     def _batch(self, inputs: list[Rows], labels: Rows | None, first: int) -> object:
-        """A batch as it is given out."""
         if self._preprocess is not None:
             # Copies: what is mapped or streamed is read-only, and torch.from_numpy wants to write.
             inputs = [np.array(value) if isinstance(value, np.ndarray) else value for value in inputs]

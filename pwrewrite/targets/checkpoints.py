@@ -242,6 +242,5 @@ def _has_tensors(mapping: Mapping[object, object]) -> bool:
 
 
 def _some(names: Iterable[str], n: int = 10) -> str:
-    """The first few names."""
     listed = list(names)
     return ", ".join(listed[:n]) + (f", … ({len(listed)} in all)" if len(listed) > n else "")

@@ -68,7 +68,6 @@ def _from_timm(model: nn.Module, args: Mapping[str, object]) -> Guess | None:
 
 
 def _sizes(value: object) -> list[int] | None:
-    """Sizes, if a value is some."""
     return list(value) if isinstance(value, (tuple, list)) and all(isinstance(n, int) for n in value) else None
 
 
@@ -153,7 +152,6 @@ def _from_layers(model: nn.Module) -> Guess:
 
 
 def _unknown(what: str, why: str, hint: str) -> InputError:
-    """The error for a model that nothing tells the inputs of."""
     hint += "; or define example_inputs in the model's file"
     return InputError(f"cannot know what {what} takes: {why}", hint=hint)
 
@@ -165,5 +163,4 @@ def floating_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _text(shape: tuple[int, ...]) -> str:
-    """A shape as ``--input`` would have it."""
     return "x".join(map(str, shape))

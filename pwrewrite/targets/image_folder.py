@@ -137,7 +137,6 @@ class ImageFolder:
         return pixels
 
     def _standard(self, image: Image) -> Tensor:
-        """An image resized, cropped, scaled and normalised."""
         from PIL import Image
 
         if not self._listed:
@@ -155,7 +154,6 @@ class ImageFolder:
         return (pixels - torch.tensor(self._mean)[:, None, None]) / torch.tensor(self._std)[:, None, None]
 
     def _batch(self, images: list[Tensor], places: list[int]) -> object:
-        """Images and their labels as they are given out."""
         if self._listed:
             return (images,)
         if len(shapes := {tuple(image.shape) for image in images}) > 1:

@@ -62,7 +62,6 @@ def parse_input(text: str) -> InputSpec:
 
 
 def _dtype(name: str, text: str) -> torch.dtype:
-    """The dtype of a name."""
     dtypes = {n: d for n, d in vars(torch).items() if isinstance(d, torch.dtype)}
     known = {n: d for n, d in dtypes.items() if not n.startswith(("q", "bits", "uint1x"))}
     dtype = known.get(_ALIASES.get(name, name.removeprefix("torch.")))
@@ -143,7 +142,6 @@ def _from_specs(model: nn.Module, specs: list[InputSpec]) -> ExampleInputs:
 
 
 def _from_file(module: ModuleType, place: str) -> ExampleInputs:
-    """What a file's ``example_inputs`` says."""
     what, value = f"example_inputs in {place}", module.example_inputs
     if callable(value) and not isinstance(value, Tensor):
         try:
@@ -171,7 +169,6 @@ def describe_inputs(example_inputs: object) -> list[dict[str, object]]:
 
 
 def _leaves(value: object, name: str) -> list[tuple[str, Tensor]]:
-    """The tensors in a nested structure, each with the keys that lead to it."""
     if isinstance(value, Tensor):
         return [(name, value)]
     if isinstance(value, Mapping):

@@ -202,7 +202,6 @@ def _inputs(original: nn.Module, info: TargetInfo, plan: Plan) -> tuple[ExampleI
 
 
 def _recorded_inputs(model: nn.Module, plan: Plan) -> tuple[ExampleInputs, tuple[str, ...]]:
-    """Inputs of the shapes that a plan records."""
     items = plan.model.get("inputs") or []
     names = [f"{item['name']}=" if item.get("name") else "" for item in items]
     shapes = [f"{'x'.join(map(str, item['shape']))}:{item['dtype']}" for item in items]

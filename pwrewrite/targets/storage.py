@@ -204,7 +204,6 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """All saved tensors, under all their names."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -259,7 +259,6 @@ def _misfit(fit: Fit, where: str, lenient: bool, hint: str | None) -> WeightsErr
 
 
 def _hint(fit: Fit) -> str:
-    """What may be wrong with a checkpoint that does not fit."""
     classes = {(got[:1], want[:1]) for _, got, want in fit.mismatched}
     heads = all(got[1:] == want[1:] and got and want for _, got, want in fit.mismatched)
     if heads and len(classes) == 1 and len(fit.mismatched) <= 6 and not fit.missing and not fit.unexpected:
@@ -273,5 +272,4 @@ def _hint(fit: Fit) -> str:
 
 
 def _shape(shape: tuple[int, ...]) -> str:
-    """A shape as ``64x3x7x7``."""
     return "x".join(map(str, shape)) or "a scalar"

@@ -131,7 +131,6 @@ def compress_target(
 
 
 def _checked(budget: object, options: CompressOptions, exporting: ExportOptions) -> Budget:
-    """Refuses what is cheap to refuse."""
     if not isinstance(budget, Budget):
         raise UsageError("there is no budget to compress to", expected="--budget latency=0.5, or budget=")
     if world() > 1:
@@ -276,7 +275,6 @@ def _exported(model: LoadedModel, place: Path, say: Progress, settings: Mapping[
 
 
 def _read_exports(place: Path) -> dict[str, Any]:
-    """What `export` has reported."""
     data = _data(place / EXPORT_REPORT)
     rows = [Exported(**{**row, "files": tuple(row["files"])}) for row in data["formats"]]
     if not data["passed"] or not all((place / file).is_file() for row in rows for file in row.files):

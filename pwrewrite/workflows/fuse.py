@@ -46,7 +46,6 @@ from .steps import Progress, Run, State, join_names, propose, silent
 from .subject import Subject, check_editable, loaded_of, plan_from_original, with_notes_of
 
 DEFAULT = FUSING
-"""The passes of `fuse`, in order."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -115,7 +115,6 @@ def _measured(
 
 
 def _gain(ratio: float, layers: Mapping[str, str], loss: Measured) -> str:
-    """What quantizing brought and cost, in a sentence."""
     others = [path for path, precision in layers.items() if precision != "int8"]
     rest = f" (not {', '.join(others[:3])}{' …' if len(others) > 3 else ''})" if others else ""
     same = "" if loss.agreement is None else f", the same class in {loss.agreement:.1%}"

@@ -100,7 +100,6 @@ _TOOLS: dict[str, tuple[str, Callable[[Capture, Sequence[Unit]], tuple[list[Shar
 }
 
 TOOLS = tuple(_TOOLS)
-"""Names of the tools whose convention is known."""
 
 
 def count(capture: Capture, tool: str) -> Count:
