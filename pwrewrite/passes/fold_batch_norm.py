@@ -315,9 +315,11 @@ def _weight_norm(graph: Graph, path: str) -> Proposal | None:
     if refusal is None or refusal.reason is not SkipReason.OVERRIDDEN_FORWARD:
         return refusal
     for key, parameter in module.named_parameters():
-        reads = [user for node in graph.owners.reads.get(f"{path}.{key}" if path else key, []) for user in node.users]
+        name = f"{path}.{key}" if path else key
+        reads = [user for node in graph.owners.reads.get(name, []) for user in node.users]
         if any(info(user).path != path for user in reads) or len(graph.owners.holders.get(id(parameter), ())) > 1:
-            return None
+            detail = f"{name}, with which it normalises its weight, is also used elsewhere"
+            return Skip(path, SkipReason.SHARED_WEIGHT, detail)
     own = [node for node in graph.nodes if info(node).path == path and node.op != "get_attr"]
     layer = next((graph.layers[node.name] for node in own if node.name in graph.layers), None)
     if layer is None:

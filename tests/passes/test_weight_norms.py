@@ -86,6 +86,16 @@ def checked(model: nn.Module, passes: list[Pass] | None = None) -> Rewritten:
     return done
 
 
+def test_layers_that_share_a_gain_are_left_with_the_reason() -> None:
+    model = nn.Sequential(Standard(4, 6, 3), nn.ReLU(), Standard(6, 6, 3))
+    model[2].gain = model[0].gain
+    done = checked(model)
+    assert not [edit for edit in done.edits if edit.method == "fold"]
+    left = {skip.path: skip for skip in done.plan.skips if skip.reason is SkipReason.SHARED_WEIGHT}
+    assert set(left) == {"0", "2"}
+    assert left["0"].detail == "0.gain, with which it normalises its weight, is also used elsewhere"
+
+
 @pytest.mark.parametrize(
     "conv",
     [
