@@ -36,6 +36,12 @@ _PLAIN = (Tensor, nn.Parameter)
 LOSES_NAN = frozenset({"relu", "relu6", "hardtanh", "hardsigmoid"})
 """Activations whose kernels return a number for NaN: a comparison picks the bound."""
 
+EXPONENTIAL = frozenset({"swish", "gelu", "sigmoid", "tanh"})
+"""Activations, as oneDNN calls them, that cost so much that `VECTOR` / 2 lanes filled with padding are felt."""
+
+VECTOR = 16
+"""Channels that oneDNN computes at once; of fewer it computes as many, and throws the rest away."""
+
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 """The memory format with channels last, by number of axes."""
 
@@ -96,6 +102,7 @@ _convolution: object = getattr(_mkldnn, "_convolution_pointwise", None)
 _unary = cast("Callable[..., Tensor]", getattr(_convolution, "default", None))
 _binary = cast("Callable[..., Tensor]", getattr(_convolution, "binary", None))
 _product = cast("Callable[..., Tensor]", getattr(_mkldnn, "_linear_pointwise", None))
+_select: Any = getattr(_C, "_select_conv_backend", None)
 _layout: Any = getattr(_mkldnn, "_get_mkldnn_serialized_md", None)
 
 
@@ -127,6 +134,18 @@ def convolve_add(
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, act: Act) -> Tensor:
     """``act(x · Wᵀ + b)`` in one kernel."""
     return _product(x, weight, bias, *act)
+
+
+def chosen(x: Tensor, weight: Tensor, bias: Tensor | None, how: Geometry) -> bool:
+    """Whether torch itself takes oneDNN for a convolution; True where it does not say.
+
+    For single small images in the contiguous format it does not, and is right: oneDNN brings them into blocks of
+    channels first, which for a 1×1 takes longer than the convolution (1.4 to 7 times, measured).
+    """
+    if _select is None:
+        return True
+    settings = (how.stride, how.padding, how.dilation, False, [0] * len(how.stride), how.groups)
+    return bool(_select(x, weight, bias, *settings) == _C._ConvBackend.Mkldnn)
 
 
 def check_known(name: str, act: Act) -> None:

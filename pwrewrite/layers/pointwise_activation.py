@@ -12,6 +12,10 @@ a model converts for all. A 1×1 on a 1×1 map, as in squeeze-excite blocks, is 
 
 NaN: the fused kernels of ReLU, ReLU6, hardtanh and hardsigmoid return a number for NaN, and GELU's returns NaN for Inf.
 With the flag ``keep_nan`` the first four run behind the kernel, in place, on its output.
+
+Few channels: oneDNN computes 16 at once and throws away what is padding, so that with fewer than 8 a k×k runs its
+exponential activations behind the kernel, and contiguous inputs for which torch itself would not take oneDNN take the
+plain path where the layer is a 1×1 or has fewer than 16 channels.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from ..core.convolution import ConvSpec, StandsForLayer
 from ..core.errors import UsageError
 from . import kernels, partitions
 from .factorized import Device, make_layer
-from .kernels import CPU_DTYPES, FORMATS, LOSES_NAN, Geometry, plain_input, plain_tensors, unwatched
+from .kernels import CPU_DTYPES, EXPONENTIAL, FORMATS, LOSES_NAN, Geometry, plain_input, plain_tensors, unwatched
 from .known import ACTIVATIONS, activation_module, checked
 from .packing import Packed
 from .unfused import Unfused, same_padding
@@ -49,7 +53,7 @@ _IN_PLACE: dict[str, Callable[..., Tensor]] = {
 }
 """Activations in place, NaN kept; those of `kernels.LOSES_NAN`."""
 
-_DERIVED = frozenset({"_packed", "_pad", "_how", "_step", "_act", "_late", "_kernel_act"})
+_DERIVED = frozenset({"_packed", "_pad", "_how", "_step", "_thin", "_act", "_late", "_kernel_act"})
 
 
 class PointwiseActivation(StandsForLayer, nn.Module):
@@ -115,8 +119,11 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         self._act: Callable[[Tensor], Tensor] = (lambda x: plain(x, *numbers)) if numbers else plain
         late = _IN_PLACE[self.activation] if self.keep_nan and self.activation in LOSES_NAN else None
         self._late: Callable[[Tensor], Tensor] | None = late and ((lambda x: late(x, *numbers)) if numbers else late)
+        self._thin = self._step or spec.out_channels < kernels.VECTOR
+        if spec.dims and not self._step and spec.out_channels < kernels.VECTOR // 2 and entry.attr in EXPONENTIAL:
+            self._late = self._act
         act: kernels.Act = (entry.attr, [*entry.fixed, *numbers], entry.algorithm)
-        self._kernel_act: kernels.Act = act if late is None else ("none", [], "")
+        self._kernel_act: kernels.Act = act if self._late is None else ("none", [], "")
 
     def reset_parameters(self) -> None:
         """Initialises as ``nn.Conv2d`` does."""
@@ -182,6 +189,8 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         packs = x.is_contiguous(memory_format=last)
         if not packs and self.channels_last:
             x, packs = x.contiguous(memory_format=last), True
+        if not packs and self._thin and not kernels.chosen(x, weight, bias, self._how):
+            return None
         if residual is not None:
             if not self._adds(x, weight, residual) or (not packs and x.dtype is not torch.float32):
                 return None  # without packing it falls back to an addition that knows no half precision

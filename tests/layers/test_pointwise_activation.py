@@ -70,7 +70,7 @@ def test_every_activation(name: str, channels_last: bool) -> None:
 
 
 @fused_here
-@pytest.mark.parametrize("conv", [nn.Conv2d(8, 12, 3), nn.Conv3d(8, 4, 2), nn.Linear(8, 5)], ids=["2d", "3d", "linear"])
+@pytest.mark.parametrize("conv", [nn.Conv2d(8, 12, 3), nn.Conv3d(8, 8, 2), nn.Linear(8, 5)], ids=["2d", "3d", "linear"])
 @pytest.mark.parametrize("row", [row for row in OPERATIONS if row.kernel is not None], ids=lambda row: row.name)
 def test_the_kernel_of_every_row_is_its_operation(
     row: Operation, conv: nn.Module, monkeypatch: pytest.MonkeyPatch
@@ -98,6 +98,35 @@ def test_the_kernel_of_every_row_is_its_operation(
         if not row.functions:
             close(out, F.gelu(before, approximate="tanh"))
             assert row.name == "gelu_tanh"
+
+
+@fused_here
+@pytest.mark.parametrize(
+    ("conv", "batch", "kernels_run"),
+    [
+        (nn.Conv2d(4, 4, 1), 1, []),  # torch itself does not take oneDNN
+        (nn.Conv2d(4, 4, 3, padding=1), 1, []),
+        (nn.Conv2d(4, 4, 3, padding=1), 2, ["none"]),  # the activation runs behind the kernel
+        (nn.Conv2d(4, 32, 3, padding=1), 1, ["swish"]),
+        (nn.Conv2d(4, 8, 3, padding=1), 2, ["swish"]),
+    ],
+)
+def test_few_channels_are_not_brought_into_blocks(
+    conv: nn.Conv2d, batch: int, kernels_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        plain, made = layer("silu", conv)
+        acts: list[str] = []
+        real = kernels.convolve
+        monkeypatch.setattr(kernels, "convolve", lambda *a: (acts.append(a[-1][0]), real(*a))[1])
+        x = torch.randn(batch, 4, 8, 8)
+        with torch.no_grad():
+            close(made(x), F.silu(plain(x)))
+    finally:
+        torch.set_num_threads(threads)
+    assert acts == kernels_run
 
 
 @fused_here
