@@ -29,7 +29,7 @@ RIDGE = 1e-6
 _LARGE, _LARGE_RIDGE = 2048, 1e-4
 """Larger moments are swept in float32, with another ridge."""
 _WAITING = 96
-"""How many columns wait to be taken off the matrices, at least."""
+"""How many columns wait to be taken off the matrices, at least; a sixteenth of them where that is more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +142,9 @@ class _Sweep:
         every = torch.arange(len(left))
         blocks = [m.reshape(len(left), self._size, len(left), self._size)[every, :, every] for m in (inverse, energy)]
         self._own_inverse, self._own_energy = blocks
-        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._most = max(_WAITING, len(inverse) // 16)
+        self._waiting = inverse.new_empty(3, self._most + self._size, len(inverse))  # L, B and R of `_Sweep`
+        self._count = 0
 
     def losses(self) -> Tensor:
         """``(channels,)``: what each channel would lose now; any number for those that are gone."""
@@ -160,31 +162,38 @@ class _Sweep:
         place, size = self._place.pop(channel), self._size
         block = slice(place * size, (place + 1) * size)
         inverse, energy = self._inverse[block], self._energy[block]
-        if self._waiting:
-            left, solved, rest = map(torch.cat, zip(*self._waiting))
-            inverse = inverse - left[:, block].mT @ left
-            energy = energy - solved[:, block].mT @ rest - rest[:, block].mT @ solved
+        if self._count:
+            left, solved, rest = self._waiting[:, : self._count]
+            inverse = torch.addmm(inverse, left[:, block].mT, left, alpha=-1)
+            energy = torch.addmm(energy, solved[:, block].mT, rest, alpha=-1)
+            energy.addmm_(rest[:, block].mT, solved, alpha=-1)
+        left, solved, rest = self._waiting[:, self._count : self._count + size]
+        self._count += size
         root, _ = torch.linalg.cholesky_ex(inverse[:, block])
-        left = torch.linalg.solve_triangular(root, inverse, upper=False)
-        solved = torch.linalg.solve_triangular(root.mT, left, upper=True)
-        rest = energy - 0.5 * energy[:, block] @ solved
-        self._waiting.append((left, solved, rest))
+        left.copy_(torch.linalg.solve_triangular(root, inverse, upper=False))
+        solved.copy_(torch.linalg.solve_triangular(root.mT, left, upper=True))
+        torch.addmm(energy, energy[:, block], solved, alpha=-0.5, out=rest)
         both = _own(solved, rest, size)
         self._own_inverse = self._own_inverse - _own(left, left, size)
         self._own_energy = self._own_energy - both - both.mT
         self._own_inverse[place] = torch.eye(size, dtype=inverse.dtype, device=inverse.device)
-        if len(self._waiting) * size >= _WAITING:
+        if self._count >= self._most:
             self._update()
 
     def _update(self) -> None:
         """Takes what waits off the matrices, and what is gone out of them."""
-        places = torch.tensor(list(self._place.values()), dtype=torch.long)
-        columns = (places[:, None] * self._size + torch.arange(self._size)).flatten().to(self._inverse.device)
-        left, solved, rest = (torch.cat(each)[:, columns] for each in zip(*self._waiting))
-        inverse, energy = (m[columns][:, columns] for m in (self._inverse, self._energy))
+        places = torch.tensor(list(self._place.values()), dtype=torch.long, device=self._inverse.device)
+        left, solved, rest = (self._of(places, each, 1) for each in self._waiting[:, : self._count])
+        inverse, energy = (self._of(places, self._of(places, m, 0), 1) for m in (self._inverse, self._energy))
         inverse.addmm_(left.mT, left, alpha=-1)
         energy.addmm_(torch.cat([solved, rest]).mT, torch.cat([rest, solved]), alpha=-1)
-        self._begin(inverse, energy, self._left[places])
+        self._begin(inverse, energy, self._left[places.cpu()])
+
+    def _of(self, places: Tensor, matrix: Tensor, axis: int) -> Tensor:
+        """The rows or columns of some channels."""
+        shape = list(matrix.shape)
+        blocks = matrix.reshape(*shape[:axis], -1, self._size, *shape[axis + 1 :])
+        return blocks.index_select(axis, places).flatten(axis, axis + 1)
 
 
 def _own(first: Tensor, second: Tensor, size: int) -> Tensor:
