@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from ..core.collector import no_collection
 from ..core.options import GateOptions, TargetOptions
 from .bridge import Only
-from .options import AnalysisReported, AnalysisShown, Limits
+from .options import AnalysisReported, AnalysisShown
 from .running import interruptible, working
 from .showing import show
 
@@ -21,7 +21,7 @@ def analyze(
     target: Annotated[TargetOptions, Only(("seed",), but=True)],
     shown: AnalysisShown,
     reported: AnalysisReported,
-    limits: Limits,
+    limits: Annotated[GateOptions, Only(("max_params", "max_macs", "strict"))],
 ) -> None:
     """Says where the work of a model goes: [bold]hotspots first[/], then memory, paths and coverage.
 
@@ -42,9 +42,9 @@ def analyze(
         device_profile(shown.device)  # what is cheap to refuse is refused before a model is built
         progress(f"analysing {target.target}", None)
         with interruptible():
-            captured = capture_target(target)
-            analysis = analyze_captured(captured, hotspot_share=shown.hotspot_share, device=shown.device)
-            counts = _counts(shown, captured.capture)
+            loaded, captured = capture_target(target)
+            analysis = analyze_captured(loaded, captured, hotspot_share=shown.hotspot_share, device=shown.device)
+            counts = _counts(shown, captured)
     show(
         reported,
         page(analysis, view, counts),
@@ -52,7 +52,7 @@ def analyze(
         csv=lambda: render(analysis, "csv", view, counts),
         html=lambda: render(analysis, "html", view, counts),
     )
-    costs.hold(judge(analysis, GateOptions(limits.max_params, limits.max_macs, strict=limits.strict)))
+    costs.hold(judge(analysis, limits))
 
 
 def _view(shown: AnalysisShown, form: str) -> View:

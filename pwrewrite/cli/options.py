@@ -8,11 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from ..core.declaring import option, path
-from ..core.numbers import parse_count, parse_share
+from ..core.numbers import parse_share
 from ..core.options import BUDGET, PASSES, PROOF, engine_option
 
-OUT, SHOWN, CHECKS = "Output", "What is shown", "Checks"
-_of_output, _of_view, _of_checks = (partial(option, panel=panel) for panel in (OUT, SHOWN, CHECKS))
+_of_output, _of_view = partial(option, panel="Output"), partial(option, panel="What is shown")
 
 FORMATS = ("table", "json", "markdown", "html")
 TOOLS = ("torch", "fvcore", "thop", "ptflops", "torchinfo")
@@ -103,17 +102,6 @@ class AnalysisShown:
     explain_count: bool = _of_view(
         False, "What each of these tools would say, and what makes the difference.", "--explain-count"
     )
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an analysed model may cost."""
-
-    max_params: int | None = _of_checks(
-        None, "Fail if the model has more parameters (25M).", "--max-params N", read=parse_count
-    )
-    max_macs: int | None = _of_checks(None, "Fail if the model has more MACs (4.1G).", "--max-macs N", read=parse_count)
-    strict: bool = _of_checks(False, "Fail if an operation has no cost formula.", "--strict")
 
 
 @dataclass(frozen=True)

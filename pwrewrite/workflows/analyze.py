@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import nn
 
@@ -71,18 +71,10 @@ def analyze_target(
     if isinstance(target, str):
         target = from_keywords(TargetOptions, opening | {"target": target})
         refuse_unknown("analyze_target", {name: 0 for name in opening if not hasattr(target, name)}, TargetOptions)
-    return analyze_captured(capture_target(target), hotspot_share=hotspot_share, device=device)
+    return analyze_captured(*capture_target(target), hotspot_share=hotspot_share, device=device)
 
 
-@dataclass(frozen=True)
-class Captured:
-    """What a person typed: the loaded model with its inputs and notes, and its capture."""
-
-    loaded: LoadedModel
-    capture: Capture
-
-
-def capture_target(options: TargetOptions) -> Captured:
+def capture_target(options: TargetOptions) -> tuple[LoadedModel, Capture]:
     """Loads and captures what can be typed.
 
     The model is built without memory for its weights. Where their values matter, it is built once more for real; a
@@ -90,20 +82,19 @@ def capture_target(options: TargetOptions) -> Captured:
     """
     loaded = open_target(options, empty=True, seeded=False)
     if loaded.plan is not None:
-        return Captured(loaded, capture(loaded.model, loaded.example_inputs))
+        return loaded, capture(loaded.model, loaded.example_inputs)
     try:
-        return Captured(loaded, capture(loaded.model, loaded.example_inputs, values="meta"))
+        return loaded, capture(loaded.model, loaded.example_inputs, values="meta")
     except CaptureError as error:
         if isinstance(error.__cause__, ShapeError):
             raise
     loaded = open_target(options, seeded=False)  # the model needs values: those that it is made with
-    return Captured(loaded, capture(loaded.model, loaded.example_inputs))
+    return loaded, capture(loaded.model, loaded.example_inputs)
 
 
 def analyze_captured(
-    captured: Captured, *, hotspot_share: float = 0.01, device: str | DeviceProfile = "cpu"
+    loaded: LoadedModel, captured: Capture, *, hotspot_share: float = 0.01, device: str | DeviceProfile = "cpu"
 ) -> Analysis:
     """The analysis of what `capture_target` made, with the notes of loading before its own."""
-    loaded = captured.loaded
-    analysis = analyze_capture(captured.capture, target=loaded.target, hotspot_share=hotspot_share, device=device)
+    analysis = analyze_capture(captured, target=loaded.target, hotspot_share=hotspot_share, device=device)
     return replace(analysis, model_class=class_name(loaded.model), notes=(*loaded.notes, *analysis.notes))
