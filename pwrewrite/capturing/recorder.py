@@ -2,7 +2,7 @@
 
 The recorder hands out real tensors without data, not proxies: Python control flow runs as ever, sizes are integers. A
 `TorchFunctionMode` sees every torch function, a replaced ``nn.Module.__call__`` every module. Modules with a rule
-(see `module_rules`) become ``call_module`` nodes without running; all else is looked into. Code that needs a tensor's
+(see `leaves`) become ``call_module`` nodes without running; all else is looked into. Code that needs a tensor's
 *values* raises `NeedsValues`, and the caller records again with real, seeded ones.
 
 The recorder keeps no activation alive (see `origins`), so that the deaths it observes are those of an ordinary run.
@@ -35,9 +35,8 @@ from . import functions
 from .bookkeeping import Bookkeeper
 from .evaluate import Evaluator, Function, read, redirect, without_masks
 from .inventory import Inventory
-from .leaves import Leaves
+from .leaves import Leaves, leaf_rule
 from .liveness import Liveness
-from .module_rules import leaf_rule
 from .origins import Origins, spec_of
 from .records import NodeInfo, Window, set_info
 from .shapes import pool_call_window

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pwrewrite.capturing import capture, info
 from pwrewrite.capturing.functions import words
-from pwrewrite.capturing.module_rules import MODULE_RULES, leaf_rule
+from pwrewrite.capturing.leaves import MODULE_RULES, leaf_rule
 from pwrewrite.capturing.shapes import FUNCTION_RULES, ShapeError
 from pwrewrite.core.errors import CaptureError
 from pwrewrite.core.nested import map_tensors, tensors_of
