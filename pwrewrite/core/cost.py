@@ -7,8 +7,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
-from operator import add, sub
+from dataclasses import dataclass
 
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
@@ -36,12 +35,6 @@ class Cost:
     def bytes(self) -> int:
         """Bytes moved, read and written."""
         return self.read_bytes + self.write_bytes
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(*map(add, astuple(self), astuple(other)))
-
-    def __sub__(self, other: Cost) -> Cost:
-        return Cost(*map(sub, astuple(self), astuple(other)))
 
 
 def register_formula(op: OpOverloadPacket, formula: Formula) -> None:

@@ -124,9 +124,7 @@ def _layers(layers: tuple[LayerDifference, ...]) -> Table:
     return Table(
         [
             Column("", [_SIGNS[layer.change] for layer in layers], right=False),
-            Column(
-                "layer", [layer.path or rows.ROOT for layer in layers], right=False, style="cyan", shrink=18, code=True
-            ),
+            rows.layer_column(layer.path for layer in layers),
             Column("what", whats, right=False, shrink=16, keep=2),
             Column("params", [f"{count(old)} → {count(new)}" for old, new in params], keep=3),
             Column("MACs", [f"{count(old)} → {count(new)}" for old, new in macs]),

@@ -53,7 +53,7 @@ def plan_page(plan: Plan) -> Page:
     title = Title(str(plan.model.get("target") or plan.model.get("class") or "plan"), [plural(len(ops), "op")])
     table = Table(
         [
-            Column("layer", [op.path or rows.ROOT for op in ops], right=False, style="cyan", shrink=18, code=True),
+            rows.layer_column(op.path for op in ops),
             Column("action", [op.action for op in ops], right=False),
             Column("pass", [op.pass_name for op in ops], right=False, keep=1),
             Column("MACs", estimates),
@@ -102,7 +102,7 @@ def _edits(shown: Sequence[EditRow]) -> Table:
     edits = [row.edit for row in shown]
     changes = [rows.change(row.macs_before, row.macs_after) for row in shown]
     columns = [
-        Column("layer", [e.path or rows.ROOT for e in edits], right=False, style="cyan", shrink=18, code=True),
+        rows.layer_column(e.path for e in edits),
         Column("form", [rows.form_text(e) for e in edits], right=False, shrink=8),
         Column("width", [rows.widths_text(e) for e in edits], keep=4),
         Column("params", [f"{count(e.params_before)} → {count(e.params_after)}" for e in edits], keep=3),
@@ -137,10 +137,9 @@ def _skips(skips: Sequence[Skip]) -> Listing:
 
 
 def _each_skip(skips: Sequence[Skip]) -> Listing:
-    paths = [skip.path or rows.ROOT for skip in skips]
     return Listing(
         [
-            Column("layer", paths, right=False, style="cyan", shrink=18, code=True),
+            rows.layer_column(skip.path for skip in skips),
             Column("reason", [str(skip.reason) for skip in skips], right=False, style="yellow"),
             Column("why", [skip.detail for skip in skips], right=False),
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..core import text
 from ..core.numbers import count, exact, percent, plural, size
@@ -52,6 +52,11 @@ def change(before: int, after: int) -> str:
     share = (after - before) / before
     text = f"{100 * share:+.1f}%"
     return text if text not in ("+0.0%", "-0.0%") else ("<+0.1%" if share > 0 else "<-0.1%")
+
+
+def layer_column(paths: Iterable[str]) -> Column:
+    """The paths of layers."""
+    return Column("layer", [path or ROOT for path in paths], right=False, style="cyan", shrink=18, code=True)
 
 
 def change_column(changes: Sequence[str]) -> Column:
