@@ -84,7 +84,7 @@ def capture(
     with _one_at_a_time, no_collection():
         for attempt in attempts:
             real = attempt == "real"
-            if real and failure is not None and _too_large(inventory):
+            if failure is not None and sum(byte_count(p) for p in inventory.parameters if p.is_meta) > _REAL_LIMIT:
                 break
             try:
                 recorder = _record(inventory, args, kwargs, real=real, training=training, items=items)
@@ -171,10 +171,6 @@ def _finish(recorder: Recorder, values: str, failure: Exception | None) -> Captu
     coverage = Coverage(kind, len(convolutions), called, tuple(unpriced.most_common()), values)
     recorded = (inventory.model, tuple(inputs), graph, layers, coverage, tuple(recorder.liveness.events))
     return Capture(*recorded, inventory.size, inventory.nbytes, tuple(notes), origins.constants)
-
-
-def _too_large(inventory: Inventory) -> bool:
-    return sum(byte_count(p) for p in inventory.parameters if p.is_meta) > _REAL_LIMIT
 
 
 def _refused(error: Exception, args: Args, kwargs: Kwargs) -> CaptureError:

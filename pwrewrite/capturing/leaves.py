@@ -45,10 +45,6 @@ def _convolution(module: nn.Module, x: Tensor, output_size: Sequence[int] | None
     return convolve(ConvSpec.of_module(module), x, module._parameters.get("weight"), output_size)
 
 
-def _linear(module: nn.Linear, x: Tensor) -> Tensor:
-    return project(x, module.in_features, module.out_features)
-
-
 def _channel_norm(module: Any, x: Tensor) -> Tensor:
     channels = getattr(module, "num_features", None)
     if channels is None:
@@ -83,11 +79,8 @@ def _pool(module: Any, x: Tensor) -> Tensor:
     return new((*x.shape[:-dims], *size), x) if usual and min(size) > 0 else ON_META
 
 
-def _on_meta(*args: object, **kwargs: object) -> Tensor:
-    return ON_META
-
-
 _RULES: dict[str, Callable[..., Tensor]] = {
+    "": lambda *args, **kwargs: ON_META,
     "same": lambda module, x: x if getattr(module, "inplace", False) else same(x),
     "input": lambda module, x: x,
     "default": lambda module, x: default(x),
@@ -95,13 +88,13 @@ _RULES: dict[str, Callable[..., Tensor]] = {
     "layer": _layer_norm,
     "pool": _pool,
     "adaptive": _adaptive,
-    "linear": _linear,
+    "linear": lambda module, x: project(x, module.in_features, module.out_features),
     "convolution": _convolution,
 }
 """Name of a shape rule in `pwrewrite.core.operations` to what it is for modules."""
 
 MODULE_RULES: dict[object, Leaf] = {
-    kind.forward: Leaf(row.name, _RULES.get(row.shape, _on_meta), row.kind == "product", row.shape == "convolution")
+    kind.forward: Leaf(row.name, _RULES[row.shape], row.kind == "product", row.shape == "convolution")
     for row in OPERATIONS
     for kind in row.modules
 }

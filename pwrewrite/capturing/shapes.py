@@ -143,10 +143,6 @@ def _elementwise(x: object, *args: object, **kwargs: object) -> Tensor:
     return x if kwargs.get("inplace") or any(a is True for a in args) else same(x)
 
 
-def _format(x: Tensor, *args: object, **kwargs: object) -> Tensor:
-    return new(x.shape, x)
-
-
 def _binary(a: object, b: object, *args: object, **kwargs: object) -> Tensor:
     if args or kwargs.get("out") is not None or kwargs.get("rounding_mode"):
         return ON_META
@@ -242,7 +238,7 @@ RULES: dict[str, Rule] = {
     "same": _elementwise,
     "default": default,
     "layer": default,
-    "format": _format,
+    "format": lambda x, *args, **kwargs: new(x.shape, x),
     "broadcast": _binary,
     "cat": _cat,
     "reduce": _reduce,

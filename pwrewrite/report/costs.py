@@ -38,7 +38,7 @@ def check_page(check: GateResult) -> Page:
                 Column("limit", [finding.name for finding in shown], right=False),
                 Column("model", [amount(f.kind, f.value) for f in shown]),
                 Column("at most", [amount(f.kind, f.limit) for f in shown]),
-                Column("used", [_used(f) for f in shown], keep=2),
+                Column("used", [f"{100 * f.value / f.limit:.1f}%" if f.limit else "–" for f in shown], keep=2),
                 Column("baseline", ["–" if f.baseline is None else amount(f.kind, f.baseline) for f in shown], keep=3),
             ]
         ),
@@ -61,10 +61,6 @@ def headline(check: GateResult) -> str:
         return f"{len(failed)} of {plural(len(check.findings), 'limit')} exceeded: {', '.join(f.name for f in failed)}"
     near = f"; nearly: {', '.join(f.name for f in warned)}" if warned else ""
     return f"within {'its limit' if len(check.findings) == 1 else f'all {len(check.findings)} limits'}{near}"
-
-
-def _used(finding: Finding) -> str:
-    return f"{100 * finding.value / finding.limit:.1f}%" if finding.limit else "–"
 
 
 def sentence(finding: Finding) -> str:

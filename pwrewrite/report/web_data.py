@@ -24,6 +24,7 @@ def model_data(analysis: Analysis, name: str = "", notes: Mapping[str, str] | No
     """A model: totals, modules, steps and layers; ``notes`` says of a layer by its path what was done to it."""
     nodes = [node for _, node in analysis.tree.walk()]
     position = {node.path: i for i, node in enumerate(nodes)}
+    params = [node.params - sum(child.params for child in node.children) for node in nodes]
     texts = _Texts()
     steps = []
     for i, step in enumerate(analysis.steps):
@@ -44,7 +45,7 @@ def model_data(analysis: Analysis, name: str = "", notes: Mapping[str, str] | No
         },
         "roof": {"device": roof.device, "macs": roof.macs_per_s, "bytes": roof.bytes_per_s},
         "peak": [[plain(t.path or t.node), dims(t.shape), t.nbytes] for t in peak.tensors],
-        "modules": [[*_named(node, position), texts[node.kind], _own_params(node)] for node in nodes],
+        "modules": [[*_named(node, position), texts[node.kind], own] for node, own in zip(nodes, params)],
         "steps": steps,
         "layers": [_layer(report, position, notes, texts) for report in analysis.layers],
         "texts": list(texts),
@@ -63,10 +64,6 @@ def _named(node: TreeNode, position: Mapping[str, int]) -> list[Json]:
     if not node.path:
         return ["", -1]
     return [plain(node.name), position[node.path.rpartition(".")[0]]]
-
-
-def _own_params(node: TreeNode) -> int:
-    return node.params - sum(child.params for child in node.children)
 
 
 def _module(path: str, position: Mapping[str, int]) -> int:

@@ -83,16 +83,14 @@ def _nothing(unit: Unit) -> tuple[int, str]:
     return 0, ""
 
 
-def _once(unit: Unit) -> tuple[int, str]:
-    return unit.output.numel, "1 per output element"
-
-
 _THOP: dict[type[nn.Module], _Rule] = {
     **dict.fromkeys(CONV_MODULES, _thop_convolution),
     nn.Linear: lambda unit: (unit.module.in_features * unit.output.numel, ""),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LayerNorm), _thop_norm),
     **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _thop_norm),
-    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), _once),
+    **dict.fromkeys(
+        (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), lambda unit: (unit.output.numel, "1 per output element")
+    ),
     **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), _thop_adaptive_pool),
     **dict.fromkeys((nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d), _thop_upsample),
     nn.Softmax: _thop_softmax,

@@ -41,7 +41,8 @@ def ptflops_shares(capture: Capture, all_units: Sequence[Unit]) -> tuple[list[Sh
     """What ``get_model_complexity_info(model, …, as_strings=False)`` counts."""
     shares: list[Share] = []
     caveats: list[str] = []
-    added = visits(capture.model, _supported)
+    closed = (*RECURRENT, nn.MultiheadAttention)
+    added = visits(capture.model, lambda module: _hook_of(module) is not None or isinstance(module, closed))
     batch = next((spec.shape[0] for _, spec in capture.inputs if spec.shape), 1)
     hooked = 0
     for unit in all_units:
@@ -87,10 +88,6 @@ def _hidden(function: object, module: nn.Module) -> str:
         return "" if known else f"ptflops counts F.{pool} but not F.{name}, and which of them was called is not known"
     inside = [] if name in _PATCHED else _replaced_inside(function)
     return f"ptflops counts the {' and '.join(inside)} inside F.{name}, here as 0" if inside else ""
-
-
-def _supported(module: nn.Module) -> bool:
-    return _hook_of(module) is not None or isinstance(module, (*RECURRENT, nn.MultiheadAttention))
 
 
 _Hook = Callable[[Unit], list[Share]]
