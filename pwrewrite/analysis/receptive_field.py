@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -98,14 +98,12 @@ def _view(call: _Call, reach: Reach) -> State:
     if not reshaped:
         shape[reach.axis] = max(shape[reach.axis], 2)  # so that a single position has a stride, too
     probe = torch.empty(shape, device="meta")
-    if reshaped:
-        seen = probe.reshape(call.output)
-    elif node.op == "call_module" or len(node.all_input_nodes) > 1:
+    function: Any = getattr(Tensor, node.target, None) if isinstance(node.target, str) else node.target
+    try:
+        seen = probe.reshape(call.output) if reshaped else function(probe, *node.args[1:], **node.kwargs)
+    except Exception:  # indices that are tensors, pieces that do not fit
         return None
-    else:
-        function = getattr(Tensor, node.target) if isinstance(node.target, str) else node.target
-        seen = function(probe, *node.args[1:], **node.kwargs)
-        seen = seen if isinstance(seen, Tensor) else seen[0]
+    seen = seen if isinstance(seen, Tensor) else seen[0]
     size, step = shape[reach.axis], probe.stride(reach.axis)
     places = enumerate(zip(seen.shape, seen.stride()), -seen.dim())
     kept = [(axis, n, s // step) for axis, (n, s) in places if n > 1 and s % step == 0 and s < step * size]

@@ -250,6 +250,7 @@ UNKNOWN: dict[str, Fn] = {
     "two halves in one": Fn(lambda m, x: torch.cat([m.c(x), m.c(x)], 3), c=conv()),
     "transposed against straight": Fn(lambda m, x: m.c(x) + m.c(x).transpose(2, 3), c=conv()),
     "cumsum": Fn(lambda m, x: m.c(x).cumsum(2), c=conv()),
+    "a piece that is all": Fn(lambda m, x: m.c(x).split([1], 2)[0], c=conv((16, 3))),
     "bicubic": Fn(lambda m, x: F.interpolate(m.c(x), scale_factor=2, mode="bicubic"), c=conv()),
     "antialias": Fn(lambda m, x: F.interpolate(m.c(x), (9, 13), mode="bilinear", antialias=True), c=conv()),
     "einsum": Fn(lambda m, x: torch.einsum("nchw,ndhw->ncd", m.c(x), m.c(x)), c=conv()),
