@@ -161,10 +161,9 @@ class ConvSpec:
         return (*shape[:lead], self.out_channels, *size)
 
     def macs(self, input_shape: Sequence[int], output_shape: Sequence[int]) -> int:
-        """Multiply-accumulates of one call, from its input and output shapes (batched or not)."""
-        per_weight = input_shape if self.transposed else output_shape
-        batch = per_weight[0] if len(per_weight) == self.dims + 2 else 1
-        return prod(self.weight_shape) * batch * prod(per_weight[len(per_weight) - self.dims :])
+        """Multiply-accumulates of one call, from its input and output shapes (batched or not, or of a linear map)."""
+        each = prod(input_shape) // self.in_channels if self.transposed else prod(output_shape) // self.out_channels
+        return prod(self.weight_shape) * each
 
 
 def _of_spec(name: str) -> Any:

@@ -228,13 +228,11 @@ class Kept(Factors):
     shift: Tensor
 
     def reconstruct(self) -> Tensor:
-        """See `Factors.reconstruct`."""
         whole = self.kernel.new_zeros(self.kernel.shape[0], self.of, *self.kernel.shape[2:])
         whole[:, list(self.channels)] = self.kernel
         return whole
 
     def stages(self, transposed: bool = False) -> tuple[Stage, ...]:
-        """See `Factors.stages`."""
         axes = tuple(range(self.kernel.dim() - 2))
         return (Stage(from_forward_layout(self.kernel, 1, transposed), 1, transposed, axes),)
 

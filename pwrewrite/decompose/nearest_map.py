@@ -28,11 +28,9 @@ class NearestMap(Factors):
     dims: int
 
     def reconstruct(self) -> Tensor:
-        """See `Factors.reconstruct`."""
         return pointwise_weight(self.kernel, self.dims)
 
     def stages(self, transposed: bool = False) -> tuple[Stage, ...]:
-        """See `Factors.stages`."""
         return (Stage(self.reconstruct(), 1, False, tuple(range(self.dims))),)
 
 

@@ -75,9 +75,9 @@ def calls_identity(graph_module: Regraphed, node: fx.Node) -> bool:
     return node.op == "call_module" and is_identity(graph_module.get_submodule(str(node.target)))
 
 
-def argument(node: fx.Node, position: int, name: str) -> fx.node.Argument:
+def argument(node: fx.Node, position: int, name: str, default: fx.node.Argument = None) -> fx.node.Argument:
     """An argument of a call, wherever it was given."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def stored(graph_module: Regraphed, value: object) -> object:

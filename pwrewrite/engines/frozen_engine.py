@@ -22,12 +22,10 @@ class FrozenEngine(Engine):
 
     @property
     def missing(self) -> str:
-        """See `Engine.missing`."""
         return "" if tracing.FUSER else "needs a build of torch with oneDNN graphs behind TorchScript"
 
     @property
     def version(self) -> str:
-        """See `Engine.version`."""
         return torch.__version__
 
     def _session(self, model: nn.Module, args: Args, kwargs: Kwargs) -> Session:

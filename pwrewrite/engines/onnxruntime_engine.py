@@ -24,7 +24,6 @@ class OnnxRuntime(Engine):
 
     @property
     def version(self) -> str:
-        """See `Engine.version`."""
         return str(import_module("onnxruntime").__version__)
 
     def _session(self, model: nn.Module, args: Args, kwargs: Kwargs) -> Session:

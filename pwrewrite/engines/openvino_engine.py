@@ -22,7 +22,6 @@ class OpenVino(Engine):
 
     @property
     def version(self) -> str:
-        """See `Engine.version`."""
         return str(quiet_import("openvino").__version__).partition("-")[0]
 
     def _session(self, model: nn.Module, args: Args, kwargs: Kwargs) -> Session:

@@ -29,7 +29,6 @@ class Eager(Engine):
 
     @property
     def version(self) -> str:
-        """See `Engine.version`."""
         return torch.__version__
 
     def _session(self, model: nn.Module, args: Args, kwargs: Kwargs) -> Session:

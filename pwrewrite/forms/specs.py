@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from math import prod
 
 from ..core.convolution import ConvSpec
 from ..core.errors import PlanError
@@ -99,7 +98,7 @@ def chain_macs(chain: Chain, input_shape: Sequence[int], output_shape: Sequence[
     total, shape = 0, tuple(input_shape)
     for _, spec in chain:
         out = stage_output(spec, shape, output_shape)
-        total += spec.macs(shape, out) if spec.dims else prod(shape) * spec.out_channels
+        total += spec.macs(shape, out)
         shape = out
     return total
 

@@ -97,6 +97,11 @@ def hooked(module: nn.Module) -> bool:
     return any(getattr(module, name, None) for name in _HOOKS)
 
 
+def bare(module: nn.Module) -> bool:
+    """Whether a module has no children and no tensors."""
+    return not [*module.children(), *module.parameters(), *module.buffers()]
+
+
 def drops(module: nn.Module) -> bool:
     """Whether a module does something in training only: it drops, and in evaluation returns what it is given."""
     if isinstance(module, _DROPOUTS):
@@ -104,7 +109,7 @@ def drops(module: nn.Module) -> bool:
     kind = type(module).__name__.lower()
     if "drop" not in kind and "stochasticdepth" not in kind:
         return False
-    if any(True for _ in (*module.children(), *module.parameters(), *module.buffers())):
+    if not bare(module):
         return False
     x = torch.zeros(2, 3, 4, 4)
     try:

@@ -27,7 +27,7 @@ from ..decompose import RankSpec
 from ..forms.form import Axes, Form
 from ..forms.specs import chain_macs, chain_params, linear_spec, spec_to_dict
 from ..layers.factorized import ACTIVATIONS, NORMS, Factorized
-from .patterns import overwriter, tensor_of
+from .patterns import Graph, tensor_of
 
 Proposal = Op | Skip
 
@@ -141,7 +141,6 @@ class LayerPass(Pass):
         return dict(zip(names, ranks))
 
     def propose(self, capture: Capture) -> list[Proposal]:
-        """See `Pass.propose`."""
         wanted = chosen(capture, self.include, self.exclude)
         owners = Owners(capture)
         total = sum(layer.macs for layer in capture.layers) or 1
@@ -190,7 +189,7 @@ class LayerPass(Pass):
         spec, form, widths = spec_of(layer), self.form, dict.fromkeys(self.form.widths, 1)
         if not spec.pads_copy or all(form.stages(spec, widths, axes)[0][1].pads_copy for axes in form.splits(spec)):
             return None
-        if (writer := overwriter(capture, layer)) is None:
+        if (writer := Graph(capture).overwriter(layer)) is None:
             return None
         detail = (
             f"its input is overwritten by {writer.name} after it ran; the layer keeps a padded copy for its backward "

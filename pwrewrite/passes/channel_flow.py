@@ -16,10 +16,12 @@ from typing import Any
 
 from torch import fx
 
-from ..capturing.eligibility import Owners, eligible
-from ..capturing.records import Capture, Layer, info
+from ..capturing.eligibility import eligible
+from ..capturing.records import Layer, info
 from ..core.operations import OPERATIONS
 from ..edit.actions.project import CHANNEL_NORMS
+from ..edit.graph_edit import argument
+from .patterns import Graph
 
 _LINEAR = frozenset(name for row in OPERATIONS if row.linear for name in row.names)
 _ALONE = frozenset(
@@ -42,48 +44,37 @@ class Segment:
 
 @dataclass
 class Flow:
-    """What the branch's channels reach.
-
-    Attributes:
-        consumers: Layers, each with the part of its input that comes from the branch.
-        norms: Path, module and part of every norm on the way.
-        outputs: Number of an output of the model, its width and the part of it.
-        nonlinear: What on the way does not commute with a 1×1; ``""`` if nothing.
-        dropout: Whether there is a dropout on the way, which commutes in eval mode only.
-        blocked: Why the width cannot change; ``""`` if it can.
-        nodes: Every node whose output holds channels of the branch.
-    """
+    """What the branch's channels reach; each with the part of its channels that comes from the branch."""
 
     consumers: list[tuple[Layer, Segment]] = field(default_factory=list)
-    norms: list[tuple[str, Any, Segment]] = field(default_factory=list)
-    outputs: list[tuple[int, int, Segment]] = field(default_factory=list)
-    nonlinear: str = ""
-    dropout: bool = False
-    blocked: str = ""
+    norms: list[tuple[str, Any, Segment]] = field(default_factory=list)  # path and module
+    outputs: list[tuple[int, int, Segment]] = field(default_factory=list)  # number of an output, and its width
+    nonlinear: str = ""  # what on the way does not commute with a 1×1
+    dropout: bool = False  # whether one is on the way, which commutes in eval mode only
+    blocked: str = ""  # why the width cannot change
     nodes: dict[fx.Node, Segment] = field(default_factory=dict)
 
 
 def channel_axis(node: fx.Node) -> bool:
     """Whether a node joins tensors along axis 1, the channels of a batch."""
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    dim = argument(node, 1, "dim", node.kwargs.get("axis", 0))
     shapes = [info(source).outputs[0].shape for source in node.all_input_nodes]
     return isinstance(dim, int) and all(len(shape) >= 2 and dim % len(shape) == 1 for shape in shapes)
 
 
 def joined(node: fx.Node) -> list[fx.Node]:
     """The tensors that a concatenation joins, in order."""
-    tensors: Any = node.args[0] if node.args else node.kwargs.get("tensors", ())
+    tensors: Any = argument(node, 0, "tensors", ())
     return list(tensors)
 
 
-def follow(capture: Capture, owners: Owners, branch: fx.Node, cat: fx.Node) -> Flow:
+def follow(graph: Graph, branch: fx.Node, cat: fx.Node) -> Flow:
     """Follows the output of a branch from a concatenation along the channels to everything that reads it."""
-    walk, behind = _Walk(capture, owners), False
+    walk = _Walk(graph)
     reached = {branch: Segment(0, info(branch).outputs[0].shape[1])}
-    for node in capture.graph.nodes:
-        behind = behind or node is cat
+    for node in graph.nodes[graph.order[cat] :]:
         sources = [source for source in node.all_input_nodes if source in reached]
-        if behind and sources:
+        if sources:
             segment = walk.through(node, reached, sources)
             if walk.flow.blocked:
                 break
@@ -93,10 +84,8 @@ def follow(capture: Capture, owners: Owners, branch: fx.Node, cat: fx.Node) -> F
 
 
 class _Walk:
-    def __init__(self, capture: Capture, owners: Owners) -> None:
-        self.capture, self.owners = capture, owners
-        self.layers = {call.node: layer for layer in capture.layers for call in layer.calls}
-        self.flow = Flow()
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.flow = graph, Flow()
 
     def through(self, node: fx.Node, reached: dict[fx.Node, Segment], sources: list[fx.Node]) -> Segment | None:
         """The branch's part of what a node makes; None where the way ends there."""
@@ -112,9 +101,9 @@ class _Walk:
         source, segment = sources[0], reached[sources[0]]
         if facts.op == "cat":
             return self._cat(node, source, segment)
-        if node.name in self.layers:
+        if node.name in self.graph.layers:
             return self._consumer(node, source, segment)
-        if node.op == "call_module" and isinstance(self.owners.modules.get(str(node.target)), CHANNEL_NORMS):
+        if node.op == "call_module" and isinstance(self.graph.modules.get(str(node.target)), CHANNEL_NORMS):
             return self._norm(node, segment)
         if len(node.all_input_nodes) > 1:
             return self._block(node, "combines them with another tensor, which would keep its width")
@@ -153,8 +142,8 @@ class _Walk:
         return Segment(earlier + segment.offset, segment.channels, segment.repeat)
 
     def _consumer(self, node: fx.Node, source: fx.Node, segment: Segment) -> Segment | None:
-        layer = self.layers[node.name]
-        read = node.args[0] if node.args else node.kwargs.get("input")
+        layer = self.graph.layers[node.name]
+        read = argument(node, 0, "input")
         dims = 0 if layer.spec is None else layer.spec.dims
         if layer.functional or read is not source:
             return self._block(node, "reads them in a functional call, whose weight is not a module's")
@@ -164,27 +153,26 @@ class _Walk:
             return self._block(node, "reads another axis as its channels")
         if len(layer.calls) > 1:
             return self._block(node, "is called several times")
-        refused = eligible(self.capture, layer, self.owners)
-        if refused is not None:
+        if refused := eligible(self.graph.capture, layer, self.graph.owners):
             return self._block(node, f"cannot change: {refused.detail}")
         self.flow.consumers.append((layer, segment))
         return None
 
     def _norm(self, node: fx.Node, segment: Segment) -> Segment | None:
         path = str(node.target)
-        norm = self.owners.modules[path]
-        if len(self.capture.graph.find_nodes(op="call_module", target=path)) > 1:
+        norm = self.graph.modules[path]
+        if self.graph.calls[path] > 1:
             return self._block(node, "is called several times")
         if segment.repeat > 1:
             return self._block(node, "normalises single positions")
-        if any(len(self.owners.holders.get(id(p), ())) > 1 for p in norm.parameters()):
+        if self.graph.shares(norm):
             return self._block(node, "shares its parameters")
         self.flow.norms.append((path, norm, segment))
         self._remember(node)
         return segment
 
     def _one_slope(self, node: fx.Node) -> bool:
-        module: Any = self.owners.modules.get(str(node.target))
+        module: Any = self.graph.modules.get(str(node.target))
         return node.op == "call_module" and module.num_parameters == 1
 
     def _remember(self, node: fx.Node) -> None:
@@ -203,13 +191,11 @@ def describe(node: fx.Node) -> str:
 
 def reduced_axes(node: fx.Node, rank: int) -> tuple[int, ...]:
     """The axes that a reduction goes over."""
-    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", ())
+    given = argument(node, 1, "dim", ())
     values = given if isinstance(given, (tuple, list)) else (given,)
     return tuple(value % rank for value in values if isinstance(value, int))
 
 
 def _zero_pad(node: fx.Node) -> bool:
     """Whether a padding commutes with a 1×1: all do but those with a constant other than 0."""
-    mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
-    value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-    return str(mode) != "constant" or not value
+    return argument(node, 2, "mode", "constant") != "constant" or not argument(node, 3, "value")

@@ -259,12 +259,11 @@ class _Walk:
 
     def _other_owners(self, node: fx.Node, path: str) -> str:
         """What else has the tensors of a module that one node calls; ``""`` for nothing."""
-        module, owners = self.graph.modules[path], self.graph.owners
-        if any(len(owners.holders.get(id(p), ())) > 1 for p in module.parameters(recurse=False)):
+        module = self.graph.modules[path]
+        if self.graph.shares(module, recurse=False):
             return f"{path} shares its parameters"
         names = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
-        reads = [read for name in names for read in owners.reads.get(f"{path}.{name}" if path else name, ())]
-        strangers = [user for read in reads for user in read.users if user is not node]
+        strangers = [user for user in self.graph.readers(path, *names) if user is not node]
         return f"{describe(strangers[0])} reads the tensors of {path}, too" if strangers else ""
 
     def _alone(self, node: fx.Node, source: fx.Node, place: _Place) -> _Place | None:

@@ -33,7 +33,6 @@ class ChannelsLast(Pass):
     exact = "both"
 
     def propose(self, capture: Capture) -> list[Proposal]:
-        """See `Pass.propose`."""
         owners, specs = Owners(capture), dict[str, Json]()
         layers: list[Layer] = []
         for layer in capture.layers:

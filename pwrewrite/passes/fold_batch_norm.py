@@ -31,10 +31,11 @@ from ..core.records import Json
 from ..edit.actions.bench import spec_of_module
 from ..edit.actions.code_norm import TENSORS
 from ..edit.actions.fold import WEIGHT
+from ..edit.swap import stem
 from ..forms.specs import spec_to_dict
 from ..layers.known import hooked
 from .base import Pass, Proposal, spec_of
-from .patterns import Graph
+from .patterns import Graph, tensor_of
 
 _ARITHMETIC = {
     *("add", "sub", "rsub", "mul", "div", "neg", "rsqrt", "sqrt", "reciprocal", "pow", "exp", "addcmul", "batch_norm"),
@@ -54,7 +55,6 @@ class FoldBatchNorm(Pass):
     exact = "eval"
 
     def propose(self, capture: Capture) -> list[Proposal]:
-        """See `Pass.propose`."""
         graph, taken = Graph(capture), set[str]()
         proposals: list[Proposal] = []
         norms = list(_norms(graph))
@@ -141,18 +141,19 @@ def _in_code(graph: Graph, node: fx.Node) -> _Norm | Skip:
     if given.get("training", False) is not False or given.get("running_mean") is None:
         return Skip(where, SkipReason.NO_STATISTICS, "it normalises with the statistics of each batch")
     names: dict[str, str | None] = {}
+    tensors: list[Tensor | None] = []
     for key in TENSORS:
         read = given.get(key)
         name = names[key] = str(read.target) if isinstance(read, fx.Node) and read.op == "get_attr" else None
-        held = None if name is None else graph.tensor(name)
+        tensors.append(held := None if name is None else tensor_of(graph.owners, name))
         if read is not None and held is None:
             return Skip(where, SkipReason.FUNCTIONAL, f"its {key} is computed by the code; keep it as a buffer")
         if name is None:
             continue
-        users = [user for n in graph.owners.reads[name] for user in n.users]
-        if len(users) > 1 or graph.calls[name.rpartition(".")[0]] or len(graph.owners.holders.get(id(held), ())) > 1:
+        path, _, attribute = name.rpartition(".")
+        several = len(graph.readers(path, attribute)) > 1 or len(graph.owners.holders.get(id(held), ())) > 1
+        if several or graph.calls[path]:
             return Skip(where, SkipReason.SHARED_WEIGHT, f"its {key}, {name}, is also used elsewhere")
-    tensors = [None if name is None else graph.tensor(name) for name in names.values()]
     code = {"tensors": names, "eps": given.get("eps", 1e-5), "scope": info(node).path}
     return _Norm(str(names["running_mean"]), given.get("input"), node, tensors, code=code)
 
@@ -259,26 +260,23 @@ def _behind(graph: Graph, norm: _Norm) -> Layer | Skip:
 
 def _unusable(graph: Graph, norm: _Norm, layer: Layer, calls: int = 1) -> Skip | None:
     """Why a layer's weights may not be changed; None where they may."""
-    module, path, holders = graph.modules.get(layer.path), norm.path, graph.owners.holders
+    module, path = graph.modules.get(layer.path), norm.path
     if len(layer.calls) != calls:
         several = "only one of them is" if calls == 1 else f"{calls} of them are"
         detail = f"{layer.path} is called {len(layer.calls)} times, and {several} normalised by this"
         return Skip(path, SkipReason.CALLED_TWICE, detail)
     if module is None or not isinstance(module, _LAYERS):
         return Skip(path, SkipReason.FUNCTIONAL, f"{layer.path} is a functional call; make it a module")
-    refusal = module_refusal(layer.path, module, holders)
+    refusal = module_refusal(layer.path, module, graph.owners.holders)
     if refusal is not None and refusal.reason is not SkipReason.OVERRIDDEN_FORWARD:
         return Skip(path, refusal.reason, f"{layer.path} {refusal.detail}")
     called = {call.node for call in layer.calls}
     own = not layer.functional or any(info(graph.named[name]).path == layer.path for name in called)
-    prefix = f"{layer.path}." if layer.path else ""
-    reads = [u for name in ("weight", "bias") for n in graph.owners.reads.get(prefix + name, []) for u in n.users]
-    if not own or any(u.name not in called for u in reads):
+    if not own or any(user.name not in called for user in graph.readers(layer.path, "weight", "bias")):
         return Skip(path, SkipReason.WEIGHT_READ, f"the weight of {layer.path} is read by other code")
-    shared = any(len(holders[id(p)]) > 1 for p in module.parameters(recurse=False))
     weight = module._parameters.get("weight")
     plain = weight is not None and type(weight) in (nn.Parameter, Tensor) and not weight.is_quantized
-    if weight is None or not plain or not weight.is_floating_point() or shared:
+    if weight is None or not plain or not weight.is_floating_point() or graph.shares(module, recurse=False):
         return Skip(path, SkipReason.SHARED_WEIGHT, f"the weight of {layer.path} is shared or no plain parameter")
     return None
 
@@ -314,11 +312,10 @@ def _weight_norm(graph: Graph, path: str) -> Proposal | None:
     refusal = module_refusal(path, module, graph.owners.holders)
     if refusal is None or refusal.reason is not SkipReason.OVERRIDDEN_FORWARD:
         return refusal
-    for key, parameter in module.named_parameters():
-        name = f"{path}.{key}" if path else key
-        reads = [user for node in graph.owners.reads.get(name, []) for user in node.users]
-        if any(info(user).path != path for user in reads) or len(graph.owners.holders.get(id(parameter), ())) > 1:
-            detail = f"{name}, with which it normalises its weight, is also used elsewhere"
+    for name, parameter in module.named_parameters():
+        other = any(info(user).path != path for user in graph.readers(path, name))
+        if other or len(graph.owners.holders.get(id(parameter), ())) > 1:
+            detail = f"{stem(path)}{name}, with which it normalises its weight, is also used elsewhere"
             return Skip(path, SkipReason.SHARED_WEIGHT, detail)
     own = [node for node in graph.nodes if info(node).path == path and node.op != "get_attr"]
     layer = next((graph.layers[node.name] for node in own if node.name in graph.layers), None)

@@ -18,7 +18,7 @@ from itertools import pairwise
 
 from torch import fx, nn
 
-from ..capturing.eligibility import eligible, module_refusal
+from ..capturing.eligibility import module_refusal
 from ..capturing.records import Capture, Layer, info
 from ..core.convolution import ConvSpec
 from ..core.plan import Estimate, Op, Skip, SkipReason
@@ -53,7 +53,6 @@ class FusePointwiseActivation(Pass):
         self.residual, self.keep_nan = residual, keep_nan
 
     def propose(self, capture: Capture) -> list[Proposal]:
-        """See `Pass.propose`."""
         graph, fused = Graph(capture), set[fx.Node]()
         calls = [(graph.layers[node.name], node) for node in graph.nodes if node.name in graph.layers]
         firsts = [layer for layer, node in calls if node.name == layer.calls[0].node]
@@ -176,9 +175,7 @@ def _refused(graph: Graph, layer: Layer) -> Skip | None:
     """Why a layer cannot be fused, though an activation follows it."""
     if layer.spec is not None and layer.spec.transposed:
         return Skip(layer.path, SkipReason.NO_KERNEL, "no fused kernel for transposed convolutions")
-    if layer.functional:
-        return Skip(layer.path, SkipReason.FUNCTIONAL, "a functional call; make it a module")
-    return eligible(graph.capture, layer, graph.owners)
+    return graph.unfusable(layer)
 
 
 def pads_itself(graph: Graph, layer: Layer) -> bool:

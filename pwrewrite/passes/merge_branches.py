@@ -17,13 +17,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from math import prod
 from typing import cast
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..capturing.eligibility import eligible
 from ..capturing.records import Capture, Layer, info
 from ..core.plan import Estimate, Op, Skip, SkipReason
 from ..core.records import Json
@@ -35,7 +33,7 @@ from ..edit.swap import stem
 from ..forms.specs import spec_to_dict
 from ..layers.known import hooked, is_identity
 from .base import Pass, Proposal
-from .patterns import Graph, passes_on, stack_of
+from .patterns import Graph, passes_on, stack_of, tensor_of
 
 _CALLS = ("call_module", "call_function", "call_method")
 
@@ -48,7 +46,6 @@ class MergeBranches(Pass):
     exact = "eval"
 
     def propose(self, capture: Capture) -> list[Proposal]:
-        """See `Pass.propose`."""
         graph, taken = Graph(capture), set[fx.Node]()
         proposals: dict[str, Proposal] = {}
         for root in reversed(graph.nodes):
@@ -129,12 +126,10 @@ class _Region:
 
     @property
     def root(self) -> fx.Node:
-        """What makes its result."""
         return self.nodes[-1]
 
     @property
     def layers(self) -> list[Layer]:
-        """Its layers."""
         return [self.graph.layers[node.name] for node in self.nodes if node.name in self.graph.layers]
 
     @property
@@ -148,18 +143,14 @@ class _Region:
         layers, graph = self.layers, self.graph
         place = max(layers, key=lambda layer: layer.macs)
         for layer in layers:
-            if refusal := eligible(graph.capture, layer, graph.owners):
+            if refusal := graph.unfusable(layer):
                 return refusal
-            if layer.functional:
-                return Skip(layer.path, SkipReason.FUNCTIONAL, "a functional call; make it a module")
         try:
             merged = self._merged()
         except NotExact as error:
             return Skip(place.path, SkipReason.PADDING if error.padding else SkipReason.NOT_LINEAR, str(error))
-        spec, outputs = merged.spec, info(self.root).outputs[0].shape
-        inputs = info(self.source).outputs[0].shape
-        macs, linear = sum(layer.macs for layer in layers), prod(outputs[:-1]) * spec.in_channels * spec.out_channels
-        new = spec.macs(inputs, outputs) if spec.dims else linear
+        spec, macs = merged.spec, sum(layer.macs for layer in layers)
+        new = spec.macs(*(info(node).outputs[0].shape for node in (self.source, self.root)))
         if new > macs:
             detail = f"merged with its branches it would take {new:,} MACs against {macs:,}"
             return Skip(place.path, SkipReason.NO_GAIN, detail)
@@ -197,20 +188,15 @@ class _Region:
         reader = ModuleReader(Op("merge-branches", first.path, "", {}), dims, fill=False)
 
         def operand(node: fx.Node, x: Affine | None) -> Affine | Tensor:
-            module = graph.modules.get(info(node).path)
             if x is None:
-                tensor = graph.tensor(str(node.target))
+                tensor = tensor_of(graph.owners, str(node.target))
                 if tensor is None:
                     raise NotExact("an operand is no tensor of the model")
                 return reader.plain(tensor)
-            if passes_on(node):
-                return x
-            if isinstance(module, _BatchNorm):
-                facts = NormFacts.of(module)
-                if facts is None:
-                    raise NotExact("a norm without statistics")
+            module = graph.modules[info(node).path]
+            if isinstance(module, _BatchNorm) and (facts := NormFacts.of(module)):
                 return x.then(reader.norm(facts))
-            return reader.module(cast("nn.Module", module), x)
+            return x if passes_on(node) else reader.module(module, x)
 
         like = reader.plain(cast("Tensor", graph.modules[first.path].weight))
         start = Affine.diagonal(like.new_ones(spec.shape[1]), None, dims)
@@ -251,32 +237,31 @@ class _Region:
 
     def _last(self, scope: str, name: str) -> bool:
         """Whether it alone reads a tensor of the module whose code makes the sum."""
-        reads = [user for n in self.graph.owners.reads.get(stem(scope) + name, ()) for user in n.users]
+        reads = self.graph.readers(scope, name)
         return bool(reads) and all(user in self.nodes for user in reads)
 
     def _weighted(self) -> list[str]:
         """Paths of the modules with weights or statistics that it runs."""
         nodes = [node for node in self.nodes if node.op == "call_module" or _own(self.graph, node)]
         modules = {info(node).path: self.graph.modules[info(node).path] for node in nodes}
-        return [path for path, m in modules.items() if any(True for _ in (*m.parameters(), *m.buffers()))]
+        return [path for path, module in modules.items() if [*module.parameters(), *module.buffers()]]
 
     def _refusal(self, place: Layer, removed: Sequence[str], scope: str) -> Skip | None:
         """Why its modules have to stay as they are."""
         graph = self.graph
         inside = set(self.nodes)
-        callers = {path for node in self.nodes for path in (*info(node).callers, info(node).path)}
-        for path in sorted(callers):
-            if path != scope and path.startswith(stem(scope)) and path in graph.modules and hooked(graph.modules[path]):
+        callers = {path for node in self.nodes for path in (*info(node).callers, info(node).path)} - {scope}
+        for path in sorted(callers & graph.modules.keys()):
+            if path.startswith(stem(scope)) and hooked(graph.modules[path]):
                 return Skip(place.path, SkipReason.HOOKS, f"{path} has a hook, which would no longer be called")
         for path in removed:
-            module, shared = graph.modules[path], graph.owners.holders
+            module = graph.modules[path]
             if any(info(n).path == path for n in graph.nodes if n not in inside and n.op not in ("get_attr", "output")):
                 return Skip(place.path, SkipReason.CALLED_TWICE, f"{path} is called more than once")
-            if any(len(shared.get(id(p), ())) > 1 for p in module.parameters()):
+            if graph.shares(module):
                 return Skip(place.path, SkipReason.SHARED_WEIGHT, f"{path} shares a parameter with another module")
-            names = [stem(path) + name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-            reads = [user for name in names for n in graph.owners.reads.get(name, ()) for user in n.users]
-            if any(user not in inside for user in reads):
+            names = (name for name, _ in (*module.named_parameters(), *module.named_buffers()))
+            if any(user not in inside for user in graph.readers(path, *names)):
                 return Skip(place.path, SkipReason.WEIGHT_READ, f"what {path} holds is also read by other code")
         if graph.written(self.source, self.source, self.root):
             detail = "what the branches read is written into before their sum is made"

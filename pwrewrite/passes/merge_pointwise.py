@@ -13,11 +13,8 @@ inserted expand before the pointwise layer behind it, neighbours left when a nor
 
 from __future__ import annotations
 
-from math import prod
-
 from torch import fx
 
-from ..capturing.eligibility import eligible
 from ..capturing.records import Capture, Layer
 from ..core.plan import Estimate, Op, Skip, SkipReason
 from ..edit.actions.merge import merged_layer
@@ -35,7 +32,6 @@ class MergePointwise(Pass):
     exact = "eval"
 
     def propose(self, capture: Capture) -> list[Proposal]:
-        """See `Pass.propose`."""
         graph = Graph(capture)
         taken: set[str] = set()
         proposals: list[Proposal] = []
@@ -64,15 +60,12 @@ def _pair(graph: Graph, first: Layer, second: Layer, node: fx.Node, reader: fx.N
         return None
     macs, params = first.macs + second.macs, first.params + second.params
     inputs, outputs = first.calls[0].input_shape, second.calls[0].output_shape
-    linear = prod(outputs[:-1]) * merged.in_channels * merged.out_channels
-    new = merged.macs(inputs, outputs) if merged.dims else linear
+    new = merged.macs(inputs, outputs)
     if new >= macs or merged.params > params:
         return None  # a bottleneck that pays, as most are meant to
     for layer in (first, second):
-        if refusal := eligible(graph.capture, layer, graph.owners):
+        if refusal := graph.unfusable(layer):
             return refusal
-        if layer.functional:
-            return Skip(layer.path, SkipReason.FUNCTIONAL, "a functional call; make it a module")
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or graph.written(source, node, reader):
         detail = "what the layer before reads is written into before this one runs"

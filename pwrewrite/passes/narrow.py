@@ -65,7 +65,6 @@ class Narrow(Pass):
         decompose.resolve_rank(self.width, 1 << 30, name="rank")
 
     def propose(self, capture: Capture) -> list[Proposal]:
-        """See `Pass.propose`."""
         graph = Graph(capture)
         units, proposals = find_units(capture, graph)
         result: list[Proposal] = list(proposals)

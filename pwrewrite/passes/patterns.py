@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
-from itertools import chain
+from functools import cache, cached_property
 
 from torch import Tensor, fx, nn
 
 from ..capturing.control_flow import always_follows, paths
-from ..capturing.eligibility import Owners
+from ..capturing.eligibility import Owners, eligible
 from ..capturing.records import Capture, Layer, info
 from ..core.operations import OPERATIONS
-from ..layers.known import Found, call_activation, drops, is_identity, module_activation
+from ..core.plan import Skip, SkipReason
+from ..edit.swap import stem
+from ..layers.known import Found, bare, call_activation, drops, is_identity, module_activation
 
 UNFUSED = frozenset(name for row in OPERATIONS if row.kind == "activation" and row.kernel is None for name in row.names)
 """Activations without a fused kernel."""
@@ -89,10 +90,7 @@ class Graph:
 
     def wraps(self, path: str) -> bool:
         """Whether a module is nothing but the calls of one function: no children, no weights."""
-        module = self.modules.get(path)
-        return (
-            module is not None and next(chain(module.children(), module.parameters(), module.buffers()), None) is None
-        )
+        return path in self.modules and bare(self.modules[path])
 
     def calls_of(self, path: str) -> int:
         """How many nodes a module made: its calls where it is a leaf, the calls inside where it is not."""
@@ -106,9 +104,20 @@ class Graph:
         """Every path of a module."""
         return [path for path, other in self.modules.items() if other is module]
 
-    def tensor(self, name: str) -> Tensor | None:
-        """The parameter or buffer of a full name."""
-        return tensor_of(self.owners, name)
+    def readers(self, path: str, *names: str) -> list[fx.Node]:
+        """The nodes that read tensors which a module holds under some names other than by calling it."""
+        return [user for name in names for read in self.owners.reads.get(stem(path) + name, ()) for user in read.users]
+
+    def shares(self, module: nn.Module, *, recurse: bool = True) -> bool:
+        """Whether another module holds a parameter of this one, too."""
+        return any(len(self.owners.holders.get(id(p), ())) > 1 for p in module.parameters(recurse))
+
+    def unfusable(self, layer: Layer) -> Skip | None:
+        """Why a layer may not be replaced by another module; None where it may."""
+        refusal = eligible(self.capture, layer, self.owners)
+        if refusal is None and layer.functional:
+            return Skip(layer.path, SkipReason.FUNCTIONAL, "a functional call; make it a module")
+        return refusal
 
     def root_of(self, node: fx.Node) -> str:
         """Name of the node that made the storage of a node's output."""
@@ -121,8 +130,24 @@ class Graph:
         """Whether a node between two others may write into what a third holds: shares its storage, is no identity."""
         root = self.root_of(held)
         between = [node for node in self.nodes[self.order[first] + 1 : self.order[last]] if not passes_on(node)]
-        items = [node.args[0] for node in between if info(node).op == "setitem"]  # returns nothing that shares storage
-        return any(self.root_of(node) == root for node in (*between, *items) if isinstance(node, fx.Node))
+        return any(root in (self.root_of(node), self.root_of(_target(node))) for node in between)
+
+    @cached_property
+    def writers(self) -> dict[str, list[fx.Node]]:
+        """Name of the node that made a storage to the nodes that write into it."""
+        writers: dict[str, list[fx.Node]] = {}
+        for node in self.nodes:
+            writes = info(node).cost.write_bytes or info(node).op == "setitem" or "out" in node.kwargs
+            if writes and node.op != "output":
+                writers.setdefault(self.root_of(_target(node)), []).append(node)
+        return writers
+
+    def overwriter(self, layer: Layer) -> fx.Node | None:
+        """The first node that writes in place into what a layer has read."""
+        calls = [self.named[call.node] for call in layer.calls]
+        reads = [(call, root) for call in calls for root in map(self.root_of, call.all_input_nodes)]
+        later = (n for call, root in reads for n in self.writers.get(root, ()) if self.order[n] > self.order[call])
+        return min(later, key=self.order.__getitem__, default=None)
 
     def private(self, node: fx.Node) -> bool:
         """Whether one node only reads what a node makes and all that shares its storage: writing into it is safe."""
@@ -176,25 +201,17 @@ def stack_of(node: fx.Node) -> list[_Callee]:
     return [*info(node).callers, str(node.target) if node.op == "call_module" else node]
 
 
+def _target(node: fx.Node) -> fx.Node:
+    """What shares storage with what a node writes: its output, or what it assigns items to, which returns nothing."""
+    item = node.args[0] if info(node).op == "setitem" else None
+    return item if isinstance(item, fx.Node) else node
+
+
 def tensor_of(owners: Owners, name: str) -> Tensor | None:
     """The parameter or buffer of a full name."""
     path, _, attribute = name.rpartition(".")
     tensor = getattr(owners.modules.get(path), attribute, None)
     return tensor if isinstance(tensor, Tensor) else None
-
-
-def overwriter(capture: Capture, layer: Layer) -> fx.Node | None:
-    """The first node that writes in place into what a layer has read."""
-    graph = Graph(capture)
-    calls, read = {call.node for call in layer.calls}, set[str]()
-    for node in graph.nodes:
-        item = node.args[0] if info(node).op == "setitem" else None  # returns nothing that shares storage
-        root = graph.root_of(item if isinstance(item, fx.Node) else node)
-        if root in read and (info(node).cost.write_bytes or item is not None or "out" in node.kwargs):
-            return node
-        if node.name in calls:
-            read.update(graph.root_of(source) for source in node.all_input_nodes)
-    return None
 
 
 def passes_on(node: fx.Node) -> bool:

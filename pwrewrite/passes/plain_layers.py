@@ -22,7 +22,6 @@ class BakeWeights(Pass):
     exact = "eval"
 
     def propose(self, capture: Capture) -> list[Proposal]:
-        """See `Pass.propose`."""
         ops: list[Proposal] = []
         for path, module in capture.model.named_modules():
             if not (computed := computed_weights(module)):
@@ -45,7 +44,6 @@ class UnfuseLayers(Pass):
     exact = "eval"
 
     def propose(self, capture: Capture) -> list[Proposal]:
-        """See `Pass.propose`."""
         ops: list[Proposal] = []
         for path, module in capture.model.named_modules():
             if isinstance(module, PointwiseActivation):

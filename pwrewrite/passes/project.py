@@ -16,7 +16,6 @@ from math import prod
 
 from torch import fx
 
-from ..capturing.eligibility import Owners
 from ..capturing.records import Capture, info
 from ..core.errors import UsageError
 from ..core.plan import Estimate, Op, Skip, SkipReason
@@ -25,6 +24,7 @@ from ..forms.specs import spec_to_dict
 from ..layers.factorized import Factorized, Projected
 from .base import Pass, Proposal, check_init, enclosing_rewrite, grows, growth, matching, near, spec_of
 from .channel_flow import Flow, Segment, channel_axis, describe, follow, joined
+from .patterns import Graph
 
 _POOLS = ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "lp_pool")
 
@@ -65,7 +65,6 @@ class ProjectBranch(Pass):
         check_init(self.init)
 
     def propose(self, capture: Capture) -> list[Proposal]:
-        """See `Pass.propose`."""
         run = _Run(self, capture)
         proposals = [
             run.branch(path, cat, source) for cat, source in run.inputs if (path := run.chosen(source)) is not None
@@ -80,14 +79,14 @@ class _Run:
     """
 
     def __init__(self, settings: ProjectBranch, capture: Capture) -> None:
-        self.settings, self.capture, self.owners = settings, capture, Owners(capture)
-        nodes = [node for node in capture.graph.nodes if node.op != "output"]
-        cats = [node for node in nodes if info(node).op == "cat" and channel_axis(node)]
+        self.settings, self.graph = settings, Graph(capture)
+        self.nodes = [node for node in self.graph.nodes if node.op != "output"]
+        cats = [node for node in self.nodes if info(node).op == "cat" and channel_axis(node)]
         self.inputs = [(cat, source) for cat in cats for source in joined(cat)]
-        self.pools = {info(node).path for node in nodes if info(node).op.startswith(_POOLS)}
+        self.pools = {info(node).path for node in self.nodes if info(node).op.startswith(_POOLS)}
         paths: dict[int, str] = {}
         self.names: dict[str, list[str]] = {}
-        for name, module in self.owners.modules.items():
+        for name, module in self.graph.modules.items():
             self.names.setdefault(paths.setdefault(id(module), name), []).append(name)
         self.matched: set[str] = set()
         self.narrowed: dict[str, list[tuple[int, int]]] = {}  # path to first channel and count of what is gone
@@ -101,15 +100,15 @@ class _Run:
 
     def chosen(self, source: fx.Node) -> str | None:
         """The outermost module that is included and ends in ``source``; notes the patterns that it matches."""
-        included = []
+        outermost = None
         for path in self._ending_in(source):
             wanted = matching(self.names[path], *self.settings.include)
             left_out = matching(self.names[path], *self.settings.exclude)
             self.matched |= wanted | left_out
-            pool = path in self.pools and not list(self.owners.modules[path].children())
-            if (wanted or (pool and not self.settings.include)) and not left_out:
-                included.append(path)
-        return next(iter(included), None)
+            pool = path in self.pools and not list(self.graph.modules[path].children())
+            if outermost is None and (wanted or (pool and not self.settings.include)) and not left_out:
+                outermost = path
+        return outermost
 
     def unmatched(self) -> list[Skip]:
         """A skip for every module that is named and is no branch; an error for a pattern that matches nothing."""
@@ -130,7 +129,7 @@ class _Run:
 
     def _misfit(self, path: str, cat: fx.Node, source: fx.Node) -> str:
         """Why a module is no branch of its own; ``""`` where it is called once and feeds the concatenation only."""
-        inside = [n for n in self.capture.graph.nodes if n.op != "output" and _is_in(info(n).path, path)]
+        inside = [n for n in self.nodes if _is_in(info(n).path, path)]
         if cat in inside:
             return "the concatenation is made inside it"
         if joined(cat).count(source) > 1:
@@ -148,7 +147,7 @@ class _Run:
     def branch(self, path: str, cat: fx.Node, source: fx.Node) -> Proposal:
         """The op for one branch, or why there is none."""
         settings, width = self.settings, info(source).outputs[0].shape[1]
-        part_of = None if settings.replan else enclosing_rewrite(self.owners.modules, path, (Factorized, Projected))
+        part_of = None if settings.replan else enclosing_rewrite(self.graph.modules, path, (Factorized, Projected))
         if part_of:
             return Skip(path, SkipReason.ALREADY_BOTTLENECK, f"part of what a rewrite put at {part_of}")
         if why := self._misfit(path, cat, source):
@@ -156,7 +155,7 @@ class _Run:
         if width < settings.channels or (width == settings.channels and not settings.allow_growth):
             detail = f"the branch has {width} channels, so a projection to {settings.channels} narrows nothing"
             return Skip(path, SkipReason.NO_GAIN, detail)
-        flow = follow(self.capture, self.owners, source, cat)
+        flow = follow(self.graph, source, cat)
         if refusal := self._refusal(path, source, flow):
             return refusal
         op, estimate = self._op(path, source, flow)

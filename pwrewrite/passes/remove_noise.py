@@ -36,7 +36,6 @@ class RemoveInferenceNoise(Pass):
     exact = "eval"
 
     def propose(self, capture: Capture) -> list[Proposal]:
-        """See `Pass.propose`."""
         proposals: list[Proposal] = []
         for path, module in capture.model.named_modules():
             if not path or not drops(module):

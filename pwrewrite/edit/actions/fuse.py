@@ -19,7 +19,7 @@ from ...core.convolution import ConvSpec
 from ...core.errors import PlanError, UsageError
 from ...core.plan import Edit, Op, SkipReason
 from ...layers import PointwiseActivation
-from ...layers.known import ACTIVATIONS, Found, call_activation, checked, hooked, is_identity, module_activation
+from ...layers.known import ACTIVATIONS, Found, bare, call_activation, checked, hooked, is_identity, module_activation
 from ..graph_edit import Regraphed, argument, calls_identity, drop_node, finish, to_graph
 from ..swap import stem
 from .bench import Bench, Refused, not_traced, param_count
@@ -114,7 +114,7 @@ def fuse_layer(bench: Bench, op: Op, settings: FuseSettings) -> Edit:
 def _check_removed(op: Op, module: nn.Module, activation: Found) -> None:
     """Checks that a module is the activation that the layer takes over."""
     same = module_activation(module) == activation
-    if not same and not any(True for _ in (*module.children(), *module.parameters(), *module.buffers())):
+    if not same and bare(module):
         x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
         name, numbers = activation
         try:
