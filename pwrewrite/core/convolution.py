@@ -29,7 +29,7 @@ Sizes = int | Sequence[int]
 """One integer for every spatial dim, or one for each."""
 
 
-def _spread(value: Sizes, dims: int) -> tuple[int, ...]:
+def spread(value: Sizes, dims: int) -> tuple[int, ...]:
     """One integer for every spatial dim, from an int or a sequence (a sequence of one is spread too)."""
     values = tuple(int(v) for v in value) if isinstance(value, Sequence) else (int(value),)
     return values * dims if len(values) == 1 else values
@@ -84,12 +84,12 @@ class ConvSpec:
         """
         kernel = tuple(int(k) for k in weight_shape[2:])
         dims = len(kernel)
-        dilations = _spread(dilation, dims)
+        dilations = spread(dilation, dims)
         first, second = int(weight_shape[0]), int(weight_shape[1]) * groups
         channels = (first, second) if transposed else (second, first)
-        sides = _padding(padding if isinstance(padding, str) else _spread(padding, dims), kernel, dilations)
-        extra = _spread(output_padding, dims) if transposed else (0,) * dims
-        return cls(*channels, kernel, _spread(stride, dims), sides, dilations, groups, bias, "zeros", transposed, extra)
+        sides = _padding(padding if isinstance(padding, str) else spread(padding, dims), kernel, dilations)
+        extra = spread(output_padding, dims) if transposed else (0,) * dims
+        return cls(*channels, kernel, spread(stride, dims), sides, dilations, groups, bias, "zeros", transposed, extra)
 
     @property
     def dims(self) -> int:

@@ -34,17 +34,17 @@ class NotExact(ValueError):
 
 @dataclass(frozen=True)
 class Affine:
-    """A convolution with its numbers.
-
-    Attributes:
-        spec: Its shape facts; without spatial dims it is a linear map. Its ``bias`` says whether there is one.
-        weight: ``(out, in/groups, *k)``.
-        bias: ``(out,)``.
-    """
+    """A convolution, or a linear map, with its numbers."""
 
     spec: ConvSpec
-    weight: Tensor
-    bias: Tensor | None
+    weight: Tensor  # (out, in/groups, *k)
+    bias: Tensor | None  # (out,), where the spec has one
+
+    @classmethod
+    def on_meta(cls, spec: ConvSpec) -> Affine:
+        """A map of which only the shapes are known."""
+        bias = torch.empty(spec.out_channels, device="meta") if spec.bias else None
+        return cls(spec, torch.empty(spec.weight_shape, device="meta"), bias)
 
     @classmethod
     def diagonal(cls, scale: Tensor, shift: Tensor | None, dims: int) -> Affine:
@@ -63,13 +63,13 @@ class Affine:
     def then(self, other: Affine) -> Affine:
         """The map that another one behind this one makes; `NotExact` where that is no convolution."""
         a, b = self.spec, other.spec
-        if a.dims != b.dims:
-            raise NotExact("they are of different kinds")
+        if (a.dims, a.out_channels) != (b.dims, b.in_channels):
+            raise NotExact("the second does not take what the first makes")
         if b.is_pointwise and not any(map(any, b.padding)):
             spec = replace(a, stride=tuple(s * t for s, t in zip(a.stride, b.stride)))
         elif not a.is_pointwise or any(map(any, a.padding)) or any(s != 1 for s in a.stride):
             raise NotExact("of two kernels in a row neither is 1×1 without a stride or padding of its own")
-        elif self.bias is not None and any(map(any, b.padding)):
+        elif self.bias is not None and b.padding_mode == "zeros" and any(map(any, b.padding)):
             raise NotExact("what comes before a padded kernel has a shift, which the padding has not", padding=True)
         else:
             spec = b

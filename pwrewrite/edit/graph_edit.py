@@ -70,6 +70,22 @@ def drop_node(node: fx.Node, source: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
+def drop_reads(graph_module: Regraphed, *names: str) -> list[str]:
+    """Takes the unused reads of some tensors out of a graph; those of the names that it reads no more."""
+    for node in [node for node in graph_module.graph.nodes if _read(node) in names and not node.users]:
+        graph_module.graph.erase_node(node)
+    left = {_read(node) for node in graph_module.graph.nodes}
+    return [name for name in names if name not in left]
+
+
+def drop_identities(graph_module: Regraphed) -> None:
+    """Takes the calls of modules that return what they are given out of a graph."""
+    for node in list(graph_module.graph.nodes):
+        source = argument(node, 0, "input")
+        if calls_identity(graph_module, node) and isinstance(source, fx.Node):
+            drop_node(node, source)
+
+
 def calls_identity(graph_module: Regraphed, node: fx.Node) -> bool:
     """Whether a node calls a module that returns what it is given."""
     return node.op == "call_module" and is_identity(graph_module.get_submodule(str(node.target)))
@@ -128,26 +144,18 @@ class FunctionalCall:
             call = made.graph.call_module(name, (argument(node, 0, "input"),))
             call.meta = dict(node.meta)
         drop_node(node, call)
-        for gone in filter(None, (self.weight, self.bias_name)):
-            self._drop(gone)
+        called = {node.target for node in made.graph.nodes if node.op == "call_module"}
+        for gone in drop_reads(made, *filter(None, (self.weight, self.bias_name))):
+            owner, _, attribute = gone.rpartition(".")
+            holder = made.get_submodule(owner)
+            if not owner:
+                holder._parameters.pop(attribute, None)
+            elif owner not in called:
+                holder._parameters[attribute] = None
+                if not [*holder.parameters(), *holder.children()]:
+                    made.delete_submodule(owner)
         finish(made)
         return name
-
-    def _drop(self, name: str) -> None:
-        graph = self.made.graph
-        for read in [node for node in graph.nodes if _read(node) == name and not node.users]:
-            graph.erase_node(read)
-        owner, _, attribute = name.rpartition(".")
-        called = any(node.op == "call_module" and node.target == owner for node in graph.nodes)
-        if called or any(_read(node) == name for node in graph.nodes):
-            return
-        holder = self.made.get_submodule(owner)
-        if not owner:
-            holder._parameters.pop(attribute, None)
-            return
-        holder._parameters[attribute] = None
-        if not any(True for _ in (*holder.parameters(), *holder.children())):
-            self.made.delete_submodule(owner)
 
 
 def _function(node: fx.Node) -> str:

@@ -198,4 +198,4 @@ def reduced_axes(node: fx.Node, rank: int) -> tuple[int, ...]:
 
 def _zero_pad(node: fx.Node) -> bool:
     """Whether a padding commutes with a 1×1: all do but those with a constant other than 0."""
-    return argument(node, 2, "mode", "constant") != "constant" or not argument(node, 3, "value")
+    return str(argument(node, 2, "mode", "constant")) != "constant" or not bool(argument(node, 3, "value"))

@@ -17,6 +17,7 @@ from torch import fx
 
 from ..capturing.records import Capture, Layer
 from ..core.plan import Estimate, Op, Skip, SkipReason
+from ..decompose.affine import Affine, NotExact
 from ..edit.actions.merge import merged_layer
 from ..forms.specs import spec_to_dict
 from ..layers import PointwiseActivation
@@ -53,10 +54,12 @@ class MergePointwise(Pass):
 
 def _pair(graph: Graph, first: Layer, second: Layer, node: fx.Node, reader: fx.Node) -> Proposal | None:
     before, after = spec_of(first), spec_of(second)
-    merged = merged_layer(before, after)
     fused = any(isinstance(graph.modules.get(layer.path), PointwiseActivation) for layer in (first, second))
-    alone = len(first.calls) == len(second.calls) == 1
-    if not alone or first.out_channels != second.in_channels or isinstance(merged, str) or fused:
+    if fused or not len(first.calls) == len(second.calls) == 1:
+        return None
+    try:
+        merged = merged_layer(Affine.on_meta(before), Affine.on_meta(after)).spec
+    except NotExact:
         return None
     macs, params = first.macs + second.macs, first.params + second.params
     inputs, outputs = first.calls[0].input_shape, second.calls[0].output_shape

@@ -17,17 +17,16 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...capturing.code_trace import NotTraceable
-from ...core.convolution import ConvSpec
-from ...core.errors import RefusedError
+from ...core.convolution import ConvSpec, spread
 from ...core.plan import Edit, Op, SkipReason
 from ...decompose.affine import Affine, NotExact
-from ...forms.specs import linear_spec
 from ...layers.known import drops, hooked, is_identity
-from ..graph_edit import Regraphed, argument, calls_identity, drop_node, finish
+from ..graph_edit import Regraphed, drop_identities, drop_reads, finish
 from ..swap import names_of, stem
-from .bench import Bench, Refused, WeightedModule, layer_like, not_traced, param_count, train_like
+from .bench import Bench, Refused, WeightedModule, layer_like, not_traced, param_count, spec_of_module, train_like
 from .code_norm import NormFacts, affine_facts
 from .evaluation import code_graph, function_of
+from .merge import fill_layer
 from .settings import Offset, wrong
 
 _REVERSED = ("rsub", "__rsub__")
@@ -48,23 +47,14 @@ Call = tuple[str, Offset]
 
 @dataclass(frozen=True)
 class BranchSettings:
-    """Settings of ``merge-branches``.
+    """Settings of ``merge-branches``."""
 
-    Attributes:
-        scope: Path of the module whose code makes the sum.
-        calls: The calls in this code that become one, in order; children by their path from the scope.
-        layer: Shape facts of what they become.
-        dims: Spatial dims.
-        channels: Channels of what the branches read.
-        removed: Paths of the modules with weights that are no longer called.
-    """
-
-    scope: str
-    calls: tuple[Call, ...]
-    layer: ConvSpec
+    scope: str  # path of the module whose code makes the sum
+    calls: tuple[Call, ...]  # those in this code that become one, in order; children by their path from the scope
+    layer: ConvSpec  # shape facts of what they become
     dims: Offset
-    channels: Offset
-    removed: tuple[str, ...] = ()
+    channels: Offset  # of what the branches read
+    removed: tuple[str, ...] = ()  # paths of the modules with weights that are no longer called
 
 
 def merge_branches(bench: Bench, op: Op, settings: BranchSettings) -> Edit:
@@ -83,9 +73,7 @@ def merge_branches(bench: Bench, op: Op, settings: BranchSettings) -> Edit:
         if other := next((n for n in names_of(bench.model, each) if not n.startswith(stem(settings.scope))), None):
             raise Refused(op.path, SkipReason.SHARED_WEIGHT, f"{name} is also {other}, where it may be called, too")
     graph_module = bench.graph(op, module)
-    for node in list(graph_module.graph.nodes):
-        if calls_identity(graph_module, node) and isinstance(before := argument(node, 0, "input"), fx.Node):
-            drop_node(node, before)
+    drop_identities(graph_module)
     nodes = _nodes(op, graph_module, settings.calls)
     source, known = _source(op, nodes), old.weight.is_meta or not bench.fill
     reader = ModuleReader(op, settings.dims, fill=not known)
@@ -101,12 +89,7 @@ def merge_branches(bench: Bench, op: Op, settings: BranchSettings) -> Edit:
         raise wrong(op, "layer", "the branches are others here", str(settings.layer), str(merged.spec))
     new = layer_like(old.weight, path, merged.spec, initialised=False)
     if not known:
-        with torch.no_grad():
-            new.weight.copy_(merged.weight)
-            if new.bias is not None and merged.bias is not None:
-                new.bias.copy_(merged.bias)
-        if not all(bool(torch.isfinite(p).all()) for p in new.parameters()):
-            raise RefusedError("the merged weight is not finite", where=path, got=f"in {new.weight.dtype}")
+        fill_layer(new, merged, path)
     sources = {stem(n) + name: p for n, m in {path: old, **removed}.items() for name, p in m.named_parameters()}
     for name in _join(graph_module, nodes, source, path.removeprefix(stem(settings.scope))):
         gone = graph_module._parameters.pop(name, None)
@@ -151,16 +134,13 @@ def _join(graph_module: Regraphed, nodes: list[fx.Node], source: fx.Node, target
     with graph.inserting_before(last):
         joined = graph.call_module(target, (source,))
     last.replace_all_uses_with(joined)
-    constants = {n for node in nodes for n in node.all_input_nodes if n.op == "get_attr"}
+    constants = dict.fromkeys(str(n.target) for node in nodes for n in node.all_input_nodes if n.op == "get_attr")
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in sorted(nodes, key=order.__getitem__, reverse=True):
         graph.erase_node(node)
-    unread = [node for node in constants if not node.users]
-    for node in unread:
-        graph.erase_node(node)
+    unread = drop_reads(graph_module, *constants)
     finish(graph_module)
-    left = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    return [str(node.target) for node in unread if str(node.target) not in left]
+    return unread
 
 
 Known = dict[fx.Node, Affine]
@@ -176,8 +156,10 @@ def evaluate(node: fx.Node, known: Known, operand: Operand) -> Affine:
     """
     if node in known:
         return known[node]
-    if node.op == "call_module" and len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs:
-        result = operand(node, evaluate(node.args[0], known, operand))
+    alone = node.op == "call_module" and len(node.args) == 1 and not node.kwargs
+    source = node.args[0] if node.args else None
+    if (alone or function_of(node) == "batch_norm") and isinstance(source, fx.Node):  # of a module's own code
+        result = operand(node, evaluate(source, known, operand))
         assert isinstance(result, Affine)
     else:
         result = _function(node, known, operand)
@@ -187,27 +169,24 @@ def evaluate(node: fx.Node, known: Known, operand: Operand) -> Affine:
 
 def _function(node: fx.Node, known: Known, operand: Operand) -> Affine:
     kind = KINDS.get(function_of(node), "")
-    if function_of(node) == "batch_norm" and isinstance(node.args[0], fx.Node):  # of a module's own code
-        result = operand(node, evaluate(node.args[0], known, operand))
-        assert isinstance(result, Affine)
-        return result
     if not kind or len(node.args) != 2 or node.kwargs:
         raise NotExact(f"{function_of(node) or node.op} is not linear")
     values = [_value(arg, known, operand) for arg in node.args]
-    values = values[::-1] if function_of(node) in _REVERSED else values
-    first, second = values
+    first, second = values[::-1] if function_of(node) in _REVERSED else values
+    if kind == "sub":
+        second = second.scaled(-1) if isinstance(second, Affine) else -second
+    elif kind == "div" and not isinstance(second, Affine):
+        second = 1 / second
+    if isinstance(second, Affine) and kind != "div" and not isinstance(first, Affine):
+        first, second = second, first
     if isinstance(first, Affine) and isinstance(second, Affine) and kind in ("add", "sub"):
-        return first.plus(second if kind == "add" else second.scaled(-1))
-    if isinstance(second, Affine) and kind in ("add", "mul", "sub"):
-        first, second = second if kind != "sub" else second.scaled(-1), first
-        kind = kind if kind != "sub" else "add"
+        return first.plus(second)
     if not isinstance(first, Affine) or isinstance(second, Affine):
         raise NotExact(f"{kind} of these operands is not linear")
+    constant = _constant(second, first)
     if kind in ("add", "sub"):
-        return first.shifted(_constant(second, first) * (1 if kind == "add" else -1))
-    factor = _constant(second, first)
-    factor = factor if kind == "mul" else 1 / factor
-    return first.then(Affine.diagonal(first.weight.new_ones(first.spec.out_channels) * factor, None, first.spec.dims))
+        return first.shifted(constant)
+    return first.then(Affine.diagonal(first.weight.new_ones(first.spec.out_channels) * constant, None, first.spec.dims))
 
 
 def _value(arg: object, known: Known, operand: Operand) -> Affine | Tensor | float:
@@ -274,19 +253,12 @@ class ModuleReader:
 
     def layer(self, module: nn.Module) -> Affine:
         """A convolution or linear map."""
-        layer = cast("WeightedModule", module)
-        linear = isinstance(module, nn.Linear)
+        layer, facts = cast("WeightedModule", module), spec_of_module(module)
+        assert facts is not None
+        if facts.padding_mode != "zeros" and any(map(any, facts.padding)):
+            raise NotExact(f"it pads by {facts.padding_mode}", padding=True)
         bias = None if layer.bias is None else self.plain(layer.bias)
-        facts = (
-            linear_spec(module.in_features, module.out_features, bias is not None)
-            if isinstance(module, nn.Linear)
-            else ConvSpec.of_module(module)
-        )
-        if not linear and facts.padding_mode != "zeros":
-            if any(map(any, facts.padding)):
-                raise NotExact(f"it pads by {facts.padding_mode}", padding=True)
-            facts = replace(facts, padding_mode="zeros")
-        return Affine(facts, self.plain(layer.weight), bias)
+        return Affine(replace(facts, padding_mode="zeros"), self.plain(layer.weight), bias)
 
     def _code(self, module: nn.Module, x: Affine) -> Affine:
         graph_module = code_graph(module)
@@ -303,13 +275,9 @@ POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 def pool_spec(module: nn.Module) -> ConvSpec:
     """The window of an average pool as that of a convolution of one channel; `NotExact` where it is none."""
     dims = POOLS.index(type(module)) + 1
-    kernel, stride, padding = (_spread(getattr(module, name), dims) for name in ("kernel_size", "stride", "padding"))
+    kernel, stride, padding = (spread(getattr(module, name), dims) for name in ("kernel_size", "stride", "padding"))
     odd = getattr(module, "ceil_mode", False) or getattr(module, "divisor_override", None) is not None
     if odd or (any(padding) and not getattr(module, "count_include_pad", True)):
         raise NotExact("an average pool that does not count what it pads, or counts otherwise", padding=True)
     sides = tuple((p, p) for p in padding)
     return ConvSpec(1, 1, kernel, stride, sides, (1,) * dims, 1, False, output_padding=(0,) * dims)
-
-
-def _spread(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    return (value,) * dims if isinstance(value, int) else tuple(value)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ...core.nested import deep_copy
 from ...core.plan import Op, SkipReason
-from ..graph_edit import argument, drop_node, finish, stored
+from ..graph_edit import argument, drop_node, drop_reads, finish, stored
 from .bench import Bench, Refused, not_traced
 from .settings import wrong
 
@@ -113,10 +113,9 @@ class CodeNorm:
 
     def remove(self) -> None:
         """Takes the call out and puts the graph in the module's place."""
-        reads = [read for read in self.node.all_input_nodes if read.op == "get_attr"]
+        reads = [str(read.target) for read in self.node.all_input_nodes if read.op == "get_attr"]
         drop_node(self.node, cast(fx.Node, argument(self.node, 0, "input")))
-        for read in [read for read in reads if not read.users]:
-            self.graph_module.graph.erase_node(read)
+        drop_reads(self.graph_module, *reads)
         self.bench.replace(self.module, self.graph_module)
         for name in filter(None, self.names.values()):
             self._drop(name)
@@ -133,7 +132,7 @@ class CodeNorm:
             elif attribute in store:
                 store[attribute] = None
         rest = {key for store in stores for key, value in store.items() if value is not None}
-        if path != self.scope and rest <= {"num_batches_tracked"} and not any(True for _ in holder.children()):
+        if path != self.scope and rest <= {"num_batches_tracked"} and not list(holder.children()):
             self.bench.remove(holder)
 
 

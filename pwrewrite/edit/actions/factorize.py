@@ -24,29 +24,17 @@ from .settings import one_of, wrong
 
 @dataclass(frozen=True)
 class FactorizeSettings:
-    """Settings of ``factorize``.
+    """Settings of ``factorize``."""
 
-    Attributes:
-        layer: Shape facts of the layer that the op was made for.
-        form: Name of the form (see `pwrewrite.forms`).
-        widths: Name to width, per group.
-        axes: For the spatial form: the axes of the first stage.
-        init: ``weights`` (the factors of the layer's own) or ``fresh``.
-        norm: Norm behind each inner stage of a fresh chain.
-        activation: Activation behind each inner stage of a fresh chain.
-        weight: For a functional call: full name of the parameter that it reads.
-        scope: For a functional call: path of the module whose code makes it, which becomes a graph.
-    """
-
-    layer: ConvSpec
-    form: str
-    widths: Mapping[str, int]
-    axes: tuple[int, ...] | None = None
-    init: Annotated[str, one_of("weights", "fresh")] = "weights"
-    norm: Annotated[str | None, one_of(*NORMS)] = None
-    activation: Annotated[str | None, one_of(*ACTIVATIONS)] = None
-    weight: str | None = None
-    scope: str = ""
+    layer: ConvSpec  # shape facts of the layer that the op was made for
+    form: str  # its name, see `pwrewrite.forms`
+    widths: Mapping[str, int]  # per group
+    axes: tuple[int, ...] | None = None  # for the spatial form: those of the first stage
+    init: Annotated[str, one_of("weights", "fresh")] = "weights"  # the factors of the layer's own, or new ones
+    norm: Annotated[str | None, one_of(*NORMS)] = None  # behind each inner stage of a fresh chain
+    activation: Annotated[str | None, one_of(*ACTIVATIONS)] = None  # likewise
+    weight: str | None = None  # for a functional call: full name of the parameter that it reads
+    scope: str = ""  # for a functional call: path of the module whose code makes it, which becomes a graph
 
 
 def factorize_layer(bench: Bench, op: Op, settings: FactorizeSettings) -> Edit:
@@ -115,8 +103,7 @@ def _chain(
             refused.where = op.path
             raise
         error = factors.relative_error
-    for parameter in new.parameters():
-        parameter.requires_grad_(weight.requires_grad)
+    new.requires_grad_(weight.requires_grad)
     if bias is not None and new.bias is not None:
         new.bias.requires_grad_(bias.requires_grad)
     exact = "both" if widths == form.limits(spec, axes) and not fresh else None

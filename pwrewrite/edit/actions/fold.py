@@ -35,29 +35,17 @@ _SIZES = ((13, 16), (18, 15))  # sizes at which a layer with a forward of its ow
 
 @dataclass(frozen=True)
 class FoldSettings:
-    """Settings of ``fold``.
+    """Settings of ``fold``."""
 
-    Attributes:
-        layer: Path of the layer.
-        side: Whether the norm is ``behind`` the layer or ``before`` it.
-        channels: Channels of the norm.
-        spec: Shape facts of the layer.
-        keep: Names of the norm's children that run behind it and stay.
-        tensors: For a norm that is a function call in some code: the names of what it reads.
-        eps: For such a norm: what it adds to the variance.
-        scope: For such a norm: path of the module whose code makes the call, which becomes a graph.
-        affine: Whether it is a module whose code computes a scale and a shift in its own way.
-    """
-
-    layer: str
-    side: Annotated[str, one_of("behind", "before", "weight")]
-    channels: Count
-    spec: ConvSpec
-    keep: tuple[str, ...] = ()
-    tensors: NormTensors | None = None
+    layer: str  # path of the layer
+    side: Annotated[str, one_of("behind", "before", "weight")]  # where the norm is, seen from the layer
+    channels: Count  # of the norm
+    spec: ConvSpec  # shape facts of the layer
+    keep: tuple[str, ...] = ()  # names of the norm's children that run behind it and stay
+    tensors: NormTensors | None = None  # of a norm that is a function call in some code, as the next two
     eps: Number = 0.0
-    scope: str | None = None
-    affine: bool = False
+    scope: str | None = None  # path of the module whose code makes the call, which becomes a graph
+    affine: bool = False  # whether it is a module whose code computes a scale and a shift in its own way
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ...core.errors import PlanError, UsageError
 from ...core.plan import Edit, Op, SkipReason
 from ...layers import PointwiseActivation
 from ...layers.known import ACTIVATIONS, Found, bare, call_activation, checked, hooked, is_identity, module_activation
-from ..graph_edit import Regraphed, argument, calls_identity, drop_node, finish, to_graph
+from ..graph_edit import Regraphed, argument, calls_identity, drop_identities, drop_node, finish, to_graph
 from ..swap import stem
 from .bench import Bench, Refused, not_traced, param_count
 from .evaluation import code_graph
@@ -32,33 +32,19 @@ _ADDS = frozenset({operator.add, operator.iadd, torch.add})
 
 @dataclass(frozen=True)
 class FuseSettings:
-    """Settings of ``fuse``.
-
-    Attributes:
-        layer: Shape facts of the layer.
-        activation: Name of the activation (see `pwrewrite.layers.known`).
-        scalars: Its numbers.
-        remove: Path of an activation module that is called once and becomes an identity.
-        scope: Otherwise, or with ``residual``: path of the module whose code makes the call, or of one inside it.
-        called: Path of the activation module that this code calls; empty for a function.
-        residual: Whether an addition lies between, which this code makes.
-        same: Whether the layer's own code pads as TensorFlow does.
-        alias: Whether only that name of the module becomes an identity, and its others stay.
-        head: Whether the code of ``scope`` lies behind the layer and applies the activation to its input first.
-        keep_nan: Whether NaN stays NaN behind an activation whose fused kernel returns a number for it.
-    """
+    """Settings of ``fuse``."""
 
     layer: ConvSpec
-    activation: str
-    scalars: tuple[float, ...] = ()
-    remove: str | None = None
-    scope: str | None = None
-    called: str = ""
-    residual: bool = False
-    same: bool = False
-    head: bool = False
-    alias: bool = False
-    keep_nan: bool = False
+    activation: str  # its name, see `pwrewrite.layers.known`
+    scalars: tuple[float, ...] = ()  # its numbers
+    remove: str | None = None  # path of an activation module that is called once and becomes an identity
+    scope: str | None = None  # else, or with ``residual``: path of the module whose code makes the call
+    called: str = ""  # path of the activation module that this code calls; empty for a function
+    residual: bool = False  # whether an addition lies between, which this code makes
+    same: bool = False  # whether the layer's own code pads as TensorFlow does
+    head: bool = False  # whether the code of ``scope`` lies behind the layer and applies the activation to its input
+    alias: bool = False  # whether only the name ``remove`` becomes an identity, and the module's others stay
+    keep_nan: bool = False  # whether NaN stays NaN behind an activation whose kernel returns a number for it
 
     @property
     def method(self) -> str:
@@ -199,10 +185,7 @@ class _CodeEdit:
             self._join(call, chain, other, end)
         elif end is not last:
             drop_node(end, last)
-        for node in list(self.graph_module.graph.nodes):
-            source = argument(node, 0, "input")
-            if calls_identity(self.graph_module, node) and isinstance(source, fx.Node):
-                drop_node(node, source)
+        drop_identities(self.graph_module)
         finish(self.graph_module)
 
     def _call(self) -> tuple[fx.Node, list[str]]:

@@ -27,7 +27,7 @@ from ...core.plan import Edit, Op
 from ...decompose.columns import Kept, columns_of, keep
 from ...layers.kernels import FORMATS
 from ...layers.known import ACTIVATIONS, Found
-from .bench import Bench, WeightedModule, param_count
+from .bench import Bench, WeightedModule, param_count, spec_of_module
 from .project import CHANNEL_NORMS
 from .settings import Count, wrong
 
@@ -45,21 +45,14 @@ class Placed:
 
 @dataclass(frozen=True)
 class Reading:
-    """A layer that reads the channels.
-
-    Attributes:
-        repeat: Inputs per channel: above 1 behind a flatten.
-        norm: Path of the batch norm that alone reads its output; ``""`` for none, or where the layer has a bias.
-        source: Path of the norm or layer that spreads what it reads; ``""`` where that is not known.
-        activation: Name of the activation behind that, with its numbers; ``""`` for none.
-    """
+    """A layer that reads the channels; a text is empty where there is no such thing, or it is not known."""
 
     path: str
     layer: ConvSpec
-    repeat: Count = 1
-    norm: str = ""
-    source: str = ""
-    activation: str = ""
+    repeat: Count = 1  # inputs per channel: above 1 behind a flatten
+    norm: str = ""  # path of the batch norm that alone reads its output, where the layer has no bias
+    source: str = ""  # path of the norm or layer that spreads what it reads
+    activation: str = ""  # name of the activation behind that, with its numbers
     numbers: tuple[float, ...] = ()
 
     @property
@@ -70,16 +63,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class NarrowSettings:
-    """Settings of ``narrow``.
-
-    Attributes:
-        channels: How many there were.
-        keep: Those that stay, in their order.
-        producers: The layers that make them.
-        readers: The layers that read them.
-        depthwise: Depthwise convolutions on the way.
-        norms: Paths of the norms by channel on the way.
-    """
+    """Settings of ``narrow``: how many channels there were, those that stay, and the layers and norms on their way."""
 
     channels: Count
     keep: tuple[int, ...]
@@ -97,14 +81,9 @@ def narrow_channels(bench: Bench, op: Op, settings: NarrowSettings) -> Edit:
     readers = [_layer(bench, op, each, "readers") for each in settings.readers]
     depthwise = [_layer(bench, op, each, "depthwise") for each in settings.depthwise]
     norms = [_norm(bench, op, path, settings.channels) for path in settings.norms]
-    changed = [*producers, *readers, *depthwise, *norms]
-    changed = list(dict.fromkeys(changed))  # a gate may read and make the same channels
+    changed = dict.fromkeys([*producers, *readers, *depthwise, *norms])  # a gate may read and make the same channels
     before, error = param_count(*changed), 0.0
     placed: tuple[Placed | Reading, ...] = (*settings.producers[1:], *settings.depthwise, *settings.readers)
-    adapted = (
-        *(each.path for each in placed),
-        *settings.norms,
-    )
     if width < settings.channels:
         solved: list[Kept] | None = None
         if bench.fill and not any(layer.weight.is_meta for layer in readers):
@@ -121,11 +100,9 @@ def narrow_channels(bench: Bench, op: Op, settings: NarrowSettings) -> Edit:
         for norm in norms:
             _take(norm, kept, _PER_CHANNEL)
             setattr(norm, "num_parameters" if isinstance(norm, nn.PReLU) else "num_features", width)
-    exact = "both" if width == settings.channels else None
-    edit = Edit(
-        op, "module", "narrow", width, width, before, param_count(*changed), error if bench.fill else None, exact
-    )
-    return replace(edit, adapted=adapted)
+    exact, after = "both" if width == settings.channels else None, param_count(*changed)
+    edit = Edit(op, "module", "narrow", width, width, before, after, error if bench.fill else None, exact)
+    return replace(edit, adapted=(*(each.path for each in placed), *settings.norms))
 
 
 def _check(op: Op, settings: NarrowSettings) -> None:
@@ -149,14 +126,12 @@ def _check(op: Op, settings: NarrowSettings) -> None:
 
 def _layer(bench: Bench, op: Op, placed: Placed | Reading, key: str) -> WeightedModule:
     """A layer that an op was made for; its other side may have been narrowed since."""
-    module: Any = bench.find(op, placed.path, key)
-    spec, dims = placed.layer, placed.layer.dims
-    if key == "producers":
-        spec = replace(spec, in_channels=getattr(module, "in_channels" if dims else "in_features", spec.in_channels))
-    elif key == "readers":
-        spec = replace(
-            spec, out_channels=getattr(module, "out_channels" if dims else "out_features", spec.out_channels)
-        )
+    module = bench.find(op, placed.path, key)
+    spec, now = placed.layer, spec_of_module(module)
+    if now is not None and key == "producers":
+        spec = replace(spec, in_channels=now.in_channels)
+    elif now is not None and key == "readers":
+        spec = replace(spec, out_channels=now.out_channels)
     return bench.layer(op, placed.path, spec, key)
 
 
@@ -191,11 +166,9 @@ def _solved(bench: Bench, op: Op, settings: NarrowSettings, readers: Sequence[We
 def channel_spread(
     model: nn.Module, source: str, activation: Found | None, channels: int
 ) -> tuple[Tensor, Tensor] | None:
-    """The mean and variance of every channel, ``(channels,)``, as its norm says; None where that is not known.
+    """The mean and variance of every channel, ``(channels,)``, behind the norm ``source`` and an activation.
 
-    Args:
-        source: Path of the norm that spreads them.
-        activation: What is applied to that.
+    None where they are not known.
     """
     norm = dict(model.named_modules(remove_duplicate=False)).get(source)
     if not isinstance(norm, CHANNEL_NORMS) or (activation is not None and activation[0] not in ACTIVATIONS):

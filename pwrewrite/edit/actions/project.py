@@ -32,17 +32,12 @@ CHANNEL_NORMS = tuple(m for row in OPERATIONS if row.name in ("batch_norm", "ins
 
 @dataclass(frozen=True)
 class Consumer:
-    """A layer that reads the branch's channels: its path and shape facts.
-
-    Attributes:
-        offset: Its first input channel that comes from the branch.
-        repeat: Inputs per channel: above 1 behind a flatten.
-    """
+    """A layer that reads the branch's channels: its path and shape facts."""
 
     path: str
     layer: ConvSpec
-    offset: Offset
-    repeat: Count
+    offset: Offset  # its first input channel that comes from the branch
+    repeat: Count  # inputs per channel: above 1 behind a flatten
 
     @property
     def rows(self) -> int:
@@ -70,29 +65,17 @@ class OutputWidth:
 
 @dataclass(frozen=True)
 class ProjectSettings:
-    """Settings of ``project``.
+    """Settings of ``project``."""
 
-    Attributes:
-        channels: What leaves the projection.
-        branch_channels: What the branch makes.
-        dims: Spatial dims.
-        init: ``weights`` (a joint factorisation of the consumers') or ``fresh``.
-        consumers: The layers that read the branch's channels.
-        norms: Norms on the way there.
-        dtype: That of the branch's output, for a model without parameters.
-        outputs: Which outputs change their width, for the reader.
-        exact: In which modes the projection is exact at full width.
-    """
-
-    channels: Count
-    branch_channels: Count
+    channels: Count  # what leaves the projection
+    branch_channels: Count  # what the branch makes
     dims: Annotated[int, Allowed(range(4).__contains__, "0 to 3")]
-    init: Annotated[str, one_of("weights", "fresh")]
+    init: Annotated[str, one_of("weights", "fresh")]  # a joint factorisation of the consumers', or new ones
     consumers: tuple[Consumer, ...] = ()
-    norms: tuple[Norm, ...] = ()
-    dtype: str | None = None
-    outputs: tuple[OutputWidth, ...] = ()
-    exact: Annotated[str, one_of("eval", "train", "both")] = "eval"
+    norms: tuple[Norm, ...] = ()  # on the way to the consumers
+    dtype: str | None = None  # that of the branch's output, for a model without parameters
+    outputs: tuple[OutputWidth, ...] = ()  # those that change their width, for the reader
+    exact: Annotated[str, one_of("eval", "train", "both")] = "eval"  # in which modes it is so at full width
 
     @property
     def rows(self) -> int:

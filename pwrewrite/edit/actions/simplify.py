@@ -18,7 +18,7 @@ from ...capturing.functions import VALUE_READS, writes
 from ...core.errors import shortened
 from ...core.plan import Edit, Op, SkipReason
 from ...layers.known import drops, hooked
-from ..graph_edit import Regraphed, argument, calls_identity, drop_node, finish
+from ..graph_edit import Regraphed, argument, drop_identities, drop_node, finish
 from ..swap import stem
 from .bench import Bench, Refused, not_traced
 from .evaluation import DROPS, function_of, name_of
@@ -89,10 +89,11 @@ def _simplified(graph_module: Regraphed, unread: set[str], same: tuple[tuple[Cal
         if a is not None and b is not None and a is not b and (a.args, a.kwargs) == (b.args, b.kwargs):
             drop_node(b, a)
     for node in list(nodes):
-        dropout = node.op == "call_function" and node.target in DROPS and node.kwargs.get("training") is False
         source = argument(node, 0, "input")
-        if isinstance(source, fx.Node) and (dropout or calls_identity(graph_module, node)):
+        dropout = node.op == "call_function" and node.target in DROPS and node.kwargs.get("training") is False
+        if isinstance(source, fx.Node) and dropout:
             drop_node(node, source)
+    drop_identities(graph_module)
     _join_pairs(graph_module)
     for node in reversed(list(nodes)):
         silent = node.op == "get_attr" or (node.op == "call_module" and str(node.target) in unread)

@@ -16,6 +16,7 @@ from ...core.convolution import ConvSpec
 from ...core.errors import RefusedError
 from ...core.plan import Edit, Op, SkipReason
 from ...decompose.nearest_map import NearestMap
+from ...forms.specs import pointwise_spec
 from ...layers.known import hooked
 from ..swap import stem
 from .bench import ELSEWHERE, Bench, Refused, layer_like, param_count
@@ -27,35 +28,25 @@ RANGES: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "relu6": nn.ReLU6}
 
 @dataclass(frozen=True)
 class SubstituteSettings:
-    """Settings of ``substitute``.
+    """Settings of ``substitute``."""
 
-    Attributes:
-        layer: Shape facts of the 1×1 convolution or linear map.
-        drop: Whether nothing takes the place of the module: its input goes on.
-        activation: What is behind the map, in a sequence with it.
-    """
-
-    layer: ConvSpec
-    drop: bool = False
-    activation: Annotated[str | None, one_of(*RANGES)] = None
+    layer: ConvSpec  # shape facts of the 1×1 convolution or linear map
+    drop: bool = False  # whether nothing takes the place of the module: its input goes on
+    activation: Annotated[str | None, one_of(*RANGES)] = None  # what is behind the map, in a sequence with it
 
 
 def substitute_module(bench: Bench, op: Op, settings: SubstituteSettings) -> Edit:
     """Carries out a ``substitute`` op; a `RefusedError` says that nothing gives the weights of the map."""
     spec, module = settings.layer, bench.find(op, op.path)
-    plain = (
-        spec.is_pointwise and spec.groups == 1 and spec.bias and not spec.transposed and not any(map(any, spec.padding))
-    )
-    if not plain:
+    if spec != replace(pointwise_spec(spec.dims, spec.in_channels, spec.out_channels, bias=True), stride=spec.stride):
         expected = "a 1×1 convolution or linear map with a bias, without groups and padding"
         raise wrong(op, "layer", "no such layer is put in a module's place", expected, str(spec))
     if settings.drop and (spec.in_channels != spec.out_channels or any(step != 1 for step in spec.stride)):
         raise wrong(op, "drop", "only a module whose output has the shape of its input is dropped", "false", "true")
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     if weight is None or not op.path:
-        raise wrong(
-            op, "path", "the plan was made for another module", "one with weights", type(module).__name__, ELSEWHERE
-        )
+        got = type(module).__name__
+        raise wrong(op, "path", "the plan was made for another module", "one with weights", got, ELSEWHERE)
     for each in module.modules():
         bench.check_held(op.path, each)
         if hooked(each):
@@ -77,8 +68,7 @@ def substitute_module(bench: Bench, op: Op, settings: SubstituteSettings) -> Edi
             new.weight.copy_(found.kernel.reshape(new.weight.shape))
             assert new.bias is not None
             new.bias.copy_(found.bias)
-    for parameter in new.parameters():
-        parameter.requires_grad_(weight.requires_grad)
+    new.requires_grad_(weight.requires_grad)
     put_in: nn.Module = new
     if settings.activation is not None:
         put_in, inner = nn.Sequential(new, RANGES[settings.activation]()), f"{inner}0."
