@@ -12,10 +12,9 @@ the chain of convolutions that they are; at full rank that is the original convo
 
 from .axis_split import AxisSplit, split_spectrum
 from .depthwise_pair import Depthwise, depthwise_spectrum
-from .evbmf import evbmf_rank
 from .last_factor import Nested, PairFactors, solve_last
 from .layout import Factors, Stage, from_forward_layout, to_forward_layout
-from .ranks import RankSpec, default_multiple, energy_rank, resolve_rank, round_rank
+from .ranks import RankSpec, default_multiple, energy_rank, evbmf_rank, resolve_rank, round_rank
 from .spectrum import Spectrum
 from .tucker import Tucker2, Tucker2Spectrum, tucker2
 from .weighting import split_moment

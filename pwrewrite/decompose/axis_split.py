@@ -35,23 +35,16 @@ from .weighting import Weight, side_weight
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AxisSplit(PairFactors):
-    """Two convolutions, each over its own spatial axes and with size 1 on the others.
+    """Two convolutions, each over its own spatial axes and with size 1 on the others."""
 
-    Attributes:
-        first: ``(groups·rank, in/groups, *k)``.
-        second: ``(out, rank, *k)``.
-        first_axes: The spatial axes of the first, counted from 0.
-    """
-
-    first: Tensor
-    second: Tensor
-    first_axes: tuple[int, ...]
+    first: Tensor  # (groups·rank, in/groups, *k)
+    second: Tensor  # (out, rank, *k)
+    first_axes: tuple[int, ...]  # the spatial axes of the first, counted from 0
 
     last = "second"
 
     @property
     def rank(self) -> int:
-        """The width between, per group."""
         return self.first.shape[0] // self.groups
 
     @property
@@ -60,7 +53,6 @@ class AxisSplit(PairFactors):
         return tuple(axis for axis in range(self.first.dim() - 2) if axis not in self.first_axes)
 
     def reconstruct(self) -> Tensor:
-        """The kernel ``(out, in/groups, *k)``."""
         groups, rank, (out, channels) = self.groups, self.rank, (self.second.shape[0], self.first.shape[1])
         second = self.second.reshape(groups, out // groups, rank, -1).mT.reshape(groups, -1, rank)
         pairs = second @ self.first.reshape(groups, rank, -1)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .layout import Factors, Stage, frobenius, from_forward_layout, relative
+from .layout import Factors, Stage, frobenius, from_forward_layout, relative, wide_dtype
 
 RIDGE = 1e-6
 """What is added to the diagonal of a moment before it is inverted, as a share of it."""
@@ -34,19 +34,12 @@ _WAITING = 96
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """A map that reads channels, in the widest dtype.
+    """A map that reads channels, in the widest dtype."""
 
-    Attributes:
-        rows: ``W (out, d)``, the columns of a channel side by side.
-        moment: ``H (d, d)``, or its diagonal ``(d,)`` where no more of it is known.
-        outputs: ``G (out, out)``; the identity where None.
-        factor: What its loss counts.
-    """
-
-    rows: Tensor
-    moment: Tensor
-    outputs: Tensor | None = None
-    factor: float = 1.0
+    rows: Tensor  # W (out, d), the columns of a channel side by side
+    moment: Tensor  # H (d, d), or its diagonal (d,) where no more of it is known
+    outputs: Tensor | None = None  # G (out, out); the identity where None
+    factor: float = 1.0  # what its loss counts
 
     @property
     def scale(self) -> float:
@@ -82,10 +75,7 @@ def columns_of(channels: Sequence[int], size: int) -> list[int]:
 def eliminate(readers: Sequence[Reader], channels: int, least: int = 1) -> Elimination:
     """Takes channels away one by one, each time the one that loses least with the others made to do its work.
 
-    Args:
-        readers: What reads the channels.
-        channels: How many there are.
-        least: How many stay.
+    Of ``channels`` at least ``least`` stay.
     """
     sweeps = [_Fixed(r, channels) if r.moment.dim() == 1 else _Sweep(r, channels) for r in readers]
     order, losses = list[int](), [0.0]
@@ -127,8 +117,7 @@ class _Sweep:
     def __init__(self, reader: Reader, channels: int) -> None:
         self._size, self._factor, self._channels = reader.rows.shape[1] // channels, reader.factor, channels
         large = reader.moment.shape[0] > _LARGE
-        unit = reader.moment.diagonal()  # in its units rounding is the same share of every column
-        unit = unit.clamp(min=max(float(unit.mean()) * 1e-12, 1e-300)).sqrt()
+        unit = _unit(reader.moment.diagonal())
         moment, rows = reader.moment / unit / unit[:, None], reader.rows * unit
         inverse = _inverse(moment, _LARGE_RIDGE if large else RIDGE)
         energy = rows.mT @ (rows if reader.outputs is None else reader.outputs @ rows)
@@ -196,6 +185,11 @@ class _Sweep:
         return blocks.index_select(axis, places).flatten(axis, axis + 1)
 
 
+def _unit(squares: Tensor) -> Tensor:
+    """The unit of each column of a moment, of its diagonal: there rounding is the same share of every column."""
+    return squares.clamp(min=max(float(squares.mean()) * 1e-12, 1e-300)).sqrt()
+
+
 def _own(first: Tensor, second: Tensor, size: int) -> Tensor:
     """``firstᵀ second`` within each channel: ``(channels, size, size)`` of ``(size, channels · size)``."""
     each = [m.reshape(size, -1, size).transpose(0, 1) for m in (first, second)]
@@ -214,18 +208,12 @@ def _inverse(moment: Tensor, ridge: float) -> Tensor:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Kept(Factors):
-    """A kernel that reads some of its input channels only.
+    """A kernel that reads some of its input channels only."""
 
-    Attributes:
-        kernel: ``(out, kept, *k)`` in forward layout.
-        channels: The input channels that it reads, of ``of``.
-        shift: ``(out,)``: what the outputs lack on average; for a bias, or a running mean.
-    """
-
-    kernel: Tensor
-    channels: tuple[int, ...]
-    of: int
-    shift: Tensor
+    kernel: Tensor  # (out, kept, *k) in forward layout
+    channels: tuple[int, ...]  # the input channels that it reads
+    of: int  # how many there were
+    shift: Tensor  # (out,): what the outputs lack on average; for a bias, or a running mean
 
     def reconstruct(self) -> Tensor:
         whole = self.kernel.new_zeros(self.kernel.shape[0], self.of, *self.kernel.shape[2:])
@@ -247,14 +235,13 @@ def keep(kernel: Tensor, channels: Sequence[int], moment: Tensor | None, mean: T
         mean: ``(d,)`` of the patches, where what is lost of it can be made up for; None where not.
     """
     size = kernel[0, 0].numel()
-    wide = kernel.detach().to(torch.float64 if kernel.device.type != "mps" else kernel.dtype)
+    wide = kernel.detach().to(wide_dtype(kernel))
     rows, of = wide.flatten(1), kernel.shape[1]
     columns = torch.tensor(columns_of(channels, size), device=kernel.device)
     stays = rows[:, columns]
     if moment is not None and moment.dim() == 2 and len(channels) < of:
         moment = moment.to(rows)
-        unit = moment.diagonal()[columns]
-        unit = unit.clamp(min=max(float(unit.mean()) * 1e-12, 1e-300)).sqrt()
+        unit = _unit(moment.diagonal()[columns])
         normal = moment[columns][:, columns] / unit / unit[:, None]
         others = torch.ones(rows.shape[1], dtype=torch.bool, device=kernel.device)
         others[columns] = False

@@ -28,22 +28,16 @@ from .weighting import SideWeight, side_weight
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Depthwise(PairFactors):
-    """A depthwise k×k convolution with ``terms`` filters per channel, and a pointwise one.
+    """A depthwise k×k convolution with ``terms`` filters per channel, and a pointwise one."""
 
-    Attributes:
-        depthwise: ``(in·terms, 1, *k)``, to run with ``in`` groups.
-        pointwise: ``(out, in/groups·terms)``, to run with ``groups`` groups.
-    """
-
-    depthwise: Tensor
-    pointwise: Tensor
+    depthwise: Tensor  # (in·terms, 1, *k), to run with ``in`` groups
+    pointwise: Tensor  # (out, in/groups·terms), to run with ``groups`` groups
     terms: int
 
     last = "pointwise"
 
     @property
     def rank(self) -> int:
-        """The number of terms."""
         return self.terms
 
     @property
@@ -52,7 +46,6 @@ class Depthwise(PairFactors):
         return self.depthwise.shape[0] // self.terms
 
     def reconstruct(self) -> Tensor:
-        """The kernel ``(out, in/groups, *k)``."""
         groups, terms, out = self.groups, self.terms, self.pointwise.shape[0]
         channels = self.in_channels // groups
         filters = self.depthwise.reshape(groups, channels, terms, -1)

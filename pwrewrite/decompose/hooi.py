@@ -55,14 +55,8 @@ def best_subspaces(
 ) -> Subspaces:
     """The factors of one kernel or of a stack of kernels (the groups), each on its own, in the tensor's dtype.
 
-    Args:
-        tensor: ``(*batch, out, k, in)``, contiguous, finite, of a scale whose square does not under- or overflow.
-        rank_out: Width of the out axis.
-        rank_in: Width of the in axis.
-        method: As the next two, see `pwrewrite.decompose.tucker2`.
-        sweeps: See there.
-        tolerance: See there.
-        norm: The Frobenius norm of the tensor.
+    ``tensor (*batch, out, k, in)`` is contiguous, finite, of a scale whose square does not under- or overflow, and
+    ``norm`` its Frobenius norm; the rest is as for `pwrewrite.decompose.tucker2`.
     """
     ranks = (rank_out, rank_in)
     try:

@@ -106,12 +106,7 @@ class Nested:
     blocks of ``Z`` its loss at an output width ``s`` is ``tr(G W C Wᵀ)`` less the ``s`` largest eigenvalues of
     ``G^½ Zᵀ Z G^½``.
 
-    Args:
-        spectrum: Where the first factors come from.
-        rank: The largest rank looked at.
-        rows: The kernel ``W (groups, out, patch)``.
-        moment: ``C (groups, patch, patch)``.
-        spatial: The kernel's spatial sizes.
+    ``rows`` are the kernel ``W (groups, out, patch)``, ``moment`` is ``C (groups, patch, patch)``.
     """
 
     def __init__(

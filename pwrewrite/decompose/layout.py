@@ -128,16 +128,11 @@ class Stage:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Factors(ABC):
-    """What every form has in common.
-
-    Attributes:
-        relative_error: ``‖W − Ŵ‖ / ‖W‖`` of the factors as they are returned; 0 for a zero kernel.
-        weighted_error: ``‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖``; ``relative_error`` where there are no weights.
-    """
+    """What every form has in common."""
 
     groups: int
-    relative_error: float
-    weighted_error: float
+    relative_error: float  # ‖W − Ŵ‖ / ‖W‖ of the factors as they are returned; 0 for a zero kernel
+    weighted_error: float  # ‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖; the same where there are no weights
 
     @abstractmethod
     def reconstruct(self) -> Tensor:

@@ -35,14 +35,9 @@ class NearestMap(Factors):
 
 
 def nearest_map(covariance: Tensor, mean: Tensor, inputs: int, dims: int, ridge: float) -> NearestMap:
-    """The nearest map.
+    """The nearest map over ``dims`` spatial dims, from ``S (in + out, in + out)``, inputs first, and their ``mean``.
 
-    Args:
-        covariance: ``S (in + out, in + out)``, inputs first.
-        mean: ``(in + out,)``.
-        inputs: How many inputs there are.
-        dims: Spatial dims.
-        ridge: ``λ``, as a share of the mean variance of an input.
+    ``ridge`` is ``λ``, as a share of the mean variance of an input.
     """
     xx, xy, yy = covariance[:inputs, :inputs], covariance[:inputs, inputs:], covariance[inputs:, inputs:]
     eye = torch.eye(inputs, dtype=xx.dtype, device=xx.device)

@@ -65,7 +65,6 @@ class Tucker2(Factors):
         return self.expand.shape[1]
 
     def reconstruct(self) -> Tensor:
-        """The kernel ``(out, in/groups, *k)``."""
         groups, rank_in, rank_out = self.groups, self.rank_in, self.rank_out
         core = self.core.reshape(groups, rank_out, rank_in, -1)
         inner = (core.mT @ self.reduce.reshape(groups, 1, rank_in, -1)).mT

@@ -59,13 +59,11 @@ class ProductWeight(SideWeight):
     inner: Tensor
 
     def multiply(self, rows: Tensor) -> Tensor:
-        """The weight times ``rows (groups, d·repeat, columns)``."""
         groups, size, columns = rows.shape
         inside = self.inner[:, None] @ rows.reshape(groups, -1, self.repeat, columns)
         return kronecker_multiply(self.matrix, inside.reshape(groups, size, columns))
 
     def roots(self) -> tuple[Tensor, Tensor]:
-        """As `SideWeight.roots`, over both parts together."""
         outer, inner = SideWeight(self.matrix, 1).roots(), SideWeight(self.inner, 1).roots()
         first, second = (torch.stack([torch.kron(a, b) for a, b in zip(*pair)]) for pair in zip(outer, inner))
         return first, second
@@ -87,14 +85,9 @@ def side_weight(
 ) -> SideWeight | None:
     """Checks the weight ``name`` and brings it to a stack in the widest dtype, on the device of ``like``.
 
-    Args:
-        weight: ``(d, d)`` over the channels of all groups, or ``(groups, d, d)``; a pair of stacks over the channels
-            and the rest for their product; None for the identity.
-        groups: Number of groups.
-        channels: Channels per group on this side.
-        rest: Product of the other axes on this side.
-        like: A tensor on the device to use.
-        name: What to call the weight in an error.
+    It is ``(d, d)`` over the channels of all groups, or ``(groups, d, d)``; a pair of stacks over the channels and the
+    rest for their product; None for the identity. There are so many ``channels`` per group on this side, and ``rest``
+    is the product of its other axes.
     """
     if weight is None:
         return None

@@ -56,18 +56,13 @@ Worth = Callable[[Mapping[str, int], Axes], bool]
 
 
 class Form(ABC):
-    """One way to replace a layer by a chain of smaller convolutions.
-
-    Attributes:
-        title: What the module is called when a model is printed.
-        pointwise: Whether all that it adds to a layer's own kind of kernel is 1×1.
-    """
+    """One way to replace a layer by a chain of smaller convolutions."""
 
     name: ClassVar[str]
     widths: ClassVar[tuple[str, ...]]
     passes: ClassVar[tuple[FormPass, ...]]
-    title: ClassVar[str]
-    pointwise: ClassVar[bool] = False
+    title: ClassVar[str]  # what the module is called when a model is printed
+    pointwise: ClassVar[bool] = False  # whether all that it adds to a layer's own kind of kernel is 1×1
 
     def unfit(self, spec: ConvSpec) -> tuple[SkipReason, str] | None:
         """Why the form is not for a layer of this shape; None where it is."""

@@ -35,10 +35,6 @@ class WeightedLayer:
         gradients: ``G (groups, o, o)``; the identity where None.
         positions: Positions per sample.
         multiple: What ranks are rounded to; None for 8 where the channels are 64 or more.
-
-    Attributes:
-        kernel: In forward layout and the compute dtype; ``rows`` is it as ``(groups, out/groups, patch)``.
-        scale: Loss of an all-zero kernel.
     """
 
     def __init__(
@@ -54,7 +50,7 @@ class WeightedLayer:
         wide = torch.float32 if weight.device.type == "mps" else torch.float64
         self.kernel = decompose.to_forward_layout(weight.detach(), spec.groups, spec.transposed).to(wide)
         self.spatial = tuple(self.kernel.shape[2:])
-        self.rows = self.kernel.reshape(spec.groups, self.kernel.shape[0] // spec.groups, -1)
+        self.rows = self.kernel.reshape(spec.groups, self.kernel.shape[0] // spec.groups, -1)  # (g, out/g, patch)
         taps, device = prod(self.spatial), self.kernel.device
         if inputs is not None and taps > 1 and inputs.shape[-1] * taps == self.rows.shape[2]:
             eye = torch.eye(taps, dtype=wide, device=device)  # transposed: the same moment under every tap
@@ -62,7 +58,7 @@ class WeightedLayer:
         self.inputs = None if inputs is None else inputs.to(device=device, dtype=wide)
         self.gradients = None if gradients is None else gradients.to(device=device, dtype=wide)
         self.factor = positions / 2
-        self.scale = self.loss_of(self.kernel)
+        self.scale = self.loss_of(self.kernel)  # the loss of an all-zero kernel
         self._cache: dict[Hashable, object] = {}
 
     def normalise(self, scale: float) -> None:

@@ -66,7 +66,7 @@ class Factorized(StandsForLayer, nn.Module):
         widths: The form's widths, per group.
         axes: The spatial axes of the first stage, where the form leaves a choice.
         norm: Name of a norm after every stage but the last, one of `NORMS`.
-        activation: Name of an activation after every stage but the last, one of `ACTIVATIONS`.
+        activation: Likewise, one of `ACTIVATIONS`.
         device: Where the parameters live.
         dtype: Their dtype.
     """

@@ -70,11 +70,9 @@ def making() -> Iterator[None]:
 def traced(run: Function, inputs: Sequence[Tensor], tolerance: float, *, keep_nan: bool = False) -> Traced | str:
     """A function of float32 tensors with what the fuser can take of it as partitions; or why torch cannot make it.
 
-    Args:
-        run: The function; its parameters need no gradient.
-        inputs: Inputs of the shapes and in the memory formats that it is made for; they are not kept.
-        tolerance: Greatest relative distance to the function's own values.
-        keep_nan: Whether ReLU, clamps and max-pools stay out of the partitions, whose kernels give numbers for NaN.
+    It is made for the shapes and memory formats of some inputs, which are not kept, and differs from the function's own
+    values by ``tolerance`` at most. With ``keep_nan`` ReLU, clamps and max-pools, whose kernels give numbers for NaN,
+    stay out of the partitions. The function's parameters need no gradient.
     """
     if not FUSER:
         return "this build of torch has no oneDNN graphs"
