@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     )
     from .core.plan import Plan as Plan
     from .core.verification import Verification as Verification
-    from .edit.actions.unfuse import unfuse as unfuse
+    from .edit.actions.plain_layers import unfuse as unfuse
     from .edit.apply import apply as apply
     from .engines.frozen import freeze as freeze
     from .report.records import Report as Report
@@ -74,7 +74,7 @@ _NAMES = {
     "core.plan": "Plan",
     "core.verification": "Verification",
     "edit.apply": "apply",
-    "edit.actions.unfuse": "unfuse",
+    "edit.actions.plain_layers": "unfuse",
     "engines.frozen": "freeze",
     "report.records": "Report",
     "targets": "LoadedModel load_target",

@@ -65,7 +65,7 @@ def carry_out(
     """Carries out a plan on a copy of a model.
 
     Args:
-        model: The model; stays as it is.
+        model: Stays as it is.
         plan: What to do.
         fill: Whether to fill in weights; without it the new parameters are unset, for saved ones.
         decomposer: Gives the factors of a layer; the plain decomposition of its weights where None.

@@ -105,8 +105,6 @@ def stored(graph_module: Regraphed, value: object) -> object:
 class FunctionalCall:
     """The one functional convolution or linear map that reads a weight, in the graph of a module (`to_graph`).
 
-    It has the ``spec``, the ``bias``, and the ``bias_name``, relative to the module as that of the weight.
-
     Raises:
         NotTraceable: If there is not exactly one such call, or if it takes what only exists when it runs.
     """

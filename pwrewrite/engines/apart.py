@@ -116,15 +116,8 @@ _server = _Server()
 def run_apart(load: str, program: Program, folder: Path, calls: Sequence[Call], imports: Sequence[str] = ()) -> Run:
     """Runs what was written in a process of its own, which has torch and cannot import pwrewrite.
 
-    Args:
-        load: Python that makes ``model`` from the files in the working directory.
-        program: What was written.
-        folder: Where to.
-        calls: The inputs.
-        imports: Modules that ``load`` will need, imported once for all runs.
-
-    Raises:
-        RefusedError: If it does not run there.
+    ``load`` is Python that makes ``model`` from the files in the folder, ``imports`` names modules that it will need,
+    imported once for all runs. Raises `RefusedError` where it does not run there.
     """
     threads = torch.get_num_threads()
     with TemporaryDirectory() as scratch:

@@ -19,17 +19,11 @@ _SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Times:
-    """What models take in several engines.
+    """What models take in several engines."""
 
-    Attributes:
-        times: Engine to the time of every model.
-        ran: Engine to what ran.
-        notes: Which engines were left out, and why.
-    """
-
-    times: Mapping[str, Sequence[Timing]]
+    times: Mapping[str, Sequence[Timing]]  # engine to the time of every model
     ran: Mapping[str, Ran]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # which engines were left out, and why
 
     @property
     def fastest(self) -> str:
@@ -49,17 +43,8 @@ def time_everywhere(
     names: Sequence[str] = ENGINE_NAMES,
     threads: int | None = None,
 ) -> Times:
-    """Times models in every engine that is there, all in turns; one that cannot run all of them is left out.
-
-    Args:
-        models: The models.
-        args: Positional inputs.
-        kwargs: Keyword inputs.
-        names: The engines.
-        threads: How many; as torch has them where None.
-    """
-    sessions: dict[str, list[Session]] = {}
-    notes = []
+    """Times models in every engine that is there, all in turns; one that cannot run all of them is left out."""
+    sessions, notes = dict[str, list[Session]](), list[str]()
     for engine in map(engine_named, names):
         try:
             sessions[engine.name] = [engine.session(model, args, kwargs, threads) for model in models]

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib import import_module, util
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -19,47 +19,30 @@ from torch import Tensor, nn
 from ..core.errors import PwrewriteError, RefusedError, UsageError, first_line
 from ..core.names import ENGINE_NAMES
 from ..core.nested import Args, Kwargs, tensors_of
-from ..edit.actions.unfuse import unfuse
+from ..edit.actions.plain_layers import unfuse
 from ..layers.factorized import Factorized
-from .exporting import Program
+from .exporting import Program, absent
 
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What really runs.
-
-    Attributes:
-        engine: The engine's name.
-        version: Of the runtime.
-        provider: The device or the runtime's provider for it.
-        precision: In which it computes.
-        threads: How many threads it uses.
-        fallbacks: What runs otherwise than asked for, as sentences.
-    """
+    """What really runs."""
 
     engine: str
-    version: str
-    provider: str
+    version: str  # of the runtime
+    provider: str  # the device or the runtime's provider for it
     precision: str
     threads: int
-    fallbacks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        facts = f"{self.engine} {self.version}, {self.provider}, {self.precision}, {self.threads} threads"
-        return "; ".join((facts, *self.fallbacks))
+        return f"{self.engine} {self.version}, {self.provider}, {self.precision}, {self.threads} threads"
 
 
 @dataclass(frozen=True)
 class Session:
-    """A model that is ready for inputs of some shapes.
+    """A model that is ready for inputs of some shapes."""
 
-    Attributes:
-        run: Runs inputs; for timing, between `held`'s entry and exit, in `torch.no_grad` and with so many threads.
-        ran: What it runs on.
-        held: Entered while it runs.
-    """
-
-    run: Callable[..., object]
+    run: Callable[..., object]  # for timing, between the entry and exit of ``held``, in `torch.no_grad`
     ran: Ran
     held: Callable[[], AbstractContextManager[object]] = nullcontext
 
@@ -70,25 +53,17 @@ class Session:
 
 
 class Engine(ABC):
-    """One runtime.
+    """One runtime."""
 
-    Attributes:
-        name: As it is typed.
-        extra: The extra of pwrewrite that brings what it needs; empty where torch suffices.
-        needs: The modules that it imports.
-        cpu: Whether it runs on the CPU only.
-    """
-
-    name: str
-    extra = ""
-    needs: tuple[str, ...] = ()
-    cpu = True
+    name: str  # as it is typed
+    extra = ""  # the extra of pwrewrite that brings what it needs; empty where torch suffices
+    needs: tuple[str, ...] = ()  # the modules that it imports
+    cpu = True  # whether it runs on the CPU only
 
     @property
     def missing(self) -> str:
         """Why it is not there; empty where it is."""
-        absent = [module for module in self.needs if util.find_spec(module) is None]
-        return f"needs {', '.join(absent)}, not installed here" if absent else ""
+        return absent(self.needs)
 
     def require(self) -> None:
         """Raises `UsageError` where it is not there, with the command that installs it."""
@@ -97,18 +72,12 @@ class Engine(ABC):
             raise UsageError(f"the engine {self.name} {self.missing}", hint=hint)
 
     @property
-    @abstractmethod
     def version(self) -> str:
         """Of the runtime."""
+        return torch.__version__
 
     def session(self, model: nn.Module, args: Args, kwargs: Kwargs, threads: int | None = None) -> Session:
-        """A model as it runs here, in evaluation.
-
-        Args:
-            model: The model; stays as it is.
-            args: Positional inputs.
-            kwargs: Keyword inputs.
-            threads: How many; as torch has them where None.
+        """A model as it runs here, in evaluation; stays as it is.
 
         Raises:
             UsageError: If the engine is not there.
@@ -133,8 +102,8 @@ class Engine(ABC):
     def _session(self, model: nn.Module, args: Args, kwargs: Kwargs) -> Session:
         """As `session`, with torch's threads as they are to be."""
 
-    def _ran(self, provider: str, precision: str, fallbacks: tuple[str, ...] = ()) -> Ran:
-        return Ran(self.name, self.version, provider, precision, torch.get_num_threads(), fallbacks)
+    def _ran(self, provider: str, precision: str) -> Ran:
+        return Ran(self.name, self.version, provider, precision, torch.get_num_threads())
 
 
 def engine_named(name: str) -> Engine:

@@ -40,23 +40,14 @@ SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Program:
-    """A model as it is exported: in evaluation, on the CPU, without layers of pwrewrite's own kernels.
-
-    Attributes:
-        model: The plain model.
-        inputs: What it is traced with.
-        input_names: One per input tensor.
-        outputs: Path of an output tensor, such as ``['out']``, to its name.
-        axes: What may vary.
-        calibration: Inputs of the kind that it will see, for what is quantized.
-    """
+    """A model as it is exported: in evaluation, on the CPU, without layers of pwrewrite's own kernels."""
 
     model: nn.Module
-    inputs: Call
-    input_names: tuple[str, ...]
-    outputs: Mapping[str, str]
+    inputs: Call  # what it is traced with
+    input_names: tuple[str, ...]  # one per input tensor
+    outputs: Mapping[str, str]  # path of an output tensor, such as ``['out']``, to its name
     axes: Axes
-    calibration: Sequence[Call] = ()
+    calibration: Sequence[Call] = ()  # inputs of the kind that it will see, for what is quantized
 
     @cached_property
     def exported(self) -> ExportedProgram:
@@ -104,46 +95,28 @@ def _refused(error: Exception) -> RefusedError:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a runtime made of several calls.
+    """What a runtime made of several calls."""
 
-    Attributes:
-        outputs: For each call the name of an output to its tensor.
-        seconds: The median time of the first call.
-        engine: What ran: runtime and version, provider, precision, threads.
-        call: Runs further inputs; None where that needs a process of its own.
-    """
-
-    outputs: Sequence[Mapping[str, Tensor]]
-    seconds: float
-    engine: str
-    call: Callable[[Call], Mapping[str, Tensor]] | None = None
+    outputs: Sequence[Mapping[str, Tensor]]  # for each call the name of an output to its tensor
+    seconds: float  # the median time of the first call
+    engine: str  # what ran: runtime and version, provider, precision, threads
+    call: Callable[[Call], Mapping[str, Tensor]] | None = None  # runs further inputs, if a process can do it again
 
 
 class Format(ABC):
-    """One kind of export.
+    """One kind of export."""
 
-    Attributes:
-        name: As it is typed.
-        extra: The extra of pwrewrite that brings what it needs; empty where torch suffices.
-        needs: The modules that it imports.
-        files: All files that it may write.
-        main: The one that a user loads.
-        int8: The module beside this one with its quantized sibling; empty where there is none.
-    """
-
-    name: str
-    extra = ""
-    needs: tuple[str, ...] = ()
-    files: tuple[str, ...]
-    main: str
-    int8 = ""
+    name: str  # as it is typed
+    extra = ""  # the extra of pwrewrite that brings what it needs; empty where torch suffices
+    needs: tuple[str, ...] = ()  # the modules that it imports
+    files: tuple[str, ...]  # all files that it may write
+    main: str  # the one that a user loads
+    int8: Format | None = None  # its quantized sibling
 
     def require(self) -> None:
         """Raises `UsageError` where a module that it needs is not installed."""
-        missing = [module for module in self.needs if util.find_spec(module) is None]
-        if missing:
-            hint = f'pip install "pwrewrite[{self.extra}]"'
-            raise UsageError(f"{self.name} needs {', '.join(missing)}, not installed here", hint=hint)
+        if missing := absent(self.needs):
+            raise UsageError(f"{self.name} {missing}", hint=f'pip install "pwrewrite[{self.extra}]"')
 
     @abstractmethod
     def write(self, program: Program, folder: Path) -> None:
@@ -162,17 +135,18 @@ class Format(ABC):
         return {}
 
 
+def absent(modules: Sequence[str]) -> str:
+    """Which of some modules are not installed, in words; empty where all are."""
+    missing = [module for module in modules if util.find_spec(module) is None]
+    return f"needs {', '.join(missing)}, not installed here" if missing else ""
+
+
 def format_named(name: str) -> Format:
     """The format of a name; raises `UsageError` for another."""
     if name not in EXPORT_NAMES:
         raise UsageError(f"no export format {name!r}", expected=", ".join(EXPORT_NAMES))
     named: Format = import_module(f"{__package__}.{name}_format").FORMAT
     return named
-
-
-def int8_of(form: Format) -> Format | None:
-    """The quantized sibling of a format."""
-    return import_module(f"{__package__}.{form.int8}").FORMAT if form.int8 else None
 
 
 def measured(call: Callable[[], object]) -> float:

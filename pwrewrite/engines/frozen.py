@@ -2,18 +2,15 @@
 
 At batch 1 a mobile network spends as much time between its kernels as in them: with cold caches, each call of a module
 costs some 50 µs. A `Frozen` model runs as one traced function, in which oneDNN's graph interface takes the convolutions
-with what follows them (`pwrewrite.layers.tracing`). It is a module around the model; the model stays as it is, and
-computes wherever the function may not: with gradients, in training, for other dtypes, for whoever traces, exports,
-compiles or counts, and after its weights have changed until the next function is made.
+with what follows them (`pwrewrite.layers.tracing`). The model computes wherever the function may not: with gradients,
+in training, for other dtypes, for whoever traces, exports, compiles or counts, and after its weights have changed until
+the next function is made.
 
 A function is made from one run, so it is right only where the model's code does the same for the same shapes. That is
 not assumed: a capture of shapes alone shows whether the code asks for values, and a model that does stays as it is; so
 does one that writes to its own buffers or attributes at every run, or draws random numbers. What it makes on first use
 (anchors, position tables) it makes on a copy, before the function. Then the function's outputs are compared with the
 model's.
-
-Memory: a function holds one packed copy of the weights for its shape. A model has at most two functions, and all in the
-process hold at most `FUNCTIONS.limit` bytes, or one function.
 
 What is not the same: 4-D outputs are in channels_last where the fuser leaves them so. Inputs that hold NaN or Inf run
 through the model itself; where NaN arises inside, ReLU, ReLU6, clamps and max-pools may give a number for it, and a
@@ -40,8 +37,7 @@ from ..layers.comparing import alike, outputs_of
 from ..layers.kernels import CPU_DTYPES, enabled, unwatched
 from ..layers.packing import Compiled, Pool
 from ..layers.partitions import CALLS
-from .held_tensors import Held, held_tensors, obstacle
-from .trial_copy import TrialCopy
+from .held_tensors import Held, TrialCopy, held_tensors, obstacle
 
 _compiling = torch.compiler.is_compiling
 _global_hooks: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook
@@ -87,14 +83,10 @@ def freeze(model: nn.Module, example_inputs: Inputs | None = None, *, keep_nan: 
     if torch.float32 not in CPU_DTYPES or not tracing.FUSER:
         raise RefusedError("this build of torch has no oneDNN graphs", hint="the fused model runs without")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if (
-            not tensor.is_cpu
-            or (tensor.is_floating_point() and tensor.dtype is not torch.float32)
-            or tensor.is_complex()
-        ):
-            raise RefusedError(
-                "only float32 weights on the CPU can be frozen", where=name, got=f"{tensor.dtype} on {tensor.device}"
-            )
+        other = tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype is not torch.float32)
+        if other or not tensor.is_cpu:
+            got = f"{tensor.dtype} on {tensor.device}"
+            raise RefusedError("only float32 weights on the CPU can be frozen", where=name, got=got)
         if tensor.is_inference() and isinstance(tensor, nn.Parameter):  # torch counts no changes of it, nor trains it
             hint = "freeze copy.deepcopy(model), copied outside of inference mode, or what fuse returns"
             raise RefusedError("a parameter was made in inference mode", where=name, hint=hint)
@@ -118,13 +110,7 @@ class Frozen(nn.Module):
     ``weight.data``, through NumPy, in inference mode, or by optimizers with ``fused=True``. Several threads may call
     it; while one makes a function, oneDNN's graph fusion is on for what other threads give to TorchScript.
 
-    Args:
-        model: The model, in evaluation mode.
-        keep_nan: As for `freeze`.
-
     Attributes:
-        model: The model.
-        keep_nan: Whether NaN that arises inside stays NaN.
         compiled: The functions by the shapes of the inputs.
         refused: Why there is no function, by the shapes of the inputs for which it was tried.
     """
@@ -209,14 +195,7 @@ class Frozen(nn.Module):
         return out
 
     def make(self, *inputs: Tensor) -> str | None:
-        """Makes the function for inputs of these shapes.
-
-        Args:
-            *inputs: float32 tensors on the CPU; only their shapes and values are used, they are not kept.
-
-        Returns:
-            Why there is none; None where there is.
-        """
+        """Makes the function for inputs of these shapes, which are not kept; why there is none, None where there is."""
         key = tuple(x.shape for x in inputs)
         compiled, refused = self.compiled, self.refused  # those of now: another thread may reset() meanwhile
         with tracing.making():
@@ -249,10 +228,10 @@ class Frozen(nn.Module):
         except Exception as error:  # of attributes such as locks
             return f"it cannot be copied: {first_line(error)}"
         try:
-            first = _outputs(trial.run(*given))  # makes what the model makes on first use
+            first = outputs_of(trial.run(*given))  # makes what the model makes on first use
             trial.settle()
-            right = _outputs(trial.run(*given))
-            other = _outputs(trial.run(*(x.contiguous() for x in given)))
+            right = outputs_of(trial.run(*given))
+            other = outputs_of(trial.run(*(x.contiguous() for x in given)))
         except Exception as error:
             return f"it does not run: {first_line(error)}"
         if not right or trial.shares_memory(right, given):
@@ -271,12 +250,9 @@ class Frozen(nn.Module):
         watched = [*(each for each in held if each.key not in trial.replaced), *trial.found]
         if not all(each.unchanged() for each in watched):
             return "its tensors changed while the function was made"
-        second = outputs_of(result.run(*given))
-        constant = frozenset(
-            i
-            for i, (a, b) in enumerate(zip(result.outputs, second))
-            if a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-        )
+        runs = zip(result.outputs, outputs_of(result.run(*given)))
+        same = [len({t.untyped_storage().data_ptr() for t in pair}) == 1 for pair in runs]
+        constant = frozenset(i for i, is_same in enumerate(same) if is_same)
         nbytes = sum(p.nbytes for p in self.model.parameters())
         form = _Form(trial.template(), constant, [x.stride() for x in given])
         return _Function(result.run, torch.get_num_threads(), nbytes, form=form, held=watched, settings=_settings())
@@ -302,38 +278,22 @@ class Frozen(nn.Module):
 _TRANSIENT = ("compiled", "_calls", "_tries", "_written", "refused")
 
 
-def _outputs(out: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    return list(outputs_of(out))
-
-
 @dataclass(frozen=True)
 class _Form:
-    """How a function takes its inputs and gives its outputs.
+    """How a function takes its inputs and gives its outputs."""
 
-    Attributes:
-        template: What the model returns, with anything in place of each tensor; None for one tensor.
-        constant: Positions of outputs that are the same tensor in each call; who calls gets copies.
-        strides: Those of the inputs for which it was made.
-    """
-
-    template: Any
-    constant: frozenset[int]
-    strides: list[tuple[int, ...]]
+    template: Any  # what the model returns, with anything in place of each tensor; None for one tensor
+    constant: frozenset[int]  # positions of outputs that are the same tensor in each call; who calls gets copies
+    strides: list[tuple[int, ...]]  # those of the inputs for which it was made
 
 
 @dataclass(eq=False, kw_only=True)
 class _Function(Compiled):
-    """A model as a function of tensors, for one shape.
-
-    Attributes:
-        form: How it takes inputs and gives outputs.
-        held: What the model held.
-        settings: Settings of torch for which it was made.
-    """
+    """A model as a function of tensors, for one shape."""
 
     form: _Form
-    held: list[Held]
-    settings: tuple[int, torch.dtype]
+    held: list[Held]  # what the model held
+    settings: tuple[int, torch.dtype]  # those of torch for which it was made
 
     def __call__(self, *inputs: Tensor) -> Any:
         form = self.form

@@ -6,7 +6,6 @@ this engine says so; then ``torch`` or ``onnxruntime`` serves.
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from ..core.nested import Args, Kwargs, deep_copy
@@ -23,10 +22,6 @@ class FrozenEngine(Engine):
     @property
     def missing(self) -> str:
         return "" if tracing.FUSER else "needs a build of torch with oneDNN graphs behind TorchScript"
-
-    @property
-    def version(self) -> str:
-        return torch.__version__
 
     def _session(self, model: nn.Module, args: Args, kwargs: Kwargs) -> Session:
         frozen = freeze(deep_copy(model).eval(), kwargs or args)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,13 +14,15 @@ from torch import Tensor
 from ..core.errors import RefusedError
 from .exporting import Call, Format, Program, Run, measured
 
+_SUFFIX = "_quantized"
+_LAYERS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
+
 
 class Onnx(Format):
     """``model.onnx``, with its weights in ``model.onnx.data`` where they are too large for one file."""
 
     name, extra, needs = "onnx", "onnx", ("onnx", "onnxscript", "onnxruntime")
     files, main = ("model.onnx", "model.onnx.data"), "model.onnx"
-    int8 = "onnx_int8"
 
     def write(self, program: Program, folder: Path) -> None:
         """Exports, names inputs, outputs and axes, and lets the checker look at it."""
@@ -55,7 +59,8 @@ class Onnx(Format):
             return dict(zip(names, map(torch.as_tensor, session.run(None, feed))))
 
         outputs = [call(inputs) for inputs in calls]
-        engine = f"onnxruntime {_version()}, {session.get_providers()[0]}, {torch.get_num_threads()} threads"
+        version, provider = import_module("onnxruntime").__version__, session.get_providers()[0]
+        engine = f"onnxruntime {version}, {provider}, {torch.get_num_threads()} threads"
         return Run(outputs, measured(lambda: call(calls[0])), engine, call)
 
     def values(self, program: Program, folder: Path, call: Call) -> dict[str, Tensor]:
@@ -72,11 +77,9 @@ class Onnx(Format):
 
 
 def session_of(model: str | bytes, optimized: str = "") -> Any:
-    """A session on the CPU with as many threads as torch; onnxruntime has no types.
+    """A session on the CPU with as many threads as torch, of a file or of bytes; onnxruntime has no types.
 
-    Args:
-        model: A path, or the bytes of a model.
-        optimized: Where to write the graph that really runs.
+    ``optimized`` is where to write the graph that really runs.
     """
     import onnxruntime
 
@@ -88,10 +91,61 @@ def session_of(model: str | bytes, optimized: str = "") -> Any:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def _version() -> str:
-    import onnxruntime
+class OnnxInt8(Onnx):
+    """``model.int8.onnx``: pairs of QuantizeLinear and DequantizeLinear, which the runtime fuses into kernels.
 
-    return str(onnxruntime.__version__)
+    By onnxruntime's static quantizer, from the float32 file, one scale per output channel of a weight.
+    """
+
+    name = "onnx int8"
+    files, main = ("model.int8.onnx", "model.int8.onnx.data"), "model.int8.onnx"
+
+    def write(self, program: Program, folder: Path) -> None:
+        """Quantizes the float32 file beside it by the ranges that calibration inputs reach."""
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
+            def __init__(self) -> None:
+                self.feeds: Iterator[dict[str, Any]] = (
+                    {name: t.numpy() for name, t in program.feeds(call).items()} for call in program.calibration
+                )
+
+            def get_next(self) -> dict[str, Any] | None:
+                return next(self.feeds, None)
+
+        with TemporaryDirectory() as scratch:
+            prepared = f"{scratch}/model.onnx"
+            quant_pre_process(str(folder / Onnx.main), prepared, skip_symbolic_shape=True)
+            quantize_static(
+                prepared,
+                str(folder / self.main),
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+            )
+
+    def precisions(self, folder: Path) -> dict[str, bool]:
+        """Which layers the runtime's own optimized graph computes in int8."""
+        import onnx
+
+        with TemporaryDirectory() as scratch:
+            session_of(str(folder / self.main), optimized=f"{scratch}/optimized.onnx")
+            ran = onnx.load(f"{scratch}/optimized.onnx", load_external_data=False).graph.node
+        quantized = {
+            name.removesuffix(_SUFFIX)
+            for node in ran
+            if node.op_type.startswith("Q") or "Integer" in node.op_type
+            for name in node.input
+            if name.endswith(_SUFFIX) and node.op_type != "QuantizeLinear"
+        }
+        graph = onnx.load(folder / Onnx.main, load_external_data=False).graph
+        stored = {each.name for each in graph.initializer}
+        weights = [node.input[1] for node in graph.node if node.op_type in _LAYERS and node.input[1] in stored]
+        return {name.removesuffix(".weight"): name in quantized for name in weights}
 
 
 FORMAT = Onnx()
+FORMAT.int8 = OnnxInt8()

@@ -6,9 +6,12 @@ the comparison and the time the CPU computes in float32, which a user's compilat
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +23,8 @@ from ..core.errors import RefusedError
 from ..core.nested import tensors_of
 from .exporting import Call, Format, Program, Run, measured
 
+_LAYERS = frozenset(("Convolution", "GroupConvolution", "ConvolutionBackpropData", "Deconvolution", "FullyConnected"))
+
 
 class Openvino(Format):
     """``model.xml`` and ``model.bin``."""
@@ -27,7 +32,7 @@ class Openvino(Format):
     name, extra = "openvino", "openvino"
     needs: tuple[str, ...] = ("openvino",)
     files, main = ("model.xml", "model.bin"), "model.xml"
-    int8, precision = "openvino_int8", "float32"
+    precision = "float32"
 
     def write(self, program: Program, folder: Path) -> None:
         """Converts, and names inputs, outputs and axes."""
@@ -77,4 +82,32 @@ def quiet_import(name: str) -> ModuleType:
     return import_module(name)
 
 
+class OpenvinoInt8(Openvino):
+    """``model.int8.xml`` and ``model.int8.bin``: NNCF's post-training quantization of the float32 IR."""
+
+    name, extra = "openvino int8", "int8"
+    needs = ("openvino", "nncf")
+    files, main, precision = ("model.int8.xml", "model.int8.bin"), "model.int8.xml", "int8 and float32"
+
+    def write(self, program: Program, folder: Path) -> None:
+        """Quantizes the float32 IR beside it by what calibration inputs make of its activations."""
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # bars and notes of its own
+            nncf, openvino = quiet_import("nncf"), quiet_import("openvino")
+            nncf.set_log_level(logging.ERROR)
+            feeds = [{name: t.numpy() for name, t in program.feeds(call).items()} for call in program.calibration]
+            model = openvino.Core().read_model(folder / Openvino.main)
+            quantized = nncf.quantize(model, nncf.Dataset(feeds), subset_size=len(feeds))
+        openvino.save_model(quantized, folder / self.main, compress_to_fp16=False)
+
+    def precisions(self, folder: Path) -> dict[str, bool]:
+        """Which layers the plugin's own graph computes in int8, by their names in the IR."""
+        layers = {}
+        for operation in self.compiled(folder / self.main).get_runtime_model().get_ops():
+            facts = operation.get_rt_info()
+            if "layerType" in facts and facts["layerType"].astype(str) in _LAYERS:
+                layers[operation.get_friendly_name()] = facts["runtimePrecision"].astype(str) in ("u8", "i8")
+        return layers
+
+
 FORMAT = Openvino()
+FORMAT.int8 = OpenvinoInt8()

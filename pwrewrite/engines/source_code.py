@@ -58,15 +58,7 @@ _IN_NN = "torch.nn.modules."
 
 
 class Writer:
-    """Writes the code of a program.
-
-    Args:
-        program: The program.
-
-    Attributes:
-        lines: What makes the modules and tensors of the model.
-        state: Their tensors.
-    """
+    """Writes the code of a program: the ``lines`` that make the model's modules and tensors, and their ``state``."""
 
     def __init__(self, program: Program) -> None:
         self.program, self.graph = program, program.exported.graph
@@ -75,10 +67,9 @@ class Writer:
         self._attributes: dict[object, str] = {}
         self._texts: dict[fx.Node, str] = {}
         specs = program.exported.graph_signature.input_specs
-        holders = [node for node in self.graph.nodes if node.op == "placeholder"]
-        self._weights = {n: str(s.target) for n, s in zip(holders, specs) if s.kind is not InputKind.USER_INPUT}
-        users = [n for n, s in zip(holders, specs) if s.kind is InputKind.USER_INPUT]
-        self._users = [n for n in users if isinstance(n.meta.get("val"), Tensor)]
+        kinds = list(zip(self.graph.find_nodes(op="placeholder"), specs))
+        self._weights = {n: str(s.target) for n, s in kinds if s.kind is not InputKind.USER_INPUT}
+        self._users = [n for n, _ in kinds if n not in self._weights and isinstance(n.meta.get("val"), Tensor)]
         self._calls = _module_calls(self.graph, dict(program.model.named_modules()), set(self._weights))
 
     def parameters(self) -> list[str]:
@@ -304,10 +295,8 @@ def _paths(value: Any, path: str = "") -> list[str]:
     """Where the tensors of an argument are, as Python gets at them."""
     if isinstance(value, Tensor):
         return [path]
-    items = (
-        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    )
-    return [each for key, item in items for each in _paths(item, f"{path}[{key!r}]")]
+    keyed = value if isinstance(value, Mapping) else dict(enumerate(value)) if isinstance(value, (list, tuple)) else {}
+    return [each for key, item in keyed.items() for each in _paths(item, f"{path}[{key!r}]")]
 
 
 def _literal(value: Any) -> str:

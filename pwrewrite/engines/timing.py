@@ -35,15 +35,10 @@ _LEAST, _LEAST_ELSEWHERE = 2e-4, 2e-3
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """How long a run takes.
+    """How long a run takes."""
 
-    Attributes:
-        seconds: The median.
-        spread: Half the distance between the quartiles, as a share of the median.
-    """
-
-    seconds: float
-    spread: float
+    seconds: float  # the median
+    spread: float  # half the distance between the quartiles, as a share of the median
 
 
 def time_in_turns(
@@ -55,15 +50,10 @@ def time_in_turns(
     drop: bool = False,
     against: int = 0,
 ) -> list[Timing]:
-    """Times several runs that take turns.
+    """Times several runs that take turns on a device, for about some seconds.
 
-    Args:
-        runs: What to time.
-        device: Where they run; waited for.
-        turns: How many turns, at least and at most.
-        seconds: Stop between the two after about so long.
-        drop: Whether those much slower than one of them are given up early.
-        against: Which one that is.
+    ``turns`` is how many there are, at least and at most. With ``drop``, those much slower than the one numbered
+    ``against`` are given up early.
     """
     least, repeats = _LEAST if device.type == "cpu" else _LEAST_ELSEWHERE, []
     for run in runs:
@@ -95,16 +85,7 @@ def time_models(
     threads: int | None = None,
     engine: Engine = PLAIN,
 ) -> list[Timing]:
-    """Times a forward of each of several models, in evaluation, in turns.
-
-    Args:
-        models: The models, or sessions of them, whose threads are then their own.
-        args: Positional inputs.
-        kwargs: Keyword inputs.
-        seconds: About how long.
-        threads: How many; as torch has them where None.
-        engine: Where models run.
-    """
+    """Times a forward of each of several models, or sessions of them, in evaluation, in turns of about ``seconds``."""
     sessions = [m if isinstance(m, Session) else engine.session(m, args, kwargs, threads) for m in models]
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())

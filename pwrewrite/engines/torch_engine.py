@@ -27,10 +27,6 @@ class Eager(Engine):
     def __init__(self, *, channels_last: bool) -> None:
         self.channels_last = channels_last
 
-    @property
-    def version(self) -> str:
-        return torch.__version__
-
     def _session(self, model: nn.Module, args: Args, kwargs: Kwargs) -> Session:
         provider = next((str(p.device) for p in model.parameters()), "cpu")
         precision = precision_of(model)

@@ -38,17 +38,11 @@ Rank = RankSpec | tuple[RankSpec, RankSpec]
 
 
 class Pass(ABC):
-    """Proposes operations on what a capture shows.
+    """Proposes operations on what a capture shows."""
 
-    Attributes:
-        name: As on the command line.
-        summary: One line that says what it does.
-        exact: ``no`` for an approximation, else in which mode outputs stay equal: ``eval``, ``train`` or ``both``.
-    """
-
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    exact: ClassVar[str] = "no"
+    name: ClassVar[str]  # as on the command line
+    summary: ClassVar[str]  # one line that says what it does
+    exact: ClassVar[str] = "no"  # an approximation, else in which mode outputs stay equal: eval, train or both
 
     @abstractmethod
     def propose(self, capture: Capture) -> list[Proposal]:
@@ -208,10 +202,8 @@ class LayerPass(Pass):
                 return Skip(layer.path, SkipReason.NO_GAIN, growth(f"at {shown}", estimate))
             gain = 1 - estimate.macs_after / estimate.macs_before
             if gain < self.least_gain:
-                detail = (
-                    f"at {shown} it would save {gain:.1%} of its MACs, less than {self.least_gain:.1%} (--min-gain); "
-                    "give a smaller width, or a smaller least gain"
-                )
+                less = f"save {gain:.1%} of its MACs, less than {self.least_gain:.1%} (--min-gain)"
+                detail = f"at {shown} it would {less}; give a smaller width, or a smaller least gain"
                 return Skip(layer.path, SkipReason.NO_GAIN, detail)
         settings: dict[str, Json] = {"form": self.form.name, "widths": dict(widths), "init": self.init}
         settings["layer"] = spec_to_dict(spec)
@@ -297,14 +289,10 @@ def chosen(capture: Capture, include: Sequence[str], exclude: Sequence[str]) -> 
     known = [name for each in names.values() for name in each]
     for pattern in (*include, *exclude):  # an earlier pass may have replaced the layer of this name
         if not matching((*rewritten, *known), pattern):
-            raise UsageError(
-                f"the pattern {pattern!r} matches no layer",
-                expected="a path, or a pattern such as 'layer3.*'",
-                hint=f"layers are called {near(known, pattern)}",
-            )
-    return {
-        key for key, each in names.items() if (not include or matching(each, *include)) and not matching(each, *exclude)
-    }
+            expected, hint = "a path, or a pattern such as 'layer3.*'", f"layers are called {near(known, pattern)}"
+            raise UsageError(f"the pattern {pattern!r} matches no layer", expected=expected, hint=hint)
+    wanted = {key for key, each in names.items() if not include or matching(each, *include)}
+    return wanted - {key for key, each in names.items() if matching(each, *exclude)}
 
 
 def matching(paths: Iterable[str], *patterns: str) -> set[str]:

@@ -98,12 +98,8 @@ class FusePointwiseActivation(Pass):
         if settings is None:
             return None
         nodes: set[fx.Node] = settings.pop("nodes")
-        steps = (
-            list(zip(calls, readers))
-            if len(calls) > 1
-            else pairwise([*calls, *sorted(nodes, key=graph.order.__getitem__)])
-        )
-        for before, behind in steps:
+        in_order = [*calls, *sorted(nodes, key=graph.order.__getitem__)]
+        for before, behind in zip(calls, readers) if len(calls) > 1 else pairwise(in_order):
             if why := graph.unfixed(before, behind, only="remove" in settings):
                 return Skip(layer.path, SkipReason.DATA_DEPENDENT, why)
         if pads_itself(graph, layer):

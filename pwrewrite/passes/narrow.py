@@ -152,12 +152,10 @@ def _placed(layer: Layer) -> dict[str, Json]:
 
 
 def _reading(reader: ReaderOf) -> dict[str, Json]:
-    data = _placed(reader.layer) | ({"repeat": reader.repeat} if reader.repeat > 1 else {})
-    data |= {key: value for key, value in (("norm", reader.norm), ("source", reader.source)) if value}
-    if reader.activation is not None:
-        name, numbers = reader.activation
-        data |= {"activation": name} | ({"numbers": list(numbers)} if numbers else {})
-    return data
+    activation, numbers = reader.activation or ("", ())
+    data = {"repeat": reader.repeat if reader.repeat > 1 else 0, "norm": reader.norm, "source": reader.source}
+    data |= {"activation": activation, "numbers": list(numbers)}
+    return _placed(reader.layer) | {key: value for key, value in data.items() if value}
 
 
 def plain_readers(graph: Graph, unit: Unit) -> list[Reader] | None:

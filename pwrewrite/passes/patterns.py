@@ -32,9 +32,7 @@ class Graph:
     """A captured graph as the fusing passes read it.
 
     Attributes:
-        nodes: Its nodes in order; ``named`` by their names, ``order`` their positions.
         modules: Path to module, every alias included.
-        owners: Who holds and reads which parameter.
         calls: Path to how many nodes call that module; ``code`` to the functions that its own code calls.
         layers: Name of a node to the layer that it calls.
         ways: All ways through a module's own code, as `paths`.

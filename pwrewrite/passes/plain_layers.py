@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ..capturing.records import Capture, info
 from ..core.plan import Estimate, Op
-from ..edit.actions.bake import computed_weights
+from ..edit.actions.plain_layers import computed_weights
 from ..layers import PointwiseActivation
 from .base import Pass, Proposal
 

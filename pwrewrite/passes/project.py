@@ -118,11 +118,10 @@ class _Run:
             if named is None:
                 innermost = (path for _, source in self.inputs for path in self._ending_in(source)[-1:])
                 branches = near(list(dict.fromkeys(innermost)), pattern)
-                raise UsageError(
-                    f"the pattern {pattern!r} matches no branch of a concatenation",
-                    expected="the path of a module whose output is concatenated, or a pattern on such paths",
-                    hint=f"branches are {branches}" if branches else "no module feeds a concatenation along channels",
-                )
+                hint = f"branches are {branches}" if branches else "no module feeds a concatenation along channels"
+                expected = "the path of a module whose output is concatenated, or a pattern on such paths"
+                message = f"the pattern {pattern!r} matches no branch of a concatenation"
+                raise UsageError(message, expected=expected, hint=hint)
             detail = "its output does not go into a concatenation along the channels"
             skips.append(Skip(named, SkipReason.WRONG_FORM, detail))
         return skips

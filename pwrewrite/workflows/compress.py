@@ -35,7 +35,7 @@ from ..core.records import Shown
 from ..edit.apply import copy_of
 from ..engines.choosing import time_everywhere
 from ..engines.engine import engine_named, with_threads
-from ..engines.exporting import format_named, int8_of
+from ..engines.exporting import format_named
 from ..engines.timing import device_name
 from ..passes.fold_batch_norm import FoldBatchNorm
 from ..planning.augment import source_of
@@ -191,7 +191,7 @@ def _compressed(
         exports: dict[str, Any] = {"formats": [], "notes": []}
         if formats:
             settings: dict[str, Any] = {name: getattr(exporting, name) for name in ("dynamic", "static", "int8")}
-            kinds = [form for each in map(format_named, formats) for form in (each, int8_of(each)) if form is not None]
+            kinds = [form for each in map(format_named, formats) for form in (each, each.int8) if form is not None]
             packages = {name: _version(name) for form in kinds for name in form.needs}
             exports = stages.done(
                 "export",

@@ -27,8 +27,8 @@ from ..core.names import EXPORT_NAMES
 from ..core.nested import tensors_of
 from ..core.numbers import dims
 from ..core.options import ExportOptions, TargetOptions
-from ..edit.actions.unfuse import unfuse
-from ..engines.exporting import Axes, Format, Program, format_named, identifier, int8_of, measured
+from ..edit.actions.plain_layers import unfuse
+from ..engines.exporting import Axes, Format, Program, format_named, identifier, measured
 from ..targets import open_target
 from ..targets.storage import check_place
 from ..verifying.exports import Expected, batch_axes, expectations, first_difference, judge
@@ -40,7 +40,7 @@ from .subject import Subject, loaded_of
 
 REPORT = "export.json"
 _FORMATS = [format_named(name) for name in EXPORT_NAMES]
-ALL_FILES = (REPORT, *(file for each in (*_FORMATS, *filter(None, map(int8_of, _FORMATS))) for file in each.files))
+ALL_FILES = (REPORT, *(file for each in _FORMATS for form in (each, each.int8) if form for file in form.files))
 """What an export may have left in its folder."""
 
 

@@ -16,7 +16,7 @@ from ..core.errors import UsageError, first_line
 from ..core.exports import Exported
 from ..core.numbers import plural
 from ..core.options import Budget, ExportOptions
-from ..engines.exporting import Axes, Call, Format, Program, int8_of
+from ..engines.exporting import Axes, Call, Format, Program
 from ..engines.timing import time_in_turns
 from ..planning.batches import Batches
 from ..planning.outputs import Measured, compare_outputs, kind_of_outputs
@@ -38,7 +38,7 @@ def int8_formats(options: ExportOptions, formats: Sequence[Format]) -> dict[str,
         raise UsageError(f"{flag_of(ExportOptions, given[0])} goes with --int8")
     if not options.int8:
         return {}
-    siblings = {each.name: sibling for each in formats if (sibling := int8_of(each)) is not None}
+    siblings = {each.name: sibling for each in formats if (sibling := each.int8) is not None}
     if not siblings:
         raise UsageError("--int8 is for onnx and openvino", got=", ".join(each.name for each in formats))
     if options.calibration is None:

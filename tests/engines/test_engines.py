@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.core.errors import RefusedError, UsageError
 from pwrewrite.core.names import ENGINE_NAMES
-from pwrewrite.engines import choosing, engine
+from pwrewrite.engines import choosing, exporting
 from pwrewrite.engines.choosing import Times, choose, time_everywhere
 from pwrewrite.engines.engine import Engine, engine_named, program_of, stages_of
 from pwrewrite.engines.timing import Timing
@@ -47,7 +47,7 @@ def test_an_engine_gives_what_the_model_gives(name: str) -> None:
     for got, wanted in zip(session(x, scale=scale), expected.values(), strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     ran = session.ran
-    assert (ran.engine, ran.threads, ran.fallbacks) == (name, 1, ())
+    assert (ran.engine, ran.threads) == (name, 1)
     assert ran.precision.startswith("float32")
     assert str(ran).startswith(f"{name} {there(name).version}, ")
 
@@ -89,7 +89,7 @@ def test_what_is_missing_is_named_with_its_command(monkeypatch: pytest.MonkeyPat
     x, model = torch.zeros(1, 3, 4, 4), nn.Conv2d(3, 3, 1)
     with pytest.raises(UsageError, match="no engine 'tensorflow'"):
         engine_named("tensorflow")
-    monkeypatch.setattr(engine.util, "find_spec", lambda module: None)
+    monkeypatch.setattr(exporting.util, "find_spec", lambda module: None)
     for name, extra in (("onnxruntime", "onnx"), ("openvino", "openvino")):
         with pytest.raises(UsageError, match="not installed here") as caught:
             engine_named(name).session(model, (x,), {})

@@ -12,7 +12,7 @@ import pwrewrite
 from pwrewrite.core.errors import UsageError
 from pwrewrite.core.exports import Exports
 from pwrewrite.engines.exporting import Program
-from pwrewrite.engines.onnx_int8 import OnnxInt8
+from pwrewrite.engines.onnx_format import OnnxInt8
 from pwrewrite.workflows import int8
 
 X = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 from ...core.plan import Edit, Op
-from .bake import BakeSettings, bake_weights
 from .bench import Bench, Decomposer, Refused
 from .branches import BranchSettings, merge_branches
 from .channels_last import ChannelsLastSettings, use_channels_last
@@ -21,11 +20,11 @@ from .fold import WEIGHT, FoldSettings, FoldWeightSettings, fold_norm, fold_weig
 from .fuse import FuseSettings, fuse_layer
 from .merge import MergeSettings, merge_layers
 from .narrow import NarrowSettings, narrow_channels
+from .plain_layers import BakeSettings, UnfuseSettings, bake_weights, unfuse_layer
 from .project import ProjectSettings, project_branch
 from .settings import read, wrong
 from .simplify import CODE, RemoveSettings, SimplifySettings, remove_module, simplify_code
 from .substitute import SubstituteSettings, substitute_module
-from .unfuse import UnfuseSettings, unfuse_layer
 
 Action = tuple[type[Any], Callable[[Bench, Op, Any], Edit]]
 """What an op of one kind may say, and what carries it out."""

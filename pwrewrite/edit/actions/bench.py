@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass
 from functools import partial
 from typing import TypeVar, cast
@@ -24,6 +24,7 @@ from ..swap import held_elsewhere, names_of, replace_module
 from .evaluation import Functions, code_graph
 from .settings import wrong
 
+Function = Callable[[Tensor], Tensor]
 _T = TypeVar("_T")
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -51,21 +52,13 @@ class Refused(Exception):
 
 @dataclass(eq=False)
 class Bench:
-    """A copy of a model on which ops are carried out one after the other.
+    """A copy of a model on which ops are carried out one after the other."""
 
-    Attributes:
-        model: A deep copy of the model; changed by the ops.
-        original: The model.
-        fill: Whether new layers get weights; without it their parameters are unset, for saved ones.
-        known: What was worked out before on another copy, by op; filled here.
-        decomposer: What gives a layer's factors; the plain decomposition of its weights where None.
-    """
-
-    model: nn.Module
+    model: nn.Module  # a deep copy of the model; changed by the ops
     original: InitVar[nn.Module]
-    fill: bool
-    known: dict[int, object]
-    decomposer: Decomposer | None
+    fill: bool  # whether new layers get weights; without it their parameters are unset, for saved ones
+    known: dict[int, object]  # what was worked out before on another copy, by op; filled here
+    decomposer: Decomposer | None  # gives a layer's factors; the plain decomposition of its weights where None
 
     def __post_init__(self, original: nn.Module) -> None:
         self._holders = find_holders(dict(self.model.named_modules(remove_duplicate=False)))
@@ -172,6 +165,19 @@ def _brief(spec: ConvSpec) -> str:
     kernel = f"transposed {kernel}" if spec.transposed else kernel
     settings = f", stride {spec.stride}, groups {spec.groups}" if spec.dims else ""
     return f"a {kernel} {spec.in_channels}→{spec.out_channels}{settings}, {'a' if spec.bias else 'no'} bias"
+
+
+def same_outputs(
+    first: Function, second: Function, inputs: Sequence[Tensor], rtol: float = 1e-2, atol: float = 1e-3
+) -> bool | None:
+    """Whether two functions give the same tensors; None where one of them fails."""
+    try:
+        with torch.no_grad():
+            pairs = [(first(x.clone()), second(x)) for x in inputs]
+        alike = all(isinstance(a, Tensor) and a.shape == b.shape for a, b in pairs)
+        return alike and all(torch.allclose(a, b, rtol, atol, equal_nan=True) for a, b in pairs)
+    except Exception:
+        return None
 
 
 def train_like(parameter: nn.Parameter, *sources: Tensor | None) -> None:

@@ -51,11 +51,6 @@ class NormFacts:
             return None
         return cls(mean, var, gain, shift, eps)
 
-    @property
-    def params(self) -> int:
-        """How many of its numbers are parameters."""
-        return sum(t.numel() for t in (self.weight, self.bias) if isinstance(t, nn.Parameter))
-
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """One scale and one shift per channel, in float64."""
         mean, var = self.running_mean.detach().double(), self.running_var.detach().double()
@@ -78,10 +73,7 @@ _TOLERANCE = 1e-4  # of the largest value: code that computes in float32 inside 
 
 
 class CodeNorm:
-    """One call of ``F.batch_norm`` with some tensors and eps in the code of the module ``scope``.
-
-    ``names`` says what it reads, to the full name of that, and ``facts`` what it computes with.
-    """
+    """One call of ``F.batch_norm`` with some tensors and eps in the code of the module ``scope``."""
 
     def __init__(self, bench: Bench, op: Op, tensors: NormTensors, eps: float, scope: str | None) -> None:
         if scope is None:
