@@ -14,11 +14,12 @@ import re
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module, util
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,9 +85,15 @@ class Program:
         with torch.no_grad():
             return torch.export.export(self.model, args, kwargs, dynamic_shapes=shapes if labels else None)
 
-    def feeds(self, call: Call) -> dict[str, Tensor]:
-        """The input tensors of a call by name."""
-        return dict(zip(self.input_names, tensors_of(call)))
+    def feeds(self, call: Call) -> dict[str, Any]:
+        """The input arrays of a call by name."""
+        return {name: t.numpy() for name, t in zip(self.input_names, tensors_of(call))}
+
+    def check_ports(self, what: str, inputs: Sized, outputs: Sized) -> None:
+        """Raises `RefusedError` where what was made of it has another number of inputs or outputs."""
+        if (len(inputs), len(outputs)) != (len(self.input_names), len(self.outputs)):
+            got = f"{len(inputs)} inputs and {len(outputs)} outputs"
+            raise RefusedError(f"the {what} has other inputs or outputs than the model", got=got)
 
 
 def _refused(error: Exception) -> RefusedError:

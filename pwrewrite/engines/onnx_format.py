@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import RefusedError
 from .exporting import Call, Format, Program, Run, measured
 
 _SUFFIX = "_quantized"
@@ -31,9 +30,7 @@ class Onnx(Format):
         made = torch.onnx.export(program.exported, (), dynamo=True, verbose=False)
         assert made is not None
         graph = made.model.graph
-        if len(graph.inputs) != len(program.input_names) or len(graph.outputs) != len(program.outputs):
-            counts = f"{len(graph.inputs)} inputs and {len(graph.outputs)} outputs"
-            raise RefusedError("the ONNX graph has other inputs or outputs than the model", got=counts)
+        program.check_ports("ONNX graph", graph.inputs, graph.outputs)
         names = [*program.input_names, *program.outputs.values()]
         for value in (v for node in graph for v in node.outputs if v.name in names):
             value.name = f"{value.name}_"  # a node inside that happens to have the name of an input or output
@@ -55,8 +52,7 @@ class Onnx(Format):
         names = [output.name for output in session.get_outputs()]
 
         def call(inputs: Call) -> dict[str, Tensor]:
-            feed = {k: t.numpy() for k, t in program.feeds(inputs).items()}
-            return dict(zip(names, map(torch.as_tensor, session.run(None, feed))))
+            return dict(zip(names, map(torch.as_tensor, session.run(None, program.feeds(inputs)))))
 
         outputs = [call(inputs) for inputs in calls]
         version, provider = import_module("onnxruntime").__version__, session.get_providers()[0]
@@ -72,7 +68,7 @@ class Onnx(Format):
         names = [name for node in model.graph.node for name in node.output if name and name not in known]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
         session = session_of(model.SerializeToString())
-        outputs = session.run(names, {k: t.numpy() for k, t in program.feeds(call).items()})
+        outputs = session.run(names, program.feeds(call))
         return {name: torch.as_tensor(value) for name, value in zip(names, outputs)}
 
 
@@ -107,9 +103,7 @@ class OnnxInt8(Onnx):
 
         class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
             def __init__(self) -> None:
-                self.feeds: Iterator[dict[str, Any]] = (
-                    {name: t.numpy() for name, t in program.feeds(call).items()} for call in program.calibration
-                )
+                self.feeds: Iterator[dict[str, Any]] = map(program.feeds, program.calibration)
 
             def get_next(self) -> dict[str, Any] | None:
                 return next(self.feeds, None)

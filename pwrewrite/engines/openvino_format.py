@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import RefusedError
 from ..core.nested import tensors_of
 from .exporting import Call, Format, Program, Run, measured
 
@@ -38,9 +37,7 @@ class Openvino(Format):
         """Converts, and names inputs, outputs and axes."""
         openvino = quiet_import("openvino")
         model = openvino.convert_model(program.exported)
-        if len(model.inputs) != len(program.input_names) or len(model.outputs) != len(program.outputs):
-            counts = f"{len(model.inputs)} inputs and {len(model.outputs)} outputs"
-            raise RefusedError("the IR has other inputs or outputs than the model", got=counts)
+        program.check_ports("IR", model.inputs, model.outputs)
         shapes = {}
         for port, name, axes, t in zip(model.inputs, program.input_names, program.axes, tensors_of(program.inputs)):
             port.get_tensor().set_names({name})
@@ -57,7 +54,7 @@ class Openvino(Format):
         names = [name if name in port.names else port.get_any_name() for port, name in pairs]  # a port may have several
 
         def call(inputs: Call) -> dict[str, Tensor]:
-            results = compiled({k: t.numpy() for k, t in program.feeds(inputs).items()}).values()
+            results = compiled(program.feeds(inputs)).values()
             return {name: torch.as_tensor(value.copy()) for name, value in zip(names, results)}
 
         outputs = [call(inputs) for inputs in calls]
@@ -94,7 +91,7 @@ class OpenvinoInt8(Openvino):
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # bars and notes of its own
             nncf, openvino = quiet_import("nncf"), quiet_import("openvino")
             nncf.set_log_level(logging.ERROR)
-            feeds = [{name: t.numpy() for name, t in program.feeds(call).items()} for call in program.calibration]
+            feeds = list(map(program.feeds, program.calibration))
             model = openvino.Core().read_model(folder / Openvino.main)
             quantized = nncf.quantize(model, nncf.Dataset(feeds), subset_size=len(feeds))
         openvino.save_model(quantized, folder / self.main, compress_to_fp16=False)

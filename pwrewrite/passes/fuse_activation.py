@@ -24,6 +24,7 @@ from ..core.convolution import ConvSpec
 from ..core.plan import Estimate, Op, Skip, SkipReason
 from ..core.records import Json
 from ..edit.actions.bench import spec_of_module
+from ..edit.actions.evaluation import function_of
 from ..forms.specs import spec_to_dict
 from ..layers.kernels import LOSES_NAN
 from ..layers.known import Found, hooked
@@ -139,8 +140,7 @@ class FusePointwiseActivation(Pass):
         if add.kwargs.get("alpha", 1) != 1 or add.kwargs.get("out") is not None:
             return None
         other = operands[0] if operands[1] is last else operands[1]
-        name = add.target if isinstance(add.target, str) else getattr(add.target, "__name__", "")
-        in_place = name in ("add_", "iadd", "__iadd__")
+        in_place = function_of(add) in ("add_", "iadd", "__iadd__")
         if other is last or (in_place and operands[0] is not last and not graph.private(other)):
             return None
         ours, theirs = info(last).outputs[0], info(other).outputs

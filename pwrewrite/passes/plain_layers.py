@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from ..capturing.records import Capture, info
 from ..core.plan import Estimate, Op
+from ..edit.actions.bench import param_count
 from ..edit.actions.plain_layers import computed_weights
+from ..edit.swap import stem
 from ..layers import PointwiseActivation
 from .base import Pass, Proposal
 
@@ -26,12 +28,12 @@ class BakeWeights(Pass):
         for path, module in capture.model.named_modules():
             if not (computed := computed_weights(module)):
                 continue
-            inner, nodes = f"{path}." if path else "", map(info, capture.graph.nodes)
+            inner, nodes = stem(path), map(info, capture.graph.nodes)
             macs = sum(node.cost.macs for node in nodes if node.path == path or node.path.startswith(inner))
             own = sum(layer.macs for layer in capture.layers if layer.path == path or layer.path.startswith(inner))
             plain = {name: p for name, p in module.named_parameters() if not any(key in name for key in computed)}
             after = sum(t.numel() for t in (*plain.values(), *(getattr(module, name) for name in computed)))
-            estimate = Estimate(sum(p.numel() for p in module.parameters()), after, macs, own)
+            estimate = Estimate(param_count(module), after, macs, own)
             ops.append(Op("bake", path, self.name, {"weights": list(computed)}, estimate))
         return ops
 
@@ -47,7 +49,7 @@ class UnfuseLayers(Pass):
         ops: list[Proposal] = []
         for path, module in capture.model.named_modules():
             if isinstance(module, PointwiseActivation):
-                params = sum(parameter.numel() for parameter in module.parameters())
+                params = param_count(module)
                 macs = sum(layer.macs for layer in capture.layers if layer.path == path)
                 ops.append(Op("unfuse", path, self.name, {}, Estimate(params, params, macs, macs)))
         return ops

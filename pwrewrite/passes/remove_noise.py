@@ -68,16 +68,12 @@ def _code_ops(graph: Graph) -> list[Op]:
         priced.add(scope)
         unread = [] if path is None else [path]
         found.setdefault(scope, {}).setdefault("unread", []).extend(unread)
-    return [
-        Op(
-            "remove",
-            path,
-            RemoveInferenceNoise.name,
-            {"kind": CODE} | {key: value for key, value in settings.items() if value},
-            None if path in priced else Estimate(0, 0, 0, 0),
-        )
-        for path, settings in found.items()
-    ]
+    ops = []
+    for path, lists in found.items():
+        settings = {"kind": CODE} | {key: value for key, value in lists.items() if value}
+        estimate = None if path in priced else Estimate(0, 0, 0, 0)
+        ops.append(Op("remove", path, RemoveInferenceNoise.name, settings, estimate))
+    return ops
 
 
 def _pair(node: fx.Node, before: fx.Node) -> bool:

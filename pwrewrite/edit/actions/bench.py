@@ -19,6 +19,7 @@ from ...decompose import Factors
 from ...forms.specs import linear_spec
 from ...layers.factorized import make_layer
 from ...layers.kernels import FORMATS
+from ...layers.known import hooked
 from ..graph_edit import Regraphed
 from ..swap import held_elsewhere, names_of, replace_module
 from .evaluation import Functions, code_graph
@@ -109,6 +110,13 @@ class Bench:
         if holder is not None:
             detail = f"also held by {holder}, which would keep calling the old one; register it as a submodule only"
             raise Refused(path, SkipReason.HELD_ELSEWHERE, detail)
+
+    def check_removable(self, op: Op, path: str, module: nn.Module) -> None:
+        """As `check_held`, for a module that goes: also where a hook sees its calls."""
+        self.check_held(path, module)
+        if hooked(module):
+            what = "" if path == op.path else f"{path} "
+            raise Refused(op.path, SkipReason.HOOKS, f"{what}has a hook, which would no longer be called")
 
     def graph(self, op: Op, module: nn.Module, functions: Functions = frozenset()) -> Regraphed:
         """A module's own code as a graph, to be changed and put in its place (see `code_graph`), or `Refused`."""

@@ -67,9 +67,7 @@ def merge_branches(bench: Bench, op: Op, settings: BranchSettings) -> Edit:
         raise wrong(op, "path", "the plan merges into what is no layer here", "a convolution or linear module", path)
     removed = {name: bench.find(op, name, "removed") for name in settings.removed}
     for name, each in {path: old, **removed}.items():
-        bench.check_held(name, each)
-        if hooked(each):
-            raise Refused(op.path, SkipReason.HOOKS, f"{name} has a hook, which would no longer be called")
+        bench.check_removable(op, name, each)
         if other := next((n for n in names_of(bench.model, each) if not n.startswith(stem(settings.scope))), None):
             raise Refused(op.path, SkipReason.SHARED_WEIGHT, f"{name} is also {other}, where it may be called, too")
     graph_module = bench.graph(op, module)

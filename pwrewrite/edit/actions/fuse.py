@@ -71,9 +71,7 @@ def fuse_layer(bench: Bench, op: Op, settings: FuseSettings) -> Edit:
         layer = bench.layer(op, op.path, spec)
     removed = None if settings.remove is None else bench.find(op, settings.remove, "remove")
     if removed is not None:
-        bench.check_held(str(settings.remove), removed)
-        if hooked(removed):
-            raise Refused(op.path, SkipReason.HOOKS, f"{settings.remove} has a hook, which would no longer see it")
+        bench.check_removable(op, str(settings.remove), removed)
         _check_removed(op, removed, activation)
     scope = None
     if settings.residual or removed is None:

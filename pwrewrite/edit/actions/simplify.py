@@ -16,11 +16,11 @@ from torch import fx
 
 from ...capturing.functions import VALUE_READS, writes
 from ...core.errors import shortened
-from ...core.plan import Edit, Op, SkipReason
-from ...layers.known import drops, hooked
+from ...core.plan import Edit, Op
+from ...layers.known import drops
 from ..graph_edit import Regraphed, argument, drop_identities, drop_node, finish
 from ..swap import stem
-from .bench import Bench, Refused, not_traced
+from .bench import Bench, not_traced
 from .evaluation import DROPS, function_of, name_of
 from .settings import Offset, wrong
 
@@ -57,9 +57,7 @@ def remove_module(bench: Bench, op: Op, settings: RemoveSettings) -> Edit:
     if type(module).__name__ != settings.kind or not drops(module):
         message, expected = "the plan removes a module that does something here", "that drops only in training"
         raise wrong(op, "path", message, f"a {settings.kind} {expected}", shortened(str(module), 80))
-    bench.check_held(op.path, module)
-    if hooked(module):
-        raise Refused(op.path, SkipReason.HOOKS, "has a hook, which would no longer be called")
+    bench.check_removable(op, op.path, module)
     return Edit(op, "module", "remove", exact="eval", aliases=bench.remove(module, op.path))
 
 

@@ -14,12 +14,11 @@ from torch import nn
 
 from ...core.convolution import ConvSpec
 from ...core.errors import RefusedError
-from ...core.plan import Edit, Op, SkipReason
+from ...core.plan import Edit, Op
 from ...decompose.nearest_map import NearestMap
 from ...forms.specs import pointwise_spec
-from ...layers.known import hooked
 from ..swap import stem
-from .bench import ELSEWHERE, Bench, Refused, layer_like, param_count
+from .bench import ELSEWHERE, Bench, layer_like, param_count
 from .settings import one_of, wrong
 
 RANGES: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "relu6": nn.ReLU6}
@@ -48,9 +47,7 @@ def substitute_module(bench: Bench, op: Op, settings: SubstituteSettings) -> Edi
         got = type(module).__name__
         raise wrong(op, "path", "the plan was made for another module", "one with weights", got, ELSEWHERE)
     for each in module.modules():
-        bench.check_held(op.path, each)
-        if hooked(each):
-            raise Refused(op.path, SkipReason.HOOKS, "a hook inside it would no longer be called")
+        bench.check_removable(op, op.path, each)
     names, before = [name for name, _ in module.named_parameters()], param_count(module)
     edit = Edit(op, "module", "drop" if settings.drop else "substitute", params_before=before)
     inner = stem(op.path)
