@@ -78,14 +78,12 @@ class _Alternation:
         self.strict = strict
 
     def solve(self, method: str, sweeps: int, tolerance: float) -> Subspaces:
-        """HOSVD or HOOI."""
         if method == "hosvd":
             out, inner = self.start(0), self.start(1)
             return self.result(out, inner, project(1, inner.mT, self.tensor), 1)
         return self.iterate(sweeps, tolerance)
 
     def gram(self, side: int, tensor: Tensor) -> Tensor:
-        """The Gram matrix of one side's unfolding."""
         batch, (out, size, inner) = tensor.shape[:-3], tensor.shape[-3:]
         if side == 0:
             return _row_gram(tensor.reshape(*batch, out, size * inner))

@@ -141,7 +141,6 @@ class Writer:
             return _literal(map_tensors(self.program.model(*args, **kwargs), lambda t: next(texts), plain=True))
 
     def _operation(self, node: fx.Node) -> str:
-        """An operation as text."""
         target: Any = node.target
         args = [self._text(value) for value in node.args]
         named = [f"{key}={self._text(value)}" for key, value in node.kwargs.items()]
@@ -176,7 +175,6 @@ class Writer:
         return f"torch.ops.{namespace}.{kind}.{overload}({', '.join([*args, *named])})"
 
     def _text(self, value: Any) -> str:
-        """An argument as text."""
         if isinstance(value, fx.Node):
             if value in self._weights:
                 return f"self.{self._tensor(value)}"

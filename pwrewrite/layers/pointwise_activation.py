@@ -153,7 +153,6 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         return out if self._late is None else self._late(out)
 
     def _plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """Convolution, addition, activation, one after the other."""
         spec, how = self.spec, self._how
         if not spec.dims:
             out = F.linear(x, self.weight, self.bias)

@@ -71,8 +71,6 @@ class FoldBatchNorm(Pass):
 
 @dataclass(frozen=True)
 class _Norm:
-    """One call of a norm."""
-
     path: str  # that of its mean where it is a function call
     source: object  # what it reads
     last: fx.Node  # what makes its output
@@ -88,7 +86,6 @@ class _Norm:
 
 
 def _norms(graph: Graph) -> Iterator[_Norm | Skip]:
-    """Every batch norm of the graph."""
     written_out: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         op, path, module = info(node).op, info(node).path, graph.modules.get(info(node).path)
@@ -178,7 +175,6 @@ def _written_out(graph: Graph, path: str, nodes: list[fx.Node]) -> _Norm | Skip:
 
 
 def _fold(graph: Graph, calls: Sequence[_Norm], taken: set[str]) -> Proposal:
-    """The op for one norm, or why there is none."""
     norm, path = calls[0], calls[0].path
     if path in graph.modules and hooked(graph.modules[path]):
         return Skip(path, SkipReason.HOOKS, "has a hook, which would no longer see the norm's output; remove it")

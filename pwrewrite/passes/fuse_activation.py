@@ -225,7 +225,6 @@ def _item(graph: Graph, path: str, calls: Sequence[fx.Node]) -> str | None:
 
 
 def _left(graph: Graph, node: fx.Node) -> Skip | None:
-    """Why an activation is left, for one that is."""
     op, act = info(node).op, graph.activation(node)
     if act is None:
         return Skip(graph.where(node), SkipReason.NO_KERNEL, f"no fused kernel for {op}") if op in UNFUSED else None

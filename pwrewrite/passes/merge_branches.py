@@ -139,7 +139,6 @@ class _Region:
         return sums and bool(self.layers) and len(info(self.source).outputs) == 1
 
     def proposal(self) -> Proposal:
-        """What to do with it."""
         layers, graph = self.layers, self.graph
         place = max(layers, key=lambda layer: layer.macs)
         for layer in layers:
@@ -179,7 +178,6 @@ class _Region:
         return Op("merge-branches", place.path, MergeBranches.name, settings, Estimate(params, spec.params, macs, new))
 
     def _merged(self) -> Affine:
-        """What it computes, in shapes."""
         graph, first = self.graph, self.layers[0]
         dims = first.spec.dims if first.spec is not None else 0
         spec = info(self.source).outputs[0]

@@ -144,7 +144,6 @@ class _Run:
         return "it may be called several times" if all(kinds.count(kind) > 1 for kind in kinds) else ""
 
     def branch(self, path: str, cat: fx.Node, source: fx.Node) -> Proposal:
-        """The op for one branch, or why there is none."""
         settings, width = self.settings, info(source).outputs[0].shape[1]
         part_of = None if settings.replan else enclosing_rewrite(self.graph.modules, path, (Factorized, Projected))
         if part_of:

@@ -106,7 +106,6 @@ def merge_branches(bench: Bench, op: Op, settings: BranchSettings) -> Edit:
 
 
 def _nodes(op: Op, graph_module: Regraphed, calls: Sequence[Call]) -> list[fx.Node]:
-    """The nodes of some calls."""
     places, seen = dict[Call, fx.Node](), Counter[str]()
     for node in graph_module.graph.nodes:
         if what := str(node.target) if node.op == "call_module" else KINDS.get(function_of(node), ""):

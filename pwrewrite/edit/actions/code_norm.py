@@ -88,7 +88,6 @@ class CodeNorm:
         self.node = self._call()
 
     def _call(self) -> fx.Node:
-        """The node that makes the call."""
         made, mean = self.graph_module, self.facts.running_mean
         calls = [n for n in made.graph.nodes if n.op == "call_function" and n.target is F.batch_norm]
         nodes: list[fx.Node] = [n for n in calls if stored(made, argument(n, 1, "running_mean")) is mean]

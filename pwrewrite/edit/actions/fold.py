@@ -118,7 +118,6 @@ def _sources(
 
 
 def _folded(layer: WeightedModule, norm: NormFacts, spec: ConvSpec, side: str) -> tuple[Tensor, Tensor]:
-    """The layer's new weight and bias."""
     weight = layer.weight.detach()
     scale, shift = (t.to(weight.device) for t in norm.scale_and_shift())
     wide, ones = weight.double(), (1,) * spec.dims

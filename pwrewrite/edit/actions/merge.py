@@ -73,6 +73,5 @@ def fill_layer(new: WeightedModule, merged: Affine, path: str) -> None:
 
 
 def _numbers(spec: ConvSpec, layer: WeightedModule) -> Affine:
-    """A layer in float64."""
     bias = None if layer.bias is None else layer.bias.detach().double()
     return Affine(spec, layer.weight.detach().double(), bias)

@@ -83,7 +83,6 @@ def _record(op: Op, kind: type[_R], data: Mapping[str, Any]) -> _R:
 
 
 def _value(op: Op, kind: Any, value: Any, key: str) -> Any:
-    """A value of the type that a field has."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         result = _value(op, arguments[0], value, key)

@@ -137,13 +137,11 @@ def pure(node: fx.Node) -> bool:
 
 
 def _writes(node: fx.Node) -> bool:
-    """Whether a call of a function or method writes into a tensor or container."""
     name = function_of(node)
     return bool(name) and (node.target is operator.setitem or writes(name, node.args, node.kwargs))
 
 
 def _of_torch(function: object) -> bool:
-    """Whether a function is one of torch's, or an operator."""
     module = str(getattr(function, "__module__", None) or "")
     name = str(getattr(function, "__name__", ""))
     return module.split(".")[0] in ("_operator", "torch") or getattr(torch, name, None) is function
