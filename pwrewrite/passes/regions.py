@@ -83,7 +83,7 @@ def find_regions(capture: Capture, graph: Graph | None = None) -> tuple[list[Reg
     for node in graph.nodes:
         for path in _around(node):
             inside.setdefault(path, []).append(node)
-    opened, writers, tried = _open(graph), _writers(graph), _Tried()
+    opened, tried = _open(graph), _Tried()
     regions, skips = list[Region](), list[Skip]()
     for path, nodes in inside.items():
         layers = {id(graph.layers[n.name]): graph.layers[n.name] for n in nodes if n.name in graph.layers}
@@ -93,7 +93,7 @@ def find_regions(capture: Capture, graph: Graph | None = None) -> tuple[list[Reg
             if path in opened:
                 detail = "other code calls a part of it, or holds its parameters"
                 raise _NoRegion(SkipReason.HELD_ELSEWHERE, detail)
-            regions.append(_region(graph, path, nodes, tuple(layers.values()), writers, tried))
+            regions.append(_region(graph, path, nodes, tuple(layers.values()), tried))
         except _NoRegion as why:
             skips.append(Skip(path, why.reason, why.detail))
     return regions, skips
@@ -139,20 +139,13 @@ def _within(path: str, outer: str) -> bool:
     return path == outer or path.startswith(f"{outer}.")
 
 
-def _region(
-    graph: Graph,
-    path: str,
-    nodes: Sequence[fx.Node],
-    layers: tuple[Layer, ...],
-    writers: Mapping[str, Sequence[fx.Node]],
-    tried: _Tried,
-) -> Region:
+def _region(graph: Graph, path: str, nodes: Sequence[fx.Node], layers: tuple[Layer, ...], tried: _Tried) -> Region:
     module = graph.modules[path]
     if twice := next((layer for layer in layers if len(layer.calls) > 1), None):
         raise _NoRegion(SkipReason.CALLED_TWICE, f"{twice.path} is called several times")
     _check_module(graph, module)
     entry, end, before, after = _ends(nodes)
-    written = {each: writers.get(graph.root_of(each), ()) for each in (entry, end)}
+    written = {each: graph.writers.get(graph.root_of(each), ()) for each in (entry, end)}
     if any(node in nodes for node in written[entry]):
         raise _NoRegion(SkipReason.WRITTEN, "it writes into what it reads")
     spec = _map_between(before.shape, after.shape, layers)
@@ -210,18 +203,6 @@ def _tensor(node: fx.Node) -> TensorSpec | None:
     """The one floating-point tensor that a node gives."""
     outputs = info(node).outputs if node.op not in ("get_attr", "output") else ()
     return outputs[0] if len(outputs) == 1 and outputs[0].dtype.is_floating_point else None
-
-
-def _writers(graph: Graph) -> dict[str, list[fx.Node]]:
-    """Name of the node that made a storage to the nodes that write into it."""
-    writers: dict[str, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.op == "output":
-            continue
-        item = node.args[0] if info(node).op == "setitem" else None  # returns nothing that shares storage
-        if info(node).cost.write_bytes or item is not None or "out" in node.kwargs:
-            writers.setdefault(graph.root_of(item if isinstance(item, fx.Node) else node), []).append(node)
-    return writers
 
 
 def _map_between(before: Sequence[int], after: Sequence[int], layers: Sequence[Layer]) -> ConvSpec | None:
