@@ -24,13 +24,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..capturing.records import Capture, Layer, info
 from ..core.plan import Estimate, Op, Skip, SkipReason
-from ..core.records import Json
+from ..core.records import as_data
 from ..decompose.affine import Affine, NotExact
-from ..edit.actions.branches import KINDS, LINEAR, POOLS, ModuleReader, evaluate
+from ..edit.actions.branches import KINDS, LINEAR, POOLS, BranchSettings, ModuleReader, evaluate
 from ..edit.actions.code_norm import NormFacts
 from ..edit.actions.evaluation import function_of
 from ..edit.swap import stem
-from ..forms.specs import spec_to_dict
 from ..layers.known import hooked, is_identity
 from .base import Pass, Proposal
 from .patterns import Graph, passes_on, stack_of, tensor_of
@@ -167,14 +166,7 @@ class _Region:
         params = sum(p.numel() for path in (place.path, *removed) for p in graph.modules[path].parameters())
         own = graph.modules[scope].named_parameters(recurse=False)
         params += sum(p.numel() for name, p in own if self._last(scope, name))
-        settings: dict[str, Json] = {
-            "scope": scope,
-            "calls": [list(call) for call in calls],
-            "layer": spec_to_dict(spec),
-            "dims": spec.dims,
-            "channels": spec.in_channels,
-            "removed": list(removed),
-        }
+        settings = as_data(BranchSettings(scope, tuple(calls), spec, spec.dims, spec.in_channels, tuple(removed)))
         return Op("merge-branches", place.path, MergeBranches.name, settings, Estimate(params, spec.params, macs, new))
 
     def _merged(self) -> Affine:

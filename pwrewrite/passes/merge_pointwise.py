@@ -17,9 +17,9 @@ from torch import fx
 
 from ..capturing.records import Capture, Layer
 from ..core.plan import Estimate, Op, Skip, SkipReason
+from ..core.records import as_data
 from ..decompose.affine import Affine, NotExact
-from ..edit.actions.merge import merged_layer
-from ..forms.specs import spec_to_dict
+from ..edit.actions.merge import MergeSettings, merged_layer
 from ..layers import PointwiseActivation
 from .base import Pass, Proposal, spec_of
 from .patterns import Graph
@@ -75,5 +75,5 @@ def _pair(graph: Graph, first: Layer, second: Layer, node: fx.Node, reader: fx.N
         return Skip(second.path, SkipReason.WRITTEN, detail)
     if why := graph.unfixed(node, reader):
         return Skip(second.path, SkipReason.DATA_DEPENDENT, why)
-    settings = {"first": first.path, "first_layer": spec_to_dict(before), "layer": spec_to_dict(after)}
+    settings = as_data(MergeSettings(first.path, before, after))
     return Op("merge", second.path, MergePointwise.name, settings, Estimate(params, merged.params, macs, new))
