@@ -76,20 +76,20 @@ class Form(ABC):
         """The choices of axes for the first stage, the default first."""
         return (None,)
 
-    def read_axes(self, spec: ConvSpec, axes: object, where: Where) -> Axes:
+    def read_axes(self, spec: ConvSpec, axes: Axes, where: Where) -> Axes:
         """Axes from a plan; the default where they are None. Raises `PlanError` where they do not fit."""
         if axes is not None:
             raise PlanError(f"the form {self.name} has no axes", where=where("axes"), got=repr(axes))
         return None
 
-    def read_widths(self, spec: ConvSpec, widths: object, axes: Axes, where: Where) -> dict[str, int]:
-        """Widths from a plan; raises `PlanError` where they are not integers from 1 to the form's limits."""
+    def read_widths(self, spec: ConvSpec, widths: Mapping[str, int], axes: Axes, where: Where) -> dict[str, int]:
+        """Widths from a plan; raises `PlanError` where they are not from 1 to the form's limits."""
         limits = self.limits(spec, axes)
-        if not isinstance(widths, Mapping) or set(widths) != set(limits):
+        if set(widths) != set(limits):
             wanted, at = f"an object with {' and '.join(limits)}", where("widths")
             raise PlanError(f"not the widths of {self.name}", where=at, expected=wanted, got=repr(widths))
         for name, limit in limits.items():
-            if type(widths[name]) is not int or not 1 <= widths[name] <= limit:
+            if not 1 <= widths[name] <= limit:
                 message, wanted = f"{name} of {self.name} does not fit the layer", f"an integer from 1 to {limit}"
                 raise PlanError(message, where=where(name), expected=wanted, got=repr(widths[name]))
         return {name: widths[name] for name in limits}

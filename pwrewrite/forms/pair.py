@@ -31,7 +31,7 @@ class Pair(SplitForm):
             return SkipReason.WRONG_FORM, "not a 1×1 convolution; insert-bottleneck is for these"
         return None
 
-    def read_axes(self, spec: ConvSpec, axes: object, where: Where) -> Axes:
+    def read_axes(self, spec: ConvSpec, axes: Axes, where: Where) -> Axes:
         if not spec.is_pointwise:
             message = f"the form pair is not for a kernel of {spec.kernel_size}"
             expected = "a 1×1 convolution or a linear map"

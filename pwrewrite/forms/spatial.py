@@ -32,18 +32,13 @@ class Spatial(SplitForm):
         extended = [axis for axis, size in enumerate(spec.kernel_size) if size > 1]
         return [axes for count in range(1, len(extended)) for axes in combinations(extended, count)] or [(0,)]
 
-    def read_axes(self, spec: ConvSpec, axes: object, where: Where) -> Axes:
-        known = range(spec.dims)
-        if axes is None:
-            axes = self.splits(spec)[0]
-        if not isinstance(axes, (list, tuple)) or any(type(axis) is not int or axis not in known for axis in axes):
-            expected = f"a list of some of {', '.join(map(str, known))}"
-            raise PlanError("axes are those of the first stage", where=where("axes"), expected=expected, got=repr(axes))
-        if not 0 < len(set(axes)) < spec.dims:
-            message = f"axes {list(axes)} do not divide the {spec.dims} spatial axes of the layer between two stages"
-            expected = f"some but not all of {', '.join(map(str, known))}"
+    def read_axes(self, spec: ConvSpec, axes: Axes, where: Where) -> Axes:
+        axes = self.splits(spec)[0] if axes is None else axes
+        if not axes or not set(axes) < set(range(spec.dims)):
+            message = f"axes {axes} do not divide the {spec.dims} spatial axes of the layer between two stages"
+            expected = f"some but not all of {', '.join(map(str, range(spec.dims)))}, those of the first stage"
             raise PlanError(message, where=where("axes"), expected=expected, got=repr(axes))
-        return tuple(axes)
+        return axes
 
     def first_axes(self, spec: ConvSpec, axes: Axes) -> tuple[int, ...]:
         assert axes is not None

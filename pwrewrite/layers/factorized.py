@@ -20,7 +20,7 @@ from ..core.convolution import ConvSpec, StandsForLayer
 from ..core.errors import RefusedError
 from ..core.operations import OPERATIONS
 from ..decompose import Factors
-from ..forms import form_named
+from ..forms import FORMS
 from ..forms.form import Form
 from ..forms.specs import owns_axis
 from .unfused import SamePadded
@@ -150,7 +150,7 @@ class FactorizedLinear(Factorized):
 
 def build(spec: ConvSpec, form: str, widths: Mapping[str, int], **settings: Any) -> Factorized:
     """The module for a form by name; ``settings`` as for `Factorized`."""
-    return (Factorized if spec.dims else FactorizedLinear)(spec, form_named(form), widths, **settings)
+    return (Factorized if spec.dims else FactorizedLinear)(spec, FORMS[form], widths, **settings)
 
 
 class Projected(nn.Module):

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from pwrewrite.core.convolution import ConvSpec
-from pwrewrite.core.errors import PlanError, UsageError
-from pwrewrite.forms import FORMS, form_named, read_form
+from pwrewrite.core.errors import PlanError
+from pwrewrite.forms import FORMS
 from pwrewrite.forms.specs import chain_macs, chain_params, linear_spec, pointwise_spec, spec_from_dict, spec_to_dict
 from pwrewrite.layers.factorized import build, make_layer
 
@@ -108,41 +108,33 @@ def test_factors_fit_the_stages(form: str) -> None:
 def test_checks_say_where() -> None:
     where = "at {}".format
     reduce, spatial = FORMS["reduce"], FORMS["spatial"]
-    assert read_form(CONV, "reduce", None, where) == (reduce, None)
-    assert read_form(CONV, "spatial", None, where) == (spatial, (0,))
-    assert read_form(CONV, "spatial", [1], where) == (spatial, (1,))
+    assert reduce.read_axes(CONV, None, where) is None
+    assert spatial.read_axes(CONV, None, where) == (0,)
+    assert spatial.read_axes(CONV, (1,), where) == (1,)
     for form, axes in (
-        ("none", None),
-        (3, None),
-        ([], None),
-        ("reduce", [0]),
-        ("spatial", []),
-        ("spatial", [2]),
-        ("spatial", 0),
-        ("spatial", [0, 1]),  # nothing would be left to the second stage
+        ("reduce", (0,)),
+        ("spatial", ()),
+        ("spatial", (2,)),
+        ("spatial", (0, 1)),  # nothing would be left to the second stage
         ("pair", None),  # not for a k×k
     ):
         with pytest.raises(PlanError, match=r"") as caught:
-            read_form(CONV, form, axes, where)
+            FORMS[form].read_axes(CONV, axes, where)
         assert str(caught.value.where).startswith("at ")
     with pytest.raises(PlanError, match="divide"):
-        read_form(ConvSpec.of_module(nn.Conv1d(4, 4, 3)), "spatial", None, where)
+        spatial.read_axes(ConvSpec.of_module(nn.Conv1d(4, 4, 3)), None, where)
     assert reduce.read_widths(CONV, {"rank_in": 6}, None, where) == {"rank_in": 6}
-    for widths in (None, [], {}, {"rank": 1}, {"rank_in": 7}, {"rank_in": 0}, {"rank_in": True}, {"rank_in": "4"}):
+    for widths in ({}, {"rank": 1}, {"rank_in": 7}, {"rank_in": 0}):
         with pytest.raises(PlanError):
             reduce.read_widths(CONV, widths, None, where)
-
-
-def test_forms_by_name() -> None:
-    assert form_named("pair").name == "pair"
-    with pytest.raises(UsageError, match="bottelneck") as caught:
-        form_named("bottelneck")
-    assert "bottleneck" in str(caught.value.hint)
-    for name, form in FORMS.items():
-        assert name == form.name
-        assert form.passes
 
 
 def test_a_layer_of_no_kind() -> None:
     with pytest.raises(AttributeError, match="Conv4d"):
         make_layer(replace(CONV, kernel_size=(1,) * 4))
+
+
+def test_forms_know_their_names_and_passes() -> None:
+    for name, form in FORMS.items():
+        assert name == form.name
+        assert form.passes

@@ -14,7 +14,7 @@ from ...core.convolution import ConvSpec
 from ...core.errors import RefusedError
 from ...core.plan import Edit, Op
 from ...decompose import Factors
-from ...forms import FORMS, read_form
+from ...forms import FORMS
 from ...layers.factorized import ACTIVATIONS, NORMS, Factorized, build
 from ..graph_edit import FunctionalCall
 from ..swap import stem
@@ -27,7 +27,7 @@ class FactorizeSettings:
     """Settings of ``factorize``."""
 
     layer: ConvSpec  # shape facts of the layer that the op was made for
-    form: str  # its name, see `pwrewrite.forms`
+    form: Annotated[str, one_of(*FORMS)]
     widths: Mapping[str, int]  # per group
     axes: tuple[int, ...] | None = None  # for the spatial form: those of the first stage
     init: Annotated[str, one_of("weights", "fresh")] = "weights"  # the factors of the layer's own, or new ones
@@ -73,7 +73,8 @@ def _functional_call(bench: Bench, op: Op, settings: FactorizeSettings, weight_n
 
 def _checked(op: Op, settings: FactorizeSettings) -> FactorizeSettings:
     """The settings of an op with its form's widths and axes, checked against the layer."""
-    form, axes = read_form(settings.layer, settings.form, settings.axes, op.where)
+    form = FORMS[settings.form]
+    axes = form.read_axes(settings.layer, settings.axes, op.where)
     widths = form.read_widths(settings.layer, settings.widths, axes, op.where)
     inside = "norm" if settings.norm else "activation" if settings.activation else None
     if settings.init == "weights" and inside:
