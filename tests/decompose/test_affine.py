@@ -76,6 +76,7 @@ def test_scales_shifts_and_pools() -> None:
         ({"bias": True}, {"kernel_size": (3, 3), "padding": ((1, 1),) * 2}, "then", "shift"),
         ({"kernel_size": (3, 3)}, {"kernel_size": (3, 3)}, "then", "neither is 1×1"),
         ({"stride": (2, 2)}, {"kernel_size": (3, 3)}, "then", "neither is 1×1"),
+        ({"kernel_size": (1,), "stride": (1,), "padding": ((0, 0),)}, {}, "then", "does not take"),
         ({"stride": (2, 2)}, {}, "plus", "strides differ"),
         ({"kernel_size": (3, 3)}, {}, "plus", "different sizes"),
         ({"kernel_size": (3, 3), "dilation": (2, 2), "padding": ((2, 2),) * 2}, "three", "plus", "different grids"),

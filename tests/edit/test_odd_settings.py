@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
+from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.core.errors import PlanError
-from pwrewrite.core.plan import Plan
+from pwrewrite.core.plan import Op, Plan
 from pwrewrite.edit.apply import carry_out
+from pwrewrite.forms.specs import spec_to_dict
 
 DATA = Path(__file__).parents[1] / "data" / "v0.1"
 FOLDERS = sorted(path.parent.name for path in DATA.glob("*/plan.json"))
@@ -59,3 +62,12 @@ def test_shape_facts_of_another_type(key: str, value: Any, nets: Any) -> None:
     with pytest.raises(PlanError, match=r"shape facts|not the layer") as caught:
         carry_out(nets.Net(), Plan.from_json(json.dumps(plan)), fill=False)
     assert key in str(caught.value) or "padding" in str(caught.value)
+
+
+def test_layers_that_are_not_one() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3))
+    facts = spec_to_dict(ConvSpec.of_module(model[0]))
+    op = Op("merge", "1", "merge-pointwise", {"first": "0", "first_layer": facts, "layer": facts})
+    with pytest.raises(PlanError, match="cannot be merged") as caught:
+        carry_out(model, Plan((op,)))
+    assert "neither is 1×1" in str(caught.value.got)
