@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .eigen import ridged_cholesky
 from .layout import Factors, Stage, frobenius, from_forward_layout, relative, wide_dtype
 
 RIDGE = 1e-6
@@ -197,13 +198,8 @@ def _own(first: Tensor, second: Tensor, size: int) -> Tensor:
 
 
 def _inverse(moment: Tensor, ridge: float) -> Tensor:
-    """The inverse of a moment of unit diagonal, with as large a ridge as it takes."""
-    eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    root, bad = torch.linalg.cholesky_ex(moment + ridge * eye)
-    while bool(bad) and ridge < 1:
-        ridge *= 10
-        root, bad = torch.linalg.cholesky_ex(moment + ridge * eye)
-    return torch.cholesky_inverse(root)
+    """The inverse of a moment of unit diagonal."""
+    return torch.cholesky_inverse(ridged_cholesky(moment, 1.0, ridge, 10)[0])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

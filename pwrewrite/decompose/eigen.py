@@ -1,4 +1,4 @@
-"""Eigendecompositions that do not give up.
+"""Eigendecompositions and Cholesky factors that do not give up.
 
 LAPACK's divide and conquer fails on some float32 Gram matrices with many equal eigenvalues, above all on those of
 kernels with dead filters. The same matrix in float64 decomposes; should it not, its ties are broken by a perturbation
@@ -14,6 +14,19 @@ from .layout import wide_dtype
 
 #: What torch raises when LAPACK does not converge.
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
+
+def ridged_cholesky(gram: Tensor, level: Tensor | float, ridge: float, step: float) -> tuple[Tensor, float]:
+    """The Cholesky factor of a symmetric stack with ``ridge · level`` on its diagonal, and the ridge.
+
+    That grows by ``step`` until there is a factor.
+    """
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor, bad = torch.linalg.cholesky_ex(gram + ridge * level * eye)
+    while bool(bad.any()) and ridge < 1:
+        ridge *= step
+        factor, bad = torch.linalg.cholesky_ex(gram + ridge * level * eye)
+    return factor, ridge
 
 
 def symmetric_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:

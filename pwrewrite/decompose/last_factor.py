@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from .eigen import ridged_cholesky
 from .layout import Factors
 from .spectrum import Spectrum
 
@@ -73,25 +74,18 @@ def solve_last(normal: Tensor, cross: Tensor, *, ridge: float = RIDGE, towards: 
     Args:
         normal: ``M C Mᵀ (groups, inner, inner)``.
         cross: ``W C Mᵀ (groups, out, inner)``, or the measured cross moment of outputs and inner values.
-        ridge: Regularisation, as a share of the mean diagonal of ``normal``.
+        ridge: Regularisation, as a share of the mean diagonal of ``normal``; more where that is not enough.
         towards: What the solution is drawn to, ``(groups, out, inner)``; to zero where None.
     """
-    level = mean_diagonal(normal) * ridge
-    eye = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
-    right = cross if towards is None else cross + level * towards
-    factor, bad = torch.linalg.cholesky_ex(normal + level * eye)
-    if not bool(bad.any()):
-        return torch.cholesky_solve(right.mT, factor).mT
-    values, vectors = torch.linalg.eigh(normal)
-    floor = values[..., -1:].clamp(min=0) * max(ridge, 1e-10)
-    inverse = torch.where(values > floor, 1 / values, torch.zeros_like(values))
-    solved: Tensor = ((right @ vectors) * inverse[..., None, :]) @ vectors.mT
-    return solved
+    level = mean_diagonal(normal)
+    factor, ridge = ridged_cholesky(normal, level, ridge, 100)
+    right = cross if towards is None else cross + ridge * level * towards
+    return torch.cholesky_solve(right.mT, factor).mT
 
 
 def mean_diagonal(normal: Tensor) -> Tensor:
     """``(groups, 1, 1)``: the mean of the diagonal, never 0."""
-    return normal.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-300)[:, None, None]
+    return normal.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(normal.dtype).tiny)[:, None, None]
 
 
 class Nested:
@@ -118,14 +112,8 @@ class Nested:
         narrow = torch.float32 if rows.shape[2] > 1200 else rows.dtype  # sums of many products; solved in wide
         half, normal = factors.normal(moment.to(narrow), spatial)
         cross, normal = (half @ rows.mT.to(narrow)).to(rows.dtype), normal.to(rows.dtype)
-        size = normal.shape[-1]
-        level, eye = mean_diagonal(normal), torch.eye(size, dtype=normal.dtype, device=normal.device)
-        ridge = RIDGE
-        factor, bad = torch.linalg.cholesky_ex(normal + ridge * level * eye)
-        while bool(bad.any()) and ridge < 1:
-            ridge *= 100
-            factor, bad = torch.linalg.cholesky_ex(normal + ridge * level * eye)
-        self._block = size // self.rank
+        factor, _ = ridged_cholesky(normal, mean_diagonal(normal), RIDGE, 100)
+        self._block = normal.shape[-1] // self.rank
         self._solved = torch.linalg.solve_triangular(factor, cross, upper=False)  # Z (groups, inner, out)
 
     def explained(self, gradients: Tensor | None) -> Tensor:

@@ -150,6 +150,14 @@ def test_singular_moments_are_solved() -> None:
     )
 
 
+def test_moments_that_rounding_made_indefinite_are_solved() -> None:
+    normal = torch.diag(torch.tensor([1.0, 1.0, -1e-7], dtype=torch.float64))[None]
+    cross = torch.tensor([[[1.0, 2.0, 0.0]]], dtype=torch.float64)
+    torch.testing.assert_close(solve_last(normal, cross), cross, rtol=1e-3, atol=0.0)
+    nothing = torch.zeros(1, 3, 3, dtype=torch.float32)
+    assert not solve_last(nothing, nothing[:, :1]).any()
+
+
 def test_ladders_reach_the_full_rank_and_stay_short() -> None:
     assert ranks_to_try(5) == [1, 2, 3, 4, 5]
     assert ranks_to_try(1) == [1]
