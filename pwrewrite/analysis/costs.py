@@ -23,6 +23,9 @@ NAMES = {"params": "parameters", "macs": "MACs", "weight_bytes": "weights", "pea
 BYTES = ("weight_bytes", "peak_bytes")
 
 
+_LAYER_COSTS = ("params", "macs", "weight_bytes", "activation_bytes")
+
+
 @dataclass(frozen=True, slots=True)
 class LayerCosts(Record):
     """What one layer costs: what it is in words, parameters, MACs of all its calls, bytes of its weight and outputs."""
@@ -88,7 +91,6 @@ class Costs(Record):
             raise TypeError("layers or modules")
         order = {module["path"]: i for i, module in enumerate(modules)}
         layers = sorted(layers, key=lambda x: order.get(x["path"], len(order)))
-        layer_keys = ("params", "macs", "weight_bytes", "activation_bytes")
         return cls(
             target,
             tuple(f"{'×'.join(map(str, i['shape']))} {i['dtype']}" for i in model["inputs"]),
@@ -96,7 +98,7 @@ class Costs(Record):
             int(totals["macs"]),
             int(totals["weight_bytes"]),
             int(totals["peak_activation_bytes"]),
-            {str(x["path"]): LayerCosts(_in_words(x), *(int(x[key]) for key in layer_keys)) for x in layers},
+            {str(x["path"]): LayerCosts(_in_words(x), *(int(x[key]) for key in _LAYER_COSTS)) for x in layers},
         )
 
 
@@ -175,7 +177,5 @@ def compare(before: Costs, after: Costs) -> Difference:
 
 
 def _together(layers: list[LayerCosts]) -> LayerCosts:
-    keys = ("params", "macs", "weight_bytes", "activation_bytes")
-    return LayerCosts(
-        " + ".join(layer.what for layer in layers), *(sum(getattr(x, key) for x in layers) for key in keys)
-    )
+    sums = (sum(getattr(layer, key) for layer in layers) for key in _LAYER_COSTS)
+    return LayerCosts(" + ".join(layer.what for layer in layers), *sums)

@@ -58,14 +58,8 @@ def analyze_target(
 ) -> Analysis:
     """The same for what can be typed: a file, a Python name, a model of torchvision or timm, or a saved folder.
 
-    Args:
-        target: The target, or with how it is opened.
-        hotspot_share: As for `analyze`.
-        device: As for `analyze`.
-        **opening: The other fields of `pwrewrite.core.options.TargetOptions`: ``weights``, ``inputs``, ….
-
-    Raises:
-        PwrewriteError: If the target does not lead to a model, or the model does not run.
+    ``opening`` are the other fields of `pwrewrite.core.options.TargetOptions`: ``weights``, ``inputs``, …. Raises
+    `PwrewriteError` if the target does not lead to a model, or the model does not run.
     """
     device_profile(device)  # what is cheap to refuse is refused before a model is built
     if isinstance(target, str):

@@ -89,13 +89,8 @@ def costs_of(target: str, opened: TargetOptions | None = None) -> Costs:
 def diff(before: str | Analysis, after: str | Analysis, opened: TargetOptions | None = None) -> Difference:
     """How the costs of two models differ, layer by layer.
 
-    Args:
-        before: An `Analysis`, an analysis that was written as JSON, a saved folder or any other target.
-        after: The same.
-        opened: How targets are opened.
-
-    Raises:
-        PwrewriteError: If one does not lead to a model, or is no analysis.
+    Each is an `Analysis`, an analysis that was written as JSON, a saved folder or any other target, opened as
+    ``opened`` says. Raises `PwrewriteError` if one does not lead to a model, or is no analysis.
     """
     first, second = (Costs.of(m) if isinstance(m, Analysis) else costs_of(m, opened) for m in (before, after))
     return compare(first, second)

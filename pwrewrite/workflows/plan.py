@@ -45,19 +45,11 @@ def make_plan(
 ) -> Planned:
     """The plan that `rewrite` would carry out, without decomposing weights where no later pass reads them.
 
-    Args:
-        model: Any module, or what `pwrewrite.load_target` gives; stays as it is.
-        example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones.
-        what: What is to be done, as for `rewrite`; with a metric and ``max_drop``, the smallest model that keeps it.
-        target: Name for the report.
-        progress: As for `rewrite`.
-        **options: As for `rewrite`.
+    Arguments and errors are those of `rewrite`; with a metric and ``max_drop``, the smallest model that keeps it is
+    planned.
 
     Returns:
         The plan, *from the model as it is*, and what it would change.
-
-    Raises:
-        PwrewriteError: As for `rewrite`.
     """
     what, _ = what_from_keywords("make_plan", what, options)
     loaded = loaded_of(model, example_inputs)
