@@ -41,7 +41,7 @@ from ..passes.merge_pointwise import MergePointwise
 from ..report.records import FusingReport
 from ..verifying.rounding import noisy_copy
 from .pass_names import as_list, named_pass
-from .rewrite import Rewritten
+from .rewrite import Rewritten, verified
 from .steps import Progress, Run, State, join_names, propose, silent
 from .subject import Subject, check_editable, loaded_of, plan_from_original, with_notes_of
 
@@ -98,7 +98,7 @@ def fuse(
             where left out, as said above. Passes that are given as objects say it themselves.
         target: Name for the report.
         progress: Called at each step with what is being done and how much of it is done.
-        **options: ``verify`` and ``thorough`` of `pwrewrite.Proof`.
+        **options: Fields of `pwrewrite.Proof`: ``verify``, ``thorough``, ….
 
     Returns:
         The fused copy with its plan, which leads from the original model of a target, and report. Whether verification
@@ -116,7 +116,7 @@ def fuse(
     >>> fused.report.passed, fused.before["kernels"], fused.after["kernels"]
     (True, 3, 1)
     """
-    proof_options = from_keywords(Proof, options)
+    asked = from_keywords(Proof, options)
     refuse_unknown("fuse", options, Proof)
     loaded = loaded_of(model, example_inputs)
     check_editable(loaded.model)
@@ -141,13 +141,12 @@ def fuse(
         while isinstance(each, _REPEATED) and len(run.state.rows) > done:
             done = len(run.state.rows)
             run.step(propose(run.state.captured, [each]))
-    thorough = proof_options.thorough
-    proof = _verified(model, run, thorough) if proof_options.verify else None
+    proof = _verified(run, asked) if asked.verify else None
     if last is not None and proof is not None and not proof.passed:
         state, plan = last
         detail = f"some kernels of torch are less exact in it ({proof.failures[0].detail})"
         run.state = state.skipping(plan, SkipReason.BROKE_MODEL, detail)
-        proof = _verified(model, run, thorough)
+        proof = _verified(run, asked)
     costs = traffic(run.first), traffic(run.state.captured)
     report = run.report(*run.analyses(target), target, proof)
     report = replace(report, fusing=FusingReport(*costs), notes=(*report.notes, *_nan_notes(run.state.model)))
@@ -241,25 +240,12 @@ def traffic(captured: Capture) -> dict[str, int]:
 # ------------------------------------------------------------------------------------------------------- proof
 
 
-def _verified(model: nn.Module, run: Run, thorough: bool) -> Verification:
-    from ..verifying import verify
-
-    run.say("verifying", None)
-    before, _ = run.analyses(None)
-    edits = [row.edit for row in run.state.rows]
-    proof = verify(
-        model,
-        run.state.model,
-        run.inputs,
-        edits=edits,
-        expected=run.expected(before),
-        thorough=thorough,
-        progress=lambda step: run.say(f"verifying: {step}", None),
-    )
+def _verified(run: Run, proof: Proof) -> Verification:
+    result = verified(run, run.analyses(None)[0], proof)
     run.say("verifying: against float64", None)
     by_value = run.first.coverage.values == "real"
-    check = reference_check(model, run.state.model, run.inputs, by_value=by_value)
-    return proof if check is None else replace(proof, checks=(*proof.checks, check))
+    check = reference_check(run.first.model, run.state.model, run.inputs, by_value=by_value)
+    return result if check is None else replace(result, checks=(*result.checks, check))
 
 
 def reference_check(model: nn.Module, fused: nn.Module, inputs: Inputs, *, by_value: bool = False) -> Check | None:

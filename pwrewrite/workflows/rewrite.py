@@ -157,8 +157,7 @@ def rewrite(
     before, after = run.analyses(target)
     verification = None
     if proof.verify:
-        run.say("verifying", None)
-        verification = _verified(run, run.inputs if budgeted is None else budgeted.sample(), before, proof)
+        verification = verified(run, before, proof, None if budgeted is None else budgeted.sample())
     report = run.report(before, after, target, verification)
     return Rewritten(
         run.result(),
@@ -192,7 +191,10 @@ def check_rewritten(result: Rewritten, what: What, target: str) -> None:
         )
 
 
-def _verified(run: Run, inputs: Inputs, before: Analysis, proof: Proof) -> Verification:
+def verified(run: Run, before: Analysis, proof: Proof, inputs: Inputs | None = None) -> Verification:
+    """What proves the result of a run, at its own inputs or at others."""
+    run.say("verifying", None)
+    inputs = run.inputs if inputs is None else inputs
     return verify(
         run.first.model,
         run.state.model,
