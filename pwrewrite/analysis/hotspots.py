@@ -19,9 +19,8 @@ from ..capturing.eligibility import Owners, eligible
 from ..capturing.records import Capture, Layer, NodeInfo
 from ..core.plan import Skip, SkipReason
 from .break_even import BottleneckCost
-from .devices import DeviceProfile
+from .devices import DeviceProfile, bound
 from .records import BreakEven, LayerReport
-from .roofline import layer_bound
 
 HOTSPOT_SHARE = 0.01
 """Share of the MACs from which a dense k×k layer is a hotspot."""
@@ -48,13 +47,13 @@ def hotspots(
     for layer, share, cumulative in zip(ranked, shares, accumulate(shares)):
         verdict = squeeze(capture, layer, owners)
         dtype = infos[layer.calls[0].node].outputs[0].dtype if layer.calls else torch.float32
-        bound = layer_bound(layer, dtype, device)
+        least = bound(layer.macs, sum(call.cost.bytes for call in layer.calls), dtype, device)
         spec, written = layer.spec, sum(call.cost.write_bytes for call in layer.calls)
         hotspot = spec is not None and spec.is_dense_spatial and layer.called and share >= hotspot_share
         extent, whole = receptive_fields.get(layer.calls[0].node, (None, False)) if layer.calls else (None, False)
         gain, skip = (None, verdict) if isinstance(verdict, Skip) else (verdict, None)
         work = (layer, share, min(1.0, cumulative), hotspot, gain, skip)
-        reports.append(LayerReport(*work, extent, *bound, activation_bytes=written, sees_whole_input=whole))
+        reports.append(LayerReport(*work, extent, *least, activation_bytes=written, sees_whole_input=whole))
     return tuple(reports)
 
 

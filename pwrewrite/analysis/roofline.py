@@ -15,18 +15,9 @@ from collections.abc import Iterable
 
 import torch
 
-from ..capturing.records import Layer, NodeInfo
-from .devices import Bound, DeviceProfile, bound
+from ..capturing.records import NodeInfo
+from .devices import DeviceProfile
 from .records import Roofline
-
-
-def layer_bound(layer: Layer, dtype: torch.dtype, device: DeviceProfile) -> Bound:
-    """Roofline class of all calls of a layer together."""
-    macs = nbytes = 0
-    for call in layer.calls:
-        macs += call.cost.macs
-        nbytes += call.cost.read_bytes + call.cost.write_bytes
-    return bound(macs, nbytes, dtype, device)
 
 
 def roofline(infos: Iterable[NodeInfo], device: DeviceProfile) -> Roofline:

@@ -23,12 +23,10 @@ from ..capturing import Inputs, split_inputs
 from ..core.errors import UsageError
 from ..core.nested import Tree
 from ..core.numbers import dims
-from .arrays import LABEL_NAMES, SUFFIXES, Rows, Stored, open_arrays, open_labels
+from .arrays import LABEL_NAMES, SUFFIXES, Rows, Stored, open_arrays
 from .image_folder import ImageFolder
 from .user_code import suggest_files
-from .user_objects import is_named, open_iterable, open_metric, open_preprocess
-
-__all__ = ["ArrayFile", "open_calibration", "open_labels", "open_metric"]
+from .user_objects import is_named, open_function, open_iterable
 
 BATCH = 32
 
@@ -70,7 +68,7 @@ def open_calibration(
         return open_iterable(text)
     if not path.exists():
         raise UsageError(f"no such file or folder: {text}", expected=_EXPECTED, hint=suggest_files(path, SUFFIXES))
-    function = open_preprocess(preprocess) if preprocess is not None else None
+    function = open_function(preprocess, "--preprocess") if preprocess is not None else None
     if path.is_dir():
         return ImageFolder(path, example_inputs, preprocess=function, size=size, labels=labels, model=model)
     if path.suffix == ".py":

@@ -86,23 +86,21 @@ def _iterates(value: object) -> bool:
     return isinstance(value, (Iterable, Tensor, np.ndarray, Mapping, Dataset))
 
 
-def open_preprocess(text: str) -> Callable[..., object]:
-    """The function behind ``--preprocess``; an error in it is told with its line.
+_FUNCTIONS = {
+    "--preprocess": ("a function of an image or a batch", 10),
+    "--batch": ("a function of a batch", 1),
+    "--augment": ("a function of the model's inputs", 10),
+}
+"""What options name, and how many arguments that may need."""
 
-    It gets one image (a PIL image in RGB) of a folder, as torchvision's transforms do, and a whole batch (a numpy
-    array; a tensor from safetensors) of a file of arrays.
+
+def open_function(text: str, option: str) -> Callable[..., object]:
+    """The function behind an option; an error in it is told with its line.
+
+    ``--preprocess`` gets one image (a PIL image in RGB) of a folder, as torchvision's transforms do, and a whole batch
+    (a numpy array; a tensor from safetensors) of a file of arrays.
     """
-    return _callable(load_named(text, "--preprocess"), "--preprocess", "a function of an image or a batch", 10).call
-
-
-def open_batch(text: str) -> Callable[[object], object]:
-    """The function behind ``--batch``, from a batch as it comes to the model's inputs; errors name its line."""
-    return _callable(load_named(text, "--batch"), "--batch", "a function of a batch", 1).call
-
-
-def open_augment(text: str) -> Callable[..., object]:
-    """The function behind ``--augment``, from the model's inputs to others; errors name its line."""
-    return _callable(load_named(text, "--augment"), "--augment", "a function of the model's inputs", 10).call
+    return _callable(load_named(text, option), option, *_FUNCTIONS[option]).call
 
 
 def open_metric(text: str) -> Callable[[nn.Module], float]:

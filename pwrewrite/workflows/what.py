@@ -20,8 +20,9 @@ from ..core.random_state import check_seed
 from ..passes import Pass
 from ..planning.augment import PLAIN
 from ..targets import LoadedModel
-from ..targets.calibration import open_calibration, open_labels, open_metric
-from ..targets.user_objects import open_augment, open_batch
+from ..targets.arrays import open_labels
+from ..targets.calibration import open_calibration
+from ..targets.user_objects import open_function, open_metric
 from .pass_names import as_list, passes_of
 from .recover import check_recovery
 
@@ -135,9 +136,9 @@ def opened(budget: Budget, loaded: LoadedModel) -> Budget:
         )
         budget = replace(budget, calibration=data)
     if isinstance(budget.batch, str):
-        budget = replace(budget, batch=open_batch(budget.batch))
+        budget = replace(budget, batch=open_function(budget.batch, "--batch"))
     if isinstance(budget.augment, str) and budget.augment not in PLAIN:
-        budget = replace(budget, augment=open_augment(budget.augment))
+        budget = replace(budget, augment=open_function(budget.augment, "--augment"))
     if isinstance(budget.metric, str):
         name = budget.metric.rpartition(":")[2]
         budget = replace(budget, metric=open_metric(budget.metric), metric_name=name)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from pwrewrite.core.errors import PwrewriteError, UsageError
 from pwrewrite.planning.batches import Batches
-from pwrewrite.targets.calibration import open_calibration, open_labels, open_metric
+from pwrewrite.targets.arrays import open_labels
+from pwrewrite.targets.calibration import open_calibration
+from pwrewrite.targets.user_objects import open_metric
 
 IMAGE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 N = 70
