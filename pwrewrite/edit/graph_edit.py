@@ -14,6 +14,7 @@ from typing import cast
 from torch import Tensor, fx, nn
 
 from ..capturing.code_trace import NotTraceable, trace
+from ..capturing.functions import argument
 from ..core.operations import convolution_call
 from ..forms.specs import linear_spec
 from ..layers.known import is_identity
@@ -89,11 +90,6 @@ def drop_identities(graph_module: Regraphed) -> None:
 def calls_identity(graph_module: Regraphed, node: fx.Node) -> bool:
     """Whether a node calls a module that returns what it is given."""
     return node.op == "call_module" and is_identity(graph_module.get_submodule(str(node.target)))
-
-
-def argument(node: fx.Node, position: int, name: str, default: fx.node.Argument = None) -> fx.node.Argument:
-    """An argument of a call, wherever it was given."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def stored(graph_module: Regraphed, value: object) -> object:

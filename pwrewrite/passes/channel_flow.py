@@ -17,10 +17,10 @@ from typing import Any
 from torch import fx
 
 from ..capturing.eligibility import eligible
+from ..capturing.functions import argument
 from ..capturing.records import Layer, info
 from ..core.operations import OPERATIONS
 from ..edit.actions.project import CHANNEL_NORMS
-from ..edit.graph_edit import argument
 from .patterns import Graph
 
 _LINEAR = frozenset(name for row in OPERATIONS if row.linear for name in row.names)
@@ -64,8 +64,7 @@ def channel_axis(node: fx.Node) -> bool:
 
 def joined(node: fx.Node) -> list[fx.Node]:
     """The tensors that a concatenation joins, in order."""
-    tensors: Any = argument(node, 0, "tensors", ())
-    return list(tensors)
+    return list(argument(node, 0, "tensors", ()))
 
 
 def follow(graph: Graph, branch: fx.Node, cat: fx.Node) -> Flow:

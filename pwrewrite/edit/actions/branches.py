@@ -7,7 +7,6 @@ norms become identities. What the branches compute is worked out from that code,
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -25,7 +24,7 @@ from ..graph_edit import Regraphed, drop_identities, drop_reads, finish
 from ..swap import names_of, stem
 from .bench import Bench, Refused, WeightedModule, layer_like, not_traced, param_count, spec_of_module, train_like
 from .code_norm import NormFacts, affine_facts
-from .evaluation import code_graph, function_of
+from .evaluation import code_graph, function_of, numbered
 from .merge import fill_layer
 from .settings import Offset, wrong
 
@@ -106,11 +105,9 @@ def merge_branches(bench: Bench, op: Op, settings: BranchSettings) -> Edit:
 
 
 def _nodes(op: Op, graph_module: Regraphed, calls: Sequence[Call]) -> list[fx.Node]:
-    places, seen = dict[Call, fx.Node](), Counter[str]()
-    for node in graph_module.graph.nodes:
-        if what := str(node.target) if node.op == "call_module" else KINDS.get(function_of(node), ""):
-            places[what, seen[what]] = node
-            seen[what] += 1
+    places = numbered(
+        graph_module.graph, lambda n: str(n.target) if n.op == "call_module" else KINDS.get(function_of(n), "")
+    )
     if any(call not in places for call in calls) or not calls:
         raise not_traced(op, "the code as a graph has other calls")
     return [places[call] for call in calls]

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ...capturing.functions import argument
 from ...core.nested import deep_copy
 from ...core.plan import Op, SkipReason
-from ..graph_edit import argument, drop_node, drop_reads, finish, stored
+from ..graph_edit import drop_node, drop_reads, finish, stored
 from .bench import Bench, Refused, not_traced
 from .settings import wrong
 
@@ -105,7 +106,7 @@ class CodeNorm:
     def remove(self) -> None:
         """Takes the call out and puts the graph in the module's place."""
         reads = [str(read.target) for read in self.node.all_input_nodes if read.op == "get_attr"]
-        drop_node(self.node, cast(fx.Node, argument(self.node, 0, "input")))
+        drop_node(self.node, argument(self.node, 0, "input"))
         drop_reads(self.graph_module, *reads)
         self.bench.replace(self.module, self.graph_module)
         for name in filter(None, self.names.values()):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -72,6 +73,16 @@ def name_of(node: fx.Node) -> str:
 def function_of(node: fx.Node) -> str:
     """Name of the function or method that a node calls; empty for any other."""
     return name_of(node) if node.op in ("call_function", "call_method") else ""
+
+
+def numbered(graph: fx.Graph, what: Callable[[fx.Node], str]) -> dict[tuple[str, int], fx.Node]:
+    """The calls in some code by ``what`` they call, where that is not empty, and how often it was called before."""
+    calls, before = dict[tuple[str, int], fx.Node](), Counter[str]()
+    for node in graph.nodes:
+        if name := what(node):
+            calls[name, before[name]] = node
+            before[name] += 1
+    return calls
 
 
 _OPERATORS = {f"__i{name}__": getattr(operator, name) for name in words("add sub mul truediv floordiv mod pow")}

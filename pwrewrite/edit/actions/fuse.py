@@ -15,12 +15,13 @@ import torch
 from torch import fx, nn
 
 from ...capturing.code_trace import NotTraceable
+from ...capturing.functions import argument
 from ...core.convolution import ConvSpec
 from ...core.errors import PlanError, UsageError
 from ...core.plan import Edit, Op, SkipReason
 from ...layers import PointwiseActivation
 from ...layers.known import ACTIVATIONS, Found, bare, call_activation, checked, hooked, is_identity, module_activation
-from ..graph_edit import Regraphed, argument, calls_identity, drop_identities, drop_node, finish, to_graph
+from ..graph_edit import Regraphed, calls_identity, drop_identities, drop_node, finish, to_graph
 from ..swap import stem
 from .bench import Bench, Refused, not_traced, param_count, same_outputs
 from .evaluation import code_graph

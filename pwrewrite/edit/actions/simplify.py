@@ -8,20 +8,19 @@ equal calls.
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from ...capturing.functions import VALUE_READS, writes
+from ...capturing.functions import VALUE_READS, argument, writes
 from ...core.errors import shortened
 from ...core.plan import Edit, Op
 from ...layers.known import drops
-from ..graph_edit import Regraphed, argument, drop_identities, drop_node, finish
+from ..graph_edit import Regraphed, drop_identities, drop_node, finish
 from ..swap import stem
 from .bench import Bench, not_traced
-from .evaluation import DROPS, function_of, name_of
+from .evaluation import DROPS, function_of, name_of, numbered
 from .settings import Offset, wrong
 
 CODE = "code"  # the kind of a ``remove`` on code
@@ -77,11 +76,7 @@ def simplify_code(bench: Bench, op: Op, settings: SimplifySettings) -> Edit:
 def _simplified(graph_module: Regraphed, unread: set[str], same: tuple[tuple[Call, Call], ...]) -> bool:
     """Takes what does nothing out of a graph; whether that was anything, and no unread module is called any more."""
     nodes, size = graph_module.graph.nodes, len(graph_module.graph.nodes)
-    calls, before = dict[Call, fx.Node](), Counter[str]()
-    for node in nodes:
-        what = called(node)
-        calls[what, before[what]] = node
-        before[what] += 1
+    calls = numbered(graph_module.graph, called)
     for first, second in same:
         a, b = calls.get(first), calls.get(second)
         if a is not None and b is not None and a is not b and (a.args, a.kwargs) == (b.args, b.kwargs):
