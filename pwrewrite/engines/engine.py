@@ -7,7 +7,7 @@ what it runs on. Each is one file, ``NAME_engine.py``, that ends in ``ENGINE = N
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from ..core.names import ENGINE_NAMES
 from ..core.nested import Args, Kwargs, tensors_of
 from ..edit.actions.plain_layers import unfuse
 from ..layers.factorized import Factorized
-from .exporting import Program, absent
+from .exporting import Installable, Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +52,11 @@ class Session:
             return tensors_of(self.run(*args, **kwargs))
 
 
-class Engine(ABC):
+class Engine(Installable):
     """One runtime."""
 
-    name: str  # as it is typed
-    extra = ""  # the extra of pwrewrite that brings what it needs; empty where torch suffices
-    needs: tuple[str, ...] = ()  # the modules that it imports
+    kind = "the engine "
     cpu = True  # whether it runs on the CPU only
-
-    @property
-    def missing(self) -> str:
-        """Why it is not there; empty where it is."""
-        return absent(self.needs)
-
-    def require(self) -> None:
-        """Raises `UsageError` where it is not there, with the command that installs it."""
-        if self.missing:
-            hint = f'pip install "pwrewrite[{self.extra}]"' if self.extra else "--engine torch serves without"
-            raise UsageError(f"the engine {self.name} {self.missing}", hint=hint)
 
     @property
     def version(self) -> str:

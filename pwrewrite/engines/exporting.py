@@ -110,20 +110,33 @@ class Run:
     call: Callable[[Call], Mapping[str, Tensor]] | None = None  # runs further inputs, if a process can do it again
 
 
-class Format(ABC):
-    """One kind of export."""
+class Installable(ABC):
+    """A runtime or a kind of export, whose modules may not be there."""
 
+    kind = ""  # how an error calls it before its name
     name: str  # as it is typed
     extra = ""  # the extra of pwrewrite that brings what it needs; empty where torch suffices
     needs: tuple[str, ...] = ()  # the modules that it imports
+
+    @property
+    def missing(self) -> str:
+        """Why it is not there; empty where it is."""
+        absent = [module for module in self.needs if util.find_spec(module) is None]
+        return f"needs {', '.join(absent)}, not installed here" if absent else ""
+
+    def require(self) -> None:
+        """Raises `UsageError` where it is not there, with the command that installs it."""
+        if self.missing:
+            hint = f'pip install "pwrewrite[{self.extra}]"' if self.extra else "--engine torch serves without"
+            raise UsageError(f"{self.kind}{self.name} {self.missing}", hint=hint)
+
+
+class Format(Installable):
+    """One kind of export."""
+
     files: tuple[str, ...]  # all files that it may write
     main: str  # the one that a user loads
     int8: Format | None = None  # its quantized sibling
-
-    def require(self) -> None:
-        """Raises `UsageError` where a module that it needs is not installed."""
-        if missing := absent(self.needs):
-            raise UsageError(f"{self.name} {missing}", hint=f'pip install "pwrewrite[{self.extra}]"')
 
     @abstractmethod
     def write(self, program: Program, folder: Path) -> None:
@@ -140,12 +153,6 @@ class Format(ABC):
     def precisions(self, folder: Path) -> dict[str, bool]:
         """Each layer with weights, and whether it runs in int8; empty for what is not quantized."""
         return {}
-
-
-def absent(modules: Sequence[str]) -> str:
-    """Which of some modules are not installed, in words; empty where all are."""
-    missing = [module for module in modules if util.find_spec(module) is None]
-    return f"needs {', '.join(missing)}, not installed here" if missing else ""
 
 
 def format_named(name: str) -> Format:
