@@ -70,6 +70,11 @@ def is_method(func: object) -> bool:
     )
 
 
+def function_name(node: fx.Node) -> str:
+    """Name of the function or method that a node of a graph calls; of a module its path."""
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
+
+
 def argument(node: fx.Node, position: int, name: str, default: object = None) -> Tree:
     """An argument of a call in a graph, by position or name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)

@@ -17,8 +17,8 @@ import torch
 from torch import fx, nn
 
 from ...capturing import Capture, NodeInfo, info
-from ...capturing.functions import argument
-from .units import Share, Unit, function_name, operand_shapes, shape_of, words
+from ...capturing.functions import argument, function_name
+from .units import Share, Unit, operand_shapes, shape_of, words
 
 _COMPLEX = "complex: three real convolutions"
 _FAILS = "matrix-vector products counted as 0"

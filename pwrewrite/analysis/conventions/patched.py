@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ...capturing import Capture, NodeInfo, info
-from ...capturing.functions import argument
+from ...capturing.functions import argument, function_name
 from ...core.convolution import CONV_MODULES
 from .by_module import RECURRENT, uncounted
-from .units import Share, Unit, function_name, operand_shapes, visits, words
+from .units import Share, Unit, operand_shapes, visits, words
 
 _ACTIVATIONS = ("relu", "prelu", "elu", "relu6", "gelu", "silu", "softmax")
 _RESIZES = ("interpolate", "upsample")

@@ -156,11 +156,6 @@ def visits(root: nn.Module, stop: Callable[[nn.Module], bool] | None = None) -> 
     return counts
 
 
-def function_name(node: fx.Node) -> str:
-    """Name of the function or method that a node calls."""
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
-
-
 def shape_of(value: object) -> tuple[int, ...] | None:
     """Shape of a graph argument; None where it is no tensor."""
     outputs = info(value).outputs if isinstance(value, fx.Node) else ()

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ...capturing.code_trace import NotTraceable, value_or
-from ...capturing.functions import words
+from ...capturing.functions import function_name, words
 from ...core.operations import OPERATIONS
 from ..graph_edit import Regraphed, to_graph
 
@@ -65,14 +65,9 @@ def code_graph(module: nn.Module, functions: Functions = frozenset()) -> Regraph
     return graph_module
 
 
-def name_of(node: fx.Node) -> str:
-    """What a node calls: a module's path, or the name of a function or method."""
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
-
-
 def function_of(node: fx.Node) -> str:
     """Name of the function or method that a node calls; empty for any other."""
-    return name_of(node) if node.op in ("call_function", "call_method") else ""
+    return function_name(node) if node.op in ("call_function", "call_method") else ""
 
 
 def numbered(graph: fx.Graph, what: Callable[[fx.Node], str]) -> dict[tuple[str, int], fx.Node]:

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from ...capturing.functions import VALUE_READS, argument, writes
+from ...capturing.functions import VALUE_READS, argument, function_name, writes
 from ...core.errors import shortened
 from ...core.plan import Edit, Op
 from ...layers.known import drops
 from ..graph_edit import Regraphed, drop_identities, drop_node, finish
 from ..swap import stem
 from .bench import Bench, not_traced
-from .evaluation import DROPS, function_of, name_of, numbered
+from .evaluation import DROPS, function_of, numbered
 from .settings import Offset, wrong
 
 CODE = "code"  # the kind of a ``remove`` on code
@@ -117,7 +117,7 @@ def _join_pairs(graph_module: Regraphed) -> None:
 
 def called(node: fx.Node, scope: str = "") -> str:
     """What a node calls, and in which way; where modules have absolute paths, seen from the code of ``scope``."""
-    name = name_of(node)
+    name = function_name(node)
     return f"{node.op} {name.removeprefix(f'{scope}.') if scope and node.op == 'call_module' else name}"
 
 
