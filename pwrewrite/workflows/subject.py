@@ -30,32 +30,20 @@ def loaded_of(model: Subject, example_inputs: Inputs | None) -> LoadedModel:
 
     An `InputError` says that it is no model, or that there are no inputs.
     """
-    if isinstance(model, LoadedModel):
-        loaded = model if example_inputs is None else replace(model, example_inputs=tensors_for(example_inputs))
-        return replace(
-            loaded,
-            model=_prepared(loaded.model, loaded.example_inputs),
-            notes=(*loaded.notes, *_compiled_notes(loaded.model)),
-        )
-    if not isinstance(model, nn.Module):
-        hint = "pwrewrite.load_target opens what a text names" if isinstance(model, str) else None
-        if isinstance(model, torch.export.ExportedProgram):
-            hint = "rewrite the module before torch.export; analyze takes the program's .module()"
-        raise InputError("this is not a model", expected="a torch.nn.Module", got=type(model).__name__, hint=hint)
-    if example_inputs is None:
-        raise InputError("there are no example inputs", expected="a tensor, a tuple of inputs or a dict of them")
-    inputs = tensors_for(example_inputs)
-    return LoadedModel(_prepared(model, inputs), inputs, "", _compiled_notes(model))
-
-
-def _prepared(model: nn.Module, example_inputs: Inputs) -> nn.Module:
-    """The model, or a copy of it that has shapes and can be trained."""
-    return out_of_inference_mode(materialized(model, *split_inputs(example_inputs)))
-
-
-def _compiled_notes(model: nn.Module) -> tuple[str, ...]:
-    parts = compiled_parts(model).items()
-    return tuple(f"{path} is {kind}: nothing in it is rewritten" for path, kind in parts if path)
+    if not isinstance(model, LoadedModel):
+        if not isinstance(model, nn.Module):
+            hint = "pwrewrite.load_target opens what a text names" if isinstance(model, str) else None
+            if isinstance(model, torch.export.ExportedProgram):
+                hint = "rewrite the module before torch.export; analyze takes the program's .module()"
+            raise InputError("this is not a model", expected="a torch.nn.Module", got=type(model).__name__, hint=hint)
+        if example_inputs is None:
+            raise InputError("there are no example inputs", expected="a tensor, a tuple of inputs or a dict of them")
+        model = LoadedModel(model, (), "")
+    inputs = model.example_inputs if example_inputs is None else tensors_for(example_inputs)
+    prepared = out_of_inference_mode(materialized(model.model, *split_inputs(inputs)))
+    parts = compiled_parts(model.model).items()
+    notes = (f"{path} is {kind}: nothing in it is rewritten" for path, kind in parts if path)
+    return replace(model, model=prepared, example_inputs=inputs, notes=(*model.notes, *notes))
 
 
 def compiled_parts(model: nn.Module) -> dict[str, str]:
