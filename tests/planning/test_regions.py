@@ -276,6 +276,18 @@ def test_a_module_that_is_a_map_is_found_to_be_one(stride: int) -> None:
     assert saved == 2 * (64 * 8 * 24 + 64 // stride**2 * (24 * 6 * 9 - 8 * 6))
 
 
+@pytest.mark.parametrize("frozen", [("wide.weight",), ("wide.weight", "wide.bias", "back.weight", "back.bias")])
+def test_a_map_learns_where_part_of_the_module_did(frozen: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    model = network(Pointwise(), out=6)
+    for name in frozen:
+        model[0].get_parameter(name).requires_grad_(False)
+    result = pwrewrite.rewrite(model, images(2), Budget({"macs": 0.2}, calibration=images(64), forms=("substitute",)))
+    assert [(edit.path, edit.method) for edit in result.edits] == [("0", "substitute")]
+    assert result.report.passed, result.report.verification.failures  # type: ignore[union-attr]
+    assert all(parameter.requires_grad == (len(frozen) == 1) for parameter in result.model[0].parameters())
+
+
 class Rectified(Block):
     """A block whose outputs are in the range of an activation."""
 

@@ -65,7 +65,7 @@ def substitute_module(bench: Bench, op: Op, settings: SubstituteSettings) -> Edi
             new.weight.copy_(found.kernel.reshape(new.weight.shape))
             assert new.bias is not None
             new.bias.copy_(found.bias)
-    new.requires_grad_(weight.requires_grad)
+    new.requires_grad_(any(parameter.requires_grad for parameter in module.parameters()))
     put_in: nn.Module = new
     if settings.activation is not None:
         put_in, inner = nn.Sequential(new, RANGES[settings.activation]()), f"{inner}0."
