@@ -33,69 +33,67 @@ from .page import Facts, Line, Page, Title
 from .records import Compression, Frontier, Report
 
 
+def _shown(result: object) -> tuple[object, bool]:
+    """A result, or the report that it has, and whether that is of what was not carried out."""
+    report = getattr(result, "report", None)
+    if not isinstance(report, (Report, Compression)):
+        return result, False
+    return report, not hasattr(result, "model")
+
+
 def page(result: object) -> Page:
     """The page of a result; that of its report where it has one."""
-    match result:
+    shown, planned = _shown(result)
+    match shown:
         case Analysis():
-            return analysis.page(result)
+            return analysis.page(shown)
         case Report():
-            return rewrite.page(result) if result.fusing is None else fused.page(result)
+            return rewrite.page(shown, planned=planned) if shown.fusing is None else fused.page(shown)
         case Verification():
-            return rewrite.verification_page(result)
+            return rewrite.verification_page(shown)
         case Plan():
-            return rewrite.plan_page(result)
+            return rewrite.plan_page(shown)
         case Frontier():
-            return frontier.page(result)
+            return frontier.page(shown)
         case GateResult():
-            return costs.check_page(result)
+            return costs.check_page(shown)
         case Difference():
-            return costs.difference_page(result)
+            return costs.difference_page(shown)
         case Exports():
-            return exported.page(result)
+            return exported.page(shown)
         case Compression():
-            return compressed.page(result)
-    report = getattr(result, "report", None)
-    if isinstance(report, Compression):
-        return compressed.page(report)
-    if not isinstance(report, Report):
-        return (Title(_heading(result)), Line(""), Facts(_fields(result)))
-    return page(report) if hasattr(result, "model") else rewrite.page(report, planned=True)
+            return compressed.page(shown)
+    return (Title(_heading(shown)), Line(""), Facts(_fields(shown)))
 
 
 def summary(result: object) -> str:
     """A result in one line."""
-    return f"<{type(result).__name__}{_summary(result)}>"
+    return f"<{type(result).__name__}{_summary(*_shown(result))}>"
 
 
-def _summary(result: object) -> str:
-    match result:
+def _summary(shown: object, planned: bool) -> str:
+    match shown:
         case Analysis(target=target, params=params, macs=macs, layers=layers, hotspots=hotspots):
             layers_ = f"{plural(len(layers), 'layer')}, {plural(len(hotspots), 'hotspot')}"
             return f" of {target}: {count(params)} params, {count(macs)} MACs, {layers_}"
         case Report(target=target):
-            return f" of {target}: {rows.headline(result)}; {_proof(result.verification)}"
+            proof = "" if planned else f"; {_proof(shown.verification)}"
+            return f" of {target}: {rows.headline(shown, planned=planned)}{proof}"
         case Verification():
-            return f": {_proof(result)}"
+            return f": {_proof(shown)}"
         case Plan(ops=ops, skips=skips):
             return f": {plural(len(ops), 'op')}, {plural(len(skips), 'skip')}"
         case Frontier(target=target, kind=kind, points=points):
             return f" of {target}: {plural(len(points), 'point')} by {kind}"
         case GateResult(target=target):
-            return f" of {target}: {costs.headline(result)}"
+            return f" of {target}: {costs.headline(shown)}"
         case Exports(target=target):
-            return f" of {target}: {exported.headline(result)}"
+            return f" of {target}: {exported.headline(shown)}"
         case Compression(target=target):
-            return f" of {target}: {compressed.headline(result)}"
+            return f" of {target}: {compressed.headline(shown)}"
         case Difference(before=before, after=after, layers=layers):
             return f" of {before.target} and {after.target}: {plural(len(layers), 'layer')} differ"
-    report = getattr(result, "report", None)
-    if isinstance(report, Compression):
-        return _summary(report)
-    if not isinstance(report, Report):
-        return _heading(result).removeprefix(type(result).__name__)
-    if hasattr(result, "model"):
-        return _summary(report)
-    return f" of {report.target}: {rows.headline(report, planned=True)}"
+    return _heading(shown).removeprefix(type(shown).__name__)
 
 
 def _heading(result: object) -> str:
@@ -136,14 +134,14 @@ def html(result: object) -> str:
 
 def file(result: object) -> str:
     """The report as an HTML file."""
-    report = result if isinstance(result, (Report, Compression)) else getattr(result, "report", None)
-    match result:
+    shown, planned = _shown(result)
+    match shown:
         case Analysis():
-            return web.analysis(result)
+            return web.analysis(shown)
         case Frontier():
-            return web.frontier(result)
-    if isinstance(report, Compression):
-        return web.compression(report)
-    if isinstance(report, Report):
-        return web.report(report, planned=report is not result and not hasattr(result, "model"))
-    return web.document(page(result))
+            return web.frontier(shown)
+        case Compression():
+            return web.compression(shown)
+        case Report():
+            return web.report(shown, planned=planned)
+    return web.document(page(shown))
