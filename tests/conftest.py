@@ -15,11 +15,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and handed 
 @pytest.fixture(scope="session", autouse=True)
 def short_timings() -> Iterator[None]:
     """What is timed to be reported is timed for hundredths of a second; how times are taken is the same."""
-    from pwrewrite.engines import choosing, exporting
+    from pwrewrite.engines import choosing, exporting, timing
+    from pwrewrite.planning import latency
     from pwrewrite.workflows import end_to_end, fuse_timing
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(end_to_end, "_SECONDS", (0.05, 0.1))
+        patch.setattr(timing, "_SECONDS", 0.1)
+        patch.setattr(latency, "_SECONDS_EACH", 0.03)
         patch.setattr(choosing, "_SECONDS", 0.02)
         patch.setattr(exporting, "SECONDS", 0.02)
         patch.setattr(fuse_timing, "_SECONDS", 0.02)

@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 from warm_python import python
 
 from pwrewrite.cli.app import app
+from pwrewrite.engines import timing
+from pwrewrite.planning import latency
 from pwrewrite.workflows import end_to_end
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +70,10 @@ def test_every_command_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: py
     digits.write_text(digits.read_text().replace(TRAINING, TRAINING.replace("1200", "96")))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(end_to_end, "_SECONDS", (1.0, 4.0, 8.0))  # longer than elsewhere: a latency is to be met
+    # Longer than elsewhere: a latency is to be met.
+    monkeypatch.setattr(end_to_end, "_SECONDS", (1.0, 4.0, 8.0))
+    monkeypatch.setattr(timing, "_SECONDS", 1.0)
+    monkeypatch.setattr(latency, "_SECONDS_EACH", 0.06)
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

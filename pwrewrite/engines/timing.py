@@ -29,6 +29,8 @@ NOISY = 0.1
 """From this spread on, times are noise more than anything else."""
 _SLOWER = 1.15
 """A run that takes this many times as long as the first one in the first turns runs no more."""
+_SECONDS = 4.0
+"""How long models are timed where nothing else is said."""
 _LEAST, _LEAST_ELSEWHERE = 2e-4, 2e-3
 """A timing lasts at least so many seconds, on a CPU and elsewhere; short runs are repeated within it."""
 
@@ -81,7 +83,7 @@ def time_models(
     args: Args,
     kwargs: Kwargs,
     *,
-    seconds: float = 4.0,
+    seconds: float | None = None,
     threads: int | None = None,
     engine: Engine = PLAIN,
 ) -> list[Timing]:
@@ -97,7 +99,10 @@ def time_models(
             for _ in range(CALLS):  # after which fused layers are as fast as they get
                 session.run(*args, **kwargs)
         return time_in_turns(
-            [partial(s.run, *args, **kwargs) for s in sessions], device, turns=(7, 600), seconds=seconds
+            [partial(s.run, *args, **kwargs) for s in sessions],
+            device,
+            turns=(7, 600),
+            seconds=_SECONDS if seconds is None else seconds,
         )
 
 
