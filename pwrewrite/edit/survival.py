@@ -94,6 +94,8 @@ def _operations(captured: Capture, changed: set[str], graphs: set[str], *, fused
         facts = info(node)
         if node.op not in ("call_module", "call_function", "call_method") or _inside(facts.path, changed):
             continue
+        if not fused and any(_inside(caller, changed) for caller in facts.callers):
+            continue  # a module that others hold, too, and that goes by the name that the first of them has for it
         if fused:
             changes = facts.op == "identity" or (node.op != "call_module" and facts.path in graphs)
         else:

@@ -326,6 +326,19 @@ def test_outputs_stay_in_the_range_of_an_activation(kind: type[nn.Module], refit
     assert torch.equal(pwrewrite.load(tmp_path / "out", model)(images(3)), result.model(images(3)))
 
 
+def test_a_module_whose_activation_others_share_is_replaced() -> None:
+    torch.manual_seed(0)
+    shared = nn.Tanh()
+    model = network(Rectified(shared), Rectified(shared), Block(small=1e-3))
+    region = regions(model, images(1))["1"]
+    for drop in (False, True):
+        result = pwrewrite.rewrite(model, images(2), Plan((region.op(drop=drop),)), calibration=images(64))
+        assert [edit.path for edit in result.edits] == ["1"]
+        assert result.report.passed, result.report.verification.failures  # type: ignore[union-attr]
+        assert result.model[0].activation is not shared  # type: ignore[union-attr]
+        assert isinstance(result.model[0].activation, nn.Tanh)  # type: ignore[union-attr]
+
+
 def test_a_block_that_does_next_to_nothing_is_dropped_first() -> None:
     torch.manual_seed(0)
     model = network(Block(), Block(small=1e-3), Block())
