@@ -96,8 +96,8 @@ class Op(Record):
 
     Attributes:
         action: ``factorize`` (a layer becomes a chain of smaller ones), ``project`` (a 1×1 after a branch), ``narrow``
-            (fewer channels between layers), ``fold``, ``fuse``, ``merge``, ``merge-branches``, ``remove`` or
-            ``channels-last``.
+            (fewer channels between layers), ``substitute`` (a 1×1 for a module), ``share-reduction`` (a 1×1 before
+            several layers), ``fold``, ``fuse``, ``merge``, ``merge-branches``, ``remove`` or ``channels-last``.
         path: Absolute path of the layer or module it is done to.
         pass_name: Name of the pass or planner that proposed it, such as ``insert-bottleneck``.
         settings: What the action needs to know, as JSON data; each action documents its own.

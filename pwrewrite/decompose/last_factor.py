@@ -26,7 +26,6 @@ from torch import Tensor
 
 from .eigen import ridged_cholesky
 from .layout import Factors
-from .spectrum import Spectrum
 
 RIDGE = 1e-9
 """What is added to the diagonal of a normal matrix, as a share of its mean diagonal, before it is solved."""
@@ -100,15 +99,19 @@ class Nested:
     blocks of ``Z`` its loss at an output width ``s`` is ``tr(G W C Wᵀ)`` less the ``s`` largest eigenvalues of
     ``G^½ Zᵀ Z G^½``.
 
-    ``rows`` are the kernel ``W (groups, out, patch)``, ``moment`` is ``C (groups, patch, patch)``.
+    ``rows`` are the kernel ``W (groups, out, patch)``, ``moment`` is ``C (groups, patch, patch)``, or None for the
+    identity, with an orthonormal first factor. ``factors`` hold the first factor at the largest ``rank`` looked at, in
+    the order of `Spectrum.right_basis`.
     """
 
     def __init__(
-        self, spectrum: Spectrum[PairFactors], rank: int, rows: Tensor, moment: Tensor, spatial: Sequence[int]
+        self, factors: PairFactors, rank: int, rows: Tensor, moment: Tensor | None, spatial: Sequence[int]
     ) -> None:
-        first = torch.linalg.qr(spectrum.right_basis(rank).mT).Q.mT.contiguous()  # the same spans, well scaled
-        self.rank = first.shape[1]
-        factors = spectrum.with_right(first)
+        self.rank = rank
+        if moment is None:
+            self._solved = factors.inner(rows.mT, spatial)
+            self._block = self._solved.shape[1] // rank
+            return
         narrow = torch.float32 if rows.shape[2] > 1200 else rows.dtype  # sums of many products; solved in wide
         half, normal = factors.normal(moment.to(narrow), spatial)
         cross, normal = (half @ rows.mT.to(narrow)).to(rows.dtype), normal.to(rows.dtype)

@@ -120,12 +120,15 @@ class Spectrum(Generic[_F]):
         return (losses / losses[0]).sqrt() if losses[0] > 0 else torch.zeros_like(losses)
 
     def right_basis(self, rank: int) -> Tensor:
-        """Rows ``(groups, rank, n)`` of which the first r span what the first factor of rank r spans, for every r."""
+        """Orthonormal rows ``(groups, rank, n)``, of which the first r span what the first factor of rank r spans."""
         basis = self._basis[..., : check_rank(rank, self.max_rank)]
         if self._on_columns:
-            return (basis if self._inverse is None else kronecker_multiply(self._inverse, basis)).mT
-        reach = basis if self._root is None else kronecker_multiply(self._root, basis)
-        return reach.mT @ self.matrix.to(basis.dtype)
+            columns = basis if self._inverse is None else kronecker_multiply(self._inverse, basis)
+        else:
+            reach = basis if self._root is None else kronecker_multiply(self._root, basis)
+            columns = self.matrix.to(basis.dtype).mT @ reach
+        rows: Tensor = torch.linalg.qr(columns).Q.mT.contiguous()
+        return rows
 
     def with_right(self, rows: Tensor) -> _F:
         """The form with a first factor given as ``(groups, rank, n)``, and zeros in the last."""

@@ -23,7 +23,7 @@ from .apply import Probe
 from .graph_edit import Regraphed
 from .swap import stem
 
-_CHANGES = frozenset({"factorize", "project", "narrow", "substitute"})  # actions that put other layers in
+_CHANGES = frozenset({"factorize", "project", "narrow", "substitute", "share-reduction"})  # put other layers in
 _FUSES = frozenset({"fold", "merge", "merge-branches", "fuse", "remove"})  # actions that take operations away
 _Operations = Counter[tuple[str, str, str]]
 
@@ -40,6 +40,8 @@ def probe_for(plan: Plan, before: Capture, inputs: Inputs) -> Probe:
     actions, values = {op.action for op in plan.ops}, before.coverage.values
     if values == "meta" and actions <= _CHANGES:
         whole = {op.path for op in plan.ops if op.action == "substitute"}
+        shared = (op.settings for op in plan.ops if op.action == "share-reduction")
+        whole |= {stem(settings["scope"]) + settings["reduction"] for settings in shared}
         return survives(before, inputs, whole=whole)
     if values == "meta" and actions <= _FUSES:
         return survives(before, inputs, {path for op in plan.ops for path in _named(op)})

@@ -168,5 +168,7 @@ class Cuts:
         layer = self._layer
         assert layer.inputs is not None
         if self._nested is None or self._nested.rank < rank:
-            self._nested = Nested(self._spectrum, rank, layer.rows, layer.inputs, layer.spatial)
+            first = self._spectrum.right_basis(rank)
+            factors = self._spectrum.with_right(first)
+            self._nested = Nested(factors, first.shape[1], layer.rows, layer.inputs, layer.spatial)
         return self._nested

@@ -23,8 +23,9 @@ from .merge_pointwise import MergePointwise
 from .narrow import Narrow
 from .project import ProjectBranch
 from .remove_noise import RemoveInferenceNoise
+from .share_reduction import ShareReduction
 
-ALL: tuple[type[Pass], ...] = (*FACTORIZING.values(), Narrow, ProjectBranch)
+ALL: tuple[type[Pass], ...] = (*FACTORIZING.values(), Narrow, ProjectBranch, ShareReduction)
 """Every pass of `pwrewrite.rewrite`."""
 
 FUSING: tuple[type[Pass], ...] = (
@@ -60,5 +61,6 @@ __all__ = [
     "Proposal",
     "RemoveInferenceNoise",
     "SeparateDepthwise",
+    "ShareReduction",
     "as_graph_pass",
 ]

@@ -166,7 +166,7 @@ class _Walk:
         readers = []
         for node, place in space.readers:
             layer = self.graph.layers[node.name]
-            norm = "" if spec_of(layer).bias else self._norm_behind(node)
+            norm = "" if spec_of(layer).bias else norm_behind(self.graph, node)
             readers.append(ReaderOf(layer, place.repeat, norm, place.source, place.activation))
         norms = [self.graph.modules[path] for path in space.norms]
         params = sum(p.numel() for norm in norms for p in norm.parameters(recurse=False)) // space.width
@@ -231,7 +231,11 @@ class _Walk:
             return None
         others = [n for n in node.all_input_nodes if n is not sources[0] and n.op != "get_attr"]
         if op in ("batch_norm", "instance_norm"):
-            why = self._norm_refusal(node, place) if not others else f"{describe(node)} reads several tensors"
+            why = (
+                _norm_refusal(self.graph, node, place.axis, place.repeat)
+                if not others
+                else f"{describe(node)} reads several tensors"
+            )
         elif op in _ARITHMETIC and len(node.all_input_nodes) > 1:
             return self._arithmetic(node, sources)
         elif others:
@@ -244,27 +248,6 @@ class _Walk:
         path = info(node).path
         place.space.root().norms.append(path)
         return _Place(place.space, place.axis, 1, path)
-
-    def _norm_refusal(self, node: fx.Node, place: _Place) -> str:
-        """Why a norm cannot lose channels; ``""`` where it can."""
-        path = info(node).path
-        norm, what = self.graph.modules.get(path), describe(node)
-        if not isinstance(norm, CHANNEL_NORMS):
-            return f"{what} is not a norm module, whose tensors could change with them"
-        if place.axis != 1 or place.repeat > 1:
-            return f"{what} normalises single positions"
-        if sum(info(n).path == path and info(n).op == info(node).op for n in self.graph.nodes) > 1:
-            return f"{what} is called several times"
-        return self._other_owners(node, path)
-
-    def _other_owners(self, node: fx.Node, path: str) -> str:
-        """What else has the tensors of a module that one node calls; ``""`` for nothing."""
-        module = self.graph.modules[path]
-        if self.graph.shares(module, recurse=False):
-            return f"{path} shares its parameters"
-        names = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
-        strangers = [user for user in self.graph.readers(path, *names) if user is not node]
-        return f"{describe(strangers[0])} reads the tensors of {path}, too" if strangers else ""
 
     def _alone(self, node: fx.Node, source: fx.Node, place: _Place) -> _Place | None:
         """An operation of one tensor."""
@@ -285,7 +268,11 @@ class _Walk:
             if isinstance(module, nn.PReLU) and same and module.num_parameters == 1:
                 return replace(place, source="")
             whole = isinstance(module, nn.PReLU) and axis == 1 and place.repeat == 1 and same
-            if whole and self.graph.calls[str(node.target)] == 1 and not self._other_owners(node, str(node.target)):
+            if (
+                whole
+                and self.graph.calls[str(node.target)] == 1
+                and not _other_owners(self.graph, node, str(node.target))
+            ):
                 place.space.root().norms.append(str(node.target))
                 return replace(place, source="")
         elif same and op in _PLAIN and (axis == 1 or shape == before):
@@ -359,11 +346,35 @@ class _Walk:
             self.decided[path] = ways is not None and len({calls_of(way, _SAME_CHANNELS) for way in ways}) == 1
         return self.decided[path]
 
-    def _norm_behind(self, node: fx.Node) -> str:
-        """The batch norm that alone reads what a layer makes, and whose running mean can follow it."""
-        reader = self.graph.sole_reader(self.graph.onward(node))
-        if reader is None or info(reader).op != "batch_norm":
-            return ""
-        norm = self.graph.modules.get(info(reader).path)
-        follows = isinstance(norm, _BatchNorm) and norm.running_mean is not None
-        return info(reader).path if follows and not self._norm_refusal(reader, _Place(_Space(0), 1)) else ""
+
+def norm_behind(graph: Graph, node: fx.Node) -> str:
+    """The batch norm that alone reads what a layer makes, and whose running mean can follow it."""
+    reader = graph.sole_reader(graph.onward(node))
+    if reader is None or info(reader).op != "batch_norm":
+        return ""
+    norm = graph.modules.get(info(reader).path)
+    follows = isinstance(norm, _BatchNorm) and norm.running_mean is not None
+    return info(reader).path if follows and not _norm_refusal(graph, reader) else ""
+
+
+def _norm_refusal(graph: Graph, node: fx.Node, axis: int = 1, repeat: int = 1) -> str:
+    """Why a norm cannot lose channels; ``""`` where it can."""
+    path = info(node).path
+    norm, what = graph.modules.get(path), describe(node)
+    if not isinstance(norm, CHANNEL_NORMS):
+        return f"{what} is not a norm module, whose tensors could change with them"
+    if axis != 1 or repeat > 1:
+        return f"{what} normalises single positions"
+    if sum(info(n).path == path and info(n).op == info(node).op for n in graph.nodes) > 1:
+        return f"{what} is called several times"
+    return _other_owners(graph, node, path)
+
+
+def _other_owners(graph: Graph, node: fx.Node, path: str) -> str:
+    """What else has the tensors of a module that one node calls; ``""`` for nothing."""
+    module = graph.modules[path]
+    if graph.shares(module, recurse=False):
+        return f"{path} shares its parameters"
+    names = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+    strangers = [user for user in graph.readers(path, *names) if user is not node]
+    return f"{describe(strangers[0])} reads the tensors of {path}, too" if strangers else ""

@@ -140,7 +140,7 @@ def narrow_op(unit: Unit, kept: Sequence[int], pass_name: str, sizes: Sizes) -> 
         "channels": unit.channels,
         "keep": list(kept),
         "producers": [_placed(layer) for layer in unit.producers],
-        "readers": [_reading(reader) for reader in unit.readers],
+        "readers": [reading(reader) for reader in unit.readers],
         "depthwise": [_placed(layer) for layer in unit.depthwise],
         "norms": list(unit.norms),
     }
@@ -151,7 +151,8 @@ def _placed(layer: Layer) -> dict[str, Json]:
     return {"path": layer.path, "layer": spec_to_dict(spec_of(layer))}
 
 
-def _reading(reader: ReaderOf) -> dict[str, Json]:
+def reading(reader: ReaderOf) -> dict[str, Json]:
+    """A layer that reads channels as the settings of an op name it."""
     activation, numbers = reader.activation or ("", ())
     data = {"repeat": reader.repeat if reader.repeat > 1 else 0, "norm": reader.norm, "source": reader.source}
     data |= {"activation": activation, "numbers": list(numbers)}

@@ -32,7 +32,7 @@ def _set(kind: type) -> str:
         return "project:CHANNELS"
     if issubclass(kind, Narrow):
         return "narrow:CHANNELS"
-    return "(pwrewrite fuse)"
+    return "(pwrewrite fuse)" if kind in FUSING else "(--pass)"
 
 
 def page(passes: Sequence[PassRow]) -> Page:

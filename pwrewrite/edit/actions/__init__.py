@@ -23,6 +23,7 @@ from .narrow import NarrowSettings, narrow_channels
 from .plain_layers import BakeSettings, UnfuseSettings, bake_weights, unfuse_layer
 from .project import ProjectSettings, project_branch
 from .settings import read, wrong
+from .share_reduction import ShareSettings, share_reduction
 from .simplify import CODE, RemoveSettings, SimplifySettings, remove_module, simplify_code
 from .substitute import SubstituteSettings, substitute_module
 
@@ -35,6 +36,7 @@ ACTIONS: dict[str, Action] = {
     "project": (ProjectSettings, project_branch),
     "narrow": (NarrowSettings, narrow_channels),
     "substitute": (SubstituteSettings, substitute_module),
+    "share-reduction": (ShareSettings, share_reduction),
     "fold": (FoldSettings, fold_norm),
     "fuse": (FuseSettings, fuse_layer),
     "merge": (MergeSettings, merge_layers),

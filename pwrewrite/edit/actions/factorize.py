@@ -46,7 +46,7 @@ def factorize_layer(bench: Bench, op: Op, settings: FactorizeSettings) -> Edit:
     new, edit = _chain(bench, op, settings, old.weight, old.bias)
     new.train(old.training)
     inner = stem(op.path)
-    renamed = _renamed(inner, new, f"{inner}weight", f"{inner}bias" if settings.layer.bias else None)
+    renamed = renamed_parameters(inner, new, f"{inner}weight", f"{inner}bias" if settings.layer.bias else None)
     return replace(edit, renamed=renamed, aliases=bench.replace(old, new, op.path))
 
 
@@ -67,7 +67,9 @@ def _functional_call(bench: Bench, op: Op, settings: FactorizeSettings, weight_n
     name = call.replace(f"{call.weight.replace('.', '_')}_{settings.form}", new)
     new.train(module.training)
     bench.replace(module, graph)
-    renamed = _renamed(f"{prefix}{name}.", new, weight_name, f"{prefix}{call.bias_name}" if call.bias_name else None)
+    renamed = renamed_parameters(
+        f"{prefix}{name}.", new, weight_name, f"{prefix}{call.bias_name}" if call.bias_name else None
+    )
     return replace(edit, kind="graph", renamed=renamed, graph_module=scope)
 
 
@@ -112,7 +114,7 @@ def _chain(
     return new, Edit(op, "module", form.name, ranks[0], ranks[-1], spec.params, param_count(new), error, exact)
 
 
-def _renamed(prefix: str, new: Factorized, weight: str, bias: str | None) -> dict[str, tuple[str, ...]]:
+def renamed_parameters(prefix: str, new: Factorized, weight: str, bias: str | None) -> dict[str, tuple[str, ...]]:
     """Old parameter names to new ones; the bias is that of the last stage."""
     names = [name for name, _ in new.named_parameters()]
     last = f"{new.stage_names[-1]}.bias"
