@@ -226,7 +226,7 @@ class Budget(LayerOptions, RecoverOptions):
     forms: Sequence[str] = _of_budget(
         ("all",),
         "What layers may become: all, 1x1 (forms that add 1×1 layers only) or some of "
-        f"{', '.join(FORM_NAMES)}, narrow, substitute. "
+        f"{', '.join(FORM_NAMES)}, narrow, substitute, share-reduction. "
         r"[dim]\[default: all][/]",
         "--forms NAMES",
         split=True,

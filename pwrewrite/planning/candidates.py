@@ -16,7 +16,7 @@ from ..core.plan import Op
 from ..forms.form import Axes, Form
 from ..forms.specs import Chain, stage_output
 from ..passes.base import estimate_chain, scope_of, spec_of, weight_of
-from .groups import Candidate, Group, evenly
+from .groups import Candidate, Group, evenly, front
 from .latency import LatencyTable, Variant
 from .norm import Norm
 from .running import Say
@@ -43,11 +43,7 @@ class LayerCandidates(Group):
             by_form.setdefault((settings["form"], str(settings.get("axes"))), []).append(candidate)
         selected: list[Candidate] = []
         for group in by_form.values():
-            front: list[Candidate] = []
-            for candidate in sorted(group, key=lambda c: (c.costs["macs"], c.loss)):
-                if not front or candidate.loss < front[-1].loss:
-                    front.append(candidate)
-            selected += evenly(front)
+            selected += evenly(front(group))
         return selected
 
     def _times(self, ops: Sequence[Op], table: LatencyTable) -> tuple[dict[str, float], list[float]]:
@@ -92,14 +88,18 @@ def _variant(spec: ConvSpec, op: Op) -> Variant:
 
 def _bytes(layer: Layer, chain: Chain) -> float:
     """Bytes that a chain reads and writes in all calls: activations and weights of every stage."""
-    total, size = 0, layer.weight_bytes / max(layer.params, 1)
-    for call in layer.calls:
-        shape = call.input_shape
-        for _, spec in chain:
-            after = stage_output(spec, shape, call.output_shape)
-            total += prod(shape) + prod(after) + spec.params
-            shape = after
-    return total * size
+    numbers = sum(moved(chain, call.input_shape, call.output_shape) for call in layer.calls)
+    return numbers * layer.weight_bytes / max(layer.params, 1)
+
+
+def moved(chain: Chain, shape: tuple[int, ...], output_shape: Sequence[int]) -> int:
+    """Numbers that a chain reads and writes: activations and weights of every stage."""
+    total = 0
+    for _, spec in chain:
+        after = stage_output(spec, shape, output_shape)
+        total += prod(shape) + prod(after) + spec.params
+        shape = after
+    return total
 
 
 def _saves(layer: Layer, spec: ConvSpec, form: Form, widths: Mapping[str, int], axes: Axes) -> bool:

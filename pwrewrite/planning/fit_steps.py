@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..capturing.records import Capture, info
 from ..core.convolution import ConvSpec
 from ..core.plan import Plan
+from ..forms.expand import FORM as EXPAND
 from ..forms.specs import spec_from_dict
 from ..layers.factorized import Factorized
 from .refit import Residual, Target
@@ -48,13 +49,16 @@ def fit_steps(
         Layers and paths of norms in the order in which they run; empty where there is no layer to fit.
     """
     once = {layer.path for layer in captured.layers if len(layer.calls) == 1}
-    readers = {each["path"] for op in plan.ops if op.action == "narrow" for each in op.settings["readers"]}
+    less = [op for op in plan.ops if op.action in ("narrow", "share-reduction")]
+    readers = {each["path"] for op in less for each in op.settings["readers"]}
     planned = {op.path for op in plan.ops if op.action == "factorize"} - readers | readers
     fitted: dict[str, tuple[ConvSpec, Tensor]] = {}
     for path in sorted(planned & once & specs.keys()):
         module, spec = _module(rewritten, path), specs[path]
         if path not in readers and isinstance(module, Factorized):
             fitted[path] = spec, cast(Tensor, captured.model.get_submodule(path).weight).detach()
+        elif path in readers and isinstance(module, Factorized) and module.form is EXPAND:
+            fitted[path] = module.spec, _kernel(module)
         elif path in readers and not isinstance(module, Factorized):
             weight = cast(Tensor, cast(nn.Module, module).weight).detach()
             narrower = replace(spec, in_channels=weight.shape[0 if spec.transposed else 1])
@@ -92,6 +96,12 @@ def fit_steps(
             if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
                 steps.append(path)
     return steps
+
+
+def _kernel(core: Factorized) -> Tensor:
+    """The kernel that a core and the 1×1 behind it stand for."""
+    first, second = (core.get_parameter(f"{name}.weight").detach() for name in core.stage_names)
+    return torch.einsum("or,ri...->oi...", second.flatten(1), first)
 
 
 def kept_channels(plan: Plan) -> dict[str, Sequence[int]]:

@@ -1,8 +1,8 @@
 """What may change as one, with what it could become: the base of layers, channels between layers, and whole modules.
 
 A group is what the knapsack (`pwrewrite.planning.allocate`) chooses one candidate of, the first of which keeps it as it
-is. A `JointGroup` changes several layers at once: its candidates claim all of them, it knows how to try one on a model
-before any is carried out, and the losses that are measured so take the place of the predicted ones.
+is. A `JointGroup` changes several layers at once, and its candidates claim all of them. A `MeasuredGroup` knows how to
+try one on a model before any is carried out, and the losses that are measured so take the place of the predicted ones.
 """
 
 from __future__ import annotations
@@ -120,7 +120,6 @@ class JointGroup(Group):
     """A group that changes several layers at once, by ops of one ``action``, which is also the name of the form."""
 
     action: ClassVar[str]
-    prices: Prices = field(default_factory=Prices, init=False)
 
     @classmethod
     @abstractmethod
@@ -132,9 +131,25 @@ class JointGroup(Group):
     def factors(cls, norm: Norm, op: Op, weight: Tensor) -> Factors | None:
         """The weights behind an op of this action, for the layer whose weight this is; None where nothing says so."""
 
+
+@dataclass
+class MeasuredGroup(JointGroup):
+    """A joint group whose losses are too large to be predicted well, and are measured before one is taken."""
+
+    prices: Prices = field(default_factory=Prices, init=False)
+
     @abstractmethod
     def trial(self, model: nn.Module, norm: Norm, op: Op) -> AbstractContextManager[None]:
         """Makes a model compute what it does with one of the group's ops carried out."""
+
+
+def front(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that no other one beats in MACs and loss."""
+    best: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda c: (c.costs["macs"], c.loss)):
+        if not best or candidate.loss < best[-1].loss:
+            best.append(candidate)
+    return best
 
 
 def evenly(candidates: Sequence[Candidate]) -> list[Candidate]:

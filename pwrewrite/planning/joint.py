@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from .groups import JointGroup
 from .regions import RegionCandidates
+from .sharing import SharedCandidates
 from .units import UnitCandidates
 
-JOINT: Mapping[str, type[JointGroup]] = {kind.action: kind for kind in (UnitCandidates, RegionCandidates)}
+_KINDS = (UnitCandidates, RegionCandidates, SharedCandidates)
+JOINT: Mapping[str, type[JointGroup]] = {kind.action: kind for kind in _KINDS}

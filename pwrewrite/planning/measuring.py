@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..core.plan import Op
 from .gathering import TEMPERATURE
-from .groups import JointGroup
+from .groups import MeasuredGroup
 from .norm import Norm
 from .outputs import class_scores, floating, log_probabilities
 from .running import Chunk, evaluating, first_samples, run_seeded
@@ -32,7 +32,7 @@ class LossMeter:
         self._model, self._norm, self._outputs, self._chunk = model, norm, outputs, chunk
         self._before: dict[int, tuple[Chunk, object]] = {}
 
-    def loss(self, group: JointGroup, op: Op, samples: int = SAMPLES) -> float:
+    def loss(self, group: MeasuredGroup, op: Op, samples: int = SAMPLES) -> float:
         """The loss with one of a group's ops; infinite where outputs are not finite any more."""
         with torch.no_grad(), evaluating(self._model):
             chunk, before = self._reference(samples)

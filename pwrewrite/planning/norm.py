@@ -39,6 +39,13 @@ class Norm:
         inputs = sums.input_moment(centred=centred)
         return None if inputs is None else _shrunk(inputs, sums.rows), centred
 
+    def mean(self, path: str) -> Tensor | None:
+        """The mean of what a layer reads, ``(patch,)``, where it is taken off, since a shift makes up for it."""
+        if self.statistics is None or not self.moment(path)[1]:
+            return None
+        sums = self.sums(path)
+        return sums.means[0] / max(sums.weight, 1e-300)
+
     def weighted(self, path: str, weight: Tensor, fitted: bool = True) -> WeightedLayer:
         """A layer's kernel in the norm of its statistics, off the mean where a fit will make up for it."""
         statistics = self.statistics

@@ -28,7 +28,7 @@ from .budget import Limit
 from .calibrating import Calibrated
 from .candidates import make_candidates
 from .fitting import Fit, fit
-from .groups import JointGroup
+from .groups import JointGroup, MeasuredGroup
 from .joint import JOINT
 from .latency import Conditions, LatencyTable, time_plan
 from .latency_search import scale_times, within_latency
@@ -146,8 +146,13 @@ class Planner(Calibrated):
         return self._within_latency(limits)
 
     def _choose(self, limits: Sequence[Limit], absolute: Mapping[str, float]) -> Choice:
-        (choice,) = settled(self.joint, self.meter, lambda: [self.allocator.choose(limits, absolute)], self.say)
+        (choice,) = settled(self.measured, self.meter, lambda: [self.allocator.choose(limits, absolute)], self.say)
         return choice
+
+    @property
+    def measured(self) -> list[MeasuredGroup]:
+        """What loses what is measured."""
+        return [group for group in self.joint if isinstance(group, MeasuredGroup)]
 
     @cached_property
     def meter(self) -> LossMeter | None:
@@ -182,7 +187,7 @@ class Planner(Calibrated):
         """The least losses at so many limits of a kind, from the original to the smallest, within those of others."""
         if kind == "latency" or any(limit.kind == "latency" for limit in limits):
             self._time()
-        return settled(self.joint, self.meter, lambda: self.allocator.frontier(kind, limits, points), self.say)
+        return settled(self.measured, self.meter, lambda: self.allocator.frontier(kind, limits, points), self.say)
 
     def refit(self, rewritten: nn.Module, plan: Plan) -> Fit:
         """Fits the model with a plan carried out to the original on the calibration inputs, in place."""

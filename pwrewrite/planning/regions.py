@@ -24,7 +24,7 @@ from ..decompose.nearest_map import NearestMap, nearest_map
 from ..edit.actions.substitute import RANGES
 from ..passes.base import spec_of
 from ..passes.regions import NAME, Region
-from .groups import Candidate, JointGroup
+from .groups import Candidate, MeasuredGroup
 from .latency import LatencyTable, Variant
 from .norm import Norm
 from .running import Say
@@ -34,7 +34,7 @@ _CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3
 
 
 @dataclass
-class RegionCandidates(JointGroup):
+class RegionCandidates(MeasuredGroup):
     """A region and what could stand for it."""
 
     region: Region

@@ -1,4 +1,4 @@
-"""Which layers a budget lets be replaced, narrowed or substituted."""
+"""Which layers a budget lets be replaced, alone or together."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from ..edit.graph_edit import FunctionalCall
 from ..forms import FORMS
 from ..passes import FORM_PASSES, LayerPass, Narrow
 from ..passes.base import chosen, scope_of, spec_of
-from ..passes.channel_units import find_units
+from ..passes.channel_units import Unit, find_units
 from ..passes.patterns import Graph
 from ..passes.regions import NAME as SUBSTITUTE, Region, find_regions
+from ..passes.shared_maps import NAME as SHARE, SharedMap, find_shared
 from .fit_steps import off_mean
 from .statistics import Between, Watched
 
@@ -29,7 +30,7 @@ _ROOM, _NUMBER = 1 << 30, 8
 def _forms_named(names: Sequence[str]) -> tuple[str, ...]:
     """Forms from their names, or from a name for several."""
     one_by_one = tuple(name for name, form in FORMS.items() if form.pointwise)
-    every = (*FORMS, Narrow.name, SUBSTITUTE)
+    every = (*FORMS, Narrow.name, SUBSTITUTE, SHARE)
     known = {"all": every, "1x1": one_by_one} | {name: (name,) for name in every}
     for name in names:
         if name not in known:
@@ -40,8 +41,9 @@ def _forms_named(names: Sequence[str]) -> tuple[str, ...]:
 class ReplaceableLayers:
     """The ``layers`` that a budget lets be replaced, with the pass for each form, and the ``skips`` of all others.
 
-    ``units`` are those that it lets be narrowed, and ``regions`` those that something else may stand for as a whole, of
-    which it includes all layers; ``graph`` is the captured graph.
+    ``units`` are those that it lets be narrowed, ``regions`` those that something else may stand for as a whole, and
+    ``maps`` those that several layers may read through one reduction, of which it includes all layers; ``graph`` is the
+    captured graph.
     """
 
     def __init__(self, capture: Capture, budget: Budget) -> None:
@@ -58,7 +60,10 @@ class ReplaceableLayers:
         self.regions, others = self._substitutable(chosen_layers) if SUBSTITUTE in forms else ([], {})
         joint = {layer.path for unit in self.units for layer in unit.layers}
         joint |= {layer.path for region in self.regions for layer in region.layers}
-        why = others | {skip.path: skip for skip in refused}
+        maps, unshared = find_shared(capture, self.graph) if SHARE in forms else (list[SharedMap](), list[Skip]())
+        self.maps = [each for each in maps if all(id(layer) in chosen_layers for layer in each.layers)]
+        joint |= {layer.path for each in self.maps for layer in each.layers}
+        why = {skip.path: skip for skip in unshared} | others | {skip.path: skip for skip in refused}
         for layer in capture.layers:
             if id(layer) not in chosen_layers:
                 self.skips.append(Skip(layer.path, SkipReason.EXCLUDED, "left out by include or exclude"))
@@ -104,8 +109,9 @@ class ReplaceableLayers:
 
     @cached_property
     def specs(self) -> dict[str, ConvSpec]:
-        """Path to shape facts, of the layers that may be replaced and of those whose inputs may be narrowed."""
-        readers = {reader.layer.path: spec_of(reader.layer) for unit in self.units for reader in unit.readers}
+        """Path to shape facts, of the layers that may be replaced and of those that may read less."""
+        places: tuple[Unit | SharedMap, ...] = (*self.units, *self.maps)
+        readers = {reader.layer.path: spec_of(reader.layer) for place in places for reader in place.readers}
         return {layer.path: spec_of(layer) for layer, _ in self.layers} | readers
 
     @cached_property

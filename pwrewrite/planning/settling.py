@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Sequence
 
 from ..core.plan import Op
 from .allocator import Choice
-from .groups import Candidate, JointGroup
+from .groups import Candidate, MeasuredGroup
 from .measuring import FEW, SAMPLES, LossMeter
 from .running import Say
 
@@ -15,7 +15,7 @@ _ROUNDS = 5
 
 
 def settled(
-    groups: Sequence[JointGroup], meter: LossMeter | None, choose: Callable[[], list[Choice]], say: Say
+    groups: Sequence[MeasuredGroup], meter: LossMeter | None, choose: Callable[[], list[Choice]], say: Say
 ) -> list[Choice]:
     """Choices of which every change that is in ``groups`` loses what was measured, not what was predicted.
 
@@ -40,10 +40,10 @@ def settled(
 
 
 def _measure(
-    groups: Sequence[JointGroup], meter: LossMeter, chosen: Container[int], say: Say, *, one_each: bool
+    groups: Sequence[MeasuredGroup], meter: LossMeter, chosen: Container[int], say: Say, *, one_each: bool
 ) -> bool:
     """Measures the changes that are chosen, by the identity of the op; whether any was not yet."""
-    todo = list[tuple[JointGroup, Candidate, Op]]()
+    todo = list[tuple[MeasuredGroup, Candidate, Op]]()
     for group in groups:
         new = [(group, c, c.op) for c in group.candidates if c.op is not None and id(c.op) in chosen]
         new = [each for each in new if not group.prices.knows(each[1])]

@@ -21,7 +21,7 @@ from ..forms.form import ranks_to_try
 from ..passes.base import spec_of, weight_of
 from ..passes.channel_units import Unit
 from ..passes.narrow import Narrow, Sizes, narrow_op, plain_readers
-from .groups import Candidate, JointGroup
+from .groups import Candidate, MeasuredGroup
 from .latency import LatencyTable, Variant
 from .norm import Norm
 from .running import Say, holding
@@ -33,7 +33,7 @@ _WIDTHS = 16
 
 
 @dataclass
-class UnitCandidates(JointGroup):
+class UnitCandidates(MeasuredGroup):
     """A unit and its widths."""
 
     unit: Unit

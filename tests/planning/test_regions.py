@@ -320,7 +320,7 @@ def test_outputs_stay_in_the_range_of_an_activation(kind: type[nn.Module], refit
     if refit == "none":
         x = planner.batches.first()[0][0][0][:16]
         expected = exact_loss(model(x), result.model(x), planner.outputs)
-        (group,) = [each for each in planner.joint if each.path == "0"]
+        (group,) = [each for each in planner.measured if each.path == "0"]
         assert planner.meter.loss(group, plan.ops[0]) == pytest.approx(expected, rel=1e-3)
     result.save(tmp_path / "out")
     assert torch.equal(pwrewrite.load(tmp_path / "out", model)(images(3)), result.model(images(3)))
