@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from copy import copy, deepcopy
+from copy import copy
 from operator import setitem
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
+
+from .module_copy import copy_module
 
 Tree = Any
 """Tensors and anything else, alone or in nested containers."""
@@ -145,8 +147,11 @@ def deep_copy(model: _M, memo: dict[int, object] | None = None) -> _M:
     """
     memo = {} if memo is None else memo
     for module in model.modules():
-        held = [value for name, value in vars(module).items() if name not in ("_parameters", "_modules")]
-        for tensor in tensors_of(held):
-            if not tensor.is_leaf and id(tensor) not in memo:
-                memo[id(tensor)] = tensor.detach().clone()
-    return deepcopy(model, memo)
+        for name, value in vars(module).items():
+            kind = type(value)
+            if kind in _SCALARS or name in ("_parameters", "_modules") or (issubclass(kind, (dict, set)) and not value):
+                continue
+            for tensor in tensors_of(value):
+                if not tensor.is_leaf and id(tensor) not in memo:
+                    memo[id(tensor)] = tensor.detach().clone()
+    return copy_module(model, memo)

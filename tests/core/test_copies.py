@@ -1,6 +1,11 @@
-"""Copies of models that hold tensors with a gradient history."""
+"""Copies of models keep what ``copy.deepcopy`` keeps, also of models that hold tensors with a gradient history."""
 
 from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +14,103 @@ from torch.nn.utils import spectral_norm, weight_norm
 
 import pwrewrite
 from pwrewrite.core.nested import deep_copy
+
+
+class Holder(nn.Module):
+    """A module that holds something."""
+
+    def __init__(self, **held: Any) -> None:
+        super().__init__()
+        for name, value in held.items():
+            self.register_buffer(name, value) if type(value) is Tensor else setattr(self, name, value)
+
+
+class OwnWay(nn.Module):
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnWay:
+        own = OwnWay()
+        own.told = "its own way"  # type: ignore[assignment]
+        return own
+
+
+class Reduced(nn.Module):
+    def __reduce__(self) -> tuple[Callable[[], nn.Module], tuple[()]]:
+        return nn.Identity, ()
+
+
+class Left(nn.Module):
+    """Leaves something out of its state, and puts something else in."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**{k: v for k, v in self.__dict__.items() if k != "file"}, "fresh": [1, [2]]}
+
+
+def both(model: nn.Module) -> tuple[Any, Any]:
+    """A model's copy, and the one that Python makes."""
+    return deep_copy(model), copy.deepcopy(model)
+
+
+def test_tensors_share_in_the_copy_what_they_shared() -> None:
+    whole = torch.arange(6.0)
+    model = Holder(whole=whole, part=whole[2:4], again=whole, same=whole.detach(), turned=torch.ones(2, 3).T)
+    model.kept = [whole, {"part": whole[1:]}]
+    model.weight = nn.Parameter(torch.ones(3))
+    model.tied = model.weight
+    for copied in both(model):
+        copied.whole.fill_(7)
+        assert copied.part.eq(7).all()
+        assert copied.same.eq(7).all()
+        assert copied.again is copied.whole is copied.kept[0]
+        assert copied.kept[1]["part"].eq(7).all()
+        assert copied.turned.stride() == model.turned.stride()
+        assert copied.tied is copied.weight is not model.weight
+        assert list(copied._buffers) == list(model._buffers)
+    assert whole.equal(torch.arange(6.0))
+
+
+def test_a_tensor_that_is_a_part_comes_before_the_whole() -> None:
+    whole = torch.zeros(4)
+    model = Holder(part=whole[:2], whole=whole)
+    for copied in both(model):
+        copied.whole.fill_(1)
+        assert copied.part.eq(1).all()
+
+
+def test_what_modules_hold_is_copied_once_and_to_the_bottom() -> None:
+    inner = nn.BatchNorm2d(3)
+    shared: dict[Any, Any] = {("a", 1): [inner], "sizes": (1, 2), "deep": ([inner],)}
+    model = Holder(
+        first=inner, second=Holder(inner=inner, shared=shared), shared=shared, kinds={1, 2}, of=torch.float16
+    )
+    model.up = [model]
+    model.hook = inner.register_forward_hook(lambda module, args, output: output)
+    ordered: Any = OrderedDict(a=1)
+    ordered.told = ["kept"]
+    model.ordered = ordered
+    for copied in both(model):
+        assert copied.first is copied.second.inner is copied.shared[("a", 1)][0] is copied.shared["deep"][0][0]
+        assert copied.shared is copied.second.shared is not model.shared
+        assert copied.up[0] is copied
+        assert copied.kinds == {1, 2}
+        assert copied.kinds is not model.kinds
+        assert copied.of is torch.float16
+        assert copied.ordered.told == ["kept"]
+        assert copied.ordered.told is not ordered.told
+        assert len(copied.first._forward_hooks) == 1
+        assert copied.first._forward_hooks is not inner._forward_hooks
+        assert copied.first._non_persistent_buffers_set is not inner._non_persistent_buffers_set
+        assert [name for name, _ in copied.named_modules()] == [name for name, _ in model.named_modules()]
+
+
+def test_classes_that_copy_in_their_own_way_do() -> None:
+    left: Any = Left()
+    left.x = 5
+    with open(__file__) as left.file:
+        for copied in both(nn.Sequential(OwnWay(), Reduced(), left)):
+            assert copied[0].told == "its own way"
+            assert type(copied[1]) is nn.Identity
+            assert not hasattr(copied[2], "file")
+            assert copied[2].fresh == [1, [2]]
+            assert copied[2].x == 5
 
 
 class Remembers(nn.Module):
