@@ -35,9 +35,13 @@ def keeping_random_state() -> Iterator[None]:
 
 
 def seed_all(seed: int) -> None:
-    """Seeds torch on every device, Python and NumPy; raises `UsageError` for what they do not take."""
+    """Seeds torch on every device in use, Python and NumPy; raises `UsageError` for what they do not take."""
     check_seed(seed)
-    torch.manual_seed(seed)
+    accelerator = torch.accelerator.current_accelerator()
+    if _cuda_runs() or not (accelerator is None or accelerator.type == "cuda"):
+        torch.manual_seed(seed)
+    else:  # CUDA that is not in use yet would note the seed for later, and the whole stack with it, in a millisecond
+        torch.default_generator.manual_seed(seed)
     random.seed(seed)
     if (numpy := sys.modules.get("numpy.random")) is not None:
         numpy.seed(seed % 2**32)
