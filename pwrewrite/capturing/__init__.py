@@ -6,7 +6,6 @@ code needs values, it is recorded once more with real ones, seeded, and the cove
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 
 import torch
@@ -26,6 +25,7 @@ from .records import Call, Capture, Coverage, Layer, MemoryEvent, NodeInfo, Tens
 from .shapes import ShapeError
 from .state import untouched
 from .tensors import byte_count, conventions, element_count, has_shape_only, kind_of
+from .threads import one_at_a_time
 
 __all__ = [
     "Call",
@@ -81,7 +81,7 @@ def capture(
     if any(isinstance(module, LazyModuleMixin) for module in inventory.modules):
         inventory = Inventory(materialized(model, args, kwargs))
     failure: Exception | None = None
-    with _one_at_a_time, no_collection():
+    with one_at_a_time, no_collection():
         for attempt in attempts:
             real = attempt == "real"
             if failure is not None and sum(byte_count(p) for p in inventory.parameters if p.is_meta) > _REAL_LIMIT:
@@ -96,10 +96,6 @@ def capture(
             return _finish(recorder, attempt, failure)
     assert failure is not None
     raise _refused(failure, args, kwargs) from failure
-
-
-_one_at_a_time = threading.RLock()
-"""Held during a capture, which changes what calling a module does and sets random states and training flags."""
 
 
 def _record(inventory: Inventory, args: Args, kwargs: Kwargs, *, real: bool, training: bool, items: bool) -> Recorder:

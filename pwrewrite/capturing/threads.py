@@ -15,6 +15,9 @@ from contextlib import contextmanager
 
 from .state import replaced
 
+one_at_a_time = threading.RLock()
+"""Held during a capture, which changes what calling a module does and sets random states and training flags."""
+
 APART, RECORDED, BUSY = range(3)
 """What a thread does is apart from the recording, recorded, or the recorder's own."""
 
