@@ -6,7 +6,7 @@ for the checks behind it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from math import inf
@@ -21,7 +21,7 @@ from ..core.nested import deep_copy
 from ..core.plan import Edit
 from ..core.verification import Check
 from .divergence import ROOT, layer_differences, within
-from .inputs import Arguments, Draws
+from .inputs import Arguments, Draws, Variant
 from .numerics import class_scores
 from .outputs import Flat
 from .rounding import Original
@@ -40,6 +40,7 @@ class Options:
         expected_at: The inputs that this is predicted for, where they are not the example inputs.
         allow_output_change: Whether outputs may differ in structure, shape and dtype; what differs is then told.
         max_error: Largest relative output error ``‖y − ŷ‖ / ‖y‖`` that an approximate rewrite may have; None for any.
+        captured: The original's capture on inputs of these shapes, if there is one already: saves making another.
         seed: Of drawn inputs and of the models' own randomness.
         thorough: Whether to try other sizes, reloading and training too; otherwise one static and one real comparison.
         progress: Called with a line at each step.
@@ -50,6 +51,7 @@ class Options:
     expected_at: Inputs | None = None
     allow_output_change: bool = False
     max_error: float | None = None
+    captured: Capture | None = None
     seed: int = 0
     thorough: bool = True
     progress: Callable[[str], None] | None = None
@@ -71,6 +73,14 @@ class Options:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A run at another size in which the rewritten model is like the original."""
+
+    inputs: Arguments
+    after: Outcome  # of the rewritten model
+
+
 @dataclass(frozen=True)
 class Context:
     """One verification: copies of both models, what is asked, and what is known so far."""
@@ -84,12 +94,20 @@ class Context:
     captures: tuple[Capture, Capture] | None = None  # the static view of both
     free: frozenset[tuple[str, int]] = frozenset()  # ``(path, dim)`` of the outputs' sizes that depend on values
     pair: float | None = None  # relative difference that exact models may have to each other in evaluation
+    forms: Mapping[Variant, Flat] = field(default_factory=dict)  # the original's outputs at other sizes, without values
+    alike: frozenset[Variant] = frozenset()  # the sizes at which those of the rewritten model are the same
     smaller: str | None = None  # name of a spatial size at which both are alike
+    trial: Trial | None = None  # the run that showed it
 
     @property
     def values_decide(self) -> bool:
         """Whether shapes alone do not suffice to run the models."""
         return self.captures is not None and any(c.coverage.values == "real" for c in self.captures)
+
+    @property
+    def compares_values(self) -> bool:
+        """Whether values in evaluation are held against a bound; NaN and Inf are in any case."""
+        return self.options.exact_in("eval") or self.options.max_error is not None
 
     @property
     def needs_values(self) -> bool:

@@ -70,12 +70,13 @@ def complaints(
                 problems.append(f"{name} got a gradient before and gets none now")
             elif any(before[s] is not None for s in became) if became else _should_learn(name, before, frozen):
                 problems.append(f"{name} is new and gets no gradient")
-        elif not _finite(gradient) and (not old or _finite(before[name])):
+        elif not is_finite(gradient) and (not old or is_finite(before[name])):
             problems.append(f"{name} gets a gradient that is not finite")
     return problems
 
 
-def _finite(gradient: Tensor | None) -> bool:
+def is_finite(gradient: Tensor | None) -> bool:
+    """Whether there is a gradient, without NaN and Inf."""
     return gradient is not None and (bool(gradient.sum().isfinite()) or bool(gradient.isfinite().all()))
 
 

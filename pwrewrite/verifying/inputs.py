@@ -22,12 +22,22 @@ from .outputs import flatten
 
 Arguments = tuple[Args, Kwargs]
 
+#: Batch size and name of a spatial size; the example's where None.
+Variant = tuple[int | None, str | None]
+
 #: Other spatial sizes, by name: from the distance to the last dim and the size to the new size.
 SIZES: dict[str, Callable[[int, int], int]] = {
     "half": lambda place, size: size // 2,
     "wider": lambda place, size: size if place else size + 32,
     "odd": lambda place, size: size + 1,
+    "quarter": lambda place, size: size // 4,
 }
+
+#: Those below the example's, the one to try first first.
+BELOW = ("quarter", "half")
+
+_LEAST = {"half": 8, "quarter": 128}
+"""Pixels that the example must have along each axis for a size to be tried."""
 
 
 def map_arguments(inputs: Arguments, convert: Callable[[Tensor], Tensor]) -> Arguments:
@@ -86,7 +96,8 @@ class Draws:
     def sizes(self) -> list[str]:
         """Names of the spatial sizes that can be tried."""
         spatial = [n for t in self._tensors for n in self._space(t)]
-        return [name for name in SIZES if spatial and (name != "half" or min(spatial) >= 8)]
+        names = dict.fromkeys((*BELOW, *SIZES))
+        return [name for name in names if spatial and min(spatial) >= _LEAST.get(name, 1)]
 
     def size_text(self, size: str) -> str:
         """What a spatial size amounts to, such as ``112×112``."""

@@ -1,29 +1,30 @@
 """Both models in training: one forward, whose form and values are compared, and one backward.
 
-The batch is two where the original takes that, since a batch norm needs more than one value; a costly model runs at the
-smaller spatial size that it was found to take. Both runs start from the same seed, so that random masks agree
-as long as both models draw alike.
+The batch is two where the original takes that, since a batch norm needs more than one value. The spatial size is one
+below the example's where both models were found to run there: form, NaN and which parameters get a gradient do not
+depend on it. Values do, so models of which these are compared, and that are not costly, run at the example's size. Both
+runs start from the same seed, so that random masks agree as long as both models draw alike.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from math import inf, sqrt
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .context import Context, Results
+from ..capturing.dry_run import dry_runs
+from .context import Context, Results, finite
 from .evaluation import check_form
-from .gradients import backward, complaints, gradient_difference, origins
-from .inputs import Arguments
-from .outputs import Flat
-from .runs import Outcome
-from .values import Verdict, check_values
+from .gradients import backward, complaints, gradient_difference, is_finite, origins
+from .inputs import Arguments, Variant
+from .outputs import Flat, differences, flatten
+from .runs import Outcome, keeping_buffers
+from .values import Verdict, check_finite, check_values
 
 _SMALL_MACS = 1_000_000_000
-"""MACs up to which the training run takes the full spatial size."""
+"""MACs up to which a training run whose values are compared takes the example's spatial size."""
 
 
 def gradient_limit(rounding: float) -> float:
@@ -41,6 +42,9 @@ def gradient_limit(rounding: float) -> float:
 def check_training(context: Context) -> Results:
     """Checks form, values, running statistics and gradients."""
     context.say("training")
+    alone = None if context.needs_values or context.options.exact_in("train") else _check_alone(context)
+    if alone is not None:
+        return alone
     results, verdict = Results(), Verdict()
     inputs, before, grad = _training_run(context)
     if before.ran:
@@ -66,14 +70,36 @@ def check_training(context: Context) -> Results:
     return results
 
 
+def _check_alone(context: Context) -> Results | None:
+    """The same where no values are compared, without the original: None where that has to run.
+
+    Its form in training is known from shapes alone. Where the rewritten model returns that, finite values, and finite
+    gradients for all its parameters, there is nothing that the original could add.
+    """
+    size = _sizes(context)[0]
+    with dry_runs(context.original, training=True) as original:
+        form = original(context.draws.shapes(*size))
+    if form is None:
+        return None
+    with keeping_buffers(context.rewritten):
+        after = context.run(context.rewritten, context.draws.draw(*size), training=True, grad=True)
+        if not after.ran or not finite(after.output) or differences(flatten(form), after.output):
+            return None
+        gradients = backward(context.rewritten, after.output)
+    if isinstance(gradients, str) or not all(map(is_finite, gradients.values())):
+        return None
+    results = Results()
+    results.check("shapes (train)", [], after.output.describe())
+    check_finite(results, "train", [])
+    results.check("gradients", [], f"{len(gradients)} parameters get one")
+    return results
+
+
 def _training_run(context: Context) -> tuple[Arguments, Outcome, bool]:
     """Inputs that the original trains on, what came of it, and whether with gradients."""
     draws, model = context.draws, context.original
-    batch = draws.batch if draws.batch and 2 <= draws.batch <= 4 else 2
-    choices: list[tuple[int | None, str | None]] = [(batch, None), (None, None)]
-    if context.smaller and context.macs > _SMALL_MACS:
-        choices.insert(0, (batch, context.smaller))
-    saved = {name: b.clone() for name, b in model.named_buffers()}
+    choices = _sizes(context)
+    saved = _buffers(model)
     for grad in (True, False):
         for choice in choices:
             inputs = draws.draw(*choice)
@@ -87,14 +113,35 @@ def _training_run(context: Context) -> tuple[Arguments, Outcome, bool]:
     return inputs, outcome, False
 
 
+def _sizes(context: Context) -> list[Variant]:
+    """Batch and spatial sizes to train at, the one to try first first.
+
+    Where values are compared, or may overflow, a smaller size is half of the example's: in a quarter a norm sees four
+    times fewer values, rounding weighs more, and gradients could not be compared as often.
+    """
+    draws, exact, size = context.draws, context.options.exact_in("train"), context.smaller
+    batch = draws.batch if draws.batch and 2 <= draws.batch <= 4 else 2
+    sizes: list[Variant] = [(batch, None), (None, None)]
+    if size is None or (exact and context.macs <= _SMALL_MACS):
+        return sizes
+    if size == "quarter" and (exact or not context.reference.precise(Flat())):
+        size = "half"
+    return [(batch, size), *sizes]
+
+
 def _check_values(context: Context, results: Results, inputs: Arguments, before: Outcome, after: Outcome) -> Verdict:
     """NaN, numerics and running statistics. These are read first: to find a divergence the models run again."""
-    old, new = (copy.deepcopy(dict(model.named_buffers())) for model in (context.original, context.rewritten))
+    exact = context.options.exact_in("train")
+    old, new = (_buffers(model) if exact else {} for model in (context.original, context.rewritten))
     verdict = check_values(context, results, "train", inputs, before, after)
-    if context.options.exact_in("train") and old and before.drew_like(after):
+    if old and before.drew_like(after):
         problems = buffer_differences(old, new, verdict.buffers)
         results.check("buffers (train)", problems, "running statistics move alike")
     return verdict
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
 def buffer_differences(before: Mapping[str, Tensor], after: Mapping[str, Tensor], limit: float) -> list[str]:

@@ -47,13 +47,18 @@ def check_values(
     results.notes += verdict.notes
     training = mode == "train"
     spoiled = [*verdict.spoiled, results.locate(context, inputs, training)] if verdict.spoiled else []
-    results.check(f"finite ({mode})", spoiled, "no NaN or Inf where the original has none")
+    check_finite(results, mode, spoiled)
     if verdict.exceeded:
         place = results.locate(context, inputs, training, verdict.allowed)
         results.check(numerics_check(mode), [*verdict.exceeded, place])
     elif verdict.detail:
         results.check(numerics_check(mode), [], verdict.detail)
     return verdict
+
+
+def check_finite(results: Results, mode: str, spoiled: list[str]) -> None:
+    """Adds the check of a mode's NaN and Inf."""
+    results.check(f"finite ({mode})", spoiled, "no NaN or Inf where the original has none")
 
 
 def judge(context: Context, mode: str, inputs: Arguments, before: Outcome, after: Outcome) -> Verdict:

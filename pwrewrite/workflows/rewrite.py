@@ -204,6 +204,7 @@ def verified(run: Run, before: Analysis, proof: Proof, inputs: Inputs | None = N
         expected_at=None if inputs is run.inputs else run.inputs,
         allow_output_change=proof.allow_output_change,
         max_error=proof.max_error,
+        captured=run.first if inputs is run.inputs else None,
         thorough=proof.thorough,
         progress=lambda step: run.say(f"verifying: {step}", None),
     )

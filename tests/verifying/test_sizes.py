@@ -62,6 +62,7 @@ def test_what_the_original_does_not_take_is_no_check() -> None:
             return self.net(x)
 
     model = AtMostTwo()
+    assert verify(model, rough(model, "net.conv"), X, edits=APPROXIMATE).samples == 3
     result = verify(model, edited(model, "net.conv"), X, edits=(edit("net.conv"),))
     assert result.passed, result.failures
     assert "batch sizes that the original does not take: 3" in result.notes
@@ -236,3 +237,107 @@ def test_a_branch_above_the_examples_size_is_run() -> None:
     assert failed(result) == {"spatial sizes"}
     below = edited(net(), make=lambda conv: Around(full_rank(conv), lambda y: y * 2 if y.shape[-1] < 16 else y))
     assert "spatial sizes" in failed(verify(net(), below, X, edits=EXACT))
+
+
+# ------------------------------------------------------------------------- what runs, and what shapes alone can tell
+
+LARGE = torch.zeros(1, 3, 128, 128)
+
+
+class Counts(nn.Module):
+    """Notes mode, batch and width of every real run, of all its copies."""
+
+    def __init__(self, model: nn.Module, seen: list[tuple[bool, int, int]]) -> None:
+        super().__init__()
+        self.net, self.note = model, seen.append
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr():
+            self.note((self.training, len(x), x.shape[-1]))
+        return self.net(x)
+
+
+def test_where_no_values_are_compared_the_original_runs_twice() -> None:
+    before, after = list[tuple[bool, int, int]](), list[tuple[bool, int, int]]()
+    models = Counts(net(), before), Counts(rough(net()), after)
+    result = verify(*models, LARGE, edits=(edit("net.conv", None),))
+    assert result.passed, result.failures
+    assert result.samples == 9
+    assert (
+        check(result, "spatial sizes").detail == "32×32, 128×160, 129×129 statically; 32×32 and 128×160 in a real run"
+    )
+    assert check(result, "batch sizes").detail == "2, 3 statically; 8 at 32×32 in a real run"
+    assert before == [(False, 1, 128), (False, 8, 32)]
+    smaller = [(False, 1, 32), (False, 1, 160), (False, 8, 32), (False, 1, 32), (True, 2, 32)]  # the fourth is reloaded
+    assert after == [(False, 1, 128), *smaller]
+
+
+def test_where_values_are_compared_both_run() -> None:
+    for options in {"edits": EXACT}, {"max_error": 9.0}:
+        before, after = list[tuple[bool, int, int]](), list[tuple[bool, int, int]]()
+        exact = "edits" in options
+        models = Counts(net(drop=0.0), before), Counts(edited(net(drop=0.0)), after)
+        options = {"edits": (edit("net.conv"),)} if exact else options
+        result = verify(*models, LARGE, **options)
+        assert result.passed, result.failures
+        below = 32 if exact else 64  # a bound is on the example's size, and near borders more is lost
+        assert {(False, 1, below), (False, 1, 160), (False, 8, below)} <= set(before)
+        assert ((True, 2, 128) in before) is exact
+
+
+def test_what_a_real_run_at_another_size_shows_fails_without_a_bound_too() -> None:
+    def breaks(change: Any) -> Any:
+        """A rewrite that goes wrong in real runs below half of the size."""
+
+        def changed(y: Tensor) -> Tensor:
+            real = y.untyped_storage().data_ptr() != 0
+            return change(y) if real and y.shape[-1] < 64 else y
+
+        return edited(net(), make=lambda conv: Around(full_rank(conv), changed))
+
+    def raises(y: Tensor) -> Tensor:
+        raise ValueError("too small")
+
+    result = verify(net(), breaks(lambda y: y * torch.nan), LARGE, edits=APPROXIMATE)
+    assert "spatial sizes" in failed(result)
+    assert "at 32×32 output has 10 NaN or Inf" in check(result, "spatial sizes").detail
+    result = verify(net(), breaks(raises), LARGE, edits=APPROXIMATE)
+    assert "at 32×32 the rewritten model does not run: ValueError: too small" in check(result, "spatial sizes").detail
+    assert result.diverges_at == "conv"
+    result = verify(net(), breaks(lambda y: y.double()), LARGE, edits=APPROXIMATE)
+    assert "spatial sizes" in failed(result)
+    nan = breaks(lambda y: y * torch.nan)
+    assert verify(nan, nan, LARGE, edits=APPROXIMATE).passed  # as the original
+
+
+def test_a_size_that_only_one_of_the_models_takes_on_shapes_is_told() -> None:
+    def narrow(y: Tensor) -> Tensor:
+        return y.view(-1, 8, 32, 32) if y.shape[-1] <= 32 else y.view(-1, 8, *y.shape[2:])
+
+    def wrong(y: Tensor) -> Tensor:
+        return y.view(-1, 8, 16, 64) if y.shape[-1] <= 32 else y
+
+    fine = edited(net(), make=lambda conv: Around(full_rank(conv), narrow))
+    assert verify(net(), fine, LARGE, edits=APPROXIMATE).passed
+    result = verify(net(), edited(net(), make=lambda conv: Around(full_rank(conv), wrong)), LARGE, edits=APPROXIMATE)
+    assert "spatial sizes" in failed(result)
+    assert "at 32×32 the rewritten model does not run" in check(result, "spatial sizes").detail
+
+
+def test_the_first_size_below_that_the_original_takes_is_tried() -> None:
+    class AtLeast(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.net = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[-1] < 50:
+                raise ValueError("too small")
+            return self.net(x)
+
+    result = verify(AtLeast(net()), AtLeast(rough(net())), LARGE, edits=(edit("net.conv", None),))
+    assert result.passed, result.failures
+    assert (
+        check(result, "spatial sizes").detail == "64×64, 128×160, 129×129 statically; 64×64 and 128×160 in a real run"
+    )
+    assert not any("does not take" in note for note in result.notes)

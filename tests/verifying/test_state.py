@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from verify_models import EXACT, check, edit, edited, failed, full_rank, net, rough
+from verify_models import APPROXIMATE, EXACT, check, edit, edited, failed, full_rank, net, rough
 
 from pwrewrite.capturing import capture, info
 from pwrewrite.core.cost import Cost
@@ -108,6 +108,45 @@ def test_what_safetensors_cannot_hold_is_found() -> None:
     assert "not a tensor in the state_dict: conv._extra_state" in check(result, "state_dict").detail
 
 
+class Versioned(nn.Sequential):
+    """Reads what its own version wrote, and keeps the number of its version in one more tensor."""
+
+    _version = 3
+
+    def __init__(self, layers: nn.Sequential, extra: Tensor) -> None:
+        super().__init__(*layers)
+        self.register_buffer("extra", extra)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *others: Any) -> None:
+        assert metadata["version"] == 3
+        super()._load_from_state_dict(state, prefix, metadata, *others)
+
+
+def test_a_state_keeps_its_versions_and_tensors_of_every_kind() -> None:
+    ones = torch.ones(2, 3)
+    kinds = ones.to_sparse(), ones.to(torch.complex64).conj(), ones.bool(), ones.bfloat16(), ones.T, torch.tensor(3)
+    for extra in kinds:
+        versioned = edited(net(), make=lambda conv, extra=extra: Versioned(full_rank(conv), extra))
+        result = verify(net(), versioned, X, edits=EXACT)
+        assert failed(result) <= ({"state_dict"} if extra.is_sparse else set()), result.failures
+
+
+def test_a_class_that_cannot_be_read_without_trust_is_found() -> None:
+    class Own(torch.Tensor):
+        pass
+
+    class Holds(nn.Sequential):
+        def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            destination[prefix + "own"] = torch.ones(3).as_subclass(Own)
+
+        def _load_from_state_dict(self, state: Any, prefix: str, *others: Any) -> None:
+            state.pop(prefix + "own")
+
+    result = verify(net(), edited(net(), make=lambda conv: Holds(*full_rank(conv))), X, edits=EXACT)
+    assert failed(result) == {"state_dict"}
+
+
 # --------------------------------------------------------------------------------------------------- gradients
 
 
@@ -183,6 +222,62 @@ def test_an_output_without_gradient_is_no_failure() -> None:
     result = verify(model, edited(model, "net.conv"), X, edits=(edit("net.conv"),))
     assert result.passed, result.failures
     assert any("gradients were not checked" in note for note in result.notes)
+
+
+class InTraining(nn.Sequential):
+    """Does something else in training, in real runs."""
+
+    def __init__(self, layers: nn.Sequential, change: Any) -> None:
+        super().__init__(*layers)
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return self.change(y) if self.training and y.untyped_storage().data_ptr() else y
+
+
+def refuses(y: Tensor) -> Tensor:
+    raise ValueError("not in training")
+
+
+def test_what_is_wrong_in_training_alone_fails_an_approximate_rewrite_too() -> None:
+    wrong = {
+        "shapes (train)": [refuses, lambda y: y[..., 1:]],
+        "finite (train)": [lambda y: y / 0],
+        "gradients": [lambda y: y.detach(), lambda y: y + 0 * (y * 0).sqrt()],
+    }
+    for name, changes in wrong.items():
+        for change in changes:
+            other = edited(net(), make=lambda conv, change=change: InTraining(full_rank(conv), change))
+            result = verify(net(), other, X, edits=APPROXIMATE)
+            assert name in failed(result), name
+            assert failed(result) <= {name, "gradients"}, name
+    fine = edited(net(), make=lambda conv: InTraining(full_rank(conv), lambda y: y * 2))
+    result = verify(net(), fine, X, edits=APPROXIMATE)
+    assert result.passed, result.failures
+    assert [c.name for c in result.checks][-3:] == ["shapes (train)", "finite (train)", "gradients"]
+    assert check(result, "gradients").detail == "11 parameters get one"
+
+
+def test_what_the_original_does_in_training_is_no_failure() -> None:
+    def both(change: Any) -> tuple[nn.Module, nn.Module]:
+        original = edited(net(), make=lambda conv: InTraining(nn.Sequential(conv), change))
+        return original, edited(original, "conv.0")
+
+    for change in refuses, lambda y: y.detach():
+        result = verify(*both(change), X, edits=(edit("conv.0", None),))
+        assert result.passed, result.failures
+
+
+def test_an_approximate_rewrite_may_leave_frozen_what_was() -> None:
+    model = net()
+    model.tail.weight.requires_grad_(False)
+    assert verify(model, rough(model), X, edits=APPROXIMATE).passed
+    other = rough(net())
+    other.tail.weight.requires_grad_(False)
+    result = verify(net(), other, X, edits=APPROXIMATE)
+    assert failed(result) == {"gradients"}
+    assert "tail.weight got a gradient before" in check(result, "gradients").detail
 
 
 class First(nn.Module):

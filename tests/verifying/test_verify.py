@@ -408,6 +408,14 @@ def test_bad_usage_is_refused() -> None:
         verify(net(), net(), torch.randn(1, 3, 16, 16).double())
 
 
+def test_a_capture_that_is_there_is_taken_if_it_is_the_originals() -> None:
+    model = net()
+    result = verify(model, edited(model), X, edits=EXACT, captured=capture(model, X))
+    assert result == verify(model, edited(model), X, edits=EXACT)
+    with pytest.raises(InputError, match="another model"):
+        verify(net(), edited(model), X, captured=capture(model, X))
+
+
 def test_progress_is_told() -> None:
     told: list[str] = []
     verify(net(), net(), X, progress=told.append)
