@@ -176,5 +176,8 @@ def _refused(error: Exception, args: Args, kwargs: Kwargs) -> CaptureError:
     hint = "check that model(*example_inputs) runs in plain PyTorch on these inputs"
     if isinstance(error, ShapeError):
         what = f"the model does not take this input: {error}"
-        hint = "give the shape the model was made for, such as --input 1x3x224x224"
+        hint = (
+            "give the shape the model was made for, such as --input 1x3x224x224, or define example_inputs in its file; "
+            "without both it is taken from the model's first layer"
+        )
     return CaptureError(what, where=where, got=f"inputs of shape {shapes}", hint=hint)
