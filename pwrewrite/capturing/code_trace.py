@@ -1,8 +1,9 @@
 """A module's own code as an `fx.Graph`: `trace`.
 
-A trace holds what the code did once; code that branches on ``self.training``, sets attributes or that a graph cannot
-hold is refused. ``if shortcut is None: shortcut = x`` leaves no trace where the input is given, so such code is traced
-with and without it: where the graphs differ only in what stands in its place, a call of `value_or` stands there.
+A trace holds what the code did once; code that branches on ``self.training``, sets attributes, switches gradients or
+autocast, or that a graph cannot hold is refused. ``if shortcut is None: shortcut = x`` leaves no trace where the input
+is given, so such code is traced with and without it: where the graphs differ only in what stands in its place, a call
+of `value_or` stands there.
 
 ``x[i] = y`` is a call of ``operator.setitem`` at its place; whoever changes such a graph has to keep the order.
 """
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from itertools import combinations
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from ..core.errors import first_line
@@ -40,13 +42,23 @@ class Item(fx.Proxy):
 
 
 class ShallowTracer(fx.Tracer):
-    """Traces one module's own code; its children are leaves, and the inputs named in ``absent`` are None."""
+    """Traces one module's own code; its children are leaves, and the inputs named in ``absent`` are None.
+
+    ``modes`` are those of autograd and autocast that calls were made in.
+    """
 
     proxy_buffer_attributes = True
 
     def __init__(self, absent: Sequence[str] = ()) -> None:
         super().__init__()
         self.absent = absent
+        self.modes: set[tuple[object, ...]] = set()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """As ever, and notes the modes."""
+        grad = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        self.modes.add((*grad, *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))))
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Every child is a leaf."""
@@ -74,7 +86,7 @@ def trace(module: nn.Module) -> fx.Graph:
 
     Raises:
         NotTraceable: If the code depends on values, shapes or the training mode, does something else where an input
-            is left out, or sets attributes.
+            is left out, sets attributes, or switches gradients or autocast.
     """
     kind = type(module).__name__
     graph = _same_in_both_modes(module)
@@ -105,13 +117,15 @@ def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Gra
     """The graph of a module's own code, inputs in ``absent`` being None; refused if it is another one in training."""
     kind = type(module).__name__
     flags = {child: child.training for child in module.modules()}
-    graphs = []
+    graphs, switches = [], False
     try:
-        with untouched(module) as changed:
+        with untouched(module) as changed, torch.enable_grad():
             for training in (not module.training, module.training):
                 for child in flags:
                     child.training = training
-                graphs.append(ShallowTracer(absent).trace(module))
+                tracer = ShallowTracer(absent)
+                graphs.append(tracer.trace(module))
+                switches |= len(tracer.modes) > 1
     except Exception as error:
         reason = first_line(error)
         if "cannot be iterated" in reason:
@@ -120,6 +134,8 @@ def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Gra
     changed = [name for name in changed if name != "training"]
     if changed:
         raise NotTraceable(f"{kind}.forward sets {', '.join(changed[:3])}, which a graph would not")
+    if switches:
+        raise NotTraceable(f"{kind}.forward switches gradients or autocast, which a graph would not")
     if _text(graphs[0]) != _text(graphs[1]):
         raise NotTraceable(f"{kind}.forward does something else in training, which a graph cannot hold")
     return graphs[1]

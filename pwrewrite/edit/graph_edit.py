@@ -39,12 +39,19 @@ class Regraphed(fx.GraphModule):
         return made
 
 
+_KEPT = ("train", "eval", "requires_grad_", "get_extra_state", "set_extra_state")
+"""What a class may have made its own, and a graph would do in the common way, unseen."""
+
+
 def to_graph(module: nn.Module) -> Regraphed:
     """A module's own code as a graph, with everything that it holds; its children are shared with the result.
 
     Raises:
-        NotTraceable: See `code_trace.trace`.
+        NotTraceable: See `code_trace.trace`; and where its class freezes layers in training, or saves more state.
     """
+    own = [name for name in _KEPT if getattr(type(module), name) is not getattr(nn.Module, name)]
+    if own:
+        raise NotTraceable(f"{type(module).__name__} has {', '.join(own)} of its own, which a graph would not")
     graph = copy.deepcopy(module.graph) if isinstance(module, fx.GraphModule) else trace(module)
     made = Regraphed(module, graph, class_name=type(module).__name__)
     for name, value in vars(module).items():

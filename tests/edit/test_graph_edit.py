@@ -220,6 +220,42 @@ def test_code_that_does_something_else_without_is_refused(forward: Any, said: st
         to_graph(module)
 
 
+def without_gradients(self: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        x = x.sin()
+    return x.cos()
+
+
+def in_half(self: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return x @ x.mT
+
+
+@pytest.mark.parametrize("forward", [without_gradients, in_half, torch.no_grad()(lambda self, x: x.sin())])
+@pytest.mark.parametrize("around", [True, False])
+def test_code_that_switches_modes_is_refused(forward: Any, around: bool) -> None:
+    with torch.set_grad_enabled(around), pytest.raises(NotTraceable, match="switches gradients or autocast"):
+        to_graph(coded(forward))
+
+
+@torch.no_grad()
+def test_modes_around_a_trace_do_not_matter() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = to_graph(coded(lambda self, x: x.sin()))
+    assert torch.equal(made(X), X.sin())
+
+
+def frozen_in_training(self: nn.Module, mode: bool = True) -> nn.Module:
+    return nn.Module.train(self, mode and False)
+
+
+@pytest.mark.parametrize("own", [{"train": frozen_in_training}, {"get_extra_state": lambda self: {"version": 1}}])
+def test_what_a_class_does_in_its_own_way_would_go_unseen(own: dict[str, Any]) -> None:
+    kind = type("Own", (nn.Module,), {"forward": lambda self, x: x.sin(), **own})
+    with pytest.raises(NotTraceable, match=f"has {next(iter(own))} of its own"):
+        to_graph(kind())
+
+
 def test_items_are_assigned_where_the_code_does() -> None:
     def forward(self: nn.Module, x: Any) -> Any:
         first = x[0]
