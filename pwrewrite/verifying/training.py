@@ -8,7 +8,7 @@ runs start from the same seed, so that random masks agree as long as both models
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from math import inf, sqrt
 
 import torch
@@ -164,6 +164,15 @@ def buffer_differences(before: Mapping[str, Tensor], after: Mapping[str, Tensor]
     return problems
 
 
+def _untouched(
+    model: nn.Module, gradients: Mapping[str, Tensor | None], sources: Container[str]
+) -> dict[str, Tensor | None]:
+    """The gradients of parameters that no edit made, under any name: others may have their shape, not their meaning."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    made = {id(parameter) for name, parameter in parameters.items() if name in sources}
+    return {name: gradient for name, gradient in gradients.items() if id(parameters[name]) not in made}
+
+
 def _check_gradients(context: Context, results: Results, before: Flat, after: Flat, rounding: float | None) -> None:
     """Compares which parameters get a gradient and, where rounding in training is known, the gradients' values."""
     old = backward(context.original, before)
@@ -175,9 +184,10 @@ def _check_gradients(context: Context, results: Results, before: Flat, after: Fl
         results.check("gradients", [f"the rewritten model has no backward pass: {new}"])
         return
     frozen = {name for name, p in context.rewritten.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    problems = complaints(old, new, origins(context.options.edits), frozen)
+    sources = origins(context.options.edits)
+    problems = complaints(old, new, sources, frozen)
     detail = f"{sum(g is not None for g in new.values())} parameters get one"
-    difference = gradient_difference(old, new) if rounding is not None else None
+    difference = gradient_difference(old, _untouched(context.rewritten, new, sources)) if rounding is not None else None
     if rounding is not None and difference is not None:
         detail += f"; those that both have differ by {difference:.1e}"
         limit = gradient_limit(rounding)

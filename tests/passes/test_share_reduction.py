@@ -81,6 +81,17 @@ def test_a_reduction_of_full_width_is_exact(make: Callable[[], nn.Module], train
     assert len(applied.edits) == (1 if make is Inception else 2)
 
 
+@pytest.mark.parametrize("alias", [False, True])
+def test_cores_of_the_shape_of_their_layers_have_gradients_of_their_own(alias: bool) -> None:
+    model = seeded(lambda: Reads("plainly"))
+    if alias:
+        model.c = model.b
+    result = pwrewrite.rewrite(model, X, passes=[ShareReduction(12, allow_growth=True)])
+    assert len(result.edits) == 1
+    assert result.model.get_submodule("b").weight.shape == model.get_submodule("b").weight.shape
+    assert result.report.passed, result.report
+
+
 def test_branches_read_one_reduction_and_stay_what_they_are() -> None:
     applied = check_pass(ShareReduction(4), seeded(Inception), X, edits={"one.conv": "share-reduction"})
     (edit,), changed = applied.edits, applied.model
