@@ -31,6 +31,7 @@ from .base import enclosing_rewrite, spec_of
 from .channel_units import ReaderOf, norm_behind
 from .narrow import reading
 from .patterns import Graph, stack_of
+from .reaching import reached
 
 NAME = "share-reduction"
 """Of the pass, the form of budgets, and the action."""
@@ -206,6 +207,7 @@ class _Finder:
             if set(self._read_by(path, inside)) != inside:
                 raise _Unshared(SkipReason.NOT_TRACED, f"{path} hands the map to other layers, too", path)
         calls = self._calls(scope, [path.removeprefix(stem(scope)) for path in paths])
+        self._check_around(scope, {name for call in calls for name in call.split(".")[:1]})
         readers = tuple(self._reader(node) for node in nodes)
         name = "_".join(["shared", *calls[0].split(".")])
         while hasattr(graph.modules[scope], name):
@@ -227,6 +229,14 @@ class _Finder:
         if isinstance(code, NotTraceable):
             raise _Unshared(SkipReason.NOT_TRACED, f"the code of {path or 'the model'} hands the map on: {code}", path)
         return code.graph
+
+    def _check_around(self, scope: str, names: set[str]) -> None:
+        """Refuses where code around a module may reach past its ``forward``, for some inputs or in training."""
+        pieces = scope.split(".") if scope else []
+        for owner in (".".join(pieces[:i]) for i in range(len(pieces))):
+            if name := reached(self.graph.modules[owner], self.graph.modules[scope], names):
+                where = f"the code of {owner or 'the model'} may use {name} of {scope} by itself"
+                raise _Unshared(SkipReason.NOT_TRACED, where)
 
     def _calls(self, scope: str, names: Sequence[str]) -> tuple[str, ...]:
         """The calls of some children in a module's code, which must all be given one value and nothing else."""

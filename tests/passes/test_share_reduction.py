@@ -267,6 +267,84 @@ def test_who_cannot_share_is_left_with_a_reason(how: str, path: str, reason: Ski
     assert torch.equal(applied.model(X.clone()), model(X.clone()))
 
 
+class Around(nn.Module):
+    """Holds a module whose layers share a map."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block, self.blocks = block, nn.ModuleList([block])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block(x)
+        return y
+
+
+class Layer(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block.a(F.relu(x)) if x.mean() > 100 else self.block(x)
+        return y
+
+
+class Loop(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block(x)
+        for block in self.blocks if self.training else ():
+            y = y + block.a.weight.mean()
+        return y
+
+
+class Method(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._more(x) if x.mean() > 100 else super().forward(x)
+
+    def _more(self, x: Tensor) -> Tensor:
+        return torch.stack([self.block.b(x) for _ in range(2)]).sum(0)
+
+
+class Shape(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block(x) * self.block.a.in_channels
+        return y
+
+
+class OfClass(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block.encode(x) if x.mean() > 100 else self.block(x)
+        return y
+
+
+class Encodes(Reads):
+    def encode(self, x: Tensor) -> Tensor:
+        return F.relu(self(x))
+
+
+class Plainly(nn.Module):
+    """Calls a layer of its own, and one inside, that are called like those that share a map."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(12, 12, 1)
+        self.inner = nn.ModuleDict({"a": nn.Conv2d(12, 12, 1), "block": block})
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner.block(self.inner.a(self.a(x)))
+        return y
+
+
+@pytest.mark.parametrize("kind", [Layer, Loop, Method, Shape, OfClass])
+def test_layers_that_code_around_may_use_by_themselves_share_nothing(kind: type[Around]) -> None:
+    model = seeded(lambda: kind(Encodes("plainly")))
+    assert len(maps_of(seeded(lambda: Around(Encodes("plainly"))))) == 1
+    maps, skips = find_shared(capture(model, X))
+    assert not maps
+    assert {skip.reason for skip in skips} == {SkipReason.NOT_TRACED}
+    assert all("by itself" in skip.detail for skip in skips)
+
+
+def test_layers_of_the_same_name_elsewhere_are_no_hindrance() -> None:
+    assert len(maps_of(seeded(lambda: Plainly(Reads("plainly"))))) == 1
+
+
 def test_plain_sharing_is_found_in_the_same_network() -> None:
     assert len(maps_of(seeded(lambda: Reads("plainly")))) == 1
 
