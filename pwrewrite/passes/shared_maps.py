@@ -202,12 +202,15 @@ class _Finder:
         paths = [each for each in callees if isinstance(each, str)]
         if not isinstance(scope, str) or not all(each.startswith(stem(scope)) for each in paths):
             raise _Unshared(SkipReason.NOT_TRACED, "no one module's code hands the map to them")
+        for stack in stacks.values():
+            self._check_within([each for each in stack[depth:] if isinstance(each, str)])
         for path in paths:
             inside = {graph.layers[node.name].path for node, stack in stacks.items() if stack[depth] == path}
             if set(self._read_by(path, inside)) != inside:
                 raise _Unshared(SkipReason.NOT_TRACED, f"{path} hands the map to other layers, too", path)
         calls = self._calls(scope, [path.removeprefix(stem(scope)) for path in paths])
         self._check_around(scope, {name for call in calls for name in call.split(".")[:1]})
+        self._check_between(scope, calls)
         readers = tuple(self._reader(node) for node in nodes)
         name = "_".join(["shared", *calls[0].split(".")])
         while hasattr(graph.modules[scope], name):
@@ -230,6 +233,13 @@ class _Finder:
             raise _Unshared(SkipReason.NOT_TRACED, f"the code of {path or 'the model'} hands the map on: {code}", path)
         return code.graph
 
+    def _check_within(self, stack: Sequence[str]) -> None:
+        """Refuses where code between a call and a reader, the last of the stack, asks for what will be another."""
+        *around, reader = stack
+        for path in around:
+            if name := reached(self.graph.modules[path], self.graph.modules[reader], ("in_channels", "weight")):
+                raise _Unshared(SkipReason.WEIGHT_READ, f"the code of {path} may ask for {name} of {reader}", path)
+
     def _check_around(self, scope: str, names: set[str]) -> None:
         """Refuses where code around a module may reach past its ``forward``, for some inputs or in training."""
         pieces = scope.split(".") if scope else []
@@ -237,6 +247,28 @@ class _Finder:
             if name := reached(self.graph.modules[owner], self.graph.modules[scope], names):
                 where = f"the code of {owner or 'the model'} may use {name} of {scope} by itself"
                 raise _Unshared(SkipReason.NOT_TRACED, where)
+
+    def _check_between(self, scope: str, calls: Sequence[str]) -> None:
+        """Refuses where a module that is given the map in between may write into it on other inputs."""
+        nodes = list(self._code(scope).nodes)
+        places = [i for i, node in enumerate(nodes) if node.op == "call_module" and node.target in calls]
+        (held,) = nodes[places[0]].args
+        for node in nodes[places[0] : places[-1]]:
+            if node.op == "call_module" and node.target not in calls and held in node.all_input_nodes:
+                try:
+                    self._check_fixed(f"{stem(scope)}{node.target}")
+                except _Unshared as why:
+                    detail = f"the map is given to {stem(scope)}{node.target} in between, and {why.detail}"
+                    raise _Unshared(SkipReason.WRITTEN, detail) from why
+
+    def _check_fixed(self, path: str) -> None:
+        """Refuses where a module, or what it hands its input to, has code that is not the same for every input."""
+        module = self.graph.modules[path]
+        if type(module).__module__.startswith("torch.nn.modules.") and not any(module.children()):
+            return
+        for node in self._code(path).nodes:
+            if node.op == "call_module" and any(each.op == "placeholder" for each in node.all_input_nodes):
+                self._check_fixed(f"{stem(path)}{node.target}")
 
     def _calls(self, scope: str, names: Sequence[str]) -> tuple[str, ...]:
         """The calls of some children in a module's code, which must all be given one value and nothing else."""

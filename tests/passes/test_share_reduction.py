@@ -345,6 +345,61 @@ def test_layers_of_the_same_name_elsewhere_are_no_hindrance() -> None:
     assert len(maps_of(seeded(lambda: Plainly(Reads("plainly"))))) == 1
 
 
+class Clips(nn.Module):
+    """Writes into what it is given, but not into small values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.max() > 100:
+            x.clamp_(max=100)
+        return x
+
+
+class Squares(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x
+
+
+class Between(nn.Module):
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(12, 8, 3, padding=1), nn.Conv2d(12, 8, 3, padding=1)
+        self.between = nn.Sequential(between, nn.MaxPool2d(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        z = self.between(x)
+        out: Tensor = y + self.b(x) + z.mean()
+        return out
+
+
+def test_what_may_be_written_in_between_on_other_values_is_not_shared() -> None:
+    assert len(maps_of(seeded(lambda: Between(Squares())))) == 1
+    maps, skips = find_shared(capture(seeded(lambda: Between(Clips())), X))
+    assert not maps
+    assert {skip.reason for skip in skips} == {SkipReason.WRITTEN}
+    assert all("given to between in between" in skip.detail for skip in skips)
+
+
+class Averages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(12, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x) / self.conv.in_channels
+        return out
+
+
+def test_a_layer_whose_width_is_asked_for_is_left_out() -> None:
+    model = seeded(Inception)
+    model.three = Averages()
+    maps, skips = find_shared(capture(model, X))
+    assert [[layer.path for layer in each.layers] for each in maps] == [["one.conv", "five.0.conv"]]
+    (skip,) = [skip for skip in skips if skip.path == "three.conv"]
+    assert skip.reason is SkipReason.WEIGHT_READ
+    assert "in_channels of three.conv" in skip.detail
+
+
 def test_plain_sharing_is_found_in_the_same_network() -> None:
     assert len(maps_of(seeded(lambda: Reads("plainly")))) == 1
 
