@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from math import prod
 
 from torch import fx, nn
@@ -30,6 +31,7 @@ from ..layers.known import Found
 from .base import enclosing_rewrite, spec_of
 from .channel_flow import describe, reduced_axes
 from .patterns import Graph
+from .reaching import reached
 
 
 def _named(*kinds: str) -> frozenset[str]:
@@ -134,11 +136,27 @@ def find_units(capture: Capture, graph: Graph | None = None) -> tuple[list[Unit]
             continue
         if space.refusal is None and not space.readers:
             space.refusal = SkipReason.WRONG_FORM, "no layer reads its channels"
-        if space.refusal is None:
-            units.append(walk.unit(space))
+        unit = walk.unit(space) if space.refusal is None else None
+        if unit is not None and (why := _used_elsewhere(walk.graph, unit)):
+            unit, space.refusal = None, (SkipReason.DATA_DEPENDENT, why)
+        if unit is not None:
+            units.append(unit)
         else:
+            assert space.refusal is not None
             skips += [Skip(layer.path, *space.refusal) for layer in space.producers]
     return units, skips
+
+
+def _used_elsewhere(graph: Graph, unit: Unit) -> str:
+    """Whether code around all that a unit changes may use some of it by itself, on other inputs; ``""`` where not."""
+    paths = [path.split(".") for path in (*(layer.path for layer in unit.layers), *unit.norms)]
+    parents = zip(*(path[:-1] for path in paths))
+    scope = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, parents)]
+    names = {path[len(scope)] for path in paths}
+    for owner in (".".join(scope[:i]) for i in range(len(scope))):
+        if name := reached(graph.modules[owner], graph.modules[".".join(scope)], names):
+            return f"the code of {owner or 'the model'} may use {name} of {'.'.join(scope)} by itself"
+    return ""
 
 
 class _Walk:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import dis
 import inspect
 from collections.abc import Collection, Iterator
+from functools import cache
+from itertools import chain as joined
 from types import CodeType
 
 from torch import nn
@@ -62,17 +64,18 @@ def _code_of(member: object) -> CodeType | None:
     return code if isinstance(code, CodeType) else None
 
 
-def _read(code: CodeType, own: str) -> Iterator[_Chain]:
-    """The chains of attributes in some code, ``own`` being what it calls ``self``."""
-    chain, starts_at_self = list[str](), False
+@cache
+def _read(code: CodeType, own: str) -> tuple[_Chain, ...]:
+    """The chains of attributes in some code, ``own`` being what it calls ``self``; those of globals are left out."""
+    chains, chain, starts_at_self, known = list[_Chain](), list[str](), False, True
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             chain.append(step.argval)
             continue
-        if chain:
-            yield starts_at_self, chain
+        if chain and known:
+            chains.append((starts_at_self, chain))
         last = step.argval[-1:] if isinstance(step.argval, tuple) else (step.argval,)
         chain, starts_at_self = [], step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and last == (own,)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _read(constant, own)
+        known = step.opname != "LOAD_GLOBAL"
+    inner = (_read(constant, own) for constant in code.co_consts if isinstance(constant, CodeType))
+    return (*chains, *joined.from_iterable(inner))

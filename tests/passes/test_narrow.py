@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -315,6 +316,33 @@ def test_channels_that_go_elsewhere_at_another_size_stay(model: nn.Module, path:
     (skip,) = [s for s in proposed.skips if s.path == path]
     assert skip.reason is SkipReason.DATA_DEPENDENT
     assert "decides by values or sizes what becomes of them" in skip.detail
+
+
+class Past(nn.Module):
+    """Code that reaches past a block's own for some inputs: to a layer of it, or to a layer's width in a loop."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        layers = {"a": nn.Conv2d(6, 16, 3, padding=1), "r": nn.ReLU(), "b": nn.Conv2d(16, 6, 3, padding=1)}
+        self.how, self.block = how, nn.Sequential(OrderedDict(layers))
+        self.head, self.other = nn.Conv2d(6, 4, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "call" and float(x.mean()) > 5:
+            return self.other(self.block.a(x))  # type: ignore[no-any-return]
+        if self.how == "loop" and x.shape[-1] > 100:
+            x = x * sum(block.a.out_channels for block in self.children() if isinstance(block, nn.Sequential))
+        return self.head(self.block(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", ["call", "loop"])
+def test_layers_that_code_around_them_may_use_by_themselves_stay(how: str) -> None:
+    model = Past(how).eval()
+    proposed = plan_of(Narrow(0.5), model, X)
+    assert proposed.ops == ()
+    (skip,) = [s for s in proposed.skips if s.path == "block.a"]
+    assert skip.reason is SkipReason.DATA_DEPENDENT
+    assert skip.detail == "the code of the model may use a of block by itself"
 
 
 def test_channels_that_are_pooled_at_another_size_may_go() -> None:
