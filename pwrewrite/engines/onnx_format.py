@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +29,8 @@ class Onnx(Format):
         """Exports, names inputs, outputs and axes, and lets the checker look at it."""
         import onnx
 
-        made = torch.onnx.export(program.exported, (), dynamo=True, verbose=False)
+        with _of_errors_only("torch.onnx"):
+            made = torch.onnx.export(program.exported, (), dynamo=True, verbose=False)
         assert made is not None
         graph = made.model.graph
         program.check_ports("ONNX graph", graph.inputs, graph.outputs)
@@ -70,6 +73,18 @@ class Onnx(Format):
         session = session_of(model.SerializeToString())
         outputs = session.run(names, program.feeds(call))
         return {name: torch.as_tensor(value) for name, value in zip(names, outputs)}
+
+
+@contextmanager
+def _of_errors_only(name: str) -> Iterator[None]:
+    """While a logger tells of errors only: torch's exporter warns of every operation of packages that are not there."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def session_of(model: str | bytes, optimized: str = "") -> Any:

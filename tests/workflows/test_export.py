@@ -7,6 +7,8 @@ norm is folded, 3-D norms, keyword and dict inputs and outputs, inputs whose bat
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -326,3 +328,16 @@ def test_source_is_plain_code_that_is_the_same(tmp_path: Path) -> None:
     assert "def forward(self, x=None, pair=None, double=None):" in text
     assert "torch.ops" not in text
     assert "[:, 1:]" in text
+
+
+def test_a_package_that_an_exporter_could_use_is_not_missed_aloud(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['torchvision'] = None\n"
+        "import torch, pwrewrite\n"
+        "model = torch.nn.Conv2d(3, 4, 3).eval()\n"
+        f"pwrewrite.export(model, torch.randn(1, 3, 8, 8), to=('onnx',), out={str(tmp_path / 'out')!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "torchvision" not in done.stdout + done.stderr
+    assert (tmp_path / "out" / "model.onnx").is_file()
