@@ -31,7 +31,7 @@ from ..layers.known import Found
 from .base import enclosing_rewrite, spec_of
 from .channel_flow import describe, reduced_axes
 from .patterns import Graph
-from .reaching import reached
+from .reaching import reached_around
 
 
 def _named(*kinds: str) -> frozenset[str]:
@@ -152,11 +152,7 @@ def _used_elsewhere(graph: Graph, unit: Unit) -> str:
     paths = [path.split(".") for path in (*(layer.path for layer in unit.layers), *unit.norms)]
     parents = zip(*(path[:-1] for path in paths))
     scope = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, parents)]
-    names = {path[len(scope)] for path in paths}
-    for owner in (".".join(scope[:i]) for i in range(len(scope))):
-        if name := reached(graph.modules[owner], graph.modules[".".join(scope)], names):
-            return f"the code of {owner or 'the model'} may use {name} of {'.'.join(scope)} by itself"
-    return ""
+    return reached_around(graph.modules, ".".join(scope), {path[len(scope)] for path in paths})
 
 
 class _Walk:

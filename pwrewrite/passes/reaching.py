@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from itertools import chain as joined
 from types import CodeType
@@ -36,6 +36,15 @@ def reached(owner: nn.Module, module: nn.Module, names: Collection[str]) -> str:
             if place is module and (name in names or name in of_class):
                 return name
             place = None if place is None else place._modules.get(name)
+    return ""
+
+
+def reached_around(modules: Mapping[str, nn.Module], scope: str, names: Collection[str]) -> str:
+    """That code around the module at a path may use some of its names by itself, for a person; ``""`` for nothing."""
+    pieces = scope.split(".") if scope else []
+    for owner in (".".join(pieces[:i]) for i in range(len(pieces))):
+        if name := reached(modules[owner], modules[scope], names):
+            return f"the code of {owner or 'the model'} may use {name} of {scope} by itself"
     return ""
 
 

@@ -31,7 +31,7 @@ from .base import enclosing_rewrite, spec_of
 from .channel_units import ReaderOf, norm_behind
 from .narrow import reading
 from .patterns import Graph, stack_of
-from .reaching import reached
+from .reaching import reached, reached_around
 
 NAME = "share-reduction"
 """Of the pass, the form of budgets, and the action."""
@@ -209,7 +209,8 @@ class _Finder:
             if set(self._read_by(path, inside)) != inside:
                 raise _Unshared(SkipReason.NOT_TRACED, f"{path} hands the map to other layers, too", path)
         calls = self._calls(scope, [path.removeprefix(stem(scope)) for path in paths])
-        self._check_around(scope, {name for call in calls for name in call.split(".")[:1]})
+        if why := reached_around(graph.modules, scope, {call.partition(".")[0] for call in calls}):
+            raise _Unshared(SkipReason.NOT_TRACED, why)
         self._check_between(scope, calls)
         readers = tuple(self._reader(node) for node in nodes)
         name = "_".join(["shared", *calls[0].split(".")])
@@ -239,14 +240,6 @@ class _Finder:
         for path in around:
             if name := reached(self.graph.modules[path], self.graph.modules[reader], ("in_channels", "weight")):
                 raise _Unshared(SkipReason.WEIGHT_READ, f"the code of {path} may ask for {name} of {reader}", path)
-
-    def _check_around(self, scope: str, names: set[str]) -> None:
-        """Refuses where code around a module may reach past its ``forward``, for some inputs or in training."""
-        pieces = scope.split(".") if scope else []
-        for owner in (".".join(pieces[:i]) for i in range(len(pieces))):
-            if name := reached(self.graph.modules[owner], self.graph.modules[scope], names):
-                where = f"the code of {owner or 'the model'} may use {name} of {scope} by itself"
-                raise _Unshared(SkipReason.NOT_TRACED, where)
 
     def _check_between(self, scope: str, calls: Sequence[str]) -> None:
         """Refuses where a module that is given the map in between may write into it on other inputs."""
