@@ -23,7 +23,7 @@ from ...core.plan import Edit, Op
 from ...forms.specs import pointwise_spec
 from ...layers.factorized import Factorized, Projected
 from ..swap import names_of
-from .bench import Bench, WeightedModule, layer_like, param_count
+from .bench import Bench, WeightedModule, layer_like, param_count, train_like
 from .settings import Allowed, Count, Offset, one_of, wrong
 
 CHANNEL_NORMS = tuple(m for row in OPERATIONS if row.name in ("batch_norm", "instance_norm") for m in row.modules)
@@ -171,7 +171,7 @@ def _joint_factors(
     factors = bench.once(op, factorise)
     with torch.no_grad():
         projection.weight.copy_(factors.first.reshape(projection.weight.shape))
-    projection.weight.requires_grad_(any(layer.weight.requires_grad for layer in layers))
+    train_like(projection.weight, *(layer.weight for layer in layers))
     slices = []
     for rows, consumer in zip(torch.split(factors.second, [each.rows for each in consumers]), consumers):
         kernel = rows.reshape(consumer.layer.out_channels, -1, channels).transpose(1, 2)  # the inverse of `_rows`

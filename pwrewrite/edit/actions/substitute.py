@@ -18,7 +18,7 @@ from ...core.plan import Edit, Op
 from ...decompose.nearest_map import NearestMap
 from ...forms.specs import pointwise_spec
 from ..swap import stem
-from .bench import ELSEWHERE, Bench, layer_like, param_count
+from .bench import ELSEWHERE, Bench, layer_like, param_count, train_like
 from .settings import one_of, wrong
 
 RANGES: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "relu6": nn.ReLU6}
@@ -65,7 +65,8 @@ def substitute_module(bench: Bench, op: Op, settings: SubstituteSettings) -> Edi
             new.weight.copy_(found.kernel.reshape(new.weight.shape))
             assert new.bias is not None
             new.bias.copy_(found.bias)
-    new.requires_grad_(any(parameter.requires_grad for parameter in module.parameters()))
+    for parameter in new.parameters():
+        train_like(parameter, *module.parameters())
     put_in: nn.Module = new
     if settings.activation is not None:
         put_in, inner = nn.Sequential(new, RANGES[settings.activation]()), f"{inner}0."
