@@ -28,20 +28,21 @@ class Norm:
         assert self.statistics is not None
         return self.statistics.layers[path]
 
-    def moment(self, path: str, fitted: bool = True) -> tuple[Tensor | None, bool]:
-        """The second moment of what a layer reads, ``None`` where it was too large, and whether the mean is taken off.
-
-        It is where a fit will make up for it.
-        """
-        layers, sums = self.replaceable, self.sums(path)
+    def centres(self, path: str) -> bool:
+        """Whether a fit will make up for the mean of what a layer reads, which its moment is then taken about."""
+        layers = self.replaceable
         made_up = layers.specs[path].bias or (path not in layers.repeated and path in layers.off_mean)
-        centred = fitted and layers.budget.refit != "none" and path not in layers.functions and made_up
+        return layers.budget.refit != "none" and path not in layers.functions and made_up
+
+    def moment(self, path: str, centred: bool) -> Tensor | None:
+        """The second moment of what a layer reads, about its mean where ``centred``; None where it was too large."""
+        sums = self.sums(path)
         inputs = sums.input_moment(centred=centred)
-        return None if inputs is None else _shrunk(inputs, sums.rows), centred
+        return None if inputs is None else _shrunk(inputs, sums.rows)
 
     def mean(self, path: str) -> Tensor | None:
         """The mean of what a layer reads, ``(patch,)``, where it is taken off, since a shift makes up for it."""
-        if self.statistics is None or not self.moment(path)[1]:
+        if self.statistics is None or not self.centres(path):
             return None
         sums = self.sums(path)
         return sums.means[0] / max(sums.weight, 1e-300)
@@ -54,7 +55,8 @@ class Norm:
             weighted = WeightedLayer(weight, spec, None, None, multiple=multiple)
         else:
             layer, positions = statistics.layers[path], statistics.positions(path)
-            inputs, centred = self.moment(path, fitted)
+            centred = fitted and self.centres(path)
+            inputs = self.moment(path, centred)
             if inputs is None:  # too large to be kept: its mean square stands for it
                 positions *= layer.level(centred)
             weighted = WeightedLayer(weight, spec, inputs, layer.gradient_moment(), positions, multiple)
@@ -72,13 +74,12 @@ class Norm:
             return None
         repeat = next(each.get("repeat", 1) for each in op.settings["readers"] if each["path"] == path)
         columns = columns_of(op.settings["keep"], repeat)
-        moment, centred = self.moment(path)
-        sums, taps = self.sums(path), prod(spec.kernel_size)
+        centred = self.centres(path) and not spec.transposed
+        moment, sums = self.moment(path, centred), self.sums(path)
         mean = sums.means[0] / max(sums.weight, 1e-300)
-        if spec.transposed:  # what holds for rows of inputs holds for each tap
-            centred = False
-            eye = torch.eye(taps, dtype=mean.dtype, device=mean.device)
-            moment = None if moment is None else torch.kron(sums.inputs[0] / max(sums.weight, 1e-300), eye)[None]
+        if spec.transposed and moment is not None:  # what holds for rows of inputs holds for each tap
+            eye = torch.eye(prod(spec.kernel_size), dtype=mean.dtype, device=mean.device)
+            moment = torch.kron(sums.inputs[0] / max(sums.weight, 1e-300), eye)[None]
         kernel = to_forward_layout(weight, 1, spec.transposed)
         return keep(kernel, columns, None if moment is None else moment[0], mean if centred else None)
 
