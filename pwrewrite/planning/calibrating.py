@@ -7,7 +7,7 @@ and nobody asked for them, errors count in what the layers read.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ..core.errors import UsageError
 from ..core.nested import Tree
 from ..core.options import Budget
 from ..core.plan import Op
+from ..core.text import few
 from ..decompose import Factors
 from ..forms import FORMS
 from .batches import Batches
@@ -201,8 +202,3 @@ def batches_of(calibration: Iterable[Tree], inputs: Inputs, settings: Budget, si
     if isinstance(settings.batch, str):
         raise UsageError(f"batch={settings.batch!r} is a name", hint="give the function itself")
     return Batches(calibration, inputs, size=size, chunk=chunk, batch=settings.batch)
-
-
-def few(paths: Sequence[str]) -> str:
-    """The first of some paths, and how many more there are."""
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

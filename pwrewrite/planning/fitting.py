@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.plan import Plan
+from ..core.text import few
 from ..layers.factorized import Factorized
-from .calibrating import Calibrated, few
+from .calibrating import Calibrated
 from .fit_steps import fit_steps, kept_channels, shift_biases
 from .outputs import Measured
 from .refit import Target, refit
