@@ -136,9 +136,10 @@ def run_crepe(size: str, ratio: float, threads: int) -> None:
         return
     model = crepe(size)
     sounds, pitch = tones(2000, 1)
-    print(f"CREPE, {size}: right within 50 cents {100 * right(model, sounds, pitch)[0]:.2f}% of {len(sounds):,} tones")
+    was, old = right(model, sounds, pitch)
+    print(f"CREPE, {size}: right within 50 cents {100 * was:.2f}% of {len(sounds):,} tones")
     after = shrunk("network", model, sounds[:1], list(tones(256, 2)[0].split(32)), ratio)
-    (share, cents), (was, old) = right(after, sounds, pitch), right(model, sounds, pitch)
+    share, cents = right(after, sounds, pitch)
     print(f"  at {ratio:.0%} of the MACs {100 * share:.2f}% ({100 * (share - was):+.2f}); ", end="")
     print(f"median error {old:.1f} → {cents:.1f} cents")
     times("network", model, after, sounds[:1], threads)
