@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .declaring import documented, option, path
-from .names import ENGINE_NAMES, EXPORT_NAMES, FORM_NAMES
+from .names import ENGINE_NAMES, EXPORT_NAMES, FORM_NAMES, JOINT_FORM_NAMES
 from .numbers import (
     Time,
     parse_arg,
@@ -226,7 +226,7 @@ class Budget(LayerOptions, RecoverOptions):
     forms: Sequence[str] = _of_budget(
         ("all",),
         "What layers may become: all, 1x1 (forms that add 1×1 layers only) or some of "
-        f"{', '.join(FORM_NAMES)}, narrow, substitute, share-reduction. "
+        f"{', '.join((*FORM_NAMES, *JOINT_FORM_NAMES))}. "
         r"[dim]\[default: all][/]",
         "--forms NAMES",
         split=True,

@@ -9,6 +9,7 @@ from ..capturing.code_trace import NotTraceable
 from ..capturing.records import Capture, Layer
 from ..core.convolution import ConvSpec
 from ..core.errors import UsageError
+from ..core.names import JOINT_FORM_NAMES
 from ..core.options import Budget
 from ..core.plan import Skip, SkipReason
 from ..edit.actions.evaluation import code_graph
@@ -30,7 +31,7 @@ _ROOM, _NUMBER = 1 << 30, 8
 def _forms_named(names: Sequence[str]) -> tuple[str, ...]:
     """Forms from their names, or from a name for several."""
     one_by_one = tuple(name for name, form in FORMS.items() if form.pointwise)
-    every = (*FORMS, Narrow.name, SUBSTITUTE, SHARE)
+    every = (*FORMS, *JOINT_FORM_NAMES)
     known = {"all": every, "1x1": one_by_one} | {name: (name,) for name in every}
     for name in names:
         if name not in known:

@@ -12,15 +12,21 @@ from torch.nn import functional as F
 
 import pwrewrite
 from pwrewrite.capturing import capture
+from pwrewrite.core.names import JOINT_FORM_NAMES
 from pwrewrite.core.options import Budget
 from pwrewrite.core.plan import Plan, SkipReason
 from pwrewrite.edit.apply import carry_out
 from pwrewrite.layers.factorized import Factorized
 from pwrewrite.planning.budget import budgets_of
 from pwrewrite.planning.fit_steps import fit_steps
+from pwrewrite.planning.joint import JOINT
 from pwrewrite.planning.planner import Planner, costs_of
 from pwrewrite.planning.refit import Target
 from pwrewrite.planning.sharing import SharedCandidates
+
+
+def test_every_kind_of_several_layers_has_a_name_that_help_knows() -> None:
+    assert tuple(JOINT) == JOINT_FORM_NAMES
 
 
 class Branches(nn.Module):
