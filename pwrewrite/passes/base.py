@@ -136,7 +136,7 @@ class LayerPass(Pass):
 
     def propose(self, capture: Capture) -> list[Proposal]:
         wanted = chosen(capture, self.include, self.exclude)
-        owners = Owners(capture)
+        graph = Graph(capture)
         total = sum(layer.macs for layer in capture.layers) or 1
         proposals: list[Proposal] = []
         too_wide: list[UsageError] = []
@@ -145,7 +145,7 @@ class LayerPass(Pass):
                 proposals.append(Skip(layer.path, SkipReason.EXCLUDED, "left out by include, exclude or select"))
                 continue
             try:
-                proposals.append(self._propose_layer(capture, layer, owners, total))
+                proposals.append(self._propose_layer(graph, layer, total))
             except UsageError as error:
                 too_wide.append(error)
                 detail = f"{error.message}; there, give {error.expected}"
@@ -154,36 +154,34 @@ class LayerPass(Pass):
             raise too_wide[0]
         return proposals
 
-    def _propose_layer(self, capture: Capture, layer: Layer, owners: Owners, total: int) -> Proposal:
-        if refusal := self.refusal(capture, layer, owners):
+    def _propose_layer(self, graph: Graph, layer: Layer, total: int) -> Proposal:
+        refusal = self.refusal(graph, layer) or below_share(layer.path, layer.macs / total, self.min_share)
+        if refusal is not None:
             return refusal
-        if (share := layer.macs / total) < self.min_share:
-            detail = f"{share:.2%} of the MACs, below --min-share {self.min_share:.2%}"
-            return Skip(layer.path, SkipReason.BELOW_SHARE, detail)
         spec = spec_of(layer)
         axes = self.form.splits(spec)[0]
-        widths = self._widths(layer, spec, owners, axes)
+        widths = self._widths(layer, spec, graph.owners, axes)
         if isinstance(widths, Skip):
             return widths
-        return self.op(layer, spec, widths, axes=axes, scope=scope_of(capture, layer))
+        return self.op(layer, spec, widths, axes=axes, scope=scope_of(graph.capture, layer))
 
-    def refusal(self, capture: Capture, layer: Layer, owners: Owners) -> Skip | None:
+    def refusal(self, graph: Graph, layer: Layer) -> Skip | None:
         """Why a layer may not be replaced by this form; None where it may."""
         unfit = None if self.linear else self.form.unfit(spec_of(layer))
         if unfit is not None:
             return Skip(layer.path, *unfit)
-        place = None if self.replan else enclosing_rewrite(owners.modules, layer.path, Factorized)
+        place = None if self.replan else enclosing_rewrite(graph.modules, layer.path, Factorized)
         if place is not None:
             detail = f"part of what a rewrite put at {place or 'the root'}"
             return Skip(layer.path, SkipReason.ALREADY_BOTTLENECK, detail)
-        return eligible(capture, layer, owners) or self._overwritten(capture, layer)
+        return eligible(graph.capture, layer, graph.owners) or self._overwritten(graph, layer)
 
-    def _overwritten(self, capture: Capture, layer: Layer) -> Skip | None:
+    def _overwritten(self, graph: Graph, layer: Layer) -> Skip | None:
         """Whether the first factor would keep what is overwritten for its backward pass; the layer keeps a copy."""
         spec, form, widths = spec_of(layer), self.form, dict.fromkeys(self.form.widths, 1)
         if not spec.pads_copy or all(form.stages(spec, widths, axes)[0][1].pads_copy for axes in form.splits(spec)):
             return None
-        if (writer := Graph(capture).overwriter(layer)) is None:
+        if (writer := graph.overwriter(layer)) is None:
             return None
         detail = (
             f"its input is overwritten by {writer.name} after it ran; the layer keeps a padded copy for its backward "
@@ -310,6 +308,13 @@ def spec_of(layer: Layer) -> ConvSpec:
     if layer.spec is not None:
         return layer.spec
     return linear_spec(layer.in_channels, layer.out_channels, layer.params > layer.in_channels * layer.out_channels)
+
+
+def below_share(path: str, share: float, least: float) -> Skip | None:
+    """The skip of what does less than a least part of the model's MACs; None where it does enough."""
+    if share >= least:
+        return None
+    return Skip(path, SkipReason.BELOW_SHARE, f"{share:.2%} of the MACs, below --min-share {least:.2%}")
 
 
 def weight_of(layer: Layer, owners: Owners) -> Tensor | None:

@@ -25,7 +25,7 @@ from ..decompose import RankSpec
 from ..decompose.columns import Reader, eliminate
 from ..edit.actions.narrow import channel_spread
 from ..forms.specs import spec_to_dict
-from .base import Pass, Proposal, chosen, spec_of, weight_of
+from .base import Pass, Proposal, below_share, chosen, spec_of, weight_of
 from .channel_units import ReaderOf, Unit, find_units
 from .patterns import Graph
 
@@ -77,9 +77,8 @@ class Narrow(Pass):
                 result.append(Skip(path, SkipReason.EXCLUDED, "left out by include or exclude"))
             elif left := next((layer for layer in unit.layers if id(layer) not in kept), None):
                 result.append(Skip(path, SkipReason.EXCLUDED, f"its channels are those of {left.path}, too"))
-            elif share < self.min_share:
-                detail = f"{share:.2%} of the MACs, below --min-share {self.min_share:.2%}"
-                result.append(Skip(path, SkipReason.BELOW_SHARE, detail))
+            elif skip := below_share(path, share, self.min_share):
+                result.append(skip)
             else:
                 result.append(self._narrowed(graph, unit, sizes))
             if self.include:

@@ -8,14 +8,14 @@ all readers, one below the other (`pwrewrite.forms.shared`). Which layers these 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
 from .. import decompose
 from ..capturing.records import Capture
 from ..core.errors import UsageError
 from ..core.plan import Skip, SkipReason
 from ..decompose import RankSpec
-from .base import Pass, Proposal, chosen, grows, growth
+from .base import Pass, Proposal, below_share, chosen, grows, growth
 from .shared_maps import NAME, SharedMap, find_shared
 
 DEFAULT_RANK = 0.5
@@ -67,9 +67,8 @@ class ShareReduction(Pass):
             if left is not None:
                 detail = f"{left.path}, which reads the same map, is left out by include or exclude"
                 proposals += [Skip(path, SkipReason.EXCLUDED, detail) for path in sorted(paths)]
-            elif share < self.min_share:
-                detail = f"{share:.2%} of the MACs, below --min-share {self.min_share:.2%}"
-                proposals += [Skip(path, SkipReason.BELOW_SHARE, detail) for path in sorted(paths)]
+            elif skip := below_share(each.path, share, self.min_share):
+                proposals += [replace(skip, path=path) for path in sorted(paths)]
             else:
                 proposals.append(self._shared(each))
             taken |= paths

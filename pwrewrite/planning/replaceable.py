@@ -69,7 +69,7 @@ class ReplaceableLayers:
             if id(layer) not in chosen_layers:
                 self.skips.append(Skip(layer.path, SkipReason.EXCLUDED, "left out by include or exclude"))
                 continue
-            answers = {each: each.refusal(capture, layer, self.owners) for each in passes if each.concerns(layer)}
+            answers = {each: each.refusal(self.graph, layer) for each in passes if each.concerns(layer)}
             applying = {each.form.name: each for each, refusal in answers.items() if refusal is None}
             refusals = [refusal for refusal in answers.values() if refusal is not None]
             if layer.functional and applying and (in_code := _refused_in_code(capture, layer)) is not None:
