@@ -89,7 +89,7 @@ def split_spectrum(
     kernel: Tensor,
     groups: int = 1,
     first_axes: Iterable[int] = (),
-    input_weight: Tensor | None = None,
+    input_weight: Weight | None = None,
     output_weight: Weight | None = None,
 ) -> Spectrum[AxisSplit]:
     """Factorises a kernel once for pairs of every rank up to ``min(out/groups·b, in/groups·a)``.

@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .eigen import ridged_cholesky
+from .eigen import ridged_cholesky, root_of
+from .gram import row_gram
 from .layout import Factors, Stage, frobenius, from_forward_layout, relative, wide_dtype
 
 RIDGE = 1e-6
@@ -109,31 +110,33 @@ class _Fixed:
 
 
 class _Sweep:
-    """A map whose channels go one by one: ``P = H⁻¹`` and ``A = Wᵀ G W``, as far as they are of channels that stay.
+    """A map whose channels go one by one: ``P = H⁻¹`` and ``V`` with ``VᵀV = Wᵀ G W``, of the channels that stay.
 
-    With ``B = (P_SS)⁻¹ P_S`` the map becomes ``W − W_S B``, so ``P −= LᵀL`` with ``L = chol(P_SS)⁻¹ P_S`` and
-    ``A −= BᵀR + RᵀB`` with ``R = A_S − ½ A_SS B``.
+    With ``B = (P_SS)⁻¹ P_S`` the map becomes ``W − W_S B``, so ``V −= V_S B``, and ``P −= LᵀL`` with ``L = chol(P_SS)⁻¹
+    P_S``. ``VᵀV`` then loses ``BᵀR + RᵀB``, ``R = V_Sᵀ (V − ½ V_S B)``; its blocks of single channels are kept.
     """
 
     def __init__(self, reader: Reader, channels: int) -> None:
         self._size, self._factor, self._channels = reader.rows.shape[1] // channels, reader.factor, channels
         large = reader.moment.shape[0] > _LARGE
         unit = _unit(reader.moment.diagonal())
-        moment, rows = reader.moment / unit / unit[:, None], reader.rows * unit
-        inverse = _inverse(moment, _LARGE_RIDGE if large else RIDGE)
-        energy = rows.mT @ (rows if reader.outputs is None else reader.outputs @ rows)
+        inverse = _inverse(reader.moment / unit / unit[:, None], _LARGE_RIDGE if large else RIDGE)
+        values = reader.rows * unit
+        if reader.outputs is not None:
+            values = root_of(reader.outputs).mT @ values
         dtype = torch.float32 if large else inverse.dtype
-        self._begin(inverse.to(dtype), energy.to(dtype), torch.arange(channels))
+        self._begin(inverse.to(dtype), values.to(dtype), torch.arange(channels))
 
-    def _begin(self, inverse: Tensor, energy: Tensor, left: Tensor) -> None:
+    def _begin(self, inverse: Tensor, values: Tensor, left: Tensor) -> None:
         """Takes matrices that are up to date, of the channels that are left."""
-        self._inverse, self._energy, self._left = inverse, energy, left
+        self._inverse, self._values, self._left = inverse, values, left
         self._place = {channel: i for i, channel in enumerate(left.tolist())}
         every = torch.arange(len(left))
-        blocks = [m.reshape(len(left), self._size, len(left), self._size)[every, :, every] for m in (inverse, energy)]
-        self._own_inverse, self._own_energy = blocks
+        self._own_inverse = inverse.reshape(len(left), self._size, len(left), self._size)[every, :, every]
+        self._own_energy = _own(values, values, self._size)
         self._most = max(_WAITING, len(inverse) // 16)
-        self._waiting = inverse.new_empty(3, self._most + self._size, len(inverse))  # L, B and R of `_Sweep`
+        self._waiting = inverse.new_empty(2, self._most + self._size, len(inverse))  # L and B of `_Sweep`
+        self._taken = values.new_empty(len(values), self._most + self._size)  # V_S
         self._count = 0
 
     def losses(self) -> Tensor:
@@ -149,21 +152,20 @@ class _Sweep:
 
     def remove(self, channel: int) -> None:
         """Takes a channel away; the others take over what they can of its work."""
-        place, size = self._place.pop(channel), self._size
+        place, size, count = self._place.pop(channel), self._size, self._count
         block = slice(place * size, (place + 1) * size)
-        inverse, energy = self._inverse[block], self._energy[block]
-        if self._count:
-            left, solved, rest = self._waiting[:, : self._count]
-            inverse = torch.addmm(inverse, left[:, block].mT, left, alpha=-1)
-            energy = torch.addmm(energy, solved[:, block].mT, rest, alpha=-1)
-            energy.addmm_(rest[:, block].mT, solved, alpha=-1)
-        left, solved, rest = self._waiting[:, self._count : self._count + size]
+        left, solved = self._waiting[:, :count]
+        taken = self._taken[:, :count]
+        inverse = torch.addmm(self._inverse[block], left[:, block].mT, left, alpha=-1)
+        values = torch.addmm(self._values[:, block], taken, solved[:, block], alpha=-1)
+        energy = torch.addmm(values.mT @ self._values, values.mT @ taken, solved, alpha=-1)
         self._count += size
+        self._taken[:, count : self._count] = values
+        left, solved = self._waiting[:, count : self._count]
         root, _ = torch.linalg.cholesky_ex(inverse[:, block])
         left.copy_(torch.linalg.solve_triangular(root, inverse, upper=False))
         solved.copy_(torch.linalg.solve_triangular(root.mT, left, upper=True))
-        torch.addmm(energy, energy[:, block], solved, alpha=-0.5, out=rest)
-        both = _own(solved, rest, size)
+        both = _own(solved, energy.addmm_(energy[:, block].clone(), solved, alpha=-0.5), size)
         self._own_inverse = self._own_inverse - _own(left, left, size)
         self._own_energy = self._own_energy - both - both.mT
         self._own_inverse[place] = torch.eye(size, dtype=inverse.dtype, device=inverse.device)
@@ -173,11 +175,11 @@ class _Sweep:
     def _update(self) -> None:
         """Takes what waits off the matrices, and what is gone out of them."""
         places = torch.tensor(list(self._place.values()), dtype=torch.long, device=self._inverse.device)
-        left, solved, rest = (self._of(places, each, 1) for each in self._waiting[:, : self._count])
-        inverse, energy = (self._of(places, self._of(places, m, 0), 1) for m in (self._inverse, self._energy))
-        inverse.addmm_(left.mT, left, alpha=-1)
-        energy.addmm_(torch.cat([solved, rest]).mT, torch.cat([rest, solved]), alpha=-1)
-        self._begin(inverse, energy, self._left[places.cpu()])
+        left, solved = (self._of(places, each, 1) for each in self._waiting[:, : self._count])
+        inverse, values = self._of(places, self._of(places, self._inverse, 0), 1), self._of(places, self._values, 1)
+        inverse -= row_gram(left.mT)
+        values.addmm_(self._taken[:, : self._count], solved, alpha=-1)
+        self._begin(inverse, values, self._left[places.cpu()])
 
     def _of(self, places: Tensor, matrix: Tensor, axis: int) -> Tensor:
         """The rows or columns of some channels."""
@@ -192,8 +194,8 @@ def _unit(squares: Tensor) -> Tensor:
 
 
 def _own(first: Tensor, second: Tensor, size: int) -> Tensor:
-    """``firstᵀ second`` within each channel: ``(channels, size, size)`` of ``(size, channels · size)``."""
-    each = [m.reshape(size, -1, size).transpose(0, 1) for m in (first, second)]
+    """``firstᵀ second`` within each channel: ``(channels, size, size)`` of ``(rows, channels · size)``."""
+    each = [m.reshape(len(m), -1, size).transpose(0, 1) for m in (first, second)]
     return each[0].mT @ each[1]
 
 

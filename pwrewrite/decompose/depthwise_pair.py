@@ -23,7 +23,7 @@ from torch import Tensor
 from .last_factor import PairFactors
 from .layout import Stage, from_forward_layout, pointwise_weight, prepare_kernel
 from .spectrum import Spectrum, Truncation
-from .weighting import SideWeight, side_weight
+from .weighting import RepeatedWeight, SideWeight, Weight, side_weight
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -80,7 +80,7 @@ class Depthwise(PairFactors):
 
 
 def depthwise_spectrum(
-    kernel: Tensor, groups: int = 1, input_weight: Tensor | None = None, output_weight: Tensor | None = None
+    kernel: Tensor, groups: int = 1, input_weight: Weight | None = None, output_weight: Weight | None = None
 ) -> Spectrum[Depthwise]:
     """Factorises a kernel once for every number of terms up to ``min(out/groups, k)``.
 
@@ -93,7 +93,7 @@ def depthwise_spectrum(
     matrix = sliced.reshape(groups * channels, out // groups, size)
     left = side_weight(output_weight, groups, out // groups, 1, prepared, "output_weight")
     if left is not None:
-        left = SideWeight(left.matrix.repeat_interleave(channels, 0), 1)
+        left = RepeatedWeight(left.matrix, 1, channels)
     right = side_weight(input_weight, groups, channels, size, prepared, "input_weight")
     if right is not None:  # its diagonal blocks (in, k, k), or (in, 1, 1) of one over channels
         block = right.matrix.shape[-1] // channels

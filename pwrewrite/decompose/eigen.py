@@ -21,12 +21,25 @@ def ridged_cholesky(gram: Tensor, level: Tensor | float, ridge: float, step: flo
 
     That grows by ``step`` until there is a factor.
     """
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor, bad = torch.linalg.cholesky_ex(gram + ridge * level * eye)
-    while bool(bad.any()) and ridge < 1:
+    ridged = gram.clone()
+    diagonal, on_diagonal = ridged.diagonal(dim1=-2, dim2=-1), gram.diagonal(dim1=-2, dim2=-1)
+    shift = level[..., 0] if isinstance(level, Tensor) else level  # (groups, 1, 1)
+    while True:
+        diagonal.copy_(on_diagonal + ridge * shift)
+        factor, bad = torch.linalg.cholesky_ex(ridged)
+        if ridge >= 1 or not bool(bad.any()):
+            return factor, ridge
         ridge *= step
-        factor, bad = torch.linalg.cholesky_ex(gram + ridge * level * eye)
-    return factor, ridge
+
+
+def root_of(weight: Tensor) -> Tensor:
+    """A lower triangle ``R (*batch, n, n)`` with ``R Rᵀ`` a symmetric positive semi-definite matrix, up to rounding."""
+    return ridged_cholesky(weight, mean_diagonal(weight), 1e-12, 100)[0]
+
+
+def mean_diagonal(normal: Tensor) -> Tensor:
+    """``(*batch, 1, 1)``: the mean of the diagonal, never 0."""
+    return normal.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(normal.dtype).tiny)[..., None, None]
 
 
 def symmetric_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .eigen import LinAlgError, symmetric_eigen
+from .gram import row_gram
 from .layout import wide_dtype
 
 #: A Gram matrix is trusted where the energy cut off exceeds this times √n·eps times the largest eigenvalue.
@@ -38,9 +39,6 @@ _CHEBYSHEV_SIZE = 48
 #: The largest ratio of leading eigenvalue to smallest Ritz value for a step of degree 1 and of degree 2: a float32
 #: product loses eps times this ratio or its square of the weakest direction, at most 1%.
 _CHEBYSHEV_SPREAD = (1e5, 3e2)
-#: A Gram matrix is computed by blocks from this size on (on a CPU; a GPU prefers one large product).
-_BLOCK_SIZE = 256
-
 
 Subspaces = tuple[Tensor, Tensor, Tensor]
 """``(*batch, out, rank_out)`` and ``(*batch, in, rank_in)``, both orthonormal, and the core between them."""
@@ -86,8 +84,8 @@ class _Alternation:
     def gram(self, side: int, tensor: Tensor) -> Tensor:
         batch, (out, size, inner) = tensor.shape[:-3], tensor.shape[-3:]
         if side == 0:
-            return _row_gram(tensor.reshape(*batch, out, size * inner))
-        return _row_gram(tensor.reshape(*batch, out * size, inner).mT)
+            return row_gram(tensor.reshape(*batch, out, size * inner))
+        return row_gram(tensor.reshape(*batch, out * size, inner).mT)
 
     def start(self, side: int, tensor: Tensor | None = None) -> Tensor:
         """Leading eigenvectors of one side, of the kernel itself or of a projected one."""
@@ -171,17 +169,3 @@ def project(side: int, matrix: Tensor, tensor: Tensor) -> Tensor:
 def _captured(gram: Tensor, factor: Tensor) -> float:
     """``tr(Uᵀ G U)``: the energy that a factor keeps."""
     return float((factor * (gram @ factor)).sum())
-
-
-def _row_gram(rows: Tensor) -> Tensor:
-    """``rows @ rowsᵀ`` of ``(*batch, n, m)``; of a large single matrix on a CPU, the lower blocks only, mirrored."""
-    size = rows.shape[-2]
-    if rows.dim() != 2 or size < _BLOCK_SIZE or rows.device.type != "cpu":
-        return rows @ rows.mT
-    gram = rows.new_empty(size, size)
-    step = -(-size // 4)
-    for low in range(0, size, step):
-        high = min(low + step, size)
-        torch.mm(rows[low:high], rows[:high].T, out=gram[low:high, :high])
-        gram[:low, low:high] = gram[low:high, :low].T
-    return gram

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from .eigen import ridged_cholesky
+from .eigen import mean_diagonal, ridged_cholesky
 from .layout import Factors
 
 RIDGE = 1e-9
@@ -82,11 +82,6 @@ def solve_last(normal: Tensor, cross: Tensor, *, ridge: float = RIDGE, towards: 
     return torch.cholesky_solve(right.mT, factor).mT
 
 
-def mean_diagonal(normal: Tensor) -> Tensor:
-    """``(groups, 1, 1)``: the mean of the diagonal, never 0."""
-    return normal.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(normal.dtype).tiny)[:, None, None]
-
-
 class Nested:
     """Pairs of factors of one kernel at every rank up to ``rank``, and their losses in the full norm.
 
@@ -97,7 +92,7 @@ class Nested:
 
     is a cumulative sum. A bottleneck cuts what a reduction leaves once more, at the outputs: with the first ``r``
     blocks of ``Z`` its loss at an output width ``s`` is ``tr(G W C Wᵀ)`` less the ``s`` largest eigenvalues of
-    ``G^½ Zᵀ Z G^½``.
+    ``G^½ Zᵀ Z G^½``, which are those of ``Z G Zᵀ``.
 
     ``rows`` are the kernel ``W (groups, out, patch)``, ``moment`` is ``C (groups, patch, patch)``, or None for the
     identity, with an orthonormal first factor. ``factors`` hold the first factor at the largest ``rank`` looked at, in
@@ -127,8 +122,11 @@ class Nested:
         return torch.cat([sums.new_zeros(1), sums])
 
     def explained_cut(self, rank: int, root: Tensor | None) -> Tensor:
-        """``(out + 1,)``: the same for one rank and ``root = G^½``, cut to output widths 0, 1, …."""
+        """``(out + 1,)``: the same for one rank and ``G = root rootᵀ``, cut to output widths 0, 1, …."""
         z = self._solved[:, : rank * self._block]
         z = z if root is None else z @ root
-        values = torch.linalg.eigvalsh(z.mT @ z).clamp(min=0).flip(-1).sum(0)
-        return torch.cat([values.new_zeros(1), values.cumsum(0)])
+        inner, out = z.shape[-2:]
+        values = torch.linalg.eigvalsh(z @ z.mT if inner < out else z.mT @ z).clamp(min=0).flip(-1).sum(0)
+        kept: Tensor = values.new_zeros(out + 1)
+        kept[1 : len(values) + 1] = values
+        return kept.cumsum(0)

@@ -69,6 +69,22 @@ class ProductWeight(SideWeight):
         return first, second
 
 
+@dataclass(frozen=True, eq=False)
+class RepeatedWeight(SideWeight):
+    """A weight of which every matrix is that of ``times`` matrices of the stack in turn."""
+
+    times: int
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        stack, size, columns = rows.shape
+        apart = rows.reshape(stack // self.times, self.times, size, columns).transpose(1, 2)
+        return SideWeight.multiply(self, apart.flatten(2)).reshape(apart.shape).transpose(1, 2).reshape(rows.shape)
+
+    def roots(self) -> tuple[Tensor, Tensor]:
+        root, inverse = SideWeight.roots(self)
+        return root.repeat_interleave(self.times, 0), inverse.repeat_interleave(self.times, 0)
+
+
 def kronecker_multiply(matrix: Tensor, rows: Tensor) -> Tensor:
     """``(matrix ⊗ identity) @ rows`` without forming it; ``rows (groups, side, n)``."""
     *batch, size, columns = rows.shape
@@ -76,8 +92,8 @@ def kronecker_multiply(matrix: Tensor, rows: Tensor) -> Tensor:
     return (matrix @ rows.reshape(*batch, inner, size // inner * columns)).reshape(*batch, size, columns)
 
 
-Weight = Tensor | tuple[Tensor, Tensor]
-"""A weight of a side, or ``(A, B)`` for ``A ⊗ B`` over its channels and the rest."""
+Weight = Tensor | SideWeight | tuple[Tensor, Tensor]
+"""A weight of a side, one that was checked before, or ``(A, B)`` for ``A ⊗ B`` over its channels and the rest."""
 
 
 def side_weight(
@@ -89,8 +105,8 @@ def side_weight(
     rest for their product; None for the identity. There are so many ``channels`` per group on this side, and ``rest``
     is the product of its other axes.
     """
-    if weight is None:
-        return None
+    if weight is None or isinstance(weight, SideWeight):
+        return weight
     if isinstance(weight, tuple):
         outer = side_weight(weight[0], groups, channels, 1, like, name)
         inner = side_weight(weight[1], groups, rest, 1, like, name)
@@ -133,11 +149,17 @@ def split_moment(moment: Tensor, channels: int, spatial: Sequence[int], axes: Se
     far = [1 + axis for axis in range(len(spatial)) if axis not in axes]
     shape = (channels, *spatial)
     stack = moment.reshape(-1, *shape, *shape)
-    order = [0, *(1 + axis for axis in near + far), *(1 + len(shape) + axis for axis in near + far)]
     a, b = math.prod(shape[axis] for axis in near), math.prod(shape[axis] for axis in far)
-    paired = stack.permute(order).reshape(-1, a, b, a, b)
-    near_part = paired.diagonal(dim1=2, dim2=4).sum(-1)
-    far_part = paired.diagonal(dim1=1, dim2=3).sum(-1)
+    near_part = _traced(stack, far, len(shape)).reshape(-1, a, a)
+    far_part = _traced(stack, near, len(shape)).reshape(-1, b, b)
     trace = near_part.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     far_part = torch.where(trace > 0, far_part / trace, torch.eye(b, dtype=moment.dtype, device=moment.device) / b)
     return near_part.reshape(*batch, a, a), far_part.reshape(*batch, b, b)
+
+
+def _traced(stack: Tensor, axes: Sequence[int], dims: int) -> Tensor:
+    """The trace over some of the axes of both sides of ``(groups, *shape, *shape)``, the last of them first."""
+    for axis in sorted(axes, reverse=True):
+        stack = stack.diagonal(dim1=1 + axis, dim2=1 + dims + axis).sum(-1)
+        dims -= 1
+    return stack

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.convolution import ConvSpec
 from ..decompose import PairFactors, Spectrum, depthwise_spectrum
+from ..decompose.weighting import SideWeight
 from .form import Axes, FormPass, OneRank
 from .specs import Chain, stage_spec
 from .weighted import WeightedLayer
@@ -41,7 +42,8 @@ class Depthwise(OneRank):
 
     def weighted_spectrum(self, layer: WeightedLayer, axes: Axes) -> tuple[Spectrum[PairFactors], bool]:
         """Correlations between input channels are not seen."""
-        weighted = depthwise_spectrum(layer.kernel, layer.spec.groups, layer.inputs, layer.gradients)
+        inputs = None if layer.inputs is None else SideWeight(layer.inputs, 1)
+        weighted = depthwise_spectrum(layer.kernel, layer.spec.groups, inputs, layer.gradients)
         return weighted, layer.inputs is None
 
 

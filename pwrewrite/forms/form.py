@@ -19,6 +19,7 @@ from ..core.convolution import ConvSpec
 from ..core.errors import PlanError
 from ..core.plan import SkipReason
 from ..decompose import Factors, PairFactors, RankSpec, Spectrum, default_multiple
+from ..decompose.weighting import SideWeight
 from .specs import Chain, stage_spec
 from .weighted import Cuts, WeightedLayer
 
@@ -199,7 +200,8 @@ class SplitForm(OneRank):
         """Exact where the last stage owns no extent, a Kronecker product elsewhere."""
         first = self.first_axes(layer.spec, axes)
         near, outputs, exact = layer.sides(first)
-        return decompose.split_spectrum(layer.kernel, layer.spec.groups, first, near, outputs), exact
+        inputs = None if near is None else SideWeight(near, 1)
+        return decompose.split_spectrum(layer.kernel, layer.spec.groups, first, inputs, outputs), exact
 
     def limits(self, spec: ConvSpec, axes: Axes = None) -> dict[str, int]:
         """No matricisation has more rank than its shorter side."""

@@ -67,7 +67,8 @@ class SharedCuts:
             near = torch.eye(channels).to(layer.kernel) if near is None else near[0]
             level = near.diagonal().mean().clamp(min=1e-300)
             moment = moment + near / level
-            rows.append((layer.factor * level).sqrt() * _weighted(_unfolded(layer.kernel), layer, outputs))
+            taps = outputs[1] if isinstance(outputs, tuple) else None
+            rows.append((layer.factor * level).sqrt() * _weighted(layer, taps))
         self._spectrum = split_spectrum(torch.cat(rows), input_weight=moment / len(layers))
         self.max_rank = self._spectrum.max_rank
 
@@ -131,16 +132,12 @@ def _unfolded(kernel: Tensor) -> Tensor:
     return kernel.flatten(2).movedim(1, -1).flatten(0, 1) if kernel.dim() > 2 else kernel
 
 
-def _weighted(rows: Tensor, layer: WeightedLayer, outputs: Tensor | tuple[Tensor, Tensor] | None) -> Tensor:
-    """Rows ``(out·k, in)`` times the root of the weight of the outputs, and of the taps where it has one."""
-    if outputs is None:
-        return rows
-    gradients, taps = outputs if isinstance(outputs, tuple) else (outputs, None)
-    apart = rows.reshape(layer.kernel.shape[0], prod(layer.spatial), -1)
+def _weighted(layer: WeightedLayer, taps: Tensor | None) -> Tensor:
+    """A kernel as ``(out·k, in)`` times a root of the weight of its outputs, and of its taps where they have one."""
+    apart, root = _unfolded(layer.kernel).reshape(layer.kernel.shape[0], prod(layer.spatial), -1), layer.gradient_root()
     if taps is not None:
         apart = SideWeight(taps, 1).roots()[0][0] @ apart
-    root = SideWeight(gradients, 1).roots()[0][0].to(rows)
-    return torch.einsum("op,pki->oki", root, apart.to(rows)).flatten(0, 1)
+    return (apart if root is None else torch.einsum("po,pki->oki", root[0], apart)).flatten(0, 1)
 
 
 def _product(core: Tensor, basis: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import decompose
 from ..core.convolution import ConvSpec
 from ..decompose import Nested, PairFactors, Spectrum, solve_last
+from ..decompose.eigen import root_of
 from ..decompose.weighting import Weight
 
 _T = TypeVar("_T")
@@ -103,12 +104,10 @@ class WeightedLayer:
         return float((self.gradients * square.mT).sum())
 
     def gradient_root(self) -> Tensor | None:
-        """``G^½``."""
+        """A lower triangle ``R`` with ``G = R Rᵀ``; None where ``G`` is the identity."""
         if self.gradients is None:
             return None
-        values, vectors = torch.linalg.eigh(self.gradients)
-        root: Tensor = (vectors * values.clamp(min=0).sqrt()[:, None, :]) @ vectors.mT
-        return root
+        return root_of(self.gradients)
 
     def sides(self, axes: Sequence[int]) -> tuple[Tensor | None, Weight | None, bool]:
         """The weights of the channels with some axes, and of the outputs with the others; and whether that is exact."""

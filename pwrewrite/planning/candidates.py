@@ -66,7 +66,7 @@ def make_candidates(norm: Norm, say: Say) -> list[LayerCandidates]:
         weighted = norm.weighted(layer.path, weight)
         costs = {"params": float(layer.params), "macs": float(layer.macs), "bytes": _bytes(layer, [("", spec)])}
         candidates, claims = [Candidate(0.0, costs)], frozenset((layer.path,))
-        for proposer in passes.values():
+        for proposer in sorted(passes.values(), key=lambda each: len(each.form.widths)):  # others rest on one width
             form = proposer.form
             for predicted in form.losses(weighted, partial(_saves, layer, spec, form)):
                 if most is not None and predicted.error > most:

@@ -13,7 +13,7 @@ from ..decompose import to_forward_layout
 from ..decompose.columns import Kept, columns_of, keep
 from ..forms.weighted import WeightedLayer
 from .replaceable import ReplaceableLayers
-from .statistics import LayerStatistics, Statistics, level_of
+from .statistics import LayerStatistics, Statistics
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,8 @@ class Norm:
 
 
 def _shrunk(moment: Tensor, rows: float) -> Tensor:
-    """A moment drawn to a multiple of the identity as far as the rows that it is of were few."""
+    """A moment drawn, in place, to a multiple of the identity as far as the rows that it is of were few."""
     share = min(0.5, 0.02 * moment.shape[-1] / max(rows, 1)) + 1e-6
-    return moment * (1 - share) + share * level_of(moment)
+    level = moment.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp(min=1e-30)
+    moment.mul_(1 - share).diagonal(dim1=-2, dim2=-1).add_(share * level)
+    return moment

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core.convolution import ConvSpec
 from ..decompose.eigen import symmetric_eigen
+from ..decompose.gram import row_gram
 from .patches import row_size
 from .running import wide_dtype
 
@@ -79,7 +80,7 @@ class LayerStatistics:
 
     def add_inputs(self, rows: Tensor, weight: float) -> None:
         """Adds input rows ``(groups, n, d)`` that each stand for ``weight`` positions."""
-        product = rows.mT @ rows if self.inputs.dim() == 3 else rows.square().sum(1)
+        product = _moments(rows) if self.inputs.dim() == 3 else rows.square().sum(1)
         self.inputs.add_(product.to(self.inputs.dtype), alpha=weight)
         self.means.add_(rows.sum(1).to(self.means.dtype), alpha=weight)
         self.weight += weight * rows.shape[1]
@@ -87,7 +88,7 @@ class LayerStatistics:
 
     def add_gradients(self, rows: Tensor, weight: float) -> None:
         """Adds gradient rows ``(groups, n, o)``."""
-        product = (rows.mT @ rows).to(self.inputs.dtype)
+        product = _moments(rows).to(self.inputs.dtype)
         if self.gradients is None:
             self.gradients = torch.zeros_like(product)
         self.gradients.add_(product, alpha=weight)
@@ -103,13 +104,13 @@ class LayerStatistics:
             return moment
         size = torch.linalg.matrix_norm(moment)
         noise = torch.finfo(torch.float32).eps * size
-        rest = moment - mean[:, :, None] * mean[:, None, :]
-        if bool((torch.linalg.matrix_norm(rest) < _NEARLY_CONSTANT * size).any()):
+        moment.baddbmm_(mean[:, :, None], mean[:, None, :], alpha=-1)
+        if bool((torch.linalg.matrix_norm(moment) < _NEARLY_CONSTANT * size).any()):
             # The mean is nearly all there is: of what is left, rounding of sums in float32 makes some negative.
-            values, vectors = symmetric_eigen(rest)
+            values, vectors = symmetric_eigen(moment)
             return (vectors * torch.maximum(values, noise[:, None]).unsqueeze(-2)) @ vectors.mT
-        rest.diagonal(dim1=-2, dim2=-1).add_(noise[:, None])
-        return rest
+        moment.diagonal(dim1=-2, dim2=-1).add_(noise[:, None])
+        return moment
 
     def level(self, centred: bool = False) -> float:
         """The mean square of an element of ``x``; its variance where centred."""
@@ -155,6 +156,11 @@ class Statistics:
         """Rounds the moments of inputs as the cache does, so that a first plan equals those that come after it."""
         for sums in self.layers.values():
             sums.inputs.copy_(sums.inputs.float())
+
+
+def _moments(rows: Tensor) -> Tensor:
+    """``(groups, d, d)`` sums of ``x xᵀ`` over rows ``(groups, n, d)``."""
+    return row_gram(rows[0].mT)[None] if len(rows) == 1 else rows.mT @ rows
 
 
 def level_of(moment: Tensor) -> Tensor:
