@@ -128,12 +128,17 @@ class Form(ABC):
     def solve(self, layer: WeightedLayer, widths: Mapping[str, int], axes: Axes) -> Factors:
         """The factors in the norm of a layer's statistics."""
 
+    def choices(self, spec: ConvSpec, multiple: int | None, worth: Worth) -> list[tuple[dict[str, int], Axes]]:
+        """A ladder of widths for each choice of axes, of those that are worth a look."""
+        every = [(widths, axes) for axes in self.splits(spec) for widths in self.ladder(spec, axes, multiple)]
+        return [each for each in every if worth(*each)]
+
     def losses(self, layer: WeightedLayer, worth: Worth) -> list[FormLoss]:
-        """What the form loses at a ladder of widths, of those that are worth a look."""
-        losses = []
-        for axes in self.splits(layer.spec):
-            ladder = [w for w in self.ladder(layer.spec, axes, layer.multiple) if worth(w, axes)]
-            predicted = self.predict(layer, axes, ladder) if ladder else ()
+        """What the form loses at its `choices`."""
+        choices, losses = self.choices(layer.spec, layer.multiple, worth), list[FormLoss]()
+        for axes in dict.fromkeys(axes for _, axes in choices):
+            ladder = [widths for widths, other in choices if other == axes]
+            predicted = self.predict(layer, axes, ladder)
             losses += [FormLoss(w, axes, max(x, 0.0), layer.error(x)) for w, x in zip(ladder, predicted)]
         return losses
 

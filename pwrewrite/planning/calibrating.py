@@ -28,6 +28,7 @@ from .batches import Batches
 from .cache import read_statistics, statistics_file, write_statistics
 from .gathering import Gathering, NoGradientsError, gather
 from .joint import JOINT
+from .memory import Memory
 from .norm import Norm
 from .outputs import Measured, compare, kind_of_outputs, scoring
 from .replaceable import ReplaceableLayers
@@ -76,12 +77,13 @@ class Calibrated:
         if calibration is not None:
             self.batches = batches_of(calibration, inputs, self.settings, size, samples_in_run(self.captured))
         self.outputs = "values"
+        self.memory = Memory()
         self.statistics = self._calibrate()
 
     @property
     def norm(self) -> Norm:
         """The norm in which errors count."""
-        return Norm(self.replaceable, self.statistics)
+        return Norm(self.replaceable, self.statistics, self.memory)
 
     def decomposer(self, op: Op, weight: Tensor, fitted: bool = True) -> Factors | None:
         """The factors of an op in the norm of the statistics; None where there are none of its layer.
@@ -131,6 +133,7 @@ class Calibrated:
         self.say("reading the calibration inputs", None)
         watched = self.replaceable.watched
         file = statistics_file(self.captured, watched, batches, outputs, settings)
+        self.memory = Memory(None if file is None else file.parents[1] / "losses" / file.name)
         statistics, complete, damage = read_statistics(file, device_of(self.model), watched)
         self.notes += damage
         self.outputs = self._kind_of(outputs, batches, "" if statistics is None else statistics.outputs)

@@ -5,17 +5,19 @@ A layer's calls count together. A candidate that saves neither parameters nor MA
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 
+from torch import Tensor
+
 from ..capturing.records import Layer
 from ..core.convolution import ConvSpec
 from ..core.plan import Op
-from ..forms.form import Axes, Form
+from ..forms.form import Axes, Form, FormLoss
 from ..forms.specs import Chain, stage_output
-from ..passes.base import estimate_chain, scope_of, spec_of, weight_of
+from ..passes.base import LayerPass, estimate_chain, scope_of, spec_of, weight_of
 from .groups import Candidate, Group, evenly, front
 from .latency import LatencyTable, Variant
 from .norm import Norm
@@ -63,21 +65,38 @@ def make_candidates(norm: Norm, say: Say) -> list[LayerCandidates]:
         weight = weight_of(layer, replaceable.owners)
         assert weight is not None
         spec, scope = spec_of(layer), scope_of(replaceable.capture, layer)
-        weighted = norm.weighted(layer.path, weight)
         costs = {"params": float(layer.params), "macs": float(layer.macs), "bytes": _bytes(layer, [("", spec)])}
         candidates, claims = [Candidate(0.0, costs)], frozenset((layer.path,))
-        for proposer in sorted(passes.values(), key=lambda each: len(each.form.widths)):  # others rest on one width
-            form = proposer.form
-            for predicted in form.losses(weighted, partial(_saves, layer, spec, form)):
-                if most is not None and predicted.error > most:
-                    continue
-                op = proposer.op(layer, spec, predicted.widths, axes=predicted.axes, scope=scope)
-                if isinstance(op, Op) and (cost := op.estimate) is not None:
-                    nbytes = _bytes(layer, form.stages(spec, predicted.widths, predicted.axes))
-                    after = {"params": float(cost.params_after), "macs": float(cost.macs_after), "bytes": nbytes}
-                    candidates.append(Candidate(predicted.loss, after, claims, op, predicted.error))
+        for proposer, predicted in _losses(norm, layer, spec, weight, passes.values()):
+            if most is not None and predicted.error > most:
+                continue
+            op = proposer.op(layer, spec, predicted.widths, axes=predicted.axes, scope=scope)
+            if isinstance(op, Op) and (cost := op.estimate) is not None:
+                nbytes = _bytes(layer, proposer.form.stages(spec, predicted.widths, predicted.axes))
+                after = {"params": float(cost.params_after), "macs": float(cost.macs_after), "bytes": nbytes}
+                candidates.append(Candidate(predicted.loss, after, claims, op, predicted.error))
         layers.append(LayerCandidates(candidates, layer, spec))
     return layers
+
+
+def _losses(
+    norm: Norm, layer: Layer, spec: ConvSpec, weight: Tensor, passes: Iterable[LayerPass]
+) -> list[tuple[LayerPass, FormLoss]]:
+    """What each pass's form loses at its choices of widths."""
+    worth = {each.name: partial(_saves, layer, spec, each.form) for each in passes}
+    multiple = norm.replaceable.budget.multiple
+    choices = [(p, w, axes) for p in passes for w, axes in p.form.choices(spec, multiple, worth[p.name])]
+
+    def work_out() -> list[tuple[float, float]]:
+        weighted = norm.weighted(layer.path, weight)
+        # Forms of several widths cut what those of one have worked out.
+        forms = sorted(passes, key=lambda each: len(each.form.widths))
+        found = {each.name: each.form.losses(weighted, worth[each.name]) for each in forms}
+        return [(x.loss, x.error) for each in passes for x in found[each.name]]
+
+    what = [layer.path, [(proposer.form.name, widths, axes) for proposer, widths, axes in choices]]
+    numbers = norm.once(what, (len(choices), 2), work_out).tolist()
+    return [(p, FormLoss(widths, axes, *pair)) for (p, widths, axes), pair in zip(choices, numbers, strict=True)]
 
 
 def _variant(spec: ConvSpec, op: Op) -> Variant:

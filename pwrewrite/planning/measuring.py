@@ -34,6 +34,10 @@ class LossMeter:
 
     def loss(self, group: MeasuredGroup, op: Op, samples: int = SAMPLES) -> float:
         """The loss with one of a group's ops; infinite where outputs are not finite any more."""
+        what = ["measured", op.action, op.path, op.settings, samples]
+        return float(self._norm.once(what, (), lambda: self._measured(group, op, samples)))
+
+    def _measured(self, group: MeasuredGroup, op: Op, samples: int) -> float:
         with torch.no_grad(), evaluating(self._model):
             chunk, before = self._reference(samples)
             with group.trial(self._model, self._norm, op):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -12,6 +13,7 @@ from ..core.plan import Op
 from ..decompose import to_forward_layout
 from ..decompose.columns import Kept, columns_of, keep
 from ..forms.weighted import WeightedLayer
+from .memory import Memory, Numbers
 from .replaceable import ReplaceableLayers
 from .statistics import LayerStatistics, Statistics
 
@@ -22,6 +24,15 @@ class Norm:
 
     replaceable: ReplaceableLayers
     statistics: Statistics | None
+    memory: Memory
+
+    def once(self, what: object, shape: Sequence[int], make: Callable[[], Numbers]) -> Tensor:
+        """Numbers ``(*shape)`` that follow from layers, statistics and settings, worked out where they are not known.
+
+        ``what``: what they are of, as JSON can hold it.
+        """
+        kind, budget = None if self.statistics is None else self.statistics.kind, self.replaceable.budget
+        return self.memory.once([what, kind, budget.multiple, budget.refit], shape, make)
 
     def sums(self, path: str) -> LayerStatistics:
         """The statistics of a layer or region."""

@@ -73,6 +73,7 @@ class Planner(Calibrated):
             skips += left
         changing = {layer.path for layer in self.layers}.union(*(c.claims for g in joint for c in g.candidates))
         self._skips = [*self.replaceable.skips, *(skip for skip in skips if skip.path not in changing)]
+        self.memory.store()
         self._offer(joint)
 
     def _offer(self, joint: list[JointGroup]) -> None:
@@ -147,6 +148,7 @@ class Planner(Calibrated):
 
     def _choose(self, limits: Sequence[Limit], absolute: Mapping[str, float]) -> Choice:
         (choice,) = settled(self.measured, self.meter, lambda: [self.allocator.choose(limits, absolute)], self.say)
+        self.memory.store()
         return choice
 
     @property
@@ -187,7 +189,9 @@ class Planner(Calibrated):
         """The least losses at so many limits of a kind, from the original to the smallest, within those of others."""
         if kind == "latency" or any(limit.kind == "latency" for limit in limits):
             self._time()
-        return settled(self.measured, self.meter, lambda: self.allocator.frontier(kind, limits, points), self.say)
+        choices = settled(self.measured, self.meter, lambda: self.allocator.frontier(kind, limits, points), self.say)
+        self.memory.store()
+        return choices
 
     def refit(self, rewritten: nn.Module, plan: Plan) -> Fit:
         """Fits the model with a plan carried out to the original on the calibration inputs, in place."""

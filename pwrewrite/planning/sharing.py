@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..core.plan import Op, Skip
 from ..forms.expand import FORM as EXPAND
@@ -52,10 +54,9 @@ class SharedCandidates(JointGroup):
             say(f"looking at what {shared.path} and others read", i / len(maps))
             multiple = norm.replaceable.budget.multiple
             ladder = ranks_to_try(shared.full, multiple, _WIDTHS)
-            layers = _weighted(norm, [layer.path for layer in shared.layers])
-            claims, scale = frozenset(layer.path for layer in shared.layers), sum(layer.scale for layer in layers)
-            candidates = [Candidate(0.0, _costs(shared))]
-            for rank, curves in zip(ladder, SharedCuts(layers).losses(ladder)):
+            claims, candidates = frozenset(layer.path for layer in shared.layers), [Candidate(0.0, _costs(shared))]
+            every, scale = _curves(norm, shared, ladder)
+            for rank, curves in zip(ladder, every):
                 for widths in _width_choices(shared, rank, curves, multiple):
                     if grows(shared.estimate(rank, widths)):
                         continue
@@ -131,6 +132,19 @@ def _width_choices(
         choices.append(tuple(widths))
     places = {round((len(choices) - 1) * n / (_CHOICES - 1)) for n in range(_CHOICES)}
     return [choices[place] for place in sorted(places)]
+
+
+def _curves(norm: Norm, shared: SharedMap, ladder: Sequence[int]) -> tuple[list[list[Tensor]], float]:
+    """What each reader of a map loses at ranks and widths (`SharedCuts.losses`), and all of them without a kernel."""
+    paths, sizes = [layer.path for layer in shared.layers], [spec_of(y).out_channels + 1 for y in shared.layers]
+
+    def work_out() -> Tensor:
+        layers = _weighted(norm, paths)
+        scale, curves = sum(layer.scale for layer in layers), SharedCuts(layers).losses(ladder)
+        return torch.stack([F.pad(torch.cat(each), (1, 0), value=scale) for each in curves])
+
+    rows = norm.once([NAME, paths, ladder], (len(ladder), 1 + sum(sizes)), work_out)
+    return [list(row[1:].split(sizes)) for row in rows], float(rows[0, 0])
 
 
 def _weighted(norm: Norm, readers: Sequence[str]) -> list[WeightedLayer]:

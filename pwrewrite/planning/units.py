@@ -15,7 +15,7 @@ from typing import Self
 from torch import Tensor, nn
 
 from ..core.plan import Op, Skip
-from ..decompose.columns import Kept, Reader, eliminate
+from ..decompose.columns import Elimination, Kept, Reader, eliminate
 from ..decompose.layout import from_forward_layout
 from ..forms.form import ranks_to_try
 from ..passes.base import spec_of, weight_of
@@ -53,10 +53,10 @@ class UnitCandidates(MeasuredGroup):
             say(f"looking at the channels of {unit.producers[0].path}", i / len(replaceable.units))
             widths = [w for w in ranks_to_try(unit.channels, replaceable.budget.multiple, _WIDTHS) if w < unit.channels]
             widths = [w for w in widths if w * _LEAST >= unit.channels]
-            readers = _readers(norm, unit)
-            if not widths or readers is None:
+            swept = _swept(norm, unit, widths[0]) if widths else None
+            if swept is None:
                 continue
-            found, scale = eliminate(readers, unit.channels, widths[0]), sum(reader.scale for reader in readers)
+            found, scale = swept
             claims, params = frozenset(layer.path for layer in unit.layers), sum(layer.params for layer in unit.layers)
             before = {
                 "params": float(params + unit.norm_params * unit.channels),
@@ -109,11 +109,30 @@ class UnitCandidates(MeasuredGroup):
         return before, [sum(_seconds(self.unit, len(op.settings["keep"]), table).values()) for op in ops]
 
 
-def _readers(norm: Norm, unit: Unit) -> list[Reader] | None:
+def _swept(norm: Norm, unit: Unit, least: int) -> tuple[Elimination, float] | None:
+    """In which order a unit's channels go until so many stay, and the loss without any; None without weights."""
+    if norm.statistics is None:
+        readers = plain_readers(norm.replaceable.graph, unit)
+        return None if readers is None else (eliminate(readers, unit.channels, least), _scale(readers))
+
+    def work_out() -> list[Sequence[float]]:
+        readers = _readers(norm, unit)
+        found = eliminate(readers, unit.channels, least)
+        return [(_scale(readers), *found.order), found.losses]
+
+    what = [Narrow.name, [layer.path for layer in unit.layers], unit.channels, least]
+    (scale, *order), losses = norm.once(what, (2, unit.channels - least + 1), work_out).tolist()
+    return Elimination(unit.channels, tuple(map(int, order)), tuple(losses)), scale
+
+
+def _scale(readers: Sequence[Reader]) -> float:
+    return sum(reader.scale for reader in readers)
+
+
+def _readers(norm: Norm, unit: Unit) -> list[Reader]:
     """The readers of a unit in the norm of their statistics."""
     graph, statistics = norm.replaceable.graph, norm.statistics
-    if statistics is None:
-        return plain_readers(graph, unit)
+    assert statistics is not None
     readers = []
     for each in unit.readers:
         path, weight = each.layer.path, weight_of(each.layer, graph.owners)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from small_networks import KINDS, Net, batches, made
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +25,7 @@ from pwrewrite.core.errors import RefusedError, UsageError
 from pwrewrite.core.options import Budget
 from pwrewrite.core.plan import Plan, SkipReason
 from pwrewrite.forms import FORMS
+from pwrewrite.forms.form import Form
 from pwrewrite.planning.budget import budgets_of
 from pwrewrite.planning.planner import Planner
 
@@ -461,6 +463,46 @@ def test_other_budgets_and_forms_need_no_new_run() -> None:
     pwrewrite.plan(model, inputs, {"params": 0.5}, batches(), refit="none", multiple=2)
     assert isinstance(model, Net)
     assert model.runs == 1
+
+
+def test_a_second_plan_decomposes_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, made_up = plan(), "decompose nothing"
+    (file,) = cache.glob("losses/*.safetensors")
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError(made_up)
+
+    with monkeypatch.context() as patched:
+        for name in ("losses", "fit"):
+            patched.setattr(Form, name, refuse)
+        patched.setattr("pwrewrite.planning.units.eliminate", refuse)
+        assert plan().to_json() == first.to_json()
+        for changed in ("multiple", 2), ("sensitivity", "activations"), ("refit", "none"):
+            with pytest.raises(AssertionError, match=made_up):
+                plan(**dict([changed]))
+    assert load(file.read_bytes())
+
+
+@pytest.mark.parametrize("damage", ["cut", "no file", "NaN", "another shape", "a folder"])
+def test_damaged_losses_are_worked_out_anew(cache: Path, damage: str) -> None:
+    first = plan()
+    (file,) = cache.glob("losses/*.safetensors")
+    known = load(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:100])
+    elif damage == "no file":
+        file.write_bytes(b"not what it was")
+    elif damage == "NaN":
+        save_file({name: torch.full_like(value, math.nan) for name, value in known.items()}, file)
+    elif damage == "another shape":
+        save_file({name: torch.zeros(7, 2, dtype=torch.float64) for name in known}, file)
+    else:
+        file.unlink()
+        file.mkdir()
+    assert alike(plan(), first)
+    if damage != "a folder":
+        found = load(file.read_bytes())
+        assert all(torch.allclose(found[name], value, rtol=1e-4, atol=1e-9) for name, value in known.items())
 
 
 def test_the_cache_can_be_off(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
