@@ -46,11 +46,10 @@ class PairFactors(Factors):
     def inner(self, patches: Tensor, spatial: Sequence[int]) -> Tensor:
         """``M · patches (groups, inner, columns)`` of ``patches (groups, patch, columns)``, channel first."""
 
-    def normal(self, moment: Tensor, spatial: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """``M C`` and ``M C Mᵀ`` for a symmetric moment ``C (groups, patch, patch)``."""
-        half = self.inner(moment, spatial)
-        whole = self.inner(half.mT, spatial)
-        return half, (whole + whole.mT) / 2
+    def normal(self, moment: Tensor, spatial: Sequence[int]) -> Tensor:
+        """``M C Mᵀ (groups, inner, inner)`` for a symmetric moment ``C (groups, patch, patch)``."""
+        whole = self.inner(self.inner(moment, spatial).mT, spatial)
+        return (whole + whole.mT) / 2
 
     def last_matrix(self) -> Tensor:
         """The last factor as ``(groups, out/groups, inner)``."""
@@ -94,25 +93,22 @@ class Nested:
     blocks of ``Z`` its loss at an output width ``s`` is ``tr(G W C Wᵀ)`` less the ``s`` largest eigenvalues of
     ``G^½ Zᵀ Z G^½``, which are those of ``Z G Zᵀ``.
 
-    ``rows`` are the kernel ``W (groups, out, patch)``, ``moment`` is ``C (groups, patch, patch)``, or None for the
-    identity, with an orthonormal first factor. ``factors`` hold the first factor at the largest ``rank`` looked at, in
-    the order of `Spectrum.right_basis`.
+    ``moved`` is ``W C (groups, out, patch)``, ``moment`` is ``C (groups, patch, patch)``, or None for the identity,
+    with an orthonormal first factor. ``factors`` hold the first factor at the largest ``rank`` looked at, in the order
+    of `Spectrum.right_basis`.
     """
 
     def __init__(
-        self, factors: PairFactors, rank: int, rows: Tensor, moment: Tensor | None, spatial: Sequence[int]
+        self, factors: PairFactors, rank: int, moved: Tensor, moment: Tensor | None, spatial: Sequence[int]
     ) -> None:
         self.rank = rank
-        if moment is None:
-            self._solved = factors.inner(rows.mT, spatial)
-            self._block = self._solved.shape[1] // rank
-            return
-        narrow = torch.float32 if rows.shape[2] > 1200 else rows.dtype  # sums of many products; solved in wide
-        half, normal = factors.normal(moment.to(narrow), spatial)
-        cross, normal = (half @ rows.mT.to(narrow)).to(rows.dtype), normal.to(rows.dtype)
-        factor, _ = ridged_cholesky(normal, mean_diagonal(normal), RIDGE, 100)
-        self._block = normal.shape[-1] // self.rank
-        self._solved = torch.linalg.solve_triangular(factor, cross, upper=False)  # Z (groups, inner, out)
+        self._solved = factors.inner(moved.mT, spatial)  # Z (groups, inner, out)
+        self._block = self._solved.shape[1] // rank
+        if moment is not None:
+            narrow = torch.float32 if moved.shape[2] > 1200 else moved.dtype  # sums of many products; solved in wide
+            normal = factors.normal(moment.to(narrow), spatial).to(moved.dtype)
+            factor, _ = ridged_cholesky(normal, mean_diagonal(normal), RIDGE, 100)
+            self._solved = torch.linalg.solve_triangular(factor, self._solved, upper=False)
 
     def explained(self, gradients: Tensor | None) -> Tensor:
         """``(rank + 1,)``: what ranks 0, 1, … keep of ``tr(G W C Wᵀ)``."""

@@ -79,7 +79,7 @@ class SharedCuts:
         """
         basis, roots = self._basis(max(ranks)), [layer.gradient_root() for layer in self._layers]
         nested = [
-            Nested(_pair(layer, basis), len(basis), layer.rows, layer.inputs, layer.spatial) for layer in self._layers
+            Nested(_pair(layer, basis), len(basis), layer.moved, layer.inputs, layer.spatial) for layer in self._layers
         ]
         curves = []
         for rank in ranks:
@@ -113,9 +113,9 @@ class SharedCuts:
         factors, normal = _pair(layer, basis), None
         core = factors.second
         if layer.inputs is not None:
-            half, normal = factors.normal(layer.inputs, layer.spatial)
+            normal, cross = factors.normal(layer.inputs, layer.spatial), factors.inner(layer.moved.mT, layer.spatial)
             if layer.scale > 0 and len(basis) < self.max_rank:
-                core = solve_last(normal, layer.rows @ half.mT, towards=factors.last_matrix()).reshape(core.shape)
+                core = solve_last(normal, cross.mT, towards=factors.last_matrix()).reshape(core.shape)
         if width is None:
             return core
         spec = replace(layer.spec, in_channels=len(basis))

@@ -38,6 +38,9 @@ class WeightedLayer:
         multiple: What ranks are rounded to; None for 8 where the channels are 64 or more.
     """
 
+    scale: float
+    """The loss of an all-zero kernel."""
+
     def __init__(
         self,
         weight: Tensor,
@@ -59,7 +62,7 @@ class WeightedLayer:
         self.inputs = None if inputs is None else inputs.to(device=device, dtype=wide)
         self.gradients = None if gradients is None else gradients.to(device=device, dtype=wide)
         self.factor = positions / 2
-        self.scale = self.loss_of(self.kernel)  # the loss of an all-zero kernel
+        self._take(self.rows)
         self._cache: dict[Hashable, object] = {}
 
     def normalise(self, scale: float) -> None:
@@ -71,9 +74,14 @@ class WeightedLayer:
     def with_kernel(self, rows: Tensor) -> WeightedLayer:
         """The same norm of another kernel ``(groups, out/groups, patch)``."""
         other = self.bare()
-        other.rows, other.kernel = rows, rows.reshape(self.kernel.shape)
-        other.scale = other.loss_of(other.kernel)
+        other.kernel = rows.reshape(self.kernel.shape)
+        other._take(rows)
         return other
+
+    def _take(self, rows: Tensor) -> None:
+        self.rows = rows
+        self.moved = self._moved(rows)  # W C
+        self.scale = max(self.trace(self.moved @ rows.mT) * self.factor, 0.0)
 
     def bare(self) -> WeightedLayer:
         """The same layer without what forms have made of it."""
@@ -94,8 +102,10 @@ class WeightedLayer:
     def loss_of(self, delta: Tensor) -> float:
         """The loss of a change of the kernel, in forward layout."""
         rows = delta.reshape(self.rows.shape).to(self.rows)
-        moved = rows if self.inputs is None else rows @ self.inputs
-        return max(self.trace(moved @ rows.mT) * self.factor, 0.0)
+        return max(self.trace(self._moved(rows) @ rows.mT) * self.factor, 0.0)
+
+    def _moved(self, rows: Tensor) -> Tensor:
+        return rows if self.inputs is None else rows @ self.inputs
 
     def trace(self, square: Tensor) -> float:
         """``tr(G X)`` over the groups, for ``X (groups, out/groups, out/groups)``."""
@@ -158,9 +168,8 @@ class Cuts:
         """Factors with the best last one for their first, and the moment of what it reads."""
         layer = self._layer
         assert layer.inputs is not None
-        half, normal = factors.normal(layer.inputs, layer.spatial)
-        last = solve_last(normal, layer.rows @ half.mT, towards=factors.last_matrix())
-        return factors.with_last(last), normal
+        normal, cross = factors.normal(layer.inputs, layer.spatial), factors.inner(layer.moved.mT, layer.spatial)
+        return factors.with_last(solve_last(normal, cross.mT, towards=factors.last_matrix())), normal
 
     def nested(self, rank: int) -> Nested:
         """The pairs at every rank up to one in the layer's norm."""
@@ -169,5 +178,5 @@ class Cuts:
         if self._nested is None or self._nested.rank < rank:
             first = self._spectrum.right_basis(rank)
             factors = self._spectrum.with_right(first)
-            self._nested = Nested(factors, first.shape[1], layer.rows, layer.inputs, layer.spatial)
+            self._nested = Nested(factors, first.shape[1], layer.moved, layer.inputs, layer.spatial)
         return self._nested
