@@ -123,6 +123,8 @@ def gather(
             watch.end()
             if each is not None:
                 each(statistics)
+    for sums in statistics.layers.values():
+        sums.finish()
     return statistics
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core.convolution import ConvSpec
 from ..decompose.eigen import symmetric_eigen
-from ..decompose.gram import row_gram
+from ..decompose.gram import add_gram, mirror
 from .patches import row_size
 from .running import wide_dtype
 
@@ -80,19 +80,26 @@ class LayerStatistics:
 
     def add_inputs(self, rows: Tensor, weight: float) -> None:
         """Adds input rows ``(groups, n, d)`` that each stand for ``weight`` positions."""
-        product = _moments(rows) if self.inputs.dim() == 3 else rows.square().sum(1)
-        self.inputs.add_(product.to(self.inputs.dtype), alpha=weight)
+        if self.inputs.dim() == 3:
+            _add_moments(self.inputs, rows, weight)
+        else:
+            self.inputs.add_(rows.square().sum(1).to(self.inputs.dtype), alpha=weight)
         self.means.add_(rows.sum(1).to(self.means.dtype), alpha=weight)
         self.weight += weight * rows.shape[1]
         self.rows += rows.shape[1]
 
     def add_gradients(self, rows: Tensor, weight: float) -> None:
         """Adds gradient rows ``(groups, n, o)``."""
-        product = _moments(rows).to(self.inputs.dtype)
         if self.gradients is None:
-            self.gradients = torch.zeros_like(product)
-        self.gradients.add_(product, alpha=weight)
+            self.gradients = self.inputs.new_zeros(rows.shape[0], rows.shape[2], rows.shape[2])
+        _add_moments(self.gradients, rows, weight)
         self.gradient_weight += weight * rows.shape[1]
+
+    def finish(self) -> None:
+        """Completes the moments: of large ones one half is summed up."""
+        for moments in (self.inputs, self.gradients):
+            if moments is not None and moments.dim() == 3 and len(moments) == 1:
+                mirror(moments[0])
 
     def input_moment(self, *, centred: bool = False) -> Tensor | None:
         """``C (groups, d, d)``, without the mean of ``x`` where centred; None where ``d`` is above `LARGEST_ROW`."""
@@ -158,9 +165,12 @@ class Statistics:
             sums.inputs.copy_(sums.inputs.float())
 
 
-def _moments(rows: Tensor) -> Tensor:
-    """``(groups, d, d)`` sums of ``x xᵀ`` over rows ``(groups, n, d)``."""
-    return row_gram(rows[0].mT)[None] if len(rows) == 1 else rows.mT @ rows
+def _add_moments(sums: Tensor, rows: Tensor, weight: float) -> None:
+    """Adds ``x xᵀ`` of all rows ``(groups, n, d)`` to ``(groups, d, d)``."""
+    if len(rows) == 1:
+        add_gram(sums[0], rows[0].mT, weight)
+    else:
+        sums.add_((rows.mT @ rows).to(sums.dtype), alpha=weight)
 
 
 def level_of(moment: Tensor) -> Tensor:
