@@ -26,8 +26,8 @@ _CHEAPEST = 5.0
 """Seconds that the search for a smallest total takes at most."""
 _SURE = 1e-7
 """A gap below is none: no more than the solver's tolerances."""
-_POINT_GAP, _POINT_TIME = 1e-3, 2.0
-"""The gap and the seconds of one point of a frontier."""
+_POINT_GAP, _ROUGH_GAP, _POINT_TIME = 1e-3, 3e-2, 2.0
+"""The gap and the seconds of one point of a frontier; the gap of one that only shows what is worth a measurement."""
 _IMPOSSIBLE = Answer(None, 0.0, impossible=True)
 
 
@@ -121,12 +121,12 @@ def allocate(
 
 
 def frontier(
-    groups: Groups, kind: str, *, limits: Mapping[str, float] | None = None, points: int = 25
+    groups: Groups, kind: str, *, limits: Mapping[str, float] | None = None, points: int = 25, rough: bool = False
 ) -> list[Allocation]:
     """The least losses for so many limits on one kind, evenly apart from no limit down to the smallest total.
 
     ``limits`` are on other kinds, and stay; as in `allocate` they may be `Infeasible`. Each is within a thousandth of
-    the least loss, or as near as two seconds bring it.
+    the least loss, three hundredths where ``rough``, or as near as two seconds bring it.
 
     Returns:
         Allocations of falling cost and never falling loss; equal ones once.
@@ -139,7 +139,8 @@ def frontier(
     for i in range(1, points):
         limit = least if i == points - 1 else max(least, most + (least - most) * i / (points - 1))
         within = {**fixed, kind: limit}
-        allocations.append(allocate(groups, within, gap=_POINT_GAP, time_limit=_POINT_TIME, start=cheapest.chosen))
+        gap = _ROUGH_GAP if rough else _POINT_GAP
+        allocations.append(allocate(groups, within, gap=gap, time_limit=_POINT_TIME, start=cheapest.chosen))
     # A solver's gap may leave some that another one beats in both.
     front: list[Allocation] = []
     for allocation in sorted(allocations, key=lambda a: (-a.costs[kind], a.loss)):

@@ -65,10 +65,13 @@ class Allocator:
         """The choice that costs least of one kind, within limits of others."""
         return self._choice(frontier(self._candidates, kind, limits=self._left(others), points=2)[-1], limits)
 
-    def frontier(self, kind: str, limits: Sequence[Limit] = (), points: int = 25) -> list[Choice]:
-        """As `Planner.frontier`, whose work this is."""
+    def frontier(
+        self, kind: str, limits: Sequence[Limit] = (), points: int = 25, *, rough: bool = False
+    ) -> list[Choice]:
+        """As `Planner.frontier`, whose work this is; within three hundredths of the least losses where ``rough``."""
         try:
-            allocations = frontier(self._candidates, kind, limits=self._left(self.absolute(limits)), points=points)
+            left = self._left(self.absolute(limits))
+            allocations = frontier(self._candidates, kind, limits=left, points=points, rough=rough)
         except Infeasible as error:
             raise self._unmet(error, limits) from None
         return [self._choice(allocation, limits) for allocation in allocations]

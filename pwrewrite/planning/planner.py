@@ -189,7 +189,8 @@ class Planner(Calibrated):
         """The least losses at so many limits of a kind, from the original to the smallest, within those of others."""
         if kind == "latency" or any(limit.kind == "latency" for limit in limits):
             self._time()
-        choices = settled(self.measured, self.meter, lambda: self.allocator.frontier(kind, limits, points), self.say)
+        choose = partial(self.allocator.frontier, kind, limits, points)
+        choices = settled(self.measured, self.meter, choose, self.say, glance=partial(choose, rough=True))
         self.memory.store()
         return choices
 

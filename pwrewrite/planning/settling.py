@@ -15,7 +15,12 @@ _ROUNDS = 5
 
 
 def settled(
-    groups: Sequence[MeasuredGroup], meter: LossMeter | None, choose: Callable[[], list[Choice]], say: Say
+    groups: Sequence[MeasuredGroup],
+    meter: LossMeter | None,
+    choose: Callable[[], list[Choice]],
+    say: Say,
+    *,
+    glance: Callable[[], list[Choice]] | None = None,
 ) -> list[Choice]:
     """Choices of which every change that is in ``groups`` loses what was measured, not what was predicted.
 
@@ -27,13 +32,14 @@ def settled(
         meter: Measures; None where losses are not those of the model.
         choose: Chooses among the candidates as they are.
         say: Called at each measurement.
+        glance: Chooses roughly, to see what is worth a measurement; as ``choose`` where None.
     """
     for _ in range(_ROUNDS if meter is not None else 0):
-        choices = choose()
+        choices = (glance or choose)()
         assert meter is not None
         one_each, chosen = len(choices) > 1, {id(op) for choice in choices for op in choice.plan.ops}
         if not _measure(groups, meter, chosen, say, one_each=one_each):
-            return choices
+            return choices if glance is None else choose()
         if one_each:
             break
     return choose()
