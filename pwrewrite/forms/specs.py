@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from math import prod
 
 from ..core.convolution import ConvSpec
 from ..core.errors import PlanError
@@ -100,6 +101,16 @@ def chain_macs(chain: Chain, input_shape: Sequence[int], output_shape: Sequence[
         out = stage_output(spec, shape, output_shape)
         total += spec.macs(shape, out)
         shape = out
+    return total
+
+
+def moved(chain: Chain, shape: Sequence[int], output_shape: Sequence[int]) -> int:
+    """Numbers that a chain reads and writes: activations and weights of every stage."""
+    total = 0
+    for _, spec in chain:
+        after = stage_output(spec, shape, output_shape)
+        total += prod(shape) + prod(after) + spec.params
+        shape = after
     return total
 
 

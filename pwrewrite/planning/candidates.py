@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from ..capturing.records import Layer
 from ..core.convolution import ConvSpec
 from ..core.plan import Op
 from ..forms.form import Axes, Form, FormLoss
-from ..forms.specs import Chain, stage_output
+from ..forms.specs import Chain, moved
 from ..passes.base import LayerPass, estimate_chain, scope_of, spec_of, weight_of
 from .groups import Candidate, Group, evenly, front
 from .latency import LatencyTable, Variant
@@ -109,16 +108,6 @@ def _bytes(layer: Layer, chain: Chain) -> float:
     """Bytes that a chain reads and writes in all calls: activations and weights of every stage."""
     numbers = sum(moved(chain, call.input_shape, call.output_shape) for call in layer.calls)
     return numbers * layer.weight_bytes / max(layer.params, 1)
-
-
-def moved(chain: Chain, shape: tuple[int, ...], output_shape: Sequence[int]) -> int:
-    """Numbers that a chain reads and writes: activations and weights of every stage."""
-    total = 0
-    for _, spec in chain:
-        after = stage_output(spec, shape, output_shape)
-        total += prod(shape) + prod(after) + spec.params
-        shape = after
-    return total
 
 
 def _saves(layer: Layer, spec: ConvSpec, form: Form, widths: Mapping[str, int], axes: Axes) -> bool:

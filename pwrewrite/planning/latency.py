@@ -15,10 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -33,12 +34,15 @@ from ..edit.apply import carry_out
 from ..engines.engine import Engine, Session, with_threads
 from ..engines.timing import device_name, time_in_turns, time_models
 from ..engines.torch_engine import PLAIN
-from ..forms.specs import linear_spec, spec_to_dict
+from ..forms import FORMS
+from ..forms.specs import Chain, linear_spec, moved, spec_to_dict
 from ..layers.factorized import Factorized, build, make_layer
 
 _REFERENCE, _REFERENCE_SHAPE = linear_spec(512, 512, True), (64, 512)
 _SECONDS, _SECONDS_EACH = 1.0, 0.12
 """About how long one layer and its candidates run together at most, and each of them where they are few."""
+_ROOM = 2**30
+"""Bytes that layers which are timed in turns may read and write together."""
 MEASURED = 1.05
 """A time within this factor of its limit meets it: as far may two measurements of one model be apart."""
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -65,6 +69,13 @@ class Variant:
         if not self.form:
             return make_layer(self.spec, device=device, dtype=dtype).eval()
         return build(self.spec, self.form, dict(self.widths), axes=self.axes, device=device, dtype=dtype).eval()
+
+    def moved(self, shape: Sequence[int]) -> int:
+        """Numbers that it reads and writes on an input of some shape."""
+        chain: Chain = (("", self.spec),)
+        if self.form:
+            chain = FORMS[self.form].stages(self.spec, dict(self.widths), self.axes)
+        return moved(chain, shape, self.spec.output_shape(shape) if self.spec.dims else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +168,15 @@ class LatencyTable:
     def reference(self) -> Callable[[], object]:
         """A small layer that takes turns with everything that is timed."""
         with torch.random.fork_rng([self.conditions.device] if self.conditions.device.type == "cuda" else []):
-            run, x = self._ready(_REFERENCE_SHAPE, Variant(_REFERENCE))
-        return partial(run, x)
+            return self._ready(self._drawn(_REFERENCE_SHAPE), Variant(_REFERENCE))
 
-    def _ready(self, shape: Sequence[int], variant: Variant) -> tuple[Callable[..., object], Tensor]:
+    def _drawn(self, shape: Sequence[int]) -> Tensor:
         where = self.conditions
-        x = where.arranged(torch.randn(tuple(shape), device=where.device).to(where.dtype))
-        return where.engine.session(where.make(variant), (x,), {}, where.threads).run, x
+        return where.arranged(torch.randn(tuple(shape), device=where.device).to(where.dtype))
+
+    def _ready(self, x: Tensor, variant: Variant) -> Callable[[], object]:
+        where = self.conditions
+        return partial(where.engine.session(where.make(variant), (x,), {}, where.threads).run, x)
 
     def save(self) -> None:
         """Stores what was measured, beside what others stored meanwhile; if it cannot, that is no error."""
@@ -175,21 +188,33 @@ class LatencyTable:
             write_file(self._file, json.dumps({**_read(self._file)[0], **runs}))
 
     def _measure(self, shape: Sequence[int], variants: Sequence[Variant]) -> list[float]:
+        """Times as many at once as there is memory for, and the layer itself with all of them."""
+        x, shares = self._drawn(shape), dict[int, float]()
+        sizes = [self.conditions.dtype.itemsize * variant.moved(shape) for variant in variants]
+        todo = list(range(1, len(variants)))
+        while todo or not shares:
+            room = accumulate(sizes[i] for i in todo)
+            count = max(1, sum(size <= _ROOM for size in room))
+            together, todo = [0, *todo[:count]], todo[count:]
+            shares = self._shares(x, {i: variants[i] for i in together}) | shares
+        return [shares.get(i, math.inf) for i in range(len(variants))]
+
+    def _shares(self, x: Tensor, variants: Mapping[int, Variant]) -> dict[int, float]:
+        """How many times as long as the reference variants take, of which the first is to be beaten and must run."""
         runs: dict[int, Callable[[], object]] = {}
-        for i, variant in enumerate(variants):
+        for i, variant in variants.items():
             try:
-                run, x = self._ready(shape, variant)
-                run(x)
+                run = self._ready(x, variant)
+                run()
             except (RuntimeError, RefusedError):  # no kernel for this dtype, or too little memory
-                if i == 0:
+                if not runs:
                     raise
                 continue
-            runs[i] = partial(run, x)
+            runs[i] = run
         every = [self.reference(), *runs.values()]
         seconds = min(_SECONDS, _SECONDS_EACH * len(every))
         unit, *timings = time_in_turns(every, self.conditions.device, seconds=seconds, drop=True, against=1)
-        shares = {i: timing.seconds / unit.seconds for i, timing in zip(runs, timings)}
-        return [shares.get(i, math.inf) for i in range(len(variants))]
+        return {i: timing.seconds / unit.seconds for i, timing in zip(runs, timings)}
 
 
 def time_plan(

@@ -12,7 +12,7 @@ from ..capturing.records import Capture, info
 from .running import Chunk, samples_of
 
 _MOST = 32
-_RUN_BYTES = 1024**3
+_RUN_BYTES = 3 * 2**28
 """About how many bytes of activations one calibration run, forward and backward, may hold."""
 MEMORY = 2 * 1024**3
 """Bytes of live activations that two models that run in lock-step may hold in memory; the rest goes to disk."""

@@ -18,10 +18,10 @@ from ..core.plan import Op, Skip
 from ..forms.expand import FORM as EXPAND
 from ..forms.form import ranks_to_try
 from ..forms.shared import SharedCuts, SharedFactors
+from ..forms.specs import moved
 from ..forms.weighted import WeightedLayer
 from ..passes.base import grows, spec_of, weight_of
 from ..passes.shared_maps import NAME, SharedMap
-from .candidates import moved
 from .groups import Candidate, JointGroup, evenly, front
 from .latency import LatencyTable, Variant
 from .norm import Norm

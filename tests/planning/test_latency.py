@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,33 @@ def test_what_was_measured_is_kept(cache: Path) -> None:
     other.times((2, 8, 12, 12), variants()[:1])
     assert other.measured == 1
     assert len(list(cache.rglob("*.json"))) == 1
+
+
+def test_no_more_is_timed_at_once_than_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once, in_turns = list[int](), latency.time_in_turns
+
+    def counted(runs: Sequence[Callable[[], object]], *args: Any, **settings: Any) -> list[Timing]:
+        at_once.append(len(runs))
+        return in_turns(runs, *args, **settings)
+
+    monkeypatch.setattr(latency, "time_in_turns", counted)
+    sizes = [4 * variant.moved((2, 8, 12, 12)) for variant in variants()]
+    with torch.no_grad():
+        for size, variant in zip(sizes, variants()):
+            module, x, read = variant.make(torch.device("cpu"), torch.float32), torch.randn(2, 8, 12, 12), 0
+            for stage in (each for each in module.modules() if isinstance(each, torch.nn.Conv2d)):
+                y = stage(x)
+                read += x.numel() + y.numel() + sum(p.numel() for p in stage.parameters())
+                x = y
+            assert 4 * read == size
+    for room, wanted in ((sum(sizes), [4]), (max(sizes), [3, 3]), (1, [3, 3])):
+        monkeypatch.setattr(latency, "_ROOM", room)
+        at_once.clear()
+        assert all(0 < seconds < 10 for seconds in LatencyTable(CPU).times((2, 8, 12, 12), variants()))
+        assert at_once == wanted
+    assert at_once
+    LatencyTable(CPU).times((2, 8, 12, 12), variants()[:1])
+    assert at_once[-1] == 2
 
 
 def test_a_damaged_cache_is_measured_anew(cache: Path) -> None:
