@@ -1,11 +1,15 @@
 """What a rewrite under a budget costs in accuracy, with nothing trained, and what each ingredient of the planner gives.
 
-    python tests/benchmarks/bench_accuracy.py [--parts resnet20 ablation digits unet] [--quick] [--threads 1]
+    python tests/benchmarks/bench_accuracy.py [--parts resnet20 ablation recovery mobile digits unet] [--quick]
 
 * ``resnet20``: ResNet-20 on CIFAR-10, at 70, 50 and 40% of its MACs, for every sensitivity and refit, with every form
   and with 1×1 forms alone. ``ablation``: the ingredients one by one, at half of the MACs. Both need the shared data
   (``resnet20.safetensors``, ``calibration.npz``, ``test.npz``) in ``shared/cifar10`` beside the checkout, or in
   ``$PWREWRITE_SHARED/cifar10``, and are skipped where there is none.
+* ``recovery``: the same at 50, 40 and 30%, trained to its original on the calibration images for five minutes each.
+* ``mobile``: inverted residuals of 0.85 M parameters, trained here to the predictions of that ResNet-20 on its
+  calibration images (some 10 minutes; the weights are kept in the cache), at 70 and 50%: with every form, and with
+  those that change one layer each. Needs the shared data, too.
 * ``digits``: a small network trained here on scikit-learn's digits.
 * ``unet``: the U-Net of ``examples``, an eighth as wide, trained here to segment shapes that are drawn here; by its
   mean intersection over union.
@@ -36,10 +40,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import pwrewrite
+from pwrewrite.core.files import cache_folder
 from pwrewrite.core.options import Budget
 from pwrewrite.edit.apply import carry_out
 from pwrewrite.planning.budget import budgets_of
@@ -50,10 +57,15 @@ from pwrewrite.planning.refit import Target, refit as fit
 
 GOALS = {("all", 0.7): -0.2, ("all", 0.5): -1.0, ("all", 0.4): -2.5, ("1x1", 0.5): -2.0}
 """Points of top-1 of the ResNet-20, by forms and share of the MACs."""
+RECOVERED = {0.5: -0.3, 0.4: -0.6, 0.3: -1.5}
+"""The same after five minutes of training, with every form."""
+MOBILE = {("all", 0.7): -0.5, ("all", 0.5): -2.0}
+"""Points of top-1 of the inverted residuals."""
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL, POINTWISE = ("all",), ("1x1",)
-PARTS = ("resnet20", "ablation", "digits", "unet")
+SINGLE = ("bottleneck", "reduce", "expand", "spatial", "depthwise", "pair")
+PARTS = ("resnet20", "ablation", "recovery", "mobile", "digits", "unet")
 DRAWS = 4000
 
 
@@ -304,8 +316,6 @@ def shared_folder() -> Path | None:
 
 
 def resnet20(folder: Path, quick: bool) -> Subject:
-    from safetensors.torch import load_file
-
     def prepared(images: np.ndarray) -> Tensor:
         x = torch.from_numpy(images).float().div(255).permute(0, 3, 1, 2)
         mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
@@ -358,6 +368,96 @@ def run_ablation(subject: Subject, quick: bool) -> None:
     show(planner, "bias", "  biases and norms only")
     for size in (128,) if quick else (256, 1024):
         show(subject.planner(ALL, "loss", "full", size), "full", f"  from {size:,} images", planner)
+
+
+def run_recovery(subject: Subject, quick: bool) -> None:
+    """Plan, rewrite, refit and five minutes of training, as a user has them in one call."""
+    print("\nwith every form, trained to the original on the calibration images")
+    for ratio in (0.5,) if quick else (0.5, 0.4, 0.3):
+        start = time.perf_counter()
+        budget = Budget({"macs": ratio}, calibration=subject.calibration, recover="20s" if quick else "5m")
+        result = pwrewrite.rewrite(subject.model, subject.calibration[:1], budget, verify=False)
+        assert result.report.budget is not None
+        recovery = result.report.budget.recovery
+        assert recovery is not None
+        change = subject.metric.change(subject.before, subject.metric.tally(result.model.eval()))
+        points, low, high = (100 * value for value in change)
+        goal = RECOVERED[ratio]
+        print(
+            f"{share(ratio):>4}  {points:+.2f} points [{low:+.2f}, {high:+.2f}]; held-out loss {recovery.before:.3g} → "
+            f"{recovery.after:.3g} in {recovery.epochs:.1f} epochs, {recovery.seconds:.0f} s of "
+            f"{time.perf_counter() - start:.0f}; goal {goal:+.1f}: {'met' if points >= goal else 'MISSED'}",
+            flush=True,
+        )
+
+
+# ---------------------------------------------------------------------------------------------- inverted residuals
+
+
+class Inverted(nn.Module):
+    """1×1 → depthwise 3×3 → 1×1, plus the input where the shape stays (Sandler et al. 2018, MobileNetV2)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = in_channels * expansion
+        layers: list[nn.Module] = []
+        if expansion > 1:
+            layers += [nn.Conv2d(in_channels, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.ReLU6()]
+        layers += [nn.Conv2d(inner, inner, 3, stride, padding=1, groups=inner, bias=False), nn.BatchNorm2d(inner)]
+        layers += [nn.ReLU6(), nn.Conv2d(inner, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)]
+        self.layers = nn.Sequential(*layers)
+        self.adds = stride == 1 and in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return x + y if self.adds else y
+
+
+def mobile_network() -> nn.Module:
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU6()]
+    channels = 16
+    for expansion, outer, count, stride in ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 3, 2), (6, 96, 2, 1)):
+        for i in range(count):
+            layers.append(Inverted(channels, outer, stride if i == 0 else 1, expansion))
+            channels = outer
+    layers += [Inverted(96, 160, 2, 6), Inverted(160, 160, 1, 6), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(160, 10))
+
+
+def mobile(teacher: Subject, quick: bool, kept: Path | None) -> Subject:
+    """Trained to the scores of a teacher, on its calibration images shifted and mirrored at random."""
+    torch.manual_seed(0)
+    model, images, generator = mobile_network(), teacher.calibration, torch.Generator().manual_seed(0)
+    file = None if kept is None or quick else kept / "mobile-1.safetensors"
+    if file is not None and file.exists():
+        model.load_state_dict(load_file(file))
+    else:
+        steps, batch = (20, 64) if quick else (1000, 128)
+        optimizer = torch.optim.Adam(model.parameters())
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+        start = time.perf_counter()
+        for _ in range(steps):
+            x = images[torch.randint(len(images), (batch,), generator=generator)]
+            down, right = torch.randint(0, 9, (2,), generator=generator).tolist()
+            x = F.pad(x, (4, 4, 4, 4))[:, :, down : down + 32, right : right + 32]
+            x = x.flip(3) if bool(torch.rand((), generator=generator) < 0.5) else x
+            with torch.no_grad():
+                wanted = (teacher.model(x) / 2).softmax(1)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x) / 2, wanted).backward()
+            optimizer.step()
+            schedule.step()
+        print(f"trained for {steps} steps in {time.perf_counter() - start:.0f} s")
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(model.state_dict(), file)
+    return Subject.of(model, images, teacher.metric)
+
+
+def run_mobile(subject: Subject, quick: bool) -> None:
+    for forms in (SINGLE, ALL):
+        rows = sweep(subject, forms, (0.7,) if quick else (0.7, 0.5), [("loss", "full")])
+        verdicts("all" if forms == ALL else "single layers", rows, MOBILE)
 
 
 # --------------------------------------------------------------------------------------------------- trained here
@@ -452,12 +552,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    kept = cache_folder("benchmarks")
     print(f"torch {torch.__version__}, {options.threads} threads{', quick' if options.quick else ''}")
     print("change: points of the metric; loss: KL divergence or half the squared relative error, held out;")
     print("predicted: the same for the sensitivity loss, a sum of relative errors for others; s: rewrite and refit")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["PWREWRITE_CACHE"] = cache
-        if {"resnet20", "ablation"} & set(options.parts):
+        if {"resnet20", "ablation", "recovery", "mobile"} & set(options.parts):
             print("\n== ResNet-20, CIFAR-10")
             folder = shared_folder()
             if folder is None:
@@ -468,6 +569,11 @@ def main() -> None:
                     run_resnet20(subject, options.quick)
                 if "ablation" in options.parts:
                     run_ablation(subject, options.quick)
+                if "recovery" in options.parts:
+                    run_recovery(subject, options.quick)
+                if "mobile" in options.parts:
+                    print("\n== Inverted residuals, CIFAR-10")
+                    run_mobile(mobile(subject, options.quick, kept), options.quick)
         if "digits" in options.parts:
             print("\n== A small network, scikit-learn's digits")
             found = digits(options.quick)
