@@ -122,7 +122,10 @@ class _Sweep:
         unit = _unit(reader.moment.diagonal())
         inverse = _inverse(reader.moment / unit / unit[:, None], _LARGE_RIDGE if large else RIDGE)
         values = reader.rows * unit
-        if reader.outputs is not None:
+        if len(values) > values.shape[1]:  # a root of what little they come to
+            weighted = values if reader.outputs is None else reader.outputs @ values
+            values = root_of(values.mT @ weighted).mT
+        elif reader.outputs is not None:
             values = root_of(reader.outputs).mT @ values
         dtype = torch.float32 if large else inverse.dtype
         self._begin(inverse.to(dtype), values.to(dtype), torch.arange(channels))
@@ -201,7 +204,7 @@ def _own(first: Tensor, second: Tensor, size: int) -> Tensor:
 
 def _inverse(moment: Tensor, ridge: float) -> Tensor:
     """The inverse of a moment of unit diagonal."""
-    return torch.cholesky_inverse(ridged_cholesky(moment, 1.0, ridge, 10)[0])
+    return torch.cholesky_inverse(ridged_cholesky(moment, moment.new_ones(1, 1), ridge, 10)[0])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -16,30 +16,41 @@ from .layout import wide_dtype
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
-def ridged_cholesky(gram: Tensor, level: Tensor | float, ridge: float, step: float) -> tuple[Tensor, float]:
-    """The Cholesky factor of a symmetric stack with ``ridge · level`` on its diagonal, and the ridge.
+_SMALL_RIDGE = 1e-10
+"""With more on its diagonal a root is no longer that of a matrix."""
+_NOTHING = 1e-12
 
-    That grows by ``step`` until there is a factor.
+
+def ridged_cholesky(gram: Tensor, level: Tensor, ridge: float, step: float) -> tuple[Tensor, Tensor]:
+    """The Cholesky factors of a symmetric stack with ``ridge · level`` on its diagonals, and the ridges, as ``level``.
+
+    Each ridge grows by ``step`` until there is a factor.
     """
-    ridged = gram.clone()
+    ridged, ridges = gram.clone(), torch.full_like(level, ridge)  # (*batch, 1, 1)
     diagonal, on_diagonal = ridged.diagonal(dim1=-2, dim2=-1), gram.diagonal(dim1=-2, dim2=-1)
-    shift = level[..., 0] if isinstance(level, Tensor) else level  # (groups, 1, 1)
     while True:
-        diagonal.copy_(on_diagonal + ridge * shift)
-        factor, bad = torch.linalg.cholesky_ex(ridged)
-        if ridge >= 1 or not bool(bad.any()):
-            return factor, ridge
-        ridge *= step
+        diagonal.copy_(on_diagonal + (ridges * level)[..., 0])
+        factor, failed = torch.linalg.cholesky_ex(ridged)
+        again = (failed[..., None, None] != 0) & (ridges < 1)
+        if not bool(again.any()):
+            return factor, ridges
+        ridges = torch.where(again, ridges * step, ridges)
 
 
 def root_of(weight: Tensor) -> Tensor:
-    """A lower triangle ``R (*batch, n, n)`` with ``R Rᵀ`` a symmetric positive semi-definite matrix, up to rounding."""
-    return ridged_cholesky(weight, mean_diagonal(weight), 1e-12, 100)[0]
+    """Some ``R (*batch, n, n)`` with ``R Rᵀ`` a symmetric positive semi-definite matrix, up to rounding."""
+    root, ridges = ridged_cholesky(weight, mean_diagonal(weight), 1e-12, 10)
+    if bool((ridges > _SMALL_RIDGE).any()):
+        values, vectors = symmetric_eigen(weight)
+        root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+    return root
 
 
 def mean_diagonal(normal: Tensor) -> Tensor:
-    """``(*batch, 1, 1)``: the mean of the diagonal, never 0."""
-    return normal.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(normal.dtype).tiny)[..., None, None]
+    """``(*batch, 1, 1)``: the mean of the diagonal; where it is next to nothing beside others, a little more."""
+    level = normal.diagonal(dim1=-2, dim2=-1).mean(-1)
+    most = level.max()
+    return torch.where(level > _NOTHING * most, level, torch.where(most > 0, _NOTHING * most, 1.0))[..., None, None]
 
 
 def symmetric_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:

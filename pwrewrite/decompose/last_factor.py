@@ -76,8 +76,8 @@ def solve_last(normal: Tensor, cross: Tensor, *, ridge: float = RIDGE, towards: 
         towards: What the solution is drawn to, ``(groups, out, inner)``; to zero where None.
     """
     level = mean_diagonal(normal)
-    factor, ridge = ridged_cholesky(normal, level, ridge, 100)
-    right = cross if towards is None else cross + ridge * level * towards
+    factor, ridges = ridged_cholesky(normal, level, ridge, 100)
+    right = cross if towards is None else cross + ridges * level * towards
     return torch.cholesky_solve(right.mT, factor).mT
 
 

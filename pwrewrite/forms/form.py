@@ -133,14 +133,14 @@ class Form(ABC):
         every = [(widths, axes) for axes in self.splits(spec) for widths in self.ladder(spec, axes, multiple)]
         return [each for each in every if worth(*each)]
 
-    def losses(self, layer: WeightedLayer, worth: Worth) -> list[FormLoss]:
-        """What the form loses at its `choices`."""
-        choices, losses = self.choices(layer.spec, layer.multiple, worth), list[FormLoss]()
+    def losses(self, layer: WeightedLayer, choices: Sequence[tuple[Mapping[str, int], Axes]]) -> list[FormLoss]:
+        """What the form loses at each of some `choices`."""
+        losses = dict[int, FormLoss]()
         for axes in dict.fromkeys(axes for _, axes in choices):
-            ladder = [widths for widths, other in choices if other == axes]
-            predicted = self.predict(layer, axes, ladder)
-            losses += [FormLoss(w, axes, max(x, 0.0), layer.error(x)) for w, x in zip(ladder, predicted)]
-        return losses
+            places = [i for i, (_, other) in enumerate(choices) if other == axes]
+            predicted = self.predict(layer, axes, [choices[i][0] for i in places])
+            losses |= {i: FormLoss(choices[i][0], axes, max(x, 0.0), layer.error(x)) for i, x in zip(places, predicted)}
+        return [losses[i] for i in range(len(choices))]
 
     def fit(self, layer: WeightedLayer, widths: Mapping[str, int], axes: Sequence[int] | None = None) -> Factors:
         """The factors in the norm of a layer's statistics, in the compute dtype, with their errors."""

@@ -114,7 +114,7 @@ class WeightedLayer:
         return float((self.gradients * square.mT).sum())
 
     def gradient_root(self) -> Tensor | None:
-        """A lower triangle ``R`` with ``G = R Rᵀ``; None where ``G`` is the identity."""
+        """Some ``R`` with ``G = R Rᵀ``; None where ``G`` is the identity."""
         if self.gradients is None:
             return None
         return root_of(self.gradients)

@@ -31,7 +31,7 @@ from .statistics import LayerStatistics, Statistics, Watched
 LIMIT = 8 * 1024**3
 """Bytes that the statistics in the cache may take."""
 
-_VERSION = "4"
+_VERSION = "5"
 _FACTS = ("samples", "chunks", "kind", "outcome", "outputs")
 
 

@@ -133,8 +133,8 @@ class Calibrated:
         self.say("reading the calibration inputs", None)
         watched = self.replaceable.watched
         file = statistics_file(self.captured, watched, batches, outputs, settings)
-        self.memory = Memory(None if file is None else file.parents[1] / "losses" / file.name)
         statistics, complete, damage = read_statistics(file, device_of(self.model), watched)
+        self.memory = Memory(None if file is None else file.parents[1] / "losses" / file.name, stale=not complete)
         self.notes += damage
         self.outputs = self._kind_of(outputs, batches, "" if statistics is None else statistics.outputs)
         if statistics is None or not complete:

@@ -82,20 +82,20 @@ def _losses(
     norm: Norm, layer: Layer, spec: ConvSpec, weight: Tensor, passes: Iterable[LayerPass]
 ) -> list[tuple[LayerPass, FormLoss]]:
     """What each pass's form loses at its choices of widths."""
-    worth = {each.name: partial(_saves, layer, spec, each.form) for each in passes}
     multiple = norm.replaceable.budget.multiple
-    choices = [(p, w, axes) for p in passes for w, axes in p.form.choices(spec, multiple, worth[p.name])]
+    choices = [(p, p.form.choices(spec, multiple, partial(_saves, layer, spec, p.form))) for p in passes]
 
     def work_out() -> list[tuple[float, float]]:
-        weighted = norm.weighted(layer.path, weight)
+        weighted, found = norm.weighted(layer.path, weight), dict[str, list[FormLoss]]()
         # Forms of several widths cut what those of one have worked out.
-        forms = sorted(passes, key=lambda each: len(each.form.widths))
-        found = {each.name: each.form.losses(weighted, worth[each.name]) for each in forms}
-        return [(x.loss, x.error) for each in passes for x in found[each.name]]
+        for proposer, those in sorted(choices, key=lambda each: len(each[0].form.widths)):
+            found[proposer.name] = proposer.form.losses(weighted, those)
+        return [(x.loss, x.error) for proposer, _ in choices for x in found[proposer.name]]
 
-    what = [layer.path, [(proposer.form.name, widths, axes) for proposer, widths, axes in choices]]
-    numbers = norm.once(what, (len(choices), 2), work_out).tolist()
-    return [(p, FormLoss(widths, axes, *pair)) for (p, widths, axes), pair in zip(choices, numbers, strict=True)]
+    every = [(proposer, *choice) for proposer, those in choices for choice in those]
+    what = [layer.path, [(proposer.form.name, widths, axes) for proposer, widths, axes in every]]
+    numbers = norm.once(what, (len(every), 2), work_out).tolist()
+    return [(p, FormLoss(widths, axes, *pair)) for (p, widths, axes), pair in zip(every, numbers, strict=True)]
 
 
 def _variant(spec: ConvSpec, op: Op) -> Variant:

@@ -31,8 +31,11 @@ class Norm:
 
         ``what``: what they are of, as JSON can hold it.
         """
-        kind, budget = None if self.statistics is None else self.statistics.kind, self.replaceable.budget
-        return self.memory.once([what, kind, budget.multiple, budget.refit], shape, make)
+        budget, facts = self.replaceable.budget, list[object]()
+        if self.statistics is not None:
+            sums = next(iter(self.statistics.layers.values()))
+            facts = [self.statistics.kind, self.statistics.outcome, str(sums.inputs.dtype)]
+        return self.memory.once([what, facts, budget.multiple, budget.refit], shape, make)
 
     def sums(self, path: str) -> LayerStatistics:
         """The statistics of a layer or region."""

@@ -34,14 +34,16 @@ def settled(
         say: Called at each measurement.
         glance: Chooses roughly, to see what is worth a measurement; as ``choose`` where None.
     """
+    look = glance or choose
     for _ in range(_ROUNDS if meter is not None else 0):
-        choices = (glance or choose)()
+        choices = look()
         assert meter is not None
         one_each, chosen = len(choices) > 1, {id(op) for choice in choices for op in choice.plan.ops}
-        if not _measure(groups, meter, chosen, say, one_each=one_each):
-            return choices if glance is None else choose()
-        if one_each:
+        if not _measure(groups, meter, chosen, say, one_each=one_each) and look is choose:
+            return choices
+        if one_each and look is choose:
             break
+        look = choose
     return choose()
 
 

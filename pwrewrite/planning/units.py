@@ -122,6 +122,8 @@ def _swept(norm: Norm, unit: Unit, least: int) -> tuple[Elimination, float] | No
 
     what = [Narrow.name, [layer.path for layer in unit.layers], unit.channels, least]
     (scale, *order), losses = norm.once(what, (2, unit.channels - least + 1), work_out).tolist()
+    if not {*order} <= {*range(unit.channels)} or len({*order}) < len(order):  # of a damaged file
+        (scale, *order), losses = work_out()
     return Elimination(unit.channels, tuple(map(int, order)), tuple(losses)), scale
 
 

@@ -69,7 +69,7 @@ def test_without_a_norm_it_is_the_truncated_svd_of_all_kernels() -> None:
 
 def test_one_reader_is_the_reduce_form() -> None:
     reader = layers(weighted=True)[1]
-    (alone,) = REDUCE.losses(reader, lambda widths, axes: widths == {"rank_in": 5})
+    (alone,) = REDUCE.losses(reader, [({"rank_in": 5}, None)])
     ((curve,),) = SharedCuts([reader]).losses([5])
     assert float(curve[-1]) == pytest.approx(alone.loss, rel=1e-6)
 

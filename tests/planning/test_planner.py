@@ -27,6 +27,7 @@ from pwrewrite.core.plan import Plan, SkipReason
 from pwrewrite.forms import FORMS
 from pwrewrite.forms.form import Form
 from pwrewrite.planning.budget import budgets_of
+from pwrewrite.planning.memory import Memory
 from pwrewrite.planning.planner import Planner
 
 
@@ -483,7 +484,7 @@ def test_a_second_plan_decomposes_nothing(cache: Path, monkeypatch: pytest.Monke
     assert load(file.read_bytes())
 
 
-@pytest.mark.parametrize("damage", ["cut", "no file", "NaN", "another shape", "a folder"])
+@pytest.mark.parametrize("damage", ["cut", "no file", "NaN", "another shape", "below 0", "another type", "a folder"])
 def test_damaged_losses_are_worked_out_anew(cache: Path, damage: str) -> None:
     first = plan()
     (file,) = cache.glob("losses/*.safetensors")
@@ -496,6 +497,10 @@ def test_damaged_losses_are_worked_out_anew(cache: Path, damage: str) -> None:
         save_file({name: torch.full_like(value, math.nan) for name, value in known.items()}, file)
     elif damage == "another shape":
         save_file({name: torch.zeros(7, 2, dtype=torch.float64) for name in known}, file)
+    elif damage == "below 0":
+        save_file({name: value - 1 for name, value in known.items()}, file)
+    elif damage == "another type":
+        file.write_bytes(file.read_bytes().replace(b'"F64"', b'"F4"  '))
     else:
         file.unlink()
         file.mkdir()
@@ -503,6 +508,45 @@ def test_damaged_losses_are_worked_out_anew(cache: Path, damage: str) -> None:
     if damage != "a folder":
         found = load(file.read_bytes())
         assert all(torch.allclose(found[name], value, rtol=1e-4, atol=1e-9) for name, value in known.items())
+
+
+def test_losses_go_with_their_statistics(cache: Path) -> None:
+    forms = ("expand",)
+    first = plan(forms=forms)
+    (file,), (sums,) = cache.glob("losses/*.safetensors"), cache.glob("statistics/*.safetensors")
+    known = load(file.read_bytes())
+    save_file({name: value * 2 for name, value in known.items()}, file)
+    assert plan(forms=forms).budget["predicted_loss"] == pytest.approx(2 * first.budget["predicted_loss"])
+    sums.unlink()
+    assert alike(plan(forms=forms), first)
+    assert alike(plan(forms=forms), first)
+
+
+def test_an_order_of_channels_that_is_none_is_worked_out_anew(cache: Path) -> None:
+    settings = {"forms": ("narrow",), "budget": {"macs": 0.8}}
+    first = plan(**settings)  # type: ignore[arg-type]
+    (file,) = cache.glob("losses/*.safetensors")
+    for order in (0.0, math.inf, 1e9, 0.5):
+        known = load(file.read_bytes())
+        for value in known.values():
+            if value.dim() == 2:
+                value[0, 1:] = order
+        save_file(known, file)
+        assert alike(plan(**settings), first)  # type: ignore[arg-type]
+
+
+def test_losses_of_two_runs_add_up(tmp_path: Path) -> None:
+    file = tmp_path / "losses.safetensors"
+    one, other = Memory(file), Memory(file)
+    for memory, name in ((one, "a"), (other, "b")):
+        memory.once(name, (), lambda: 1.0)
+        memory.store()
+    both = Memory(file)
+    assert all(float(both.once(name, (), lambda: 2.0)) == 1 for name in ("a", "b"))
+    fresh = Memory(file, stale=True)
+    assert float(fresh.once("a", (), lambda: 2.0)) == 2
+    fresh.store()
+    assert float(Memory(file).once("b", (), lambda: 3.0)) == 3
 
 
 def test_the_cache_can_be_off(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def weighted(name: str) -> WeightedLayer:
 
 def losses(layer: WeightedLayer, form: str) -> list[FormLoss]:
     """Every width of a form's ladder."""
-    return FORMS[form].losses(layer, lambda widths, axes: True)
+    return FORMS[form].losses(layer, FORMS[form].choices(layer.spec, layer.multiple, lambda widths, axes: True))
 
 
 def forms_of(name: str) -> tuple[str, ...]:
