@@ -85,6 +85,24 @@ class Program:
         with torch.no_grad():
             return torch.export.export(self.model, args, kwargs, dynamic_shapes=shapes if labels else None)
 
+    @property
+    def output_sizes(self) -> list[tuple[str, ...]]:
+        """The shape of every output tensor, in numbers and in the labels of axes that vary, such as ``2*batch``."""
+        signature = self.exported.graph_signature
+        values = {node.name: node.meta.get("val") for node in self.exported.graph.nodes}
+        labels = dict[str, str]()
+        for name, axes in zip(signature.user_inputs, self.axes):
+            value = values.get(name) if isinstance(name, str) else None
+            if isinstance(value, Tensor):
+                labels |= {str(value.shape[axis]): label for axis, label in axes.items()}
+        outputs = [values.get(name) for name in signature.user_outputs if isinstance(name, str)]
+        known = re.compile(r"\b[A-Za-z]\w*\b")
+        return [
+            tuple(known.sub(lambda symbol: labels.get(symbol[0], symbol[0]), str(size)) for size in value.shape)
+            for value in outputs
+            if isinstance(value, Tensor)
+        ]
+
     def feeds(self, call: Call) -> dict[str, Any]:
         """The input arrays of a call by name."""
         return {name: t.numpy() for name, t in zip(self.input_names, tensors_of(call))}

@@ -25,7 +25,6 @@ from ..core.exports import EXPORT_SCHEMA, Exported, Exports
 from ..core.files import new_folder
 from ..core.names import EXPORT_NAMES
 from ..core.nested import tensors_of
-from ..core.numbers import dims
 from ..core.options import ExportOptions, TargetOptions
 from ..edit.actions.plain_layers import unfuse
 from ..engines.exporting import Axes, Format, Program, format_named, identifier, measured
@@ -225,5 +224,12 @@ def _described(program: Program, output: Flat) -> tuple[dict[str, str], dict[str
         name: "×".join(axes.get(i, str(n)) for i, n in enumerate(t.shape)) + f" {dtype_text(t.dtype)}"
         for name, axes, t in zip(program.input_names, program.axes, tensors_of(program.inputs))
     }
-    outputs = {program.outputs[p]: f"{dims(t.shape)} {dtype_text(t.dtype)}" for p, t in output.tensors.items()}
+    shapes = [tuple(map(str, t.shape)) for t in output.tensors.values()]
+    sizes = program.output_sizes
+    if list(map(len, sizes)) != list(map(len, shapes)):
+        sizes = shapes
+    outputs = {
+        program.outputs[path]: f"{'×'.join(size) or 'scalar'} {dtype_text(t.dtype)}"
+        for (path, t), size in zip(output.tensors.items(), sizes)
+    }
     return inputs, outputs

@@ -77,6 +77,7 @@ def test_inputs_of_different_batch_meaning(tmp_path: Path) -> None:
     result = exported(Prototypes(), inputs, tmp_path)
     shapes = {"x": "batch×3×8×8", "prototypes": "batch_prototypes×8", "scale": "1"}
     assert result.inputs == {key: f"{shape} float32" for key, shape in shapes.items()}
+    assert set(result.outputs.values()) == {"batch×batch_prototypes float32"}
     assert "batch 3, batch_prototypes 4" in result.formats[0].detail
 
 
@@ -117,7 +118,29 @@ def test_further_axes(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
     result = exported(net, X, tmp_path, dynamic=("input:2=height", "input:3"))
     assert result.inputs == {"input": "batch×3×height×input_3 float32"}
+    assert list(result.outputs.values()) == ["batch×4×1×1 float32"]
     assert "height 32" in result.formats[0].detail
+
+
+class Twice(nn.Module):
+    """A batch of twice as many, a size that follows from another, and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv(x)
+        return torch.cat([y, -y]), y.sum()
+
+
+def test_what_becomes_of_axes_that_vary_is_said(tmp_path: Path) -> None:
+    result = exported(Twice(), X, tmp_path, dynamic=("x:3=width",))
+    twice, total = result.outputs.values()
+    batch, channels, height, width = twice.removesuffix(" float32").split("×")
+    assert (batch, channels, height) == ("2*batch", "4", str(X.shape[2] // 2))
+    assert "width" in width
+    assert total == "scalar float32"
 
 
 def test_fused_and_half_rank(tmp_path: Path) -> None:
