@@ -46,6 +46,9 @@ class Prices:
         self._predicted: dict[int, float] = {}
         self._measured: dict[int, float] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._measured)
+
     def knows(self, candidate: Candidate) -> bool:
         """Whether a candidate's loss was measured."""
         return id(candidate.op) in self._measured

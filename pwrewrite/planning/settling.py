@@ -55,7 +55,9 @@ def _measure(
     for group in groups:
         new = [(group, c, c.op) for c in group.candidates if c.op is not None and id(c.op) in chosen]
         new = [each for each in new if not group.prices.knows(each[1])]
-        todo += new[len(new) // 2 :][:1] if one_each else new
+        if one_each:
+            new = [] if group.prices else new[len(new) // 2 :][:1]
+        todo += new
     for i, (group, candidate, op) in enumerate(todo):
         say(f"measuring what the model loses at {group.path}", i / len(todo))
         group.prices.learn(candidate, meter.loss(group, op, FEW if one_each else SAMPLES))
