@@ -12,10 +12,12 @@ from torch import Tensor, nn
 import pwrewrite
 from pwrewrite.core.options import Budget
 from pwrewrite.core.plan import Op, Plan
+from pwrewrite.planning.allocator import Choice
 from pwrewrite.planning.groups import Candidate, JointGroup, Prices
 from pwrewrite.planning.measuring import LossMeter, exact_loss
 from pwrewrite.planning.planner import Planner
 from pwrewrite.planning.running import first_samples
+from pwrewrite.planning.settling import settled
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +65,25 @@ def test_a_plan_is_made_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) ->
     assert asked
     assert {op.action for op in choice.plan.ops} == {"factorize"}
     assert len(asked) == len({id(op) for op in asked})
+
+
+def test_after_a_rough_look_only_places_without_a_measurement_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, asked = planner(), list[Op]()
+
+    def measured(self: LossMeter, group: JointGroup, op: Op, samples: int) -> float:
+        asked.append(op)
+        return 1.0
+
+    monkeypatch.setattr(LossMeter, "loss", measured)
+    first, second = [group for group in made.measured if len(group.candidates) > 4][:2]
+    (a, b, c), (d, *_) = [[x.op for x in group.candidates[1:4] if x.op is not None] for group in (first, second)]
+    rough = [Choice(Plan((op,)), 0.0, 0.0, {}) for op in (a, b)]
+    exact = [Choice(Plan(ops), 0.0, 0.0, {}) for ops in ((c,), (c, d))]
+    found = settled([first, second], made.meter, lambda: exact, made.say, glance=lambda: rough)
+    assert found == exact
+    assert len(asked) == 2
+    assert asked[0] in (a, b)
+    assert asked[1] is d
 
 
 def test_one_of_each_group_speaks_for_a_frontier(monkeypatch: pytest.MonkeyPatch) -> None:
