@@ -29,7 +29,7 @@ def analyze(
 
     [dim]pwrewrite analyze torchvision:resnet50 --tree[/]
 
-    [dim]pwrewrite analyze timm:convnext_tiny --format json --output report.json[/]
+    [dim]pwrewrite analyze timm:convnext_tiny --report report.json[/]
     """
     with no_collection(), working(reported) as progress:
         from ..analysis.devices import device_profile

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 from ..core.declaring import option, path
 from ..core.numbers import parse_share
@@ -14,6 +16,8 @@ from ..core.options import BUDGET, PASSES, PROOF, engine_option
 _of_output, _of_view = partial(option, panel="Output"), partial(option, panel="What is shown")
 
 FORMATS = ("table", "json", "markdown", "html")
+_ENDINGS = {".json": "json", ".md": "markdown", ".html": "html"}
+"""The forms that the name of a file asks for."""
 TOOLS = ("torch", "fvcore", "thop", "ptflops", "torchinfo")
 
 
@@ -26,20 +30,38 @@ class Common:
     debug: bool = option(False, "Show warnings and tracebacks.", "--debug")
 
 
+def _form(more: str, choices: tuple[str, ...]) -> Any:
+    default = f"as the name of --report ends (.json, .md, .html{more}), else table"
+    return _of_output(None, rf"Form of the report. [dim]\[default: {default}][/]", "--format", choices=choices)
+
+
 @dataclass(frozen=True)
 class Listed(Common):
     """The form of what is shown."""
 
-    form: str = _of_output("table", "Form of the report.", "--format", choices=FORMATS)
+    wanted: str | None = _of_output(None, r"Form of the report. [dim]\[default: table][/]", "--format", choices=FORMATS)
+
+    @property
+    def form(self) -> str:
+        """The form of what is shown: the one that was asked for, or else a table."""
+        return self.wanted or "table"
 
 
 @dataclass(frozen=True)
 class Reported(Listed):
     """The form of a report, and where it goes."""
 
+    endings: ClassVar[Mapping[str, str]] = _ENDINGS
+    wanted: str | None = _form("", FORMATS)
     output: Path | None = _of_output(
         None, "Write the report there, whole or not at all.", "--report", "--output FILE", read=path
     )
+
+    @property
+    def form(self) -> str:
+        """The form of the report: the one that was asked for, or that the file's name asks for, or else a table."""
+        ending = self.output.suffix.lower() if self.output is not None else ""
+        return self.wanted or self.endings.get(ending, "table")
 
 
 @dataclass(frozen=True)
@@ -53,7 +75,8 @@ class Detailed(Reported):
 class AnalysisReported(Reported):
     """The form of an analysis, and where it goes."""
 
-    form: str = _of_output("table", "Form of the report.", "--format", choices=(*FORMATS, "csv"))
+    endings = {**_ENDINGS, ".csv": "csv"}
+    wanted: str | None = _form(", .csv", (*FORMATS, "csv"))
     output: Path | None = _of_output(
         None, "Write the report there, whole or not at all.", "--report", "--output", "--out FILE", read=path
     )
@@ -63,7 +86,8 @@ class AnalysisReported(Reported):
 class CheckReported(Reported):
     """The form of a gate, and where it goes."""
 
-    form: str = _of_output("table", "Form of the report.", "--format", choices=(*FORMATS, "github", "junit"))
+    endings = {**_ENDINGS, ".xml": "junit"}
+    wanted: str | None = _form(", .xml for junit", (*FORMATS, "github", "junit"))
 
 
 @dataclass(frozen=True)

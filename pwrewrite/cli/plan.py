@@ -96,19 +96,13 @@ def _check_pareto(budget: Budget, planning: Planned) -> None:
 
 
 def _show_frontier(curve: Frontier, reported: Detailed) -> None:
-    """Shows a frontier, or writes it in the form that the file's name asks for."""
+    """Shows a frontier; the name of its file may ask for two forms more than others know."""
     from ..core import files
-    from ..report import frontier, markdown
+    from ..report import frontier
 
-    written: dict[str, Callable[[Frontier], str]] = {
-        ".csv": frontier.comma_separated,
-        ".svg": frontier.picture,
-        ".md": lambda drawn: markdown(frontier.page(drawn)),
-        ".json": lambda drawn: drawn.to_json(),
-        ".html": lambda drawn: drawn.to_html(),
-    }
+    written: dict[str, Callable[[Frontier], str]] = {".csv": frontier.comma_separated, ".svg": frontier.picture}
     output = reported.output
-    if output is not None and output.suffix.lower() in written:
+    if output is not None and reported.wanted is None and output.suffix.lower() in written:
         files.write_file(output, written[output.suffix.lower()](curve))
         tell(f"written to {output}", reported)
         return

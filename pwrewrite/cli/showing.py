@@ -43,6 +43,7 @@ def show(reported: Listed, page: Page, **texts: Callable[[], str]) -> None:
         text = markdown(page) if reported.form == "markdown" else web.document(page)
     if output is not None:
         files.write_file(output, text)
+        tell(f"written to {output}", reported)
         return
     if isinstance(sys.stdout, io.TextIOWrapper):
         if reported.form != "table":  # what programs read is UTF-8

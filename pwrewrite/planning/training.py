@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..core.errors import RefusedError, UsageError
@@ -96,7 +96,7 @@ class _Phase:
     """What trains some of the steps."""
 
     optimizer: torch.optim.Optimizer
-    schedule: SequentialLR
+    schedule: LambdaLR
     average: AveragedModel
 
     def _parts(self) -> tuple[Any, ...]:
@@ -112,7 +112,13 @@ class _Phase:
 
 @dataclass
 class _State:
-    """How far a training is; ``steps`` in all, ``best`` of the held-out measurements, after ``kept`` steps."""
+    """How far a training is.
+
+    Attributes:
+        best: Of the held-out measurements, after ``kept`` steps; ``weights`` are those behind it.
+        steps: In all, as planned; in a budget of time anew at every look.
+        switched: The step from which on predictions are compared; None before it was reached.
+    """
 
     before: Measured
     best: Measured
@@ -121,6 +127,7 @@ class _State:
     step: int = 0
     kept: int = 0
     seconds: float = 0.0
+    switched: int | None = None
 
 
 class Training:
@@ -175,13 +182,13 @@ class Training:
 
     def _loop(self, state: _State, phase: _Phase | None, file: Path | None) -> None:
         steps_in_epoch, time_left = self.data.steps, self.settings.time.seconds
-        every = max(1, math.ceil(state.steps / steps_in_epoch / _LOOKS)) * steps_in_epoch
         first, began = state.step, time.monotonic()
         while state.step < state.steps:
             epoch = state.step // steps_in_epoch
             for parts in self.data.epoch(epoch, state.step % steps_in_epoch):
-                if phase is None or state.step == self._switch(state):
-                    phase = self._phase(state)
+                if state.switched is None and state.step >= self._switch(state):
+                    state.switched, phase = state.step, None
+                phase = phase or self._phase(state)
                 self._step(parts, phase, state)
                 state.step += 1
                 left = (time.monotonic() - began) / (state.step - first) * (state.steps - state.step)
@@ -192,28 +199,39 @@ class Training:
             assert phase is not None
             if over and state.step < state.steps:
                 self.settings.notes.append(f"recovery ended after {state.step} of {state.steps} steps: time was up")
+            every = max(1, math.ceil(state.steps / steps_in_epoch / _LOOKS)) * steps_in_epoch
             looks = over or state.step == state.steps or state.step % every == 0
             if (looks and not self._look(state, phase)) or over:
                 return
             state.seconds = time.monotonic() - self.began
             self._keep(state, phase, file)
+            if time_left is not None and looks and state.step < state.steps:  # as fast as since the look before
+                now = time.monotonic()
+                more = (_PLANNED * time_left - (now - self.began)) * (state.step - first) / max(now - began, 1e-6)
+                state.steps, first, began = of_first(state.step + max(0, int(more))), state.step, now
 
     def _switch(self, state: _State) -> int:
-        """The step from which on predictions are compared."""
-        return round(BLOCKS * state.steps) if self.loss.blocks else 0
+        """The step from which on predictions are compared, as planned where it was not reached."""
+        planned = round(BLOCKS * state.steps) if self.loss.blocks else 0
+        return planned if state.switched is None else state.switched
 
     def _phase(self, state: _State) -> _Phase:
         """A new optimizer with its schedule, for the steps up to the switch or from there on."""
-        switch = self._switch(state)
-        steps = switch if state.step < switch else state.steps - switch
+        blocks = state.step < self._switch(state)
+
+        def steps() -> int:
+            return self._switch(state) if blocks else state.steps - self._switch(state)
+
+        def rate(step: int) -> float:
+            warm = max(1, round(_WARM * steps()))
+            done = (step - warm) / max(1, steps() - warm)
+            return (step + 1) / (warm + 1) if done < 0 else (1 + math.cos(math.pi * min(1.0, done))) / 2
+
         optimizer = torch.optim.AdamW(self.parameters, lr=self.settings.rate, weight_decay=0.0)
-        warm = max(1, round(_WARM * steps))
-        warming = LinearLR(optimizer, 1 / (warm + 1), total_iters=warm)
-        cosine = CosineAnnealingLR(optimizer, max(1, steps - warm))
-        decay = 1 - 1 / (1 + _AVERAGED * steps)
+        decay = 1 - 1 / (1 + _AVERAGED * steps())
         mean = get_ema_multi_avg_fn(min(0.999, decay))  # type: ignore[no-untyped-call]
         average = AveragedModel(nn.ParameterList(self.parameters), multi_avg_fn=mean)
-        return _Phase(optimizer, SequentialLR(optimizer, [warming, cosine], [warm]), average)
+        return _Phase(optimizer, LambdaLR(optimizer, rate), average)
 
     def _step(self, parts: Sequence[Part], phase: _Phase, state: _State) -> None:
         phase.optimizer.zero_grad()
@@ -314,7 +332,7 @@ class Training:
         start = time.monotonic()
         if start - self._written < _RARE * self._writing:
             return
-        at = [state.steps, state.step, state.kept, state.seconds]
+        at = [state.steps, state.step, state.kept, state.seconds, state.switched]
         write_checkpoint(
             file,
             {

@@ -125,6 +125,16 @@ class Point:
     loss: float
     layers: int
 
+    def to_dict(self) -> dict[str, float]:
+        """The same as plain JSON data."""
+        return {**self.costs, "loss": self.loss, "layers": self.layers}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, float]) -> Point:
+        """The record that `to_dict` gave as data."""
+        costs = {kind: value for kind, value in data.items() if kind not in ("loss", "layers")}
+        return cls(costs, data["loss"], int(data["layers"]))
+
 
 @dataclass(frozen=True, repr=False)
 class Frontier(Shown, Record):
@@ -135,7 +145,7 @@ class Frontier(Shown, Record):
         original: What the model costs now, by kind.
         sensitivity: In what norm errors count.
         random: Whether the weights are those that the model's code makes.
-        chosen: The plan that was made, where one was; not part of the JSON.
+        chosen: The plan that was made, where one was.
     """
 
     target: str
@@ -152,8 +162,15 @@ class Frontier(Shown, Record):
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON data."""
-        points = [{**point.costs, "loss": point.loss, "layers": point.layers} for point in self.points]
-        return {**named(self, "target kind sensitivity original"), "points": points}
+        chosen = {} if self.chosen is None else {"chosen": self.chosen.to_dict()}
+        points = [point.to_dict() for point in self.points]
+        return {**named(self, "target kind sensitivity original"), "points": points, **chosen}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Frontier:
+        """The record that `to_dict` gave as data."""
+        chosen = Point.from_dict(data["chosen"]) if "chosen" in data else None
+        return cls(**{**data, "points": tuple(map(Point.from_dict, data["points"])), "chosen": chosen})
 
 
 @dataclass(frozen=True, repr=False)
@@ -167,7 +184,8 @@ class Report(Shown, Record):
         verification: The proof; None where it was not asked for.
         output_changes: Outputs whose shape changed, as sentences; empty unless that was allowed.
         models: The analyses of both models, for pictures; not part of the JSON.
-        frontier: Where a plan was chosen within a budget: works out the least losses at other budgets, for pictures.
+        frontier: Where a plan was chosen within a budget: the least losses at other budgets, for pictures, or what
+            works them out; part of the JSON once they are (`with_frontier`).
     """
 
     target: str
@@ -181,7 +199,11 @@ class Report(Shown, Record):
     budget: BudgetReport | None = None
     fusing: FusingReport | None = None
     models: tuple[Analysis, Analysis] | None = None
-    frontier: Callable[[], Frontier] | None = field(default=None, compare=False)
+    frontier: Frontier | Callable[[], Frontier] | None = field(default=None, compare=False)
+
+    def with_frontier(self) -> Report:
+        """The same with its frontier worked out, where it has one."""
+        return replace(self, frontier=self.frontier()) if callable(self.frontier) else self
 
     @property
     def passed(self) -> bool:
@@ -207,6 +229,7 @@ class Report(Shown, Record):
             **named(self, "verification output_changes notes"),
             **({"budget": self.budget.to_dict()} if self.budget else {}),
             **({"fusing": self._fusing(self.fusing)} if self.fusing else {}),
+            **({"frontier": self.frontier.to_dict()} if isinstance(self.frontier, Frontier) else {}),
         }
 
     def _fusing(self, fusing: FusingReport) -> dict[str, Any]:
@@ -228,7 +251,7 @@ class Compression(Shown, Record):
         stages: Seconds of each stage; None where it was not done again.
         files: The files in the folder, with their bytes.
         models: The analyses of the original and of the result, for pictures; ``done`` says by path what became of its
-            layers. Neither is part of the JSON.
+            layers, ``frontier`` has the least losses at other budgets. None of them is part of the JSON.
     """
 
     target: str
@@ -246,9 +269,10 @@ class Compression(Shown, Record):
     schema: str = field(default=COMPRESS_SCHEMA)
     models: tuple[Analysis, Analysis] | None = None
     done: Mapping[str, str] = field(default_factory=dict)
+    frontier: Frontier | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON data."""
         if self.models is not None:
             return replace(self, models=None).to_dict()
-        return {name: value for name, value in super().to_dict().items() if name not in ("models", "done")}
+        return {n: value for n, value in super().to_dict().items() if n not in ("models", "done", "frontier")}

@@ -39,21 +39,26 @@ def report(record: Report, words: Page | None = None, *, planned: bool = False) 
     if record.models is None:
         return document(words)
     data = {"kind": "plan" if planned else "rewrite", **rewrite_data(record, planned=planned)}
-    curve = record.frontier() if record.frontier is not None else None
-    return document(words, data if curve is None else {**data, "frontier": frontier_data(curve)})
+    curve = record.frontier() if callable(record.frontier) else record.frontier
+    return document(words, data | _drawn(curve))
 
 
 def compression(record: Compression) -> str:
-    """The HTML file of a compression: the original and the result."""
+    """The HTML file of a compression: the original and the result, and what other budgets would have lost."""
     words, subtitle = compressed.page(record), compressed.headline(record)
-    return document(words, {"kind": "compress", **pair_data(record.target, subtitle, record.models, record.done)})
+    data = {"kind": "compress", **pair_data(record.target, subtitle, record.models, record.done)}
+    return document(words, data | _drawn(record.frontier))
 
 
 def frontier(record: Frontier) -> str:
     """The HTML file of a frontier."""
     norm = f"least predicted loss at every budget, {NORMS.get(record.sensitivity, record.sensitivity)}"
     data = {"kind": "frontier", "target": record.target, "subtitle": norm, "models": []}
-    return document(frontier_page.page(record), {**data, "frontier": frontier_data(record)})
+    return document(frontier_page.page(record), data | _drawn(record))
+
+
+def _drawn(curve: Frontier | None) -> dict[str, Json]:
+    return {} if curve is None else {"frontier": frontier_data(curve)}
 
 
 def document(words: Page, data: Mapping[str, Json] | None = None) -> str:

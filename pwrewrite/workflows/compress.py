@@ -45,7 +45,7 @@ from ..planning.cache import content_key
 from ..planning.calibrating import batches_of
 from ..planning.room import samples_in_run
 from ..report.readme import compressed_readme
-from ..report.records import COMPRESS_SCHEMA, BudgetReport, Compression
+from ..report.records import COMPRESS_SCHEMA, BudgetReport, Compression, Frontier
 from ..report.web_data import done_to
 from ..targets import LoadedModel, open_target
 from ..targets.storage import PLAN, README, REPORT, WEIGHTS, check_place, plan_text, read_names, read_plan, restore
@@ -182,7 +182,7 @@ def _compressed(
         rewritten, rewriting = stages.done(
             "rewrite",
             {},
-            lambda at, say: rewrite(loaded, None, budget, proof=proof, progress=say).save(at, force=True),
+            lambda at, say: _rewritten(loaded, budget, proof, at, say),
             read,
         )
         fused, fusing = stages.done(
@@ -217,12 +217,20 @@ def _compressed(
             ),
             models=(_analysis(loaded), _analysis(fused)),
             done=done_to(rewriting["edits"], rewriting["skipped"]),
+            frontier=Frontier.from_dict(rewriting["frontier"]) if "frontier" in rewriting else None,
         )
         plan = plan_from_original(given, fused.plan or Plan())
         if options.out is not None:
             text = plan_text(plan, join_names(given.names, fused.names))
             result = _written(result, text, compressed_readme(result, plan, options.out), stages.places, options)
     return Compressed(fused.model, plan, result)
+
+
+def _rewritten(loaded: LoadedModel, budget: Budget, proof: Proof, place: Path, say: Progress) -> None:
+    """Saves what comes of a budget, with what other budgets would lose."""
+    result = rewrite(loaded, None, budget, proof=proof, progress=say)
+    say("working out the frontier", None)
+    replace(result, report=result.report.with_frontier()).save(place, force=True)
 
 
 def _analysis(loaded: LoadedModel) -> Analysis:

@@ -116,7 +116,8 @@ def test_limits_are_checked_after_the_report(run: Run, folder: Path) -> None:
     result = run("analyze", "net.py", "--max-macs", "1M", "--max-params", "100", "--output", "report.txt")
     assert result.exit_code == 1
     assert (folder / "report.txt").read_text().startswith("net.py\n")
-    assert messages(result.stderr).startswith("error: net.py: 2 of 2 limits exceeded: parameters, MACs\n")
+    expected = "written to report.txt\nerror: net.py: 2 of 2 limits exceeded: parameters, MACs\n"
+    assert messages(result.stderr).startswith(expected)
     assert re.search(r"got: parameters: [\d,]+, at most 100; most: .*; MACs: [\d,]+, at most 1,000,000", result.stderr)
 
 

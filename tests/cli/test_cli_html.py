@@ -40,16 +40,38 @@ def test_what_has_no_model_to_draw_is_there_in_words(run: Run) -> None:
         assert "<td" in text
 
 
-def test_the_name_of_a_file_asks_for_a_frontier_to_look_at(run: Run, folder: Path) -> None:
-    assert run("plan", "net.py", "--pareto", "--report", "frontier.html").exit_code == 0
-    assert '"kind":"frontier"' in (folder / "frontier.html").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("command", "file", "begins"),
+    [
+        (("plan", "net.py", "--pareto"), "frontier.HTML", "<!doctype html>"),
+        (("plan", "net.py", "--pareto"), "frontier.json", "{"),
+        (("plan", "net.py", "--pareto", "--format", "markdown"), "frontier.svg", "# "),
+        (("plan", "net.py", "--pareto"), "frontier.csv", "params,macs,"),
+        (("analyze", "net.py"), "net.html", "<!doctype html>"),
+        (("analyze", "net.py"), "net.csv", "path,"),
+        (("analyze", "net.py", "--format", "json"), "net.csv", "{"),
+        (("rewrite", "net.py", "--rank", "0.5"), "half.md", "# `net.py`"),
+        (("rewrite", "net.py", "--rank", "0.5"), "half.txt", "net.py"),
+        (("diff", "net.py", "net.py"), "diff.json", "{"),
+        (("check", "net.py", "--max-params", "1M"), "check.xml", "<?xml"),
+        (("check", "net.py", "--max-params", "1M", "--format", "table"), "check.xml", "net.py"),
+    ],
+)
+def test_the_name_of_a_file_says_the_form_where_nothing_else_does(
+    run: Run, folder: Path, command: tuple[str, ...], file: str, begins: str
+) -> None:
+    result = run(*command, "--report", file)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert f"written to {file}" in result.stderr
+    assert (folder / file).read_text(encoding="utf-8").startswith(begins)
 
 
 def test_a_compression_is_drawn(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PWREWRITE_CACHE", str(folder / "cache"))
-    options = ("--budget", "macs=0.6", "--format", "html", "--report", "report.html")
+    options = ("--budget", "macs=0.6", "--report", "report.html")
     assert run("compress", "net.py", *options).exit_code == 0
     text = (folder / "report.html").read_text(encoding="utf-8")
     assert '"kind":"compress"' in text
     assert '"name":"before"' in text
     assert '"name":"after"' in text
+    assert '"frontier":{"cost":"macs"' in text

@@ -204,6 +204,17 @@ def test_a_plan_on_its_frontier(page: Open) -> None:
     assert texts(browser, "#pareto-note")[0].startswith("the plan: ")
 
 
+def test_a_compression_before_and_after_and_on_its_frontier(page: Open) -> None:
+    result = pwrewrite.compress(
+        net(), X, {"macs": 0.6}, calibration=X.expand(32, -1, -1, -1) + torch.randn(32, 1, 1, 1)
+    )
+    browser = page(result.report.to_html())
+    assert count(browser, "section[hidden]") == 0
+    assert count(browser, "#pareto .dot.chosen") == 1
+    assert count(browser, "#pareto .dot") > 3
+    assert texts(browser, "#pareto-note")[0].startswith("the plan: ")
+
+
 def test_hostile_names_stay_text(page: Open) -> None:
     browser = page(rewritten(net(HOSTILE)).to_html())
     assert count(browser, "img") == 0

@@ -107,6 +107,25 @@ def test_what_has_not_changed_is_not_done_again(tmp_path: Path) -> None:
     assert again(compressed(model)) == ["rewrite", "fuse"]
 
 
+def test_its_page_shows_what_other_budgets_lose_and_the_plan_among_them(tmp_path: Path) -> None:
+    model = net()
+    curves = []
+    for first in (True, False):
+        result = compressed(model)
+        assert again(result) == (["rewrite", "fuse"] if first else [])
+        curve = json.loads(result.report.to_html().partition('id="data">')[2].partition("</script>")[0])["frontier"]
+        curves.append(curve)
+        share, _, loss, layers = curve["chosen"]
+        assert curve["cost"] == "macs"
+        assert layers >= 1
+        assert loss == pytest.approx(result.report.budget.predicted, rel=1e-3)
+        assert share == pytest.approx(result.report.budget.reached["macs"], rel=1e-3)
+        assert [point[0] for point in curve["points"]] == sorted((p[0] for p in curve["points"]), reverse=True)
+        assert len(curve["points"]) > 3
+        assert "frontier" not in result.report.to_dict()
+    assert curves[0] == curves[1]
+
+
 def test_int8_is_calibrated_on_the_same_inputs(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     result = compressed(net(), tmp_path / "out", data=iter(IMAGES.split(16)), export="onnx", int8=True)
