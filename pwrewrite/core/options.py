@@ -186,7 +186,9 @@ class RecoverOptions:
         r"Inputs in a step. [dim]\[default: as many as calibrate together, up to 32][/]", "--recover-batch N", least=1
     )
     recover_rate: float | None = _of_recovery(
-        r"Largest learning rate. [dim]\[default: 0.001][/]", "--recover-rate R", read=parse_error
+        r"Largest learning rate. [dim]\[default: 0.003, 0.001 where no blocks can be compared][/]",
+        "--recover-rate R",
+        read=parse_error,
     )
     recover_device: str | None = _of_recovery(
         r"Device to train on, such as cuda. [dim]\[default: where the model is][/]", "--recover-device DEVICE"

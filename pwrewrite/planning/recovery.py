@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ..core.errors import RefusedError, UsageError, first_line
-from ..core.nested import deep_copy
+from ..core.nested import deep_copy, map_tensors
 from ..core.numbers import Time, parse_time
 from ..core.options import RecoverOptions
 from ..core.processes import rank
@@ -30,12 +30,10 @@ from ..core.recovery import Recovery
 from .augment import augment_named, source_of
 from .batches import Batches
 from .checkpoints import checkpoint_file
-from .outputs import Measured, Scoring, scoring
-from .running import Say, device_of, evaluating, run_seeded
+from .layout import channels_last
+from .outputs import Measured, Scoring, floating, scoring
+from .running import Say, device_of, evaluating, first_samples, run_seeded
 from .training import LOWER, Setting, Training
-
-RATE = 1e-3
-"""The largest learning rate."""
 
 
 class Recoverer:
@@ -60,8 +58,8 @@ class Recoverer:
         self, original: nn.Module, batches: Batches, options: RecoverOptions, outputs: str, *, seed: int, say: Say
     ) -> None:
         given = options.recover or ""
-        rate, size = RATE if options.recover_rate is None else options.recover_rate, options.recover_batch
-        if not 0 < rate < math.inf:
+        rate, size = options.recover_rate, options.recover_batch
+        if rate is not None and not 0 < rate < math.inf:
             raise UsageError("the learning rate is out of range", expected="above 0, such as 0.001", got=str(rate))
         if size is not None and size < 1:
             raise UsageError("a step takes 1 input or more", got=f"recover_batch={size}")
@@ -105,7 +103,13 @@ class Recoverer:
             teacher = deep_copy(self.original).to(setting.device)
             rewritten.to(setting.device)
         try:
-            with evaluating(teacher), evaluating(rewritten, buffers=False), _trainable(rewritten), torch.enable_grad():
+            with (
+                evaluating(teacher),
+                evaluating(rewritten, buffers=False),
+                _trainable(rewritten),
+                torch.enable_grad(),
+                channels_last(teacher, rewritten, fits=lambda: self._try(teacher, rewritten)),
+            ):
                 return Training(setting, self.batches, teacher, rewritten).run(file)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if isinstance(error, RefusedError) or not _out_of_memory(error):
@@ -119,6 +123,18 @@ class Recoverer:
             ) from error
         finally:
             rewritten.to(home)
+
+    def _try(self, teacher: nn.Module, student: nn.Module) -> None:
+        """Runs both models on a few inputs, and the one that is trained backwards, too."""
+        chunk, _ = self.batches.first()
+        few = map_tensors(first_samples(chunk, 2), lambda tensor: tensor.to(self.setting.device))
+        with evaluating(student):
+            with torch.no_grad():
+                run_seeded(teacher, few, 0)
+            results = [t for t in floating(run_seeded(student, few, 0)) if t.requires_grad]
+            trained = [p for p in student.parameters() if p.requires_grad]
+            if results and trained:
+                torch.autograd.grad([t.sum() for t in results], trained, allow_unused=True)
 
     def _fitting_labels(self, outputs: str) -> bool:
         """Whether there are labels, one class for each input, that suit the original's outputs."""

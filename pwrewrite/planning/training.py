@@ -40,8 +40,15 @@ from .outputs import Measured, compare_outputs
 from .running import Chunk, Say, run_seeded
 from .training_set import Part, TrainingSet
 
-BLOCKS = 0.3
-"""The part of the steps in which block outputs are compared."""
+BLOCKS = 0.85
+"""The part of the steps in which block outputs are compared. They tell far more than the predictions of a network that
+is sure of its inputs: a ResNet-20 at 40% of its MACs lost 30% less after eight epochs of 3,277 images, and nothing less
+by predictions, whatever the rate.
+"""
+RATES = 3e-3, 1e-3
+"""The largest learning rate where block outputs can be compared, and where they cannot."""
+_GENTLE = 1 / 30
+"""What the largest learning rate is multiplied by for predictions after blocks."""
 _WARM, _AVERAGED = 0.05, 0.02
 """Parts of the steps: those that warm up, and those that the average of the weights reaches back."""
 _CLIP = 1.0
@@ -69,6 +76,7 @@ class Setting:
     """How long and how to train.
 
     Attributes:
+        rate: The largest learning rate; None for `RATES`.
         size: Inputs in a step, at most.
         outputs: What the models' outputs are, see `pwrewrite.planning.outputs`.
         precision: What is computed in, under ``torch.autocast``; None for as the model is.
@@ -79,7 +87,7 @@ class Setting:
     """
 
     time: Time
-    rate: float
+    rate: float | None
     size: int
     seed: int
     outputs: str
@@ -142,6 +150,7 @@ class Training:
         chunk = self._placed(batches.first()[0])
         self.data = TrainingSet(batches, settings.size, settings.seed, settings.augment[1], (rank(), world()))
         self.loss = Distilling(teacher, student, settings.outputs, chunk, settings.precision)
+        self.rate = RATES[not self.loss.blocks] if settings.rate is None else settings.rate
         self.model: nn.Module = self.loss
         if world() > 1:
             self.model = DistributedDataParallel(self.loss, find_unused_parameters=True, **_NO_BUFFERS)
@@ -227,7 +236,8 @@ class Training:
             done = (step - warm) / max(1, steps() - warm)
             return (step + 1) / (warm + 1) if done < 0 else (1 + math.cos(math.pi * min(1.0, done))) / 2
 
-        optimizer = torch.optim.AdamW(self.parameters, lr=self.settings.rate, weight_decay=0.0)
+        gentle = 1.0 if blocks or not self.loss.blocks else _GENTLE
+        optimizer = torch.optim.AdamW(self.parameters, lr=gentle * self.rate, weight_decay=0.0)
         decay = 1 - 1 / (1 + _AVERAGED * steps())
         mean = get_ema_multi_avg_fn(min(0.999, decay))  # type: ignore[no-untyped-call]
         average = AveragedModel(nn.ParameterList(self.parameters), multi_avg_fn=mean)
@@ -378,7 +388,7 @@ class Training:
             time.monotonic() - self.began,
             self.data.samples,
             settings.size,
-            settings.rate,
+            self.rate,
             len(self.loss.blocks),
             "frozen" if norms[0] else "folded" if norms[1] else "none",
             settings.augment[0],

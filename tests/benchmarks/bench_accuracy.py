@@ -6,7 +6,8 @@
   and with 1×1 forms alone. ``ablation``: the ingredients one by one, at half of the MACs. Both need the shared data
   (``resnet20.safetensors``, ``calibration.npz``, ``test.npz``) in ``shared/cifar10`` beside the checkout, or in
   ``$PWREWRITE_SHARED/cifar10``, and are skipped where there is none.
-* ``recovery``: the same at 50, 40 and 30%, trained to its original on the calibration images for five minutes each.
+* ``recovery``: the same at 50, 40 and 30%, trained to its original on the calibration images, shifted and mirrored, for
+  five minutes each.
 * ``mobile``: inverted residuals of 0.85 M parameters, trained here to the predictions of that ResNet-20 on its
   calibration images (some 10 minutes; the weights are kept in the cache), at 70 and 50%: with every form, and with
   those that change one layer each. Needs the shared data, too.
@@ -375,7 +376,9 @@ def run_recovery(subject: Subject, quick: bool) -> None:
     print("\nwith every form, trained to the original on the calibration images")
     for ratio in (0.5,) if quick else (0.5, 0.4, 0.3):
         start = time.perf_counter()
-        budget = Budget({"macs": ratio}, calibration=subject.calibration, recover="20s" if quick else "5m")
+        budget = Budget(
+            {"macs": ratio}, calibration=subject.calibration, recover="20s" if quick else "5m", augment="flip"
+        )
         result = pwrewrite.rewrite(subject.model, subject.calibration[:1], budget, verify=False)
         assert result.report.budget is not None
         recovery = result.report.budget.recovery
