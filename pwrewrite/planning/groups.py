@@ -7,9 +7,10 @@ try one on a model before any is carried out, and the losses that are measured s
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
@@ -108,6 +109,12 @@ class Group(ABC):
         """Scales the latency of all candidates."""
         costs = ({**c.costs, "latency": share * c.costs["latency"]} for c in self.candidates)
         self.candidates = [replace(c, costs=each) for c, each in zip(self.candidates, costs)]
+
+    def without(self, gone: Container[tuple[str, str]]) -> Self:
+        """The group without the candidates of some ops, by their action and path."""
+        other = copy.copy(self)
+        other.candidates = [c for c in self.candidates if c.op is None or (c.op.action, c.op.path) not in gone]
+        return other
 
     def _few(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
         """Those that are timed."""

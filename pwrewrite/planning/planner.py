@@ -19,7 +19,8 @@ from ..capturing import Inputs, split_inputs
 from ..capturing.records import Capture, info
 from ..core.nested import Tree
 from ..core.options import Budget
-from ..core.plan import Plan, Skip
+from ..core.plan import Op, Plan, Skip
+from ..core.text import few
 from ..engines.choosing import choose
 from ..engines.engine import Engine, Session
 from ..engines.timing import NOISY, time_models
@@ -100,6 +101,16 @@ class Planner(Calibrated):
         other = copy.copy(self)
         other.notes = list(self.notes)
         other._offer([group for group in self.joint if group.action not in actions])
+        return other
+
+    def leaving(self, ops: Sequence[Op], skips: Sequence[Skip]) -> Planner:
+        """A planner without ops that could not be carried out, and why, from the calibration of this one."""
+        other, gone = copy.copy(self), {(op.action, op.path) for op in ops}
+        other.layers = [group.without(gone) for group in self.layers]
+        other._skips = [*self._skips, *skips]
+        paths = list(dict.fromkeys(op.path for op in ops))
+        other.notes = [*self.notes, f"planned again without what could not be carried out: {few(paths)}"]
+        other._offer([group.without(gone) for group in self.joint])
         return other
 
     @cached_property

@@ -62,19 +62,38 @@ class Budgeted:
         start = self.run.state
         self._carry_out(start, plan)
         for _ in range(_PLANS - 1):
-            if self.choice is None or self.times.met(self.planner):
+            choice = self._other() if self.choice is not None else None
+            if choice is None:
                 break
-            tighter = self.times.tighter(self.planner, self.choice)
-            if tighter is None:
-                break
-            self.choice = tighter
-            self._carry_out(start, tighter.plan)
+            self.choice = choice
+            self._carry_out(start, choice.plan)
         if self.run.state.rows:
             self.fit, self.recovery = trained(self.planner, self.run.state.model, self.fit)
             rows = self.run.state.rows if self.recovery is not None and self.recovery.kept > 0 else ()
             if rows:
                 self.times.forget()
             self.run.fitted({**self.fit.errors, **{row.edit.path: None for row in rows}})
+
+    def _other(self) -> Choice | None:
+        """Another choice where a limit is missed: without what could not be carried out, or for less time."""
+        assert self.choice is not None
+        done, met = {row.edit.path for row in self.run.state.rows}, self.times.met(self.planner)
+        broken = [op for op in self.choice.plan.ops if op.path not in done]
+        before, after = costs_of(self.run.first), costs_of(self.run.state.captured)
+        over = any(
+            after[limit.kind] > limit.absolute(before[limit.kind]) * (1 + 1e-9)
+            for limit in self.limits
+            if limit.kind != "latency"
+        )
+        if not broken or self.budget.max_drop is not None or (met and not over):
+            return None if met else self.times.tighter(self.planner, self.choice)
+        paths = {op.path for op in broken}
+        why = [skip for skip in self.run.state.plan.skips if skip.path in paths]
+        self.planner = self.planner.leaving(broken, why)
+        try:
+            return self.planner.choose(self.limits)
+        except RefusedError:  # the error that says what was reached in the end says more
+            return None
 
     def _carry_out(self, start: State, plan: Plan) -> None:
         """Carries a plan out and fits the result, or what loses less where others may."""

@@ -323,6 +323,35 @@ def test_a_plan_that_misses_its_time_when_carried_out_is_tightened(monkeypatch: 
     assert any("planned again" in note for note in result.report.notes)
 
 
+class Reads(nn.Module):
+    """Its code reads a layer's own attributes, which nothing that takes the layer's place has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = (nn.Conv2d(n, 16, 3, padding=1) for n in (1, 16, 16))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x.to(self.a.weight.dtype)).relu()) / self.b.weight.ndim
+        return self.head(self.c(x.relu()).mean((2, 3)))
+
+
+def test_a_budget_is_met_without_what_the_model_does_not_survive() -> None:
+    model, data = Reads().eval(), torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = {"calibration": data.split(16), "forms": ["1x1"]}
+    result = pwrewrite.rewrite(model, data[:1], budget={"macs": 0.6}, **options)
+    assert result.report.passed
+    assert budget_of(result).reached["macs"] <= 0.6
+    assert isinstance(result.model.b, nn.Conv2d)
+    assert not isinstance(result.model.c, nn.Conv2d)
+    assert "planned again without what could not be carried out: b" in result.report.notes
+    (skip,) = (skip for skip in result.report.skips if skip.path == "b")
+    assert "weight" in skip.detail
+    with pytest.raises(RefusedError, match=r"budget macs=0\.3 is missed"):  # too little without it
+        pwrewrite.rewrite(model, data[:1], budget={"macs": 0.3}, **options)
+
+
 # ----------------------------------------------------------------------------------------------- loaders, modes
 
 
