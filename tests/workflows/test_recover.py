@@ -434,7 +434,7 @@ def test_steps_are_planned_anew_where_they_take_other_than_at_first(
     assert not any("time was up" in note for note in result.notes)
     assert 85 < result.report.seconds <= 100
     assert 0.85 <= result.report.steps / (10 / first + 85 / later) <= 1.1
-    phase = rates[-round(0.3 * result.report.steps) :]
+    phase = rates[-round(0.1 * result.report.steps) :]
     assert phase == sorted(phase, reverse=True)
     assert phase[-1] < 0.02 * max(rates)
 
