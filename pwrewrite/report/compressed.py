@@ -43,7 +43,7 @@ def body(result: Compression) -> Page:
     facts = [*budget_rows.lines(budget), ("timed in", result.engine)]
     facts += [(each.format, each.detail) for each in result.exports if each.loss is not None]
     facts += [("verified", " · ".join(proven)), ("stages", " · ".join(took))]
-    blocks: list[Block] = [Section("", silent=True), saving([*rows.totals(result), *times])]
+    blocks: list[Block] = [Section("Before and after", silent=True), saving([*rows.totals(result), *times])]
     blocks += [Section("Budget and proof"), Facts([(*fact, "") for fact in facts])]
     if result.files:
         exports = {f"export/{name}": each for each in result.exports for name in each.files[:1]}
