@@ -112,8 +112,9 @@ class Group(ABC):
 
     def without(self, gone: Container[tuple[str, str]]) -> Self:
         """The group without the candidates of some ops, by their action and path."""
-        other = copy.copy(self)
-        other.candidates = [c for c in self.candidates if c.op is None or (c.op.action, c.op.path) not in gone]
+        kept = [c for c in self.candidates if c.op is None or (c.op.action, c.op.path) not in gone]
+        other = self if len(kept) == len(self.candidates) else copy.copy(self)
+        other.candidates = kept
         return other
 
     def _few(self, candidates: Sequence[Candidate]) -> Sequence[Candidate]:

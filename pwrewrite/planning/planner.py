@@ -47,6 +47,10 @@ class Planner(Calibrated):
         original: What the model costs now, by kind.
     """
 
+    _gone = frozenset[tuple[str, str]]()
+    """Actions and paths of ops that could not be carried out; ``_why`` says why."""
+    _why: tuple[Skip, ...] = ()
+
     def __init__(
         self,
         model: nn.Module,
@@ -81,8 +85,9 @@ class Planner(Calibrated):
         """Gives the allocator the candidates, those of several layers being these."""
         chosen, samples = self.settings, self.statistics.samples if self.statistics is not None else 0
         facts = {"sensitivity": chosen.sensitivity, "refit": chosen.refit, "samples": samples, "seed": chosen.seed}
-        self.joint = joint
-        self.allocator = Allocator([*self.layers, *joint], self.original, self._skips, facts)
+        self.layers = [group.without(self._gone) for group in self.layers]
+        self.joint = [group.without(self._gone) for group in joint]
+        self.allocator = Allocator([*self.layers, *self.joint], self.original, [*self._skips, *self._why], facts)
 
     def in_norm(self, sensitivity: str) -> Planner:
         """A planner by ``activations`` or ``weights`` from the calibration of this one, with the notes so far.
@@ -105,12 +110,12 @@ class Planner(Calibrated):
 
     def leaving(self, ops: Sequence[Op], skips: Sequence[Skip]) -> Planner:
         """A planner without ops that could not be carried out, and why, from the calibration of this one."""
-        other, gone = copy.copy(self), {(op.action, op.path) for op in ops}
-        other.layers = [group.without(gone) for group in self.layers]
-        other._skips = [*self._skips, *skips]
+        other = copy.copy(self)
+        other._gone = self._gone | {(op.action, op.path) for op in ops}
+        other._why = (*self._why, *skips)
         paths = list(dict.fromkeys(op.path for op in ops))
         other.notes = [*self.notes, f"planned again without what could not be carried out: {few(paths)}"]
-        other._offer([group.without(gone) for group in self.joint])
+        other._offer(self.joint)
         return other
 
     @cached_property

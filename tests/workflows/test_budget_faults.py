@@ -12,7 +12,9 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 
 import pwrewrite
 from pwrewrite.core.errors import RefusedError, UsageError
+from pwrewrite.core.options import Budget
 from pwrewrite.engines.timing import Timing
+from pwrewrite.planning.planner import Planner
 from pwrewrite.workflows import end_to_end
 
 HALF = {"macs": 0.5}
@@ -348,6 +350,14 @@ def test_a_budget_is_met_without_what_the_model_does_not_survive() -> None:
     assert "planned again without what could not be carried out: b" in result.report.notes
     (skip,) = (skip for skip in result.report.skips if skip.path == "b")
     assert "weight" in skip.detail
+    planner = Planner(model, data[:1], data.split(16), Budget(forms=("1x1",)))
+    (first,) = (group for group in planner.layers if group.path == "b")
+    ops = [candidate.op for candidate in first.candidates if candidate.op is not None]
+    left = planner.leaving(ops, [skip])
+    for other in (left, left.in_norm("activations"), left.without(())):
+        assert [len(group.candidates) for group in other.layers if group.path == "b"] == [1]
+        assert skip in other.allocator.skips
+    assert len(first.candidates) > 1
     with pytest.raises(RefusedError, match=r"budget macs=0\.3 is missed"):  # too little without it
         pwrewrite.rewrite(model, data[:1], budget={"macs": 0.3}, **options)
 
