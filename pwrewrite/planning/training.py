@@ -23,8 +23,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
-from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..core.errors import RefusedError, UsageError
 from ..core.nested import map_tensors, tensors_of
@@ -37,6 +35,7 @@ from .batches import Batches
 from .checkpoints import read_checkpoint, write_checkpoint
 from .distilling import Distilling
 from .outputs import Measured, compare_outputs
+from .phases import Phase
 from .running import Chunk, Say, run_seeded
 from .training_set import Part, TrainingSet
 
@@ -49,8 +48,6 @@ RATES = 3e-3, 1e-3
 """The largest learning rate where block outputs can be compared, and where they cannot."""
 _GENTLE = 1 / 30
 """What the largest learning rate is multiplied by for predictions after blocks."""
-_WARM, _AVERAGED = 0.05, 0.02
-"""Parts of the steps: those that warm up, and those that the average of the weights reaches back."""
 _CLIP = 1.0
 _LOOKS = 20
 """How often the held-out loss is measured, about."""
@@ -97,25 +94,6 @@ class Setting:
     labelled: bool
     say: Say
     notes: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Phase:
-    """What trains some of the steps."""
-
-    optimizer: torch.optim.Optimizer
-    schedule: LambdaLR
-    average: AveragedModel
-
-    def _parts(self) -> tuple[Any, ...]:
-        return self.optimizer, self.schedule, self.average
-
-    def state(self) -> list[dict[str, Any]]:
-        return [part.state_dict() for part in self._parts()]
-
-    def load(self, states: Sequence[dict[str, Any]]) -> None:
-        for part, state in zip(self._parts(), states, strict=True):
-            part.load_state_dict(state)
 
 
 @dataclass
@@ -167,7 +145,7 @@ class Training:
             settings.notes.extend(kept["notes"])
             return Recovery.from_dict(kept["recovery"]), Measured(*kept["best"])
         settings.say("measuring what is lost before", None)
-        phase: _Phase | None = None
+        phase: Phase | None = None
         if kept is not None:
             weights = kept["best_weights"]
             state = _State(Measured(*kept["before"]), Measured(*kept["best"]), weights, *kept["at"])
@@ -189,7 +167,7 @@ class Training:
         write_checkpoint(file, {**facts, "notes": settings.notes[earlier:]})
         return recovery, state.best
 
-    def _loop(self, state: _State, phase: _Phase | None, file: Path | None) -> None:
+    def _loop(self, state: _State, phase: Phase | None, file: Path | None) -> None:
         steps_in_epoch, time_left = self.data.steps, self.settings.time.seconds
         first, began = state.step, time.monotonic()
         while state.step < state.steps:
@@ -224,26 +202,17 @@ class Training:
         planned = round(BLOCKS * state.steps) if self.loss.blocks else 0
         return planned if state.switched is None else state.switched
 
-    def _phase(self, state: _State) -> _Phase:
+    def _phase(self, state: _State) -> Phase:
         """A new optimizer with its schedule, for the steps up to the switch or from there on."""
         blocks = state.step < self._switch(state)
+        gentle = 1.0 if blocks or not self.loss.blocks else _GENTLE
 
         def steps() -> int:
             return self._switch(state) if blocks else state.steps - self._switch(state)
 
-        def rate(step: int) -> float:
-            warm = max(1, round(_WARM * steps()))
-            done = (step - warm) / max(1, steps() - warm)
-            return (step + 1) / (warm + 1) if done < 0 else (1 + math.cos(math.pi * min(1.0, done))) / 2
+        return Phase.of(self.parameters, gentle * self.rate, steps)
 
-        gentle = 1.0 if blocks or not self.loss.blocks else _GENTLE
-        optimizer = torch.optim.AdamW(self.parameters, lr=gentle * self.rate, weight_decay=0.0)
-        decay = 1 - 1 / (1 + _AVERAGED * steps())
-        mean = get_ema_multi_avg_fn(min(0.999, decay))  # type: ignore[no-untyped-call]
-        average = AveragedModel(nn.ParameterList(self.parameters), multi_avg_fn=mean)
-        return _Phase(optimizer, LambdaLR(optimizer, rate), average)
-
-    def _step(self, parts: Sequence[Part], phase: _Phase, state: _State) -> None:
+    def _step(self, parts: Sequence[Part], phase: Phase, state: _State) -> None:
         phase.optimizer.zero_grad()
         blocks = state.step < self._switch(state)
         seed_all((self.settings.seed + state.step) % 2**63)
@@ -261,7 +230,7 @@ class Training:
         phase.schedule.step()
         phase.average.update_parameters(nn.ParameterList(self.parameters))
 
-    def _look(self, state: _State, phase: _Phase) -> bool:
+    def _look(self, state: _State, phase: Phase) -> bool:
         """Measures the averaged weights, and keeps them if they are the best; whether they are numbers."""
         weights, averaged = self._weights(), [p.detach().clone() for p in phase.average.module.parameters()]
         self._put(averaged)
@@ -337,7 +306,7 @@ class Training:
             return False
         return of_first(time.monotonic() - self.began > seconds)
 
-    def _keep(self, state: _State, phase: _Phase, file: Path | None) -> None:
+    def _keep(self, state: _State, phase: Phase, file: Path | None) -> None:
         """Writes the state, unless it was written a short time ago."""
         start = time.monotonic()
         if start - self._written < _RARE * self._writing:
