@@ -80,11 +80,7 @@ class Budgeted:
         done, met = {row.edit.path for row in self.run.state.rows}, self.times.met(self.planner)
         broken = [op for op in self.choice.plan.ops if op.path not in done]
         before, after = costs_of(self.run.first), costs_of(self.run.state.captured)
-        over = any(
-            after[limit.kind] > limit.absolute(before[limit.kind]) * (1 + 1e-9)
-            for limit in self.limits
-            if limit.kind != "latency"
-        )
+        over = any(_exceeded(limit, before, after) for limit in self.limits if limit.kind != "latency")
         if not broken or self.budget.max_drop is not None or (met and not over):
             return None if met else self.times.tighter(self.planner, self.choice)
         paths = {op.path for op in broken}
@@ -186,10 +182,10 @@ class Budgeted:
         errors = []
         for limit in self.limits:
             old, new = before[limit.kind], after[limit.kind]
-            got, tolerance = f"{new:,.0f} of {old:,.0f}", 1 + 1e-9
+            got = f"{new:,.0f} of {old:,.0f}"
             if limit.kind == "latency":
-                got, tolerance = f"{1000 * new:.3g} ms of {1000 * old:.3g} ms ({timing})", MEASURED
-            if new > limit.absolute(old) * tolerance:
+                got = f"{1000 * new:.3g} ms of {1000 * old:.3g} ms ({timing})"
+            if _exceeded(limit, before, after):
                 errors.append(
                     RefusedError(
                         f"the budget {limit} is missed: the rewritten model is at {new / old:.2f} of the original as "
@@ -218,6 +214,12 @@ class Budgeted:
     def _score(self, name: str, metric: Metric, model: nn.Module) -> float:
         self.run.say(f"measuring {name}", None)
         return float(metric(model))
+
+
+def _exceeded(limit: Limit, before: Mapping[str, float], after: Mapping[str, float]) -> bool:
+    """Whether what a model costs, by kind, is above a limit: exactly, or by more than times are measured to."""
+    tolerance = MEASURED if limit.kind == "latency" else 1 + 1e-9
+    return after[limit.kind] > limit.absolute(before[limit.kind]) * tolerance
 
 
 def planner_of(run: Run, budget: Budget) -> Planner:
