@@ -48,6 +48,12 @@ def reached_around(modules: Mapping[str, nn.Module], scope: str, names: Collecti
     return ""
 
 
+def own_methods(module: nn.Module) -> list[str]:
+    """The public methods that a module's class has beside ``forward``, which a graph in its place would not have."""
+    members = {name: member for kind in _classes(module) for name, member in vars(kind).items()}
+    return [name for name, member in members.items() if name[0] != "_" and name != "forward" and _code_of(member)]
+
+
 def _classes(module: nn.Module) -> list[type]:
     """The classes of a module that are its user's."""
     kinds = type(module).__mro__

@@ -19,6 +19,7 @@ from ..passes import FORM_PASSES, LayerPass, Narrow
 from ..passes.base import chosen, scope_of, spec_of
 from ..passes.channel_units import Unit, find_units
 from ..passes.patterns import Graph
+from ..passes.reaching import own_methods
 from ..passes.regions import NAME as SUBSTITUTE, Region, find_regions
 from ..passes.shared_maps import NAME as SHARE, SharedMap, find_shared
 from .fit_steps import off_mean
@@ -26,6 +27,9 @@ from .statistics import Between, Watched
 
 _ROOM, _NUMBER = 1 << 30, 8
 """Bytes for the moments of regions, and of a number in them."""
+
+_LISTED = 3
+"""Methods that a reason names at most."""
 
 
 def _forms_named(names: Sequence[str]) -> tuple[str, ...]:
@@ -61,7 +65,7 @@ class ReplaceableLayers:
         self.regions, others = self._substitutable(chosen_layers) if SUBSTITUTE in forms else ([], {})
         joint = {layer.path for unit in self.units for layer in unit.layers}
         joint |= {layer.path for region in self.regions for layer in region.layers}
-        maps, unshared = find_shared(capture, self.graph) if SHARE in forms else (list[SharedMap](), list[Skip]())
+        maps, unshared = self._shared() if SHARE in forms else ([], [])
         self.maps = [each for each in maps if all(id(layer) in chosen_layers for layer in each.layers)]
         joint |= {layer.path for each in self.maps for layer in each.layers}
         why = {skip.path: skip for skip in unshared} | others | {skip.path: skip for skip in refused}
@@ -84,6 +88,17 @@ class ReplaceableLayers:
             else:
                 plain = Skip(layer.path, SkipReason.WRONG_FORM, "none of the forms is for a linear map")
                 self.skips.append(why.get(layer.path, plain))
+
+    def _shared(self) -> tuple[list[SharedMap], list[Skip]]:
+        """See `find_shared`; the model itself becomes a graph, without its methods, only where the form was named."""
+        maps, skips = find_shared(self.capture, self.graph)
+        methods = own_methods(self.graph.modules[""])
+        if SHARE in self.budget.forms or not methods:
+            return maps, skips
+        lost = ", ".join(methods[:_LISTED]) + ", …" * (len(methods) > _LISTED)
+        why = f"the model would become a graph, without its methods ({lost}); {SHARE} is used there where it is named"
+        at_root = [layer.path for each in maps if not each.scope for layer in each.layers]
+        return [each for each in maps if each.scope], skips + [Skip(p, SkipReason.NOT_TRACED, why) for p in at_root]
 
     def _substitutable(self, chosen_layers: Container[int]) -> tuple[list[Region], dict[str, Skip]]:
         """The regions of which all layers are chosen, and path to why each layer is in none."""

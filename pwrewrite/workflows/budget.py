@@ -14,6 +14,7 @@ from torch import nn
 
 from ..capturing import Inputs
 from ..core.errors import RefusedError
+from ..core.names import JOINT_FORM_NAMES
 from ..core.options import Budget
 from ..core.plan import Plan
 from ..core.processes import of_first, world
@@ -47,7 +48,7 @@ class Budgeted:
         self.metrics = metrics_of(budget)
         self._before = {name: self._score(name, metric, run.first.model) for name, metric in self.metrics.items()}
         if budget.plan is not None:  # which has chosen already, and its layers need their statistics
-            budget = replace(budget, forms=("all",), include=(), exclude=(), max_layer_error=None)
+            budget = replace(budget, forms=("all", *JOINT_FORM_NAMES), include=(), exclude=(), max_layer_error=None)
         self.planner, self.fit = planner_of(run, budget), Fit()
         self.recovery: Recovery | None = None
         self.choice: Choice | None = None

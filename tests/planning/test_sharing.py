@@ -144,6 +144,29 @@ def test_a_prediction_is_what_comes_of_it(refit: str) -> None:
         assert loss == pytest.approx(candidate.loss, rel=0.3)
 
 
+class Featured(Heads):
+    """A model that people call by a method of its own, too."""
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return F.relu(self.stem(x))
+
+
+def test_a_model_with_methods_becomes_a_graph_only_where_the_form_is_named() -> None:
+    model = Featured().eval()
+    left = planner(model)
+    assert not any(isinstance(group, SharedCandidates) for group in left.joint)
+    (group,) = planner(model, forms=("share-reduction",)).joint
+    assert isinstance(group, SharedCandidates)
+    result = pwrewrite.rewrite(model, X, Budget({"macs": 0.4}, calibration=batches()))
+    assert result.report.passed
+    assert type(result.model) is Featured
+    assert result.model.forward_features(X).dim() == 4
+    named = pwrewrite.rewrite(model, X, Budget({"macs": 0.4}, calibration=batches(), forms=("share-reduction",)))
+    assert {edit.op.action for edit in named.edits} == {"share-reduction"}
+    again = pwrewrite.rewrite(model, X, Budget(plan=Plan.from_json(named.plan.to_json()), calibration=batches()))
+    assert again.report.passed
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_cores_are_fitted(bias: bool) -> None:
     model = inception(bias=bias)

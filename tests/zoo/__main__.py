@@ -1,9 +1,9 @@
-"""Runs a sweep and prints its table: ``python -m zoo [capture|replay|fuse|export] [jobs]`` in ``tests``."""
+"""Runs a sweep and prints its table: ``python -m zoo [capture|replay|fuse|budget|export] [jobs]`` in ``tests``."""
 
 import sys
 from collections import Counter
 
-from . import exporting, fusing
+from . import budgets, exporting, fusing
 from .checks import check_capture, check_replay, summary
 from .harness import RESULTS, sweep
 
@@ -14,6 +14,9 @@ if __name__ == "__main__":
         print(summary(sweep(check_capture, RESULTS / "capture.jsonl", jobs=jobs)))
     elif what == "fuse":
         print(fusing.summary(sweep(fusing.check_fuse, RESULTS / "fuse.jsonl", jobs=jobs)))
+    elif what == "budget":
+        rows = sweep(budgets.check_budget, RESULTS / "budget.jsonl", only=budgets.sampled(), jobs=jobs, timeout=1800)
+        print(budgets.summary(rows))
     elif what == "export":
         rows = sweep(
             exporting.check_export, RESULTS / "export.jsonl", only=exporting.exportable(), jobs=jobs, timeout=1800
