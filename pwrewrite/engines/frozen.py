@@ -50,6 +50,8 @@ _TRIES = (CALLS, 8 * CALLS, 64 * CALLS)
 """Calls with a shape in which a function is tried: again later, since the reason against it may be gone."""
 _TOLERANCE = 1e-4
 """Relative distance between model and function: a deep network's own rounding is up to 2e-5."""
+_SLOWER, _TURNS, _TIMED = 1.5, 20, 0.05
+"""A function that takes this many times as long as the model is none; by how many runs of each, in about what time."""
 
 FUNCTIONS = Pool(256 * 2**20)
 """Models as functions."""
@@ -245,6 +247,9 @@ class Frozen(nn.Module):
             return trial.difference()
         if isinstance(result, str):
             return result
+        slowness = _slowness(result.run, trial.run, given)
+        if slowness > _SLOWER:
+            return f"as one function it takes {slowness:.1f} times as long, by kernels that oneDNN has for it"
         if not alike(other, right, _TOLERANCE):
             return "its values depend on the memory format of its inputs"
         watched = [*(each for each in held if each.key not in trial.replaced), *trial.found]
@@ -305,6 +310,19 @@ class _Function(Compiled):
             return tensors[0]
         remaining = iter(tensors)
         return map_tensors(form.template, lambda _: next(remaining))
+
+
+def _slowness(function: Callable[..., Any], run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> float:
+    """How many times as long a function takes as another, by the fastest of a few runs that take turns."""
+    fastest, start = [math.inf, math.inf], time.perf_counter()
+    for turn in range(_TURNS):
+        if turn > 1 and time.perf_counter() - start > _TIMED:
+            break
+        for i, call in enumerate((run, function)):
+            began = time.perf_counter()
+            call(*inputs)
+            fastest[i] = min(fastest[i], time.perf_counter() - began)
+    return fastest[1] / fastest[0]
 
 
 def _settings() -> tuple[int, torch.dtype]:

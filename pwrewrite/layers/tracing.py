@@ -26,6 +26,7 @@ from torch._C import Graph, Node, TensorType, Value
 from ..core.nested import tensors_of
 from .comparing import Function, alike, copies, outputs_of, same_function, trial_inputs
 from .packing import ForkSafeLock
+from .strides import detach, keep_kernels
 
 _C: Any = torch._C
 _LOCK = ForkSafeLock()
@@ -87,6 +88,7 @@ def traced(run: Function, inputs: Sequence[Tensor], tolerance: float, *, keep_na
             _C._jit_pass_remove_mutation(graph)  # the fuser fails on operations in place
             if keep_nan:
                 _spare(graph)
+            keep_kernels(graph)
             trials = trial_inputs(run, inputs)
             if isinstance(trials, str):
                 return trials
@@ -142,7 +144,7 @@ def _separate(graph: Graph, *, every: bool) -> None:
     for node in nodes:
         if not _joins(node):
             if node.kind() in _BINARY and len(next(node.inputs()).uses()) > 1:
-                _detach(graph, node, 0)
+                detach(graph, node, 0)
             continue
         values = list(node.inputs())[:2]
         names = [roots.get(value.debugName(), value.debugName()) for value in values]
@@ -156,15 +158,7 @@ def _separate(graph: Graph, *, every: bool) -> None:
             if value.node().kind() == "prim::Constant":
                 continue  # a view of a number that is a constant crashes the fuser
             if every or len(value.uses()) > 1 or chained[i] or not free[1 - i]:
-                _detach(graph, node, i)
-
-
-def _detach(graph: Graph, node: Node, i: int) -> None:
-    value = list(node.inputs())[i]
-    view = graph.create("aten::alias", [value], 1)
-    view.insertBefore(node)
-    view.output().setType(value.type())
-    node.replaceInput(i, view.output())
+                detach(graph, node, i)
 
 
 def _roots(nodes: Sequence[Node]) -> dict[str, str]:

@@ -1,0 +1,127 @@
+"""What keeps oneDNN's graph interface from its reference kernels, which take up to 300 times as long as eager torch.
+
+In a partition (oneDNN 3.x, behind torch 2.11 to 2.15) such a kernel is taken for
+
+- a product of matrices of which neither the rows nor the columns lie together, as behind attention's talking heads;
+- a sum, product or quotient, element by element, where a tensor lies in memory with gaps, as the halves of a gated unit
+  do, be it behind operations of one tensor, or in another order than the other tensor, as the heads of attention do;
+- the same where it joins an operation of one tensor, such as ``gelu(x) * y``, that no convolution or product takes in.
+
+The first two read copies, which eager torch makes by itself or has loops in place of; the last are kept apart by a
+view, which no partition reaches across.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from torch._C import Graph, Node, TensorType, Value
+
+_ELEMENTWISE = frozenset({"aten::add", "aten::mul", "aten::div"})
+_PRODUCTS = frozenset({"aten::matmul", "aten::bmm", "aten::linear"})
+_CONVOLUTIONS = frozenset({"aten::_convolution", "aten::conv2d"})
+_COPIES = frozenset({"aten::alias", "aten::clone"})
+_CONTIGUOUS, _AS_IT_LIES = 0, None
+"""Memory formats of a copy; the latter leaves gaps out and keeps the order of axes of images."""
+
+Layout = list[tuple[int, int, int]]
+"""Number, size and stride of each axis that is longer than one."""
+
+
+def keep_kernels(graph: Any) -> None:
+    """Puts copies and views in a traced graph where partitions would run reference kernels."""
+    for node in list(graph.nodes()):
+        values = list(node.inputs())[:2]
+        if node.kind() in _PRODUCTS:
+            for i, value in enumerate(values):
+                if _crossed(layout(value)):
+                    _copy(graph, node, i, _CONTIGUOUS)
+        elif node.kind() in _ELEMENTWISE:
+            orders = [_order(layout(value)) for value in values]
+            for i, value in enumerate(values):
+                if _permuted(layout(value)) and orders[0] != orders[1]:
+                    _copy(graph, node, i, _CONTIGUOUS)
+                else:
+                    _copy_gaps(graph, node, i)
+                if _stands_alone(list(node.inputs())[i]):
+                    detach(graph, node, i)
+
+
+def layout(value: Value) -> Layout:
+    """How a traced tensor lies in memory; nothing for what is none."""
+    kind = value.type()
+    sizes, strides = (kind.sizes(), kind.strides()) if isinstance(kind, TensorType) else (None, None)
+    axes = enumerate(zip(sizes or (), strides or ()))
+    return [(axis, size, stride) for axis, (size, stride) in axes if size > 1]
+
+
+def _copy_gaps(graph: Any, node: Node, i: int) -> None:
+    """Copies an operand with gaps, or what it comes from by way of operations of one tensor."""
+    while True:
+        value = list(node.inputs())[i]
+        if _has_gaps(layout(value)):
+            _copy(graph, node, i, _AS_IT_LIES)
+            return
+        node = value.node()
+        if node.kind() == "aten::layer_norm" and _permuted(layout(next(node.inputs()))):
+            _copy(graph, node, 0, _CONTIGUOUS)
+        if not _of_one_tensor(node) or len(value.uses()) > 1:
+            return
+        (i,) = _tensors(node)
+
+
+def _tensors(node: Node) -> list[int]:
+    return [i for i, value in enumerate(node.inputs()) if isinstance(value.type(), TensorType)]
+
+
+def _of_one_tensor(node: Node) -> bool:
+    return node.kind().startswith("aten::") and len(_tensors(node)) == 1
+
+
+def _stands_alone(value: Value) -> bool:
+    """Whether a tensor comes from an operation of one tensor that is not taken in by what makes its input."""
+    node = value.node()
+    if not _of_one_tensor(node) or node.kind() in _COPIES:
+        return False
+    source = list(node.inputs())[_tensors(node)[0]]
+    maker = source.node().kind()
+    takes = maker in _CONVOLUTIONS or (maker in _PRODUCTS and node.kind() != "aten::silu")
+    return not takes or len(source.uses()) > 1
+
+
+def detach(graph: Graph, node: Node, i: int) -> None:
+    """Puts a view of an operand in its place, which keeps a node apart from what makes it."""
+    value = list(node.inputs())[i]
+    view = graph.create("aten::alias", [value], 1)
+    view.insertBefore(node)
+    view.output().setType(value.type())
+    node.replaceInput(i, view.output())
+
+
+def _copy(graph: Any, node: Node, i: int, memory_format: int | None) -> None:
+    value = list(node.inputs())[i]
+    graph.setInsertPoint(node)
+    copy = graph.create("aten::clone", [value, graph.insertConstant(memory_format)], 1)
+    copy.insertBefore(node)
+    copy.output().setType(value.type())
+    node.replaceInput(i, copy.output())
+
+
+def _crossed(axes: Layout) -> bool:
+    return len(axes) > 1 and 1 not in (stride for *_, stride in axes[-2:])
+
+
+def _has_gaps(axes: Layout) -> bool:
+    return sum((size - 1) * stride for _, size, stride in axes) + 1 > prod(size for _, size, _ in axes)
+
+
+def _order(axes: Layout) -> list[int]:
+    """The axes by their strides, the longest first."""
+    return [axis for axis, *_ in sorted(axes, key=lambda axis: -axis[-1])]
+
+
+def _permuted(axes: Layout) -> bool:
+    """Whether axes are in an order that is neither the common one nor that of images with their channels last."""
+    order = _order(axes)
+    return order not in (sorted(order), sorted(order, key=lambda axis: (axis != 0, axis == 1, axis)))
