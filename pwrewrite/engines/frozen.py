@@ -24,6 +24,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from ..layers.kernels import CPU_DTYPES, enabled, unwatched
 from ..layers.packing import Compiled, Pool
 from ..layers.partitions import CALLS
 from .held_tensors import Held, TrialCopy, held_tensors, obstacle
+from .timing import time_in_turns
 
 _compiling = torch.compiler.is_compiling
 _global_hooks: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook
@@ -50,8 +52,8 @@ _TRIES = (CALLS, 8 * CALLS, 64 * CALLS)
 """Calls with a shape in which a function is tried: again later, since the reason against it may be gone."""
 _TOLERANCE = 1e-4
 """Relative distance between model and function: a deep network's own rounding is up to 2e-5."""
-_SLOWER, _TURNS, _TIMED = 1.5, 20, 0.05
-"""A function that takes this many times as long as the model is none; by how many runs of each, in about what time."""
+_SLOWER, _OVERHEAD, _TIMED = 1.5, 2e-4, 0.05
+"""A function that takes this many times as long as the model, and so many seconds, is none; what both are timed for."""
 
 FUNCTIONS = Pool(256 * 2**20)
 """Models as functions."""
@@ -247,9 +249,11 @@ class Frozen(nn.Module):
             return trial.difference()
         if isinstance(result, str):
             return result
-        slowness = _slowness(result.run, trial.run, given)
-        if slowness > _SLOWER:
-            return f"as one function it takes {slowness:.1f} times as long, by kernels that oneDNN has for it"
+        timed = [partial(run, *given) for run in (trial.run, result.run)]
+        before, after = time_in_turns(timed, given[0].device, turns=(2, 20), seconds=_TIMED)
+        if after.seconds > _SLOWER * before.seconds + _OVERHEAD:
+            times = after.seconds / before.seconds
+            return f"as one function it takes {times:.1f} times as long, by kernels that oneDNN has for it"
         if not alike(other, right, _TOLERANCE):
             return "its values depend on the memory format of its inputs"
         watched = [*(each for each in held if each.key not in trial.replaced), *trial.found]
@@ -310,19 +314,6 @@ class _Function(Compiled):
             return tensors[0]
         remaining = iter(tensors)
         return map_tensors(form.template, lambda _: next(remaining))
-
-
-def _slowness(function: Callable[..., Any], run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> float:
-    """How many times as long a function takes as another, by the fastest of a few runs that take turns."""
-    fastest, start = [math.inf, math.inf], time.perf_counter()
-    for turn in range(_TURNS):
-        if turn > 1 and time.perf_counter() - start > _TIMED:
-            break
-        for i, call in enumerate((run, function)):
-            began = time.perf_counter()
-            call(*inputs)
-            fastest[i] = min(fastest[i], time.perf_counter() - began)
-    return fastest[1] / fastest[0]
 
 
 def _settings() -> tuple[int, torch.dtype]:

@@ -5,7 +5,8 @@ In a partition (oneDNN 3.x, behind torch 2.11 to 2.15) such a kernel is taken fo
 - a product of matrices of which neither the rows nor the columns lie together, as behind attention's talking heads;
 - a sum, product or quotient, element by element, where a tensor lies in memory with gaps, as the halves of a gated unit
   do, be it behind operations of one tensor, or in another order than the other tensor, as the heads of attention do;
-- the same where it joins an operation of one tensor, such as ``gelu(x) * y``, that no convolution or product takes in.
+- the same where it joins a layer norm, or an operation of one tensor, such as ``gelu(x) * y``, that no convolution or
+  product takes in.
 
 The first two read copies, which eager torch makes by itself or has loops in place of; the last are kept apart by a
 view, which no partition reaches across.
@@ -56,35 +57,31 @@ def layout(value: Value) -> Layout:
     return [(axis, size, stride) for axis, (size, stride) in axes if size > 1]
 
 
-def _copy_gaps(graph: Any, node: Node, i: int) -> None:
+def only_operand(node: Node) -> int | None:
+    """Which input an operation of one tensor reads it from; None for any other operation."""
+    tensors = [i for i, value in enumerate(node.inputs()) if isinstance(value.type(), TensorType)]
+    return tensors[0] if node.kind().startswith("aten::") and len(tensors) == 1 else None
+
+
+def _copy_gaps(graph: Any, node: Node, operand: int) -> None:
     """Copies an operand with gaps, or what it comes from by way of operations of one tensor."""
-    while True:
+    i: int | None = operand
+    while i is not None:
         value = list(node.inputs())[i]
         if _has_gaps(layout(value)):
-            _copy(graph, node, i, _AS_IT_LIES)
-            return
+            return _copy(graph, node, i, _AS_IT_LIES)
         node = value.node()
-        if node.kind() == "aten::layer_norm" and _permuted(layout(next(node.inputs()))):
-            _copy(graph, node, 0, _CONTIGUOUS)
-        if not _of_one_tensor(node) or len(value.uses()) > 1:
-            return
-        (i,) = _tensors(node)
-
-
-def _tensors(node: Node) -> list[int]:
-    return [i for i, value in enumerate(node.inputs()) if isinstance(value.type(), TensorType)]
-
-
-def _of_one_tensor(node: Node) -> bool:
-    return node.kind().startswith("aten::") and len(_tensors(node)) == 1
+        i = only_operand(node) if len(value.uses()) == 1 else None
+    return None
 
 
 def _stands_alone(value: Value) -> bool:
-    """Whether a tensor comes from an operation of one tensor that is not taken in by what makes its input."""
+    """Whether a tensor comes from a norm of layers, or an operation of one tensor that no other takes in."""
     node = value.node()
-    if not _of_one_tensor(node) or node.kind() in _COPIES:
-        return False
-    source = list(node.inputs())[_tensors(node)[0]]
+    i = only_operand(node)
+    if i is None or node.kind() in _COPIES:
+        return node.kind() == "aten::layer_norm"
+    source = list(node.inputs())[i]
     maker = source.node().kind()
     takes = maker in _CONVOLUTIONS or (maker in _PRODUCTS and node.kind() != "aten::silu")
     return not takes or len(source.uses()) > 1
@@ -104,7 +101,8 @@ def _copy(graph: Any, node: Node, i: int, memory_format: int | None) -> None:
     graph.setInsertPoint(node)
     copy = graph.create("aten::clone", [value, graph.insertConstant(memory_format)], 1)
     copy.insertBefore(node)
-    copy.output().setType(value.type())
+    kind: Any = value.type()
+    copy.output().setType(kind if memory_format is None else kind.contiguous())
     node.replaceInput(i, copy.output())
 
 
@@ -124,4 +122,5 @@ def _order(axes: Layout) -> list[int]:
 def _permuted(axes: Layout) -> bool:
     """Whether axes are in an order that is neither the common one nor that of images with their channels last."""
     order = _order(axes)
-    return order not in (sorted(order), sorted(order, key=lambda axis: (axis != 0, axis == 1, axis)))
+    channels_last = sorted(order, key=lambda axis: (axis != 0, axis == 1, axis))
+    return order != sorted(order) and (max(order) < 3 or order != channels_last)

@@ -26,7 +26,7 @@ from torch._C import Graph, Node, TensorType, Value
 from ..core.nested import tensors_of
 from .comparing import Function, alike, copies, outputs_of, same_function, trial_inputs
 from .packing import ForkSafeLock
-from .strides import detach, keep_kernels
+from .strides import detach, keep_kernels, only_operand
 
 _C: Any = torch._C
 _LOCK = ForkSafeLock()
@@ -197,12 +197,10 @@ def _behind_another(value: Value) -> bool:
         node = value.node()
         if _joins(node):
             return True
-        if not node.kind().startswith("aten::") or node.kind() in ("aten::_convolution", "aten::conv2d", "aten::alias"):
+        i = only_operand(node)
+        if i is None or node.kind() == "aten::alias":
             return False
-        tensors = [v for v in node.inputs() if v.type().kind() == "TensorType"]
-        if len(tensors) != 1:
-            return False
-        value = tensors[0]
+        value = list(node.inputs())[i]
         if node.kind() == "aten::silu" and len(value.uses()) > 1:
             return True  # to the fuser it is a sigmoid and a product, of two tensors where others read the first
     return False
