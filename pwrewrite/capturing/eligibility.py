@@ -59,6 +59,10 @@ def eligible(capture: Capture, layer: Layer, owners: Owners | None = None) -> Sk
     module = owners.modules.get(layer.path)
     if module is not None and (isinstance(module, _LAYERS) or not layer.functional):
         refused = module_refusal(layer.path, module, owners.holders) or _read_directly(layer, owners)
+        if refused and refused.reason is SkipReason.OVERRIDDEN_FORWARD and computes_weight(layer, owners):
+            remedy = "fold-batch-norm, or bake in a budget, makes it a plain one"
+            why = f"{type(module).__qualname__} computes its weight in each call; {remedy}"
+            return Skip(layer.path, SkipReason.PARAMETRIZED, why)
         return refused or (_functional(layer, owners) if layer.functional else None)
     return _functional(layer, owners)
 
@@ -85,6 +89,12 @@ def module_refusal(path: str, module: nn.Module, holders: Mapping[int, list[str]
         return Skip(path, SkipReason.OVERRIDDEN_FORWARD, why)
     refused = _weight(path, weight, type(module).__qualname__)
     return refused or _shared(path, path, weight, module._parameters.get("bias"), holders)
+
+
+def computes_weight(layer: Layer, owners: Owners) -> bool:
+    """Whether a layer's own code hands its operation another tensor than its weight."""
+    users = {user.name for read in owners.reads.get(layer.weight, ()) for user in read.users}
+    return layer.functional and bool(users) and users.isdisjoint(call.node for call in layer.calls)
 
 
 def find_holders(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:

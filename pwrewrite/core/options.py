@@ -271,7 +271,9 @@ class Budget(LayerOptions, RecoverOptions):
     best_effort: bool = _of_budget(
         False, "Take the nearest result where a limit is missed, as measured in the end.", "--best-effort"
     )
-    bake: bool = _of_budget(False, "Bake parametrizations and old weight norms into plain weights first.", "--bake")
+    bake: bool = _of_budget(
+        False, "Bake parametrized, weight-normed and standardised weights into plain ones first.", "--bake"
+    )
     metric: str | Callable[..., float] | None = _of_budget(
         None, "Function of a model, larger is better; reported before and after.", "--metric file.py:NAME"
     )

@@ -11,7 +11,7 @@ A norm is known by what it is: torch's modules, subclasses that run ``F.batch_no
 tried out before they are trusted. ``F.batch_norm`` in the code of any other module folds too, where nothing else reads
 its statistics; that module then becomes a graph without the call. A norm that is called several times, as in the
 encoder of a Siamese network, folds where each of its calls is behind a call of the same layer. A norm of a
-convolution's own weight, worked out anew in each call, goes into that weight.
+convolution's own weight, worked out anew in each call, goes into that weight (`pwrewrite.passes.own_weights`).
 """
 
 from __future__ import annotations
@@ -28,13 +28,11 @@ from ..capturing.records import Capture, Layer, info
 from ..core.convolution import CONV_MODULES
 from ..core.plan import Estimate, Op, Skip, SkipReason
 from ..core.records import Json
-from ..edit.actions.bench import spec_of_module
 from ..edit.actions.code_norm import TENSORS
-from ..edit.actions.fold import WEIGHT
-from ..edit.swap import stem
 from ..forms.specs import spec_to_dict
 from ..layers.known import hooked
 from .base import Pass, Proposal, spec_of
+from .own_weights import own_weights
 from .patterns import Graph, tensor_of
 
 _ARITHMETIC = {
@@ -66,7 +64,7 @@ class FoldBatchNorm(Pass):
             if norm is (calls or [norm])[0]:
                 proposals.append(_fold(graph, calls or [norm], taken))
                 taken |= {p.settings["layer"] for p in proposals[-1:] if isinstance(p, Op)}
-        return [*proposals, *_weight_norms(graph)]
+        return [*proposals, *own_weights(graph, self.name)]
 
 
 @dataclass(frozen=True)
@@ -289,34 +287,3 @@ def _op(norm: _Norm, layer: Layer, side: str) -> Op:
         **norm.code,
     }
     return Op("fold", norm.path, FoldBatchNorm.name, settings, Estimate(params, after, layer.macs, layer.macs))
-
-
-def _weight_norms(graph: Graph) -> Iterator[Proposal]:
-    """An op for each convolution that normalises its weight in each call; the action tries them out."""
-    norms = [n for n in graph.nodes if n.op == "call_function" and info(n).op == "batch_norm"]
-    for path in dict.fromkeys(info(node).path for node in norms):
-        proposal = _weight_norm(graph, path)
-        if proposal is not None:
-            yield proposal
-
-
-def _weight_norm(graph: Graph, path: str) -> Proposal | None:
-    module = graph.modules.get(path)
-    spec = spec_of_module(module) if isinstance(module, nn.Conv2d) else None
-    if module is None or spec is None or [*module.children(), *module.buffers()]:
-        return None
-    refusal = module_refusal(path, module, graph.owners.holders)
-    if refusal is None or refusal.reason is not SkipReason.OVERRIDDEN_FORWARD:
-        return refusal
-    for name, parameter in module.named_parameters():
-        other = any(info(user).path != path for user in graph.readers(path, name))
-        if other or len(graph.owners.holders.get(id(parameter), ())) > 1:
-            detail = f"{stem(path)}{name}, with which it normalises its weight, is also used elsewhere"
-            return Skip(path, SkipReason.SHARED_WEIGHT, detail)
-    own = [node for node in graph.nodes if info(node).path == path and node.op != "get_attr"]
-    layer = next((graph.layers[node.name] for node in own if node.name in graph.layers), None)
-    if layer is None:
-        return None
-    params, same = sum(p.numel() for p in module.parameters()), any(info(node).op == "pad" for node in own)
-    settings = {"side": WEIGHT, "layer": path, "same": same, "spec": spec_to_dict(spec)}
-    return Op("fold", path, FoldBatchNorm.name, settings, Estimate(params, spec.params, layer.macs, layer.macs))

@@ -7,6 +7,7 @@ public tools corrupt a convolution that is called twice (pytorch#104593).
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable
 from functools import cache, cached_property
@@ -126,9 +127,17 @@ class Graph:
 
     def written(self, held: fx.Node, first: fx.Node, last: fx.Node) -> bool:
         """Whether a node between two others may write into what a third holds: shares its storage, is no identity."""
-        root = self.root_of(held)
-        between = [node for node in self.nodes[self.order[first] + 1 : self.order[last]] if not passes_on(node)]
-        return any(root in (self.root_of(node), self.root_of(_target(node))) for node in between)
+        places = self._sharing.get(self.root_of(held), [])
+        return bisect_right(places, self.order[first]) < bisect_left(places, self.order[last])
+
+    @cached_property
+    def _sharing(self) -> dict[str, list[int]]:
+        """Name of the node that made a storage to the places in order of those that share it and are no identities."""
+        sharing: dict[str, list[int]] = {}
+        for place, node in enumerate(self.nodes):
+            for root in () if passes_on(node) else {self.root_of(node), self.root_of(_target(node))}:
+                sharing.setdefault(root, []).append(place)
+        return sharing
 
     @cached_property
     def writers(self) -> dict[str, list[fx.Node]]:

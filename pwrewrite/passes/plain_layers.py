@@ -1,8 +1,8 @@
 """`BakeWeights` and `UnfuseLayers`: layers that other passes cannot replace become plain ones. Exact in evaluation.
 
 Audio and temporal networks are weight-normed throughout, and no pass replaces a layer whose weight something else
-computes. Parametrizations, ``weight_norm``, ``spectral_norm`` and pruning masks are gone afterwards: train on without
-them.
+computes. Parametrizations, ``weight_norm``, ``spectral_norm``, pruning masks and standardisation are gone afterwards:
+train on without them.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from ..edit.actions.plain_layers import computed_weights
 from ..edit.swap import stem
 from ..layers import PointwiseActivation
 from .base import Pass, Proposal
+from .own_weights import own_weights
+from .patterns import Graph
 
 
 class BakeWeights(Pass):
     """Makes plain parameters of weights that are computed before each call."""
 
     name = "bake-weights"
-    summary = "parametrizations, weight norms, spectral norms and pruning masks become plain weights"
+    summary = "parametrized, weight-normed, standardised and pruned weights become plain ones"
     exact = "eval"
 
     def propose(self, capture: Capture) -> list[Proposal]:
-        ops: list[Proposal] = []
+        ops = list(own_weights(Graph(capture), self.name))
         for path, module in capture.model.named_modules():
             if not (computed := computed_weights(module)):
                 continue

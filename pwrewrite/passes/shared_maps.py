@@ -206,7 +206,11 @@ class _Finder:
             self._check_within([each for each in stack[depth:] if isinstance(each, str)])
         for path in paths:
             inside = {graph.layers[node.name].path for node, stack in stacks.items() if stack[depth] == path}
-            if set(self._read_by(path, inside)) != inside:
+            try:
+                read = set(self._read_by(path, inside))
+            except _Unshared as unread:  # maybe of a module to which none of these layers belongs
+                raise _Unshared(unread.reason, unread.detail, path) from unread
+            if read != inside:
                 raise _Unshared(SkipReason.NOT_TRACED, f"{path} hands the map to other layers, too", path)
         calls = self._calls(scope, [path.removeprefix(stem(scope)) for path in paths])
         if why := reached_around(graph.modules, scope, {call.partition(".")[0] for call in calls}):

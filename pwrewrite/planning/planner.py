@@ -73,11 +73,12 @@ class Planner(Calibrated):
         self.layers = make_candidates(self.norm, self.say)
         joint, skips = list[JointGroup](), list[Skip]()
         for kind in JOINT.values():
-            groups, left = kind.all_of(self.norm, self.say)
+            groups, refused = kind.all_of(self.norm, self.say)
             joint += groups
-            skips += left
+            skips += refused
         changing = {layer.path for layer in self.layers}.union(*(c.claims for g in joint for c in g.candidates))
-        self._skips = [*self.replaceable.skips, *(skip for skip in skips if skip.path not in changing)]
+        left = [self.replaceable.alone.get(skip.path, skip) for skip in skips if skip.path not in changing]
+        self._skips = [*self.replaceable.skips, *left]
         self.memory.store()
         self._offer(joint)
 

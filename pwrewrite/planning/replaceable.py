@@ -47,8 +47,8 @@ class ReplaceableLayers:
     """The ``layers`` that a budget lets be replaced, with the pass for each form, and the ``skips`` of all others.
 
     ``units`` are those that it lets be narrowed, ``regions`` those that something else may stand for as a whole, and
-    ``maps`` those that several layers may read through one reduction, of which it includes all layers; ``graph`` is the
-    captured graph.
+    ``maps`` those that several layers may read through one reduction, of which it includes all layers. ``alone`` says
+    why layers of these may not change by themselves; ``graph`` is the captured graph.
     """
 
     def __init__(self, capture: Capture, budget: Budget) -> None:
@@ -56,6 +56,7 @@ class ReplaceableLayers:
         self.owners = self.graph.owners
         self.layers: list[tuple[Layer, dict[str, LayerPass]]] = []
         self.skips: list[Skip] = []
+        self.alone: dict[str, Skip] = {}
         forms = _forms_named(budget.forms)
         kinds = [kind for form in forms if form in FORMS for kind in FORM_PASSES[form]]
         passes = [kind(replan=budget.replan, min_gain=0.0) for kind in kinds]
@@ -80,11 +81,13 @@ class ReplaceableLayers:
                 refusals, applying = [in_code], {}
             if applying:
                 self.layers.append((layer, applying))
-            elif layer.path in joint:
                 continue
-            elif refusals:
-                mild = (SkipReason.WRONG_FORM, SkipReason.POINTWISE)
-                self.skips.append(next((r for r in refusals if r.reason not in mild), refusals[0]))
+            mild = (SkipReason.WRONG_FORM, SkipReason.POINTWISE)
+            refusal = next((r for r in refusals if r.reason not in mild), refusals[0] if refusals else None)
+            if layer.path in joint:
+                self.alone |= {layer.path: refusal} if refusal else {}
+            elif refusal:
+                self.skips.append(refusal)
             else:
                 plain = Skip(layer.path, SkipReason.WRONG_FORM, "none of the forms is for a linear map")
                 self.skips.append(why.get(layer.path, plain))

@@ -206,6 +206,8 @@ class Reads(nn.Module):
             self.b = nn.ConvTranspose2d(12, 8, 3, padding=1)  # type: ignore[assignment]
         if how == "wrapped":
             self.b = _Gated(self.b)  # type: ignore[assignment]
+        if how == "beside":
+            self.b = _Beside(self.b)  # type: ignore[assignment]
         if how == "hook":
             self.b = nn.Sequential(self.b)  # type: ignore[assignment]
             self.b.register_forward_hook(lambda *_: None)
@@ -240,12 +242,30 @@ class _Gated(nn.Module):
         return out
 
 
+class _Beside(nn.Module):
+    """Hands its input to a layer, and to a module in which no layer reads it."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.other = conv, nn.Sequential(_Doubled())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x) * self.other(x)
+        return out
+
+
+class _Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x.mean((1, 2, 3), keepdim=True)
+
+
 @pytest.mark.parametrize(
     ("how", "path", "reason", "said"),
     [
         ("grouped", "b", SkipReason.WRONG_FORM, "grouped"),
         ("transposed", "b", SkipReason.WRONG_FORM, "transposed"),
         ("wrapped", "b.conv", SkipReason.NOT_LINEAR, "more with the map"),
+        ("beside", "b.conv", SkipReason.NOT_LINEAR, "b.other.0 does more with the map"),
         ("hook", "b.0", SkipReason.HOOKS, "would see the reduced map"),
         ("written", "b", SkipReason.WRITTEN, "written into in between"),
         ("sizes", "b", SkipReason.NOT_TRACED, "hands the map on"),

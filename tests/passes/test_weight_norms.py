@@ -93,7 +93,7 @@ def test_layers_that_share_a_gain_are_left_with_the_reason() -> None:
     assert not [edit for edit in done.edits if edit.method == "fold"]
     left = {skip.path: skip for skip in done.plan.skips if skip.reason is SkipReason.SHARED_WEIGHT}
     assert set(left) == {"0", "2"}
-    assert left["0"].detail == "0.gain, with which it normalises its weight, is also used elsewhere"
+    assert left["0"].detail == "0.gain, from which it computes its weight, is also used elsewhere"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import pwrewrite
 from pwrewrite import passes
+from pwrewrite.core.errors import RefusedError
 
 
 class Centred(nn.Conv2d):
@@ -79,3 +80,27 @@ def test_they_pass_or_are_left_with_a_reason(
     result = pwrewrite.rewrite(model, x, [passes.InsertReduction(2)])
     assert result.report.passed
     assert result.report.skips
+
+
+@pytest.mark.parametrize("kind", [Centred, ByBatchNorm, ByStd])
+def test_baked_they_are_made_smaller(kind: type[nn.Conv2d]) -> None:
+    torch.manual_seed(0)
+    layers = [kind(16, 16, 3, padding=1), nn.ReLU(), Residual(kind(16, 16, 3, padding=1)), kind(16, 16, 3, padding=1)]
+    model, inputs = nn.Sequential(*layers).eval(), torch.randn(32, 16, 8, 8)
+    with pytest.raises(RefusedError, match=r"3 parametrized[\s\S]*--bake"):
+        pwrewrite.rewrite(model, inputs[:1], pwrewrite.Budget({"macs": 0.5}, calibration=inputs))
+    result = pwrewrite.rewrite(model, inputs[:1], pwrewrite.Budget({"macs": 0.5}, calibration=inputs, bake=True))
+    assert result.report.passed
+    assert result.report.after["macs"] <= result.report.before["macs"] / 2
+    assert not any(isinstance(module, kind) for module in result.model.modules())
+
+
+def test_what_the_input_decides_is_not_baked() -> None:
+    class ByInput(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight * x.mean(), self.bias, padding=1)
+
+    model, x = Residual(ByInput(4, 4, 3, padding=1)).eval(), torch.randn(1, 4, 8, 8)
+    result = pwrewrite.rewrite(model, x, [passes.FoldBatchNorm()])
+    assert not result.edits
+    assert [skip.reason for skip in result.report.skips] == ["overridden-forward"]
