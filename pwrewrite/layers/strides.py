@@ -4,7 +4,8 @@ In a partition (oneDNN 3.x, behind torch 2.11 to 2.15) such a kernel is taken fo
 
 - a product of matrices of which neither the rows nor the columns lie together, as behind attention's talking heads;
 - a sum, product or quotient, element by element, where a tensor lies in memory with gaps, as the halves of a gated unit
-  do, be it behind operations of one tensor, or in another order than the other tensor, as the heads of attention do;
+  do, be it behind operations of one tensor, or in another order than the other tensor, as the heads of attention do, or
+  where it is expanded, as the norm is that ``F.normalize`` divides by;
 - the same where it joins a layer norm, or an operation of one tensor, such as ``gelu(x) * y``, that no convolution or
   product takes in.
 
@@ -41,7 +42,8 @@ def keep_kernels(graph: Any) -> None:
         elif node.kind() in _ELEMENTWISE:
             orders = [_order(layout(value)) for value in values]
             for i, value in enumerate(values):
-                if _permuted(layout(value)) and orders[0] != orders[1]:
+                expanded = any(not stride for *_, stride in layout(value))
+                if expanded or (_permuted(layout(value)) and orders[0] != orders[1]):
                     _copy(graph, node, i, _CONTIGUOUS)
                 else:
                     _copy_gaps(graph, node, i)

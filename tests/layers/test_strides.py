@@ -70,6 +70,18 @@ class Normed(nn.Module):
         return y + x if self.how == "plus" else y * x
 
 
+class Cosine(nn.Module):
+    """The scores of attention by the angle between queries and keys (Liu et al. 2022, Swin V2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.qkv(x).unflatten(2, (2, 4, -1)).permute(2, 0, 3, 1, 4).unbind()
+        return F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+
+
 class TwoLayers(nn.Module):
     """A gated unit of two layers."""
 
@@ -90,6 +102,7 @@ def cases() -> list[tuple[str, nn.Module, Tensor]]:
     gates = ("plain", "scaled", "behind a layer", "gelu", "silu", "sigmoid", "relu")
     found: list[tuple[str, nn.Module, Tensor]] = [
         ("talking heads", TalkingHeads(), tokens),
+        ("cosine", Cosine(), tokens),
         ("two layers", TwoLayers(), tokens),
         ("norm, plus", Normed("plus"), tokens),
         ("norm, times", Normed("times"), tokens),
