@@ -71,7 +71,8 @@ def fit_steps(
             module = rewritten.get_submodule(f"{path}.0" if parts[path] else path)
             weight = cast(Tensor, module.weight).detach().clone()
             fitted[path] = spec_from_dict(op.settings["layer"], op.where("layer")), weight
-    sums, unseen, targets = residuals(captured, fitted), off_mean(captured), dict[str, Target]()
+    sums = residuals(captured, fitted, changed_places(captured, readers, whole))
+    unseen, targets = off_mean(captured), dict[str, Target]()
     for path, (spec, weight) in fitted.items():
         gradients = None if statistics is None else statistics.layers[path].gradient_moment()
         centred = spec.bias or path in unseen
@@ -174,8 +175,20 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def residuals(capture: Capture, paths: Collection[str]) -> dict[str, Residual]:
-    """Path to the residual sum that a layer writes into, of those layers that do; they are modules called once."""
+def changed_places(capture: Capture, readers: Iterable[str], whole: Collection[str]) -> set[tuple[str, str]]:
+    """Inputs of layers that read fewer channels now, and what is inside of modules that were replaced as a whole."""
+    calls = [node for node in capture.graph.nodes if node.op == "call_module"]
+    gone = {str(node.target) for node in calls if any(caller in whole for caller in info(node).callers)}
+    return {(path, "input") for path in readers} | {(path, side) for path in gone for side in ("input", "output")}
+
+
+def residuals(
+    capture: Capture, paths: Collection[str], changed: Collection[tuple[str, str]] = ()
+) -> dict[str, Residual]:
+    """Path to the residual sum that a layer writes into, of those layers that do; they are modules called once.
+
+    ``changed``: places that have another tensor in the rewritten model, or are not there.
+    """
     place = {node: i for i, node in enumerate(capture.graph.nodes)}
     calls = Counter(info(node).path for node in place if node.op == "call_module" or _is_norm(node))
     same: dict[fx.Node, list[fx.Node]] = {}
@@ -196,7 +209,7 @@ def residuals(capture: Capture, paths: Collection[str]) -> dict[str, Residual]:
         own, there = info(end).outputs, info(others[0]).outputs
         if not own or not there or own[0] != there[0]:
             continue
-        anchor = _anchor(same[_source(others[0])], place, place[node], calls)
+        anchor = _anchor(same[_source(others[0])], place, place[node], calls, changed)
         if anchor is not None:
             sums[path] = Residual(norm, anchor)
     return sums
@@ -231,14 +244,19 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _anchor(
-    nodes: list[fx.Node], place: dict[fx.Node, int], before: int, calls: Counter[str]
+    nodes: list[fx.Node],
+    place: dict[fx.Node, int],
+    before: int,
+    calls: Counter[str],
+    changed: Collection[tuple[str, str]],
 ) -> tuple[str, str] | None:
     """A module at which a tensor, under any of its nodes, can be read before a moment."""
     for node in nodes:
-        if node.op == "call_module" and calls[str(node.target)] == 1 and place[node] < before:
-            return str(node.target), "output"
-        for user in node.users:
-            once = user.op == "call_module" and calls[str(user.target)] == 1
-            if once and user.args and user.args[0] is node and place[user] <= before:
-                return str(user.target), "input"
+        for each in (node, *node.users):
+            if each.op != "call_module" or calls[str(each.target)] != 1:
+                continue
+            where = str(each.target), "output" if each is node else "input"
+            passed = place[each] < before if each is node else each.args[:1] == (node,) and place[each] <= before
+            if passed and where not in changed:
+                return where
     return None

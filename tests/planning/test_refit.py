@@ -20,8 +20,9 @@ from pwrewrite.forms import FORMS
 from pwrewrite.forms.specs import linear_spec
 from pwrewrite.forms.weighted import WeightedLayer
 from pwrewrite.layers.factorized import build
+from pwrewrite.passes import InsertBottleneck, ShareReduction
 from pwrewrite.planning.budget import budgets_of
-from pwrewrite.planning.fit_steps import fit_steps, off_mean, residuals, shift_biases
+from pwrewrite.planning.fit_steps import changed_places, fit_steps, off_mean, residuals, shift_biases
 from pwrewrite.planning.gathering import Gathering, gather
 from pwrewrite.planning.lockstep import Lockstep
 from pwrewrite.planning.planner import Planner
@@ -308,3 +309,49 @@ def test_the_planner_says_what_was_fitted_in_its_bias_only() -> None:
     assert "deeper" in {e.op.path for e in made.edits}
     assert any("called several times" in note and "deeper" in note for note in made.report.notes)
     assert made.report.passed
+
+
+class Mixer(nn.Module):
+    """Two branches that read one map, and a layer behind whose sum has that map on its other side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.a, self.b, self.c = (nn.Conv2d(12, 12, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        return x + self.c((self.a(x) + self.b(x)).relu())
+
+
+def test_the_other_side_of_a_sum_is_not_read_where_a_reduction_comes_first() -> None:
+    torch.manual_seed(0)
+    model, x = Mixer().eval(), torch.randn(32, 3, 8, 8)
+    assert residuals(capture(model, x), ["c"])["c"].place == ("a", "input")
+    result = rewrite(model, x, [ShareReduction(4), InsertBottleneck(0.5, include=["c"])])
+    assert [edit.op.action for edit in result.edits] == ["share-reduction", "factorize"]
+    planner = Planner(model, x, x, Budget())
+    before = planner.measure(result.model).loss
+    assert planner.refit(result.model, result.plan).errors.keys() == {"c"}
+    assert planner.measure(result.model).loss < before
+
+
+class Behind(nn.Module):
+    """A branch, and a layer behind it whose sum has on its other side what the branch reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Conv2d(12, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 12, 1))
+        self.c = nn.Conv2d(12, 12, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        return x + self.c(self.branch(x))
+
+
+def test_the_other_side_of_a_sum_is_not_read_inside_of_what_was_replaced() -> None:
+    captured = capture(Behind().eval(), torch.randn(2, 12, 8, 8))
+    assert residuals(captured, ["c"])["c"].place == ("branch.0", "input")
+    gone = changed_places(captured, [], {"branch"})
+    assert ("branch.2", "output") in gone
+    assert residuals(captured, ["c"], gone) == {}
