@@ -149,7 +149,7 @@ class Frozen(nn.Module):
             return model(*inputs)
         for x in inputs:
             if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu or x.layout is not torch.strided:
-                return model(*inputs)
+                return self._without(inputs)
         key = tuple(x.shape for x in inputs)
         function = self.compiled.get(key)
         if function is None:
@@ -162,6 +162,12 @@ class Frozen(nn.Module):
             return self._checked(function, inputs)
         function.used = time.monotonic()
         return function(*inputs)
+
+    def _without(self, inputs: tuple[Any, ...]) -> Any:
+        """Runs the model on what no function takes; says so where nothing else is said."""
+        if not self.refused:
+            self.refused[tuple(x.shape for x in inputs if isinstance(x, Tensor))] = _unfit(inputs) or ""
+        return self.model(*inputs)
 
     def _counted(self, key: _Key, inputs: tuple[Any, ...]) -> Any:
         """Runs the model; where that was the last call before a function pays, makes one."""
@@ -216,8 +222,8 @@ class Frozen(nn.Module):
 
     def _function(self, inputs: tuple[Tensor, ...]) -> _Function | str:
         """The model as a function for inputs of these shapes, or why it cannot be one."""
-        if any(x.dtype is not torch.float32 or not x.is_cpu or not x.numel() for x in inputs) or not inputs:
-            return "inputs are float32 tensors on the CPU"
+        if (unfit := _unfit(inputs)) is not None:
+            return unfit
         reason = "there are hooks for all modules" if _global_hooks() else obstacle(self.model)
         held = [] if reason else held_tensors(self.model)
         if reason or isinstance(held, str):
@@ -314,6 +320,19 @@ class _Function(Compiled):
             return tensors[0]
         remaining = iter(tensors)
         return map_tensors(form.template, lambda _: next(remaining))
+
+
+def _unfit(inputs: tuple[Any, ...]) -> str | None:
+    """Why a function cannot take some inputs; None where it can."""
+    given = "nothing" if not inputs else None
+    for x in inputs:
+        if type(x) is not Tensor or x.layout is not torch.strided:
+            given = f"a {type(x).__name__}" + (f" of layout {x.layout}" if type(x) is Tensor else "")
+        elif x.dtype is not torch.float32 or not x.is_cpu or not x.numel():
+            given = f"a {'×'.join(map(str, x.shape))} tensor of {str(x.dtype).removeprefix('torch.')} on {x.device}"
+        if given is not None:
+            break
+    return given and f"it is given {given}, and a function takes float32 tensors on the CPU only"
 
 
 def _settings() -> tuple[int, torch.dtype]:

@@ -88,6 +88,7 @@ def traced(run: Function, inputs: Sequence[Tensor], tolerance: float, *, keep_na
             _C._jit_pass_remove_mutation(graph)  # the fuser fails on operations in place
             if keep_nan:
                 _spare(graph)
+            _give_strides(graph)
             keep_kernels(graph)
             trials = trial_inputs(run, inputs)
             if isinstance(trials, str):
@@ -125,6 +126,16 @@ def _compiled(
 def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"torch's tracer or fuser fails: {lines[-1]}"  # the interpreter says last what happened
+
+
+def _give_strides(graph: Any) -> None:
+    """Writes out the stride of pools that have none and step by their kernel, which the fuser fails on."""
+    for node in graph.nodes():
+        if node.kind() in ("aten::max_pool2d", "aten::avg_pool2d"):
+            _, kernel, stride, *_ = node.inputs()
+            listed = stride.node().kind() == "prim::ListConstruct"
+            if not (list(stride.node().inputs()) if listed else stride.toIValue()):
+                node.replaceInput(2, kernel)
 
 
 def _separate(graph: Graph, *, every: bool) -> None:

@@ -14,6 +14,7 @@ by position, or by name as the model takes them), with single images of a folder
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def open_calibration(
         preprocess: ``file.py:NAME`` of a function that makes inputs of what is stored.
         size: At most so many samples: the first ones of arrays, ones drawn at random of a folder.
         labels: A class for each sample of the file or (in the order of their paths) each image of the folder.
-        model: The model; tells how the images of a folder are normalised.
+        model: The model; tells what its inputs are called, and how the images of a folder are normalised.
 
     Raises:
         UsageError: There is no such thing, or it does not suit the model.
@@ -73,7 +74,7 @@ def open_calibration(
         return ImageFolder(path, example_inputs, preprocess=function, size=size, labels=labels, model=model)
     if path.suffix == ".py":
         raise UsageError(f"--calibration {text} names nothing in the file", expected=_EXPECTED, hint=f"{text}:NAME")
-    return ArrayFile(path, example_inputs, preprocess=function, size=size, labels=labels)
+    return ArrayFile(path, example_inputs, preprocess=function, size=size, labels=labels, model=model)
 
 
 class ArrayFile:
@@ -92,11 +93,13 @@ class ArrayFile:
         preprocess: Callable[..., object] | None = None,
         size: int | None = None,
         labels: Tensor | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         self.path, self.notes = path, list[str]()
         self._preprocess, self._labels = preprocess, labels
         args, kwargs = split_inputs(example_inputs)
         self._names = tuple(kwargs)
+        self._parameters = () if model is None else tuple(signature(model.forward).parameters)
         self._listed = len(args) == 1 and isinstance(args[0], (tuple, list))
         self._inputs, self._stored_labels = self._chosen(open_arrays(path), len(args) + len(kwargs))
         counts = {str(array): array.samples(path) for array in self._all()}
@@ -155,19 +158,23 @@ class ArrayFile:
 
     def _chosen(self, arrays: Mapping[str, Stored], count: int) -> tuple[list[Stored], Stored | None]:
         """The arrays that are inputs, and the one that holds labels, where none are given beside the file."""
-        labels = next((a for n, a in arrays.items() if n in LABEL_NAMES and n not in self._names), None)
+        named = self._names or self._parameters[:count]
+        known = self._names or (named if len(named) == count and all(name in arrays for name in named) else ())
+        labels = next((a for n, a in arrays.items() if n in LABEL_NAMES and n not in known), None)
         rest = {n: a for n, a in arrays.items() if a is not labels}
         if labels is not None and (len(labels.shape) > 2 or not labels.dtype.startswith(("int", "uint"))):
             self.notes.append(f"left out {labels.name} of {self.path}: {labels} are no classes")
             labels = None
-        wanted = self._names or tuple(f"arr_{n}" for n in range(count))
+        wanted = known or tuple(f"arr_{n}" for n in range(count))
         usual = [name for name in _USUAL if name in rest] or list(rest)[: len(rest) == 1]
         if all(name in rest for name in wanted):
             chosen = [rest[name] for name in wanted]
         elif count == 1 and usual:
             chosen = [rest[usual[0]]]
         else:
-            expected = ", ".join(wanted) if count > 1 or self._names else f"one array, or one called {_USUAL[0]}"
+            expected = (
+                ", ".join(named or wanted) if count > 1 or self._names else f"one array, or one called {_USUAL[0]}"
+            )
             got = ", ".join(f"{name} ({array})" if name else str(array) for name, array in arrays.items())
             message = f"nothing says which arrays in {self.path} are the model's inputs"
             raise UsageError(message, expected=expected, got=got)

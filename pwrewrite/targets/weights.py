@@ -97,7 +97,7 @@ def load_state(
         notes = (f"{where} fits in part: " + "; ".join(fit.wrong),)
     on_meta = bool(without_values(model))
     try:
-        model.load_state_dict(usable, strict=False, assign=on_meta)
+        _load(model, usable, assign=on_meta)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:  # the rehearsal went well: the model's own doing
         raise WeightsError(f"{type(model).__name__} refused {where} half way: {error}") from error
     if on_meta and usable and (left := without_values(model)):
@@ -237,13 +237,24 @@ def _rehearse(model: nn.Module, state: dict[str, Tensor], where: str) -> tuple[l
             store.update({name: empty[id(tensor)] for name, tensor in tensors.items() if tensor is not None})
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # copying into meta tensors does nothing, which is the point
-            keys = model.load_state_dict(dict(state), strict=False)
+            missing, unexpected = _load(model, dict(state))
     except Exception as error:  # hooks are the model's own code
         raise WeightsError(f"{type(model).__name__} does not take {where}: {error}") from error
     finally:
         for store, tensors in zip(stores, saved):
             store.clear()
             store.update(tensors)
+    return missing, unexpected
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], *, assign: bool = False) -> tuple[list[str], list[str]]:
+    """Loads a state and says what it lacks and what it has beside: torch's way where an override does not say that."""
+    try:
+        keys = model.load_state_dict(state, strict=False, **({"assign": True} if assign else {}))
+    except TypeError:  # of an override that takes other arguments
+        keys = None
+    if not hasattr(keys, "missing_keys"):
+        keys = nn.Module.load_state_dict(model, state, strict=False, assign=assign)
     return keys.missing_keys, keys.unexpected_keys
 
 

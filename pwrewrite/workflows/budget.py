@@ -19,6 +19,7 @@ from ..core.options import Budget
 from ..core.plan import Plan
 from ..core.processes import of_first, world
 from ..core.recovery import Recovery
+from ..core.text import few
 from ..passes.plain_layers import BakeWeights, UnfuseLayers
 from ..planning.allocator import Allocator, Choice
 from ..planning.budget import Limit, budgets_of
@@ -52,6 +53,7 @@ class Budgeted:
         self.planner, self.fit = planner_of(run, budget), Fit()
         self.recovery: Recovery | None = None
         self.choice: Choice | None = None
+        self._planned = Plan()
         self.times = EndToEnd(run, budget, self.limits)
 
     def carry_out(self) -> None:
@@ -60,7 +62,7 @@ class Budgeted:
         if plan is None:
             self.choice = self._chosen()
             plan = self.choice.plan
-        start = self.run.state
+        start, self._planned = self.run.state, plan
         self._carry_out(start, plan)
         for _ in range(_PLANS - 1):
             choice = self._other() if self.choice is not None else None
@@ -180,7 +182,7 @@ class Budgeted:
 
     def _missed(self, before: Mapping[str, float], after: Mapping[str, float], timing: str) -> list[RefusedError]:
         """The limits that the result does not meet, each with what was measured."""
-        errors = []
+        errors, why = [], not_carried_out(self.run, self._planned)
         for limit in self.limits:
             old, new = before[limit.kind], after[limit.kind]
             got = f"{new:,.0f} of {old:,.0f}"
@@ -191,6 +193,7 @@ class Budgeted:
                     RefusedError(
                         f"the budget {limit} is missed: the rewritten model is at {new / old:.2f} of the original as "
                         "measured in the end",
+                        where=f"the whole model; {why}" if why else None,
                         expected=str(limit),
                         got=got,
                         hint=f"ask for {limit.kind}={new / old:.2f} or more, allow more --forms or layers, or take "
@@ -215,6 +218,14 @@ class Budgeted:
     def _score(self, name: str, metric: Metric, model: nn.Module) -> float:
         self.run.say(f"measuring {name}", None)
         return float(metric(model))
+
+
+def not_carried_out(run: Run, plan: Plan) -> str:
+    """Which layers of a plan a run has left as they were, with the reason for the first; empty where none was."""
+    done = {row.edit.path for row in run.state.rows}
+    left = list(dict.fromkeys(op.path for op in plan.ops if op.path not in done))
+    why = next((f": {skip.reason}, {skip.detail}" for skip in run.state.plan.skips if skip.path in left[:1]), "")
+    return f"not carried out: {few(left)}{why}" if left else ""
 
 
 def _exceeded(limit: Limit, before: Mapping[str, float], after: Mapping[str, float]) -> bool:

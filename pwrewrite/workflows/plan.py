@@ -15,10 +15,10 @@ from ..core.records import Shown
 from ..core.text import NO_WEIGHTS
 from ..planning.allocator import Choice
 from ..planning.budget import budgets_of
-from ..planning.planner import Planner
+from ..planning.planner import Planner, costs_of
 from ..report.records import BudgetReport, Frontier, Report
 from ..targets import LoadedModel, describe_inputs
-from .budget import curve_of, metrics_of, planner_of, point_of, report_of
+from .budget import curve_of, metrics_of, not_carried_out, planner_of, point_of, report_of
 from .smallest import search
 from .steps import Progress, Run, model_facts, silent
 from .subject import Subject, check_editable, loaded_of, origin_of, with_notes_of
@@ -61,6 +61,11 @@ def make_plan(
         what, budget_report, notes, curve = _within(what, loaded, progress)
     run = Run(loaded.model, loaded.example_inputs, progress or silent, fill=False)
     run.all(what)
+    if budget_report is not None and isinstance(what, Plan) and (left := not_carried_out(run, what)):
+        before, after = costs_of(run.first), costs_of(run.state.captured)
+        reached = {kind: after[kind] / before[kind] for kind in budget_report.reached if kind in after}
+        budget_report = replace(budget_report, reached={**budget_report.reached, **reached})
+        notes += (f"{left}; rewrite plans anew without what cannot be carried out",)
     if not run.state.rows:
         check_editable(loaded.model)
     report = with_notes_of(loaded, run.report(*run.analyses(target), target, None))

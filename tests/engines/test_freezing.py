@@ -216,6 +216,33 @@ def test_hooks_stay_with_the_model(model: nn.Module) -> None:
     assert "has hooks" in next(iter(made.refused.values()))
 
 
+@pytest.mark.parametrize("pool", [F.max_pool2d, F.avg_pool2d])
+@pytest.mark.parametrize("kernel", [2, (2, 2)])
+def test_pools_that_step_by_their_kernel(pool: Any, kernel: Any) -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = pool(F.relu(self.conv(x)), kernel)
+            return y
+
+    model, x = Pooled().eval(), torch.randn(2, 3, 20, 20)
+    with torch.no_grad():
+        close(freeze(model, x)(x), model(x))
+
+
+def test_inputs_that_no_function_takes_are_named() -> None:
+    model, x = nn.Embedding(10, 4).eval(), torch.arange(4)
+    with pytest.raises(RefusedError, match=r"given a 4 tensor of int64 on cpu"):
+        freeze(model, x)
+    made = freeze(model)
+    with torch.no_grad():
+        assert torch.equal(made(x), model(x))
+    assert "int64" in made.refused[(x.shape,)]
+
+
 class ByValue(nn.Module):
     """Its code asks for values."""
 

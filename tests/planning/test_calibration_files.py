@@ -118,6 +118,24 @@ def test_several_inputs(tmp_path: Path) -> None:
     assert all(len(kwargs["image"]) <= 32 for _, kwargs in batches)
 
 
+class Conditioned(nn.Module):
+    """Its last input has a name that labels have elsewhere."""
+
+    def forward(self, x: Tensor, steps: Tensor, y: Tensor) -> Tensor:
+        return x * steps[:, None] + y
+
+
+def test_several_inputs_are_called_as_the_model_calls_them(tmp_path: Path) -> None:
+    values = {name: np.full((6, 4) if name == "x" else (6,), i) for i, name in enumerate(("y", "x", "steps"))}
+    np.savez(tmp_path / "some.npz", **values)
+    example = (torch.zeros(1, 4), torch.zeros(1), torch.zeros(1))
+    batch = next(iter(open_calibration(str(tmp_path / "some.npz"), example_inputs=example, model=Conditioned())))
+    assert isinstance(batch, tuple)
+    assert [np.asarray(each).flat[0] for each in batch] == [1, 2, 0]
+    np.savez(tmp_path / "less.npz", x=values["x"], y=values["y"])
+    assert "expected: x, steps, y" in refusal(tmp_path / "less.npz", example, model=Conditioned())
+
+
 def test_bytes_need_preprocess(tmp_path: Path) -> None:
     raw = np.random.default_rng(0).integers(0, 256, (N, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "images.npz", images=raw, labels=np.arange(N))

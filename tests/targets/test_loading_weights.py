@@ -7,6 +7,7 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,6 +225,28 @@ def test_what_the_models_own_hooks_rename_is_not_missing(tmp_path: Path) -> None
     )
     assert load_weights(model, tmp_path / "w.pt") == ()
     assert torch.equal(model[0].weight, 2 * torch.eye(2, 3))
+
+
+class Copies(Net):
+    """Loads in its own way and returns nothing, as EDSR and its descendants do."""
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True) -> None:  # type: ignore[override]
+        own = self.state_dict()
+        for name, value in state_dict.items():
+            own[name].copy_(value)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_override_that_returns_nothing(tmp_path: Path, device: str) -> None:
+    torch.save(state(), tmp_path / "net.pt")
+    with torch.device(device):
+        model = Copies()
+    load_weights(model, tmp_path / "net.pt")
+    assert all(torch.equal(value, state()[name]) for name, value in model.state_dict().items())
+    less = {name: value for name, value in state().items() if name != "fc.bias"}
+    torch.save(less, tmp_path / "less.pt")
+    with pytest.raises(WeightsError, match="missing"):
+        load_weights(model, tmp_path / "less.pt")
 
 
 def test_a_model_on_meta_gets_the_checkpoints_own_tensors(tmp_path: Path) -> None:

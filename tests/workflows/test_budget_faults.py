@@ -16,6 +16,7 @@ from pwrewrite.core.options import Budget
 from pwrewrite.engines.timing import Timing
 from pwrewrite.planning.planner import Planner
 from pwrewrite.workflows import end_to_end
+from pwrewrite.workflows.plan import make_plan
 
 HALF = {"macs": 0.5}
 
@@ -390,3 +391,25 @@ def test_inference_mode_leaves_parameters_that_can_be_trained() -> None:
         assert result.report.passed, result.report.verification.failures  # type: ignore[union-attr]
         assert not any(parameter.is_inference() for parameter in result.model.parameters())
         result.model(images(2)).sum().backward()
+
+
+class AsksForItsWeight(nn.Module):
+    """As recurrent networks do, to make their first state where the weights are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + torch.zeros(1, device=self.conv.weight.device)
+
+
+def test_what_could_not_be_carried_out_is_said_with_the_budget() -> None:
+    model, x = AsksForItsWeight().eval(), torch.randn(16, 16, 8, 8)
+    budget = pwrewrite.Budget({"macs": 0.5}, calibration=x, forms=("reduce",))
+    with pytest.raises(RefusedError, match=r"not carried out: conv: broke-model.*'weight'"):
+        pwrewrite.rewrite(model, x, budget)
+    report = make_plan(model, x, budget).report
+    assert report.budget is not None
+    assert report.budget.reached == {"macs": 1.0}
+    assert any("not carried out: conv" in note for note in report.notes)
