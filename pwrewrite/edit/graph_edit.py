@@ -12,6 +12,7 @@ import operator
 from typing import cast
 
 from torch import Tensor, fx, nn
+from torch.fx.graph import PythonCode
 
 from ..capturing.code_trace import NotTraceable, trace
 from ..capturing.functions import argument
@@ -27,8 +28,16 @@ _TENSORS = ("input", "weight", "bias")
 class Regraphed(fx.GraphModule):
     """A module whose code became a graph; a copy of it holds all that it holds.
 
-    Copies of a plain ``GraphModule`` lose hooks, second names of a child, and which buffers are not saved.
+    Copies of a plain ``GraphModule`` lose hooks, second names of a child, and which buffers are not saved. And a
+    plain one prints a traceback before it raises, where to try a size that does not fit is no error.
     """
+
+    def recompile(self) -> PythonCode:
+        """As of a plain one, but for calls, which are those of any module."""
+        code = super().recompile()
+        if "__call__" in vars(type(self)):
+            del type(self).__call__
+        return code
 
     def __deepcopy__(self, memo: dict[int, object]) -> Regraphed:
         made = type(self).__new__(type(self))

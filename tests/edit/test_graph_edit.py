@@ -74,6 +74,19 @@ def test_a_copy_holds_it_too() -> None:
     assert not torch.equal(copied(X), made(X))
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_it_cannot_take_is_raised_and_not_printed(copied: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    class Sums(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    made = to_graph(Sums())
+    made.recompile()
+    with pytest.raises(RuntimeError, match="must match"):
+        (copy.deepcopy(made) if copied else made)(X, X[..., :2])
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_graph_module_is_edited_in_its_own_graph() -> None:
     traced = fx.symbolic_trace(Code().eval())
     for node in traced.graph.nodes:
