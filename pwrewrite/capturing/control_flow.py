@@ -118,8 +118,9 @@ def paths(module: nn.Module) -> list[fx.Graph] | None:
     """
     graphs: list[fx.Graph] = []
     pending: list[list[int]] = [[]]
-    for _ in range(MOST_PATHS):
-        scheduled = pending.pop()
+    done = 0
+    while pending and done + len(pending) <= MOST_PATHS:  # each that is pending is a way or more
+        scheduled, done = pending.pop(), done + 1
         tracer = _PathTracer(list(scheduled))
         try:
             graph = _trace_once(tracer, module)
@@ -129,9 +130,7 @@ def paths(module: nn.Module) -> list[fx.Graph] | None:
             graphs.append(graph)
         for i in range(len(scheduled), len(tracer.options)):
             pending += [[*tracer.answers[:i], option] for option in range(1, tracer.options[i])]
-        if not pending:
-            return graphs
-    return None
+    return None if pending else graphs
 
 
 def _trace_once(tracer: _PathTracer, module: nn.Module) -> fx.Graph | None:

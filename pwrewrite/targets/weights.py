@@ -248,7 +248,20 @@ def _rehearse(model: nn.Module, state: dict[str, Tensor], where: str) -> tuple[l
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], *, assign: bool = False) -> tuple[list[str], list[str]]:
-    """Loads a state and says what it lacks and what it has beside: torch's way where an override does not say that."""
+    """Loads a state and says what it lacks and what it has beside: torch's way where an override does not say that.
+
+    A module may ask for its version, which files of tensors do not hold (torchvision's MNASNet); it is today's then.
+    """
+    try:
+        return _loaded(model, state, assign)
+    except ValueError:
+        versioned = model.state_dict()  # which holds the versions of modules beside its items
+        versioned.clear()
+        versioned.update(state)
+        return _loaded(model, versioned, assign)
+
+
+def _loaded(model: nn.Module, state: dict[str, Tensor], assign: bool) -> tuple[list[str], list[str]]:
     try:
         keys = model.load_state_dict(state, strict=False, **({"assign": True} if assign else {}))
     except TypeError:  # of an override that takes other arguments

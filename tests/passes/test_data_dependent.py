@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pwrewrite
+from pwrewrite.capturing import control_flow
 from pwrewrite.capturing.code_trace import NotTraceable, trace
 from pwrewrite.capturing.control_flow import MOST_PATHS, always_follows, paths
 from pwrewrite.core.plan import SkipReason
@@ -212,6 +213,18 @@ def test_too_many_ways_are_unknown() -> None:
     many = Many()
     assert paths(many) is None
     assert always_follows(many, many.a, None, lambda m: False) is None
+
+
+def test_more_decisions_than_ways_are_not_tried_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Many(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return sum((x for _ in range(MOST_PATHS) if len(x)), start=x)
+
+    tried = []
+    once = control_flow._trace_once
+    monkeypatch.setattr(control_flow, "_trace_once", lambda *given: tried.append(1) or once(*given))
+    assert paths(Many()) is None
+    assert len(tried) == 1
 
 
 def test_asking_the_code_leaves_buffers_children_and_attributes_as_they_were() -> None:

@@ -249,6 +249,25 @@ def test_an_override_that_returns_nothing(tmp_path: Path, device: str) -> None:
         load_weights(model, tmp_path / "less.pt")
 
 
+class Versioned(Net):
+    """Asks for its version, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        if local_metadata.get("version") != 2:
+            raise ValueError("version should be 2")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_a_module_that_asks_for_its_version(tmp_path: Path) -> None:
+    for name, save in (("net.pt", torch.save), ("net.safetensors", save_file)):
+        save(state(), tmp_path / name)  # type: ignore[operator]
+        model = Versioned()
+        load_weights(model, tmp_path / name)
+        assert all(torch.equal(value, state()[key]) for key, value in model.state_dict().items())
+
+
 def test_a_model_on_meta_gets_the_checkpoints_own_tensors(tmp_path: Path) -> None:
     torch.save({k: v.half() if v.is_floating_point() else v for k, v in state().items()}, tmp_path / "w.pt")
     with torch.device("meta"):
