@@ -11,7 +11,7 @@ Line = tuple[str, str]
 NORMS = {
     "loss": "by the change of the loss (input and gradient moments)",
     "activations": "by the change of each layer's outputs (input moments)",
-    "weights": "by the change of each layer's weights; no calibration inputs",
+    "weights": "by the change of each layer's weights",
 }
 _REFITS = {"full": "factors, biases and norms", "bias": "biases and norms", "none": "nothing"}
 
@@ -26,7 +26,9 @@ def caveat(random: bool, calibrated: bool) -> str:
 def lines(budget: BudgetReport, *, random: bool = False) -> list[Line]:
     """Name and text of each line; ``random`` where nobody trained the weights."""
     facts = [(kind, _limit(kind, text, budget)) for kind, text in budget.limits.items()]
-    facts.append(("chosen", NORMS[budget.sensitivity] + (f", gap {percent(budget.gap)}" if budget.gap > 0 else "")))
+    without = "; no calibration inputs" if budget.sensitivity == "weights" and not budget.held_out else ""
+    gap = f", gap {percent(budget.gap)}" if budget.gap > 0 else ""
+    facts.append(("chosen", NORMS[budget.sensitivity] + without + gap))
     if budget.samples:
         fitted = f"{_REFITS[budget.refit]} {'fitted' if budget.measured is not None else 'to be fitted'}"
         facts.append(("calibration", f"{plural(budget.samples, 'input')}; {fitted}"))

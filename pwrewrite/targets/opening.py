@@ -32,6 +32,7 @@ from . import storage
 from .checkpoints import check_checkpoint
 from .inputs import ExampleInputs, describe_inputs, parse_input, resolve_inputs
 from .resolve import TargetInfo, parse_target, resolve_model
+from .user_code import suggest_files
 from .weights import load_weights
 
 RANDOM_WEIGHTS = (
@@ -86,6 +87,11 @@ def open_target(
     if storage.is_saved(options.target):
         return _open_folder(options, need_inputs, seeded)
     if options.base is not None:
+        if ":" not in options.target and not Path(options.target).exists():
+            hint = suggest_files(Path(options.target), ("",), only_near=True)
+            raise UsageError(
+                f"no such folder: {options.target}", expected="a folder that pwrewrite has saved", hint=hint
+            )
         message, got = "--model is for a saved folder: the model that it was rewritten from", "which is none"
         raise UsageError(message, got=f"{options.target}, {got}", hint="leave --model out")
     if options.weights is not None:

@@ -109,6 +109,7 @@ def test_a_folder_is_not_trusted_by_itself() -> None:
         ("out", {"weights": Path("w.pt"), "trust_target": True}, "holds its own weights"),
         ("out", {"base": "out"}, "itself a saved folder"),
         ("net.py", {"base": "net.py"}, "--model is for a saved folder"),
+        ("nett", {"base": "net.py"}, "no such folder: nett"),
     ],
 )
 def test_what_does_not_go_together(target: str, more: dict[str, object], said: str) -> None:
