@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.errors import RefusedError, first_line
 from .exporting import Call, Format, Program, Run, measured
 
 _SUFFIX = "_quantized"
@@ -29,8 +31,12 @@ class Onnx(Format):
         """Exports, names inputs, outputs and axes, and lets the checker look at it."""
         import onnx
 
-        with _of_errors_only("torch.onnx"):
-            made = torch.onnx.export(program.exported, (), dynamo=True, verbose=False)
+        try:
+            with _of_errors_only("torch.onnx"):
+                made = torch.onnx.export(program.exported, (), dynamo=True, verbose=False)
+        except torch.onnx.OnnxExporterError as error:
+            varies = "; --static writes it for one size, which may do" if any(program.axes) else ""
+            raise RefusedError("torch has no ONNX for the program", got=f"{_cause(error)}{varies}") from error
         assert made is not None
         graph = made.model.graph
         program.check_ports("ONNX graph", graph.inputs, graph.outputs)
@@ -73,6 +79,16 @@ class Onnx(Format):
         session = session_of(model.SerializeToString())
         outputs = session.run(names, program.feeds(call))
         return {name: torch.as_tensor(value) for name, value in zip(names, outputs)}
+
+
+def _cause(error: BaseException) -> str:
+    """What an error of torch's exporter began with, and the node that it was at where the exporter says so."""
+    node = ""
+    while error.__cause__ is not None:
+        if named := re.search(r"node (%\S+) .*?target=([\w.]+)", str(error)):
+            node = f" at {named[1]}, {named[2]}"
+        error = error.__cause__
+    return f"{first_line(error)}{node}"
 
 
 @contextmanager

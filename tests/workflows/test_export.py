@@ -254,6 +254,29 @@ def test_the_first_node_that_differs_in_onnx_is_named(tmp_path: Path, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
+class Conditional(nn.Module):
+    """A kernel for each input of a batch, as one grouped convolution (Yang et al. 2019, CondConv)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.gate = nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Linear(3, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        kernels = (self.gate(x.mean((2, 3)))[:, :, None, None, None] * self.weight).flatten(0, 1)
+        y = torch.conv2d(x.flatten(0, 1)[None], kernels, padding=1, groups=n)
+        return y.unflatten(1, (n, 8))[0]
+
+
+def test_what_onnx_cannot_say_is_named_with_what_may_do(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="the extra 'onnx' is not installed")
+    model = Conditional().eval()
+    result = pwrewrite.export(model, X, to="onnx", out=tmp_path / "varies")
+    assert not result.passed
+    assert "at %conv2d, torch.ops.aten.conv2d.default; --static" in result.formats[0].detail
+    assert pwrewrite.export(model, X, to="onnx", out=tmp_path / "static", static=True).passed
+
+
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Conv2d(3, 4, 3)
     with pytest.raises(UsageError, match="no place"):
