@@ -29,7 +29,10 @@ def tensors_for(inputs: object) -> Tree:
         if len(inputs) > 1 and all(type(n) is int and n > 0 for n in inputs):
             return torch.zeros(tuple(inputs))
         if all(isinstance(value, (tuple, list)) or hasattr(value, "__array__") for value in inputs):
-            return tuple(tensors_for(value) for value in inputs)
+            made = [tensors_for(value) for value in inputs]
+            if hasattr(inputs, "_fields"):
+                return type(inputs)(*made)
+            return made if isinstance(inputs, list) else tuple(made)
     return inputs
 
 

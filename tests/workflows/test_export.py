@@ -254,6 +254,22 @@ def test_the_first_node_that_differs_in_onnx_is_named(tmp_path: Path, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
+def test_a_list_stays_a_list(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slow, self.fast = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+
+        def forward(self, clips: list[Tensor]) -> Tensor:
+            return self.slow(clips[0]) + self.fast(clips[1])
+
+    model, clips = Two().eval(), [X, X + 1]
+    assert pwrewrite.export(model, (clips,), to="pt2", out=tmp_path / "out").passed
+    served = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    with torch.no_grad():
+        assert torch.allclose(served(clips), model(clips), atol=1e-5)
+
+
 class Conditional(nn.Module):
     """A kernel for each input of a batch, as one grouped convolution (Yang et al. 2019, CondConv)."""
 
