@@ -11,9 +11,10 @@ operation of two tensors is kept apart before this gives up. Sources: the behavi
 
 from __future__ import annotations
 
+import operator
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -31,6 +32,12 @@ from .strides import detach, keep_kernels, only_operand
 _C: Any = torch._C
 _LOCK = ForkSafeLock()
 """Held while a function is made, by settings of the whole process. What is traced may hold fused layers itself."""
+_ARITHMETIC: dict[str, Callable[[int, int], int]] = {
+    "aten::add": operator.add,
+    "aten::sub": operator.sub,
+    "aten::mul": operator.mul,
+}
+"""What code does to sizes."""
 _thread = threading.local()
 _NEEDED = """_jit_set_llga_enabled _jit_llga_enabled _jit_pass_remove_mutation _create_graph_by_tracing
 _create_function_from_graph _last_executed_optimized_graph"""
@@ -85,10 +92,11 @@ def traced(run: Function, inputs: Sequence[Tensor], tolerance: float, *, keep_na
             graph, _ = _C._create_graph_by_tracing(run, tuple(inputs), lambda _: "", True, False, None, names)
             if any(map(_draws, graph.nodes())):
                 return "it draws random numbers"
+            _work_out_sizes(graph)
             _C._jit_pass_remove_mutation(graph)  # the fuser fails on operations in place
             if keep_nan:
                 _spare(graph)
-            _give_strides(graph)
+            _write_out(graph)
             keep_kernels(graph)
             trials = trial_inputs(run, inputs)
             if isinstance(trials, str):
@@ -128,14 +136,66 @@ def _reason(error: Exception) -> str:
     return f"torch's tracer or fuser fails: {lines[-1]}"  # the interpreter says last what happened
 
 
-def _give_strides(graph: Any) -> None:
-    """Writes out the stride of pools that have none and step by their kernel, which the fuser fails on."""
+def _work_out_sizes(graph: Any) -> None:
+    """Puts numbers in the place of what code works out from sizes, which are always the same here.
+
+    Torch traces whole numbers as tensors, and fails on those that change in place, as in ``n = x.shape[0]; n *= 4``.
+    """
+    known, worked_out = dict[str, int](), list[Any]()
+    for node in list(graph.nodes()):
+        if node.outputsSize() != 1:
+            continue
+        output, inputs = node.output(), [known.get(value.debugName()) for value in node.inputs()]
+        number = _number(node, inputs)
+        if number is None:
+            continue
+        known[output.debugName()] = number
+        if node.kind() != "prim::Constant":
+            worked_out.append(node)
+            if not isinstance(output.type(), TensorType):
+                graph.setInsertPoint(node)
+                constant = graph.insertConstant(number)
+                known[constant.debugName()] = number
+                output.replaceAllUsesWith(constant)
+    for node in reversed(worked_out):
+        if not node.output().uses():
+            node.destroy()
+
+
+def _number(node: Any, inputs: Sequence[int | None]) -> int | None:
+    """The whole number that a node gives, of those that it is given; None for anything else."""
+    kind = node.kind()
+    if kind == "prim::Constant":
+        value = node.output().toIValue()
+        if isinstance(value, Tensor) and not value.dim() and value.dtype is torch.int64:
+            value = int(value)
+        return value if type(value) is int else None
+    if kind == "aten::size" and len(inputs) == 2 and inputs[1] is not None:
+        sizes = _sizes(next(node.inputs()))
+        return None if sizes is None else sizes[inputs[1]]
+    if kind in ("prim::NumToTensor", "aten::Int"):
+        return inputs[0]
+    function = _ARITHMETIC.get(kind.removesuffix("_"))
+    if function is None or inputs[0] is None or inputs[1] is None or any(each != 1 for each in inputs[2:]):
+        return None
+    return function(inputs[0], inputs[1])
+
+
+def _write_out(graph: Any) -> None:
+    """Gives operations what they go without and the fuser fails on: a pool's stride, which is its kernel's size then,
+    and the bias of a layer norm that has a weight.
+    """
     for node in graph.nodes():
         if node.kind() in ("aten::max_pool2d", "aten::avg_pool2d"):
             _, kernel, stride, *_ = node.inputs()
             listed = stride.node().kind() == "prim::ListConstruct"
             if not (list(stride.node().inputs()) if listed else stride.toIValue()):
                 node.replaceInput(2, kernel)
+        elif node.kind() == "aten::layer_norm":
+            _, _, weight, bias, *_ = node.inputs()
+            if isinstance(weight.type(), TensorType) and bias.node().mustBeNone() and (sizes := _sizes(weight)):
+                graph.setInsertPoint(node)
+                node.replaceInput(3, graph.insertConstant(torch.zeros(sizes)))
 
 
 def _separate(graph: Graph, *, every: bool) -> None:

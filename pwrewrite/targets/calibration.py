@@ -14,13 +14,13 @@ by position, or by name as the model takes them), with single images of a folder
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from inspect import signature
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
 
 from ..capturing import Inputs, split_inputs
+from ..capturing.inputs import input_names
 from ..core.errors import UsageError
 from ..core.nested import Tree
 from ..core.numbers import dims
@@ -99,7 +99,7 @@ class ArrayFile:
         self._preprocess, self._labels = preprocess, labels
         args, kwargs = split_inputs(example_inputs)
         self._names = tuple(kwargs)
-        self._parameters = () if model is None else tuple(signature(model.forward).parameters)
+        self._parameters = () if model is None else tuple(input_names(model, args, kwargs))
         self._listed = len(args) == 1 and isinstance(args[0], (tuple, list))
         self._inputs, self._stored_labels = self._chosen(open_arrays(path), len(args) + len(kwargs))
         counts = {str(array): array.samples(path) for array in self._all()}
@@ -158,7 +158,7 @@ class ArrayFile:
 
     def _chosen(self, arrays: Mapping[str, Stored], count: int) -> tuple[list[Stored], Stored | None]:
         """The arrays that are inputs, and the one that holds labels, where none are given beside the file."""
-        named = self._names or self._parameters[:count]
+        named = self._names or self._parameters
         known = self._names or (named if len(named) == count and all(name in arrays for name in named) else ())
         labels = next((a for n, a in arrays.items() if n in LABEL_NAMES and n not in known), None)
         rest = {n: a for n, a in arrays.items() if a is not labels}
@@ -172,12 +172,13 @@ class ArrayFile:
         elif count == 1 and usual:
             chosen = [rest[usual[0]]]
         else:
-            expected = (
-                ", ".join(named or wanted) if count > 1 or self._names else f"one array, or one called {_USUAL[0]}"
-            )
+            single = count == 1 and not self._names
+            expected = f"one array, or one called {_USUAL[0]}" if single else ", ".join(named or wanted)
             got = ", ".join(f"{name} ({array})" if name else str(array) for name, array in arrays.items())
             message = f"nothing says which arrays in {self.path} are the model's inputs"
-            raise UsageError(message, expected=expected, got=got)
+            raise UsageError(
+                message, expected=expected, got=got, hint="--batch file.py:NAME makes inputs of anything else"
+            )
         if left := [name for name, array in rest.items() if array not in chosen]:
             self.notes.append(f"left out {', '.join(left)} of {self.path}")
         return chosen, labels if self._labels is None else None

@@ -233,6 +233,35 @@ def test_pools_that_step_by_their_kernel(pool: Any, kernel: Any) -> None:
         close(freeze(model, x)(x), model(x))
 
 
+class Unrolls(nn.Module):
+    """Counts on a size in place (Ryali et al. 2023, Hiera), or norms without a bias (Yu et al. 2022, MetaFormer)."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear, self.norm, self.how = nn.Linear(12, 12), nn.LayerNorm(12, bias=False), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, n = self.linear(x), x.shape[0]
+        if self.how == "norm":
+            return self.norm(y)
+        y = y.view(n, 4, -1, 12)
+        if self.how == "times":
+            n *= 4
+        elif self.how == "plus":
+            n += 3 * x.shape[0]
+        else:
+            n -= -3 * n
+        return y.reshape(n, -1, 12)
+
+
+@pytest.mark.parametrize("how", ["norm", "times", "plus", "minus"])
+def test_what_the_fuser_fails_on_is_written_out(how: str) -> None:
+    model, x = Unrolls(how).eval(), torch.randn(2, 16, 12)
+    nn.init.uniform_(model.norm.weight, 0.5, 2)
+    with torch.no_grad():
+        close(freeze(model, x)(x), model(x))
+
+
 def test_inputs_that_no_function_takes_are_named() -> None:
     model, x = nn.Embedding(10, 4).eval(), torch.arange(4)
     with pytest.raises(RefusedError, match=r"given a 4 tensor of int64 on cpu"):
