@@ -92,9 +92,12 @@ def module_refusal(path: str, module: nn.Module, holders: Mapping[int, list[str]
 
 
 def computes_weight(layer: Layer, owners: Owners) -> bool:
-    """Whether a layer's own code hands its operation another tensor than its weight."""
+    """Whether a 2-D convolution's own code, and no module or buffer of it, makes another tensor of its weight first."""
+    module = owners.modules.get(layer.path)
+    if not layer.functional or not isinstance(module, nn.Conv2d) or [*module.children(), *module.buffers()]:
+        return False
     users = {user.name for read in owners.reads.get(layer.weight, ()) for user in read.users}
-    return layer.functional and bool(users) and users.isdisjoint(call.node for call in layer.calls)
+    return bool(users) and users.isdisjoint(call.node for call in layer.calls)
 
 
 def find_holders(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:

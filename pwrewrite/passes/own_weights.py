@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
-
 from ..capturing.eligibility import computes_weight, module_refusal
 from ..capturing.records import Layer, info
 from ..core.plan import Estimate, Op, Skip, SkipReason
@@ -29,9 +27,9 @@ def own_weights(graph: Graph, by: str) -> Iterator[Proposal]:
 
 
 def _own_weight(graph: Graph, layer: Layer, by: str) -> Proposal | None:
-    path, module = layer.path, graph.modules.get(layer.path)
-    spec = spec_of_module(module) if isinstance(module, nn.Conv2d) else None
-    if module is None or spec is None or [*module.children(), *module.buffers()]:
+    path, module = layer.path, graph.modules[layer.path]
+    spec = spec_of_module(module)
+    if spec is None:
         return None
     refusal = module_refusal(path, module, graph.owners.holders)
     if refusal is None or refusal.reason is not SkipReason.OVERRIDDEN_FORWARD:

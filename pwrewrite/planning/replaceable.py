@@ -84,11 +84,11 @@ class ReplaceableLayers:
                 continue
             mild = (SkipReason.WRONG_FORM, SkipReason.POINTWISE)
             refusal = next((r for r in refusals if r.reason not in mild), refusals[0] if refusals else None)
-            if layer.path in joint:
-                self.alone |= {layer.path: refusal} if refusal else {}
+            if refusal and layer.path in joint:
+                self.alone[layer.path] = refusal
             elif refusal:
                 self.skips.append(refusal)
-            else:
+            elif layer.path not in joint:
                 plain = Skip(layer.path, SkipReason.WRONG_FORM, "none of the forms is for a linear map")
                 self.skips.append(why.get(layer.path, plain))
 

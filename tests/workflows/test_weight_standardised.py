@@ -104,3 +104,14 @@ def test_what_the_input_decides_is_not_baked() -> None:
     result = pwrewrite.rewrite(model, x, [passes.FoldBatchNorm()])
     assert not result.edits
     assert [skip.reason for skip in result.report.skips] == ["overridden-forward"]
+
+
+def test_no_remedy_is_named_that_is_none() -> None:
+    class Sound(nn.Conv1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv1d(x, self.weight - self.weight.mean(), self.bias, padding=1)
+
+    model, x = Residual(Sound(4, 4, 3, padding=1)).eval(), torch.randn(1, 4, 8)
+    (skip,) = pwrewrite.rewrite(model, x, [passes.InsertReduction(2)]).report.skips
+    assert skip.reason == "overridden-forward"
+    assert "bake" not in skip.detail
