@@ -58,6 +58,15 @@ def check_writable(path: Path) -> None:
         places = [path] * path.exists() + [folder] * (path.is_file() or not path.exists())
     if not all(os.access(place, os.W_OK) for place in places):
         raise OutputError(f"{cannot} permission denied", where=where, hint="choose a place that you may write")
+    if folder in places:
+        with refusing(path, OSError):
+            check_room(folder)
+
+
+def check_room(folder: Path) -> None:
+    """Makes a file without a name in a folder; raises `OSError` where there cannot be one, whatever permissions say."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"\0")
 
 
 def prune(places: Iterable[Path], limit: int) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Sized
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
 from ..core.errors import RefusedError, UsageError, first_line
@@ -75,6 +77,12 @@ class Program:
                         hint="x.shape[0] in place of len(x) and int(…) in the model, or --static",
                     )
         return program
+
+    @property
+    def libraries(self) -> list[str]:
+        """Modules, imported here, that bring operations of the program which torch does not have."""
+        targets = [node.target for node in self.exported.graph.nodes if isinstance(node.target, OpOverload)]
+        return sorted({t.namespace for t in targets if t.namespace in sys.modules} - {"torch"})
 
     def _export(self, labels: Mapping[str, object]) -> ExportedProgram:
         args, kwargs = self.inputs
@@ -165,8 +173,12 @@ class Format(Installable):
         """Runs what was written, in its own runtime."""
 
     def values(self, program: Program, folder: Path, call: Call) -> dict[str, Tensor]:
-        """Values inside, by the name of the program's node that they stand for; empty where a runtime gives none."""
+        """Values inside, by the name of the node of `inner` that they stand for; empty where a runtime gives none."""
         return {}
+
+    def inner(self, program: Program) -> ExportedProgram:
+        """The program with the operations that the format has, which may have other names in it."""
+        return program.exported
 
     def precisions(self, folder: Path) -> dict[str, bool]:
         """Each layer with weights, and whether it runs in int8; empty for what is not quantized."""

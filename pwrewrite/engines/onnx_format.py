@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from ..core.errors import RefusedError, first_line
 from .exporting import Call, Format, Program, Run, measured
@@ -31,13 +32,7 @@ class Onnx(Format):
         """Exports, names inputs, outputs and axes, and lets the checker look at it."""
         import onnx
 
-        try:
-            with _of_errors_only("torch.onnx"):
-                made = torch.onnx.export(program.exported, (), dynamo=True, verbose=False)
-        except torch.onnx.OnnxExporterError as error:
-            varies = "; --static writes it for one size, which may do" if any(program.axes) else ""
-            raise RefusedError("torch has no ONNX for the program", got=f"{_cause(error)}{varies}") from error
-        assert made is not None
+        made = _translated(program)
         graph = made.model.graph
         program.check_ports("ONNX graph", graph.inputs, graph.outputs)
         names = [*program.input_names, *program.outputs.values()]
@@ -79,6 +74,23 @@ class Onnx(Format):
         session = session_of(model.SerializeToString())
         outputs = session.run(names, program.feeds(call))
         return {name: torch.as_tensor(value) for name, value in zip(names, outputs)}
+
+    def inner(self, program: Program) -> ExportedProgram:
+        """The program without operations in place, whose nodes the exporter names its own after."""
+        inner: ExportedProgram = _translated(program).exported_program
+        return inner
+
+
+def _translated(program: Program) -> Any:
+    """The program in ONNX; raises `RefusedError` where torch has none."""
+    try:
+        with _of_errors_only("torch.onnx"):
+            made = torch.onnx.export(program.exported, (), dynamo=True, verbose=False)
+    except torch.onnx.OnnxExporterError as error:
+        varies = "; --static writes it for one size, which may do" if any(program.axes) else ""
+        raise RefusedError("torch has no ONNX for the program", got=f"{_cause(error)}{varies}") from error
+    assert made is not None
+    return made
 
 
 def _cause(error: BaseException) -> str:

@@ -24,7 +24,8 @@ class Pt2(Format):
     def run(self, program: Program, folder: Path, calls: Sequence[Call]) -> Run:
         """Reads it again and runs it."""
         load = f"model = torch.export.load({self.main!r}).module()"
-        return run_apart(load, program, folder, calls, imports=["torch._export.serde.serialize"])
+        libraries = [f"import {name}; " for name in program.libraries]
+        return run_apart("".join(libraries) + load, program, folder, calls, imports=["torch._export.serde.serialize"])
 
 
 FORMAT = Pt2()

@@ -1,9 +1,10 @@
-"""Plain source: ``model.py``, which needs torch alone, and ``model.safetensors``; run in a process without pwrewrite.
+"""Plain source: ``model.py`` and ``model.safetensors``, which need torch and libraries whose operations are called.
 
-The code is that of the program of `torch.export`: Python's control flow is unrolled. A call of one of torch's own leaf
-modules is a call of that module again, made by its own ``repr`` where that gives the same settings; everything else is
-written as methods, functions and operators of torch, and where none is known to be the same, as ``torch.ops``.
-A variable is reused once its value is not needed, as in code by hand. Named tuples become tuples.
+They are run in a process without pwrewrite. The code is that of the program of `torch.export`: Python's control flow is
+unrolled. A call of one of torch's own leaf modules is a call of that module again, made by its own ``repr`` where that
+gives the same settings; everything else is written as methods, functions and operators of torch, and where none is
+known to be the same, as ``torch.ops``. A variable is reused once its value is not needed, as in code by hand. Named
+tuples become tuples.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import operator  # noqa: F401
 from pathlib import Path
 
 import torch
-from torch import nn
+{libraries}from torch import nn
 from torch.nn import functional as F  # noqa: F401
 
 
@@ -89,6 +90,7 @@ class Source(Format):
         text = _TEXT.format(
             name=type(program.model).__name__,
             version=version(),
+            libraries="".join(f"import {name}  # noqa: F401\n" for name in program.libraries),
             init="\n".join(f"        {line}" for line in init),
             parameters=", ".join(["self", *parameters]),
             body="\n".join(f"        {line}" for line in body),

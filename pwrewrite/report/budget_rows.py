@@ -26,7 +26,7 @@ def caveat(random: bool, calibrated: bool) -> str:
 def lines(budget: BudgetReport, *, random: bool = False) -> list[Line]:
     """Name and text of each line; ``random`` where nobody trained the weights."""
     facts = [(kind, _limit(kind, text, budget)) for kind, text in budget.limits.items()]
-    without = "; no calibration inputs" if budget.sensitivity == "weights" and not budget.held_out else ""
+    without = ", without calibration inputs" if budget.sensitivity == "weights" and not budget.held_out else ""
     gap = f", gap {percent(budget.gap)}" if budget.gap > 0 else ""
     facts.append(("chosen", NORMS[budget.sensitivity] + without + gap))
     if budget.samples:

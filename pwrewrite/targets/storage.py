@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import OutputError, PlanError, TargetError, WeightsError, first_line, shortened
-from ..core.files import new_folder, read_text, recover, refusing
+from ..core.files import check_room, new_folder, read_text, recover, refusing
 from ..core.json_text import dumps, loads
 from ..core.plan import SCHEMA, Edit, Plan
 from .weights import load_state, without_values
@@ -103,6 +103,7 @@ def check_place(
         for name in target.relative_to(parent).parts:
             with suppress(FileNotFoundError):
                 os.lstat(parent / name)  # which says that a name is too long
+        check_room(parent)
 
 
 def _entries(folder: Path, inner: Collection[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:

@@ -156,19 +156,22 @@ class _Recorder(fx.Interpreter):
             self.kept[n] = value.clone()
         return value
 
+    def see(self, call: Call) -> None:
+        """Runs a call."""
+        args, kwargs = copied(call)
+        with torch.no_grad():
+            self.run(*args, *kwargs.values())
+
 
 def first_difference(program: Program, form: Format, folder: Path, expected: Expected) -> str | None:
     """The first layer at which the exported program departs from the model, else the first node of the runtime's graph.
 
     None where what a runtime computes inside is not known, or all of it agrees.
     """
-    module = program.exported.module()
-    recorder = _Recorder(module)
     limit = max([_FLOOR, *expected.limits.values()])
-    args, kwargs = copied(expected.call)
+    recorder = _Recorder(program.exported.module())
     try:
-        with torch.no_grad():
-            recorder.run(*args, *kwargs.values())
+        recorder.see(expected.call)
     except Exception:
         last = next((n for n in reversed(recorder.kept)), None)
         return f"behind {_place(last)}" if last is not None else ROOT
@@ -177,6 +180,9 @@ def first_difference(program: Program, form: Format, folder: Path, expected: Exp
         return place
     try:
         values = form.values(program, folder, expected.call)
+        if values:
+            recorder = _Recorder(form.inner(program).module())
+            recorder.see(expected.call)
     except (PwrewriteError, RuntimeError):
         return None
     for node, value in recorder.kept.items():

@@ -107,6 +107,9 @@ def export(
                 say(f"{each.name}: calibrating and measuring int8", None)
                 rows.append(quantize((each, quantized[each.name]), program, expected, Path(scratch), samples))
         notes += [] if samples is None else samples.notes
+        if program.libraries and {"pt2", "source"} & {row.format for row in rows if row.passed}:
+            needed = " and ".join(f"import {library}" for library in program.libraries)
+            notes.append(f"operations that torch does not have: {needed} before torch.export.load; model.py does")
         name = target or loaded.target or type(loaded.model).__name__
         inputs, outputs = _described(program, expected[0].output)
         result = Exports(name, tuple(rows), inputs, outputs, sum(weights.values()), seconds, (*loaded.notes, *notes))

@@ -264,7 +264,7 @@ def test_several_budgets_and_what_goes_with_them(run: Run) -> None:
 def test_without_calibration_the_weights_decide(run: Run) -> None:
     result = run("rewrite", "net.py", "--budget", "macs=0.5")
     assert result.exit_code == 0, result.output
-    assert "by the change of each layer's weights; no calibration inputs" in result.stdout
+    assert "by the change of each layer's weights, without calibration inputs" in result.stdout
     assert "measured loss" not in result.stdout
 
 

@@ -74,6 +74,12 @@ def test_permission_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         check_writable(tmp_path / "x")
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no folder that refuses even the superuser")
+def test_a_folder_in_which_nothing_can_be_made() -> None:
+    with pytest.raises(OutputError):
+        check_writable(Path("/proc/report.json"))
+
+
 @pytest.mark.parametrize("step", ["replace", "chmod"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_what_fails_half_way_leaves_nothing(

@@ -268,6 +268,12 @@ def test_a_parent_without_permission(tmp_path: Path) -> None:
         saved(parent / "out", net())
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no folder that refuses even the superuser")
+def test_a_parent_in_which_nothing_can_be_made() -> None:
+    with pytest.raises(OutputError):
+        check_place("/proc/out")
+
+
 def test_a_parent_that_says_no(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(OutputError, match="cannot be written") as caught:

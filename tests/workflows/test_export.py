@@ -231,7 +231,10 @@ def test_what_differs_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.Mon
     assert written["passed"] is False
 
 
-def test_the_first_node_that_differs_in_onnx_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_first_node_that_differs_in_onnx_is_named(
+    in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pwrewrite.engines import onnx_format
 
     class Damaged(onnx_format.Onnx):
@@ -241,17 +244,37 @@ def test_the_first_node_that_differs_in_onnx_is_named(tmp_path: Path, monkeypatc
             super().write(program, folder)
             model = onnx.load(folder / self.main)
             for tensor in model.graph.initializer:
-                if tensor.name == "1.weight":
+                if tensor.name == "4.weight":
                     values = onnx.numpy_helper.to_array(tensor) * 1.01
                     tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
             onnx.save(model, folder / self.main)
 
     monkeypatch.setattr(onnx_format, "FORMAT", Damaged())
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Sigmoid()).eval()
+    convolutions = [nn.Conv2d(channels, 4, 3, padding=1) for channels in (3, 4, 4)]
+    activations = [nn.ReLU(in_place), nn.ReLU(), nn.ReLU()]
+    net = nn.Sequential(*(layer for pair in zip(convolutions, activations) for layer in pair)).eval()
     result = pwrewrite.export(net, X, to="onnx", out=tmp_path / "out")
     assert not result.passed
-    assert result.formats[0].differs_at == "conv2d_1 in 1"
+    assert result.formats[0].differs_at == "conv2d_2 in 4"
     assert not (tmp_path / "out").exists()
+
+
+def test_operations_of_a_library_are_imported_and_said(tmp_path: Path) -> None:
+    from torchvision.ops import deform_conv2d
+
+    class Deformable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.offset, self.weight = nn.Conv2d(3, 18, 3, padding=1), nn.Parameter(torch.randn(4, 3, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = deform_conv2d(x, self.offset(x), self.weight, padding=1)
+            return result
+
+    result = pwrewrite.export(Deformable().eval(), X, to=("pt2", "source"), out=tmp_path / "out")
+    assert result.passed, result.formats
+    assert any("import torchvision" in note for note in result.notes)
+    assert "import torchvision" in (tmp_path / "out" / "model.py").read_text()
 
 
 def test_a_list_stays_a_list(tmp_path: Path) -> None:
