@@ -15,10 +15,12 @@ import statistics
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module, util
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +92,7 @@ class Program:
         for tensor, axes in zip(tensors_of(self.inputs), self.axes):
             if axes:
                 shapes[tensor] = {axis: labels[label] for axis, label in axes.items()}
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             return torch.export.export(self.model, args, kwargs, dynamic_shapes=shapes if labels else None)
 
     @property
@@ -122,8 +124,24 @@ class Program:
             raise RefusedError(f"the {what} has other inputs or outputs than the model", got=got)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what is written to stderr until the block has ended, and drops it where it fails: torch prints graphs."""
+    with redirect_stderr(StringIO()) as written:
+        yield
+    sys.stderr.write(written.getvalue())
+
+
 def _refused(error: Exception) -> RefusedError:
-    return RefusedError("torch.export does not take the model", got=first_line(error))
+    text, where, hint = str(error), None, None
+    if unknown := re.search(r"<class '(?:.*\.)?(\w+)'> in (?:the )?output", text):
+        name = unknown[1]
+        hint = f"return a tuple or a dict, or torch.utils._pytree.register_dataclass({name}) in the model's file"
+    elif "data-dependent" in text:
+        if line := re.search(r'File "(.+)", line (\d+), in (\w+)\n\s*(.+)', text.rpartition("raised this error")[2]):
+            where = f"{line[1]}:{line[2]} in {line[3]}: {line[4]}"
+        hint = "torch.where or torch.cond in place of code that decides by the values of tensors"
+    return RefusedError("torch.export does not take the model", where=where, got=first_line(error), hint=hint)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,5 +67,19 @@ def test_a_model_that_cannot_be_traced_is_refused(run: Run, folder: Path) -> Non
     result = run("export", "odd.py", "--to", "pt2", "--out", "out")
     assert result.exit_code == 1
     assert "torch.export does not take the model" in result.stderr
+    assert "odd.py:5 in forward" in result.stderr
+    assert "torch.where or torch.cond" in result.stderr
+    assert "torch.ops.aten" not in result.stderr  # a graph that torch prints
     assert "Traceback" not in result.stderr
     assert not (folder / "out").exists()
+
+
+def test_outputs_that_torch_does_not_know(run: Run, folder: Path) -> None:
+    (folder / "odd.py").write_text(
+        "from dataclasses import dataclass\nfrom torch import nn, Tensor\n"
+        "@dataclass\nclass Out:\n    y: Tensor\n"
+        "class Odd(nn.ReLU):\n    def forward(self, x):\n        return Out(super().forward(x))\n"
+    )
+    result = run("export", "odd.py", "--input", "1x3x8x8", "--to", "pt2", "--out", "out")
+    assert result.exit_code == 1
+    assert "register_dataclass(Out)" in result.stderr
