@@ -79,6 +79,10 @@ class Calibrated:
         self.outputs = "values"
         self.memory = Memory()
         self.statistics = self._calibrate()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What a subclass makes of the statistics; comes last when one is made."""
 
     @property
     def norm(self) -> Norm:

@@ -9,16 +9,14 @@ fits them; `Planner.in_norm` plans by another sensitivity from the same calibrat
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
 from torch import nn
 
-from ..capturing import Inputs, split_inputs
+from ..capturing import split_inputs
 from ..capturing.records import Capture, info
-from ..core.nested import Tree
-from ..core.options import Budget
 from ..core.plan import Op, Plan, Skip
 from ..core.text import few
 from ..engines.choosing import choose
@@ -34,7 +32,6 @@ from .joint import JOINT
 from .latency import Conditions, LatencyTable, time_plan
 from .latency_search import scale_times, within_latency
 from .measuring import LossMeter
-from .running import Say
 from .settling import settled
 
 
@@ -51,18 +48,7 @@ class Planner(Calibrated):
     """Actions and paths of ops that could not be carried out; ``_why`` says why."""
     _why: tuple[Skip, ...] = ()
 
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: Inputs,
-        calibration: Iterable[Tree] | None,
-        settings: Budget,
-        *,
-        size: int | None = None,
-        say: Say | None = None,
-        captured: Capture | None = None,
-    ) -> None:
-        super().__init__(model, inputs, calibration, settings, size=size, say=say, captured=captured)
+    def _prepare(self) -> None:
         self.original = costs_of(self.captured)
         self._weigh()
         if self.settings.gate == "latency":
