@@ -16,9 +16,13 @@ from typing import Any, ClassVar
 Json = Any
 """JSON data: texts, numbers, None, lists, and dicts with texts as keys."""
 
+_PLAIN = frozenset({str, int, float, bool, type(None)})
+
 
 def as_data(value: object) -> Json:
     """Plain JSON data: records become objects, tuples lists, and members of an enum their value."""
+    if type(value) in _PLAIN:  # most of what there is
+        return value
     if isinstance(value, Record):
         return value.to_dict()
     if is_dataclass(value) and not isinstance(value, type):

@@ -25,7 +25,7 @@ from ..engines.timing import NOISY, time_models
 from .allocator import Allocator, Choice
 from .budget import Limit
 from .calibrating import Calibrated
-from .candidates import make_candidates
+from .candidates import LayerCandidates, make_candidates
 from .fitting import Fit, fit
 from .groups import JointGroup, MeasuredGroup
 from .joint import JOINT
@@ -50,7 +50,11 @@ class Planner(Calibrated):
 
     def _prepare(self) -> None:
         self.original = costs_of(self.captured)
-        self._weigh()
+        if settings.plan is None:
+            self._weigh()
+        else:  # which has chosen already
+            self.layers, self._skips = list[LayerCandidates](), self.replaceable.skips
+            self._offer([])
         if self.settings.gate == "latency":
             self._time()
 

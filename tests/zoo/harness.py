@@ -245,8 +245,8 @@ class _Pool:
                     if not healthy:
                         process.kill()
                         process.join()
-                        process, pipe = self._start()
-                    idle.append((process, pipe))
+                    if healthy or queue:
+                        idle.append((process, pipe) if healthy else self._start())
         finally:
             for process, _ in idle:
                 process.terminate()
