@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
 
 import pytest
 
@@ -26,6 +28,19 @@ def short_timings() -> Iterator[None]:
         patch.setattr(choosing, "_SECONDS", 0.02)
         patch.setattr(exporting, "SECONDS", 0.02)
         patch.setattr(fuse_timing, "_SECONDS", 0.02)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def onnxscript_read_once() -> Iterator[None]:
+    """Every export to ONNX parses the source of all of onnxscript's operations anew, which is most of its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        with suppress(ImportError):
+            from torch.onnx._internal._lazy_import import _LazyModule, onnxscript_apis
+
+            if isinstance(onnxscript_apis, _LazyModule):  # which stays unloaded until something is exported
+                read = cache(lambda: onnxscript_apis.__getattr__("get_torchlib_ops")())
+                patch.setitem(vars(onnxscript_apis), "get_torchlib_ops", read)
         yield
 
 

@@ -291,13 +291,16 @@ timm = pytest.importorskip("timm")
 
 @pytest.mark.parametrize(
     ("name", "sums"),
-    [("repvgg_a0", 22), ("mobileone_s0", 43), ("repvit_m0_9", 24), ("fastvit_t8", 20), ("repghostnet_050", 32)],
+    [("repvgg_a0", 22), ("mobileone_s0", 15), ("repvit_m0_9", 24), ("fastvit_t8", 20), ("repghostnet_050", 32)],
 )
 def test_families_equal_their_own_reparameterization(name: str, sums: int) -> None:
     """As close as float32 rounding in another order leaves it: 1e-5 of the norm of the scores."""
     from timm.utils import reparameterize_model
 
     model = lively(timm.create_model(name, num_classes=10))
+    if name == "mobileone_s0":  # whose further pairs of blocks are like the second of their stage
+        for stage in model.stages:
+            del stage[4:]
     x = torch.randn(1, 3, 64, 64)
     fused = pwrewrite.fuse(model, x, ["fold-batch-norm", "merge-branches"], verify=False)
     assert [e.op.action for e in fused.edits].count("merge-branches") == sums

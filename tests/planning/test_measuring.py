@@ -40,7 +40,11 @@ def test_what_is_measured_is_what_the_op_carried_out_loses() -> None:
     assert batch is not None
     (x,), _ = first_samples(batch.first()[0], 16)
     before = {name: value.clone() for name, value in made.model.state_dict().items()}
-    ops = [(group, c.op) for group in made.measured for c in group.candidates if c.op is not None]
+    kinds = dict[tuple[str, str, bool], list[tuple[JointGroup, Op]]]()
+    for group in made.measured:
+        for op in (c.op for c in group.candidates if c.op is not None):
+            kinds.setdefault((op.action, op.path, bool(op.settings.get("drop"))), []).append((group, op))
+    ops = [each[place] for each in kinds.values() for place in sorted({0, len(each) // 2, len(each) - 1})]
     assert {op.action for _, op in ops} == {"narrow", "substitute"}
     assert {op.settings["drop"] for _, op in ops if op.action == "substitute"} == {True, False}
     for group, op in ops:
