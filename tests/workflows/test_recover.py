@@ -23,6 +23,7 @@ from pwrewrite.passes.narrow import Narrow
 from pwrewrite.planning import augment, distilling, recovery, training, training_set
 from pwrewrite.planning.batches import Batches
 from pwrewrite.planning.running import Chunk
+from pwrewrite.workflows import smallest
 from pwrewrite.workflows.recover import Recovered, recover
 
 SEVENTH = {"macs": 0.15}
@@ -472,7 +473,8 @@ def test_rewrite_trains_and_reports(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "report.json").read_text())["budget"]["recovery"]["time"] == "5epochs"
 
 
-def test_the_search_for_the_smallest_model_trains_each() -> None:
+def test_the_search_for_the_smallest_model_trains_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(smallest.search.__kwdefaults__, "steps", 5)  # of 33 budgets in place of 129
     original = network()
     with torch.no_grad():
         wanted = original(images())
