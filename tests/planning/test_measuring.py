@@ -107,6 +107,15 @@ def test_one_of_each_group_speaks_for_a_frontier(monkeypatch: pytest.MonkeyPatch
     assert len(priced) < len([op for choice in low for op in choice.plan.ops if f"{op.action} {op.path}" in asked])
 
 
+def test_where_a_plan_is_given_no_candidates_are_worked_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, options = network(Block(), Block()), {"calibration": images(64), "verify": False}
+    plan = pwrewrite.rewrite(model, images(2), Budget({"macs": 0.6}), **options).plan
+    monkeypatch.setattr("pwrewrite.planning.planner.make_candidates", lambda *_: pytest.fail("all were"))
+    again = pwrewrite.rewrite(model, images(2), plan, **options)
+    assert [edit.op.path for edit in again.edits] == [op.path for op in plan.ops]
+    assert again.plan.ops
+
+
 class Fed(nn.Module):
     """Takes a second input, of the same batch, in a dict."""
 
