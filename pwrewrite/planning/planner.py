@@ -50,7 +50,7 @@ class Planner(Calibrated):
 
     def _prepare(self) -> None:
         self.original = costs_of(self.captured)
-        if settings.plan is None:
+        if self.settings.plan is None:
             self._weigh()
         else:  # which has chosen already
             self.layers, self._skips = list[LayerCandidates](), self.replaceable.skips
