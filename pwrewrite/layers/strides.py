@@ -2,12 +2,16 @@
 
 In a partition (oneDNN 3.x, behind torch 2.11 to 2.15) such a kernel is taken for
 
-- a product of matrices of which neither the rows nor the columns lie together, as behind attention's talking heads;
+- a product of matrices of which neither the rows nor the columns lie together, as behind attention's talking heads, or
+  that a partition's convolution leaves in a layout of its own;
 - a sum, product or quotient, element by element, where a tensor lies in memory with gaps, as the halves of a gated unit
   do, be it behind operations of one tensor, or in another order than the other tensor, as the heads of attention do, or
   where it is expanded, as the norm is that ``F.normalize`` divides by;
 - the same where it joins a layer norm, or an operation of one tensor, such as ``gelu(x) * y``, that no convolution or
   product takes in.
+
+A product whose second operand is of one image, with a stride on that axis that is less than the image's extent, gives
+other values, and so do all later ones of its sizes in the process; it reads a view with another stride.
 
 The first two read copies, which eager torch makes by itself or has loops in place of; the last are kept apart by a
 view, which no partition reaches across.
@@ -20,7 +24,7 @@ from typing import Any
 
 from torch._C import Graph, Node, TensorType, Value
 
-_ELEMENTWISE = frozenset({"aten::add", "aten::mul", "aten::div"})
+ELEMENTWISE = frozenset({"aten::add", "aten::mul", "aten::div"})
 _PRODUCTS = frozenset({"aten::matmul", "aten::bmm", "aten::linear"})
 _CONVOLUTIONS = frozenset({"aten::_convolution", "aten::conv2d"})
 _COPIES = frozenset({"aten::alias", "aten::clone"})
@@ -39,7 +43,11 @@ def keep_kernels(graph: Any) -> None:
             for i, value in enumerate(values):
                 if _crossed(layout(value)):
                     _copy(graph, node, i, _CONTIGUOUS)
-        elif node.kind() in _ELEMENTWISE:
+                elif (strides := _plain_strides(value)) is not None:
+                    _restride(graph, node, i, strides)
+                elif value.node().kind() in _CONVOLUTIONS:
+                    detach(graph, node, i)
+        elif node.kind() in ELEMENTWISE:
             orders = [_order(layout(value)) for value in values]
             for i, value in enumerate(values):
                 expanded = any(not stride for *_, stride in layout(value))
@@ -98,6 +106,18 @@ def detach(graph: Graph, node: Node, i: int) -> None:
     node.replaceInput(i, view.output())
 
 
+def _restride(graph: Any, node: Node, i: int, strides: list[int]) -> None:
+    """Puts a view of an operand with other strides in its place."""
+    value = list(node.inputs())[i]
+    kind: Any = value.type()
+    graph.setInsertPoint(node)
+    constants = [graph.insertConstant(each) for each in (kind.sizes(), strides, None)]
+    view = graph.create("aten::as_strided", [value, *constants], 1)
+    view.insertBefore(node)
+    view.output().setType(kind)
+    node.replaceInput(i, view.output())
+
+
 def _copy(graph: Any, node: Node, i: int, memory_format: int | None) -> None:
     value = list(node.inputs())[i]
     graph.setInsertPoint(node)
@@ -110,6 +130,17 @@ def _copy(graph: Any, node: Node, i: int, memory_format: int | None) -> None:
 
 def _crossed(axes: Layout) -> bool:
     return len(axes) > 1 and 1 not in (stride for *_, stride in axes[-2:])
+
+
+def _plain_strides(value: Value) -> list[int] | None:
+    """The strides of a tensor with those of outer axes of one element as if there were more; None for what has them."""
+    kind = value.type()
+    sizes, strides = (kind.sizes(), kind.strides()) if isinstance(kind, TensorType) else (None, None)
+    if sizes is None or strides is None:
+        return None
+    reach = sum((size - 1) * stride for size, stride in zip(sizes, strides)) + 1
+    plain = [max(stride, reach) if size == 1 else stride for size, stride in zip(sizes[:-2], strides[:-2])]
+    return None if plain == strides[:-2] else [*plain, *strides[-2:]]
 
 
 def _has_gaps(axes: Layout) -> bool:

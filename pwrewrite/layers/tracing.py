@@ -27,7 +27,7 @@ from torch._C import Graph, Node, TensorType, Value
 from ..core.nested import tensors_of
 from .comparing import Function, alike, copies, outputs_of, same_function, trial_inputs
 from .packing import ForkSafeLock
-from .strides import detach, keep_kernels, only_operand
+from .strides import ELEMENTWISE, detach, keep_kernels, only_operand
 
 _C: Any = torch._C
 _LOCK = ForkSafeLock()
@@ -36,6 +36,8 @@ _ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "aten::add": operator.add,
     "aten::sub": operator.sub,
     "aten::mul": operator.mul,
+    "aten::floor_divide": operator.floordiv,
+    "aten::remainder": operator.mod,
 }
 """What code does to sizes."""
 _thread = threading.local()
@@ -116,6 +118,7 @@ def _compiled(
     """A traced graph, compiled and compared; with every operation of two tensors apart from others, or only some."""
     try:
         _separate(graph, every=apart)
+        _prepare_numbers(graph)
         inner = graph.copy()
         _C._jit_set_llga_enabled(True)
         function: Function = _C._create_function_from_graph("forward", graph)
@@ -230,6 +233,43 @@ def _separate(graph: Graph, *, every: bool) -> None:
                 continue  # a view of a number that is a constant crashes the fuser
             if every or len(value.uses()) > 1 or chained[i] or not free[1 - i]:
                 detach(graph, node, i)
+
+
+def _prepare_numbers(graph: Any) -> None:
+    """Gives sums, products and quotients operands of the result's dtype that have an axis, and results their own axes.
+
+    The fuser makes a tensor of every number, with one axis and the dtype of the first operand: ``z.mean() * 0.5`` gets
+    an axis, and whole numbers are multiplied by 0. It fails on tensors without axes.
+    """
+    for node in list(graph.nodes()):
+        kind = node.output().type() if node.kind() in ELEMENTWISE else None
+        if not isinstance(kind, TensorType):
+            continue
+        graph.setInsertPoint(node)
+        lifted = False
+        for i, value in enumerate(list(node.inputs())[:2]):
+            of = value.type()
+            if value.node().kind() == "prim::Constant":
+                continue  # a number in the code, which torch knows
+            if isinstance(of, TensorType) and None not in (of.dtype(), kind.dtype()) and of.dtype() is not kind.dtype():
+                _before(graph, node, i, "aten::to", kind.dtype(), False, False, None)
+            if _sizes(value) == []:
+                _before(graph, node, i, "aten::unsqueeze", 0)
+                lifted = True
+        if lifted and kind.sizes() == []:
+            squeezed = graph.create("aten::squeeze", [node.output()], 1)
+            squeezed.insertAfter(node)
+            squeezed.output().setType(kind)
+            node.output().replaceAllUsesAfterNodeWith(squeezed, squeezed.output())
+            node.output().setType(kind.with_sizes([1]))
+
+
+def _before(graph: Any, node: Node, i: int, kind: str, *arguments: Any) -> None:
+    """Puts an operation in front of an operand."""
+    constants = [graph.insertConstant(argument) for argument in arguments]
+    made = graph.create(kind, [list(node.inputs())[i], *constants], 1)
+    made.insertBefore(node)
+    node.replaceInput(i, made.output())
 
 
 def _roots(nodes: Sequence[Node]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import copy
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -269,6 +270,101 @@ def test_operations_in_place(inplace: bool) -> None:
         made = freeze(each, X)
         with torch.no_grad():
             close(made(X), model(X))
+
+
+# ------------------------------------------------------------------------------------------ numbers and scalars
+
+
+class Head(nn.Module):
+    """A function of a convolution's output."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.function = nn.Conv2d(3, 8, 3), function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z: z.pow(2).mean() * 0.25,
+        lambda z: (z.sum() * 0.25).sigmoid(),
+        lambda z: z[0, 0, 0, 0] / 2 + 1,
+        lambda z: ((z.sum().exp() + 1).sqrt().sigmoid() * 2).tanh(),
+        lambda z: torch.add(z.sum(), z.mean(), alpha=2),
+        lambda z: z.sum().mul_(0.5).add_(1),
+        lambda z: (z.relu(), torch.stack([z.sum() * 2, z.std() / 3])),
+        lambda z: torch.sigmoid(nn.functional.avg_pool2d(z, 2) * z.mean()) * z.max(),
+        lambda z: nn.functional.silu(z.mean()) * 2,
+    ],
+)
+def test_numbers_without_axes(function: Callable[[Tensor], Any]) -> None:
+    """The fuser gives a scaled scalar an axis, which its readers and callers do not expect."""
+    model = Head(function).eval()
+    made = freeze(model, X)
+    with torch.no_grad():
+        other = torch.randn(1, 3, 32, 32)
+        torch.testing.assert_close(made(other), model(other), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z: z.flatten(1).argmax(1) * 0.5 + 1,
+        lambda z: z.argmax() * 2,
+        lambda z: z.argmax() / 2 + 1,
+        lambda z: (z > 0) * 2.5,
+        lambda z: z * torch.tensor(2.5, dtype=torch.float64),
+    ],
+)
+def test_numbers_of_other_dtypes(function: Callable[[Tensor], Tensor]) -> None:
+    """The fuser makes a number one of the first operand's dtype: 0.5 becomes 0 beside whole numbers."""
+    model = Head(function).eval()
+    made = freeze(model, X)
+    with torch.no_grad():
+        torch.testing.assert_close(made(X), model(X), atol=1e-5, rtol=1e-4)
+
+
+def test_sizes_that_are_divided() -> None:
+    """Windows, as a Swin transformer has them; the width of a head stands in front of a product of matrices."""
+
+    def windows(z: Tensor) -> Tensor:
+        n, c, h, w = z.shape
+        tiles = z.view(n, c, h // 5, 5, w // 5, 5).permute(0, 2, 4, 3, 5, 1).reshape(h // 5 * (w // 5), 25, c)
+        q = tiles.reshape(-1, 25, 2, c // 2).transpose(1, 2)
+        scores = (q * (c // 2) ** -0.5).matmul(q.transpose(-2, -1)) + h % 7
+        return scores.softmax(-1)
+
+    model = Head(windows).eval()
+    made = freeze(model, X)
+    with torch.no_grad():
+        torch.testing.assert_close(made(X), model(X), atol=1e-5, rtol=1e-4)
+
+
+def test_heads_side_by_side_in_one_image() -> None:
+    """The stride of a lone image is a row's then, which a product's second operand must not show to the fuser."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.q, self.k, self.v = (nn.Conv2d(3, 256, 1) for _ in range(3))
+            self.talk, self.listen = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (each(x).reshape(len(x), 8, 32, -1) for each in (self.q, self.k, self.v))
+            scores = self.talk(q.permute(0, 1, 3, 2) @ k.permute(0, 1, 2, 3)).softmax(-1)
+            out: Tensor = self.listen(scores) @ v.permute(0, 1, 3, 2)
+            return out
+
+    for batch in (1, 2):
+        model, x = Attention().eval(), X[..., :7, :7].repeat(batch, 1, 1, 1)
+        made = freeze(model, x)
+        with torch.no_grad():
+            close(made(x), model(x))
 
 
 # ------------------------------------------------------------------------------------------------- domains and NaN
