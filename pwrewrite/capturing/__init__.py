@@ -6,6 +6,7 @@ code needs values, it is recorded once more with real ones, seeded, and the cove
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import torch
@@ -174,7 +175,11 @@ def _refused(error: Exception, args: Args, kwargs: Kwargs) -> CaptureError:
     where = path_of_failure(error)
     what = f"the model does not run on this input: {first_line(error)}"
     hint = "check that model(*example_inputs) runs in plain PyTorch on these inputs"
-    if isinstance(error, ShapeError):
+    if dtype := isinstance(error, ShapeError) and re.search(r"takes (\w+), got (\w+)$", str(error)):
+        shape = "x".join(map(str, next(t.shape for t in tensors_of((args, kwargs)))))
+        what, shapes = f"the model does not take this input: {error}", f"{shapes}, {dtype[2]}"
+        hint = f"give inputs of the dtype that it computes in, such as --input {shape}:{dtype[1]}"
+    elif isinstance(error, ShapeError):
         what = f"the model does not take this input: {error}"
         hint = (
             "give the shape the model was made for, such as --input 1x3x224x224, or define example_inputs in its file; "

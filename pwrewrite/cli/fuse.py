@@ -39,7 +39,11 @@ def fuse(
         passes, keep_nan = options.passes or None, options.keep_nan or None
         result = fuse(loaded, None, passes, keep_nan=keep_nan, verify=proof.verify, progress=progress)
         if not result.edits:
-            raise RefusedError("there is nothing to fuse", where=target.target)
+            skips = result.report.skips
+            shown = skips if reported.everything else skips[:3]
+            left = [f"{skip.path}: {skip.detail}" for skip in shown]
+            left += [f"{len(skips) - len(shown)} more, which --all names"] if len(skips) > len(shown) else []
+            raise RefusedError("there is nothing to fuse", where=target.target, got="; ".join(left) or None)
         if options.benchmark:
             progress("measuring", None)
             result = with_latency(result, loaded, options.engine)

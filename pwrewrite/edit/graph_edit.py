@@ -16,6 +16,7 @@ from torch.fx.graph import PythonCode
 
 from ..capturing.code_trace import NotTraceable, trace
 from ..capturing.functions import argument
+from ..core.fx_names import keywords_spelt_out
 from ..core.operations import convolution_call
 from ..forms.specs import linear_spec
 from ..layers.known import is_identity
@@ -34,7 +35,8 @@ class Regraphed(fx.GraphModule):
 
     def recompile(self) -> PythonCode:
         """As of a plain one, but for calls, which are those of any module."""
-        code = super().recompile()
+        with keywords_spelt_out():
+            code = super().recompile()
         if "__call__" in vars(type(self)):
             del type(self).__call__
         return code

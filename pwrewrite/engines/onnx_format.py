@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from ..core.errors import RefusedError, first_line
+from ..core.fx_names import keywords_spelt_out
 from .exporting import Call, Format, Program, Run, measured
 
 _SUFFIX = "_quantized"
@@ -84,11 +85,13 @@ class Onnx(Format):
 def _translated(program: Program) -> Any:
     """The program in ONNX; raises `RefusedError` where torch has none."""
     try:
-        with _of_errors_only("torch.onnx"):
+        with _of_errors_only("torch.onnx"), keywords_spelt_out():
             made = torch.onnx.export(program.exported, (), dynamo=True, verbose=False)
     except torch.onnx.OnnxExporterError as error:
-        varies = "; --static writes it for one size, which may do" if any(program.axes) else ""
-        raise RefusedError("torch has no ONNX for the program", got=f"{_cause(error)}{varies}") from error
+        cause = _cause(error)
+        varies = any(program.axes) and "No ONNX function" not in cause
+        static = "; --static writes it for one size, which may do" if varies else ""
+        raise RefusedError("torch has no ONNX for the program", got=f"{cause}{static}") from error
     assert made is not None
     return made
 

@@ -98,7 +98,7 @@ class Source(Format):
         (folder / self.main).write_text(text, encoding="utf-8")
         state: dict[str, Tensor] = {name: t.detach().clone().contiguous() for name, t in writer.state.items()}
         if strange := next((n for n, t in state.items() if t.dtype.is_complex), None):
-            raise RefusedError("complex constants cannot be written", where=strange)
+            raise RefusedError("complex tensors cannot be written", where=strange, got=strange)
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
     def run(self, program: Program, folder: Path, calls: Sequence[Call]) -> Run:

@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..capturing.eligibility import module_refusal
 from ..capturing.records import Capture, Layer, info
 from ..core.convolution import CONV_MODULES
+from ..core.numbers import plural
 from ..core.plan import Estimate, Op, Skip, SkipReason
 from ..core.records import Json
 from ..edit.actions.code_norm import TENSORS
@@ -256,8 +257,7 @@ def _unusable(graph: Graph, norm: _Norm, layer: Layer, calls: int = 1) -> Skip |
     """Why a layer's weights may not be changed; None where they may."""
     module, path = graph.modules.get(layer.path), norm.path
     if len(layer.calls) != calls:
-        several = "only one of them is" if calls == 1 else f"{calls} of them are"
-        detail = f"{layer.path} is called {len(layer.calls)} times, and {several} normalised by this"
+        detail = f"{layer.path} is called {plural(len(layer.calls), 'time')}, and this norm {plural(calls, 'time')}"
         return Skip(path, SkipReason.CALLED_TWICE, detail)
     if module is None or not isinstance(module, _LAYERS):
         return Skip(path, SkipReason.FUNCTIONAL, f"{layer.path} is a functional call; make it a module")

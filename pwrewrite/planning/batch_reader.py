@@ -111,7 +111,10 @@ def _check(value: Tree, example: Tensor, place: _Place) -> None:
             if value.dtype is torch.uint8 and example.is_floating_point():
                 hint += f"; and {_SCALE}"
         elif not listed and value.dim() == example.dim() - 1 and example.dim() > 1:
-            hint = "a batch dim is missing: x[None]"
+            batched = value.shape[0] == example.shape[1] or example.dim() == 2
+            hint = "a batch dim is missing: x[None]" if batched else None
+            if not batched and example.shape[1] == 1:
+                hint = "the dim of the channel is missing: x[:, None]"
         expected = f"{str(example.dtype).removeprefix('torch.')} {_pattern(example, listed)}"
         raise UsageError(f"{place} has another shape than the model takes", expected=expected, got=got, hint=hint)
     if _kind(value) != _kind(example):

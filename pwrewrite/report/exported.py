@@ -43,4 +43,6 @@ def headline(exports: Exports) -> str:
     if failed:
         return f"{', '.join(failed)} of {plural(len(exports.formats), 'format')} differ from the model"
     exact = [row.format for row in exports.formats if not row.layers]
-    return f"{', '.join(exact)}: every output agrees at two sizes, in its own runtime"
+    static = all(row.detail.startswith("agrees at other values") for row in exports.formats)
+    where = "for two inputs of its one size" if static else "at two sizes"
+    return f"{', '.join(exact)}: every output agrees {where}, in its own runtime"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..core.errors import PwrewriteError, RefusedError
+from ..core.fx_names import keywords_spelt_out
 from ..core.nested import tensors_of
 from ..core.numbers import dims
 from ..engines.exporting import Axes, Call, Format, Program, Run
@@ -169,7 +170,8 @@ def first_difference(program: Program, form: Format, folder: Path, expected: Exp
     None where what a runtime computes inside is not known, or all of it agrees.
     """
     limit = max([_FLOOR, *expected.limits.values()])
-    recorder = _Recorder(program.exported.module())
+    with keywords_spelt_out():
+        recorder = _Recorder(program.exported.module())
     try:
         recorder.see(expected.call)
     except Exception:
@@ -181,7 +183,8 @@ def first_difference(program: Program, form: Format, folder: Path, expected: Exp
     try:
         values = form.values(program, folder, expected.call)
         if values:
-            recorder = _Recorder(form.inner(program).module())
+            with keywords_spelt_out():
+                recorder = _Recorder(form.inner(program).module())
             recorder.see(expected.call)
     except (PwrewriteError, RuntimeError):
         return None

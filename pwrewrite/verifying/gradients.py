@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..core.errors import first_line
 from ..core.plan import Edit
+from .numerics import norm_of
 from .outputs import Flat
 
 
@@ -106,9 +107,9 @@ def gradient_difference(before: Mapping[str, Tensor | None], after: Mapping[str,
         new = after.get(name)
         if old is None:
             continue
-        square = float(torch.linalg.vector_norm(old, dtype=torch.float64)) ** 2
+        square = norm_of(old) ** 2
         whole += square
         if new is not None and old.shape == new.shape:
-            difference += float(torch.linalg.vector_norm(new - old, dtype=torch.float64)) ** 2
+            difference += norm_of(new - old) ** 2
             norm += square
     return (difference / max(norm, _NOISE**2 * whole)) ** 0.5 if norm else None

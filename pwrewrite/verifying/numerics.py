@@ -53,7 +53,7 @@ def _real(t: Tensor) -> Tensor:
 def _norms(value: Tensor, reference: Tensor) -> tuple[float, float, int]:
     """Norms of the difference and of the reference where that is finite, and how often only ``value`` is not finite."""
     a, b = _real(value), _real(reference).to(value.device)
-    difference, norm = _norm(a - b), _norm(b)
+    difference, norm = norm_of(a - b), norm_of(b)
     if isfinite(difference) and isfinite(norm):
         return difference, norm, 0
     a, b = a.double(), b.double()
@@ -61,12 +61,13 @@ def _norms(value: Tensor, reference: Tensor) -> tuple[float, float, int]:
     spoiled = int((sound & ~torch.isfinite(a)).sum())
     if not bool(sound.all()):
         a, b = a.where(sound, 0.0), b.where(sound, 0.0)
-    return _norm(a - b), _norm(b), spoiled
+    return norm_of(a - b), norm_of(b), spoiled
 
 
-def _norm(t: Tensor) -> float:
+def norm_of(t: Tensor) -> float:
     """Euclidean norm, summed in float64 and without a copy in it."""
-    return float(torch.linalg.vector_norm(t, dtype=torch.float64))
+    real = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+    return float(torch.linalg.vector_norm(real, dtype=torch.float64))
 
 
 def relative_difference(value: Tensor, reference: Tensor) -> float:

@@ -23,6 +23,7 @@ from ..core.declaring import from_keywords, refuse_unknown
 from ..core.errors import PwrewriteError, RefusedError, UsageError, VerificationError, first_line
 from ..core.exports import EXPORT_SCHEMA, Exported, Exports
 from ..core.files import new_folder
+from ..core.fx_names import named_by_keyword
 from ..core.names import EXPORT_NAMES
 from ..core.nested import tensors_of
 from ..core.options import ExportOptions, TargetOptions
@@ -212,6 +213,8 @@ def _exported(
         problems = [f"{failure.message}: {failure.got}" if failure.got else failure.message]
     except Exception as failure:  # of other people's exporters and runtimes, which raise anything
         problems = [first_line(failure)]
+    if any("SyntaxError" in problem for problem in problems) and (named := named_by_keyword(program.model)):
+        problems.append(f"torch writes the names of modules into code, and a part of {named} is a keyword: rename it")
     files = [folder / name for name in each.files if (folder / name).exists()]
     size = sum(file.stat().st_size for file in files)
     for file in files if problems else ():

@@ -172,13 +172,16 @@ def _check(model: nn.Module, passes: Sequence[Pass]) -> None:
     """Refuses models that cannot be fused rightly."""
     devices, early = dict[str, str](), "fuse the model before it is quantized"
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.dtype.is_complex:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if tensor.dtype.is_complex and type(owner).__module__.startswith("torch.nn."):
             raise RefusedError("complex weights cannot be fused", where=name, got=str(tensor.dtype))
         if tensor.is_quantized:
             raise RefusedError("quantized weights cannot be fused", where=name, got=str(tensor.dtype), hint=early)
         devices.setdefault(str(tensor.device), name)
     for name, module in model.named_modules():
         kind = type(module).__module__
+        if type(module).__name__.endswith("FloatFunctional"):  # what is quantized later, and computes in floats
+            continue
         if kind.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")):
             raise RefusedError("quantized layers cannot be fused", where=name, got=type(module).__name__, hint=early)
     inexact = [each.name for each in passes if each.exact == "eval"]

@@ -426,3 +426,36 @@ def test_a_package_that_an_exporter_could_use_is_not_missed_aloud(tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert "torchvision" not in done.stdout + done.stderr
     assert (tmp_path / "out" / "model.onnx").is_file()
+
+
+class Named(nn.Module):
+    """Children whose names are keywords, of which torch.fx writes code that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.m = nn.ModuleDict({"in": nn.Conv2d(3, 8, 3), "class": nn.Conv2d(8, 8, 3)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.m["class"](torch.relu(self.m["in"](x)))
+        return result
+
+
+def test_names_that_are_keywords(tmp_path: Path) -> None:
+    model, x = Named().eval(), torch.randn(2, 3, 16, 16)
+    result = pwrewrite.export(model, X, to=("onnx", "source", "pt2"), out=tmp_path / "out")
+    assert [row.passed for row in result.formats] == [True, True, False]
+    assert "m.in is a keyword: rename it" in result.formats[2].detail
+    fused = pwrewrite.fuse(model, X)
+    assert fused.edits
+    torch.testing.assert_close(fused.model(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_one_size_is_not_called_two(tmp_path: Path) -> None:
+    from pwrewrite.report.exported import headline
+
+    varies, static = (
+        pwrewrite.export(nn.Conv2d(3, 4, 3).eval(), X, to="pt2", out=tmp_path / str(static), static=static)
+        for static in (False, True)
+    )
+    assert "at two sizes" in headline(varies)
+    assert "for two inputs of its one size" in headline(static)

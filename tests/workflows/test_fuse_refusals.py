@@ -128,3 +128,33 @@ def test_the_command_says_so(said: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert done.exit_code == 1, done.output
     assert said in done.output
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_to_be_quantized_later_is_fused() -> None:
+    from torch.ao.nn.quantized import FloatFunctional
+
+    class Quantizable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.sum = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), FloatFunctional()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.norm(self.conv(x)))
+            result: Tensor = self.sum.add(x, x)
+            return result
+
+    assert fuse(Quantizable().eval(), torch.zeros(1, 3, 8, 8)).edits
+
+
+def test_complex_weights_of_code_do_not_keep_the_rest_from_being_fused() -> None:
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.filter = nn.Parameter(torch.randn(8, 6, 4, dtype=torch.complex64))
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.norm(self.conv(x)))
+            return torch.fft.irfft2(torch.fft.rfft2(x) * self.filter)
+
+    assert fuse(Spectral().eval(), torch.zeros(1, 3, 8, 8)).edits
