@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from ..core.numbers import exact, plural, size
+from ..core.plan import Edit
 from . import rewrite_rows as rows
 from .page import Block, Column, Line, Listing, Page, Section, Table, Title, notes_part
 from .records import FusingReport, Report
@@ -38,7 +39,10 @@ def page(report: Report, *, everything: bool = False) -> Page:
 
 def _headline(report: Report) -> str:
     done = Counter(row.edit.op.action for row in report.edits)
-    parts = [f"{plural(done['fold'], 'norm')} folded", f"{plural(done['fuse'], 'layer')} fused"]
+    baked = sum(_bakes(row.edit) for row in report.edits)
+    parts = [f"{plural(done['fold'] - baked, 'norm')} folded", f"{plural(done['fuse'], 'layer')} fused"]
+    if baked:
+        parts.append(f"{plural(baked, 'weight')} baked")
     if done["merge"]:
         parts.append(f"{plural(done['merge'], 'pair')} merged")
     if done["merge-branches"]:
@@ -64,6 +68,11 @@ def _saving(report: Report, fusing: FusingReport) -> Table:
     return saving(lines)
 
 
+def _bakes(edit: Edit) -> bool:
+    """Whether an edit folds what a layer's own code makes of its weight, and no norm."""
+    return edit.op.action == "fold" and edit.op.settings.get("side") == "weight"
+
+
 Groups = dict[str, list[str]]
 """What was done or why something was left, and the paths of it."""
 
@@ -72,7 +81,9 @@ def _done(report: Report) -> Groups:
     groups: Groups = {}
     for edit in (row.edit for row in report.edits):
         what = _WORDS.get(edit.method, edit.method)
-        if edit.op.action == "fuse":
+        if _bakes(edit):
+            what = "weight baked that the layer's code computed"
+        elif edit.op.action == "fuse":
             what = f"{edit.method.replace('add+', 'addition and ').replace('none', 'nothing')} fused"
         groups.setdefault(what, []).append(edit.path)
     return groups

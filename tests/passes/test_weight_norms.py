@@ -115,6 +115,7 @@ def test_a_normalised_weight_is_kept(conv: nn.Conv2d, tmp_path: Path) -> None:
     assert isinstance(done.model[0], PointwiseActivation)  # type: ignore[index]
     assert list(done.model.state_dict()) == ["0.weight", "0.bias"]
     assert done.edits[0].renamed["0.gain"] == ("0.weight",)
+    assert str(done.report).count("1 norm folded, 1 layer fused, 1 weight baked") == 1
     done.save(tmp_path / "out")
     again = load(tmp_path / "out", copy.deepcopy(model))
     with torch.no_grad():
