@@ -34,9 +34,6 @@ from .latency_search import scale_times, within_latency
 from .measuring import LossMeter
 from .settling import settled
 
-_GLANCE = 25
-"""Points of a frontier, at most, that show which changes are worth a measurement."""
-
 
 class Planner(Calibrated):
     """A calibrated model with what it could become; the arguments are those of `Calibrated`.
@@ -199,8 +196,8 @@ class Planner(Calibrated):
         """The least losses at so many limits of a kind, from the original to the smallest, within those of others."""
         if kind == "latency" or any(limit.kind == "latency" for limit in limits):
             self._time()
-        choose, glance = (partial(self.allocator.frontier, kind, limits, n) for n in (points, min(points, _GLANCE)))
-        choices = settled(self.measured, self.meter, choose, self.say, glance=partial(glance, rough=True))
+        choose = partial(self.allocator.frontier, kind, limits, points)
+        choices = settled(self.measured, self.meter, choose, self.say, glance=partial(choose, rough=True))
         self.memory.store()
         return choices
 
