@@ -175,10 +175,11 @@ def _refused(error: Exception, args: Args, kwargs: Kwargs) -> CaptureError:
     where = path_of_failure(error)
     what = f"the model does not run on this input: {first_line(error)}"
     hint = "check that model(*example_inputs) runs in plain PyTorch on these inputs"
-    if dtype := isinstance(error, ShapeError) and re.search(r"takes (\w+), got (\w+)$", str(error)):
-        shape = "x".join(map(str, next(t.shape for t in tensors_of((args, kwargs)))))
+    dtype = re.search(r"takes (\w+), got (\w+)$", str(error)) if isinstance(error, ShapeError) else None
+    shape = next((t.shape for t in tensors_of((args, kwargs)) if dtype and str(t.dtype) == f"torch.{dtype[2]}"), None)
+    if dtype and shape is not None:
         what, shapes = f"the model does not take this input: {error}", f"{shapes}, {dtype[2]}"
-        hint = f"give inputs of the dtype that it computes in, such as --input {shape}:{dtype[1]}"
+        hint = f"give inputs of the dtype that it computes in, such as --input {'x'.join(map(str, shape))}:{dtype[1]}"
     elif isinstance(error, ShapeError):
         what = f"the model does not take this input: {error}"
         hint = (

@@ -369,3 +369,13 @@ def test_messages_name_no_addresses_and_cut_no_words() -> None:
     with pytest.raises(CaptureError) as caught:
         capture(Fn(lambda s, x: s.missing(object())), X)
     assert "0x" not in str(caught.value)
+
+
+def test_inputs_of_another_dtype_are_told_the_dtype() -> None:
+    with pytest.raises(CaptureError) as caught:
+        capture(conv().half(), X)
+    assert "takes float16, got float32" in str(caught.value)
+    assert "--input 4x3x8x8:float16" in str(caught.value.hint)
+    with pytest.raises(CaptureError) as caught:
+        capture(conv(), X[:, :2])
+    assert "give the shape" in str(caught.value.hint)
