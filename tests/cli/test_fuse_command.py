@@ -111,6 +111,18 @@ def test_refusals(folder: Path, args: list[str], code: int, said: str) -> None:
     assert not (folder / "x").exists()
 
 
+def test_nothing_to_fuse_says_why(folder: Path) -> None:
+    (folder / "odd.py").write_text(
+        "from torch import nn\nclass Odd(nn.Sequential):\n    def __init__(self):\n"
+        "        super().__init__(*(nn.BatchNorm2d(3, track_running_stats=False) for _ in range(5)))\n"
+    )
+    few, all_of_them = (run("odd.py", "--input", "1x3x8x8", *more) for more in ((), ("--all",)))
+    assert few.exit_code == all_of_them.exit_code == 1
+    assert "2 more, which --all names" in few.output
+    assert "4: " in all_of_them.output
+    assert "--all" not in all_of_them.output
+
+
 def test_traffic_by_hand() -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.ReLU()).eval()
     x = torch.zeros(1, 2, 4, 4)

@@ -74,10 +74,13 @@ def test_permission_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         check_writable(tmp_path / "x")
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no folder that refuses even the superuser")
-def test_a_folder_in_which_nothing_can_be_made() -> None:
-    with pytest.raises(OutputError):
-        check_writable(Path("/proc/report.json"))
+def test_a_folder_in_which_nothing_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(OutputError, match="read-only file system"):
+        check_writable(tmp_path / "report.json")
 
 
 @pytest.mark.parametrize("step", ["replace", "chmod"])

@@ -413,3 +413,14 @@ def test_the_fingerprint_is_of_the_content() -> None:
     ):
         assert different != same
     assert of(images(40), example=IMAGE.bfloat16()) != same
+
+
+def test_a_missing_dim_is_named_only_where_it_is_the_one() -> None:
+    def hint(batch: torch.Tensor, example: torch.Tensor) -> str | None:
+        with pytest.raises(UsageError) as caught:
+            list(Batches([batch], example))
+        return caught.value.hint
+
+    assert "x[None]" in str(hint(images(4)[0], IMAGE))
+    assert hint(images(4)[:, 0], IMAGE) is None
+    assert "x[:, None]" in str(hint(images(4)[:, 0], IMAGE[:, :1]))

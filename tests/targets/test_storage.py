@@ -268,10 +268,13 @@ def test_a_parent_without_permission(tmp_path: Path) -> None:
         saved(parent / "out", net())
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no folder that refuses even the superuser")
-def test_a_parent_in_which_nothing_can_be_made() -> None:
-    with pytest.raises(OutputError):
-        check_place("/proc/out")
+def test_a_parent_in_which_nothing_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(OutputError, match="read-only file system"):
+        check_place(tmp_path / "out")
 
 
 def test_a_parent_that_says_no(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def simplify_code(bench: Bench, op: Op, settings: SimplifySettings) -> Edit:
         raise not_traced(op, "the code assigns items, behind which an equal call may give something else")
     unread = {path.removeprefix(stem(op.path)) for path in settings.unread}
     if not _simplified(graph_module, unread, settings.same):
-        raise not_traced(op, "its own code reads or returns all that it makes, though nobody else reads some of it")
+        raise not_traced(op, "nothing in its own code goes unread there, or is computed twice")
     aliases = bench.replace(module, graph_module, op.path)
     return Edit(op, "graph", "simplify", exact="eval", aliases=aliases, graph_module=op.path)
 
