@@ -18,7 +18,8 @@ from math import fsum, inf
 import numpy as np
 
 from ..core.errors import RefusedError
-from .knapsack import Answer, Floats, Knapsack, Search
+from .exclusion import Exclusion, Floats
+from .knapsack import Answer, Knapsack, Search
 
 _ROUNDING = 1e-12
 """Rounding of a cost that is allowed for, as a share, before an option is left out as too dear."""
@@ -99,7 +100,7 @@ def allocate(
     if _excess(groups, best, limits) is None and not _conflict(groups, best):
         return _allocation(groups, best, limits, 0.0)
     for kind, limit in limits.items():  # even if nothing excluded anything
-        smallest = sum((min(Fraction(option.costs[kind]) for option in group) for group in groups), Fraction(0))
+        smallest = sum((Fraction(min(option.costs[kind] for option in group)) for group in groups), Fraction(0))
         if smallest > limit:
             claimed = any(option.claims for group in groups for option in group)
             raise Infeasible(kind, {kind: _cheapest(groups, kind, {}).costs[kind] if claimed else float(smallest)})
@@ -181,7 +182,7 @@ def _search(
     claiming = np.array(
         [shares[group] and bool(groups[group][i].claims) for group, i in zip(owner.tolist(), name.tolist())]
     )
-    problem = Knapsack(above[:, 0], costs, owner, name, claiming, claims)
+    problem = Knapsack(above[:, 0], costs, owner, name, claiming, claims, Exclusion(claims))
     search = Search(problem.keep(affordable), lambda chosen: _excess(groups, chosen, limits), gap, time_limit, start)
     answer = search.run()
     return answer._replace(bound=answer.bound + fsum(row[0] for row in least))

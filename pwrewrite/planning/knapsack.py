@@ -8,9 +8,8 @@ left out before HiGHS is asked. Losses then reach it as numbers around `_SCALE`,
 
 Losses and costs count here from the least of each group, and costs in units of what there is to spend.
 
-Options of different groups that claim the same thing exclude each other. Bounds leave that out, and are bounds all the
-same; the options that are best at a price are repaired (of a claim it is the group with the larger gain that keeps it,
-or the groups around it if theirs together is larger), and the solver gets a row for each thing that is claimed.
+Options of different groups that claim the same thing exclude each other, at every price
+(`pwrewrite.planning.exclusion`) and in the solver, which gets a row for each thing that is claimed.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from .exclusion import Exclusion, Floats
+
 Ints = NDArray[np.intp]
 Mask = NDArray[np.bool_]
 
@@ -33,6 +33,10 @@ _SCALE = 1e3
 """What the best answer known loses, in the solver's numbers."""
 _ROUNDING = 1e-9
 """Rounding that is allowed for, as a share, before an option is left out."""
+_SUMMING = 1e-13
+"""Rounding of a sum, as a share of it, that a bound is lowered by."""
+_PRICES = 60
+"""How many prices are tried at most in search of the highest bound."""
 _ROUNDS = 6
 """How often options are left out before the solver is asked."""
 _UNSURE = 1e-5
@@ -46,12 +50,19 @@ _TIGHTER = 4e-6
 
 
 class Priced(NamedTuple):
-    """The best option of each group at a price, the bound it gives, its rounding, how far each option is behind."""
+    """The best option of each group at a price, the bound it gives, and its rounding."""
 
     chosen: Ints
     bound: float
     rounding: float
-    behind: Floats
+    price: float
+
+
+class Side(NamedTuple):
+    """The least of each group among some of its options, infinite where it has none, and the first that has it."""
+
+    least: Floats
+    first: Ints
 
 
 class Answer(NamedTuple):
@@ -77,6 +88,7 @@ class Knapsack:
     names: Ints
     claiming: Mask
     claims: Floats
+    exclusion: Exclusion
 
     @cached_property
     def starts(self) -> Ints:
@@ -86,20 +98,40 @@ class Knapsack:
     def keep(self, mask: Mask) -> Knapsack:
         """The same with some of the options."""
         owner, names, claiming = self.owner[mask], self.names[mask], self.claiming[mask]
-        return Knapsack(self.losses[mask], self.costs[mask], owner, names, claiming, self.claims)
+        return Knapsack(self.losses[mask], self.costs[mask], owner, names, claiming, self.claims, self.exclusion)
+
+    @cached_property
+    def worth(self) -> Floats:
+        """What each option costs at a price of 1 for every kind, ``(options,)``."""
+        return np.asarray(self.costs.sum(1))
 
     def at(self, price: float) -> Priced:
         """The best options at one price for a unit of every cost, the first among equals."""
-        prices = np.full(self.costs.shape[1], price)
-        priced = self.losses + self.costs @ prices
+        priced = self.losses + self.worth * price
+        free, claiming = self._sides(priced)
+        chosen = np.where(free.least <= claiming.least, free.first, claiming.first)
+        for group, claims in self.exclusion.cheapest(free.least, claiming.least):
+            chosen[group] = (claiming if claims else free).first[group]
+        total, spent = fsum(priced[chosen]), price * self.costs.shape[1]
+        return Priced(chosen, total * (1 - _SUMMING) - spent, _ROUNDING * spent, price)
+
+    def behind(self, best: Priced) -> Floats:
+        """How much more the best choice with each option costs than the best at that price, ``(options,)``."""
+        priced = self.losses + self.worth * best.price
+        free, claiming = self._sides(priced)
+        margins = self.exclusion.margins(free.least, claiming.least)
+        least = np.where(self.claiming, claiming.least[self.owner], free.least[self.owner])
+        return priced - least + np.where(self.claiming, margins.claiming[self.owner], margins.without[self.owner])
+
+    def _sides(self, priced: Floats) -> tuple[Side, Side]:
+        """The best option of each group that claims nothing, and the best that claims."""
+        free = self._side(np.where(self.claiming, inf, priced))
+        return free, self._side(np.where(self.claiming, priced, inf))
+
+    def _side(self, priced: Floats) -> Side:
         least = np.minimum.reduceat(priced, self.starts)
-        behind = priced - least[self.owner]
-        best = np.flatnonzero(behind == 0)
-        chosen = best[np.searchsorted(self.owner[best], np.arange(len(self.starts)))]
-        if self.claiming.any():
-            chosen = self._repaired(chosen, priced)
-        spent = float(prices.sum())
-        return Priced(chosen, fsum(least) - spent, _ROUNDING * spent, behind)
+        best = np.flatnonzero(priced == least[self.owner])
+        return Side(least, best[np.searchsorted(self.owner[best], np.arange(len(self.starts)))])
 
     def within(self, chosen: Ints) -> bool:
         """Whether a choice stays within the limits, up to rounding, and claims nothing twice."""
@@ -108,48 +140,6 @@ class Knapsack:
     def claimed(self, chosen: Ints) -> Floats:
         """How often a choice claims each thing."""
         return np.asarray(self.claims[self.claiming[chosen]].sum(0))
-
-    @cached_property
-    def _neighbours(self) -> list[list[int]]:
-        """The groups that each group shares a claim with."""
-        of_group = [np.flatnonzero(row).tolist() for row in self.claims]
-        owners: dict[int, list[int]] = {}
-        for group, things in enumerate(of_group):
-            for thing in things:
-                owners.setdefault(thing, []).append(group)
-        return [sorted({n for thing in things for n in owners[thing]} - {i}) for i, things in enumerate(of_group)]
-
-    def _repaired(self, chosen: Ints, priced: Floats) -> Ints:
-        """A choice in which claims exclude each other, of options that are the best of their group at a price."""
-        free = np.where(self.claiming, np.inf, priced)
-        least = np.minimum.reduceat(free, self.starts)
-        gains = least - priced[chosen]  # over the best option that claims nothing
-        claims = self.claiming[chosen]
-        order = [int(i) for i in np.argsort(-gains, kind="stable") if claims[i]]
-        taken = np.zeros(len(chosen), dtype=bool)
-        against = [[n for n in near if claims[n]] if claims[i] else [] for i, near in enumerate(self._neighbours)]
-        for i in order:
-            taken[i] = not taken[against[i]].any()
-        for _ in range(2):
-            for i in order:
-                rivals = [n for n in against[i] if taken[n]]
-                if not taken[i] and gains[i] > gains[rivals].sum():
-                    taken[rivals], taken[i] = False, True
-                elif taken[i]:
-                    others = list[int]()
-                    for n in sorted(against[i], key=lambda n: -gains[n]):
-                        clear = all(not taken[m] or m == i for m in against[n])
-                        if clear and not any(n in against[m] for m in others):
-                            others.append(n)
-                    if gains[others].sum() > gains[i]:
-                        taken[i], taken[others] = False, True
-        result = chosen.copy()
-        for i in order:
-            if not taken[i] and least[i] < np.inf:
-                start = self.starts[i]
-                end = self.starts[i + 1] if i + 1 < len(self.starts) else len(free)
-                result[i] = start + int(np.argmin(free[start:end]))
-        return result
 
 
 class Search:
@@ -193,30 +183,42 @@ class Search:
         return self.loss - self.bound <= self.gap * self.loss < inf or perf_counter() > self.end
 
     def _narrow(self) -> None:
-        """Leaves out what the highest bound rules out, at growing prices until the best options fit."""
-        view = self.view
-        worth = view.costs.sum(1)
-        losses, costs = view.losses[view.losses > 0], worth[worth > 0]
-        best = self._look(view.at(0.0))
-        if not view.within(best.chosen) and losses.size and costs.size:
-            # Beyond these prices only loss counts, or only cost.
-            low, high = np.log(losses.min() / costs.max()) - 30, np.log(losses.max() / costs.min()) + 30
-            last = self._look(view.at(np.exp(high)))
-            fits = view.within(last.chosen)
-            while high - low > 1e-9:
-                middle = (low + high) / 2
-                priced = view.at(np.exp(middle))
-                best = max(best, priced, key=lambda each: each.bound)
-                # Where even the cheapest do not fit in every kind, the price of the highest bound is still looked for.
-                if view.within(priced.chosen) if fits else worth[priced.chosen].sum() <= view.costs.shape[1]:
-                    high, last = middle, priced
-                else:
-                    low = middle
-            self._look(last)
-            self._look(best)
-        if self.chosen is not None:
+        """Leaves out what the highest bound rules out."""
+        best = self._highest()
+        if self.chosen is not None and best.bound < inf:
             most = self.loss * (1 + _ROUNDING) + best.rounding
-            self.view = view.keep((view.losses <= most) & (best.bound + best.behind <= most))
+            self.view = self.view.keep((self.view.losses <= most) & (best.bound + self.view.behind(best) <= most))
+
+    def _highest(self) -> Priced:
+        """The price of the highest bound; the best options there and at the next price at which they fit are noted.
+
+        Every price gives a line above the bounds of all others, from what its best options lose and cost; the next one
+        is where the nearest of them meet (Kelley 1960, *The cutting-plane method for solving convex programs*).
+        """
+        view = self.view
+        dear = self._look(view.at(0.0))
+        losses, costs = view.losses[view.losses > 0], view.worth[view.worth > 0]
+        if view.within(dear.chosen) or not losses.size or not costs.size:
+            return dear
+        top = float(losses.max() / costs.min()) * 1e13  # only cost counts there
+        best = cheap = self._look(view.at(top))
+        for _ in range(_PRICES):
+            more, less = fsum(view.worth[dear.chosen]), fsum(view.worth[cheap.chosen])
+            lost, saved = fsum(view.losses[cheap.chosen]), fsum(view.losses[dear.chosen])
+            price = (lost - saved) / (more - less) if more > less else 0.0
+            if not dear.price < price < cheap.price:
+                break
+            priced = view.at(price)
+            best = max(best, priced, key=lambda each: each.bound)
+            spent = fsum(view.worth[priced.chosen])
+            if not less < spent < more:
+                break
+            dear, cheap = (priced, cheap) if spent > view.costs.shape[1] else (dear, priced)
+        self._look(best)
+        while not view.within(cheap.chosen) and cheap.price < top:  # more of one kind than there is
+            cheap = view.at(cheap.price * 2)
+        self._look(cheap)
+        return best
 
     def _look(self, priced: Priced) -> Priced:
         """Takes note of a bound, and of the answer it may be near."""
