@@ -32,6 +32,7 @@ from .user_code import origin_of, running_user_code
 ExampleInputs = Args | Kwargs
 
 _EXAMPLE = "--input 1x3x224x224, --input 1x77:int64, --input mask=1x1x64x64:bool"
+_BETWEEN = r"\s*[xX×*,]\s*"
 _ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -52,10 +53,11 @@ def parse_input(text: str) -> InputSpec:
     elif not name.isidentifier():
         raise InputError(f"cannot read --input {text!r}", got=f"{name!r} as a name", hint=_EXAMPLE)
     sizes, colon, kind = (part.strip() for part in rest.partition(":"))
-    if not re.fullmatch(r"[+-]?\d+(\s*[xX×*]\s*[+-]?\d+)*", sizes):
-        commas = "; put an x between the sizes, not a comma" if "," in sizes else ""
-        raise InputError(f"cannot read --input {text!r}", expected=f"[NAME=]SHAPE[:DTYPE]{commas}", hint=_EXAMPLE)
-    shape = tuple(int(size) for size in re.split(r"\s*[xX×*]\s*", sizes))
+    if sizes[:1] + sizes[-1:] in ("()", "[]"):  # as Python prints a shape
+        sizes = sizes[1:-1].strip().removesuffix(",")
+    if not re.fullmatch(rf"[+-]?\d+({_BETWEEN}[+-]?\d+)*", sizes):
+        raise InputError(f"cannot read --input {text!r}", expected="[NAME=]SHAPE[:DTYPE]", hint=_EXAMPLE)
+    shape = tuple(int(size) for size in re.split(_BETWEEN, sizes))
     if min(shape) < 1:
         raise InputError(f"--input {text!r} has a size of {min(shape)}", expected="sizes of 1 or more")
     return InputSpec(shape, _dtype(kind, text) if colon else None, name if equals else None)

@@ -6,7 +6,9 @@ In this order, the first that is there:
 2. a function ``build_model``, ``model``, ``get_model`` or ``create_model`` that ``--arg`` gives all it needs;
 3. among the ``nn.Module`` subclasses *defined* in the file that have a ``forward``, the only one that constructs with
    ``--arg`` alone. Of several, each is constructed (with empty weights, or for real where that fails), and one that
-   another makes an instance of is a building block and set aside.
+   another makes an instance of is a building block and set aside;
+4. the only function of the file that ``--arg`` gives all it needs and that returns a model, as its annotation or its
+   ``return`` shows without a call.
 
 A class whose constructor raises stays a candidate, and its error is the answer if it is the one obvious model, unless
 another candidate inherits from it. Whatever is left over is an error that lists the candidates.
@@ -14,10 +16,13 @@ another candidate inherits from it. Whatever is left over is an error that lists
 
 from __future__ import annotations
 
+import ast
 import inspect
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import get_type_hints
 
 from torch import nn
 
@@ -56,6 +61,14 @@ def find_model(module: ModuleType, args: Mapping[str, object], path: str) -> tup
     if own and not any(_can_call(c, args) for c in classes.values()):
         name, function = next(iter(own.items()))
         return construct(function, args, f"{name}() in {path}", origin), ()  # which says what does not fit
+    if not any(_can_call(c, args) for c in classes.values()):
+        makers = {n: f for n, f in _makers(module).items() if _can_call(f, args)}
+        if len(makers) == 1:
+            ((name, function),) = makers.items()
+            return construct(function, args, f"{name}() in {path}", origin), (f"took {name}(), which returns a model",)
+        if makers:
+            shown = ", ".join(f"{n}()" for n in makers)
+            raise TargetError(f"{path} makes several models: {shown}", hint=_which(path, list(makers)))
     if not classes:
         raise TargetError(f"no model in {path}", expected=_EXPECTED, got=what_there_is(module))
     return _construct_class(classes, args, path, origin)
@@ -95,8 +108,12 @@ def _whole_model(ready: Classes, args: Mapping[str, object], path: str, origin: 
         return whole[0]
     whole = whole or list(ready)
     raised = [f"{n} raised {first_line(e.__cause__ or e)}" for n, e in failed.items() if n in whole]
-    hint = "say which one: " + " or ".join(f"{path}:{n}" for n in whole[:3])
-    raise TargetError(f"{path} has several models: {', '.join(whole)}", got="; ".join(raised) or None, hint=hint)
+    message = f"{path} has several models: {', '.join(whole)}"
+    raise TargetError(message, got="; ".join(raised) or None, hint=_which(path, whole))
+
+
+def _which(path: str, names: Sequence[str]) -> str:
+    return "say which one: " + " or ".join(f"{path}:{name}" for name in names[:3])
 
 
 def _parts_of(
@@ -131,6 +148,61 @@ def _model_classes(module: ModuleType) -> Classes:
             if runs and value not in classes.values():
                 classes[name] = value
     return classes
+
+
+def _makers(module: ModuleType) -> dict[str, Callable[..., object]]:
+    """The functions that a file defines, without a leading underscore, and that can be seen to return a model."""
+    functions = {n: f for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
+    return {n: f for n, f in functions.items() if not n.startswith("_") and _makes_model(f)}
+
+
+def _makes_model(function: Callable[..., object]) -> bool:
+    """Whether a function is annotated to return a model, or returns what calling a class of models gives."""
+    if _annotated(function):
+        return True
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return False
+    if not isinstance(tree, ast.FunctionDef):
+        return False
+    names = getattr(function, "__globals__", {})
+    made = {
+        target.id
+        for each in ast.walk(tree)
+        if isinstance(each, ast.Assign) and _calls_model(each.value, names)
+        for target in each.targets
+        if isinstance(target, ast.Name)
+    }
+    returned = [each.value for each in ast.walk(tree) if isinstance(each, ast.Return) and each.value is not None]
+    return any((isinstance(v, ast.Name) and v.id in made) or _calls_model(v, names) for v in returned)
+
+
+def _calls_model(value: ast.expr, names: Mapping[str, object]) -> bool:
+    """Whether an expression calls a class of models, or a function annotated to return one; then ``.eval()``, say."""
+    if not isinstance(value, ast.Call):
+        return False
+    called, path = value.func, list[str]()
+    while isinstance(called, ast.Attribute):
+        if isinstance(called.value, ast.Call):
+            return _calls_model(called.value, names)
+        path.append(called.attr)
+        called = called.value
+    found = names.get(called.id) if isinstance(called, ast.Name) else None
+    for name in reversed(path):
+        found = getattr(found, name, None)
+    return _is_model_class(found) or (callable(found) and _annotated(found))
+
+
+def _annotated(function: Callable[..., object]) -> bool:
+    try:
+        return _is_model_class(get_type_hints(function).get("return"))
+    except Exception:  # an annotation may name what is not there
+        return False
+
+
+def _is_model_class(value: object) -> bool:
+    return inspect.isclass(value) and issubclass(value, nn.Module)
 
 
 def _can_call(factory: Callable[..., object], args: Mapping[str, object]) -> bool:

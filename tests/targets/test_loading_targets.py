@@ -88,6 +88,41 @@ def test_then_the_only_class(tmp_path: Path) -> None:
     assert resolve_model(file, {"width": 8})[0].conv.out_channels == 8
 
 
+NEEDS = NET.replace("width=4", "width")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "def small():\n    return Net(3)\n",
+        "def small(width=3):\n    net = Net(width)\n    net.eval()\n    return net\n",
+        "def small():\n    return Net(width=3).eval()\n",
+        "def small() -> 'nn.Module':\n    made = [Net(3)]\n    return made[0]\n",
+    ],
+)
+def test_then_the_only_function_that_returns_a_model(tmp_path: Path, function: str) -> None:
+    others = "def main():\n    raise SystemExit('called')\ndef train(model):\n    return model\n"
+    own = "def _part():\n    return Net(2)\n"
+    model, info = resolve_model(write(tmp_path, "m.py", NEEDS + others + own + function))
+    assert model.conv.out_channels == 3
+    assert any("took small()" in note for note in info.notes)
+
+
+def test_a_file_may_only_call_what_it_imports(tmp_path: Path) -> None:
+    text = "import torchvision\ndef net():\n    return torchvision.models.resnet18(weights=None)\n"
+    assert type(resolve_model(write(tmp_path, "m.py", text))[0]).__name__ == "ResNet"
+
+
+def test_of_several_functions_that_return_models_one_must_be_named(tmp_path: Path) -> None:
+    text = NEEDS + "def small():\n    return Net(3)\ndef large():\n    return Net(9)\n"
+    file = write(tmp_path, "m.py", text)
+    with pytest.raises(TargetError, match=r"several models: small\(\), large\(\)") as caught:
+        resolve_model(file)
+    assert f"{file}:small or {file}:large" in str(caught.value)
+    assert resolve_model(f"{file}:large")[0].conv.out_channels == 9
+    assert resolve_model(file, {"width": 5})[0].conv.out_channels == 5, "the class takes it"
+
+
 def test_building_blocks_and_base_classes_are_no_candidates(tmp_path: Path) -> None:
     text = """
     class Base(nn.Module):
