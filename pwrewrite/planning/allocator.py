@@ -63,7 +63,10 @@ class Allocator:
 
     def cheapest(self, kind: str, limits: Sequence[Limit], others: Mapping[str, float]) -> Choice:
         """The choice that costs least of one kind, within limits of others."""
-        return self._choice(frontier(self._candidates, kind, limits=self._left(others), points=2)[-1], limits)
+        try:
+            return self._choice(frontier(self._candidates, kind, limits=self._left(others), points=2)[-1], limits)
+        except Infeasible as error:
+            raise self._unmet(error, limits) from None
 
     def frontier(
         self, kind: str, limits: Sequence[Limit] = (), points: int = 25, *, rough: bool = False

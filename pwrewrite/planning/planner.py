@@ -9,6 +9,7 @@ fits them; `Planner.in_norm` plans by another sensitivity from the same calibrat
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -33,6 +34,9 @@ from .latency import Conditions, LatencyTable, time_plan
 from .latency_search import scale_times, within_latency
 from .measuring import LossMeter
 from .settling import settled
+
+_ROUNDED = 1 + 1e-12
+"""By how much a cost may be off by rounding."""
 
 
 class Planner(Calibrated):
@@ -192,10 +196,25 @@ class Planner(Calibrated):
             missed=missed,
         )
 
-    def frontier(self, kind: str, limits: Sequence[Limit] = (), points: int = 25) -> list[Choice]:
-        """The least losses at so many limits of a kind, from the original to the smallest, within those of others."""
+    def least(self, kind: str, limits: Sequence[Limit] = ()) -> float:
+        """The least that the model can cost of a kind, within limits of others."""
+        self._time_if(kind, limits)
+        others = {k: limit for k, limit in self.allocator.absolute(limits).items() if k != kind}
+        return self.allocator.cheapest(kind, limits, others).costs[kind]
+
+    def at(self, kind: str, cost: float, limits: Sequence[Limit] = ()) -> Choice:
+        """The least loss at a cost of a kind, at least the least, within limits of others: a point of the frontier."""
+        self._time_if(kind, limits)
+        absolute = self.allocator.absolute(limits)
+        return self._choose(limits, {**absolute, kind: min(cost * _ROUNDED, absolute.get(kind, math.inf))})
+
+    def _time_if(self, kind: str, limits: Sequence[Limit]) -> None:
         if kind == "latency" or any(limit.kind == "latency" for limit in limits):
             self._time()
+
+    def frontier(self, kind: str, limits: Sequence[Limit] = (), points: int = 25) -> list[Choice]:
+        """The least losses at so many limits of a kind, from the original to the smallest, within those of others."""
+        self._time_if(kind, limits)
         choose = partial(self.allocator.frontier, kind, limits, points)
         choices = settled(self.measured, self.meter, choose, self.say, glance=partial(choose, rough=True))
         self.memory.store()

@@ -51,17 +51,19 @@ def search(
         RefusedError: If no smaller model keeps the metric.
     """
     before = float(metric(planner.model))
-    choices = planner.frontier(kind, budgets, points=2**steps + 1)
+    original, least = planner.original[kind], planner.least(kind, budgets)
     tried: list[tuple[float, float]] = []
-    low, high, best = 0 if choices[0].plan.ops else 1, len(choices) - 1, None
+    low, high, best = 0, 2**steps, None
     while low <= high and len(tried) < steps:
         middle = (low + high + 1) // 2
-        choice = choices[middle]
-        planner.say(f"trying {choice.costs[kind] / planner.original[kind]:.1%} of the {kind}", len(tried) / steps)
+        choice = planner.at(kind, max(least, original + (least - original) * middle / 2**steps), budgets)
+        if not choice.plan.ops:
+            break
+        planner.say(f"trying {choice.costs[kind] / original:.1%} of the {kind}", len(tried) / steps)
         rewritten = carry_out(planner.model, choice.plan, decomposer=planner.decomposer).model
         trained(planner, rewritten, planner.refit(rewritten, choice.plan))
         after = of_first(float(metric(rewritten)))
-        tried.append((choice.costs[kind] / planner.original[kind], after))
+        tried.append((choice.costs[kind] / original, after))
         if after >= before - max_drop:
             best, low = Smallest(choice, before, after, tuple(tried)), middle + 1
         else:
