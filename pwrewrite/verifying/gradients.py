@@ -100,12 +100,13 @@ def gradient_difference(before: Mapping[str, Tensor | None], after: Mapping[str,
     """Relative difference of the gradients that both have, taken together; None where there are none.
 
     A bias before a norm has a gradient of rounding alone. Where nothing else is left that both have, the difference is
-    measured by `_NOISE` of the original's whole gradient.
+    measured by `_NOISE` of the original's whole gradient. What is not finite in the original, such as the gradient of a
+    norm of zeros, is left out: no difference from it can be told.
     """
     difference = norm = whole = 0.0
     for name, old in before.items():
         new = after.get(name)
-        if old is None:
+        if old is None or not is_finite(old):
             continue
         square = norm_of(old) ** 2
         whole += square

@@ -144,7 +144,8 @@ def fuse(
     proof = _verified(run, asked) if asked.verify else None
     if last is not None and proof is not None and not proof.passed:
         state, plan = last
-        detail = f"some kernels of torch are less exact in it ({proof.failures[0].detail})"
+        failed = proof.failures[0]
+        detail = f"verification failed in it, {failed.name}: {failed.detail}"
         run.state = state.skipping(plan, SkipReason.BROKE_MODEL, detail)
         proof = _verified(run, asked)
     costs = traffic(run.first), traffic(run.state.captured)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from math import sqrt
+from math import inf, nan, sqrt
 from typing import Any
 
 import pytest
@@ -387,6 +387,8 @@ def test_a_gradient_of_rounding_alone_says_nothing() -> None:
     assert lost == pytest.approx(1)
     tenth = whole | {"other.weight": torch.full((8,), 0.01)}
     assert gradient_difference(tenth, {"other.weight": torch.zeros(8)}) == pytest.approx(1)
+    undefined = whole | {"scale": torch.tensor(nan), "shift": torch.tensor(inf)}
+    assert gradient_difference(undefined, undefined) == 0
 
 
 def test_gradients_may_differ_as_the_root_of_rounding() -> None:

@@ -115,9 +115,30 @@ def test_a_memory_format_in_which_torch_is_less_exact_is_taken_back() -> None:
         model[0].bias.fill_(30.0)
     done = fuse(model, x, thorough=False)
     assert done.report.passed
-    taken_back = [skip for skip in done.plan.skips if "less exact" in skip.detail]
+    taken_back = [skip for skip in done.plan.skips if "verification failed in it, " in skip.detail]
     exact = copy.deepcopy(model).double()(x.double())
     plain, last = model(x), model(x.contiguous(memory_format=torch.channels_last))
     worse = float((last - exact).norm()) > 2 * float((plain - exact).norm())
     assert bool(taken_back) is worse
     assert {e.op.action for e in done.edits} == ({"fuse"} if worse else {"fuse", "channels-last"})
+
+
+def test_a_memory_format_that_code_does_not_take_at_another_size_is_taken_back_with_that_reason() -> None:
+    """At the example's size the pool leaves one position, which a ``view`` takes in any format."""
+
+    class Viewing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 16, 3)
+            self.pool = nn.AvgPool2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.pool(self.conv(x))
+            return y.view(y.shape[0], -1)
+
+    torch.manual_seed(0)
+    done = fuse(Viewing().eval(), torch.randn(1, 3, 16, 16))
+    assert done.report.passed
+    (skip,) = [skip for skip in done.plan.skips if skip.reason == "broke-model"]
+    assert skip.detail.startswith("verification failed in it, spatial sizes: at ")
+    assert "does not run: RuntimeError: view size is not compatible" in skip.detail
