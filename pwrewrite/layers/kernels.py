@@ -54,6 +54,19 @@ def in_channels_last(module: nn.Module) -> nn.Module:
     return module
 
 
+def in_last(x: Tensor) -> bool:
+    """Whether a plain layer would compute an input, of four axes or five, in channels_last.
+
+    With one channel, or one position, it is in both formats at once, and torch goes by its strides.
+    """
+    if not x.is_contiguous(memory_format=FORMATS[x.dim()]):
+        return False
+    if not x.is_contiguous():
+        return True
+    strides = x.stride()
+    return strides[-1] >= strides[1] * x.shape[1] and x.numel() > x.shape[0]
+
+
 def unwatched() -> bool:
     """Whether no mode, transform, tracer or autocast is active that a fused kernel would escape or break."""
     watched = _functions_watch() or _dispatch_watch() or _autocast()

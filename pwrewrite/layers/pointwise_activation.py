@@ -184,10 +184,11 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         if self._step and rank == 4 and residual is None and x.shape[2] == x.shape[3] == 1 and self.spec.groups == 1:
             product = F.linear(x.flatten(1), weight.flatten(1), bias)
             return (product if self._late is not None else self._act(product))[:, :, None, None]
-        last = FORMATS[rank]
-        packs = x.is_contiguous(memory_format=last)
-        if not packs and self.channels_last:
-            x, packs = x.contiguous(memory_format=last), True
+        last, packs = FORMATS[rank], True
+        if self.channels_last:
+            x = x.contiguous(memory_format=last)
+        else:
+            packs = kernels.in_last(x)
         if not packs and self._thin and not kernels.chosen(x, weight, bias, self._how):
             return None
         if residual is not None:
@@ -216,7 +217,8 @@ class PointwiseActivation(StandsForLayer, nn.Module):
             return None
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        if self._step and spec.groups == 1 and residual is None and x.is_contiguous(memory_format=torch.channels_last):
+        in_last = self.channels_last or kernels.in_last(x)
+        if self._step and spec.groups == 1 and residual is None and in_last:
             return kernels.multiply_on_cuda(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
         if max(spec.kernel_size) > kernels.LARGEST_ON_CUDA:
             return None
@@ -247,10 +249,10 @@ class PointwiseActivation(StandsForLayer, nn.Module):
         partition = packed.compiled.get((x.shape, residual is None))
         if partition is None or partition.threads != _threads() or x.requires_grad or not kernels.enabled():
             return None
-        if not x.is_contiguous(memory_format=torch.channels_last):
-            if not self.channels_last:
-                return None
+        if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
+        elif not kernels.in_last(x):
+            return None
         if residual is not None:
             if not self._adds(x, packed.weight, residual) or residual.requires_grad:
                 return None

@@ -67,6 +67,8 @@ _REPEATED = (FoldBatchNorm, MergePointwise)
 _TRIES = 4
 """At most this many inputs, or copies of a model that decides by values, that errors are taken from."""
 
+_REFERENCE = "float64 reference (fused kernels)"
+
 _REFERENCE_LIMIT = 300_000_000
 """Parameters above which no copy in float64 is made."""
 
@@ -276,7 +278,10 @@ def reference_check(model: nn.Module, fused: nn.Module, inputs: Inputs, *, by_va
             first = outputs_of(model, given)
         except Exception:
             break
-        second = outputs_of(fused, given)
+        try:
+            second = outputs_of(fused, given)
+        except Exception as error:
+            return Check(_REFERENCE, False, f"the fused model does not run: {first_line(error)}")
         if not [t.shape for t in first] == [t.shape for t in exact] == [t.shape for t in second]:
             break
         errors.append((_distance(first, exact), _distance(second, exact)))
@@ -302,7 +307,7 @@ def reference_check(model: nn.Module, fused: nn.Module, inputs: Inputs, *, by_va
         return None  # another order of results, or no finite ones
     over = f" over {len(errors)} inputs" if len(errors) > 1 else ""
     detail = f"relative error {ours:.2g} to float64{over}, {own:.2g} before"
-    return Check("float64 reference (fused kernels)", ours <= 2 * own + floor, detail)
+    return Check(_REFERENCE, ours <= 2 * own + floor, detail)
 
 
 def _rolled(t: Tensor, turn: int) -> Tensor:

@@ -178,6 +178,18 @@ def test_every_kind_of_layer(conv: nn.Module, channels_last: bool) -> None:
         close(made(x[:1]), F.relu(plain(x[:1])))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(2, 1, 9, 9), (1, 8, 1, 1), (2, 8, 1, 1), (2, 1, 1, 1), (2, 8, 9, 9)])
+def test_an_output_is_laid_out_as_the_plain_layers(shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
+    """One channel, or one position, is in both formats at once; ``view`` behind it goes by the strides."""
+    conv, fused = layer("sigmoid", nn.Conv2d(shape[1], 24, 3, padding=2))
+    x = torch.empty(shape, memory_format=memory_format).normal_()
+    with torch.no_grad():
+        plain, found = torch.sigmoid(conv(x)), [fused(x) for _ in range(12)]
+    assert {each.stride() for each in found} == {plain.stride()}
+    close(found[-1], plain)
+
+
 @fused_here
 @pytest.mark.parametrize("name", ["relu", "none", "silu"])
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -142,3 +142,30 @@ def test_a_memory_format_that_code_does_not_take_at_another_size_is_taken_back_w
     (skip,) = [skip for skip in done.plan.skips if skip.reason == "broke-model"]
     assert skip.detail.startswith("verification failed in it, spatial sizes: at ")
     assert "does not run: RuntimeError: view size is not compatible" in skip.detail
+
+
+def test_grey_images_are_fused_though_a_view_takes_no_channels_last() -> None:
+    class Digits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3)
+            self.head = nn.Linear(16 * 36, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.max_pool2d(torch.relu(self.conv2(torch.relu(self.conv1(x)))), 2)
+            return self.head(x.view(x.shape[0], -1))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, x = Digits().eval(), torch.randn(1, 1, 16, 16)
+    done = fuse(model, x)
+    assert done.report.passed
+    with torch.no_grad():
+        torch.testing.assert_close(done.model(x), model(x))
+
+
+def test_a_fused_model_that_does_not_run_fails() -> None:
+    model, x = network(), torch.randn(2, 3, 12, 12)
+    check = reference_check(model, nn.Sequential(*model, nn.Flatten(), nn.Linear(3, 3)), x)
+    assert check is not None
+    assert not check.passed
+    assert check.detail.startswith("the fused model does not run: RuntimeError: ")
