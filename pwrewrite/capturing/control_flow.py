@@ -1,4 +1,4 @@
-"""Whether a module's own code hands one child's result to another child whatever its input is: `always_follows`.
+"""Whether a module's own code hands one child's result to another child whatever its input is: `handed_on`.
 
 A capture is one run; where code branches on a value or a size, another run may take another way. So the code is traced
 on proxies, once for every way in which its decisions can go: each time a proxy is asked for its truth value or its
@@ -10,13 +10,14 @@ is tried as a few values only. Code that proxies cannot follow at all gets the a
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TypeVar
 
 from torch import fx, nn
 
 from ..core.nested import Args, Kwargs, Tree
-from .code_trace import Item, ShallowTracer, leaves_of, untouched
+from .code_trace import Item, ShallowTracer, untouched
 
 _T = TypeVar("_T")
 
@@ -143,6 +144,10 @@ def _trace_once(tracer: _PathTracer, module: nn.Module) -> fx.Graph | None:
         raise _NotFollowed from error
 
 
+Key = tuple[int | str, ...]
+"""Where a value lies in what a module returns: ``(0,)`` for the first of a tuple, empty where it is all."""
+
+
 def always_follows(
     module: nn.Module,
     first: nn.Module | None,
@@ -150,47 +155,77 @@ def always_follows(
     passes_on: Callable[[nn.Module], bool],
     *,
     only: bool = True,
-    ways: Callable[[nn.Module], list[fx.Graph] | None] = paths,
 ) -> bool | None:
     """Whether ``then`` reads what ``first`` returns, and nothing else does, in every way through a module's own code.
+
+    Takes what `handed_on` takes; None where that cannot be told.
+    """
+    found = handed_on(module, first, then, passes_on, only=only)
+    return None if found is None else not isinstance(found, str)
+
+
+def handed_on(
+    module: nn.Module,
+    first: nn.Module | None,
+    then: nn.Module | None,
+    passes_on: Callable[[nn.Module], bool],
+    *,
+    key: Key = (),
+    only: bool = True,
+    ways: Callable[[nn.Module], list[fx.Graph] | None] = paths,
+) -> Key | str | None:
+    """Where ``then`` gets what ``first`` returns, in every way through a module's own code, and nothing else gets it.
 
     Args:
         module: Whose code is asked.
         first: A module that the code calls; the code's own input where None.
-        then: Another one; the code's output where None.
+        then: Another one, which reads it as its first input; the code's output where None.
         passes_on: Whether a module returns what it is given.
+        key: Where in what ``first`` returns the value lies.
         only: Whether ``then`` may read nothing else, in any of its calls.
         ways: `paths`, or what remembers its results.
 
     Returns:
-        None where the code cannot be followed, or no way through it shows the connection.
+        Where the value lies in the code's output, empty for a module; a text that says why it is not always, or not
+        alone, handed on; None where the code cannot be followed, or no way through it shows the connection.
     """
     if type(module).forward in _STOCK:
-        return True
+        return key if then is None or not key else None
     graphs = ways(module)
     if graphs is None:
         return None
-    places, inputs = set[tuple[int, ...]](), set[str]()
+    places, inputs, missed = set[tuple[Key, ...]](), set[str](), False
     for graph in graphs:
         readers = [n for n in graph.nodes if (n.op == "output" if then is None else _calls(module, n, then))]
         sources = [n for n in graph.nodes if first is not None and _calls(module, n, first)]
+        wanted = sources if first is not None else [n for n in graph.nodes if n.op == "placeholder"]
         for reader in readers:
-            read = leaves_of(reader) if then is None else [_first_argument(reader)]
-            read = [_before(module, node, passes_on) for node in read]
-            wanted = sources if first is not None else [n for n in graph.nodes if n.op == "placeholder"]
-            hits = [i for i, n in enumerate(read) if n in wanted]
-            if hits:
+            read = dict(_keyed(reader.args[0])) if then is None else {(): _first_argument(reader)}
+            hits = dict[Key, str]()
+            for at, value in read.items():
+                node, items = _taken_from(module, value, passes_on)
+                if node in wanted and items == key[: len(items)]:
+                    hits[(*at, *key[len(items) :])] = str(node)
+            if then is None and len(hits) > 1:
+                return _ELSEWHERE
+            if hits and (then is None or () in hits):
                 places.add(tuple(hits))
-                inputs.update(str(read[i]) for i in hits if first is None)
+                inputs.update(hits.values())
             elif only or then is None:
-                return False
-        if any(not _only_read_by(module, source, readers, passes_on) for source in sources):
-            return False
-    for graph in graphs if inputs else ():
+                missed = True
+        if not all(_only_read_by(module, source, readers, passes_on, key) for source in sources):
+            return _ELSEWHERE
+    for graph in graphs if first is None else ():
         readers = [n for n in graph.nodes if then is not None and _calls(module, n, then)]
-        if any(n.name in inputs and not _only_read_by(module, n, readers, passes_on) for n in graph.nodes):
-            return False
-    return len(places) == 1 if places else None
+        if any(n.name in inputs and not _only_read_by(module, n, readers, passes_on, key) for n in graph.nodes):
+            return _ELSEWHERE
+    if missed or len(places) > 1:
+        return _SOMETIMES
+    return next(iter(places.pop()), None) if places else None
+
+
+_SOMETIMES = "connects them for some inputs only"
+_ELSEWHERE = "reads what is between them elsewhere, too"
 
 
 def calls_of(graph: fx.Graph, plain: Container[str] = ()) -> tuple[str, ...]:
@@ -224,11 +259,38 @@ def _first_argument(node: fx.Node) -> fx.node.Argument:
     return node.args[0] if node.args else next(iter(node.kwargs.values()), None)
 
 
-def _before(owner: nn.Module, node: fx.node.Argument, passes_on: Callable[[nn.Module], bool]) -> fx.node.Argument:
-    """A node, or the one before the modules that return what they are given."""
-    while isinstance(node, fx.Node) and node.op == "call_module" and passes_on(owner.get_submodule(str(node.target))):
-        node = _first_argument(node)
-    return node
+def _keyed(value: Tree, at: Key = ()) -> Iterator[tuple[Key, object]]:
+    """What containers hold, with the keys that lead there."""
+    if isinstance(value, (tuple, list)):
+        for i, each in enumerate(value):
+            yield from _keyed(each, (*at, i))
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield from _keyed(each, (*at, name))
+    else:
+        yield at, value
+
+
+def _item(node: object) -> int | str | None:
+    """The key of an item that a node takes out of what it reads; None for any other node."""
+    if isinstance(node, fx.Node) and node.op == "call_function" and node.target is operator.getitem:
+        name = node.args[1]
+        if isinstance(name, str) or (type(name) is int and name >= 0):
+            return name
+    return None
+
+
+def _taken_from(owner: nn.Module, value: object, passes_on: Callable[[nn.Module], bool]) -> tuple[object, Key]:
+    """A value, or what is before the modules that return what they are given, and the items that are taken of that."""
+    items: Key = ()
+    while isinstance(value, fx.Node):
+        name = _item(value)
+        if name is not None:
+            items = (name, *items)
+        elif value.op != "call_module" or not passes_on(owner.get_submodule(str(value.target))):
+            break
+        value = _first_argument(value)
+    return value, items
 
 
 def _asks_for_facts(node: fx.Node) -> bool:
@@ -239,12 +301,19 @@ def _asks_for_facts(node: fx.Node) -> bool:
 
 
 def _only_read_by(
-    owner: nn.Module, node: fx.Node, readers: list[fx.Node], passes_on: Callable[[nn.Module], bool]
+    owner: nn.Module,
+    node: fx.Node,
+    readers: list[fx.Node],
+    passes_on: Callable[[nn.Module], bool],
+    key: Key = (),
 ) -> bool:
+    """Whether only ``readers`` read what lies at a key of a node's value."""
     for user in node.users:
-        if user in readers or _asks_for_facts(user):
+        name = _item(user) if key else None
+        if user in readers or _asks_for_facts(user) or (name is not None and name != key[0]):
             continue
-        passing = user.op == "call_module" and passes_on(owner.get_submodule(str(user.target)))
-        if not passing or not _only_read_by(owner, user, readers, passes_on):
+        rest = key if name is None else key[1:]
+        passing = name is not None or (user.op == "call_module" and passes_on(owner.get_submodule(str(user.target))))
+        if not passing or not _only_read_by(owner, user, readers, passes_on, rest):
             return False
     return True

@@ -14,7 +14,7 @@ from functools import cache, cached_property
 
 from torch import Tensor, fx, nn
 
-from ..capturing.control_flow import always_follows, paths
+from ..capturing.control_flow import Key, handed_on, paths
 from ..capturing.eligibility import Owners, eligible
 from ..capturing.records import Capture, Layer, info
 from ..core.operations import OPERATIONS
@@ -177,30 +177,41 @@ class Graph:
         shared = 0
         while shared < min(len(up), len(down)) - 1 and up[shared] == down[shared]:
             shared += 1
-        # Each link: a module whose code hands what the second returns (its own input where None) to the third.
+        # Each link: a module whose code hands what the second returns (its own input where None) to the third; from
+        # the innermost one out to the code that has both, since each may put it into a tuple, and in again.
         links = [
+            *((owner, callee, None) for owner, callee in reversed([*zip(up[shared:], up[shared + 1 :])])),
             *([(up[shared - 1], up[shared], down[shared])] if shared else []),
-            *((owner, callee, None) for owner, callee in zip(up[shared:], up[shared + 1 :])),
             *((owner, None, callee) for owner, callee in zip(down[shared:], down[shared + 1 :])),
         ]
-        return next((why for link in links if (why := self._link(*link, only))), None)
+        key: Key | str = ()
+        for link in links:
+            key = self._link(*link, key, only)
+            if isinstance(key, str):
+                return key
+        return None
 
-    def _unlinked(self, owner: _Callee, first: _Callee | None, then: _Callee | None, only: bool) -> str | None:
+    def _unlinked(self, owner: _Callee, first: _Callee | None, then: _Callee | None, key: Key, only: bool) -> Key | str:
+        """Where a link hands on what lies at a key of its source's value; or a text that says why not always."""
         module = self.modules.get(owner) if isinstance(owner, str) else None
         if module is None or isinstance(first, fx.Node) or isinstance(then, fx.Node):
-            return None
+            return ()
         if any(end is not None and (end not in self.modules or end == owner) for end in (first, then)):
             return f"the code of {owner or 'the model'} calls a layer that is no submodule of it, such as one in a list"
         before, behind = (None if end is None else self.modules[end] for end in (first, then))
-        fixed = always_follows(module, before, behind, lambda m: is_identity(m) or drops(m), only=only, ways=self.ways)
+        found = handed_on(module, before, behind, _passing, key=key, only=only, ways=self.ways)
         where = f"the code of {owner}" if owner else "the model's own code"
-        if fixed is None:
+        if found is None:
             return f"{where} decides by values or sizes in a way that cannot be followed"
-        return None if fixed else f"{where} connects them for some inputs only"
+        return f"{where} {found}" if isinstance(found, str) else found
 
     def where(self, node: fx.Node) -> str:
         """A path for what a node does: its module's, or its scope's and its name."""
         return str(node.target) if node.op == "call_module" else f"{info(node).path}.{node.name}".removeprefix(".")
+
+
+def _passing(module: nn.Module) -> bool:
+    return is_identity(module) or drops(module)
 
 
 def stack_of(node: fx.Node) -> list[_Callee]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import pwrewrite
 from pwrewrite.capturing import control_flow
 from pwrewrite.capturing.code_trace import NotTraceable, trace
-from pwrewrite.capturing.control_flow import MOST_PATHS, always_follows, paths
+from pwrewrite.capturing.control_flow import MOST_PATHS, always_follows, handed_on, paths
 from pwrewrite.core.plan import SkipReason
 from pwrewrite.passes import FoldBatchNorm, FusePointwiseActivation
 
@@ -299,3 +299,103 @@ def test_a_module_that_is_no_submodule_is_no_reason_not_to_fold() -> None:
     by_size = nn.Sequential(OutsideActivation(lambda x: x.shape[-1] < 100)).eval()
     skips = {"0.n": SkipReason.DATA_DEPENDENT}
     check_pass(FoldBatchNorm(), by_size, x, edits={}, skips=skips)
+
+
+class Pair(nn.Module):
+    """Returns what its convolution makes, and its input, both of them wrapped in some way."""
+
+    def __init__(self, wrap: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.conv, self.wrap = nn.Conv2d(3, 8, 3), [wrap]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap[0](self.conv(x), x)
+
+
+class Block(nn.Module):
+    """A norm behind a part of what a module returns."""
+
+    def __init__(self, wrap: Callable[[Tensor, Tensor], Any], take: Callable[[Any], tuple[Tensor, Any]]) -> None:
+        super().__init__()
+        self.pair, self.norm, self.take = Pair(wrap), nn.BatchNorm2d(8), [take]
+
+    def forward(self, x: Tensor) -> Any:
+        y, other = self.take[0](self.pair(x))
+        return self.norm(y), other
+
+
+class Around(nn.Module):
+    """A ReLU behind the first of what a block returns."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block, self.act = block, nn.ReLU()
+
+    def forward(self, x: Tensor) -> Any:
+        y, other = self.block(x)
+        return self.act(y), other
+
+
+def unpacked(pair: Any) -> tuple[Tensor, Any]:
+    y, other = pair
+    return y, other
+
+
+PARTS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Tensor, Any]]]] = {
+    "unpacked": (lambda y, x: (y, x), unpacked),
+    "second": (lambda y, x: [x, y], lambda pair: (pair[1], pair[0])),
+    "deep": (lambda y, x: ((x, y), x), lambda pair: (pair[0][1], pair[1])),
+    "named": (lambda y, x: {"y": y, "x": x}, lambda pair: (pair["y"], pair["x"])),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_of_what_a_module_returns_is_followed(name: str) -> None:
+    model = Around(Block(*PARTS[name])).eval()
+    x = torch.randn(2, 3, 8, 8)
+    done = pwrewrite.fuse(model, x, ["fold-batch-norm", "fuse-activation"])
+    assert done.report.passed
+    assert [edit.op.action for edit in done.edits] == ["fold", "fuse"]
+    torch.testing.assert_close(done.model(x), model(x))
+
+
+READ_ELSEWHERE: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Tensor, Any]]]] = {
+    "twice in what is returned": (lambda y, x: (y, y), unpacked),
+    "from the end, too": (lambda y, x: (x, y), lambda pair: (pair[1], pair[-1])),
+    "whole, too": (lambda y, x: (y, x), lambda pair: (pair[0], pair)),
+    "inside, too": (lambda y, x: (y, y.shape[0] * y), lambda pair: (pair[0], x_of(pair))),
+}
+
+
+def x_of(pair: Any) -> Any:
+    return pair[1]
+
+
+@pytest.mark.parametrize("name", READ_ELSEWHERE)
+def test_what_code_reads_elsewhere_is_no_sole_reader(name: str) -> None:
+    block = Block(*READ_ELSEWHERE[name])
+    found = always_follows(block.pair, block.pair.conv, None, lambda m: False)
+    if found:
+        key = handed_on(block.pair, block.pair.conv, None, lambda m: False)
+        assert isinstance(key, tuple)
+        found = isinstance(handed_on(block, block.pair, block.norm, lambda m: False, key=key), tuple)
+    assert found is False
+
+
+class Twice(nn.Module):
+    """A sum of what an activation in place makes, and of what is called as its input is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.body = nn.Conv2d(3, 8, 1), nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x)
+        z: Tensor = self.body(y) + y
+        return z
+
+
+def test_what_is_read_elsewhere_is_said_as_that() -> None:
+    detail = "the model's own code reads what is between them elsewhere, too"
+    skips = {"conv1": (SkipReason.DATA_DEPENDENT, detail), "body.0": SkipReason.NOT_BEHIND_LAYER}
+    check_pass(FusePointwiseActivation(), Twice().eval(), torch.randn(1, 3, 8, 8), skips=skips)
