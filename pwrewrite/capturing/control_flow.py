@@ -194,7 +194,7 @@ def handed_on(
     graphs = ways(module)
     if graphs is None:
         return None
-    places, inputs, missed = set[tuple[Key, ...]](), set[str](), False
+    places, inputs, missed, elsewhere = set[tuple[Key, ...]](), set[str](), False, False
     for graph in graphs:
         readers = [n for n in graph.nodes if (n.op == "output" if then is None else _calls(module, n, then))]
         sources = [n for n in graph.nodes if first is not None and _calls(module, n, first)]
@@ -206,22 +206,22 @@ def handed_on(
                 node, items = _taken_from(module, value, passes_on)
                 if node in wanted and items == key[: len(items)]:
                     hits[(*at, *key[len(items) :])] = str(node)
-            if then is None and len(hits) > 1:
-                return _ELSEWHERE
+            elsewhere |= then is None and len(hits) > 1
             if hits and (then is None or () in hits):
                 places.add(tuple(hits))
                 inputs.update(hits.values())
             elif only or then is None:
                 missed = True
-        if not all(_only_read_by(module, source, readers, passes_on, key) for source in sources):
-            return _ELSEWHERE
+        elsewhere |= not all(_only_read_by(module, source, readers, passes_on, key) for source in sources)
     for graph in graphs if first is None else ():
         readers = [n for n in graph.nodes if then is not None and _calls(module, n, then)]
-        if any(n.name in inputs and not _only_read_by(module, n, readers, passes_on, key) for n in graph.nodes):
-            return _ELSEWHERE
-    if missed or len(places) > 1:
+        given = [n for n in graph.nodes if n.name in inputs]
+        elsewhere |= not all(_only_read_by(module, each, readers, passes_on, key) for each in given)
+    if len(places) > 1 or (missed and places):
         return _SOMETIMES
-    return next(iter(places.pop()), None) if places else None
+    if elsewhere:
+        return _ELSEWHERE
+    return next(iter(places.pop())) if places else None
 
 
 _SOMETIMES = "connects them for some inputs only"

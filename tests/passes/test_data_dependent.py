@@ -399,3 +399,17 @@ def test_what_is_read_elsewhere_is_said_as_that() -> None:
     detail = "the model's own code reads what is between them elsewhere, too"
     skips = {"conv1": (SkipReason.DATA_DEPENDENT, detail), "body.0": SkipReason.NOT_BEHIND_LAYER}
     check_pass(FusePointwiseActivation(), Twice().eval(), torch.randn(1, 3, 8, 8), skips=skips)
+
+
+class ByDtype(nn.Sequential):
+    """Normalises in full precision what comes in half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self[0](x)
+        return self[1](y.float()).half() if y.dtype == torch.float16 else self[1](y)  # type: ignore[no-any-return]
+
+
+def test_what_is_read_another_way_for_some_inputs_is_said_as_that() -> None:
+    model, x = ByDtype(conv(), nn.BatchNorm2d(4)).eval(), torch.randn(1, 4, 8, 8)
+    detail = "the model's own code connects them for some inputs only"
+    check_pass(FoldBatchNorm(), model, x, skips={"1": (SkipReason.DATA_DEPENDENT, detail)})
