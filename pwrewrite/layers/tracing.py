@@ -186,7 +186,7 @@ def _number(node: Any, inputs: Sequence[int | None]) -> int | None:
 
 def _write_out(graph: Any) -> None:
     """Gives operations what they go without and the fuser fails on: a pool's stride, which is its kernel's size then,
-    and the bias of a layer norm that has a weight.
+    the bias of a layer norm that has a weight, and weight and bias of a batch norm.
     """
     for node in graph.nodes():
         if node.kind() in ("aten::max_pool2d", "aten::avg_pool2d"):
@@ -199,6 +199,13 @@ def _write_out(graph: Any) -> None:
             if isinstance(weight.type(), TensorType) and bias.node().mustBeNone() and (sizes := _sizes(weight)):
                 graph.setInsertPoint(node)
                 node.replaceInput(3, graph.insertConstant(torch.zeros(sizes)))
+        elif node.kind() == "aten::batch_norm":
+            _, weight, bias, mean, *_ = node.inputs()
+            sizes = _sizes(mean) or _sizes(weight)
+            for i, value, number in ((1, weight, 1.0), (2, bias, 0.0)):
+                if sizes and value.node().mustBeNone():
+                    graph.setInsertPoint(node)
+                    node.replaceInput(i, graph.insertConstant(torch.full(sizes, number)))
 
 
 def _separate(graph: Graph, *, every: bool) -> None:

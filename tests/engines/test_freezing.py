@@ -262,6 +262,21 @@ def test_what_the_fuser_fails_on_is_written_out(how: str) -> None:
         close(freeze(model, x)(x), model(x))
 
 
+@pytest.mark.parametrize("without", [("weight", "bias"), ("bias",)])
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d])
+def test_norms_without_weight_or_bias(kind: type[nn.Module], without: tuple[str, ...]) -> None:
+    """As behind the last layer of a network for descriptors (HardNet, SOSNet), where the norm cannot be folded."""
+    norm = kind(6)
+    for name in without:
+        norm.register_parameter(name, None)
+    nn.init.uniform_(norm.running_mean, -1, 1)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    flat = kind is nn.BatchNorm1d
+    model, x = nn.Sequential(nn.ReLU(), norm).eval(), torch.randn((4, 6) if flat else (4, 6, 8, 8))
+    with torch.no_grad():
+        close(freeze(model, x)(x), model(x))
+
+
 def test_inputs_that_no_function_takes_are_named() -> None:
     model, x = nn.Embedding(10, 4).eval(), torch.arange(4)
     with pytest.raises(RefusedError, match=r"given a 4 tensor of int64 on cpu"):
