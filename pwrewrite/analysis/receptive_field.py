@@ -87,7 +87,9 @@ def _windowed(call: _Call, reach: Reach) -> State:
 
 
 def _broadcast(call: _Call, reach: Reach) -> State:
-    if -reach.axis > len(call.output) or call.input[reach.axis] == call.output[reach.axis]:
+    if len(call.input) > len(call.output):  # places, not values: `torch.where` of one operand
+        return None
+    if call.input[reach.axis] == call.output[reach.axis]:
         return reach
     return reach._replace(jump=0.0) if call.input[reach.axis] == 1 else None
 

@@ -494,6 +494,18 @@ class Random(nn.Module):
         return x
 
 
+def test_where_values_lie_is_no_map() -> None:
+    """``torch.where`` of a condition gives indices: one axis, with as many positions as there are hits."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        rows, columns = torch.where(m.conv(x)[0, 0] > 0)
+        return torch.stack((rows, columns), -1)[:, :1].float().view(-1)
+
+    torch.manual_seed(0)
+    made = capture(Fn(forward, conv=nn.Conv2d(1, 1, 3)), torch.randn(1, 1, 12, 12))
+    assert last(made) not in receptive_fields(made)
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.lists(parts(), min_size=1, max_size=5))
 def test_gradients_of_random_chains(chain: list[tuple[Any, ...]]) -> None:
