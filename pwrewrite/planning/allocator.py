@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..core.errors import RefusedError
@@ -43,12 +43,14 @@ class Allocator:
         original: What the model costs now, by kind.
         skips: The layers that may not change, and why.
         facts: What a plan records beside its limits and loss.
+        bakes: Whether baking would make plain weights of any that are computed now; asked where a limit is missed.
     """
 
     groups: Sequence[Group]
     original: Mapping[str, float]
     skips: Sequence[Skip]
     facts: Mapping[str, object]
+    bakes: Callable[[], bool]
 
     def absolute(self, limits: Sequence[Limit]) -> dict[str, float]:
         """Limits in the units of what the model costs, by kind."""
@@ -108,7 +110,7 @@ class Allocator:
         return Choice(Plan(ops, (*self.skips, *unchanged), {}, facts), loss, gap, costs)
 
     def _unmet(self, error: Infeasible, limits: Sequence[Limit]) -> RefusedError:
-        (left, hint), kind = _left_out(self.skips), error.kind
+        (left, hint), kind = self._left_out(), error.kind
         totals = {k: least + self._fixed(k) for k, least in error.least.items()}
         if kind is None:
             each = [f"{k}={_amount(k, total)}" for k, total in totals.items()]
@@ -126,14 +128,16 @@ class Allocator:
             hint=f"loosen it, {hint}",
         )
 
-
-def _left_out(skips: Sequence[Skip]) -> tuple[str, str]:
-    """Why layers were left, counted (empty where none was), and what helps against the most frequent reason."""
-    counts = Counter(skip.reason for skip in skips if skip.reason is not SkipReason.POINTWISE).most_common()
-    remedy = next((_REMEDIES[reason] for reason, _ in counts if reason in _REMEDIES), "allow more --forms or layers")
-    each = ", ".join(f"{count} {reason}" for reason, count in counts)
-    left = f": {sum(count for _, count in counts)} layers are left as they are ({each})" if counts else ""
-    return left, f"or {remedy}"
+    def _left_out(self) -> tuple[str, str]:
+        """Why layers were left, counted (empty where none was), and what helps against the most frequent reason."""
+        counts = Counter(skip.reason for skip in self.skips if skip.reason is not SkipReason.POINTWISE).most_common()
+        reasons = [reason for reason, _ in counts if reason in _REMEDIES]
+        remedy = _REMEDIES[reasons[0]] if reasons else "allow more --forms or layers"
+        if reasons[:1] == [SkipReason.PARAMETRIZED] and not self.bakes():
+            remedy = "store the weights that the model's code computes as parameters"
+        each = ", ".join(f"{count} {reason}" for reason, count in counts)
+        left = f": {sum(count for _, count in counts)} layers are left as they are ({each})" if counts else ""
+        return left, f"or {remedy}"
 
 
 def _amount(kind: str, value: float) -> str:

@@ -23,6 +23,7 @@ from ..core.text import few
 from ..engines.choosing import choose
 from ..engines.engine import Engine, Session
 from ..engines.timing import NOISY, time_models
+from ..passes.plain_layers import BakeWeights
 from .allocator import Allocator, Choice
 from .budget import Limit
 from .calibrating import Calibrated
@@ -82,7 +83,12 @@ class Planner(Calibrated):
         facts = {"sensitivity": chosen.sensitivity, "refit": chosen.refit, "samples": samples, "seed": chosen.seed}
         self.layers = [group.without(self._gone) for group in self.layers]
         self.joint = [group.without(self._gone) for group in joint]
-        self.allocator = Allocator([*self.layers, *self.joint], self.original, [*self._skips, *self._why], facts)
+        groups, skips = [*self.layers, *self.joint], [*self._skips, *self._why]
+        self.allocator = Allocator(groups, self.original, skips, facts, self._bakes)
+
+    def _bakes(self) -> bool:
+        """Whether baking would make plain weights of any that are computed now."""
+        return bool(BakeWeights().propose(self.captured))
 
     def in_norm(self, sensitivity: str) -> Planner:
         """A planner by ``activations`` or ``weights`` from the calibration of this one, with the notes so far.

@@ -413,3 +413,20 @@ def test_what_could_not_be_carried_out_is_said_with_the_budget() -> None:
     assert report.budget is not None
     assert report.budget.reached == {"macs": 1.0}
     assert any("not carried out: conv" in note for note in report.notes)
+
+
+class Filters(nn.Module):
+    """Makes its kernels anew at every call, as fixed filters do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = torch.arange(9.0).view(1, 1, 3, 3).expand(16, 8, 3, 3) / 9
+        return torch.relu(torch.conv2d(x, kernel))
+
+
+@pytest.mark.parametrize("bake", [False, True])
+def test_baking_is_no_remedy_for_weights_that_code_makes(bake: bool) -> None:
+    model, x = nn.Sequential(nn.ReLU(), Filters()).eval(), torch.randn(2, 8, 12, 12)
+    with pytest.raises(RefusedError, match="1 parametrized") as caught:
+        pwrewrite.rewrite(model, x, budget=HALF, bake=bake)
+    assert "--bake" not in str(caught.value)
+    assert "or store the weights that the model's code computes as parameters" in str(caught.value)
