@@ -13,6 +13,7 @@ from verify_models import APPROXIMATE, EXACT, check, edit, edited, failed, full_
 from pwrewrite.capturing import capture, info
 from pwrewrite.core.cost import Cost
 from pwrewrite.verifying import verify
+from pwrewrite.verifying.training import buffer_differences
 
 X = torch.zeros(1, 3, 16, 16)
 
@@ -320,3 +321,15 @@ def test_a_rewrite_that_changes_outputs_says_so_beside_its_checks() -> None:
     assert (data["samples"], data["exact"], data["max_error"]) == (result.samples, False, None)
     assert not verify(model, model, x).changed
     assert verify(model, other, x, max_error=9.0).max_error == 9.0
+
+
+def test_buffers_that_hold_infinities_are_compared() -> None:
+    """A causal mask is full of them, and the same ones are no difference."""
+    mask = torch.full((3, 3), -torch.inf).triu(1)
+    old = {"mask": mask, "norm.mean": torch.tensor([1.0, torch.nan])}
+    assert buffer_differences(old, {name: each.clone() for name, each in old.items()}, 1e-6) == []
+    other = {"mask": torch.zeros(3, 3), "norm.mean": torch.tensor([1.5, torch.nan])}
+    assert [each.split(" by ")[0] for each in buffer_differences(old, other, 1e-6)] == [
+        "buffers of the model differ",
+        "buffers of norm differ",
+    ]
