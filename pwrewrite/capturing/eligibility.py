@@ -54,7 +54,7 @@ class Owners:
 def eligible(capture: Capture, layer: Layer, owners: Owners | None = None) -> Skip | None:
     """None where a layer of a capture may be replaced, else why not; ``owners`` is made anew where left out."""
     if not layer.called:
-        return _not_called(capture, layer)
+        return _read_without_call(layer, owners or Owners(capture)) or _not_called(capture, layer)
     owners = owners or Owners(capture)
     module = owners.modules.get(layer.path)
     if module is not None and (isinstance(module, _LAYERS) or not layer.functional):
@@ -112,6 +112,16 @@ def find_holders(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append(path)
     return holders
+
+
+def _read_without_call(layer: Layer, owners: Owners) -> Skip | None:
+    """Whether code takes the weight of a layer that it does not call, as attention does with its projections."""
+    prefix = f"{layer.path}." if layer.path else ""
+    readers = [user.name for node in owners.reads.get(f"{prefix}weight", []) for user in node.users]
+    if not readers:
+        return None
+    why = f"it is not called: its weight is read directly, by {few(list(dict.fromkeys(readers)))}"
+    return Skip(layer.path, SkipReason.WEIGHT_READ, why)
 
 
 def _not_called(capture: Capture, layer: Layer) -> Skip:

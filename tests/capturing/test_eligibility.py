@@ -283,3 +283,18 @@ def test_lazy_and_quantized_weights() -> None:
     found = eligible(made, layer)
     assert found is not None
     assert found.reason == SkipReason.LAZY
+
+
+def test_a_projection_that_attention_reads_without_calling_it() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x, need_weights=False)[0]  # type: ignore[no-any-return]
+
+    found = verdict(Attention().eval(), "attention.out_proj", torch.zeros(1, 5, 8))
+    assert found is not None
+    assert found.reason == SkipReason.WEIGHT_READ
+    assert found.detail == "it is not called: its weight is read directly, by attention"
