@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..core.errors import first_line
+from ..core.errors import first_line, line_of_model
 from ..core.files import same_directory
 from ..core.nested import Tree
 from .state import CONTAINERS, contents, refill, same
@@ -127,10 +127,9 @@ def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Gra
                 graphs.append(tracer.trace(module))
                 switches |= len(tracer.modes) > 1
     except Exception as error:
-        reason = first_line(error)
-        if "cannot be iterated" in reason:
-            reason = "it loops over an input, of which a graph would hold the length"
-        raise NotTraceable(f"{kind}.forward does not trace: {reason}") from error
+        line = line_of_model(error)
+        at = f" ({line})" if line else ""
+        raise NotTraceable(f"{kind}.forward does not trace: {_reason(error)}{at}") from error
     changed = [name for name in changed if name != "training"]
     if changed:
         raise NotTraceable(f"{kind}.forward sets {', '.join(changed[:3])}, which a graph would not")
@@ -139,6 +138,18 @@ def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Gra
     if _text(graphs[0]) != _text(graphs[1]):
         raise NotTraceable(f"{kind}.forward does something else in training, which a graph cannot hold")
     return graphs[1]
+
+
+def _reason(error: Exception) -> str:
+    """Why code does not trace, without torch's advice on tracing."""
+    reason = first_line(error)
+    if "cannot be iterated" in reason:
+        return "it loops over an input, of which a graph would hold the length"
+    if "'len' is not supported" in reason:
+        return "it takes a length, which a graph would hold"
+    if "used as inputs to control flow" in reason:
+        return "it decides by a value or a size, which a graph would hold"
+    return reason
 
 
 @contextmanager

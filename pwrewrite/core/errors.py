@@ -8,6 +8,10 @@ Each class also subclasses the builtin a caller would expect, so ``except FileNo
 from __future__ import annotations
 
 import re
+import sys
+import sysconfig
+from pathlib import Path
+from traceback import extract_tb
 
 from .text import plain
 
@@ -95,3 +99,18 @@ def first_line(error: BaseException) -> str:
     """An exception in one line: its type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {shortened(lines[0])}" if lines else type(error).__name__
+
+
+def line_of_model(error: BaseException) -> str | None:
+    """``file.py:12: x = len(y)``, the deepest line that an exception came through outside of Python's own library,
+    torch and this package; None without one.
+    """
+    torch = getattr(sys.modules.get("torch"), "__file__", None)
+    others = [Path(__file__).parent.parent, *([Path(torch).parent] if torch else [])]
+    library = Path(sysconfig.get_path("stdlib"))
+    for frame in reversed(extract_tb(error.__traceback__)):
+        file = Path(frame.filename)
+        stock = file.is_relative_to(library) and "site-packages" not in file.parts
+        if file.is_file() and not stock and not any(file.is_relative_to(other) for other in others):
+            return f"{file.name}:{frame.lineno}" + (f": {shortened(frame.line, 100)}" if frame.line else "")
+    return None
