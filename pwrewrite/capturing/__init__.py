@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..core.collector import no_collection
-from ..core.errors import CaptureError, InputError, first_line
+from ..core.errors import CaptureError, InputError, first_line, line_of_model
 from ..core.nested import Args, Kwargs, map_tensors, tensors_of
 from .inputs import Inputs, input_names, split_inputs
 from .inventory import Inventory
@@ -150,7 +150,7 @@ def _finish(recorder: Recorder, values: str, failure: Exception | None) -> Captu
         kind = "islands" if any(layer.calls for layer in layers) else "eager"
     notes = []
     if failure is not None:
-        notes.append(f"the model needs values ({first_line(failure)}): figures are those of one seeded real run")
+        notes.append(f"the model needs values ({value_need(failure)}): figures are those of one seeded real run")
     if recorder.opaque:
         notes.append(f"TorchScript modules are opaque: {', '.join(p or '(root)' for p in recorder.opaque[:5])}")
     if origins.lost:
@@ -168,6 +168,19 @@ def _finish(recorder: Recorder, values: str, failure: Exception | None) -> Captu
     coverage = Coverage(kind, len(convolutions), called, tuple(unpriced.most_common()), values)
     recorded = (inventory.model, tuple(inputs), graph, layers, coverage, tuple(recorder.liveness.events))
     return Capture(*recorded, inventory.size, inventory.nbytes, tuple(notes), origins.constants)
+
+
+def value_need(failure: Exception) -> str:
+    """Why a model does not run on shapes alone, and the line of its code that does not."""
+    unknown = re.match(r"(\S+): attempted to run this operator with Meta tensors", str(failure))
+    line = line_of_model(failure)
+    if unknown:
+        why = f"torch cannot tell the shape that {unknown[1]} gives"
+    elif isinstance(failure, NeedsValues):
+        why = str(failure)
+    else:
+        why = first_line(failure)
+    return f"{why}, in {line}" if line else why
 
 
 def _refused(error: Exception, args: Args, kwargs: Kwargs) -> CaptureError:

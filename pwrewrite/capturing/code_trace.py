@@ -11,6 +11,7 @@ of `value_or` stands there.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import combinations
@@ -149,6 +150,8 @@ def _reason(error: Exception) -> str:
         return "it takes a length, which a graph would hold"
     if "used as inputs to control flow" in reason:
         return "it decides by a value or a size, which a graph would hold"
+    if re.search(r"must be .*number.* not '(Item|Attribute|Proxy)'", reason):
+        return "it makes a Python number of a value or a size, which a graph would hold"
     return reason
 
 

@@ -46,9 +46,10 @@ CASTS = DEVICE_METHODS | words("to type _to_copy")
 
 SOMETIMES_PRODUCTS = words(
     """einsum inner tensordot cdist multi_dot linalg_multi_dot chain_matmul matrix_power linalg_matrix_power
-    corrcoef cov __rmatmul__ bilinear kron"""
+    corrcoef cov __rmatmul__ bilinear kron istft"""
 )
-"""Built-in functions that are a matrix product or not, depending on the arguments: free once is not free always."""
+"""Built-in functions that are a matrix product or not, depending on the arguments: free once is not free always; and
+one that runs on ``meta`` only where it is priced."""
 
 CONVOLUTIONS = frozenset(name for row in OPERATIONS if row.shape == "convolution" for name in row.functions)
 WINDOWED = frozenset(f"{kind}_pool{d}d" for kind in ("max", "avg") for d in (1, 2, 3))

@@ -67,7 +67,9 @@ class PricingMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> object:
         """Runs the operation and adds its cost."""
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        # What torch itself checks by values, as istft does that its window is not zero somewhere, passes on meta.
+        passes = func is torch.ops.aten.equal.default and args[0].is_meta
+        out = False if passes else func(*args, **kwargs)
         cost = price(func, args, kwargs, out)
         if cost is None:
             self.unpriced.append(func.overloadpacket._qualified_op_name)

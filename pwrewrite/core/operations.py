@@ -315,8 +315,10 @@ _MOVEMENT = """
     _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler_2d grid_sampler_3d affine_grid_generator
     _grid_sampler_2d_cpu_fallback
     pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle im2col col2im unfold_copy
+    unfold_backward
     clone copy_ copy _to_copy to contiguous lift_fresh lift_fresh_copy detach detach_ alias empty empty_like
     empty_strided new_empty new_empty_strided new_zeros new_ones new_full zeros zeros_like ones ones_like full full_like
+    hann_window hamming_window blackman_window bartlett_window kaiser_window
     arange linspace logspace eye scalar_tensor rand rand_like randn randn_like randint randperm bernoulli bernoulli_
     normal_ uniform_ random_ fill_ fill zero_ zero tril triu tril_ triu_ tril_indices triu_indices
     diag diagonal diag_embed diagonal_copy meshgrid one_hot bucketize searchsorted

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capturing import Inputs, capture, split_inputs
+from ..capturing import Inputs, capture, split_inputs, value_need
 from ..core.errors import CaptureError, InputError, RefusedError, first_line
 from ..core.nested import map_tensors, tensors_of
 from ..layers import tracing
@@ -232,7 +232,9 @@ class Frozen(nn.Module):
         try:
             capture(self.model, given, values="meta")
         except CaptureError as error:
-            return f"the model's code needs values: {first_line(error)}"
+            failure = error.__cause__
+            why = value_need(failure) if isinstance(failure, Exception) else first_line(error)
+            return f"the model's code needs values: {why}"
         try:
             trial = TrialCopy(self.model, held)
         except Exception as error:  # of attributes such as locks

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import Graph, Node, TensorType, Value
+from torch._C import Graph, ListType, Node, TensorType, Value
 
+from ..core.errors import shortened
 from ..core.nested import tensors_of
 from .comparing import Function, alike, copies, outputs_of, same_function, trial_inputs
 from .packing import ForkSafeLock
@@ -136,7 +137,8 @@ def _compiled(
 
 def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return f"torch's tracer or fuser fails: {lines[-1]}"  # the interpreter says last what happened
+    graph = any(line.startswith("graph(") for line in lines)  # shown behind what happened; the interpreter says it last
+    return f"torch's tracer or fuser fails: {shortened(lines[0 if graph else -1])}"
 
 
 def _work_out_sizes(graph: Any) -> None:
@@ -372,7 +374,7 @@ def _same_inside(graph: Graph, inputs: Sequence[Tensor], tolerance: float) -> bo
                 graph.registerOutput(value)
     if not size:
         return True
-    graph.makeMultiOutputIntoTuple()
+    _gather_outputs(graph)
     results = []
     for fused in (False, True):
         _C._jit_set_llga_enabled(fused)
@@ -380,3 +382,24 @@ def _same_inside(graph: Graph, inputs: Sequence[Tensor], tolerance: float) -> bo
         function(*copies(inputs))
         results.append(tensors_of(function(*copies(inputs))))
     return alike(results[1], results[0], tolerance)
+
+
+def _gather_outputs(graph: Any) -> None:
+    """Makes one output of several: a list where all are tensors, since the fuser fails on tuples behind branches."""
+    outputs = list(graph.outputs())
+    leaves = [leaf for value in outputs for leaf in _parts(value)]
+    if not all(isinstance(leaf.type(), TensorType) for leaf in leaves):
+        graph.makeMultiOutputIntoTuple()
+        return
+    gathered = graph.create("prim::ListConstruct", leaves, 1)
+    gathered.output().setType(ListType(TensorType.get()))
+    graph.appendNode(gathered)
+    for i in reversed(range(len(outputs))):
+        graph.eraseOutput(i)
+    graph.registerOutput(gathered.output())
+
+
+def _parts(value: Any) -> list[Any]:
+    """The values that a tuple or list is made of where it is made, else the value."""
+    made = value.node().kind() in ("prim::TupleConstruct", "prim::ListConstruct")
+    return [part for each in value.node().inputs() for part in _parts(each)] if made else [value]

@@ -51,11 +51,15 @@ def _real(t: Tensor) -> Tensor:
 
 
 def _norms(value: Tensor, reference: Tensor) -> tuple[float, float, int]:
-    """Norms of the difference and of the reference where that is finite, and how often only ``value`` is not finite."""
+    """Norms of the difference and of the reference where that is finite, and how often only ``value`` is not finite.
+
+    A difference below the smallest normal number counts as none: what is as small has few digits left, or becomes zero.
+    """
     a, b = _real(value), _real(reference).to(value.device)
     difference, norm = norm_of(a - b), norm_of(b)
     if isfinite(difference) and isfinite(norm):
-        return difference, norm, 0
+        least = max((torch.finfo(t.dtype).tiny for t in (a, b) if t.is_floating_point()), default=0.0)
+        return (difference if difference > least * sqrt(b.numel()) else 0.0), norm, 0
     a, b = a.double(), b.double()
     sound = torch.isfinite(b)
     spoiled = int((sound & ~torch.isfinite(a)).sum())

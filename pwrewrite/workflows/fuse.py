@@ -39,6 +39,7 @@ from ..passes.channels_last import ChannelsLast
 from ..passes.fold_batch_norm import FoldBatchNorm
 from ..passes.merge_pointwise import MergePointwise
 from ..report.records import FusingReport
+from ..verifying.numerics import relative_difference
 from ..verifying.rounding import noisy_copy
 from .pass_names import as_list, named_pass
 from .rewrite import Rewritten, verified
@@ -353,8 +354,7 @@ def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 def _distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """``‖y − ŷ‖ / ‖y‖`` of the worst tensor."""
-    worst = 0.0
-    for a, b in zip(found, exact):
-        norm = float(b.double().norm())
-        worst = max(worst, float((a.double() - b.double()).norm()) / norm if norm else float(a.double().norm()))
-    return worst
+    return max(
+        (relative_difference(a, b) if bool(b.any()) else float(a.double().norm()) for a, b in zip(found, exact)),
+        default=0.0,
+    )

@@ -669,3 +669,63 @@ def test_dropouts_draw_nothing_in_evaluation(kind: type[nn.Dropout], inplace: bo
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), kind(0.3, inplace=inplace), nn.Conv2d(8, 4, 1)).eval()
     x = torch.randn(1, 3, 8, 8)
     torch.testing.assert_close(freeze(model, (x,))(x), model(x))
+
+
+class Spectrum(nn.Module):
+    """Masks a spectrogram."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(33, 33, 1)
+        self.register_buffer("window", torch.hann_window(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.stft(x, 64, 16, window=self.window, return_complex=True)
+        y = y * torch.sigmoid(self.conv(y.abs()))
+        return torch.istft(y, 64, 16, window=self.window, length=x.shape[-1])
+
+
+def test_code_between_spectra_is_a_function() -> None:
+    model, x = Spectrum().eval(), torch.randn(2, 1000)
+    made = freeze(model, x)
+    assert made.shapes
+    with torch.no_grad():
+        close(made(x), model(x))
+
+
+class Twice(nn.Module):
+    """Reads values inside twice and returns tensors in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        y = self.first(x)
+        return self.second(y), (self.third(y), y)
+
+
+def test_values_inside_are_compared_as_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In torch 2.15 the fuser cannot run some graphs with scripted branches whose inner values are a tuple."""
+    kinds, gather = [], tracing._gather_outputs
+
+    def seen(graph: Any) -> None:
+        gather(graph)
+        (value,) = graph.outputs()
+        kinds.append((value.node().kind(), len(list(value.node().inputs()))))
+
+    monkeypatch.setattr(tracing, "_gather_outputs", seen)
+    model, x = Twice().eval(), torch.randn(2, 3, 8, 8)
+    made = freeze(model, x)
+    assert kinds == [("prim::ListConstruct", 4)]
+    with torch.no_grad():
+        for mine, theirs in zip(made(x)[1], model(x)[1]):
+            close(mine, theirs)
+
+
+def test_what_the_fuser_says_is_told_without_its_graph() -> None:
+    graph = "Schema not found for node.\nwithin the graph:\ngraph(%x : Tensor):\n  return (%x)\n:\n"
+    told = tracing._reason(RuntimeError(f"\n{graph}"))
+    assert told == "torch's tracer or fuser fails: Schema not found for node."
+    ran = RuntimeError("The following operation failed:\nTraceback (most recent call last):\nRuntimeError: too large\n")
+    assert tracing._reason(ran) == "torch's tracer or fuser fails: RuntimeError: too large"

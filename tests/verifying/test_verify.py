@@ -21,7 +21,7 @@ from pwrewrite.verifying import verify
 from pwrewrite.verifying.divergence import layer_differences
 from pwrewrite.verifying.gradients import gradient_difference
 from pwrewrite.verifying.inputs import Draws
-from pwrewrite.verifying.numerics import exact_limits, roundoff
+from pwrewrite.verifying.numerics import exact_limits, relative_difference, roundoff
 from pwrewrite.verifying.training import gradient_limit
 
 X = torch.zeros(1, 3, 16, 16)
@@ -378,6 +378,14 @@ def test_the_floor_is_what_one_layer_rounds() -> None:
     assert roundoff({torch.float32, torch.int64}) == 8 * 2.0**-23
     assert roundoff({torch.float32, torch.bfloat16}) == 2.0**-7
     assert exact_limits({"": 1e-5, "b": 0.0}, 1e-6) == {"": 4e-5, "b": 1e-6}
+
+
+def test_numbers_too_small_for_all_their_digits_do_not_differ() -> None:
+    tiny = torch.full((4, 4), 3e-42)
+    assert relative_difference(tiny, tiny.double() * 1.3) == 0
+    assert relative_difference(tiny, torch.zeros(4, 4)) == 0
+    assert relative_difference(tiny + 1e-30, tiny) > 1
+    assert relative_difference(tiny.double() * 1.3, tiny.double()) > 0.2  # in float64 it has all of them
 
 
 def test_a_gradient_of_rounding_alone_says_nothing() -> None:

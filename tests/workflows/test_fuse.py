@@ -876,3 +876,20 @@ def test_errors_of_edited_plans() -> None:
         assert old in text
         with pytest.raises(PwrewriteError, match=said):
             apply(model, Plan.from_json(text.replace(old, new)))
+
+
+def test_values_that_nearly_vanish_do_not_fail_the_proof() -> None:
+    """As in models whose first weights are small and whose norms have no statistics yet."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for _ in range(3):
+        conv, norm = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        nn.init.normal_(conv.weight, std=1e-13)
+        nn.init.uniform_(norm.weight, 5e-3, 1.5e-2)
+        layers += [conv, norm, nn.ReLU()]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(2, 8, 8, 8)
+    with torch.no_grad():
+        assert 0 < model(x).max() < torch.finfo(torch.float32).tiny
+    fused = fuse(model, x, thorough=False)
+    assert fused.report.passed, fused.report.verification
+    assert [edit.method for edit in fused.edits].count("fold") == 3

@@ -158,3 +158,29 @@ def test_complex_weights_of_code_do_not_keep_the_rest_from_being_fused() -> None
             return torch.fft.irfft2(torch.fft.rfft2(x) * self.filter)
 
     assert fuse(Spectral().eval(), torch.zeros(1, 3, 8, 8)).edits
+
+
+def test_code_that_cannot_be_followed_is_the_reason() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(32, 32, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            more = int(x.shape[-1]) % 2
+            out: Tensor = self.conv(nn.functional.pad(x, (1, 1 + more, 1, 1)))
+            return out
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.act = Padded(), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(x + self.body(x))
+
+    (skip,) = fuse(Residual().eval(), torch.randn(1, 32, 8, 8), thorough=False).report.skips
+    assert str(skip.reason) == "not-traced"
+    assert "Padded.forward does not trace: it makes a Python number of a value or a size" in skip.detail
+    assert "(test_fuse_refusals.py:" in skip.detail
+    assert "more = int(x.shape[-1]) % 2)" in skip.detail

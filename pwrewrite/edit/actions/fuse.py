@@ -262,16 +262,17 @@ class _CodeEdit:
 
 
 def _chain(module: nn.Module) -> list[str]:
-    """Names of the children that a module's code calls one after the other, each once; none where it does more."""
+    """Names of the children that a module's code calls one after the other, each once; none where it does more.
+
+    Raises:
+        NotTraceable: If the code does not say.
+    """
     if hooked(module) or isinstance(module, PointwiseActivation):
         return []
     if type(module).forward is nn.Sequential.forward and isinstance(module, nn.Sequential):
         names = list(module._modules)
         return names if len({id(child) for child in module._modules.values()}) == len(names) else []
-    try:
-        nodes = list(to_graph(module).graph.nodes)
-    except NotTraceable:
-        return []
+    nodes = list(to_graph(module).graph.nodes)
     calls = nodes[1:-1]
     in_a_row = all(node.args == (before,) and not node.kwargs for before, node in zip(nodes, calls))
     if nodes[0].op != "placeholder" or any(node.op != "call_module" for node in calls) or not in_a_row:
