@@ -8,7 +8,7 @@ runs start from the same seed, so that random masks agree as long as both models
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from math import inf, sqrt
 
 import torch
@@ -20,7 +20,7 @@ from .evaluation import check_form
 from .gradients import backward, complaints, gradient_difference, is_finite, origins
 from .inputs import Arguments, Variant
 from .outputs import Flat, differences, flatten
-from .runs import Outcome, keeping_buffers
+from .runs import Outcome, keeping_buffers, run
 from .values import Verdict, check_finite, check_values
 
 _SMALL_MACS = 1_000_000_000
@@ -64,9 +64,10 @@ def check_training(context: Context) -> Results:
     elif not grad:
         results.notes.append("gradients were not checked: the original does not run with them")
     else:
-        exact = context.options.exact_in("train") and before.drew_like(after)
-        exact = exact and context.reference.precise(before.output)
-        _check_gradients(context, results, before.output, after.output, verdict.rounding if exact else None)
+        alike = before.drew_like(after)
+        exact = alike and context.options.exact_in("train") and context.reference.precise(before.output)
+        rounding = verdict.rounding if exact else None
+        _check_gradients(context, results, before.output, after.output, rounding, None if alike else inputs)
     return results
 
 
@@ -174,8 +175,37 @@ def _untouched(
     return {name: gradient for name, gradient in gradients.items() if id(parameters[name]) not in made}
 
 
-def _check_gradients(context: Context, results: Results, before: Flat, after: Flat, rounding: float | None) -> None:
-    """Compares which parameters get a gradient and, where rounding in training is known, the gradients' values."""
+_DRAWS = 8
+"""Runs among which a parameter has to get a gradient once, where random numbers decide which of them do."""
+
+
+def _drawn_again(
+    context: Context, inputs: Arguments, gradients: Mapping[str, Tensor | None]
+) -> Iterator[dict[str, Tensor | None]]:
+    """The rewritten model's gradients, with those added that it has in one further run after another."""
+    found = dict(gradients)
+    for seed in range(1, _DRAWS):
+        with keeping_buffers(context.rewritten):
+            seeds = context.options.seed + seed
+            outcome = run(context.rewritten, inputs, seed=seeds, training=True, grad=True)
+            more = backward(context.rewritten, outcome.output) if outcome.ran else ""
+        if not isinstance(more, str):
+            found = {name: more.get(name) if gradient is None else gradient for name, gradient in found.items()}
+            yield found
+
+
+def _check_gradients(
+    context: Context,
+    results: Results,
+    before: Flat,
+    after: Flat,
+    rounding: float | None,
+    drawn: Arguments | None,
+) -> None:
+    """Compares which parameters get a gradient and, where rounding in training is known, the gradients' values.
+
+    Inputs are ``drawn`` for again where both models draw other random numbers: a layer may have been left out by these.
+    """
     old = backward(context.original, before)
     if isinstance(old, str):
         results.notes.append(f"gradients were not checked: {old}")
@@ -187,6 +217,9 @@ def _check_gradients(context: Context, results: Results, before: Flat, after: Fl
     frozen = {name for name, p in context.rewritten.named_parameters(remove_duplicate=False) if not p.requires_grad}
     sources = origins(context.options.edits)
     problems = complaints(old, new, sources, frozen)
+    again = _drawn_again(context, drawn, new) if drawn is not None else iter(())
+    while problems and (more := next(again, None)) is not None:
+        new, problems = more, complaints(old, more, sources, frozen)
     detail = f"{sum(g is not None for g in new.values())} parameters get one"
     difference = gradient_difference(old, _untouched(context.rewritten, new, sources)) if rounding is not None else None
     if rounding is not None and difference is not None:

@@ -318,6 +318,35 @@ def test_other_random_draws_are_told_instead_of_compared() -> None:
     assert not any(c.name == "numerics (train)" for c in result.checks)
 
 
+class Skips(nn.Module):
+    """Leaves out layers at random in training, as LayerDrop does; one of them ``always``."""
+
+    def __init__(self, drop: nn.Module, always: bool = False) -> None:
+        super().__init__()
+        self.layers, self.drop = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(6)), drop
+        self.always = always
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            if self.training and (float(torch.rand([])) < 0.3 or (self.always and i == 5)):
+                continue
+            x = x + self.drop(layer(x))
+        return x
+
+
+def test_layers_that_random_numbers_leave_out_are_drawn_again() -> None:
+    torch.manual_seed(0)
+    model = Skips(nn.Dropout(0.1))
+    other, wrong = Skips(nn.Identity()), Skips(nn.Identity(), always=True)
+    for made in (other, wrong):
+        made.load_state_dict(model.state_dict())
+    for seed in range(4):
+        assert "gradients" not in failed(verify(model, other, X, seed=seed))
+    failures = [c for seed in range(4) for c in verify(model, wrong, X, seed=seed).failures if c.name == "gradients"]
+    assert failures
+    assert all("layers.5" in c.detail and "layers.4" not in c.detail for c in failures)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_precisions(dtype: torch.dtype) -> None:
     model = net(drop=0.0).to(dtype)
