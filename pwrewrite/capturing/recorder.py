@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.cost import Cost
-from ..core.nested import Args, Kwargs, map_tensors, tensors_of
+from ..core.nested import Args, Kwargs, Tree, map_tensors, tensors_of
 from ..core.operations import convolution_call
 from . import functions
 from .bookkeeping import Bookkeeper
@@ -47,6 +47,7 @@ from .transforms import in_python, is_wrapped, transforming, uncompiled
 _original_call = nn.Module.__call__
 
 
+_WHOLE = (torch.int64, torch.int32)
 _DISPATCHED = (HigherOrderOperator, OpOverload, OpOverloadPacket)
 
 
@@ -211,8 +212,14 @@ class Recorder(TorchFunctionMode):
         elif on_meta and name in ("__getitem__", "__setitem__"):
             own_args = (own_args[0], without_masks(args[1], own_args[1], origins), *own_args[2:])
         self.here.state = BUSY
+        priced = "" if wrapped else name
         try:
-            result = self._evaluator.result(call, "" if wrapped else name, own_args, own_kwargs, on_meta)
+            result = self._evaluator.result(call, priced, own_args, own_kwargs, on_meta)
+        except RuntimeError:
+            numbers = self._with_numbers(args, kwargs) if on_meta and call is func and not wrapped else None
+            if numbers is None:
+                raise
+            result = self._evaluator.result(call, priced, *numbers, on_meta)
         finally:
             self.here.state = RECORDED
         out = result.out
@@ -244,6 +251,22 @@ class Recorder(TorchFunctionMode):
             if outputs and outputs[0] is value:
                 return tensors[0]
         return out
+
+    def _with_numbers(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
+        """Arguments on ``meta`` with numbers in place of whole numbers of the model's own, as sizes that code works out
+        from buffers are (``F.pad(x, (0, self.stride - 1))``); None without any.
+        """
+        numbers: list[int] = []
+
+        def convert(t: Tensor) -> Tree:
+            value = self.origins.value(t)
+            if t.dim() or t.dtype not in _WHOLE or value.is_meta or self.origins.overwritten(t):
+                return self.origins.meta_value(t)
+            numbers.append(int(value))
+            return numbers[-1]
+
+        own: tuple[Args, Kwargs] = map_tensors((args, kwargs), convert)
+        return own if numbers else None
 
     # ----------------------------------------------------------------------------- higher-order operators
 

@@ -102,10 +102,16 @@ def bare(module: nn.Module) -> bool:
     return not [*module.children(), *module.parameters(), *module.buffers()]
 
 
+def stock_dropout(module: nn.Module) -> bool:
+    """Whether a module is a dropout of torch's own."""
+    own = type(module).__module__ == nn.Dropout.__module__
+    return isinstance(module, _DROPOUTS) and own and "forward" not in vars(module)
+
+
 def drops(module: nn.Module) -> bool:
     """Whether a module does something in training only: it drops, and in evaluation returns what it is given."""
     if isinstance(module, _DROPOUTS):
-        return type(module).__module__ == nn.Dropout.__module__ and "forward" not in vars(module)
+        return stock_dropout(module)
     kind = type(module).__name__.lower()
     if "drop" not in kind and "stochasticdepth" not in kind:
         return False

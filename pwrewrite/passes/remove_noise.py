@@ -23,7 +23,7 @@ from ..core.plan import Estimate, Op, Skip, SkipReason
 from ..core.records import Json
 from ..edit.actions.evaluation import DROPS
 from ..edit.actions.simplify import CODE, called, doubled, pure, undone
-from ..layers.known import drops, hooked
+from ..layers.known import drops, hooked, stock_dropout
 from .base import Pass, Proposal
 from .patterns import Graph
 
@@ -37,8 +37,10 @@ class RemoveInferenceNoise(Pass):
 
     def propose(self, capture: Capture) -> list[Proposal]:
         proposals: list[Proposal] = []
+        modules = dict(capture.model.named_modules(remove_duplicate=False))
+        called = {id(modules.get(str(node.target))) for node in capture.graph.nodes if node.op == "call_module"}
         for path, module in capture.model.named_modules():
-            if not path or not drops(module):
+            if not path or not drops(module) or (stock_dropout(module) and id(module) not in called):
                 continue
             if module.training and not capture.model.training:
                 detail = "in training mode in a model that is not, so it is meant to drop; call eval() on it, too"

@@ -404,6 +404,30 @@ def without_shape_on_meta(s: Any, x: Tensor) -> Tensor:
     return s.conv(x) + torch.geqrf(x)[0]
 
 
+class Pads(nn.Module):
+    """Works out sizes from buffers, as networks for audio do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 4, 4, 2)
+        self.register_buffer("stride", torch.tensor(2), persistent=False)
+        self.register_buffer("size", torch.tensor(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.ceil((x.shape[-1] - self.size) / self.stride).to(torch.int64)
+        more = steps * self.stride + self.size - x.shape[-1]
+        out: Tensor = self.conv(F.pad(x, (self.size - self.stride, more)))
+        return out
+
+
+def test_sizes_that_code_works_out_from_buffers_are_known() -> None:
+    made = whole(Pads(), torch.randn(1, 3, 13), values="meta")
+    assert made.layer("conv").macs == 7 * 4 * 3 * 4  # of seven steps
+    assert not made.notes
+    with pytest.raises(CaptureError, match="takes 3 channels, got 4"):
+        capture(Pads(), torch.randn(1, 4, 13))
+
+
 NEEDS = {
     branches_on_data: "__bool__ reads the values of a tensor of shape (), in test_capture_models.py:",
     data_dependent_shape: "nonzero reads the values of a tensor of shape (8, 8), in test_capture_models.py:",

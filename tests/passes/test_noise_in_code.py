@@ -206,6 +206,25 @@ def test_a_dropout_that_is_meant_to_drop_stays() -> None:
     assert [(s.path, "meant to drop" in s.detail) for s in done.plan.skips] == [("1", True)]
 
 
+class Attends(nn.Module):
+    """Hands its dropout's probability to a function in training, and never calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend, self.drop = nn.Dropout(0.1), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.attend.p if self.training else 0.0
+        return self.drop(nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=p))
+
+
+def test_a_dropout_that_is_not_called_stays() -> None:
+    done = fuse(nn.Sequential(Attends()).eval(), torch.randn(2, 4, 8))
+    assert done.report.passed, done.report.verification
+    assert [edit.path for edit in done.edits] == ["0.drop"]
+    assert done.model.train()(torch.randn(2, 4, 8)).shape == (2, 4, 8)
+
+
 def test_errors_of_edited_plans() -> None:
     model = nn.Sequential(Unread()).eval()
     text = fuse(model, X, [RemoveInferenceNoise()]).plan.to_json()
