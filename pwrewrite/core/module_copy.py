@@ -27,7 +27,10 @@ def copy_module(module: _M, memo: dict[Any, Any]) -> _M:
     """A deep copy of a module; ``memo`` is that of ``deepcopy``: by ``id``, what has been copied."""
     kind: Any = type(module)
     if id(module) in memo or getattr(module, "__deepcopy__", None) is not None or not _left_to_python(kind):
-        return deepcopy(module, memo)
+        made = deepcopy(module, memo)
+        for theirs, own in zip(module.modules(), made.modules()):
+            own.__dict__["training"] = theirs.training  # some classes make theirs anew, in training mode
+        return made
     copied: _M = kind.__new__(kind)
     memo[id(module)] = copied
     state: dict[str, Any] = kind.__getstate__(module)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
-from ..core.errors import RefusedError, UsageError, first_line
+from ..core.errors import RefusedError, UsageError, first_line, line_of_model
 from ..core.names import EXPORT_NAMES
 from ..core.nested import Args, Kwargs, tensors_of
 
@@ -93,7 +93,9 @@ class Program:
             if axes:
                 shapes[tensor] = {axis: labels[label] for axis, label in axes.items()}
         with torch.no_grad(), _quiet():
-            return torch.export.export(self.model, args, kwargs, dynamic_shapes=shapes if labels else None)
+            made = torch.export.export(self.model, args, kwargs, dynamic_shapes=shapes if labels else None)
+        _drop_idle_squeezes(made)
+        return made
 
     @property
     def output_sizes(self) -> list[tuple[str, ...]]:
@@ -124,6 +126,20 @@ class Program:
             raise RefusedError(f"the {what} has other inputs or outputs than the model", got=got)
 
 
+def _drop_idle_squeezes(program: ExportedProgram) -> None:
+    """Takes out of a program what squeezes axes that are not 1, which is nothing in torch and an error in ONNX."""
+    aten = torch.ops.aten
+    for node in list(program.graph.nodes):
+        if node.target is not aten.squeeze.dim or any(user.op == "output" for user in node.users):
+            continue
+        source, axis = node.args
+        size = source.meta["val"].shape[axis] if source.meta["val"].dim() else 1
+        if isinstance(size, int) and size != 1:
+            node.replace_all_uses_with(source)
+            program.graph.erase_node(node)
+    program.graph_module.recompile()
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps what is written to stderr until the block has ended, and drops it where it fails: torch prints graphs."""
@@ -141,6 +157,7 @@ def _refused(error: Exception) -> RefusedError:
         if line := re.search(r'File "(.+)", line (\d+), in (\w+)\n\s*(.+)', text.rpartition("raised this error")[2]):
             where = f"{line[1]}:{line[2]} in {line[3]}: {line[4]}"
         hint = "torch.where or torch.cond in place of code that decides by the values of tensors"
+    where = where or line_of_model(error)
     return RefusedError("torch.export does not take the model", where=where, got=first_line(error), hint=hint)
 
 

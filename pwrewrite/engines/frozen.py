@@ -82,8 +82,9 @@ def freeze(model: nn.Module, example_inputs: Inputs | None = None, *, keep_nan: 
             ``example_inputs``; says why.
         InputError: If ``example_inputs`` are not positional tensors.
     """
-    if any(module.training for module in model.modules()):
-        raise RefusedError("the model is in training mode", hint="call model.eval() first")
+    training = next((name or "the model" for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        raise RefusedError("the model is in training mode", where=training, hint="call model.eval() first")
     if torch.float32 not in CPU_DTYPES or not tracing.FUSER:
         raise RefusedError("this build of torch has no oneDNN graphs", hint="the fused model runs without")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

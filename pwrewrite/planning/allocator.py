@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..core.errors import RefusedError
+from ..core.numbers import plural
 from ..core.plan import Plan, Skip, SkipReason
 from .allocate import Allocation, Infeasible, allocate, frontier
 from .budget import Limit
@@ -136,8 +137,9 @@ class Allocator:
         if reasons[:1] == [SkipReason.PARAMETRIZED] and not self.bakes():
             remedy = "store the weights that the model's code computes as parameters"
         each = ", ".join(f"{count} {reason}" for reason, count in counts)
-        left = f": {sum(count for _, count in counts)} layers are left as they are ({each})" if counts else ""
-        return left, f"or {remedy}"
+        total = sum(count for _, count in counts)
+        left = f": {plural(total, 'layer is', 'layers are')} left as {'it is' if total == 1 else 'they are'} ({each})"
+        return left if counts else "", f"or {remedy}"
 
 
 def _amount(kind: str, value: float) -> str:

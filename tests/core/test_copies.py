@@ -113,6 +113,33 @@ def test_classes_that_copy_in_their_own_way_do() -> None:
             assert copied[2].x == 5
 
 
+class Made(nn.Module):
+    """Copied by its settings, as the layers of einops are."""
+
+    def __init__(self, size: int = 2) -> None:
+        super().__init__()
+        self.size = size
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"size": self.size}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(self.size)
+
+
+def test_modules_that_are_made_anew_keep_their_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Made()).eval()
+    assert copy.deepcopy(model)[2].training
+    assert not any(module.training for module in deep_copy(model).modules())
+    assert all(module.training for module in deep_copy(model.train()).modules())
+    fused = pwrewrite.fuse(model.eval(), torch.randn(1, 3, 8, 8), thorough=False)
+    assert fused.report.passed
+    assert not any(module.training for module in fused.model.modules())
+
+
 class Remembers(nn.Module):
     """Keeps what it computed, as code for visualisation does."""
 

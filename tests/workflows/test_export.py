@@ -379,6 +379,39 @@ def test_source_of_activations_in_place(tmp_path: Path) -> None:
     assert result.passed, result.formats
 
 
+class Squeezes(nn.Module):
+    """Squeezes an axis that is 1 for some settings of its layers only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv(x).squeeze(1))
+
+
+def test_squeezing_another_axis_is_nothing_in_onnx_too(tmp_path: Path) -> None:
+    result = pwrewrite.export(Squeezes().eval(), X, to=("onnx", "source"), out=tmp_path / "out")
+    assert result.passed, result.formats
+    assert "squeeze" not in (tmp_path / "out" / "model.py").read_text()
+
+
+class Checks(nn.Module):
+    """Refuses inputs by a value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.sum()) < -1e9:
+            raise ValueError("too small")
+        return x.flatten(1)
+
+
+def test_the_line_that_torch_cannot_export_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError) as caught:
+        pwrewrite.export(Checks().eval(), X, to="pt2", out=tmp_path / "out")
+    assert "test_export.py:" in str(caught.value.where)
+    assert "float(x.sum())" in str(caught.value.where)
+
+
 class Hard(nn.Module):
     """What code has to say that no module says: control flow, constants, slices, sums and shared layers."""
 
