@@ -98,7 +98,7 @@ def test_a_call_folds(model: nn.Module, tmp_path: Path) -> None:
 def test_what_follows_fuses() -> None:
     done = checked(nn.Sequential(nn.Conv2d(4, 4, 1), Own()))
     assert isinstance(done.model[1].conv, PointwiseActivation)  # type: ignore[index]
-    assert [e.method for e in done.edits] == ["remove", "fold", "merge", "relu"]
+    assert [e.method for e in done.edits] == ["fold", "merge", "relu"]
 
 
 class Shared(Own):
