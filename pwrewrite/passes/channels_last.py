@@ -4,6 +4,9 @@ The format is a property of the layers, not of the input: each 2-D convolution b
 it is not, so the first one converts for all, and the operations between keep what they get. The weights of convolutions
 are packed for it as they are used (see `pwrewrite.layers`).
 
+A ``view`` that joins the channels of a map with its positions needs them side by side, as only the usual format has
+them. In code that can become a graph it becomes a ``reshape``, which copies then.
+
 The rule: real weights on the CPU that oneDNN computes with, or on CUDA in half precision (where tensor cores want it).
 At least half of the MACs of the 2-D convolutions must be in layers with 16 channels or more on one side, below which
 the vectors of the format stay empty.
@@ -12,11 +15,13 @@ the vectors of the format stay empty.
 from __future__ import annotations
 
 import torch
+from torch import fx
 
 from ..capturing.eligibility import Owners, eligible
-from ..capturing.records import Capture, Layer
+from ..capturing.records import Capture, Layer, info
 from ..core.plan import Estimate, Op, Skip, SkipReason
 from ..core.records import Json
+from ..edit.actions.simplify import CODE
 from ..forms.specs import spec_to_dict
 from ..layers import PointwiseActivation
 from ..layers.kernels import CPU_DTYPES
@@ -49,7 +54,27 @@ class ChannelsLast(Pass):
             specs[layer.path] = spec_to_dict(spec)
         if layers and (why := _does_not_pay(layers, owners)):
             return [Skip("", SkipReason.NO_GAIN, why)]
-        return [Op("channels-last", "", self.name, {"layers": specs}, Estimate(0, 0, 0, 0))] if layers else []
+        if not layers:
+            return []
+        none = Estimate(0, 0, 0, 0)
+        views = [Op("channels-last", path, self.name, {"kind": CODE}, none) for path in _viewing(capture)]
+        return [*views, Op("channels-last", "", self.name, {"layers": specs}, none)]
+
+
+def _viewing(capture: Capture) -> list[str]:
+    """Paths of the modules whose own code views a map in a way that channels_last does not allow."""
+    paths: dict[str, None] = {}
+    for node in capture.graph.nodes:
+        source = node.args[0] if node.args else None
+        if node.op == "call_method" and node.target == "view" and isinstance(source, fx.Node):
+            before, after = info(source).outputs, info(node).outputs
+            if before and after and len(before[0].shape) == 4 and before[0].dtype is after[0].dtype:
+                x = torch.empty(before[0].shape, device="meta", memory_format=torch.channels_last)
+                try:
+                    x.view(after[0].shape)
+                except RuntimeError:
+                    paths[info(node).path] = None
+    return list(paths)
 
 
 def _does_not_pay(layers: list[Layer], owners: Owners) -> str:

@@ -17,6 +17,7 @@ _WORDS = {
     "branches": "branches and their sum merged",
     "remove": "module without effect removed",
     "channels-last": "channels_last",
+    "reshape": "view made a reshape, which takes channels_last",
 }
 
 

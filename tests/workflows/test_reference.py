@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import pwrewrite
 from pwrewrite.workflows.fuse import fuse, reference_check
 
 
@@ -142,6 +143,65 @@ def test_a_memory_format_that_code_does_not_take_at_another_size_is_taken_back_w
     (skip,) = [skip for skip in done.plan.skips if skip.reason == "broke-model"]
     assert skip.detail.startswith("verification failed in it, spatial sizes: at ")
     assert "does not run: RuntimeError: view size is not compatible" in skip.detail
+
+
+class Flat(nn.Module):
+    """Flattens maps of several positions with ``view``, which takes no channels_last."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+        self.head = head
+
+    def flat(self, x: Tensor) -> Tensor:
+        return torch.max_pool2d(torch.relu(self.conv2(torch.relu(self.conv1(x)))), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.flat(x)
+        return self.head(x.view(x.size(0), -1))  # type: ignore[no-any-return]
+
+
+class Written(Flat):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.flat(x)
+        x.view(x.size(0), -1).add_(1)
+        return self.head(x.flatten(1))  # type: ignore[no-any-return]
+
+
+class Undecided(Flat):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.flat(x)
+        return self.head(x.view(len(x), -1) if bool(x.sum() > -1e9) else x.view(-1))  # type: ignore[no-any-return]
+
+
+def test_views_become_reshapes_where_the_code_can_become_a_graph() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    head = nn.Sequential(nn.Linear(576, 8), nn.ReLU(inplace=True), nn.Linear(8, 2))
+    model = Flat(head).eval()
+    done = fuse(model, x)
+    assert done.report.passed
+    assert [(e.method, e.path) for e in done.edits if e.op.action == "channels-last"] == [
+        ("reshape", ""),
+        ("channels-last", ""),
+    ]
+    with torch.no_grad():
+        torch.testing.assert_close(done.model(x), model(x))
+    again = pwrewrite.apply(model, done.plan)  # as a saved one would be carried out
+    with torch.no_grad():
+        assert torch.equal(again(x), done.model(x))
+
+
+@pytest.mark.parametrize("kind", [Written, Undecided])
+@pytest.mark.parametrize("head", [nn.Linear(576, 2), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(576, 2))])
+def test_views_stay_where_code_writes_into_them_or_decides(kind: type[Flat], head: nn.Module) -> None:
+    torch.manual_seed(0)
+    model, x = kind(head).eval(), torch.randn(2, 3, 16, 16)
+    done = fuse(model, x)
+    assert done.report.passed
+    assert not any(e.method == "reshape" for e in done.edits)
+    with torch.no_grad():
+        torch.testing.assert_close(done.model(x), model(x))
 
 
 def test_grey_images_are_fused_though_a_view_takes_no_channels_last() -> None:

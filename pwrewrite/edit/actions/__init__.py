@@ -14,7 +14,7 @@ from typing import Any
 from ...core.plan import Edit, Op
 from .bench import Bench, Decomposer, Refused
 from .branches import BranchSettings, merge_branches
-from .channels_last import ChannelsLastSettings, use_channels_last
+from .channels_last import ChannelsLastSettings, ReshapeSettings, reshape_views, use_channels_last
 from .factorize import FactorizeSettings, factorize_layer
 from .fold import WEIGHT, FoldSettings, FoldWeightSettings, fold_norm, fold_weight
 from .fuse import FuseSettings, fuse_layer
@@ -50,6 +50,7 @@ ACTIONS: dict[str, Action] = {
 VARIANTS: dict[tuple[str, str, str], Action] = {
     ("fold", "side", WEIGHT): (FoldWeightSettings, fold_weight),
     ("remove", "kind", CODE): (SimplifySettings, simplify_code),
+    ("channels-last", "kind", CODE): (ReshapeSettings, reshape_views),
 }
 """Name of an action and a setting with its value, to what the action is then."""
 

@@ -98,9 +98,7 @@ def _simplified(graph_module: Regraphed, unread: set[str], same: tuple[tuple[Cal
 
 def _join_pairs(graph_module: Regraphed) -> None:
     """Takes out what the next call in a row does too, or undoes."""
-    # Where the code, or a child, writes into a tensor, it matters what is a copy.
-    inplace = any(getattr(module, "inplace", False) for module in graph_module.modules())
-    written = inplace or any(map(_writes, graph_module.graph.nodes))
+    written = writes_anywhere(graph_module)
     for node in list(graph_module.graph.nodes):
         while isinstance(before := node.args[0] if node.args else None, fx.Node):
             source = before.args[0] if before.args else None
@@ -115,6 +113,12 @@ def _join_pairs(graph_module: Regraphed) -> None:
             graph_module.graph.erase_node(before)
 
 
+def writes_anywhere(graph_module: Regraphed) -> bool:
+    """Whether code, or a child, writes into a tensor, so that it matters what is a copy."""
+    inplace = any(getattr(module, "inplace", False) for module in graph_module.modules())
+    return inplace or any(map(writes_to, graph_module.graph.nodes))
+
+
 def called(node: fx.Node, scope: str = "") -> str:
     """What a node calls, and in which way; where modules have absolute paths, seen from the code of ``scope``."""
     name = function_name(node)
@@ -124,14 +128,15 @@ def called(node: fx.Node, scope: str = "") -> str:
 def pure(node: fx.Node) -> bool:
     """Whether a call of a function or method does nothing but return something, always the same."""
     name = function_of(node)
-    if not name or _writes(node) or name in VALUE_READS or node.kwargs.get("out") is not None:
+    if not name or writes_to(node) or name in VALUE_READS or node.kwargs.get("out") is not None:
         return False
     if node.op == "call_function" and node.target is not getattr and not _of_torch(node.target):
         return False
     return not any(word in name for word in RANDOM)
 
 
-def _writes(node: fx.Node) -> bool:
+def writes_to(node: fx.Node) -> bool:
+    """Whether a call of a function or method writes into a tensor."""
     name = function_of(node)
     return bool(name) and (node.target is operator.setitem or writes(name, node.args, node.kwargs))
 
@@ -148,11 +153,11 @@ def doubled(node: fx.Node, before: fx.Node) -> bool:
     if kinds == ("contiguous", "contiguous"):
         return before.args[1:] == node.args[1:] and before.kwargs == node.kwargs
     if kinds[1] == "reshape":
-        return kinds[0] in RESHAPES and not _casts(before)
-    return kinds == ("view", "view") and not _casts(before) and not _casts(node)
+        return kinds[0] in RESHAPES and not casts(before)
+    return kinds == ("view", "view") and not casts(before) and not casts(node)
 
 
-def _casts(node: fx.Node) -> bool:
+def casts(node: fx.Node) -> bool:
     """``view`` with a dtype."""
     return any(isinstance(arg, torch.dtype) for arg in (*node.args, *node.kwargs.values()))
 
