@@ -72,3 +72,12 @@ def symmetric_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
         return (values * scale[..., 0]).to(gram.dtype), vectors.to(gram.dtype)
     left, values, _ = torch.linalg.svd(scaled)
     return (values.flip(-1) * scale[..., 0]).to(gram.dtype), left.flip(-1).to(gram.dtype)
+
+
+def symmetric_values(gram: Tensor) -> Tensor:
+    """The eigenvalues that `symmetric_eigen` gives, without the vectors."""
+    try:
+        values: Tensor = torch.linalg.eigvalsh(gram)
+    except LinAlgError:
+        return symmetric_eigen(gram)[0]
+    return values

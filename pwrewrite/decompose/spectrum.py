@@ -10,9 +10,9 @@ change of variables):
 shorter side of ``M``: there ``U`` is square at full rank, which so is exact however singular the weights are. The range
 of the projection gets an orthonormal basis by QR, so that rounding a factor never meets a large inverse root.
 
-The Gram matrix of a float32 kernel is formed in float64, where squaring the condition number costs nothing that
-float32 could show; a float64 kernel without weights goes through QR and SVD instead. All matrices of a stack (the
-groups of a convolution) are truncated at the same rank, and their squared errors add up.
+The Gram matrix of a kernel with float32's values is formed in float64, where squaring the condition number costs
+nothing that float32 could show; any other float64 kernel without weights goes through QR and SVD instead. All matrices
+of a stack (the groups of a convolution) are truncated at the same rank, and their squared errors add up.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from .eigen import LinAlgError, symmetric_eigen
+from .eigen import LinAlgError, symmetric_eigen, symmetric_values
 from .layout import Factors, check_finite, check_rank, frobenius, relative, wide_dtype
 from .weighting import SideWeight, kronecker_multiply
 
@@ -47,20 +48,27 @@ def left_basis(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     ``(*batch, m, m)`` and ``(*batch, m)``, descending, both in the widest dtype.
     """
-    wide = wide_dtype(matrix)
-    if matrix.dtype != wide:
-        matrix = matrix.to(wide)
-        return gram_basis(matrix @ matrix.mT)
+    gram = _gram_of(matrix)
+    if gram is not None:
+        return gram_basis(gram)
     rows, columns = matrix.shape[-2:]
-    if columns > rows:
-        matrix = torch.linalg.qr(matrix.mT, mode="r")[1].mT
+    narrow = torch.linalg.qr(matrix.mT, mode="r")[1].mT if columns > rows else matrix
     try:
-        vectors, values, _ = torch.linalg.svd(matrix, full_matrices=True)
+        vectors, values, _ = torch.linalg.svd(narrow, full_matrices=True)
     except LinAlgError:
         return gram_basis(matrix @ matrix.mT)
     energies = values.new_zeros(*values.shape[:-1], rows)
     energies[..., : values.shape[-1]] = values.square()
     return vectors, energies
+
+
+def _gram_of(matrix: Tensor) -> Tensor | None:
+    """``(*batch, m, m)``: ``M Mᵀ`` in a wider dtype than the values of a matrix; None where there is none."""
+    wide = wide_dtype(matrix)
+    if matrix.dtype == wide and not (wide is torch.float64 and bool((matrix == matrix.float()).all())):
+        return None
+    matrix = matrix.to(wide)
+    return matrix @ matrix.mT
 
 
 def gram_basis(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +87,6 @@ class Spectrum(Generic[_F]):
         build: Turns a truncation of the matrices into the form.
 
     Attributes:
-        energies: ``(groups, max_rank)``: squared singular values of ``G^½ M C^½``, descending, in the widest dtype.
         max_rank: ``min(m, n)``, the rank (per group) at which the form is exact.
     """
 
@@ -97,14 +104,32 @@ class Spectrum(Generic[_F]):
         self._root: Tensor | None = None
         self._inverse: Tensor | None = None
         if near is None and far is None:
-            self._basis, self.energies = left_basis(rows)
+            self._gram = _gram_of(rows)
+            if self._gram is None:
+                self._solution = left_basis(rows)
             return
         wide = rows.to(wide_dtype(matrix))
         gram = (far.multiply(wide.mT).mT if far is not None else wide) @ wide.mT
         if near is not None:
             self._root, self._inverse = near.roots()
             gram = kronecker_multiply(self._root, kronecker_multiply(self._root, gram).mT)
-        self._basis, self.energies = gram_basis((gram + gram.mT) / 2)
+        self._gram = (gram + gram.mT) / 2
+
+    @cached_property
+    def energies(self) -> Tensor:
+        """``(groups, max_rank)``: squared singular values of ``G^½ M C^½``, descending, in the widest dtype."""
+        if self._gram is None or "_solution" in vars(self):
+            return self._solution[1]
+        return symmetric_values(self._gram).flip(-1).clamp(min=0)  # in half the time of vectors, which may not be asked
+
+    @cached_property
+    def _solution(self) -> tuple[Tensor, Tensor]:
+        assert self._gram is not None
+        return gram_basis(self._gram)
+
+    @property
+    def _basis(self) -> Tensor:
+        return self._solution[0]
 
     @property
     def losses(self) -> Tensor:
