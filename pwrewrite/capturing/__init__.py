@@ -16,7 +16,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ..core.collector import no_collection
 from ..core.errors import CaptureError, InputError, first_line, line_of_model
 from ..core.nested import Args, Kwargs, map_tensors, tensors_of
-from .inputs import Inputs, input_names, split_inputs
+from .inputs import Inputs, example_of, input_names, split_inputs
 from .inventory import Inventory
 from .layers import find_layers
 from .lazy import materialized
@@ -90,13 +90,13 @@ def capture(
             try:
                 recorder = _record(inventory, args, kwargs, real=real, training=training, items=items)
             except ShapeError as error:
-                raise _refused(error, args, kwargs) from error
+                raise _refused(error, inventory.model, args, kwargs) from error
             except Exception as error:
                 failure = error
                 continue
             return _finish(recorder, attempt, failure)
     assert failure is not None
-    raise _refused(failure, args, kwargs) from failure
+    raise _refused(failure, inventory.model, args, kwargs) from failure
 
 
 def _record(inventory: Inventory, args: Args, kwargs: Kwargs, *, real: bool, training: bool, items: bool) -> Recorder:
@@ -183,7 +183,7 @@ def value_need(failure: Exception) -> str:
     return f"{why}, in {line}" if line else why
 
 
-def _refused(error: Exception, args: Args, kwargs: Kwargs) -> CaptureError:
+def _refused(error: Exception, model: nn.Module, args: Args, kwargs: Kwargs) -> CaptureError:
     shapes = ", ".join("×".join(map(str, t.shape)) or "scalar" for t in tensors_of((args, kwargs)))
     where = path_of_failure(error)
     what = f"the model does not run on this input: {first_line(error)}"
@@ -196,7 +196,7 @@ def _refused(error: Exception, args: Args, kwargs: Kwargs) -> CaptureError:
     elif isinstance(error, ShapeError):
         what = f"the model does not take this input: {error}"
         hint = (
-            "give the shape the model was made for, such as --input 1x3x224x224, or define example_inputs in its file; "
-            "without both it is taken from the model's first layer"
+            f"give the shape the model was made for, such as --input {example_of(model)}, or define example_inputs in "
+            "its file; without both it is taken from the model's first layer"
         )
     return CaptureError(what, where=where, got=f"inputs of shape {shapes}", hint=hint)

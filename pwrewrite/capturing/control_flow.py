@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Container, Iterator, Sequence
+from dis import opname
 from typing import TypeVar
 
 from torch import fx, nn
 
+from ..core.errors import first_line, line_of_model
 from ..core.nested import Args, Kwargs, Tree
 from .code_trace import Item, ShallowTracer, untouched
 
@@ -115,8 +117,19 @@ class _NotFollowed(RuntimeError):
 
 def paths(module: nn.Module) -> list[fx.Graph] | None:
     """The graphs of all ways through a module's own code, its children being leaves, without ways that raise; None
-    where the code cannot be followed or has more than `MOST_PATHS` ways.
+    where the code cannot be followed or has more than `MOST_PATHS` ways (see `unfollowed`).
     """
+    found = _ways(module)
+    return None if isinstance(found, str) else found
+
+
+def unfollowed(module: nn.Module) -> str | None:
+    """What of a module's own code `paths` cannot follow, with its line where there is one; None where it can."""
+    found = _ways(module)
+    return found if isinstance(found, str) else None
+
+
+def _ways(module: nn.Module) -> list[fx.Graph] | str:
     graphs: list[fx.Graph] = []
     pending: list[list[int]] = [[]]
     done = 0
@@ -125,13 +138,14 @@ def paths(module: nn.Module) -> list[fx.Graph] | None:
         tracer = _PathTracer(list(scheduled))
         try:
             graph = _trace_once(tracer, module)
-        except _NotFollowed:
-            return None
+        except _NotFollowed as error:
+            cause = error.__cause__ or error
+            return line_of_model(cause) or first_line(cause)
         if graph is not None:
             graphs.append(graph)
         for i in range(len(scheduled), len(tracer.options)):
             pending += [[*tracer.answers[:i], option] for option in range(1, tracer.options[i])]
-    return None if pending else graphs
+    return f"it can go more than {MOST_PATHS} ways" if pending else graphs
 
 
 def _trace_once(tracer: _PathTracer, module: nn.Module) -> fx.Graph | None:
@@ -141,7 +155,20 @@ def _trace_once(tracer: _PathTracer, module: nn.Module) -> fx.Graph | None:
     except (AssertionError, ValueError, LookupError, ArithmeticError, NotImplementedError):
         return None  # this way ends in an error of the code's own
     except Exception as error:
+        if isinstance(error, RuntimeError) and _raised_by_code(error):
+            return None
         raise _NotFollowed from error
+
+
+def _raised_by_code(error: Exception) -> bool:
+    """Whether the model's own code says ``raise``, for no other error; fx refuses code so, too."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or error.__context__ is not None:
+        return False
+    code, room = last.tb_frame.f_code, str(last.tb_frame.f_globals.get("__name__")).partition(".")[0]
+    return opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS" and room not in ("torch", __name__.partition(".")[0])
 
 
 Key = tuple[int | str, ...]

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from ..core.errors import InputError, shortened
 from ..core.nested import Args, Kwargs, Tree, tensors_of
 
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+_SPATIAL: dict[int, tuple[int, ...]] = {1: (1024,), 2: (224, 224), 3: (16, 112, 112)}
+
 Inputs = Tensor | Sequence[Tree] | Mapping[str, Tree]
 
 
@@ -81,3 +85,34 @@ def input_names(model: nn.Module, args: Args, kwargs: Kwargs) -> list[str]:
 def _numbered(name: str, value: object) -> list[str]:
     count = len(tensors_of(value))
     return [name] if isinstance(value, Tensor) else [f"{name}_{i}" for i in range(count)]
+
+
+def first_layer(model: nn.Module) -> nn.Module | None:
+    """The layer whose class tells what a model takes: its first convolution in the order of definition, or its first
+    linear layer or embedding where no convolution comes that could see an input; None without any.
+    """
+    layers = [m for m in model.modules() if isinstance(m, (*_CONVOLUTIONS, nn.Linear, nn.Embedding))]
+    convolution = next((m for m in layers if isinstance(m, _CONVOLUTIONS)), None)
+    first = layers[0] if layers else None
+    before = isinstance(first, nn.Linear) and (convolution is None or isinstance(convolution, _TRANSPOSED))
+    return first if before or isinstance(first, nn.Embedding) else convolution
+
+
+def shape_for(layer: nn.Module | None, *, channels: int = 0) -> tuple[int, ...]:
+    """A shape for a layer of `first_layer`, with ``channels`` where it does not tell them; an image's without one."""
+    if isinstance(layer, nn.Linear):
+        return (1, layer.in_features or channels)
+    if not isinstance(layer, _CONVOLUTIONS):
+        return (1, channels, *_SPATIAL[2])
+    spatial = _SPATIAL[len(layer.kernel_size)]
+    if isinstance(layer, _TRANSPOSED):  # a decoder or generator: it makes the image out of something small
+        spatial = (1,) * len(spatial)
+    return (1, layer.in_channels or channels, *spatial)
+
+
+def example_of(model: nn.Module) -> str:
+    """A shape such as the model's first layer takes, as it is typed; an image's where no layer tells."""
+    layer = first_layer(model)
+    if isinstance(layer, nn.Embedding):
+        return "1x128:int64"
+    return "x".join(map(str, shape_for(layer, channels=3)))

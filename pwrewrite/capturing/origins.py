@@ -177,6 +177,11 @@ class Origins:
         assert isinstance(origin, fx.Node)
         return origin
 
+    def made_by(self, t: Tensor) -> fx.Node | None:
+        """The node of the operation that made a tensor, alone or among several; None where the run did not make it."""
+        origin = self._origin(t)
+        return origin.maker if isinstance(origin, Piece) else origin
+
     def _resolve(self, piece: Piece, t: Tensor) -> fx.Node:
         """The node of one tensor among several, made when it is first used."""
         if piece.node is None:

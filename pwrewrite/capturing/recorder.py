@@ -38,7 +38,7 @@ from .inventory import Inventory
 from .leaves import Leaves, leaf_rule
 from .liveness import Liveness
 from .origins import Origins, spec_of
-from .records import NodeInfo, Window, set_info
+from .records import NodeInfo, Window, info, set_info
 from .shapes import pool_call_window
 from .state import replaced
 from .threads import APART, BUSY, RECORDED, Here, recorded_threads
@@ -149,9 +149,17 @@ class Recorder(TorchFunctionMode):
             if isinstance(module, torch.jit.ScriptModule):
                 self.opaque.append(path)
                 return self._as_node(self._leaves.script, module, path, args, kwargs)
-            return _original_call(module, *args, **kwargs)
+            out = _original_call(module, *args, **kwargs)
+            self._as_node(self._returned, path, out)
+            return out
         finally:
             scope.pop()
+
+    def _returned(self, path: str, out: object) -> None:
+        """Notes that the code of a module returns what some nodes made."""
+        for node in dict.fromkeys(map(self.origins.made_by, tensors_of(out))):
+            if node is not None:
+                info(node).returned = (*info(node).returned, path)
 
     def _scope(self) -> str:
         return self.here.scope[-1] if self.here.scope else ""

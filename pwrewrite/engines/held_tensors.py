@@ -84,8 +84,8 @@ def obstacle(model: nn.Module) -> str | None:
         if hooked(module):
             old = (type(h).__name__ for h in module._forward_pre_hooks.values())
             kind = next((name for name in old if name in _OLD_NORMS), None)
-            remedy = f" ({kind} of the older kind; remove it, or rewrite with bake)" if kind else ""
-            return f"{where} has hooks{remedy}"
+            remedy = f"{kind} of the older kind; remove it, or rewrite with bake" if kind else "remove them first"
+            return f"{where} has hooks ({remedy})"
         own = vars(module).get("forward")
         if own is not None and getattr(own, "__self__", None) is not module:  # a copy of it may run this very module
             return f"{where} has a forward() of its own"

@@ -14,7 +14,7 @@ from functools import cache, cached_property
 
 from torch import Tensor, fx, nn
 
-from ..capturing.control_flow import Key, handed_on, paths
+from ..capturing.control_flow import Key, handed_on, paths, unfollowed
 from ..capturing.eligibility import Owners, eligible
 from ..capturing.records import Capture, Layer, info
 from ..core.operations import OPERATIONS
@@ -202,7 +202,10 @@ class Graph:
         found = handed_on(module, before, behind, _passing, key=key, only=only, ways=self.ways)
         where = f"the code of {owner}" if owner else "the model's own code"
         if found is None:
-            return f"{where} decides by values or sizes in a way that cannot be followed"
+            line = None if self.ways(module) is not None else unfollowed(module)
+            return f"{where} decides by values or sizes in a way that cannot be followed" + (
+                f": {line}" if line else ""
+            )
         return f"{where} {found}" if isinstance(found, str) else found
 
     def where(self, node: fx.Node) -> str:

@@ -125,11 +125,14 @@ def _unread(graph: Graph) -> list[tuple[str, str | None]]:
                 alive[path] += 1
                 path = path.rpartition(".")[0]
     unread: set[tuple[str, str | None]] = set()
-    for node in (node for node in dead if info(node).cost.write_bytes):
+    kept: set[fx.Node] = set()  # the module's code returns these, or computes with them what it returns
+    for node in (node for node in reversed(graph.nodes) if node in dead):
         path, inner = info(node).path, None
         while path and not alive[path] and _quiet(graph.modules.get(path)):
             inner, path = path, path.rpartition(".")[0]
-        if inner is not None or node.op != "call_module":
+        if path in info(node).returned or not kept.isdisjoint(node.users):
+            kept.add(node)
+        elif info(node).cost.write_bytes and (inner is not None or node.op != "call_module"):
             unread.add((path, inner))
     return sorted(unread, key=str)
 

@@ -27,14 +27,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..capturing.inputs import example_of, first_layer, shape_for
 from ..core.errors import InputError
 from .factories import missing_args
 from .resolve import TargetInfo
 
 _FRAMES = 16
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
-_SPATIAL: dict[int, tuple[int, ...]] = {1: (1024,), 2: (224, 224), 3: (_FRAMES, 112, 112)}
 
 
 @dataclass(frozen=True)
@@ -124,29 +122,23 @@ def _from_family(model: nn.Module) -> Guess | None:
 
 def _from_layers(model: nn.Module) -> Guess:
     """An image by the channels of the first convolution, or a vector by the features of the first linear layer."""
-    name, required, spatial = type(model).__name__, missing_args(model.forward), tuple[int, ...]()
+    name, required = type(model).__name__, missing_args(model.forward)
     if len(required) > 1:
         hint = " ".join(f"--input {n}=SHAPE[:DTYPE]" for n in required)
         raise _unknown(f"{name}.forward", f"it needs {len(required)} inputs, {', '.join(required)}", hint)
-    hint = "--input 1x3x224x224, with the shape that it takes"
-    layers = [m for m in model.modules() if isinstance(m, (*_CONVOLUTIONS, nn.Linear, nn.Embedding))]
-    first = layers[0] if layers else None
-    convolution = next((m for m in layers if isinstance(m, _CONVOLUTIONS)), None)
-    if isinstance(first, nn.Embedding):
-        hint = "--input 1x128:int64, with the length that you mean"
+    layer = first_layer(model)
+    if isinstance(layer, nn.Embedding):
+        hint = f"--input {example_of(model)}, with the length that you mean"
         raise _unknown(name, "its first layer is an embedding, of indices", hint)
-    if isinstance(first, nn.Linear) and (convolution is None or isinstance(convolution, _TRANSPOSED)):
-        channels, source = first.in_features, "the first linear layer's in_features"
-    elif convolution is not None:
-        channels, source = convolution.in_channels, "the first convolution's channels"
-        spatial = _SPATIAL[len(convolution.kernel_size)]
-        if isinstance(convolution, _TRANSPOSED):  # a decoder or generator: it makes the image out of something small
-            spatial = (1,) * len(spatial)
-    else:
+    hint = f"--input {example_of(model)}, with the shape that it takes"
+    if layer is None:
         raise _unknown(name, "it has no convolution and no linear layer to tell", hint)
-    if not channels:
+    shape = shape_for(layer)
+    if not shape[1]:
         raise _unknown(name, "its first layer is lazy, and learns its channels from the first input", hint)
-    shape = (1, channels, *spatial)
+    source = (
+        "the first linear layer's in_features" if isinstance(layer, nn.Linear) else "the first convolution's channels"
+    )
     note = f"no input given: assumed {_text(shape)} from {source}"
     return Guess((shape,), (note,))
 

@@ -379,3 +379,21 @@ def test_inputs_of_another_dtype_are_told_the_dtype() -> None:
     with pytest.raises(CaptureError) as caught:
         capture(conv(), X[:, :2])
     assert "give the shape" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("layer", "given", "said"),
+    [
+        (nn.Conv1d(6, 4, 3), (1, 6, 8, 8), "1x6x1024"),
+        (nn.Conv3d(5, 4, 3), (1, 3, 224, 224), "1x5x16x112x112"),
+        (nn.Conv2d(1, 4, 3), (1, 3, 64, 64), "1x1x224x224"),
+        (nn.Linear(7, 4), (1, 8), "1x7"),
+        (nn.BatchNorm2d(3), (1, 4, 8, 8), "1x3x224x224"),
+    ],
+)
+def test_inputs_of_another_shape_are_told_one_of_the_right_rank(
+    layer: nn.Module, given: tuple[int, ...], said: str
+) -> None:
+    with pytest.raises(CaptureError) as caught:
+        capture(nn.Sequential(layer), torch.empty(given, device="meta"))
+    assert f"such as --input {said}, " in str(caught.value.hint)

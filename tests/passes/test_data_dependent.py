@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -413,3 +414,46 @@ def test_what_is_read_another_way_for_some_inputs_is_said_as_that() -> None:
     model, x = ByDtype(conv(), nn.BatchNorm2d(4)).eval(), torch.randn(1, 4, 8, 8)
     detail = "the model's own code connects them for some inputs only"
     check_pass(FoldBatchNorm(), model, x, skips={"1": (SkipReason.DATA_DEPENDENT, detail)})
+
+
+class Particular(nn.Sequential):
+    """Takes numbers of one type only, which proxies are not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self[0](x)
+        if type(y.shape[0]) is not int:
+            raise TypeError("no number")
+        return self[1](y)  # type: ignore[no-any-return]
+
+
+class Often(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(MOST_PATHS.bit_length()):
+            if x.shape[0] > i:
+                x = x + 1
+        return self[1](self[0](x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [(Particular, r": test_data_dependent\.py:\d+: raise TypeError\(.no number.\)$"), (Often, ": it can go more")],
+)
+def test_code_that_cannot_be_followed_is_named_by_its_line(kind: type[nn.Sequential], said: str) -> None:
+    done = pwrewrite.fuse(kind(conv(), nn.BatchNorm2d(4)).eval(), torch.randn(1, 4, 8, 8), verify=False)
+    (skip,) = [each for each in done.report.skips if each.path == "1"]
+    assert re.search(f"in a way that cannot be followed{said}", skip.detail), skip.detail
+
+
+class Checks(nn.Sequential):
+    """Refuses inputs of another rank, with an error that torch raises, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self[0](x)
+        if y.dim() != 4:
+            raise RuntimeError("not an image")
+        return self[1](y)  # type: ignore[no-any-return]
+
+
+def test_a_way_that_ends_in_an_error_of_the_code_does_not_matter() -> None:
+    model, x = Checks(conv(), nn.BatchNorm2d(4)).eval(), torch.randn(1, 4, 8, 8)
+    check_pass(FoldBatchNorm(), model, x, edits={"1": "fold"})

@@ -118,6 +118,36 @@ def test_what_goes(kind: type[nn.Module], gone: dict[str, int], tmp_path: Path) 
     assert torch.equal(load(tmp_path / "out", copy.deepcopy(model))(X), done.model(X))
 
 
+class ReturnsTwo(Code):
+    """Returns two results, of which the caller reads one; what nobody reads in its own code is ``spare``."""
+
+    def __init__(self, spare: bool) -> None:
+        super().__init__()
+        self.spare = nn.Conv2d(4, 4, 1) if spare else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.spare is not None:
+            self.spare(x)
+        return self.conv(x), {"chunk": self.aux(self.act(x)).chunk(2, 1)[1], "sum": x + 1}
+
+
+class ReadsOne(nn.Module):
+    def __init__(self, spare: bool) -> None:
+        super().__init__()
+        self.both = ReturnsTwo(spare)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(x)[0]
+
+
+@pytest.mark.parametrize("spare", [False, True])
+def test_what_code_returns_and_its_caller_leaves_is_not_proposed(spare: bool) -> None:
+    done = fuse(ReadsOne(spare).eval(), X, [RemoveInferenceNoise()])
+    assert not done.report.skips, done.report.skips
+    assert [edit.op.settings["unread"] for edit in done.edits] == [["both.spare"]] * spare
+    assert done.report.passed
+
+
 def test_a_dropout_in_code_no_longer_parts_what_fuses() -> None:
     done = fuse(nn.Sequential(Dropped()).eval(), X)
     assert [e.method for e in done.edits] == ["simplify", "relu"]

@@ -185,6 +185,7 @@ def test_when_nothing_tells() -> None:
     assert "--input 1x3x224x224" in refusal(One(nn.ReLU()))
     assert "an embedding, of indices" in refusal(One(nn.Embedding(9, 4), nn.Conv1d(4, 4, 3)))
     assert "is lazy" in refusal(One(nn.LazyConv2d(4, 3)))
+    assert "--input 1x3x1024, with" in refusal(One(nn.LazyConv1d(4, 3)))
     several = refusal(Several())
     assert "needs 3 inputs, image, mask, t" in several
     assert "--input image=SHAPE[:DTYPE] --input mask=" in several
