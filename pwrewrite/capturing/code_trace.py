@@ -41,6 +41,11 @@ class Item(fx.Proxy):
     def __setitem__(self, key: object, value: object) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if hasattr(torch.Tensor, name):  # what torch would set in the tensor, and a graph would not
+            raise NotTraceable(f"it sets .{name} of a tensor, which a graph would not")
+        super().__setattr__(name, value)
+
 
 class ShallowTracer(fx.Tracer):
     """Traces one module's own code; its children are leaves, and the inputs named in ``absent`` are None.
@@ -143,7 +148,7 @@ def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Gra
 
 def _reason(error: Exception) -> str:
     """Why code does not trace, without torch's advice on tracing."""
-    reason = first_line(error)
+    reason = str(error) if isinstance(error, NotTraceable) else first_line(error)
     if "cannot be iterated" in reason:
         return "it loops over an input, of which a graph would hold the length"
     if "'len' is not supported" in reason:

@@ -156,7 +156,7 @@ class Recorder(TorchFunctionMode):
             scope.pop()
 
     def _returned(self, path: str, out: object) -> None:
-        """Notes that the code of a module returns what some nodes made."""
+        """Notes that the code of a module returns what some nodes made, or sets it in a tensor."""
         for node in dict.fromkeys(map(self.origins.made_by, tensors_of(out))):
             if node is not None:
                 info(node).returned = (*info(node).returned, path)
@@ -181,6 +181,8 @@ class Recorder(TorchFunctionMode):
         if self.here.state != RECORDED:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "function")
+        if name == "__set__":  # of what is set, nothing but a tensor's own attribute tells that it is read
+            self._returned(self._scope(), args)
         if name == "__get__":
             attribute = func.__self__.__name__
             if attribute in functions.PLAIN_ATTRIBUTES:

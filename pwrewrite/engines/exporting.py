@@ -149,8 +149,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _refused(error: Exception) -> RefusedError:
-    text, where, hint = str(error), None, None
-    if unknown := re.search(r"<class '(?:.*\.)?(\w+)'> in (?:the )?output", text):
+    text, where, hint, got = str(error), None, None, first_line(error)
+    if lifted := re.search(r"fake tensor in the exported program.* attribute: (?:(\S+)\.)?\w+\. ", text):
+        where = f"the code of {lifted[1]}" if lifted[1] else "the model's own code"
+        got = "it computes with a tensor in a way that torch.export cannot trace, such as through .data"
+        hint = "where it masks or sets a weight's .data, compute with the weight itself: self.weight * self.mask"
+    elif unknown := re.search(r"<class '(?:.*\.)?(\w+)'> in (?:the )?output", text):
         name = unknown[1]
         hint = f"return a tuple or a dict, or torch.utils._pytree.register_dataclass({name}) in the model's file"
     elif "data-dependent" in text:
@@ -158,7 +162,7 @@ def _refused(error: Exception) -> RefusedError:
             where = f"{line[1]}:{line[2]} in {line[3]}: {line[4]}"
         hint = "torch.where or torch.cond in place of code that decides by the values of tensors"
     where = where or line_of_model(error)
-    return RefusedError("torch.export does not take the model", where=where, got=first_line(error), hint=hint)
+    return RefusedError("torch.export does not take the model", where=where, got=got, hint=hint)
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,6 +148,33 @@ def test_what_code_returns_and_its_caller_leaves_is_not_proposed(spare: bool) ->
     assert done.report.passed
 
 
+class SetsData(nn.Conv2d):
+    """Masks its weight by setting its data, as autoregressive models do, and drops nothing in evaluation."""
+
+    def __init__(self, drop: float) -> None:
+        super().__init__(4, 4, 3)
+        self.register_buffer("mask", torch.ones(3, 3).triu())
+        self.drop = drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = self.weight.data * self.mask
+        y = super().forward(x)
+        return torch.relu(F.dropout(y, self.drop, self.training)) if self.drop else y
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_code_that_sets_the_data_of_a_weight_stays(drop: float) -> None:
+    model = nn.Sequential(SetsData(drop)).eval()
+    done = fuse(model, X, [RemoveInferenceNoise()])
+    assert done.report.passed
+    assert not done.edits
+    said = [skip.detail for skip in done.report.skips]
+    assert bool(said) is bool(drop)
+    assert all("it sets .data of a tensor, which a graph would not (test_noise_in_code.py:" in each for each in said), (
+        said
+    )
+
+
 def test_a_dropout_in_code_no_longer_parts_what_fuses() -> None:
     done = fuse(nn.Sequential(Dropped()).eval(), X)
     assert [e.method for e in done.edits] == ["simplify", "relu"]

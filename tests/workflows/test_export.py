@@ -412,6 +412,26 @@ def test_the_line_that_torch_cannot_export_is_named(tmp_path: Path) -> None:
     assert "float(x.sum())" in str(caught.value.where)
 
 
+class Masked(nn.Conv2d):
+    """Masks its weight by setting its data, as autoregressive models do."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 4, 3)
+        self.register_buffer("mask", torch.ones(3, 3).triu())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data *= self.mask
+        return super().forward(x)
+
+
+def test_code_with_data_that_torch_cannot_export_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError) as caught:
+        pwrewrite.export(nn.Sequential(Masked()).eval(), X, to="pt2", out=tmp_path / "out")
+    assert caught.value.where == "the code of 0"
+    assert ".data" in str(caught.value.got)
+    assert "self.weight * self.mask" in str(caught.value.hint)
+
+
 class Hard(nn.Module):
     """What code has to say that no module says: control flow, constants, slices, sums and shared layers."""
 
