@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
@@ -95,6 +95,7 @@ class Program:
         with torch.no_grad(), _quiet():
             made = torch.export.export(self.model, args, kwargs, dynamic_shapes=shapes if labels else None)
         _drop_idle_squeezes(made)
+        _bound_by_alike(made)
         return made
 
     @property
@@ -137,6 +138,21 @@ def _drop_idle_squeezes(program: ExportedProgram) -> None:
         if isinstance(size, int) and size != 1:
             node.replace_all_uses_with(source)
             program.graph.erase_node(node)
+    program.graph_module.recompile()
+
+
+def _bound_by_alike(program: ExportedProgram) -> None:
+    """Makes both bounds of a clamp floating where one is, as torch does: its exporter to ONNX takes no mixed ones."""
+    aten = torch.ops.aten
+    clamps = (aten.clamp.default, aten.clamp_.default, aten.clip.default, aten.clip_.default)
+    for node in program.graph.nodes:
+        if node.target not in clamps:
+            continue
+        bounds = (*node.args[1:], *node.kwargs.values())
+        values = [bound.meta.get("val") if isinstance(bound, fx.Node) else bound for bound in bounds]
+        if any(isinstance(value, (float, torch.SymFloat)) for value in values):
+            node.args = (node.args[0], *(float(value) if type(value) is int else value for value in node.args[1:]))
+            node.kwargs = {key: float(value) if type(value) is int else value for key, value in node.kwargs.items()}
     program.graph_module.recompile()
 
 

@@ -396,6 +396,19 @@ def test_squeezing_another_axis_is_nothing_in_onnx_too(tmp_path: Path) -> None:
     assert "squeeze" not in (tmp_path / "out" / "model.py").read_text()
 
 
+class Clamps(nn.Module):
+    """Clamps with bounds of both kinds, as ``clamp(0, 0.5)`` has them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = (x * 4).long().clip(0, max=2.5)
+        return x.clamp(0, 0.5) + whole + x.mul(2).clamp_(min=-0.25, max=1) + x.clamp(0, x.max()) + x.clamp(-1)
+
+
+def test_bounds_of_both_kinds_are_clamped_by_in_onnx_too(tmp_path: Path) -> None:
+    result = pwrewrite.export(Clamps().eval(), X, to="onnx", out=tmp_path / "out")
+    assert result.passed, result.formats
+
+
 class Checks(nn.Module):
     """Refuses inputs by a value."""
 
