@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dis import opname
 from typing import TypeVar
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..core.errors import first_line, line_of_model
 from ..core.nested import Args, Kwargs, Tree
@@ -66,6 +66,12 @@ class _Value(Item):
 
     def __getattr__(self, name: str) -> _Attribute:
         return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if hasattr(Tensor, name):  # reads both, and changes nothing that is followed
+            self.tracer.create_proxy("call_function", setattr, (self, name, value), {})
+        else:
+            super().__setattr__(name, value)
 
 
 class _Attribute(fx.proxy.Attribute, _Value):

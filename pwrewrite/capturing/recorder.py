@@ -156,7 +156,7 @@ class Recorder(TorchFunctionMode):
             scope.pop()
 
     def _returned(self, path: str, out: object) -> None:
-        """Notes that the code of a module returns what some nodes made, or sets it in a tensor."""
+        """Notes that the code of a module returns what some nodes made."""
         for node in dict.fromkeys(map(self.origins.made_by, tensors_of(out))):
             if node is not None:
                 info(node).returned = (*info(node).returned, path)
@@ -181,8 +181,6 @@ class Recorder(TorchFunctionMode):
         if self.here.state != RECORDED:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "function")
-        if name == "__set__":  # of what is set, nothing but a tensor's own attribute tells that it is read
-            self._returned(self._scope(), args)
         if name == "__get__":
             attribute = func.__self__.__name__
             if attribute in functions.PLAIN_ATTRIBUTES:
@@ -234,6 +232,8 @@ class Recorder(TorchFunctionMode):
             self.here.state = RECORDED
         out = result.out
         outputs = tensors_of(out)
+        if name == "__set__" and func.__self__.__name__ == "data":  # type: ignore[attr-defined]
+            self._set_data(args)
         if not outputs and not writes:
             return out
         spec = window = None
@@ -261,6 +261,13 @@ class Recorder(TorchFunctionMode):
             if outputs and outputs[0] is value:
                 return tensors[0]
         return out
+
+    def _set_data(self, args: Args) -> None:
+        """A node for ``weight.data = value``, which moves no bytes and returns nothing."""
+        tensor, value = args
+        node = self.origins.create("call_function", setattr, (tensor, "data", value), {}, "set_data")
+        specs = tuple(map(spec_of, tensors_of(args)))
+        set_info(node, NodeInfo("set_data", self._scope(), specs, (), Cost(), callers=tuple(self.here.scope)))
 
     def _with_numbers(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         """Arguments on ``meta`` with numbers in place of whole numbers of the model's own, as sizes that code works out

@@ -64,8 +64,7 @@ class NodeInfo:
         window: For convolutions and local pooling; ``spec`` for convolutions.
         unpriced: Operations inside that have no cost formula, one entry per occurrence.
         callers: Paths of the modules whose code was running, outermost first; the last one's code made the call.
-        returned: Paths of the modules whose code returned it, or set it in a tensor (``weight.data = …``), whether or
-            not anything reads it there.
+        returned: Paths of the modules whose code returned it, whether or not anything reads it there.
     """
 
     op: str

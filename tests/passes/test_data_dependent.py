@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pwrewrite
-from pwrewrite.capturing import control_flow
+from pwrewrite.capturing import capture, control_flow
 from pwrewrite.capturing.code_trace import NotTraceable, trace
 from pwrewrite.capturing.control_flow import MOST_PATHS, always_follows, handed_on, paths
+from pwrewrite.capturing.eligibility import eligible
 from pwrewrite.core.plan import SkipReason
 from pwrewrite.passes import FoldBatchNorm, FusePointwiseActivation
 
@@ -457,3 +458,26 @@ class Checks(nn.Sequential):
 def test_a_way_that_ends_in_an_error_of_the_code_does_not_matter() -> None:
     model, x = Checks(conv(), nn.BatchNorm2d(4)).eval(), torch.randn(1, 4, 8, 8)
     check_pass(FoldBatchNorm(), model, x, edits={"1": "fold"})
+
+
+class Merges(nn.Module):
+    """Sets the weight that it computes with in evaluation, as models with branches to merge do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.merged = conv(), conv(), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.a(x) + self.b(x)  # type: ignore[no-any-return]
+        self.merged.weight.data = self.a.weight + self.b.weight
+        return self.merged(x)  # type: ignore[no-any-return]
+
+
+def test_a_weight_that_code_sets_is_read_by_it() -> None:
+    model, x = nn.Sequential(Merges(), nn.ReLU(), conv()).eval(), torch.randn(1, 4, 8, 8)
+    assert paths(model[0]) is not None
+    captured = capture(model, x)
+    (skip,) = [eligible(captured, layer) for layer in captured.layers if layer.path == "0.merged"]
+    assert skip is not None
+    assert skip.detail == "its weight is also read directly, by set_data, which would see the old one"
