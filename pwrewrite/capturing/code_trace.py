@@ -41,6 +41,9 @@ class Item(fx.Proxy):
     def __setitem__(self, key: object, value: object) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
+    def __contains__(self, value: object) -> bool:
+        raise NotTraceable("it asks whether a value holds another, the answer to which a graph would hold")
+
     def __setattr__(self, name: str, value: object) -> None:
         if hasattr(torch.Tensor, name):  # what torch would set in the tensor, and a graph would not
             raise NotTraceable(f"it sets .{name} of a tensor, which a graph would not")

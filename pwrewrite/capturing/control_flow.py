@@ -56,6 +56,9 @@ class _Value(Item):
     def __len__(self) -> int:
         return self._decide(_COUNTS)
 
+    def __contains__(self, value: object) -> bool:
+        return self._decide((False, True))
+
     def __int__(self) -> int:
         return self._decide(_COUNTS)
 

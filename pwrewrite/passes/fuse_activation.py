@@ -234,4 +234,5 @@ def _left(graph: Graph, node: fx.Node) -> Skip | None:
         detail = f"behind {graph.layers[before.name].path}, which was left; see there"
         return Skip(path, SkipReason.NOT_BEHIND_LAYER, detail)
     what = info(before).op if isinstance(before, fx.Node) and not passes_on(before) else "what is read elsewhere, too"
+    what = "a weight or constant" if what == "get_attr" else what
     return Skip(path, SkipReason.NOT_BEHIND_LAYER, f"it follows {what}, not a convolution or linear map")

@@ -481,3 +481,25 @@ def test_a_weight_that_code_sets_is_read_by_it() -> None:
     (skip,) = [eligible(captured, layer) for layer in captured.layers if layer.path == "0.merged"]
     assert skip is not None
     assert skip.detail == "its weight is also read directly, by set_data, which would see the old one"
+
+
+class ByType(nn.Sequential):
+    """Looks for a word in the name of a type, and gates with a weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self[0](x)
+        y = y.float() if "Half" in y.type() else y
+        return self[1](y) * torch.sigmoid(self[0].bias)[:, None, None]  # type: ignore[no-any-return, arg-type]
+
+
+def test_asking_what_a_value_holds_is_a_decision() -> None:
+    module = ByType(conv(), nn.BatchNorm2d(4)).eval()
+    graphs = paths(module)
+    assert graphs is not None
+    assert [sum(node.target == "float" for node in graph.nodes) for graph in graphs] == [0, 1]
+    with pytest.raises(
+        NotTraceable, match=r"it asks whether a value holds another.*\(test_data_dependent.py:\d+: y = "
+    ):
+        trace(module)
+    skips = {"sigmoid": (SkipReason.NOT_BEHIND_LAYER, "it follows a weight or constant, not")}
+    check_pass(FusePointwiseActivation(), module, torch.randn(1, 4, 8, 8), skips=skips)
