@@ -184,22 +184,6 @@ Key = tuple[int | str, ...]
 """Where a value lies in what a module returns: ``(0,)`` for the first of a tuple, empty where it is all."""
 
 
-def always_follows(
-    module: nn.Module,
-    first: nn.Module | None,
-    then: nn.Module | None,
-    passes_on: Callable[[nn.Module], bool],
-    *,
-    only: bool = True,
-) -> bool | None:
-    """Whether ``then`` reads what ``first`` returns, and nothing else does, in every way through a module's own code.
-
-    Takes what `handed_on` takes; None where that cannot be told.
-    """
-    found = handed_on(module, first, then, passes_on, only=only)
-    return None if found is None else not isinstance(found, str)
-
-
 def handed_on(
     module: nn.Module,
     first: nn.Module | None,

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import pwrewrite
 from pwrewrite.capturing import capture, control_flow
 from pwrewrite.capturing.code_trace import NotTraceable, trace
-from pwrewrite.capturing.control_flow import MOST_PATHS, always_follows, handed_on, paths
+from pwrewrite.capturing.control_flow import MOST_PATHS, handed_on, paths
 from pwrewrite.capturing.eligibility import eligible
 from pwrewrite.core.plan import SkipReason
 from pwrewrite.passes import FoldBatchNorm, FusePointwiseActivation
@@ -195,8 +195,8 @@ def test_all_ways_are_found_and_the_module_stays_as_it_was() -> None:
     assert graphs is not None
     assert len(graphs) == 2
     assert module.seen == 0
-    assert always_follows(module, None, module.a, lambda m: False) is False  # the other way returns the input
-    assert always_follows(module, module.a, None, lambda m: False) is False
+    assert isinstance(handed_on(module, None, module.a, lambda m: False), str)  # the other way returns the input
+    assert isinstance(handed_on(module, module.a, None, lambda m: False), str)
 
 
 def test_too_many_ways_are_unknown() -> None:
@@ -214,7 +214,7 @@ def test_too_many_ways_are_unknown() -> None:
 
     many = Many()
     assert paths(many) is None
-    assert always_follows(many, many.a, None, lambda m: False) is None
+    assert handed_on(many, many.a, None, lambda m: False) is None
 
 
 def test_more_decisions_than_ways_are_not_tried_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +244,7 @@ def test_asking_the_code_leaves_buffers_children_and_attributes_as_they_were() -
 
     module = Writes()
     buffer = module.calls
-    assert always_follows(module, module.a, None, lambda m: False) is True
+    assert handed_on(module, module.a, None, lambda m: False) == ()
     assert module.calls is buffer
     assert "last" not in vars(module.other)
 
@@ -269,7 +269,7 @@ class Remembers(nn.Module):
 
 def test_asking_the_code_leaves_containers_as_they_were() -> None:
     model = Remembers().eval()
-    always_follows(model, model.conv, model.norm, lambda m: False)
+    handed_on(model, model.conv, model.norm, lambda m: False)
     with pytest.raises(NotTraceable, match="sets made, seen"):
         trace(model)
     fused = pwrewrite.fuse(model, torch.randn(1, 3, 8, 8), thorough=False)
@@ -376,12 +376,11 @@ def x_of(pair: Any) -> Any:
 @pytest.mark.parametrize("name", READ_ELSEWHERE)
 def test_what_code_reads_elsewhere_is_no_sole_reader(name: str) -> None:
     block = Block(*READ_ELSEWHERE[name])
-    found = always_follows(block.pair, block.pair.conv, None, lambda m: False)
-    if found:
-        key = handed_on(block.pair, block.pair.conv, None, lambda m: False)
-        assert isinstance(key, tuple)
-        found = isinstance(handed_on(block, block.pair, block.norm, lambda m: False, key=key), tuple)
-    assert found is False
+    key = handed_on(block.pair, block.pair.conv, None, lambda m: False)
+    assert key is not None
+    if not isinstance(key, str):
+        key = handed_on(block, block.pair, block.norm, lambda m: False, key=key)
+    assert isinstance(key, str)
 
 
 class Twice(nn.Module):
