@@ -52,6 +52,7 @@ class Graph:
             if node.op in ("call_function", "call_method"):
                 self.code.setdefault(info(node).path, []).append(node)
         self.ways: Callable[[nn.Module], list[fx.Graph] | None] = cache(paths)
+        self._unfollowed = cache(unfollowed)
         self._link = cache(self._unlinked)
 
     def sole_reader(self, node: fx.Node) -> fx.Node | None:
@@ -202,7 +203,7 @@ class Graph:
         found = handed_on(module, before, behind, _passing, key=key, only=only, ways=self.ways)
         where = f"the code of {owner}" if owner else "the model's own code"
         if found is None:
-            line = None if self.ways(module) is not None else unfollowed(module)
+            line = None if self.ways(module) is not None else self._unfollowed(module)
             return f"{where} decides by values or sizes in a way that cannot be followed" + (
                 f": {line}" if line else ""
             )
