@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
 
 import pytest
 
@@ -43,25 +42,6 @@ def onnxscript_read_once() -> Iterator[None]:
                 read = cache(lambda: onnxscript_apis.__getattr__("get_torchlib_ops")())
                 patch.setitem(vars(onnxscript_apis), "get_torchlib_ops", read)
         yield
-
-
-_WHOLE_MODELS = (
-    "zoo/",
-    "sweep/",
-    "passes/test_merge_branches.py",
-    "workflows/test_compress.py",
-    "workflows/test_fuse_everywhere.py",
-    "workflows/test_fuse_random.py",
-    "workflows/test_random_networks.py",
-)
-"""Tests of whole models, in which coverage counts nothing: it would take them half as long again, for few lines."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves tests of whole models out of the coverage that is measured, which is a lower bound then."""
-    for item in items:
-        if Path(os.path.relpath(item.path, Path(__file__).parent)).as_posix().startswith(_WHOLE_MODELS):
-            item.add_marker("no_cover")
 
 
 @pytest.hookimpl(optionalhook=True)
