@@ -8,12 +8,14 @@ from inspect import Parameter, signature
 import torch
 from torch import Tensor, nn
 
+from ..core.convolution import CONV_MODULES
 from ..core.errors import InputError, shortened
 from ..core.nested import Args, Kwargs, Tree, tensors_of
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
-_SPATIAL: dict[int, tuple[int, ...]] = {1: (1024,), 2: (224, 224), 3: (16, 112, 112)}
+FRAMES = 16
+"""Frames of a clip that nothing tells the length of."""
+_SPATIAL: dict[int, tuple[int, ...]] = {1: (1024,), 2: (224, 224), 3: (FRAMES, 112, 112)}
 
 Inputs = Tensor | Sequence[Tree] | Mapping[str, Tree]
 
@@ -91,8 +93,8 @@ def first_layer(model: nn.Module) -> nn.Module | None:
     """The layer whose class tells what a model takes: its first convolution in the order of definition, or its first
     linear layer or embedding where no convolution comes that could see an input; None without any.
     """
-    layers = [m for m in model.modules() if isinstance(m, (*_CONVOLUTIONS, nn.Linear, nn.Embedding))]
-    convolution = next((m for m in layers if isinstance(m, _CONVOLUTIONS)), None)
+    layers = [m for m in model.modules() if isinstance(m, (*CONV_MODULES, nn.Linear, nn.Embedding))]
+    convolution = next((m for m in layers if isinstance(m, CONV_MODULES)), None)
     first = layers[0] if layers else None
     before = isinstance(first, nn.Linear) and (convolution is None or isinstance(convolution, _TRANSPOSED))
     return first if before or isinstance(first, nn.Embedding) else convolution
@@ -102,7 +104,7 @@ def shape_for(layer: nn.Module | None, *, channels: int = 0) -> tuple[int, ...]:
     """A shape for a layer of `first_layer`, with ``channels`` where it does not tell them; an image's without one."""
     if isinstance(layer, nn.Linear):
         return (1, layer.in_features or channels)
-    if not isinstance(layer, _CONVOLUTIONS):
+    if not isinstance(layer, CONV_MODULES):
         return (1, channels, *_SPATIAL[2])
     spatial = _SPATIAL[len(layer.kernel_size)]
     if isinstance(layer, _TRANSPOSED):  # a decoder or generator: it makes the image out of something small

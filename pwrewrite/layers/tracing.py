@@ -5,16 +5,15 @@ torch reaches that interface through the graph fuser of its TorchScript interpre
 
 The fuser is not trusted. It writes a residual sum into memory that is read again later; two sums behind one convolution
 crash the process; some operations fail only when they run. What it is known not to do is kept apart in the graph
-(`_separate`), the result is compared with the function itself, at the outputs and inside, and where they differ, every
-operation of two tensors is kept apart before this gives up. Sources: the behaviour of torch 2.11 to 2.15.
+(`pwrewrite.layers.graph_edits`), the result is compared with the function itself, at the outputs and inside, and where
+they differ, every operation of two tensors is kept apart before this gives up.
 """
 
 from __future__ import annotations
 
-import operator
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -22,25 +21,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import Graph, ListType, Node, TensorType, Value
+from torch._C import Graph, Node, TensorType
 
 from ..core.errors import shortened
 from ..core.nested import tensors_of
 from .comparing import Function, alike, copies, outputs_of, same_function, trial_inputs
+from .graph_edits import gather_outputs, prepare_numbers, separate, sizes_of, spare, work_out_sizes, write_out
 from .packing import ForkSafeLock
-from .strides import ELEMENTWISE, detach, keep_kernels, only_operand
+from .strides import keep_kernels
 
 _C: Any = torch._C
 _LOCK = ForkSafeLock()
 """Held while a function is made, by settings of the whole process. What is traced may hold fused layers itself."""
-_ARITHMETIC: dict[str, Callable[[int, int], int]] = {
-    "aten::add": operator.add,
-    "aten::sub": operator.sub,
-    "aten::mul": operator.mul,
-    "aten::floor_divide": operator.floordiv,
-    "aten::remainder": operator.mod,
-}
-"""What code does to sizes."""
 _thread = threading.local()
 _NEEDED = """_jit_set_llga_enabled _jit_llga_enabled _jit_pass_remove_mutation _create_graph_by_tracing
 _create_function_from_graph _last_executed_optimized_graph"""
@@ -48,7 +40,6 @@ FUSER = all(hasattr(_C, name) for name in _NEEDED.split())
 """Whether this build of torch has oneDNN graphs behind its interpreter."""
 
 _INNER_BYTES = 256 * 2**20  # bytes of values inside that are compared, at most
-_BINARY = frozenset({"aten::add", "aten::sub", "aten::mul", "aten::div", "aten::maximum", "aten::minimum"})
 
 
 @dataclass(frozen=True)
@@ -95,11 +86,11 @@ def traced(run: Function, inputs: Sequence[Tensor], tolerance: float, *, keep_na
             graph, _ = _C._create_graph_by_tracing(run, tuple(inputs), lambda _: "", True, False, None, names)
             if any(map(_draws, graph.nodes())):
                 return "it draws random numbers"
-            _work_out_sizes(graph)
+            work_out_sizes(graph)
             _C._jit_pass_remove_mutation(graph)  # the fuser fails on operations in place
             if keep_nan:
-                _spare(graph)
-            _write_out(graph)
+                spare(graph)
+            write_out(graph)
             keep_kernels(graph)
             trials = trial_inputs(run, inputs)
             if isinstance(trials, str):
@@ -118,8 +109,8 @@ def _compiled(
 ) -> Traced | str:
     """A traced graph, compiled and compared; with every operation of two tensors apart from others, or only some."""
     try:
-        _separate(graph, every=apart)
-        _prepare_numbers(graph)
+        separate(graph, every=apart)
+        prepare_numbers(graph)
         inner = graph.copy()
         _C._jit_set_llga_enabled(True)
         function: Function = _C._create_function_from_graph("forward", graph)
@@ -141,216 +132,6 @@ def _reason(error: Exception) -> str:
     return f"torch's tracer or fuser fails: {shortened(lines[0 if graph else -1])}"
 
 
-def _work_out_sizes(graph: Any) -> None:
-    """Puts numbers in the place of what code works out from sizes, which are always the same here.
-
-    Torch traces whole numbers as tensors, and fails on those that change in place, as in ``n = x.shape[0]; n *= 4``.
-    """
-    known, worked_out = dict[str, int](), list[Any]()
-    for node in list(graph.nodes()):
-        if node.outputsSize() != 1:
-            continue
-        output, inputs = node.output(), [known.get(value.debugName()) for value in node.inputs()]
-        number = _number(node, inputs)
-        if number is None:
-            continue
-        known[output.debugName()] = number
-        if node.kind() != "prim::Constant":
-            worked_out.append(node)
-            if not isinstance(output.type(), TensorType):
-                graph.setInsertPoint(node)
-                constant = graph.insertConstant(number)
-                known[constant.debugName()] = number
-                output.replaceAllUsesWith(constant)
-    for node in reversed(worked_out):
-        if not node.output().uses():
-            node.destroy()
-
-
-def _number(node: Any, inputs: Sequence[int | None]) -> int | None:
-    """The whole number that a node gives, of those that it is given; None for anything else."""
-    kind = node.kind()
-    if kind == "prim::Constant":
-        value = node.output().toIValue()
-        if isinstance(value, Tensor) and not value.dim() and value.dtype is torch.int64:
-            value = int(value)
-        return value if type(value) is int else None
-    if kind == "aten::size" and len(inputs) == 2 and inputs[1] is not None:
-        sizes = _sizes(next(node.inputs()))
-        return None if sizes is None else sizes[inputs[1]]
-    if kind in ("prim::NumToTensor", "aten::Int"):
-        return inputs[0]
-    function = _ARITHMETIC.get(kind.removesuffix("_"))
-    if function is None or inputs[0] is None or inputs[1] is None or any(each != 1 for each in inputs[2:]):
-        return None
-    return function(inputs[0], inputs[1])
-
-
-def _write_out(graph: Any) -> None:
-    """Gives operations what they go without and the fuser fails on: a pool's stride, which is its kernel's size then,
-    the bias of a layer norm that has a weight, and weight and bias of a batch norm.
-    """
-    for node in graph.nodes():
-        if node.kind() in ("aten::max_pool2d", "aten::avg_pool2d"):
-            _, kernel, stride, *_ = node.inputs()
-            listed = stride.node().kind() == "prim::ListConstruct"
-            if not (list(stride.node().inputs()) if listed else stride.toIValue()):
-                node.replaceInput(2, kernel)
-        elif node.kind() == "aten::layer_norm":
-            _, _, weight, bias, *_ = node.inputs()
-            if isinstance(weight.type(), TensorType) and bias.node().mustBeNone() and (sizes := _sizes(weight)):
-                graph.setInsertPoint(node)
-                node.replaceInput(3, graph.insertConstant(torch.zeros(sizes)))
-        elif node.kind() == "aten::batch_norm":
-            _, weight, bias, mean, *_ = node.inputs()
-            sizes = _sizes(mean) or _sizes(weight)
-            for i, value, number in ((1, weight, 1.0), (2, bias, 0.0)):
-                if sizes and value.node().mustBeNone():
-                    graph.setInsertPoint(node)
-                    node.replaceInput(i, graph.insertConstant(torch.full(sizes, number)))
-
-
-def _separate(graph: Graph, *, every: bool) -> None:
-    """Puts a view, which no partition reaches across, in front of operations of two tensors that the fuser does wrong.
-
-    Those are: two that follow each other, which behind a convolution crash the process (in torch 2.15: ``conv(x) + a +
-    x``, where ``x`` is read elsewhere too) or give wrong values; one with an operand that is read elsewhere, or
-    whose memory is read again later, since the fuser writes the sum into it. With ``every`` all are kept apart.
-    """
-    nodes = list(graph.nodes())
-    roots = _roots(nodes)
-    last_read: dict[str, Node] = {}
-    for node in (*nodes, graph.return_node()):
-        for value in node.inputs():
-            last_read[roots.get(value.debugName(), value.debugName())] = node
-    constants = {value.debugName() for node in nodes if node.kind() == "prim::Constant" for value in node.outputs()}
-    for node in nodes:
-        if not _joins(node):
-            if node.kind() in _BINARY and len(next(node.inputs()).uses()) > 1:
-                detach(graph, node, 0)
-            continue
-        values = list(node.inputs())[:2]
-        names = [roots.get(value.debugName(), value.debugName()) for value in values]
-        # A constant is read again by the next call; memory of another size cannot hold the sum.
-        free = [
-            _sizes(value) != _sizes(node.output()) or (name not in constants and not last_read[name].isAfter(node))
-            for value, name in zip(values, names)
-        ]
-        chained = [_behind_another(value) for value in values]
-        for i, value in enumerate(values):
-            if value.node().kind() == "prim::Constant":
-                continue  # a view of a number that is a constant crashes the fuser
-            if every or len(value.uses()) > 1 or chained[i] or not free[1 - i]:
-                detach(graph, node, i)
-
-
-def _prepare_numbers(graph: Any) -> None:
-    """Gives sums, products and quotients operands of the result's dtype that have an axis, and results their own axes.
-
-    The fuser makes a tensor of every number, with one axis and the dtype of the first operand: ``z.mean() * 0.5`` gets
-    an axis, and whole numbers are multiplied by 0. It fails on tensors without axes.
-    """
-    for node in list(graph.nodes()):
-        kind = node.output().type() if node.kind() in ELEMENTWISE else None
-        if not isinstance(kind, TensorType):
-            continue
-        graph.setInsertPoint(node)
-        lifted = False
-        for i, value in enumerate(list(node.inputs())[:2]):
-            of = value.type()
-            if value.node().kind() == "prim::Constant":
-                continue  # a number in the code, which torch knows
-            if isinstance(of, TensorType) and None not in (of.dtype(), kind.dtype()) and of.dtype() is not kind.dtype():
-                _before(graph, node, i, "aten::to", kind.dtype(), False, False, None)
-            if _sizes(value) == []:
-                _before(graph, node, i, "aten::unsqueeze", 0)
-                lifted = True
-        if lifted and kind.sizes() == []:
-            squeezed = graph.create("aten::squeeze", [node.output()], 1)
-            squeezed.insertAfter(node)
-            squeezed.output().setType(kind)
-            node.output().replaceAllUsesAfterNodeWith(squeezed, squeezed.output())
-            node.output().setType(kind.with_sizes([1]))
-
-
-def _before(graph: Any, node: Node, i: int, kind: str, *arguments: Any) -> None:
-    """Puts an operation in front of an operand."""
-    constants = [graph.insertConstant(argument) for argument in arguments]
-    made = graph.create(kind, [list(node.inputs())[i], *constants], 1)
-    made.insertBefore(node)
-    node.replaceInput(i, made.output())
-
-
-def _roots(nodes: Sequence[Node]) -> dict[str, str]:
-    """For each value that may be a view: the name of the value whose memory it is in."""
-    roots: dict[str, str] = {}
-    for node in nodes:
-        tensors = [value for value in node.inputs() if value.type().kind() in ("TensorType", "ListType")]
-        if tensors and _may_be_view(node):
-            name = tensors[0].debugName()
-            roots |= {value.debugName(): roots.get(name, name) for value in node.outputs()}
-    return roots
-
-
-def _sizes(value: Value) -> list[int] | None:
-    kind = value.type()
-    return kind.sizes() if isinstance(kind, TensorType) else None
-
-
-def _may_be_view(node: Node) -> bool:
-    """Whether a traced operation may return memory that it was given."""
-    kind: str = node.kind()
-    if kind.startswith("prim::"):
-        return kind != "prim::Constant"
-    return "(a" in str(node.schema()) or "dropout" in kind
-
-
-def _joins(node: Node) -> bool:
-    """Whether a traced operation is one of two tensors, element by element."""
-    kinds = [value.type().kind() for value in list(node.inputs())[:2]]
-    return node.kind() in _BINARY and kinds == ["TensorType"] * 2
-
-
-def _behind_another(value: Value) -> bool:
-    """Whether a tensor comes from an operation of two tensors, by way of any of one, and is read nowhere else."""
-    while len(value.uses()) == 1:
-        node = value.node()
-        if _joins(node):
-            return True
-        i = only_operand(node)
-        if i is None or node.kind() == "aten::alias":
-            return False
-        value = list(node.inputs())[i]
-        if node.kind() == "aten::silu" and len(value.uses()) > 1:
-            return True  # to the fuser it is a sigmoid and a product, of two tensors where others read the first
-    return False
-
-
-def _spare(graph: Any) -> None:
-    """Puts what the fuser does not take, and that keeps NaN, in place of ReLU, clamps and max-pools.
-
-    It works in place where it reads what another operation made and nobody else reads.
-    """
-    for node in list(graph.nodes()):
-        kind = node.kind()
-        if kind not in ("aten::relu", "aten::relu6", "aten::hardtanh", "aten::clamp", "aten::max_pool2d"):
-            continue
-        value, *numbers = node.inputs()
-        graph.setInsertPoint(node)
-        if kind == "aten::max_pool2d":
-            other = graph.create("aten::max_pool2d_with_indices", [value, *numbers], 2)
-        else:
-            own = len(value.uses()) == 1 and value.node().kind().startswith("aten::") and not _may_be_view(value.node())
-            name = "threshold" if kind == "aten::relu" else "clamp"
-            if kind in ("aten::relu", "aten::relu6"):
-                numbers = [graph.insertConstant(bound) for bound in (0, 0 if name == "threshold" else 6)]
-            other = graph.create(f"aten::{name}{'_' if own else ''}", [value, *numbers], 1)
-        other.insertBefore(node)
-        result = next(other.outputs())
-        result.setType(node.output().type())
-        node.output().replaceAllUsesWith(result)
-
-
 def _draws(node: Node) -> bool:
     """Whether a traced operation draws random numbers; attention only where it drops, dropouts only in training."""
     given: list[Any] = list(node.inputs())
@@ -369,12 +150,12 @@ def _same_inside(graph: Graph, inputs: Sequence[Tensor], tolerance: float) -> bo
             kind = value.type()
             if len(value.uses()) < 2 or not isinstance(kind, TensorType) or kind.dtype() is not torch.float32:
                 continue
-            size += 4 * prod(_sizes(value) or ())
+            size += 4 * prod(sizes_of(value) or ())
             if size <= _INNER_BYTES:
                 graph.registerOutput(value)
     if not size:
         return True
-    _gather_outputs(graph)
+    gather_outputs(graph)
     results = []
     for fused in (False, True):
         _C._jit_set_llga_enabled(fused)
@@ -382,24 +163,3 @@ def _same_inside(graph: Graph, inputs: Sequence[Tensor], tolerance: float) -> bo
         function(*copies(inputs))
         results.append(tensors_of(function(*copies(inputs))))
     return alike(results[1], results[0], tolerance)
-
-
-def _gather_outputs(graph: Any) -> None:
-    """Makes one output of several: a list where all are tensors, since the fuser fails on tuples behind branches."""
-    outputs = list(graph.outputs())
-    leaves = [leaf for value in outputs for leaf in _parts(value)]
-    if not all(isinstance(leaf.type(), TensorType) for leaf in leaves):
-        graph.makeMultiOutputIntoTuple()
-        return
-    gathered = graph.create("prim::ListConstruct", leaves, 1)
-    gathered.output().setType(ListType(TensorType.get()))
-    graph.appendNode(gathered)
-    for i in reversed(range(len(outputs))):
-        graph.eraseOutput(i)
-    graph.registerOutput(gathered.output())
-
-
-def _parts(value: Any) -> list[Any]:
-    """The values that a tuple or list is made of where it is made, else the value."""
-    made = value.node().kind() in ("prim::TupleConstruct", "prim::ListConstruct")
-    return [part for each in value.node().inputs() for part in _parts(each)] if made else [value]

@@ -27,12 +27,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capturing.inputs import example_of, first_layer, shape_for
+from ..capturing.inputs import FRAMES, example_of, first_layer, shape_for
 from ..core.errors import InputError
 from .factories import missing_args
 from .resolve import TargetInfo
-
-_FRAMES = 16
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def _from_weights(model: nn.Module, name: str, args: Mapping[str, object]) -> Gu
         return Guess(((1, 3, height, width),))
     frames = args.get("temporal_size")
     if not isinstance(frames, int):
-        frames = max(_FRAMES, weights.meta.get("min_temporal_size") or 0)
+        frames = max(FRAMES, weights.meta.get("min_temporal_size") or 0)
     note = f"no input given: assumed a clip of {frames} frames, 1x3x{frames}x{height}x{width}"
     return Guess(((1, 3, frames, height, width),), (note,))
 

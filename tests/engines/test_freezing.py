@@ -707,14 +707,14 @@ class Twice(nn.Module):
 
 def test_values_inside_are_compared_as_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
     """In torch 2.15 the fuser cannot run some graphs with scripted branches whose inner values are a tuple."""
-    kinds, gather = [], tracing._gather_outputs
+    kinds, gather = [], tracing.gather_outputs
 
     def seen(graph: Any) -> None:
         gather(graph)
         (value,) = graph.outputs()
         kinds.append((value.node().kind(), len(list(value.node().inputs()))))
 
-    monkeypatch.setattr(tracing, "_gather_outputs", seen)
+    monkeypatch.setattr(tracing, "gather_outputs", seen)
     model, x = Twice().eval(), torch.randn(2, 3, 8, 8)
     made = freeze(model, x)
     assert kinds == [("prim::ListConstruct", 4)]
