@@ -83,7 +83,8 @@ def gather(
         each: Called after every chunk with the statistics by then.
 
     Raises:
-        RefusedError: If an activation or a gradient holds NaN or Inf, or the model cannot be differentiated.
+        RefusedError: If an activation or a gradient holds NaN or Inf, an output NaN, or the model cannot be
+            differentiated.
     """
     device, gradients = device_of(model), how.outputs is not None
     statistics = start or Statistics(kind="loss" if gradients else "activations")
@@ -119,6 +120,7 @@ def gather(
             with same_directory(), torch.set_grad_enabled(gradients):
                 outputs = model(*args, **kwargs)
                 if gradients:
+                    _refuse_nan(outputs, model)
                     statistics.outcome = watch.backward(outputs)
             watch.end()
             if each is not None:
@@ -282,6 +284,20 @@ class _Watch:
 
 class NoGradientsError(RefusedError):
     """The model cannot be differentiated."""
+
+
+def _refuse_nan(outputs: object, model: nn.Module) -> None:
+    """Refuses outputs that hold NaN, and names the first weight that does."""
+    if not any(bool(tensor.isnan().any()) for tensor in floating(outputs)):
+        return
+    named = (*model.named_parameters(), *model.named_buffers())
+    weight = next((name for name, tensor in named if bool(tensor.isnan().any())), None)
+    hint = "use a checkpoint without NaN" if weight else "look at the calibration inputs, and at the model's code"
+    raise RefusedError(
+        "the model's outputs hold NaN on the calibration data",
+        got=f"NaN in the weight {weight} too" if weight else None,
+        hint=hint,
+    )
 
 
 def _checked(rows: Tensor, path: str, what: str) -> Tensor:

@@ -154,8 +154,13 @@ def _read_torch(path: Path) -> object:
             _check_unpacked_size(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (WeightsError, OSError):
+    except WeightsError:
         raise
+    except OSError as error:
+        if not zipped or zipfile.is_zipfile(path):
+            raise
+        got = "an archive without its end"  # torch's reader seeks before the start of a short one
+        raise WeightsError(f"{path} is truncated or damaged", got=got, hint=_AGAIN) from error
     except Exception as error:  # readers of damaged bytes raise nearly everything
         raise _explained(path, error, zipped) from error
 
@@ -189,7 +194,8 @@ def _explained(path: Path, error: Exception, zipped: bool) -> WeightsError:
         return WeightsError(message, got=f"it asks for {got}", expected=expected, hint=hint)
     with path.open("rb") as file:
         pickled = file.read(1) == b"\x80"
-    cut = "central directory" in text or "unexpected EOF" in text or isinstance(error, (EOFError, IndexError))
+    cut = isinstance(error, (EOFError, IndexError))
+    cut = cut or any(sign in text for sign in ("central directory", "not a ZIP archive", "unexpected EOF"))
     reason = shortened(text.split("WeightsUnpickler error:")[-1].strip() or type(error).__name__)
     if cut and (zipped or names or pickled):
         return WeightsError(f"{path} is truncated or damaged", got=reason, hint=_AGAIN)

@@ -309,6 +309,16 @@ def test_inputs_that_are_not_finite_are_refused(value: float) -> None:
         plan(calibration=given)
 
 
+def test_outputs_that_are_nan_are_refused_with_the_weight_that_is() -> None:
+    model, inputs = made("plain")
+    *_, (name, weight) = model.named_parameters()
+    with torch.no_grad():
+        weight.view(-1)[0] = float("nan")
+    with pytest.raises(RefusedError, match="outputs hold NaN") as caught:
+        pwrewrite.plan(model, inputs, {"macs": 0.5}, batches())
+    assert f"NaN in the weight {name}" in str(caught.value)
+
+
 def test_activations_that_are_not_finite_are_refused() -> None:
     model, inputs = made("plain")
     assert isinstance(model, Net)

@@ -363,6 +363,14 @@ def test_a_truncated_torch_file(tmp_path: Path, zipped: bool, share: float) -> N
     assert "download it again" in message
 
 
+@pytest.mark.parametrize("size", [4, 5000, 21000])
+def test_a_short_rest_of_an_archive(tmp_path: Path, size: int) -> None:
+    """Torch's reader looks for the end of an archive before the start of a short one: an OSError."""
+    torch.save({"weight": torch.zeros(50_000)}, tmp_path / "w.pt")
+    (tmp_path / "w.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:size])
+    assert "truncated" in refusal(tmp_path / "w.pt")
+
+
 @pytest.mark.parametrize("size", [3, 40, -1])
 def test_a_truncated_safetensors_file(tmp_path: Path, size: int) -> None:
     save_file(state(), tmp_path / "w.safetensors")
