@@ -70,7 +70,8 @@ def augmented(augment: Augment, chunk: Chunk) -> Chunk:
         result = augment(*args, **kwargs)
     except Exception as error:
         raise UsageError("the augmentation raised", got=first_line(error)) from error
-    if isinstance(result, Mapping):
+    takes_dict = len(args) == 1 and isinstance(args[0], Mapping)
+    if isinstance(result, Mapping) and not takes_dict:
         changed: Chunk = (), dict(result)
     elif kwargs and not args and not isinstance(result, tuple):
         changed = (), dict(zip(kwargs, [result]))

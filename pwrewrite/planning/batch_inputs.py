@@ -1,8 +1,8 @@
 """One batch of calibration inputs: which part of it the model takes, by the example inputs, and how it is cut.
 
-A batch is an array, a tuple or list of positional inputs, or a dict of keyword inputs. What comes beside the inputs are
-labels where it looks like them (an integer, or a whole float, for each sample; ``0`` and ``1`` in a row for each
-sample), else a target, which is left out with a note.
+A batch is an array, a tuple or list of positional inputs, or a dict: of keyword inputs, or the one input of a model
+that takes a dict. What comes beside the inputs are labels where it looks like them (an integer, or a whole float, for
+each sample; ``0`` and ``1`` in a row for each sample), else a target, which is left out with a note.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, as_tensor
 from ..core.errors import UsageError
 from ..core.nested import Args, Kwargs
 from ..targets.arrays import LABEL_NAMES
+from .running import opened_dicts
 
 Array = Tensor | np.ndarray
 
@@ -47,6 +48,8 @@ class Batch:
         """Some of its samples; not for one that is ``whole``."""
 
         def cut(value: object) -> object:
+            if isinstance(value, Mapping):
+                return {name: cut(inner) for name, inner in value.items()}
             return value[start:stop] if is_array(value) and value.ndim else value
 
         args, kwargs = tuple(map(cut, self.args)), {name: cut(value) for name, value in self.kwargs.items()}
@@ -83,10 +86,17 @@ def sort_out(batch: object, number: int, args: Args, kwargs: Kwargs) -> tuple[Ba
     if isinstance(batch, (list, tuple)) and not batch:  # an empty last batch of lists
         return Batch((), {}, None, 0, number), None
     if isinstance(batch, Mapping):
-        named = _by_name(batch, number, args, kwargs)
-        beside = [batch[name] for name in batch if name not in named]
+        one = args[0] if len(args) == 1 and not kwargs and isinstance(args[0], Mapping) else None
+        taken = _by_name(batch, number, args, kwargs if one is None else one)
+        beside = [batch[name] for name in batch if name not in taken]
+        values, named = ((), taken) if one is None else ((taken,), {})
     else:
-        values, beside = _by_place(batch, number, args or tuple(kwargs.values()))
+        example = args or tuple(kwargs.values())
+        values, beside = _by_place(batch, number, example)
+        values = tuple(
+            _by_name(value, number, (), wanted) if isinstance(value, Mapping) and isinstance(wanted, Mapping) else value
+            for value, wanted in zip(values, example, strict=True)
+        )
         if kwargs and not args:
             values, named = (), dict(zip(kwargs, values, strict=True))
     samples, whole = _count([*values, *named.values()])
@@ -96,22 +106,23 @@ def sort_out(batch: object, number: int, args: Args, kwargs: Kwargs) -> tuple[Ba
     return Batch(values, named, labels, samples, number, 0, whole), note
 
 
-def _by_name(batch: Mapping[str, object], number: int, args: Args, kwargs: Kwargs) -> Kwargs:
-    if args or not kwargs:
+def _by_name(batch: Mapping[str, object], number: int, args: Args, wanted: Mapping[str, object]) -> Kwargs:
+    """What is wanted of a dict; ``args`` are the example's positional inputs, for what is said where nothing is."""
+    if not wanted:
         raise UsageError(
             f"batch {number} of the calibration inputs is a dict, and the example inputs are positional",
             expected=described(args[0] if len(args) == 1 else args),
             got=described(batch),
             hint=f"give both by name or both by position, or {_OWN}",
         )
-    missing = [name for name in kwargs if name not in batch]
-    other = [name for name in batch if name not in kwargs and name not in LABEL_NAMES]
+    missing = [name for name in wanted if name not in batch]
+    other = [name for name in batch if name not in wanted and name not in LABEL_NAMES]
     if missing or other:
         what = f"batch {number} of the calibration inputs "
         what += f"lacks {', '.join(missing)}" if missing else f"also has {', '.join(map(str, other))}"
         got = ", ".join(map(str, batch)) or "nothing"
-        raise UsageError(what, expected=f"the inputs {', '.join(kwargs)}", got=got, hint=_OWN)
-    return {name: batch[name] for name in kwargs}
+        raise UsageError(what, expected=f"the inputs {', '.join(wanted)}", got=got, hint=_OWN)
+    return {name: batch[name] for name in wanted}
 
 
 def _by_place(batch: object, number: int, example: Args) -> tuple[Args, Sequence[object]]:
@@ -127,7 +138,7 @@ def _by_place(batch: object, number: int, example: Args) -> tuple[Args, Sequence
         listed = isinstance(first, (tuple, list)) and all(map(is_array, first))
         if takes_list and listed:
             return (list(first),), batch[1:]
-        if not takes_list and listed and len(first) == count:
+        if isinstance(first, (tuple, list)) and len(first) == count and all(map(_alike, first, example)):
             return tuple(first), batch[1:]
         if not takes_list and len(batch) >= count:
             return tuple(batch[:count]), batch[count:]
@@ -138,6 +149,12 @@ def _by_place(batch: object, number: int, example: Args) -> tuple[Args, Sequence
         got=described(batch),
         hint=_OWN,
     )
+
+
+def _alike(value: object, example: object) -> bool:
+    """Whether a value can be an input like the example's: an array, a list or a dict as it is."""
+    kind = next((kind for kind in (Mapping, (list, tuple)) if isinstance(example, kind)), None)
+    return is_array(value) if kind is None else isinstance(value, kind)
 
 
 def _labels(value: object, samples: int) -> Tensor | None:
@@ -158,8 +175,9 @@ def _labels(value: object, samples: int) -> Tensor | None:
 
 def _count(values: Sequence[object]) -> tuple[int, bool]:
     """How many samples some inputs hold, and whether they have no batch dim in common."""
+    values = [*opened_dicts(values)]
     sizes = [int(value.shape[0]) for value in values if is_array(value) and value.ndim]
-    if any(isinstance(value, (list, tuple, Mapping)) for value in values):
+    if any(isinstance(value, (list, tuple)) for value in values):
         lists = [len(value) for value in values if isinstance(value, (list, tuple))]
         return (*sizes, *lists, 1)[0], True
     return (0, False) if 0 in sizes else ((*sizes, 1)[0], len(set(sizes)) != 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,22 +24,30 @@ Say = Callable[[str, float | None], None]
 
 def samples_of(args: Args, kwargs: Kwargs) -> int:
     """How many samples a chunk holds: the first dim of its first tensor, or the length of its first list."""
-    for value in (*args, *kwargs.values()):
+    for value in opened_dicts((*args, *kwargs.values())):
         if isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.dim()):
             return len(value)
     return 1
 
 
 def first_samples(chunk: Chunk, count: int) -> Chunk:
-    """So many samples of a chunk at most: of what is as long as its batch, at the top level."""
+    """So many samples of a chunk at most: of what is as long as its batch, at the top level or in a dict."""
     there = samples_of(*chunk)
 
     def cut(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: cut(inner) for name, inner in value.items()}
         sized = value.dim() > 0 if isinstance(value, Tensor) else isinstance(value, (list, tuple))
         return value[:count] if sized and len(value) == there else value
 
     args, kwargs = chunk
     return tuple(map(cut, args)), {name: cut(value) for name, value in kwargs.items()}
+
+
+def opened_dicts(values: Iterable[Any]) -> Iterator[Any]:
+    """Inputs, and of a dict what it holds."""
+    for value in values:
+        yield from opened_dicts(value.values()) if isinstance(value, Mapping) else (value,)
 
 
 @contextmanager

@@ -98,6 +98,8 @@ class ArrayFile:
         self.path, self.notes = path, list[str]()
         self._preprocess, self._labels = preprocess, labels
         args, kwargs = split_inputs(example_inputs)
+        if len(args) == 1 and not kwargs and isinstance(args[0], Mapping):  # its keys name the arrays
+            args, kwargs = split_inputs(args[0])
         self._names = tuple(kwargs)
         self._parameters = () if model is None else tuple(input_names(model, args, kwargs))
         self._listed = len(args) == 1 and isinstance(args[0], (tuple, list))

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from pwrewrite.core.errors import UsageError
 from pwrewrite.planning.batches import Batches
-from pwrewrite.planning.running import Chunk
+from pwrewrite.planning.running import Chunk, first_samples, samples_of
 
 IMAGE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -83,6 +83,26 @@ def test_inputs_by_name() -> None:
     assert "lacks mask" in refusal([{"image": images(2)}], example)
     assert "also has depth" in refusal([{**batch, "depth": images(5)}], example)
     assert "both by name" in refusal([batch])
+
+
+def test_a_dict_as_the_one_input() -> None:
+    """As of a model with ``forward(self, batch)``."""
+    example = ({"image": IMAGE, "mask": torch.zeros(1, 8, 8, dtype=torch.bool)},)
+    inputs = {"mask": np.zeros((5, 8, 8), bool), "image": images(5)}
+    labels = torch.arange(5)
+    for batch in ({**inputs, "label": labels}, (inputs, labels), ((inputs,), labels), [inputs, labels]):
+        batches = Batches([batch], example, chunk=2)
+        chunks = list(batches)
+        assert all(not kwargs and list(args[0]) == ["image", "mask"] for args, kwargs in chunks)
+        assert [samples_of(*chunk) for chunk in chunks] == [2, 2, 1]
+        assert [len(args[0]["mask"]) for args, _ in chunks] == [2, 2, 1]
+        found = batches.labels()
+        assert found is not None
+        assert found.tolist() == [0, 1, 2, 3, 4]
+    assert "lacks mask" in refusal([({"image": images(2)}, labels[:2])], example)
+    assert "also has depth" in refusal([{**inputs, "depth": images(5)}], example)
+    assert "image of batch 0" in refusal([{**inputs, "image": images(5)[:, :1]}], example)
+    assert len(first_samples(chunks[0], 1)[0][0]["image"]) == 1
 
 
 def test_several_inputs() -> None:

@@ -118,6 +118,15 @@ def test_several_inputs(tmp_path: Path) -> None:
     assert all(len(kwargs["image"]) <= 32 for _, kwargs in batches)
 
 
+def test_the_keys_of_a_dict_that_is_the_one_input_name_arrays(tmp_path: Path) -> None:
+    example = ({"image": IMAGE, "mask": torch.zeros(1, 4, dtype=torch.bool)},)
+    np.savez(tmp_path / "named.npz", mask=np.zeros((N, 4), bool), image=images(), labels=np.arange(N))
+    batches = Batches(open_calibration(str(tmp_path / "named.npz"), example_inputs=example), example)
+    assert all(list(args[0]) == ["image", "mask"] and not kwargs for args, kwargs in batches)
+    assert batches.labels() is not None
+    assert batches.samples == N
+
+
 class Conditioned(nn.Module):
     """Its last input has a name that labels have elsewhere."""
 
