@@ -22,6 +22,7 @@ from torch import fx, nn
 
 from ..core.errors import first_line, line_of_model
 from ..core.files import same_directory
+from ..core.fx_names import taken_by_graphs
 from ..core.nested import Tree
 from .state import CONTAINERS, contents, refill, same
 
@@ -94,10 +95,12 @@ def trace(module: nn.Module) -> fx.Graph:
     """A module's own code as a graph, in which its children are calls.
 
     Raises:
-        NotTraceable: If the code depends on values, shapes or the training mode, does something else where an input
-            is left out, sets attributes, or switches gradients or autocast.
+        NotTraceable: If a child has a name that graphs take, or the code depends on values, shapes or the training
+            mode, does something else where an input is left out, sets attributes, or switches gradients or autocast.
     """
     kind = type(module).__name__
+    if taken := taken_by_graphs(module):
+        raise NotTraceable(f"{kind} calls something of its own {taken}, which is a name that graphs of torch take")
     graph = _same_in_both_modes(module)
     inputs = {str(node.target): node.args[0] for node in graph.nodes if node.op == "placeholder" and node.args}
     flags = [name for name, default in inputs.items() if isinstance(default, bool)]

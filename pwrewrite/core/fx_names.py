@@ -1,4 +1,7 @@
-"""Modules whose names are keywords of Python, such as ``nn.ModuleDict({"in": …})``, in code that `torch.fx` writes."""
+"""Modules whose names `torch.fx` cannot write or hold.
+
+These are keywords of Python, such as ``nn.ModuleDict({"in": …})``, and what a graph module calls things of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 _graph: Any = torch.fx.graph
 
@@ -29,6 +32,13 @@ def _format_target(base: str, target: str) -> str:
         plain = name.isidentifier() and not keyword.iskeyword(name)
         base = f"{base}.{name}" if plain else f"getattr({base}, {name!r})"
     return base
+
+
+def taken_by_graphs(module: nn.Module) -> str | None:
+    """A child, parameter or buffer called as something that every ``GraphModule`` has, such as ``graph``."""
+    names = (*module._modules, *module._parameters, *module._buffers)
+    known = ("meta", *(name for name in vars(fx.GraphModule) if not hasattr(nn.Module, name)))
+    return next((name for name in names if name in known), None)
 
 
 def named_by_keyword(model: nn.Module) -> str | None:

@@ -98,6 +98,15 @@ def _collect(value: Tree, tensors: list[Tensor], above: tuple[int, ...]) -> None
                 _collect(item, tensors, (*above, id(value)))
 
 
+def is_plain(value: object) -> bool:
+    """Whether all tensors lie in plain tuples, lists and dicts, and not in classes of the user's or of a library."""
+    if isinstance(value, Tensor):
+        return True
+    if type(value) in (tuple, list, dict):
+        return all(map(is_plain, value.values() if isinstance(value, dict) else value))  # type: ignore[call-overload]
+    return not tensors_of(value)
+
+
 def hash_tensors(value: object) -> str:
     """A hash of all tensors in nested containers, in order, 64 hex digits: dtypes, shapes and values."""
     digest = hashlib.sha256()
@@ -128,7 +137,7 @@ def _map(value: Tree, convert: Callable[[Tensor], Tree], plain: bool, above: tup
         return value
     old, rebuild = opened
     items = {key: _map(item, convert, plain, (*above, id(value))) for key, item in old.items()}
-    if all(items[key] is item for key, item in old.items()):
+    if all(items[key] is item for key, item in old.items()) and not (plain and tensors_of(value)):
         return value
     if plain and not isinstance(value, slice):
         return next((kind(items.values()) for kind in (tuple, list) if isinstance(value, kind)), items)

@@ -128,5 +128,9 @@ def run_apart(load: str, program: Program, folder: Path, calls: Sequence[Call], 
             lines = errors.read_text(errors="replace").strip().splitlines() if errors.exists() else []
             raise RefusedError("it does not run in a process of its own", got=(lines or [f"exit code {code}"])[-1])
         outputs, seconds = torch.load(f"{scratch}/results", weights_only=True)
+    names = list(program.outputs.values())
     named = [{program.outputs.get(path, path): t for path, t in each.items()} for each in outputs]
+    # Classes that became plain containers have other paths, and the same order.
+    ordered = [dict(zip(names, each.values())) if len(each) == len(names) else each for each in named]
+    named = [each if set(each) == set(names) else other for each, other in zip(named, ordered)]
     return Run(named, seconds, f"torch {torch.__version__}, CPU, {threads} threads")

@@ -16,9 +16,9 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from importlib import import_module, util
 from io import StringIO
 from pathlib import Path
@@ -31,7 +31,8 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 
 from ..core.errors import RefusedError, UsageError, first_line, line_of_model
 from ..core.names import EXPORT_NAMES
-from ..core.nested import Args, Kwargs, tensors_of
+from ..core.nested import Args, Kwargs, is_plain, map_tensors, tensors_of
+from .axis_limits import axis_limits
 
 Call = tuple[Args, Kwargs]
 """Positional and keyword arguments."""
@@ -86,17 +87,36 @@ class Program:
         targets = [node.target for node in self.exported.graph.nodes if isinstance(node.target, OpOverload)]
         return sorted({t.namespace for t in targets if t.namespace in sys.modules} - {"torch"})
 
+    @cached_property
+    def _plain(self) -> bool:
+        """Whether the model returns plain containers, which are known wherever an export is read."""
+        args, kwargs = map_tensors(self.inputs, torch.clone)
+        with torch.no_grad():
+            return is_plain(self.model(*args, **kwargs))
+
     def _export(self, labels: Mapping[str, object]) -> ExportedProgram:
         args, kwargs = self.inputs
         shapes = ShapesCollection()  # type: ignore[no-untyped-call]
         for tensor, axes in zip(tensors_of(self.inputs), self.axes):
             if axes:
                 shapes[tensor] = {axis: labels[label] for axis, label in axes.items()}
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), nullcontext() if self._plain else _plain_outputs(self.model):
             made = torch.export.export(self.model, args, kwargs, dynamic_shapes=shapes if labels else None)
         _drop_idle_squeezes(made)
         _bound_by_alike(made)
         return made
+
+    @property
+    def limits(self) -> list[str]:
+        """What the sizes of axes that vary must be beside numbers, where the model's code decides by them."""
+        nodes = {node.name: node.meta.get("val") for node in self.exported.graph.nodes}
+        values = [nodes.get(str(name)) for name in self.exported.graph_signature.user_inputs]
+        varying = dict[str, tuple[object, int]]()
+        for value, axes, tensor in zip(values, self.axes, tensors_of(self.inputs)):
+            if isinstance(value, Tensor):
+                for axis, label in axes.items():
+                    varying.setdefault(label, (value.shape[axis], tensor.shape[axis]))
+        return list(axis_limits(varying))
 
     @property
     def output_sizes(self) -> list[tuple[str, ...]]:
@@ -125,6 +145,25 @@ class Program:
         if (len(inputs), len(outputs)) != (len(self.input_names), len(self.outputs)):
             got = f"{len(inputs)} inputs and {len(outputs)} outputs"
             raise RefusedError(f"the {what} has other inputs or outputs than the model", got=got)
+
+
+@contextmanager
+def _plain_outputs(model: nn.Module) -> Iterator[None]:
+    """A model that returns plain dicts, tuples and lists meanwhile, in place of the user's own classes."""
+    forward = model.forward
+
+    @wraps(forward)
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        return map_tensors(forward(*args, **kwargs), lambda tensor: tensor, plain=True)
+
+    own = vars(model).get("forward")
+    model.forward = plain
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
 
 
 def _drop_idle_squeezes(program: ExportedProgram) -> None:
@@ -171,8 +210,7 @@ def _refused(error: Exception) -> RefusedError:
         got = "it computes with a tensor in a way that torch.export cannot trace, such as through .data"
         hint = "where it masks or sets a weight's .data, compute with the weight itself: self.weight * self.mask"
     elif unknown := re.search(r"<class '(?:.*\.)?(\w+)'> in (?:the )?output", text):
-        name = unknown[1]
-        hint = f"return a tuple or a dict, or torch.utils._pytree.register_dataclass({name}) in the model's file"
+        hint = f"return a tuple or a dict in place of a {unknown[1]}"
     elif "data-dependent" in text:
         if line := re.search(r'File "(.+)", line (\d+), in (\w+)\n\s*(.+)', text.rpartition("raised this error")[2]):
             where = f"{line[1]}:{line[2]} in {line[3]}: {line[4]}"

@@ -103,11 +103,7 @@ class Source(Format):
 
     def run(self, program: Program, folder: Path, calls: Sequence[Call]) -> Run:
         """Imports the code and runs it."""
-        done = run_apart("from model import load; model = load()", program, folder, calls)
-        names = list(program.outputs.values())
-        same = [dict(zip(names, each.values())) if len(each) == len(names) else each for each in done.outputs]
-        named = [each if set(each) == set(names) else other for each, other in zip(done.outputs, same)]
-        return Run(named, done.seconds, done.engine)
+        return run_apart("from model import load; model = load()", program, folder, calls)
 
 
 FORMAT = Source()

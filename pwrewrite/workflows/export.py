@@ -23,7 +23,7 @@ from ..core.declaring import from_keywords, refuse_unknown
 from ..core.errors import PwrewriteError, RefusedError, UsageError, VerificationError, first_line
 from ..core.exports import EXPORT_SCHEMA, Exported, Exports
 from ..core.files import new_folder
-from ..core.fx_names import named_by_keyword
+from ..core.fx_names import named_by_keyword, taken_by_graphs
 from ..core.names import EXPORT_NAMES
 from ..core.nested import tensors_of
 from ..core.options import ExportOptions, TargetOptions
@@ -98,7 +98,8 @@ def export(
     with torch.no_grad():
         seconds = measured(lambda: program.model(*args, **kwargs))
     say("torch.export", None)
-    assert program.exported
+    if limits := program.limits:
+        notes.append(f"the exports hold for {', '.join(limits)}: by other sizes the model's code may decide otherwise")
     weights = {id(t): t.nbytes for t in (*program.model.parameters(), *program.model.buffers())}
     with TemporaryDirectory() as scratch:
         rows = []
@@ -215,6 +216,8 @@ def _exported(
         problems = [first_line(failure)]
     if any("SyntaxError" in problem for problem in problems) and (named := named_by_keyword(program.model)):
         problems.append(f"torch writes the names of modules into code, and a part of {named} is a keyword: rename it")
+    if any("nonexistent attribute" in problem for problem in problems) and (taken := taken_by_graphs(program.model)):
+        problems.append(f"graphs of torch have a {taken} of their own: rename the model's {taken}")
     files = [folder / name for name in each.files if (folder / name).exists()]
     size = sum(file.stat().st_size for file in files)
     for file in files if problems else ():

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -514,6 +515,97 @@ def test_names_that_are_keywords(tmp_path: Path) -> None:
     fused = pwrewrite.fuse(model, X)
     assert fused.edits
     torch.testing.assert_close(fused.model(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Pair(NamedTuple):
+    left: Tensor
+    right: Tensor
+
+
+@dataclass
+class Heads:
+    scores: Tensor
+    pair: Pair
+    loss: Tensor | None = None
+
+
+class Classes(nn.Conv2d):
+    """Returns classes of its own, which neither a runtime nor ``torch.export.load`` knows."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return Heads(y.mean((2, 3)), Pair(y, -y))
+
+
+class Tupled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return Pair(y, y.mean((2, 3)))
+
+
+def test_outputs_in_classes_come_in_plain_containers(tmp_path: Path) -> None:
+    model = Classes(3, 8, 3)
+    result = exported(model, X, tmp_path)
+    assert list(result.outputs) == ["scores", "pair_left", "pair_right"]
+    served = torch.export.load(tmp_path / "out/model.pt2").module()(X)
+    assert list(served) == ["scores", "pair", "loss"]
+    torch.testing.assert_close(served["pair"][1], model(X).pair.right, rtol=1e-4, atol=1e-5)
+    assert type(model(X)) is Heads  # the model's own forward is as it was
+    named = exported(Tupled(3, 8, 3), X, tmp_path / "tuple")
+    assert list(named.outputs) == ["left", "right"]
+    assert type(torch.export.load(tmp_path / "tuple/out/model.pt2").module()(X)) is tuple
+
+
+class Padded(nn.Sequential):
+    """Pads where a size is no multiple of 4, which the example never is, and is another model for large batches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        if height % 4 or width % 4:
+            x = nn.functional.pad(x, (0, -width % 4, 0, -height % 4))
+        if x.shape[0] > 9:
+            x = x - x.mean()
+        result: Tensor = super().forward(x)
+        return result[..., :height, :width]
+
+
+def test_sizes_that_an_export_does_not_hold_for_are_said(tmp_path: Path) -> None:
+    model = Padded(nn.Conv2d(3, 8, 2, 2), nn.ConvTranspose2d(8, 3, 2, 2)).eval()
+    dynamic = ("x:2=height", "x:3=width")
+    result = pwrewrite.export(model, X, to="onnx", out=tmp_path / "out", dynamic=dynamic)
+    assert result.passed
+    [note] = [note for note in result.notes if "the exports hold for" in note]
+    assert "batch at most 9, height in multiples of 4, width in multiples of 4" in note
+    free = pwrewrite.export(nn.Conv2d(3, 8, 3), X, to="pt2", out=tmp_path / "free", dynamic=("input:2",))
+    assert not any("hold for" in note for note in free.notes)
+    equal = pwrewrite.export(Transposed(), X, to="pt2", out=tmp_path / "equal", dynamic=dynamic)
+    assert any("width equal to height" in note for note in equal.notes)
+
+
+class Transposed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.transpose(2, 3)
+
+
+class Taken(nn.Module):
+    """Names that every ``GraphModule`` has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph, self.norm, self.meta = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.meta(torch.relu(self.norm(self.graph(x)))))
+
+
+def test_names_that_graphs_take(tmp_path: Path) -> None:
+    model = Taken().eval()
+    result = pwrewrite.export(model, X, to=("source", "pt2"), out=tmp_path / "out")
+    assert [row.passed for row in result.formats] == [True, False]
+    assert "rename the model's graph" in result.formats[1].detail
+    fused = pwrewrite.fuse(model, X)
+    assert any("graph, which is a name that graphs of torch take" in skip.detail for skip in fused.report.skips)
+    torch.testing.assert_close(fused.model(X), model(X), rtol=1e-4, atol=1e-5)
 
 
 def test_one_size_is_not_called_two(tmp_path: Path) -> None:
