@@ -185,7 +185,9 @@ def value_need(failure: Exception) -> str:
 
 def _refused(error: Exception, model: nn.Module, args: Args, kwargs: Kwargs) -> CaptureError:
     shapes = ", ".join("×".join(map(str, t.shape)) or "scalar" for t in tensors_of((args, kwargs)))
-    where = path_of_failure(error)
+    where, line = path_of_failure(error), line_of_model(error)
+    if line and not (where and isinstance(error, ShapeError)):  # a module that is called tells enough of shapes
+        where = f"{where}, in {line}" if where else line
     what = f"the model does not run on this input: {first_line(error)}"
     hint = "check that model(*example_inputs) runs in plain PyTorch on these inputs"
     dtype = re.search(r"takes (\w+), got (\w+)$", str(error)) if isinstance(error, ShapeError) else None

@@ -479,7 +479,6 @@ def test_real_values_on_meta_inputs_and_weights() -> None:
         (nn.Sequential(nn.Conv2d(4, 4, 1)), X.to(torch.uint8), "0", "takes float32, got uint8"),
         (nn.Sequential(Fn(lambda s, x: torch.cat([x, x[:, :, 1:]], 1))), X, "0", "cat along dim 1"),
         (nn.Sequential(Fn(lambda s, x: x + x[:, :, 1:])), X, "0", "do not broadcast"),
-        (nn.Sequential(Fn(lambda s, x: s.nothing)), X, "0", "nothing"),
     ],
 )
 def test_refused_inputs_name_the_layer(model: nn.Module, inputs: Tensor, where: str, says: str) -> None:
@@ -491,6 +490,24 @@ def test_refused_inputs_name_the_layer(model: nn.Module, inputs: Tensor, where: 
     assert shown in str(caught.value.got)
     with torch.no_grad(), pytest.raises(Exception):  # noqa: B017
         model(inputs)
+
+
+class Unpacking(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c, h, w = x.shape
+        return x.view(b * t, c, h, w)
+
+
+def test_what_the_models_code_raises_names_the_line() -> None:
+    line = "test_capture_models.py:"
+    for model, where in ((Unpacking(), line), (nn.Sequential(Unpacking()), f"0, in {line}")):
+        with pytest.raises(CaptureError, match="not enough values to unpack") as caught:
+            capture(model, X)
+        assert str(caught.value.where).startswith(where)
+        assert str(caught.value.where).endswith("b, t, c, h, w = x.shape")
+    with pytest.raises(CaptureError, match="cat along dim 1") as caught:  # not in a module that is called
+        capture(Fn(lambda s, x: torch.cat([x, x[:, :, 1:]], 1)), X)
+    assert "torch.cat([x, x[:, :, 1:]], 1)" in str(caught.value.where)
 
 
 def test_exceptions_of_the_model_get_nothing_from_a_capture() -> None:
