@@ -2,10 +2,12 @@
 
 A capture is one run; where code branches on a value or a size, another run may take another way. So the code is traced
 on proxies, once for every way in which its decisions can go: each time a proxy is asked for its truth value or its
-length, the trace is repeated with the other answers. What holds in every trace holds for every input.
+length, the trace is repeated with the other answers, and with inputs left out that may be. What holds in every trace
+holds for every input.
 
 Limits: at most `MOST_PATHS` ways are tried. A length or a whole number (``range(x.shape[-1] // 32)``, ``int(x.sum())``)
-is tried as a few values only. Code that proxies cannot follow at all gets the answer None, "unknown".
+is tried as a few values only; of inputs that may be left out none, one, all but one and all are. Code that proxies
+cannot follow at all gets the answer None, "unknown".
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Container, Iterator, Sequence
 from dis import opname
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
@@ -107,6 +109,20 @@ class _PathTracer(ShallowTracer):
         """The items of a proxy, of which there are a decided number."""
         return iter([obj[i] for i in range(_COUNTS[:3][self.decide(3)])])
 
+    def create_args_for_root(
+        self, root_fn: Callable[..., object], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[object]]:
+        """As ever; which of the inputs with the default None are left out is a decision."""
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        optional = {i for i, arg in enumerate(args) if isinstance(arg, fx.Proxy) and arg.node.args == (None,)}
+        single = [{i} for i in sorted(optional)]
+        tried: list[set[int]] = []
+        for absent in (set(), *single, *(optional - one for one in single), optional):
+            if absent not in tried:
+                tried.append(absent)
+        absent = tried[self.decide(len(tried))] if optional else set()
+        return function, [None if i in absent else arg for i, arg in enumerate(args)]
+
     def call_module(self, m: nn.Module, forward: Callable[..., object], args: Args, kwargs: Kwargs) -> object:
         """As ever; a module that is no submodule, such as one that a class holds, is a function."""
         try:
@@ -164,7 +180,7 @@ def _trace_once(tracer: _PathTracer, module: nn.Module) -> fx.Graph | None:
     except (AssertionError, ValueError, LookupError, ArithmeticError, NotImplementedError):
         return None  # this way ends in an error of the code's own
     except Exception as error:
-        if isinstance(error, RuntimeError) and _raised_by_code(error):
+        if (isinstance(error, RuntimeError) and _raised_by_code(error)) or _uses_none(error):
             return None
         raise _NotFollowed from error
 
@@ -178,6 +194,11 @@ def _raised_by_code(error: Exception) -> bool:
         return False
     code, room = last.tb_frame.f_code, str(last.tb_frame.f_globals.get("__name__")).partition(".")[0]
     return opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS" and room not in ("torch", __name__.partition(".")[0])
+
+
+def _uses_none(error: Exception) -> bool:
+    """Whether code uses what is not there: an input that is left out, or a layer that this model has not."""
+    return isinstance(error, (TypeError, AttributeError)) and "'NoneType' object" in str(error)
 
 
 Key = tuple[int | str, ...]

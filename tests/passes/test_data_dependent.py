@@ -502,3 +502,47 @@ def test_asking_what_a_value_holds_is_a_decision() -> None:
         trace(module)
     skips = {"sigmoid": (SkipReason.NOT_BEHIND_LAYER, "it follows a weight or constant, not")}
     check_pass(FusePointwiseActivation(), module, torch.randn(1, 4, 8, 8), skips=skips)
+
+
+class LeftOut(nn.Sequential):
+    """Reads a map once more where an input is left out, and has a layer for that input or has it not."""
+
+    def __init__(self, project: nn.Module | None, again: nn.Module | None = None) -> None:
+        super().__init__(conv(), nn.BatchNorm2d(4))
+        self.project, self.again = project, again
+        with torch.no_grad():
+            self[1].running_var += 1  # type: ignore[operator]
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        if skip is not None:
+            x = x + self.project(skip)  # type: ignore[misc]
+        y = self[0](x)
+        return self[1](y) + (self.again(y) if skip is None and self.again else 0)  # type: ignore[no-any-return]
+
+
+def test_inputs_that_may_be_left_out_are_decisions() -> None:
+    x = torch.randn(1, 4, 8, 8)
+    model = LeftOut(conv(), conv()).eval()
+    done = pwrewrite.fuse(model, (x, x))
+    (detail,) = [skip.detail for skip in done.report.skips if skip.path == "1"]
+    assert detail == "the model's own code reads what is between them elsewhere, too"
+    torch.testing.assert_close(done.model(x), model(x))
+
+
+def test_a_way_on_which_the_code_lacks_a_layer_does_not_matter() -> None:
+    check_pass(FoldBatchNorm(), LeftOut(None).eval(), torch.randn(1, 4, 8, 8), edits={"1": "fold"})
+
+
+@pytest.mark.parametrize("n", [1, 3, 9])
+def test_of_many_inputs_that_may_be_left_out_few_ways_are_tried(n: int) -> None:
+    class Several(nn.Module):
+        def forward(self, x: Tensor, a=None, b=None, c=None, d=None, e=None, f=None, g=None, h=None, i=None) -> Tensor:  # type: ignore[no-untyped-def]
+            given = [each for each in (a, b, c, d, e, f, g, h, i)[:n] if each is not None]
+            if not given:
+                return x.exp()
+            return sum(given, start=x)
+
+    graphs = paths(Several())
+    assert graphs is not None
+    assert len(graphs) == 2 * 9 + 2
+    assert any(node.target == "exp" for graph in graphs for node in graph.nodes)
