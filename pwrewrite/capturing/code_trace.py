@@ -51,6 +51,10 @@ class Item(fx.Proxy):
         super().__setattr__(name, value)
 
 
+_FACTORIES = (torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn)
+"""Functions that take sizes one by one, ``torch.zeros(len(x), 8)``: torch gives those, unlike a tuple, to no proxy."""
+
+
 class ShallowTracer(fx.Tracer):
     """Traces one module's own code; its children are leaves, and the inputs named in ``absent`` are None.
 
@@ -60,7 +64,8 @@ class ShallowTracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, absent: Sequence[str] = ()) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=_FACTORIES)
+        self._autowrap_search.append(torch)  # else only what the model's file imports by name is wrapped
         self.absent = absent
         self.modes: set[tuple[object, ...]] = set()
 

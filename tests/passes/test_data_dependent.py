@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from check_passes import check_pass
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import pwrewrite
@@ -546,3 +546,21 @@ def test_of_many_inputs_that_may_be_left_out_few_ways_are_tried(n: int) -> None:
     assert graphs is not None
     assert len(graphs) == 2 * 9 + 2
     assert any(node.target == "exp" for graph in graphs for node in graph.nodes)
+
+
+class Fills(nn.Sequential):
+    """Makes tensors of sizes that it gives one by one, as a shortcut that pads channels does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self[1](self[0](x))
+        zeros = torch.zeros(y.size(0), 2, y.shape[2], y.shape[3], dtype=y.dtype, device=y.device)
+        return F.relu(torch.cat([y, zeros], 1)) + torch.ones(1, 1, 1, 1, device=y.device)
+
+
+def test_sizes_that_are_given_one_by_one_are_followed() -> None:
+    model, x = Fills(conv(), nn.BatchNorm2d(4)).eval(), torch.randn(1, 4, 8, 8)
+    check_pass(FoldBatchNorm(), model, x, edits={"1": "fold"})
+    graph = fx.GraphModule(model, trace(model))
+    for size in (8, 5):
+        x = torch.randn(2, 4, size, size)
+        assert torch.equal(graph(x), model(x))
