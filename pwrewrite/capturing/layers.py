@@ -60,7 +60,7 @@ def _of_module(
     names: list[str], module: nn.Module, spec: ConvSpec | None, functional: bool = False, calls: tuple[Call, ...] = ()
 ) -> Layer:
     if isinstance(module, nn.Linear):
-        op, widths = "linear", (module.in_features, module.out_features)
+        op, widths = "linear", (int(module.in_features), int(module.out_features))
     else:
         spec = spec or _spec_of(module)
         op, widths = spec.op, (spec.in_channels, spec.out_channels)

@@ -88,7 +88,7 @@ _RULES: dict[str, Callable[..., Tensor]] = {
     "layer": _layer_norm,
     "pool": _pool,
     "adaptive": _adaptive,
-    "linear": lambda module, x: project(x, module.in_features, module.out_features),
+    "linear": lambda module, x: project(x, int(module.in_features), int(module.out_features)),
     "convolution": _convolution,
 }
 """Name of a shape rule in `pwrewrite.core.operations` to what it is for modules."""
@@ -145,7 +145,7 @@ class Leaves:
             x = args[0] if args else next(iter(kwargs.values()))
             macs = spec.macs(x.shape, out.shape)
         elif op == "linear":
-            macs = out.numel() * module.in_features
+            macs = out.numel() * int(module.in_features)
         elif op in functions.WINDOWED:
             window = module_window(module)
         params, size, strided = 0, 0, torch.strided

@@ -55,15 +55,19 @@ class ConvSpec:
     def of_module(cls, module: nn.Module) -> ConvSpec:
         """Reads a stock convolution module (``nn.Conv1d`` … ``nn.ConvTranspose3d`` or a subclass).
 
+        Its sizes may be what torch takes for such: integers of NumPy, and lists or single ones that code has set.
+
         >>> from torch import nn
         >>> spec = ConvSpec.of_module(nn.Conv2d(64, 128, 3, stride=2, padding=1, bias=False))
         >>> spec.params, spec.output_shape((1, 64, 56, 56)), spec.macs((1, 64, 56, 56), (1, 128, 28, 28))
         (73728, (1, 128, 28, 28), 57802752)
         """
         m = cast(_ConvNd, module)
-        sides = _padding(m.padding, m.kernel_size, m.dilation)
-        how = (m.groups, m.bias is not None, m.padding_mode, m.transposed, m.output_padding)
-        return cls(m.in_channels, m.out_channels, m.kernel_size, m.stride, sides, m.dilation, *how)
+        dims = len(m.kernel_size)
+        kernel, stride, dilation = (spread(sizes, dims) for sizes in (m.kernel_size, m.stride, m.dilation))
+        sides = _padding(m.padding if isinstance(m.padding, str) else spread(m.padding, dims), kernel, dilation)
+        how = int(m.groups), m.bias is not None, m.padding_mode, m.transposed, spread(m.output_padding, dims)
+        return cls(int(m.in_channels), int(m.out_channels), kernel, stride, sides, dilation, *how)
 
     @classmethod
     def of_call(

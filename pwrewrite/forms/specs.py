@@ -20,7 +20,7 @@ Chain = Sequence[tuple[str, ConvSpec]]
 
 def linear_spec(in_features: int, out_features: int, bias: bool) -> ConvSpec:
     """A linear map as a convolution without spatial axes."""
-    return ConvSpec(in_features, out_features, (), (), (), (), bias=bias)
+    return ConvSpec(int(in_features), int(out_features), (), (), (), (), bias=bias)
 
 
 def pointwise_spec(dims: int, in_channels: int, out_channels: int, bias: bool = False) -> ConvSpec:
