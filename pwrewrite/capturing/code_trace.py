@@ -75,6 +75,14 @@ class ShallowTracer(fx.Tracer):
         self.modes.add((*grad, *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))))
         return super().create_node(*args, **kwargs)
 
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        """As ever, without marks that would have code which is made from the graph wrap the functions again."""
+        graph = super().trace(root, concrete_args)
+        for node in graph.nodes:
+            if node.target in _FACTORIES:
+                node.meta.pop("is_wrapped", None)
+        return graph
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Every child is a leaf."""
         return True
@@ -166,7 +174,7 @@ def _reason(error: Exception) -> str:
         return "it takes a length, which a graph would hold"
     if "used as inputs to control flow" in reason:
         return "it decides by a value or a size, which a graph would hold"
-    if re.search(r"must be .*number.* not '(Item|Attribute|Proxy)'", reason):
+    if re.search(r"must be .*number.* not '(Item|Attribute|Proxy)'|cannot be interpreted as an integer", reason):
         return "it makes a Python number of a value or a size, which a graph would hold"
     return reason
 

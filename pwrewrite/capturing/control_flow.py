@@ -45,6 +45,7 @@ _NUMBERS = (1.0, -1.0, 0.0, 1e6)
 
 
 _FACT = "fact"
+_LEFT_OUT = "left out"
 
 
 class _Value(Item):
@@ -121,6 +122,8 @@ class _PathTracer(ShallowTracer):
             if absent not in tried:
                 tried.append(absent)
         absent = tried[self.decide(len(tried))] if optional else set()
+        for i in absent:
+            args[i].node.meta[_LEFT_OUT] = True  # type: ignore[attr-defined]
         return function, [None if i in absent else arg for i, arg in enumerate(args)]
 
     def call_module(self, m: nn.Module, forward: Callable[..., object], args: Args, kwargs: Kwargs) -> object:
@@ -140,9 +143,13 @@ class _NotFollowed(RuntimeError):
     """Code that proxies cannot follow."""
 
 
+class _Raised(RuntimeError):
+    """A way that ends in an error of the code's own."""
+
+
 def paths(module: nn.Module) -> list[fx.Graph] | None:
     """The graphs of all ways through a module's own code, its children being leaves, without ways that raise; None
-    where the code cannot be followed or has more than `MOST_PATHS` ways (see `unfollowed`).
+    where the code cannot be followed, raises on all ways or has more than `MOST_PATHS` of them (see `unfollowed`).
     """
     found = _ways(module)
     return None if isinstance(found, str) else found
@@ -156,6 +163,7 @@ def unfollowed(module: nn.Module) -> str | None:
 
 def _ways(module: nn.Module) -> list[fx.Graph] | str:
     graphs: list[fx.Graph] = []
+    raised: list[str] = []
     pending: list[list[int]] = [[]]
     done = 0
     while pending and done + len(pending) <= MOST_PATHS:  # each that is pending is a way or more
@@ -164,25 +172,32 @@ def _ways(module: nn.Module) -> list[fx.Graph] | str:
         try:
             graph = _trace_once(tracer, module)
         except _NotFollowed as error:
-            cause = error.__cause__ or error
-            return line_of_model(cause) or first_line(cause)
-        if graph is not None:
+            return _place(error)
+        except _Raised as error:
+            raised.append(_place(error))
+        else:
             graphs.append(graph)
         for i in range(len(scheduled), len(tracer.options)):
             pending += [[*tracer.answers[:i], option] for option in range(1, tracer.options[i])]
-    return f"it can go more than {MOST_PATHS} ways" if pending else graphs
+    if pending:
+        return f"it can go more than {MOST_PATHS} ways"
+    return graphs or raised[0]
 
 
-def _trace_once(tracer: _PathTracer, module: nn.Module) -> fx.Graph | None:
+def _place(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return line_of_model(cause) or first_line(cause)
+
+
+def _trace_once(tracer: _PathTracer, module: nn.Module) -> fx.Graph:
     try:
         with untouched(module):
             return tracer.trace(module)
-    except (AssertionError, ValueError, LookupError, ArithmeticError, NotImplementedError):
-        return None  # this way ends in an error of the code's own
+    except (AssertionError, ValueError, LookupError, ArithmeticError, NotImplementedError) as error:
+        raise _Raised from error
     except Exception as error:
-        if (isinstance(error, RuntimeError) and _raised_by_code(error)) or _uses_none(error):
-            return None
-        raise _NotFollowed from error
+        own = (isinstance(error, RuntimeError) and _raised_by_code(error)) or _uses_none(error)
+        raise (_Raised if own else _NotFollowed) from error
 
 
 def _raised_by_code(error: Exception) -> bool:
@@ -290,6 +305,22 @@ def calls_of(graph: fx.Graph, plain: Container[str] = ()) -> tuple[str, ...]:
             arguments = fx.node.map_arg((node.args, node.kwargs), lambda source: f"<{made[source]}>")
             calls.append(f"{node.op} {name} {arguments}")
     return tuple(calls)
+
+
+def decided(ways: Sequence[fx.Graph], plain: Container[str] = ()) -> bool:
+    """Whether all ways through code call the same (see `calls_of`).
+
+    Those with inputs left out need only agree among themselves and call no module that those with all inputs do not:
+    what else they do they do to other inputs.
+    """
+    groups = dict[tuple[str, ...], set[tuple[str, ...]]]()
+    modules = dict[tuple[str, ...], set[object]]()
+    for way in ways:
+        absent = tuple(node.name for node in way.nodes if _LEFT_OUT in node.meta)
+        groups.setdefault(absent, set()).add(calls_of(way, plain))
+        modules.setdefault(absent, set()).update(node.target for node in way.nodes if node.op == "call_module")
+    most = modules.get((), set().union(*modules.values()))
+    return all(len(calls) == 1 for calls in groups.values()) and all(called <= most for called in modules.values())
 
 
 def _calls(owner: nn.Module, node: fx.Node, module: nn.Module) -> bool:

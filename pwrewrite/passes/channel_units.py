@@ -20,7 +20,7 @@ from math import prod
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..capturing.control_flow import calls_of
+from ..capturing.control_flow import decided
 from ..capturing.eligibility import eligible
 from ..capturing.records import Capture, Layer, info
 from ..core.operations import OPERATIONS
@@ -357,7 +357,7 @@ class _Walk:
         if path not in self.decided:
             module = self.graph.modules.get(path)
             ways = None if module is None else self.graph.ways(module)
-            self.decided[path] = ways is not None and len({calls_of(way, _SAME_CHANNELS) for way in ways}) == 1
+            self.decided[path] = ways is not None and decided(ways, _SAME_CHANNELS)
         return self.decided[path]
 
 

@@ -529,6 +529,28 @@ def test_inputs_that_may_be_left_out_are_decisions() -> None:
     torch.testing.assert_close(done.model(x), model(x))
 
 
+class Joins(nn.Module):
+    """Joins a map with another where that is given, or else reads what is between two convolutions once more."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.gate, self.a, self.b, self.c = (nn.Conv2d(8, 8, 1) for _ in range(4))
+        self.again = again
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        if skip is not None:
+            x = self.gate(x + skip)
+        y = F.relu(self.a(x))
+        return self.b(y) + (self.c(y) if self.again and skip is None else 0)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_channels_stay_where_other_layers_read_them_without_an_input(again: bool) -> None:
+    x = torch.randn(1, 8, 8, 8)
+    plan = pwrewrite.make_plan(Joins(again).eval(), (x, x), passes=["narrow"], rank=0.5).plan
+    assert ("a" in {op.path for op in plan.ops}) is not again
+
+
 def test_a_way_on_which_the_code_lacks_a_layer_does_not_matter() -> None:
     check_pass(FoldBatchNorm(), LeftOut(None).eval(), torch.randn(1, 4, 8, 8), edits={"1": "fold"})
 
@@ -564,3 +586,22 @@ def test_sizes_that_are_given_one_by_one_are_followed() -> None:
     for size in (8, 5):
         x = torch.randn(2, 4, size, size)
         assert torch.equal(graph(x), model(x))
+    assert fx.symbolic_trace(conv()) is not None  # torch remembers what code that is made says is wrapped
+
+
+def test_code_that_raises_on_all_ways_is_named_by_its_line() -> None:
+    class Raises(nn.Sequential):
+        def forward(self, x: Tensor, extra: Tensor | None) -> Tensor:
+            y: Tensor = self[0](x)
+            for each in [] if extra is None else None:  # type: ignore[attr-defined]
+                y = y + each
+            return self[1](y)  # type: ignore[no-any-return]
+
+    class Outer(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self[0](x, None)
+            return y
+
+    done = pwrewrite.fuse(Outer(Raises(conv(), nn.BatchNorm2d(4))).eval(), torch.randn(1, 4, 8, 8))
+    (skip,) = [each for each in done.report.skips if each.path == "0.1"]
+    assert re.search(r"cannot be followed: test_data_dependent\.py:\d+: for each in", skip.detail), skip.detail
