@@ -62,7 +62,9 @@ def survives(before: Capture, inputs: Inputs, fused: set[str] | None = None, *, 
         ours = {path for path, module in modules.items() if isinstance(module, (Factorized, Projected))}
         put_in = {path for path in ours if type(old.get(path)) is not type(modules[path])} if fused is None else fused
         put_in = put_in.union(whole)
-        was, now = (_operations(run, put_in, graphs, fused=fused is not None) for run in (before, after))
+        first = {id(module): path for path, module in reversed(old.items())}
+        names = {path: first[id(module)] for path, module in old.items()}
+        was, now = (_operations(run, put_in, graphs, names, fused=fused is not None) for run in (before, after))
         _compare(was, now, "what was put in" if fused is None else "what was fused")
 
     return probe
@@ -86,15 +88,19 @@ def _named(op: Op) -> Iterator[str]:
                 yield stem(op.path) + name
 
 
-def _operations(captured: Capture, changed: set[str], graphs: set[str], *, fused: bool) -> _Operations:
+def _operations(
+    captured: Capture, changed: set[str], graphs: set[str], names: Mapping[str, str], *, fused: bool
+) -> _Operations:
     """Operations outside of what a plan changes by name and path, where it fuses also by the numbers that they take.
 
-    Of code that became a graph, all is left out where a plan fuses, else the calls that were replaced.
+    Of code that became a graph, all is left out where a plan fuses, else the calls that were replaced. ``names`` has
+    the first of a module's paths before the change, which may have taken the module out of that place.
     """
     found: _Operations = Counter()
     for node in captured.graph.nodes:
         facts = info(node)
-        if node.op not in ("call_module", "call_function", "call_method") or _inside(facts.path, changed):
+        path = names.get(facts.path, facts.path)
+        if node.op not in ("call_module", "call_function", "call_method") or _inside(path, changed):
             continue
         if not fused and any(_inside(caller, changed) for caller in facts.callers):
             continue  # a module that others hold, too, and that goes by the name that the first of them has for it
@@ -105,7 +111,7 @@ def _operations(captured: Capture, changed: set[str], graphs: set[str], *, fused
             changes = weighted and facts.path in graphs
         if not changes:
             numbers = str(fx.node.map_arg((node.args, node.kwargs), lambda _: None)) if fused else ""
-            found[facts.op, facts.path, numbers] += 1
+            found[facts.op, path, numbers] += 1
     return found
 
 

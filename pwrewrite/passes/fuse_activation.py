@@ -218,10 +218,12 @@ def _item(graph: Graph, path: str, calls: Sequence[fx.Node]) -> str | None:
     if owners or type(container) is not nn.Sequential:
         return None
     names = [name for name, child in container._modules.items() if child is graph.modules[path]]
-    same = {n for n in graph.nodes if graph.is_call_of(n, path) and tuple(_callers(n)[-1:]) == owner}
-    if len(names) != 1 or same != set(calls) or len(set(graph.names_of(container))) != 1:
+    same = [n for n in graph.nodes if graph.is_call_of(n, path) and tuple(_callers(n)[-1:]) == owner]
+    if not names or len(same) % len(names) or len(set(graph.names_of(container))) != 1:
         return None
-    return f"{owner[0]}.{names[0]}".removeprefix(".")
+    same.sort(key=graph.order.__getitem__)  # each time the container calls its items in a row
+    places = [name for i, name in enumerate(names) if set(same[i :: len(names)]) == set(calls)]
+    return f"{owner[0]}.{places[0]}".removeprefix(".") if places else None
 
 
 def _left(graph: Graph, node: fx.Node) -> Skip | None:

@@ -57,7 +57,26 @@ def sequential(own: bool) -> nn.Module:
     return nn.Sequential(block(3, 8), block(8, 8), nn.Sequential(block(8, 8)))
 
 
-@pytest.mark.parametrize("build", [detector, sequential])
+class Residual(nn.Module):
+    """One activation at two places of a container, which runs twice, before a sum."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        shared = nn.ReLU()
+        first, second = (nn.ReLU() if own else shared for _ in range(2))
+        self.body = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), first, nn.Conv2d(16, 16, 1), second)
+        self.last = nn.Sequential(shared, nn.Conv2d(16, 16, 1), nn.Identity(), nn.Conv2d(16, 16, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.relu(self.last(self.body(self.body(x))) + x)
+        return y
+
+
+def residual(own: bool) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), Residual(own), Residual(own))
+
+
+@pytest.mark.parametrize("build", [detector, sequential, residual])
 def test_as_good_as_with_its_own(build: Callable[[bool], nn.Module]) -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 3, 32, 32)
@@ -71,6 +90,23 @@ def test_as_good_as_with_its_own(build: Callable[[bool], nn.Module]) -> None:
         with torch.no_grad():
             torch.testing.assert_close(fused.model(x), model(x), rtol=1e-4, atol=1e-4)
     assert kernels[True] == kernels[False]
+
+
+def test_a_sum_behind_a_container_that_holds_an_activation_twice_is_fused() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            act = nn.PReLU()
+            self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), act, nn.Conv2d(8, 8, 1), act, nn.Conv2d(8, 8, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.body(x) + x
+            return y
+
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), Sum()).eval(), torch.randn(1, 3, 12, 12)
+    fused = pwrewrite.fuse(model, x, thorough=False)
+    assert fused.report.passed
+    assert [edit.method for edit in fused.edits if edit.path == "1.body.4"] == ["add"]
 
 
 def test_one_that_is_also_called_elsewhere_stays_there() -> None:

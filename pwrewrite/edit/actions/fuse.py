@@ -205,6 +205,8 @@ class _CodeEdit:
         if not names:
             return None
         *first, last = names
+        if any(self.layer in module.get_submodule(name).modules() for name in first):
+            return None
         inner = self._ends_with_layer(f"{target}.{last}", module.get_submodule(last))
         return None if inner is None else [*(f"{target}.{name}" for name in first), *inner]
 
@@ -262,7 +264,7 @@ class _CodeEdit:
 
 
 def _chain(module: nn.Module) -> list[str]:
-    """Names of the children that a module's code calls one after the other, each once; none where it does more.
+    """Names of the children that a module's code calls one after the other; none where it does more.
 
     Raises:
         NotTraceable: If the code does not say.
@@ -270,8 +272,7 @@ def _chain(module: nn.Module) -> list[str]:
     if hooked(module) or isinstance(module, PointwiseActivation):
         return []
     if type(module).forward is nn.Sequential.forward and isinstance(module, nn.Sequential):
-        names = list(module._modules)
-        return names if len({id(child) for child in module._modules.values()}) == len(names) else []
+        return list(module._modules)
     nodes = list(to_graph(module).graph.nodes)
     calls = nodes[1:-1]
     in_a_row = all(node.args == (before,) and not node.kwargs for before, node in zip(nodes, calls))
