@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..capturing.records import Layer
 from ..core.convolution import ConvSpec
+from ..core.errors import RefusedError
 from ..core.plan import Op
 from ..forms.form import Axes, Form, FormLoss
 from ..forms.specs import Chain, moved
@@ -88,8 +89,12 @@ def _losses(
     def work_out() -> list[tuple[float, float]]:
         weighted, found = norm.weighted(layer.path, weight), dict[str, list[FormLoss]]()
         # Forms of several widths cut what those of one have worked out.
-        for proposer, those in sorted(choices, key=lambda each: len(each[0].form.widths)):
-            found[proposer.name] = proposer.form.losses(weighted, those)
+        try:
+            for proposer, those in sorted(choices, key=lambda each: len(each[0].form.widths)):
+                found[proposer.name] = proposer.form.losses(weighted, those)
+        except RefusedError as error:
+            error.where = error.where or layer.path
+            raise
         return [(x.loss, x.error) for proposer, _ in choices for x in found[proposer.name]]
 
     every = [(proposer, *choice) for proposer, those in choices for choice in those]

@@ -309,6 +309,14 @@ def test_inputs_that_are_not_finite_are_refused(value: float) -> None:
         plan(calibration=given)
 
 
+def test_a_weight_that_is_nan_is_refused_with_its_layer() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3))
+    model[1].weight.data[0, 0, 0, 0] = torch.nan
+    with pytest.raises(RefusedError, match="holds 1 NaN") as caught:
+        pwrewrite.plan(model, torch.empty(1, 3, 16, 16), {"macs": 0.6})
+    assert caught.value.where == "1"
+
+
 def test_outputs_that_are_nan_are_refused_with_the_weight_that_is() -> None:
     model, inputs = made("plain")
     *_, (name, weight) = model.named_parameters()
