@@ -67,7 +67,7 @@ def split_inputs(example_inputs: Inputs) -> tuple[Args, Kwargs]:
 
 
 def input_names(model: nn.Module, args: Args, kwargs: Kwargs) -> list[str]:
-    """One name per input tensor: the forward parameter's, numbered where one holds several tensors."""
+    """One name per input tensor: the forward parameter's, with the key in a dict, numbered in other containers."""
     try:
         parameters = [p for p in signature(model.forward).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
     except (TypeError, ValueError):
@@ -85,8 +85,12 @@ def input_names(model: nn.Module, args: Args, kwargs: Kwargs) -> list[str]:
 
 
 def _numbered(name: str, value: object) -> list[str]:
-    count = len(tensors_of(value))
-    return [name] if isinstance(value, Tensor) else [f"{name}_{i}" for i in range(count)]
+    if isinstance(value, Tensor):
+        return [name]
+    count, named = len(tensors_of(value)), list[str]()
+    if isinstance(value, Mapping) and all(str(key).isidentifier() for key in value):
+        named = [each for key, item in value.items() for each in _numbered(f"{name}_{key}", item)]
+    return named if named and len(named) == count else [f"{name}_{i}" for i in range(count)]
 
 
 def first_layer(model: nn.Module) -> nn.Module | None:

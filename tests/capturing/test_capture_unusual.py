@@ -397,3 +397,19 @@ def test_inputs_of_another_shape_are_told_one_of_the_right_rank(
     with pytest.raises(CaptureError) as caught:
         capture(nn.Sequential(layer), torch.empty(given, device="meta"))
     assert f"such as --input {said}, " in str(caught.value.hint)
+
+
+def test_inputs_in_a_dict_are_called_by_its_keys() -> None:
+    class Batch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv()
+
+        def forward(self, batch: dict[str, Any], other: dict[str, Any]) -> Tensor:
+            return self.conv(batch["image"]) + batch["more"]["scale"] * other["not a name"] * other["x"]  # type: ignore[no-any-return]
+
+    x, one = torch.randn(1, 3, 8, 8), torch.ones(1)
+    inputs = ({"image": x, "many": 3, "more": {"scale": one}}, {"not a name": one, "x": one})
+    captured = capture(Batch(), inputs)
+    names = [node.name for node in captured.graph.nodes if node.op == "placeholder"]
+    assert names == ["batch_image", "batch_more_scale", "other_0", "other_1"]
