@@ -144,7 +144,7 @@ def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Gra
     flags = {child: child.training for child in module.modules()}
     graphs, switches = [], False
     try:
-        with untouched(module) as changed, torch.enable_grad():
+        with untouched(module) as changed, torch.enable_grad(), _without_functions():
             for training in (not module.training, module.training):
                 for child in flags:
                     child.training = training
@@ -163,6 +163,23 @@ def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Gra
     if _text(graphs[0]) != _text(graphs[1]):
         raise NotTraceable(f"{kind}.forward does something else in training, which a graph cannot hold")
     return graphs[1]
+
+
+@contextmanager
+def _without_functions() -> Iterator[None]:
+    """Refuses what calls a `torch.autograd.Function` meanwhile, of which a graph would hold the forward only."""
+    kept = vars(torch.autograd.Function)["apply"]
+
+    def apply(kind: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(arg, fx.Proxy) for arg in args):
+            raise NotTraceable(f"it calls {kind.__name__}, whose own gradients a graph would not have")
+        return kept.__func__(kind, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = kept
 
 
 def _reason(error: Exception) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import cache
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -130,6 +131,8 @@ class Leaves:
 
     def call(self, module: Any, path: str, rule: Leaf, args: Args, kwargs: Kwargs) -> object:
         """Records a call of a leaf."""
+        if kwargs:
+            signature(module.forward).bind(*args, **kwargs)  # raises as the module would
         op, spec, window, macs = rule.op, None, None, 0
         if rule.convolution:
             facts = self._specs.get(id(module))

@@ -150,8 +150,8 @@ class FuseOptions:
 
     passes: tuple[str, ...] = option(
         (),
-        "Pass to run; repeatable, in order: remove-inference-noise, fold-batch-norm, merge-branches, merge-pointwise, "
-        r"fuse-activation, channels-last. [dim]\[default: all of them][/]",
+        "Pass to run; repeatable, in order: remove-inference-noise, canonicalize-activations, fold-batch-norm, "
+        r"merge-branches, merge-pointwise, fuse-activation, channels-last. [dim]\[default: all of them][/]",
         "--pass",
         "--passes NAME",
         panel=PASSES,

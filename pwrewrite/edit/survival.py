@@ -18,13 +18,14 @@ from ..capturing import Inputs, capture
 from ..capturing.records import Capture, info
 from ..core.plan import Op, Plan
 from ..layers.factorized import Factorized, Projected
+from ..layers.known import module_activation
 from .actions.simplify import CODE
 from .apply import Probe
 from .graph_edit import Regraphed
 from .swap import stem
 
 _CHANGES = frozenset({"factorize", "project", "narrow", "substitute", "share-reduction"})  # put other layers in
-_FUSES = frozenset({"fold", "merge", "merge-branches", "fuse", "remove"})  # actions that take operations away
+_FUSES = frozenset({"fold", "merge", "merge-branches", "fuse", "remove", "canonicalize"})  # which take operations away
 _Operations = Counter[tuple[str, str, str]]
 
 
@@ -44,15 +45,23 @@ def probe_for(plan: Plan, before: Capture, inputs: Inputs) -> Probe:
         whole |= {stem(settings["scope"]) + settings["reduction"] for settings in shared}
         return survives(before, inputs, whole=whole)
     if values == "meta" and actions <= _FUSES:
-        return survives(before, inputs, {path for op in plan.ops for path in _named(op)})
+        called = {op.path for op in plan.ops if op.action == "canonicalize"}
+        return survives(before, inputs, {path for op in plan.ops for path in _named(op)}, called=called)
     return lambda changed: capture(changed, inputs, values=values)
 
 
-def survives(before: Capture, inputs: Inputs, fused: set[str] | None = None, *, whole: Collection[str] = ()) -> Probe:
+def survives(
+    before: Capture,
+    inputs: Inputs,
+    fused: set[str] | None = None,
+    *,
+    whole: Collection[str] = (),
+    called: Collection[str] = (),
+) -> Probe:
     """A probe that raises if a changed model does not run, or runs something else outside of what was put in.
 
     For a plan that fuses, ``fused`` are the paths at which it takes operations away; ``whole`` are those of modules
-    that something else took the place of.
+    that something else took the place of, ``called`` those of activations that are called unless fused since.
     """
 
     def probe(changed: nn.Module) -> None:
@@ -62,6 +71,10 @@ def survives(before: Capture, inputs: Inputs, fused: set[str] | None = None, *, 
         ours = {path for path, module in modules.items() if isinstance(module, (Factorized, Projected))}
         put_in = {path for path in ours if type(old.get(path)) is not type(modules[path])} if fused is None else fused
         put_in = put_in.union(whole)
+        run = {str(node.target) for node in after.graph.nodes if node.op == "call_module"}
+        for path in called:
+            if module_activation(modules[path]) is not None and path not in run:
+                raise OtherOperations(f"{path} is no longer called")
         first = {id(module): path for path, module in reversed(old.items())}
         names = {path: first[id(module)] for path, module in old.items()}
         was, now = (_operations(run, put_in, graphs, names, fused=fused is not None) for run in (before, after))

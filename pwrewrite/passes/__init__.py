@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import LayerPass, Pass, Proposal
+from .canonicalize import CanonicalizeActivations
 from .channels_last import ChannelsLast
 from .factorizing import (
     FACTORIZING,
@@ -30,6 +31,7 @@ ALL: tuple[type[Pass], ...] = (*FACTORIZING.values(), Narrow, ProjectBranch, Sha
 
 FUSING: tuple[type[Pass], ...] = (
     RemoveInferenceNoise,
+    CanonicalizeActivations,
     FoldBatchNorm,
     MergeBranches,
     MergePointwise,
@@ -43,6 +45,7 @@ __all__ = [
     "FACTORIZING",
     "FORM_PASSES",
     "FUSING",
+    "CanonicalizeActivations",
     "ChannelsLast",
     "FactorizeLinear",
     "FactorizePointwise",

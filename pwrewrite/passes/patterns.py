@@ -14,6 +14,7 @@ from functools import cache, cached_property
 
 from torch import Tensor, fx, nn
 
+from ..capturing.code_trace import NotTraceable, trace
 from ..capturing.control_flow import Key, handed_on, paths, unfollowed
 from ..capturing.eligibility import Owners, eligible
 from ..capturing.records import Capture, Layer, info
@@ -21,6 +22,7 @@ from ..core.operations import OPERATIONS
 from ..core.plan import Skip, SkipReason
 from ..edit.swap import stem
 from ..layers.known import Found, bare, call_activation, drops, is_identity, module_activation
+from ..layers.written_out import written_out
 
 UNFUSED = frozenset(name for row in OPERATIONS if row.kind == "activation" and row.kernel is None for name in row.names)
 """Activations without a fused kernel."""
@@ -53,6 +55,7 @@ class Graph:
                 self.code.setdefault(info(node).path, []).append(node)
         self.ways: Callable[[nn.Module], list[fx.Graph] | None] = cache(paths)
         self._unfollowed = cache(unfollowed)
+        self._plain = cache(_is_plain)
         self._link = cache(self._unlinked)
 
     def sole_reader(self, node: fx.Node) -> fx.Node | None:
@@ -86,6 +89,8 @@ class Graph:
             return None
         path = info(node).path
         alone = bool(path) and self.wraps(path) and all(call_activation(n) == found for n in self.code[path])
+        if alone and not self._plain(self.modules[path]):
+            return None
         return found, path if alone else ""
 
     def wraps(self, path: str) -> bool:
@@ -212,6 +217,15 @@ class Graph:
     def where(self, node: fx.Node) -> str:
         """A path for what a node does: its module's, or its scope's and its name."""
         return str(node.target) if node.op == "call_module" else f"{info(node).path}.{node.name}".removeprefix(".")
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether what a module calls is all there is to it: no gradients of its own, as of a `torch.autograd.Function`."""
+    try:
+        trace(module)
+    except NotTraceable:
+        return written_out(module) is not None
+    return True
 
 
 def _passing(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ _WORDS = {
     "fold": "batch norm folded",
     "branches": "branches and their sum merged",
     "remove": "module without effect removed",
+    "canonicalize": "activation written out, now torch's own",
     "channels-last": "channels_last",
     "reshape": "view made a reshape, which takes channels_last",
 }

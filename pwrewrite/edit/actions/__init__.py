@@ -14,6 +14,7 @@ from typing import Any
 from ...core.plan import Edit, Op
 from .bench import Bench, Decomposer, Refused
 from .branches import BranchSettings, merge_branches
+from .canonicalize import CanonicalizeSettings, canonicalize_activation
 from .channels_last import ChannelsLastSettings, ReshapeSettings, reshape_views, use_channels_last
 from .factorize import FactorizeSettings, factorize_layer
 from .fold import WEIGHT, FoldSettings, FoldWeightSettings, fold_norm, fold_weight
@@ -41,6 +42,7 @@ ACTIONS: dict[str, Action] = {
     "fuse": (FuseSettings, fuse_layer),
     "merge": (MergeSettings, merge_layers),
     "merge-branches": (BranchSettings, merge_branches),
+    "canonicalize": (CanonicalizeSettings, canonicalize_activation),
     "remove": (RemoveSettings, remove_module),
     "channels-last": (ChannelsLastSettings, use_channels_last),
     "unfuse": (UnfuseSettings, unfuse_layer),
