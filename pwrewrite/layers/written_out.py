@@ -22,7 +22,7 @@ _CLOSE = 1e-9
 """Relative difference to an activation: a sixtieth of what float32 rounds."""
 _GRADIENTS, _OVERFLOWS = 1e-6, 80.0
 """Difference of the gradients, at numbers whose exponential float32 can hold."""
-_CORNERS = torch.tensor([0.0, 1.0, -1.0, 3.0, -3.0, 6.0, -6.0], dtype=torch.float64)
+_CORNERS = torch.tensor([0.0, 1.0, -1.0, 3.0, -3.0, 6.0, -6.0], dtype=torch.float64, device="cpu")
 """Where activations may have a corner, and whose gradient there is a matter of taste."""
 _IN_PLACE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid)
 """Activations of torch that may write into their input."""

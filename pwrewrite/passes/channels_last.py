@@ -69,12 +69,25 @@ def _viewing(capture: Capture) -> list[str]:
         if node.op == "call_method" and node.target == "view" and isinstance(source, fx.Node):
             before, after = info(source).outputs, info(node).outputs
             if before and after and len(before[0].shape) == 4 and before[0].dtype is after[0].dtype:
+                n, channels, *size = before[0].shape
+                if size == [1, 1] and not _read_by_linear(node) and after[0].shape == (n, channels):
+                    paths[info(node).path] = None  # of larger inputs there may be more positions
+                    continue
                 x = torch.empty(before[0].shape, device="meta", memory_format=torch.channels_last)
                 try:
                     x.view(after[0].shape)
                 except RuntimeError:
                     paths[info(node).path] = None
     return list(paths)
+
+
+def _read_by_linear(node: fx.Node) -> bool:
+    """Whether a linear map reads a value, or what it alone leads to: it takes no other number of columns."""
+    while len(node.users) == 1:
+        (node,) = node.users
+        if info(node).op == "linear":
+            return True
+    return False
 
 
 def _does_not_pay(layers: list[Layer], owners: Owners) -> str:
