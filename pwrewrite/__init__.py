@@ -23,7 +23,9 @@ the name of a public function (``capture`` lives in ``capturing``, ``plan`` in `
 
 from __future__ import annotations
 
+import random
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .core.records import show_with
@@ -95,7 +97,17 @@ _HOMES = {name: module for module, names in _NAMES.items() for name in names.spl
 
 __all__ = sorted([*_HOMES, "__version__", "decompose", "passes"])  # type checkers read the imports above instead
 
-show_with(lambda: import_module(f"{__name__}.report.display"))
+
+def _imported(name: str) -> ModuleType:
+    """A module of this package; rich, which some of them import, draws a number from Python's random state."""
+    state = random.getstate()
+    try:
+        return import_module(f"{__name__}.{name}")
+    finally:
+        random.setstate(state)
+
+
+show_with(lambda: _imported("report.display"))
 
 
 def __getattr__(name: str) -> Any:
@@ -104,10 +116,10 @@ def __getattr__(name: str) -> Any:
 
         return version()
     if name in ("decompose", "passes"):
-        return import_module(f"{__name__}.{name}")
+        return _imported(name)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = globals()[name] = getattr(_imported(_HOMES[name]), name)
     return value
 
 

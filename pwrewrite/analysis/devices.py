@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -49,7 +48,7 @@ def _peaks(
     peaks[torch.bfloat16] = (tflops16 if bfloat16 else tflops32) * 5e11
     if tflops64:
         peaks[torch.float64] = tflops64 * 5e11
-    return MappingProxyType(peaks)
+    return peaks
 
 
 _PROFILES = (

@@ -111,7 +111,9 @@ def _record(inventory: Inventory, args: Args, kwargs: Kwargs, *, real: bool, tra
         if not t.is_meta:
             return t.detach().clone()
         if t.is_floating_point():
-            return torch.rand(t.shape, generator=generator, dtype=torch.float32).to(recorder.device, t.dtype)
+            return torch.rand(t.shape, generator=generator, dtype=torch.float32, device="cpu").to(
+                recorder.device, t.dtype
+            )
         return torch.zeros(t.shape, dtype=t.dtype, device=recorder.device)
 
     names = input_names(inventory.model, args, kwargs)

@@ -31,6 +31,7 @@ from collections.abc import Sequence
 import networkx as nx
 from torch import fx
 
+from ..core.errors import InputError
 from .records import Capture, NodeInfo, TensorSpec, info
 from .tensors import dtype_name
 
@@ -45,6 +46,9 @@ def graph(capture: Capture) -> nx.DiGraph:
     >>> [data["op"] for _, data in flow.nodes(data=True)]
     ['input', 'conv2d', 'relu', 'output']
     """
+    if not isinstance(capture, Capture):
+        hint = "pwrewrite.capture(model, example_inputs) makes one"
+        raise InputError("this is no capture", expected="a Capture", got=type(capture).__name__, hint=hint)
     layer_of = {call.node: call.layer for call in capture.calls}
     nodes: list[tuple[str, dict[str, object]]] = []
     edges: list[tuple[str, str, dict[str, object]]] = []

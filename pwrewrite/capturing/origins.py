@@ -289,6 +289,8 @@ class Origins:
         one = name.endswith("running_var") or (t.dim() <= 1 and name.endswith("weight"))
         if t.is_floating_point() and not one and isinstance(t, nn.Parameter) and t.dim() > 1:
             generator = torch.Generator().manual_seed(0)
-            values = torch.randn(t.shape, dtype=torch.float32, generator=generator).mul_(prod(t.shape[1:]) ** -0.5)
+            values = torch.randn(t.shape, dtype=torch.float32, generator=generator, device="cpu").mul_(
+                prod(t.shape[1:]) ** -0.5
+            )
             return values.to(self._device, t.dtype)
         return torch.full(t.shape, t.is_floating_point() and one, dtype=t.dtype, device=self._device)

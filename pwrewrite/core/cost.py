@@ -13,6 +13,7 @@ import torch
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .errors import UsageError
 from .nested import Args, Kwargs, Tree
 from .operations import FORMULAS, FREE, Formula
 
@@ -39,6 +40,9 @@ class Cost:
 
 def register_formula(op: OpOverloadPacket, formula: Formula) -> None:
     """Gives an operation its cost, ``formula(args, kwargs, out) -> MACs``, by shapes alone (tensors may be on meta)."""
+    if not isinstance(op, OpOverloadPacket):
+        expected = "a packet of overloads, such as torch.ops.aten.fft_fft"
+        raise UsageError("this is no operation", expected=expected, got=repr(op))
     FORMULAS[op._qualified_op_name] = formula
 
 

@@ -201,7 +201,7 @@ def parse_time(text: str, what: str = "time") -> Time:
     >>> parse_time("5m").seconds, parse_time("3 epochs").epochs
     (300.0, 3.0)
     """
-    match = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*(s|m|min|h|epochs?)", text.strip().lower())
+    match = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*(s|m|min|h|epochs?)", str(text).strip().lower())
     number = float(match[1]) if match else 0.0
     if match is None or not 0 < number < 1e9:
         expected = "minutes, seconds, hours or epochs, such as 5m, 90s, 1h or 3epochs"

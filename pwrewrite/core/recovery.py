@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .records import Record
+from .records import Record, Shown
 
 
-@dataclass(frozen=True)
-class Recovery(Record):
+@dataclass(frozen=True, repr=False)
+class Recovery(Record, Shown):
     """How a rewritten model was trained, with its original as the teacher.
 
     Attributes:

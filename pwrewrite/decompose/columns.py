@@ -81,7 +81,7 @@ def eliminate(readers: Sequence[Reader], channels: int, least: int = 1) -> Elimi
     """
     sweeps = [_Fixed(r, channels) if r.moment.dim() == 1 else _Sweep(r, channels) for r in readers]
     order, losses = list[int](), [0.0]
-    gone = torch.zeros(channels)
+    gone = torch.zeros(channels, device="cpu")
     for _ in range(channels - max(least, 1)):
         prices = torch.stack([sweep.losses() for sweep in sweeps]).sum(0) + gone
         channel = int(prices.argmin())
@@ -128,13 +128,13 @@ class _Sweep:
         elif reader.outputs is not None:
             values = root_of(reader.outputs).mT @ values
         dtype = torch.float32 if large else inverse.dtype
-        self._begin(inverse.to(dtype), values.to(dtype), torch.arange(channels))
+        self._begin(inverse.to(dtype), values.to(dtype), torch.arange(channels, device="cpu"))
 
     def _begin(self, inverse: Tensor, values: Tensor, left: Tensor) -> None:
         """Takes matrices that are up to date, of the channels that are left."""
         self._inverse, self._values, self._left = inverse, values, left
         self._place = {channel: i for i, channel in enumerate(left.tolist())}
-        every = torch.arange(len(left))
+        every = torch.arange(len(left), device="cpu")
         self._own_inverse = inverse.reshape(len(left), self._size, len(left), self._size)[every, :, every]
         self._own_energy = _own(values, values, self._size)
         self._most = max(_WAITING, len(inverse) // 16)

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from ..core.errors import PlanError, RefusedError, first_line, shortened
+from ..core.modes import plain_modes
 from ..core.nested import deep_copy
 from ..core.plan import Edit, Op, Plan, Skip, SkipReason
 from .actions import Bench, Decomposer, Refused, prepare
@@ -52,7 +52,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     return applied.model
 
 
-@torch.inference_mode(False)  # parameters made inside it could not be trained
+@plain_modes()
 def carry_out(
     model: nn.Module,
     plan: Plan,

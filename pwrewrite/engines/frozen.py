@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ..capturing import Inputs, capture, split_inputs, value_need
 from ..core.errors import CaptureError, InputError, RefusedError, first_line
+from ..core.modes import plain_modes
 from ..core.nested import map_tensors, tensors_of
 from ..layers import tracing
 from ..layers.comparing import alike, outputs_of
@@ -61,6 +62,7 @@ FUNCTIONS = Pool(256 * 2**20)
 """Models as functions."""
 
 
+@plain_modes()
 def freeze(model: nn.Module, example_inputs: Inputs | None = None, *, keep_nan: bool = False) -> Frozen:
     """Wraps a model so that it runs as one function without Python, where that is right.
 
@@ -231,7 +233,7 @@ class Frozen(nn.Module):
         held = [] if reason else held_tensors(self.model)
         if reason or isinstance(held, str):
             return reason or str(held)
-        given = tuple(torch.empty(x.shape, memory_format=_format(x)).copy_(x) for x in inputs)
+        given = tuple(torch.empty_like(x, memory_format=_format(x)).copy_(x) for x in inputs)
         try:
             capture(self.model, given, values="meta")
         except CaptureError as error:

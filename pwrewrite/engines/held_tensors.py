@@ -151,7 +151,7 @@ class TrialCopy:
 
     def template(self) -> Any:
         """What the last run returned, with anything in place of each tensor; None for one tensor."""
-        empty = torch.empty(0)
+        empty = torch.empty(0, device="cpu")
         return None if isinstance(self._structure, Tensor) else map_tensors(self._structure, lambda _: empty)
 
     def settle(self) -> None:

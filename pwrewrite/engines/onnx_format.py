@@ -74,7 +74,7 @@ class Onnx(Format):
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
         session = session_of(model.SerializeToString())
         outputs = session.run(names, program.feeds(call))
-        return {name: torch.as_tensor(value) for name, value in zip(names, outputs)}
+        return {name: torch.as_tensor(value, device="cpu") for name, value in zip(names, outputs)}
 
     def inner(self, program: Program) -> ExportedProgram:
         """The program without operations in place, whose nodes the exporter names its own after."""

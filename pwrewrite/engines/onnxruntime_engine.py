@@ -40,7 +40,7 @@ class OnnxRuntime(Engine):
 
         def run(*args: object, **kwargs: object) -> list[Tensor]:
             feed = {name: t.numpy() for name, t in zip(names, tensors_of((args, kwargs)))}
-            return [torch.as_tensor(value) for value in session.run(None, feed)]
+            return [torch.as_tensor(value, device="cpu") for value in session.run(None, feed)]
 
         return Session(run, self._ran(session.get_providers()[0], kinds.replace("float", "float32")))
 

@@ -37,7 +37,7 @@ class OpenVino(Engine):
 
         def run(*args: object, **kwargs: object) -> list[Tensor]:
             feed = [t.numpy() for t in tensors_of((args, kwargs))]
-            return [torch.as_tensor(value) for value in request.infer(feed, share_inputs=True).values()]
+            return [torch.as_tensor(value, device="cpu") for value in request.infer(feed, share_inputs=True).values()]
 
         asked = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         devices = ", ".join(compiled.get_property("EXECUTION_DEVICES"))

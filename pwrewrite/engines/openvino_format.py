@@ -55,7 +55,7 @@ class Openvino(Format):
 
         def call(inputs: Call) -> dict[str, Tensor]:
             results = compiled(program.feeds(inputs)).values()
-            return {name: torch.as_tensor(value.copy()) for name, value in zip(names, results)}
+            return {name: torch.as_tensor(value.copy(), device="cpu") for name, value in zip(names, results)}
 
         outputs = [call(inputs) for inputs in calls]
         version = import_module("openvino").__version__.partition("-")[0]

@@ -64,7 +64,7 @@ class SharedCuts:
         channels, rows, moment = layers[0].kernel.shape[1], list[Tensor](), layers[0].kernel.new_zeros(())
         for layer in layers:
             near, outputs, _ = layer.sides(())
-            near = torch.eye(channels).to(layer.kernel) if near is None else near[0]
+            near = torch.eye(channels, device="cpu").to(layer.kernel) if near is None else near[0]
             level = near.diagonal().mean().clamp(min=1e-300)
             moment = moment + near / level
             taps = outputs[1] if isinstance(outputs, tuple) else None

@@ -31,8 +31,8 @@ def trial_inputs(run: Function, inputs: Sequence[Tensor]) -> list[tuple[Tensor, 
 def _shuffled(t: Tensor, generator: torch.Generator) -> Tensor:
     values = t.flatten()
     if bool((values == values[0]).all()):
-        values = torch.rand(values.shape, generator=generator)
-    return torch.empty_like(t).copy_(values[torch.randperm(t.numel(), generator=generator)].view(t.shape))
+        values = torch.rand(values.shape, generator=generator, device="cpu")
+    return torch.empty_like(t).copy_(values[torch.randperm(t.numel(), generator=generator, device="cpu")].view(t.shape))
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:

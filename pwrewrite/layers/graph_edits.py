@@ -86,14 +86,14 @@ def write_out(graph: Any) -> None:
             _, _, weight, bias, *_ = node.inputs()
             if isinstance(weight.type(), TensorType) and bias.node().mustBeNone() and (sizes := sizes_of(weight)):
                 graph.setInsertPoint(node)
-                node.replaceInput(3, graph.insertConstant(torch.zeros(sizes)))
+                node.replaceInput(3, graph.insertConstant(torch.zeros(sizes, device="cpu")))
         elif node.kind() == "aten::batch_norm":
             _, weight, bias, mean, *_ = node.inputs()
             sizes = sizes_of(mean) or sizes_of(weight)
             for i, value, number in ((1, weight, 1.0), (2, bias, 0.0)):
                 if sizes and value.node().mustBeNone():
                     graph.setInsertPoint(node)
-                    node.replaceInput(i, graph.insertConstant(torch.full(sizes, number)))
+                    node.replaceInput(i, graph.insertConstant(torch.full(sizes, number, device="cpu")))
 
 
 def separate(graph: Graph, *, every: bool) -> None:

@@ -163,7 +163,7 @@ def chosen(x: Tensor, weight: Tensor, bias: Tensor | None, how: Geometry) -> boo
 
 def check_known(name: str, act: Act) -> None:
     """Raises a `UsageError` that names the row where oneDNN does not take an activation as its row says."""
-    unit = torch.ones(1, 1, 1, 1)
+    unit = torch.ones(1, 1, 1, 1, device="cpu")
     try:
         convolve(unit, unit, None, Geometry([0, 0], [1, 1], [1, 1], 1), act)
     except RuntimeError as error:

@@ -117,7 +117,7 @@ def drops(module: nn.Module) -> bool:
         return False
     if not bare(module):
         return False
-    x = torch.zeros(2, 3, 4, 4)
+    x = torch.zeros(2, 3, 4, 4, device="cpu")
     try:
         output: object = copy.deepcopy(module).eval()(x)
     except Exception:

@@ -46,7 +46,9 @@ def compiled(
 
     with torch.inference_mode(False):
         generator = torch.Generator().manual_seed(0)
-        drawn = [torch.randn(t.shape, generator=generator).contiguous(memory_format=FORMATS[4]) for t in inputs]
+        drawn = [
+            torch.randn(t.shape, generator=generator, device="cpu").contiguous(memory_format=FORMATS[4]) for t in inputs
+        ]
         result = tracing.traced(plain, drawn, _TOLERANCE)
     if isinstance(result, str) or not result.whole() or not result.outputs[0].is_contiguous(memory_format=FORMATS[4]):
         return None

@@ -93,7 +93,7 @@ def _read_by_linear(node: fx.Node) -> bool:
 def _does_not_pay(layers: list[Layer], owners: Owners) -> str:
     """Why channels_last would not pay; empty where it does."""
     weight = weight_of(layers[0], owners)
-    real = torch.zeros(()) if weight is None or weight.is_meta else weight
+    real = torch.zeros((), device="cpu") if weight is None or weight.is_meta else weight
     device, dtype = real.device.type, real.dtype
     if dtype not in {"cpu": CPU_DTYPES, "cuda": (torch.float16, torch.bfloat16)}.get(device, ()):
         return f"no kernels that want channels_last for {dtype} on {device}"

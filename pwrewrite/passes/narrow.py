@@ -160,7 +160,7 @@ def reading(reader: ReaderOf) -> dict[str, Json]:
 
 def plain_readers(graph: Graph, unit: Unit) -> list[Reader] | None:
     """The readers of a unit in the norm of what is known without inputs, their losses relative; None on meta."""
-    before, readers = torch.ones(()), list[Reader]()
+    before, readers = torch.ones((), device="cpu"), list[Reader]()
     for layer in (unit.producers[0], *unit.depthwise):
         kernel = _kernel(graph, layer)
         if kernel is None:

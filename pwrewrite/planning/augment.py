@@ -90,16 +90,19 @@ def augmented(augment: Augment, chunk: Chunk) -> Chunk:
 def shift(image: Tensor) -> Tensor:
     """Images ``(N, C, H, W)``, each moved by up to an eighth of its size."""
     (n, _, height, width), device = image.shape, image.device
-    down, right = (torch.randint(2 * (size // _PART) + 1, (n, 1)) for size in (height, width))
+    down, right = (torch.randint(2 * (size // _PART) + 1, (n, 1), device="cpu") for size in (height, width))
     padded = F.pad(image, (width // _PART,) * 2 + (height // _PART,) * 2)
-    rows, columns = (down + torch.arange(height)).to(device), (right + torch.arange(width)).to(device)
+    rows, columns = (
+        (down + torch.arange(height, device="cpu")).to(device),
+        (right + torch.arange(width, device="cpu")).to(device),
+    )
     each = torch.arange(n, device=device)[:, None, None]
     return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def flip(image: Tensor) -> Tensor:
     """The same, half of them mirrored."""
-    mirrored = torch.rand(len(image)) < 0.5
+    mirrored = torch.rand(len(image), device="cpu") < 0.5
     return shift(torch.where(mirrored.to(image.device)[:, None, None, None], image.flip(-1), image))
 
 

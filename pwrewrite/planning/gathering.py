@@ -276,7 +276,7 @@ class _Watch:
     def _noisy(self, output: Tensor) -> Tensor:
         """An output's inner product with noise, in units in which its squared gradient is a relative error."""
         values = output.float()
-        noise = torch.randn(values.shape, generator=self.generator).to(values.device)
+        noise = torch.randn(values.shape, generator=self.generator, device="cpu").to(values.device)
         per_sample = values.numel() / max(self.samples, 1)
         power = values.detach().square().mean().clamp(min=1e-30)
         return (values * noise).sum() / (per_sample * power).sqrt()

@@ -100,7 +100,7 @@ class Conditions:
     def of(cls, model: nn.Module, threads: int | None = None, engine: Engine = PLAIN) -> Conditions:
         """Those of a model, by its weights, with so many threads (those that torch uses where None)."""
         weights = [p for p in model.parameters() if p.is_floating_point()]
-        first = weights[0] if weights else torch.zeros(())
+        first = weights[0] if weights else torch.zeros((), device="cpu")
         last = any(
             p.dim() in _FORMATS and not p.is_contiguous() and p.is_contiguous(memory_format=_FORMATS[p.dim()])
             for p in weights
@@ -242,7 +242,7 @@ def time_plan(
             if isinstance(module, Factorized):
                 for parameter in module.parameters():
                     fan_in = parameter[0].numel()  # keeps the level: what becomes denormal takes many times as long
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * fan_in**-0.5)
     args, kwargs = split_inputs(inputs)
     where, first = engine or (PLAIN, model)
     before, after = time_models([first, rewritten], args, kwargs, threads=threads, engine=where)

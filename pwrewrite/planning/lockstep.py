@@ -50,7 +50,7 @@ class Forward:
         self._ended = self.finished = False
         self.recorded: dict[tuple[str, str], Tensor] = {}
         self.path: str | None = None
-        self.value = torch.empty(0)
+        self.value = torch.empty(0, device="cpu")
         self._threads = torch.get_num_threads()
         self._random = torch.Generator().manual_seed(seed).get_state()
         cuda = any(parameter.is_cuda for parameter in model.parameters())
@@ -96,7 +96,7 @@ class Forward:
         torch.set_rng_state(self._random)
 
     def _leave(self) -> None:
-        self.path, self.value = None, torch.empty(0)
+        self.path, self.value = None, torch.empty(0, device="cpu")
 
     def _run(self) -> None:
         self._go.acquire()

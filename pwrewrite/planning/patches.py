@@ -68,7 +68,7 @@ def sampled(count: int, spec: ConvSpec, per_sample: float, samples: int, generat
     limit = max(_LEAST_POSITIONS, ceil(per_sample)) * (1 if spec.dims else samples)
     if count <= limit + limit // 4:
         return None
-    return torch.randperm(count, generator=generator)[:limit].sort().values
+    return torch.randperm(count, generator=generator, device="cpu")[:limit].sort().values
 
 
 def _wide(rows: Tensor) -> Tensor:
@@ -77,10 +77,10 @@ def _wide(rows: Tensor) -> Tensor:
 
 def _indices(padded: torch.Size, size: tuple[int, ...], spec: ConvSpec, positions: Tensor | None) -> Tensor:
     """Flat input index of every tap of every position taken: ``(positions, taps)``."""
-    flat = torch.arange(prod(size)) if positions is None else positions.cpu()
-    index = torch.zeros(len(flat), 1, dtype=torch.long)
+    flat = torch.arange(prod(size), device="cpu") if positions is None else positions.cpu()
+    index = torch.zeros(len(flat), 1, dtype=torch.long, device="cpu")
     for axis, start in enumerate(torch.unravel_index(flat, size)):
-        taps = torch.arange(spec.kernel_size[axis]) * spec.dilation[axis]
+        taps = torch.arange(spec.kernel_size[axis], device="cpu") * spec.dilation[axis]
         along = start[:, None] * spec.stride[axis] + taps
         index = (index[:, :, None] * padded[axis] + along[:, None, :]).flatten(1)
     return index

@@ -293,7 +293,7 @@ def _fit_norm(module: _BatchNorm, old: nn.Module, pairs: Pairs, kept: Sequence[i
 
 def _mean_difference(pairs: Iterable[tuple[Tensor, Tensor]], channel: int) -> Tensor:
     """The mean difference of tensors in each channel, which is that dim of theirs."""
-    total, count = torch.zeros(()), 0
+    total, count = torch.zeros((), device="cpu"), 0
     for first, second in pairs:
         wide = wide_dtype(first.device)
         difference = first.to(wide) - second.to(wide)

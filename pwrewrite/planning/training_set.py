@@ -97,14 +97,14 @@ class TrainingSet:
         self._kept: list[_Window] = []
         for window in self._read():
             self.samples += window.samples
-            self.steps += len(window.groups(torch.arange(window.items), size))
+            self.steps += len(window.groups(torch.arange(window.items, device="cpu"), size))
             del window  # before the next is read
 
     def epoch(self, number: int, start: int = 0) -> Iterator[list[Part]]:
         """The steps of an epoch, from one of them on: what this process takes in each."""
         order, step = torch.Generator().manual_seed(_seed(self._seed, number)), -1
         for window in self._kept or self._read():
-            for group in window.groups(torch.randperm(window.items, generator=order), self._size):
+            for group in window.groups(torch.randperm(window.items, generator=order, device="cpu"), self._size):
                 if (step := step + 1) >= start:
                     yield self._parts(window, group, (self._seed, number, step))
             del window
@@ -139,9 +139,13 @@ class TrainingSet:
             return parts
         chunk, labels = _taken(*window.chunks[0], group)
         chunk = self._changed(chunk, seed)
-        share = torch.arange(len(group)).tensor_split(self._world)[self._rank]
+        share = torch.arange(len(group), device="cpu").tensor_split(self._world)[self._rank]
         weight = len(share) * self._world / len(group)
-        return [Part(*_taken(chunk, labels, share if len(share) else torch.zeros(1, dtype=torch.long)), weight)]
+        return [
+            Part(
+                *_taken(chunk, labels, share if len(share) else torch.zeros(1, dtype=torch.long, device="cpu")), weight
+            )
+        ]
 
     def _changed(self, chunk: Chunk, seed: tuple[int, ...]) -> Chunk:
         """Inputs as they are augmented."""

@@ -33,7 +33,7 @@ def lines(budget: BudgetReport, *, random: bool = False) -> list[Line]:
         fitted = f"{_REFITS[budget.refit]} {'fitted' if budget.measured is not None else 'to be fitted'}"
         facts.append(("calibration", f"{plural(budget.samples, 'input')}; {fitted}"))
     facts += _losses(budget, random)
-    facts += _recovered(budget.recovery)
+    facts += recovered(budget.recovery)
     facts += [
         (name, f"{before:.4g} → {after:.4g} ({after - before:+.3g})")
         for name, (before, after) in budget.metrics.items()
@@ -57,7 +57,7 @@ def _limit(kind: str, text: str, budget: BudgetReport) -> str:
     return f"at most {text}" + (f"; {percent(reached)} of the original" if reached is not None else "")
 
 
-def _recovered(recovery: Recovery | None) -> list[Line]:
+def recovered(recovery: Recovery | None) -> list[Line]:
     """How the result was trained; nothing where it was not."""
     if recovery is None:
         return []

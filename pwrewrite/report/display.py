@@ -15,9 +15,11 @@ from ..core.errors import shortened
 from ..core.exports import Exports
 from ..core.numbers import count, plural
 from ..core.plan import Plan
+from ..core.recovery import Recovery
 from ..core.verification import Verification
 from . import (
     analysis,
+    budget_rows,
     compressed,
     costs,
     exported,
@@ -29,14 +31,14 @@ from . import (
     to_html,
     web,
 )
-from .page import Facts, Line, Page, Title
+from .page import Facts, Line, Notes, Page, Title
 from .records import Compression, Frontier, Report
 
 
 def _shown(result: object) -> tuple[object, bool]:
     """A result, or the report that it has, and whether that is of what was not carried out."""
     report = getattr(result, "report", None)
-    if not isinstance(report, (Report, Compression)):
+    if not isinstance(report, (Report, Compression, Recovery)):
         return result, False
     return report, not hasattr(result, "model")
 
@@ -63,6 +65,9 @@ def page(result: object) -> Page:
             return exported.page(shown)
         case Compression():
             return compressed.page(shown)
+        case Recovery():
+            facts = Facts([(name, text, "") for name, text in budget_rows.recovered(shown)])
+            return (Title("Recovery", [_recovered(shown)]), Line(""), facts, Notes(getattr(result, "notes", ())))
     return (Title(_heading(shown)), Line(""), Facts(_fields(shown)))
 
 
@@ -89,11 +94,18 @@ def _summary(shown: object, planned: bool) -> str:
             return f" of {target}: {costs.headline(shown)}"
         case Exports(target=target):
             return f" of {target}: {exported.headline(shown)}"
+        case Recovery():
+            return f": {_recovered(shown)}"
         case Compression(target=target):
             return f" of {target}: {compressed.headline(shown)}"
         case Difference(before=before, after=after, layers=layers):
             return f" of {before.target} and {after.target}: {plural(len(layers), 'layer')} differ"
     return _heading(shown).removeprefix(type(shown).__name__)
+
+
+def _recovered(recovery: Recovery) -> str:
+    lost = f"held-out loss {recovery.before:.3g} → {recovery.after:.3g}"
+    return f"{lost} in {plural(recovery.steps, 'step')}" + ("" if recovery.kept else ", kept as before")
 
 
 def _heading(result: object) -> str:

@@ -243,7 +243,7 @@ def _from_text(path: Path) -> Tensor:
             raise UsageError(f"{path}, line {number}: not a label", expected=_EACH, got=repr(word[:40]))
     if not words:
         raise UsageError(f"{path} holds no labels", expected=_EACH)
-    return torch.tensor([int(word) for _, word in words], dtype=torch.int64)
+    return torch.tensor([int(word) for _, word in words], dtype=torch.int64, device="cpu")
 
 
 def _column(path: Path, rows: list[tuple[int, str]]) -> list[tuple[int, str]]:

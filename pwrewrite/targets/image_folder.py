@@ -151,7 +151,9 @@ class ImageFolder:
         pixels = pixels.permute(2, 0, 1).contiguous()
         if self._listed:
             return pixels
-        return (pixels - torch.tensor(self._mean)[:, None, None]) / torch.tensor(self._std)[:, None, None]
+        return (pixels - torch.tensor(self._mean, device="cpu")[:, None, None]) / torch.tensor(self._std, device="cpu")[
+            :, None, None
+        ]
 
     def _batch(self, images: list[Tensor], places: list[int]) -> object:
         if self._listed:

@@ -98,10 +98,10 @@ def _tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
     """One tensor, standard normal if floating or complex, else of {0, 1}; one too large is the user's mistake."""
     try:
         if dtype.is_complex or dtype is torch.float64:
-            return torch.randn(shape, dtype=dtype, generator=generator)
+            return torch.randn(shape, dtype=dtype, generator=generator, device="cpu")
         if dtype.is_floating_point:
-            return torch.randn(shape, dtype=torch.float32, generator=generator).to(dtype)
-        return torch.randint(0, 2, shape, dtype=torch.uint8, generator=generator).to(dtype)
+            return torch.randn(shape, dtype=torch.float32, generator=generator, device="cpu").to(dtype)
+        return torch.randint(0, 2, shape, dtype=torch.uint8, generator=generator, device="cpu").to(dtype)
     except (RuntimeError, MemoryError) as error:
         raise InputError(f"cannot make an input of {'x'.join(map(str, shape))} {dtype}: {error}") from error
 

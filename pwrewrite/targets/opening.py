@@ -23,6 +23,7 @@ from ..capturing import split_inputs
 from ..capturing.lazy import has_lazy_modules, materialized
 from ..core.declaring import from_keywords
 from ..core.errors import InputError, TargetError, UsageError
+from ..core.modes import plain_modes
 from ..core.options import TargetOptions
 from ..core.plan import Plan
 from ..core.random_state import check_seed, keeping_random_state
@@ -127,7 +128,7 @@ def load_target(
     return open_target(options, empty=empty, need_inputs=need_inputs, seeded=False)
 
 
-@torch.inference_mode(False)  # parameters made inside it could not be trained
+@plain_modes()
 def load(folder: str | Path, model: nn.Module | None = None, *, trust_target: bool = False) -> nn.Module:
     """The rewritten model, with the saved weights and in eval mode, from a folder that `pwrewrite.save` wrote.
 

@@ -185,7 +185,7 @@ def _save_weights(model: nn.Module, path: Path) -> None:
             continue
         seen[key] = name
         # A copy: safetensors refuses tensors that share memory, and writes all of a storage that a view is part of.
-        state[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+        state[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor)
     try:
         save_file(state, str(path), metadata={"format": "pt", _ALIASES: json.dumps(aliases)})
     except (SafetensorError, ValueError, KeyError) as error:

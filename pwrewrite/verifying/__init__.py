@@ -19,7 +19,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..capturing.inputs import Inputs, split_inputs
@@ -27,6 +26,7 @@ from ..capturing.lazy import materialized
 from ..core.collector import no_collection
 from ..core.declaring import from_keywords, refuse_unknown
 from ..core.errors import InputError, UsageError
+from ..core.modes import plain_modes
 from ..core.random_state import keeping_random_state
 from ..core.verification import Check, Verification
 from .context import Context, Options, Results, context_of
@@ -77,7 +77,7 @@ def verify(original: nn.Module, rewritten: nn.Module, example_inputs: Inputs, **
     bound = known.max_error
     if bound is not None and not bound >= 0:
         raise UsageError("max_error makes no sense", expected="a number from 0, such as 0.05", got=repr(bound))
-    with no_collection(), keeping_random_state(), torch.inference_mode(False), plain_precision(device_of(original)):
+    with no_collection(), keeping_random_state(), plain_modes(), plain_precision(device_of(original)):
         args, kwargs = split_inputs(example_inputs)
         original, rewritten = materialized(original, args, kwargs), materialized(rewritten, args, kwargs)
         results = _checked(context_of(original, rewritten, example_inputs, known))

@@ -29,7 +29,7 @@ def backward(model: nn.Module, output: Flat) -> dict[str, Tensor | None] | str:
         if t.requires_grad and t.numel():
             real = torch.view_as_real(t) if t.is_complex() else t
             real = real.float() if real.dtype.itemsize < 4 else real
-            terms.append((real * torch.randn(real.shape, generator=generator).to(real)).mean())
+            terms.append((real * torch.randn(real.shape, generator=generator, device="cpu").to(real)).mean())
     if not terms:
         return "no output depends on a parameter that needs a gradient"
     model.zero_grad(set_to_none=True)

@@ -171,7 +171,7 @@ class Draws:
 
 def _normal(t: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     dtype = torch.complex64 if t.dtype.is_complex else torch.float32
-    return torch.randn(shape, generator=generator, dtype=dtype)
+    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
 
 
 def _resized(space: tuple[int, ...], size: str) -> list[int]:

@@ -188,5 +188,5 @@ def nudged(t: Tensor, seed: int) -> Tensor:
     if not t.dtype.is_floating_point:
         return t
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.rand(t.shape, generator=generator).mul_(2).sub_(1).to(t.device)
+    noise = torch.rand(t.shape, generator=generator, device="cpu").mul_(2).sub_(1).to(t.device)
     return (t.double() * (1 + torch.finfo(t.dtype).eps * noise)).to(t.dtype)

@@ -94,7 +94,7 @@ def noisy_copy(model: nn.Module, noise: float, seed: int, *, scale: float = 1.0)
     with torch.no_grad():
         for p in noisy.parameters():
             if p.is_floating_point():
-                p.mul_(scale + noise * torch.randn(p.shape, generator=generator).to(p.device, p.dtype))
+                p.mul_(scale + noise * torch.randn(p.shape, generator=generator, device="cpu").to(p.device, p.dtype))
     return noisy
 
 

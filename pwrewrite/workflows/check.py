@@ -5,7 +5,9 @@ A gate compares costs that shapes alone decide, so that the same model gives the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 
 from torch import nn
@@ -17,9 +19,11 @@ from ..capturing import Inputs
 from ..core import files
 from ..core.declaring import from_keywords, refuse_unknown
 from ..core.errors import InputError, UsageError
+from ..core.numbers import parse_increase
 from ..core.options import GateOptions, TargetOptions
 from ..targets.storage import is_saved, read_plan
 from .analyze import analyze, analyze_target
+from .pass_names import as_list
 
 
 def check(
@@ -32,7 +36,8 @@ def check(
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword ones, real or on ``meta``.
         target: What to call the model; its class name by default.
         gate: The limits.
-        **limits: The same as keywords, as fields of `pwrewrite.core.options.GateOptions`: ``max_macs="600M"``.
+        **limits: The same as keywords, as fields of `pwrewrite.core.options.GateOptions`: ``max_macs="600M"``,
+            ``baseline=analysis``.
 
     Raises:
         PwrewriteError: If the model does not run on these inputs, or the limits make no sense.
@@ -45,6 +50,7 @@ def check(
     if gate is None:
         gate = from_keywords(GateOptions, limits)
     refuse_unknown("check", limits, GateOptions)
+    gate = _read(gate)
     _require_limits(gate)
     baseline = None if gate.baseline is None else costs_of(gate.baseline)
     return judge(analyze(model, example_inputs, target=target), gate, baseline)
@@ -57,6 +63,17 @@ def check_target(target: TargetOptions, gate: GateOptions) -> GateResult:
     return judge(analyze_target(target), gate, baseline)
 
 
+def _read(gate: GateOptions) -> GateOptions:
+    """Limits as Python calls give them, with their numbers checked."""
+    for name in ("max_params", "max_macs", "max_weights", "max_peak_memory", "warn_at"):
+        limit = getattr(gate, name)
+        if limit is not None and not (isinstance(limit, Real) and float(limit) >= 0):
+            raise UsageError(f"{name} makes no sense", expected="a number from 0", got=repr(limit))
+    increase: object = gate.max_increase
+    given = [f"{k}={v}" for k, v in increase.items()] if isinstance(increase, Mapping) else as_list(increase)
+    return replace(gate, max_increase=dict(parse_increase(str(each), "max_increase") for each in given))
+
+
 def _require_limits(gate: GateOptions) -> None:
     if gate.max_increase and gate.baseline is None:
         raise UsageError("--max-increase needs a --baseline to increase from")
@@ -65,11 +82,21 @@ def _require_limits(gate: GateOptions) -> None:
         raise UsageError("there is no limit to check", hint="--max-params 5M, --max-macs 600M or --baseline FILE")
 
 
-def costs_of(target: str, opened: TargetOptions | None = None) -> Costs:
-    """What a target costs, or an analysis in a ``.json`` file, which is read and never run.
+def costs_of(target: str | Path | Analysis, opened: TargetOptions | None = None) -> Costs:
+    """What a target costs, or an analysis, also one in a ``.json`` file, which is read and never run.
 
     ``opened`` says how a target is opened; weights, which do not change costs, are left out.
     """
+    if isinstance(target, Analysis):
+        return Costs.of(target)
+    if not isinstance(target, (str, Path)):
+        raise InputError(
+            "this is no analysis",
+            expected="an Analysis, or the name of a JSON file with one, of a saved folder or of a model",
+            got=type(target).__name__,
+            hint="pwrewrite.analyze(model, example_inputs) gives one" if isinstance(target, nn.Module) else None,
+        )
+    target = str(target)
     if Path(target).suffix == ".json":
         try:
             text = files.read_text(target)
@@ -86,11 +113,12 @@ def costs_of(target: str, opened: TargetOptions | None = None) -> Costs:
     return Costs.of(analyze_target(replace(opened, target=target, weights=None, base=base)))
 
 
-def diff(before: str | Analysis, after: str | Analysis, opened: TargetOptions | None = None) -> Difference:
+def diff(
+    before: str | Path | Analysis, after: str | Path | Analysis, opened: TargetOptions | None = None
+) -> Difference:
     """How the costs of two models differ, layer by layer.
 
     Each is an `Analysis`, an analysis that was written as JSON, a saved folder or any other target, opened as
     ``opened`` says. Raises `PwrewriteError` if one does not lead to a model, or is no analysis.
     """
-    first, second = (Costs.of(m) if isinstance(m, Analysis) else costs_of(m, opened) for m in (before, after))
-    return compare(first, second)
+    return compare(costs_of(before, opened), costs_of(after, opened))

@@ -26,6 +26,7 @@ from ..core.declaring import changed, flag_of, from_keywords
 from ..core.errors import OutputError, RefusedError, UsageError
 from ..core.exports import Exported
 from ..core.files import new_folder, read_text
+from ..core.modes import plain_modes
 from ..core.names import ENGINE_NAMES
 from ..core.nested import hash_tensors, tensors_of
 from ..core.options import Budget, CompressOptions, ExportOptions, PassOptions, Proof, TargetOptions
@@ -161,7 +162,7 @@ def _check_place(options: CompressOptions) -> None:
     check_place(options.out, force=options.force, files=_FILES, marker=REPORT, schema=COMPRESS_SCHEMA)
 
 
-@torch.inference_mode(False)  # parameters made inside it could not be trained
+@plain_modes()
 def _compressed(
     given: LoadedModel, budget: Budget, proof: Proof, to: tuple[CompressOptions, ExportOptions], say: Progress
 ) -> Compressed:

@@ -24,6 +24,7 @@ from ..core.errors import PwrewriteError, RefusedError, UsageError, Verification
 from ..core.exports import EXPORT_SCHEMA, Exported, Exports
 from ..core.files import new_folder
 from ..core.fx_names import named_by_keyword, taken_by_graphs
+from ..core.modes import plain_modes
 from ..core.names import EXPORT_NAMES
 from ..core.nested import tensors_of
 from ..core.options import ExportOptions, TargetOptions
@@ -44,7 +45,7 @@ ALL_FILES = (REPORT, *(file for each in _FORMATS for form in (each, each.int8) i
 """What an export may have left in its folder."""
 
 
-@torch.inference_mode(False)
+@plain_modes()
 def export(
     model: Subject,
     example_inputs: Inputs | None = None,

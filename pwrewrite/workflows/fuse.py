@@ -26,6 +26,7 @@ from ..capturing import Inputs, split_inputs
 from ..capturing.records import Capture, info
 from ..core.declaring import from_keywords, refuse_unknown
 from ..core.errors import RefusedError, first_line
+from ..core.modes import plain_modes
 from ..core.nested import deep_copy, map_tensors, tensors_of
 from ..core.numbers import plural
 from ..core.options import Proof
@@ -74,7 +75,7 @@ _REFERENCE_LIMIT = 300_000_000
 """Parameters above which no copy in float64 is made."""
 
 
-@torch.inference_mode(False)  # parameters made inside it could not be trained
+@plain_modes()
 def fuse(
     model: Subject,
     example_inputs: Inputs | None = None,
@@ -322,11 +323,11 @@ def drawn_inputs(inputs: Inputs) -> Any:
 
     def draw(t: Tensor) -> Tensor:
         if not t.is_floating_point():
-            return torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t
+            return torch.zeros(t.shape, dtype=t.dtype, device="cpu") if t.is_meta else t
         if not t.is_meta and t.numel() and not bool((t == t.flatten()[0]).all()):
             return t
         device = "cpu" if t.is_meta else t.device
-        return torch.rand(t.shape, generator=generator).to(device, t.dtype)
+        return torch.rand(t.shape, generator=generator, device="cpu").to(device, t.dtype)
 
     return map_tensors(inputs, draw)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-import torch
-
 from ..capturing import Inputs
 from ..core.errors import UsageError
+from ..core.modes import plain_modes
 from ..core.options import Budget
 from ..core.plan import Plan
 from ..core.records import Shown
@@ -33,7 +32,7 @@ class Planned(Shown):
     report: Report
 
 
-@torch.inference_mode(False)  # parameters made inside it could not be trained
+@plain_modes()
 def make_plan(
     model: Subject,
     example_inputs: Inputs | None = None,
@@ -74,7 +73,7 @@ def make_plan(
     return Planned(replace(plan, model={**plan.model, **origin_of(loaded)}), report)
 
 
-@torch.inference_mode(False)  # parameters made inside it could not be trained
+@plain_modes()
 def plan(
     model: Subject,
     example_inputs: Inputs | None,
@@ -115,7 +114,7 @@ def plan(
     return replace(chosen, model=model_facts(run.first, inputs=describe_inputs(loaded.example_inputs)))
 
 
-@torch.inference_mode(False)  # parameters made inside it could not be trained
+@plain_modes()
 def frontier(
     model: Subject, example_inputs: Inputs | None, budget: Budget, *, points: int = 25, progress: Progress | None = None
 ) -> Frontier:

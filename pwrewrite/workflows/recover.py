@@ -14,9 +14,11 @@ from ..capturing import Inputs, capture
 from ..capturing.inputs import tensors_for
 from ..core.declaring import flag_of, from_keywords, refuse_unknown
 from ..core.errors import UsageError, first_line
-from ..core.nested import Tree
+from ..core.modes import plain_modes
+from ..core.nested import Tree, map_tensors
 from ..core.options import Budget, RecoverOptions
 from ..core.random_state import check_seed
+from ..core.records import Shown
 from ..core.recovery import Recovery
 from ..edit.apply import copy_of
 from ..planning.batches import Batches, stable
@@ -25,12 +27,12 @@ from ..planning.outputs import Measured, kind_of_outputs
 from ..planning.planner import Planner
 from ..planning.recovery import Recoverer
 from ..planning.room import samples_in_run
-from ..planning.running import evaluating, run_seeded
+from ..planning.running import Chunk, device_of, evaluating, run_seeded
 from .steps import Progress, silent
 
 
-@dataclass(frozen=True)
-class Recovered:
+@dataclass(frozen=True, repr=False)
+class Recovered(Shown):
     """The result of `recover`.
 
     Attributes:
@@ -46,7 +48,7 @@ class Recovered:
     notes: tuple[str, ...] = ()
 
 
-@torch.inference_mode(False)  # parameters made inside it could not be trained
+@plain_modes()
 def recover(
     original: nn.Module,
     rewritten: nn.Module,
@@ -77,7 +79,8 @@ def recover(
         The trained copy, in the training mode of ``rewritten``, and how it went.
 
     Raises:
-        UsageError: If there is no batch, one holds NaN, an option makes no sense, or the time is too short for a step.
+        UsageError: If there is no batch, one holds NaN, an option makes no sense, the time is too short for a step, or
+            the rewritten model does not take the original's inputs.
         RefusedError: If memory runs out, or there is nothing to train.
 
     >>> import torch
@@ -104,6 +107,7 @@ def recover(
     first, labels = read.first()
     with torch.no_grad(), evaluating(original):
         outputs = budget.outputs or kind_of_outputs(run_seeded(original, first, budget.seed), labels)
+    _check_runs(rewritten, first, budget.seed)
     model, say = copy_of(rewritten), progress or silent
     recoverer = Recoverer(original, read, chosen, outputs, seed=budget.seed, say=say)
     report, measured = recoverer.train(model)
@@ -130,6 +134,22 @@ def check_recovery(budget: Budget) -> None:
             raise UsageError(f"{flag_of(Budget, name)} goes with --recover")
     if budget.recover is not None and budget.calibration is None:
         raise UsageError("--recover goes with --calibration: there is nothing to train on")
+
+
+def _check_runs(rewritten: nn.Module, inputs: Chunk, seed: int) -> None:
+    """Raises `UsageError` for a model that does not run on the original's inputs."""
+    device = device_of(rewritten)
+    try:
+        with torch.no_grad(), evaluating(rewritten):
+            run_seeded(rewritten, map_tensors(inputs, lambda tensor: tensor.to(device)), seed)
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UsageError(
+            "the rewritten model does not run on inputs that the original takes",
+            expected="a model that was made from the original",
+            got=first_line(error),
+        ) from error
 
 
 def _inputs_of(model: nn.Module, source: Iterable[object], own: Callable[..., object] | None) -> Inputs:

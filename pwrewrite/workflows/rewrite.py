@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from ..analysis.records import Analysis
 from ..capturing import Inputs
 from ..core.errors import RefusedError, VerificationError
+from ..core.modes import plain_modes
 from ..core.options import Budget, Proof
 from ..core.plan import Edit, Plan
 from ..core.records import Shown
@@ -92,7 +92,7 @@ def unverified_error(report: Report) -> VerificationError:
     )
 
 
-@torch.inference_mode(False)  # parameters made inside it could not be trained
+@plain_modes()
 def rewrite(
     model: Subject,
     example_inputs: Inputs | None = None,

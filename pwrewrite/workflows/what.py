@@ -86,6 +86,8 @@ def what_of(passes: PassOptions, budget: Budget, plan: Plan | None = None, allow
     if isinstance(budget.recover, str):
         budget = replace(budget, recover=parse_time(budget.recover, "recover"))
     if not limited and budget.calibration is None:
+        if for_budget == ["limits"]:
+            raise UsageError("the budget limits nothing", expected="limits such as macs=0.5", got=repr(budget.limits))
         if for_budget:
             raise UsageError(f"{flag_of(Budget, for_budget[0])} goes with --budget or --calibration")
         if plan is None:

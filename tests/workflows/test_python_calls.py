@@ -13,6 +13,7 @@ from torch import nn
 import pwrewrite
 from pwrewrite import passes
 from pwrewrite.core.errors import InputError, PlanError, RefusedError, UsageError
+from pwrewrite.core.options import GateOptions
 
 X = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -135,3 +136,28 @@ def test_a_graph_without_layers_inside_a_model_is_noted() -> None:
     result = pwrewrite.rewrite(Outer(), X, rank=0.25, verify=False)
     assert [edit.path for edit in result.edits] == ["first"]
     assert "inner is an exported program: nothing in it is rewritten" in result.report.notes
+
+
+def test_gates_and_comparisons_take_analyses() -> None:
+    analysis = pwrewrite.analyze(net(), X)
+    assert pwrewrite.check(net(), X, baseline=analysis).passed
+    wider = nn.Sequential(net(), nn.Linear(10, 9000))
+    assert not pwrewrite.check(wider, X, baseline=analysis, max_increase={"macs": 0.02}).passed
+    for increase in ({"params": "900%"}, ["params=900%"], "params=900%"):
+        assert pwrewrite.check(wider, X, baseline=analysis, max_increase=increase).passed
+    for limits in ({"max_macs": -1}, {"max_macs": float("nan")}, {"baseline": analysis, "max_increase": {"mac": 0.1}}):
+        with pytest.raises(UsageError, match="makes no sense"):
+            pwrewrite.check(net(), X, **limits)
+    with pytest.raises(UsageError, match="max_macs makes no sense"):
+        pwrewrite.check(net(), X, gate=GateOptions(max_macs="1G"))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"no analysis(.|\n)*got: Sequential\n *try: pwrewrite.analyze"):
+        pwrewrite.diff(net(), analysis)  # type: ignore[arg-type]
+
+
+def test_other_objects_are_refused_in_a_sentence() -> None:
+    with pytest.raises(InputError, match=r"no capture(.|\n)*pwrewrite.capture"):
+        pwrewrite.graph(net())  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="no operation"):
+        pwrewrite.register_formula("aten::add", lambda args, kwargs, out: 0)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="the budget limits nothing"):
+        pwrewrite.rewrite(net(), X, budget={})

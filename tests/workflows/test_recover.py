@@ -545,3 +545,20 @@ def test_processes_come_to_the_same_result(
     for a, b in zip(alone.model.state_dict().values(), values.values(), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-4)
     assert loss == pytest.approx(alone.report.after, rel=1e-3)
+
+
+def test_a_model_for_other_inputs_is_refused() -> None:
+    batches = torch.randn(20, 1, 8, 8).split(5)
+    with pytest.raises(UsageError, match="the rewritten model does not run on inputs that the original takes"):
+        recover(network(), nn.Conv2d(3, 8, 3), batches)
+    with pytest.raises(UsageError, match=r"no time to train for(.|\n)*got: 3"):
+        recover(network(), network(), batches, 3)  # type: ignore[arg-type]
+
+
+def test_the_result_shows_itself() -> None:
+    result = recover(network(), network(), torch.randn(20, 1, 8, 8).split(5), "1epochs", outputs="logits")
+    assert repr(result).startswith("<Recovered: held-out loss 0 → 0 in ")
+    assert repr(result.report).startswith("<Recovery: held-out loss")
+    assert "trained on" in str(result)
+    assert result.notes[0][:30] in str(result).replace("\n", " ")
+    assert "<table" in result._repr_html_()

@@ -130,7 +130,7 @@ class CodeNorm:
 
 def affine_facts(op: Op, module: nn.Module, channels: int, dims: int, *, fill: bool) -> NormFacts:
     """A channel-wise affine map as a batch norm of mean 0 and variance 1, or `Refused`; ``fill``: do values matter?"""
-    zeros = torch.zeros(channels, dtype=torch.float64)
+    zeros = torch.zeros(channels, dtype=torch.float64, device="cpu")
     tensors = (*module.parameters(), *module.buffers())
     if not fill or any(t.is_meta for t in tensors):
         return NormFacts(zeros, zeros + 1, zeros, zeros, 0.0)
@@ -149,7 +149,7 @@ def affine_facts(op: Op, module: nn.Module, channels: int, dims: int, *, fill: b
         scale = run(zeros.view(shape) + 1).flatten() - shift
         generator = torch.Generator().manual_seed(0)
         for batch, extent in _SIZES:
-            x = torch.randn(batch, channels, *(extent,) * dims, generator=generator, dtype=torch.float64)
+            x = torch.randn(batch, channels, *(extent,) * dims, generator=generator, dtype=torch.float64, device="cpu")
             expected = x * scale.view(shape) + shift.view(shape)
             limit = _TOLERANCE * float(expected.abs().max())
             if any(not torch.allclose(run(x.clone(), gradient), expected, 0.0, limit) for gradient in (False, True)):

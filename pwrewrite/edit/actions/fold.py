@@ -146,7 +146,7 @@ def _check(op: Op, module: nn.Module, norm: NormFacts, keep: tuple[str, ...], fi
     stock = type(module).forward is nn.modules.batchnorm._BatchNorm.forward and not keep
     if stock or not fill:
         return
-    drawn = torch.randn(2, norm.running_mean.numel(), 2, 2, generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(2, norm.running_mean.numel(), 2, 2, generator=torch.Generator().manual_seed(0), device="cpu")
     trial = deep_copy(module).eval()
 
     def expected(x: Tensor) -> Tensor:
@@ -216,4 +216,6 @@ def agree(layer: nn.Conv2d, new: nn.Module) -> bool:
 
 def _random_inputs(layer: nn.Conv2d) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, layer.in_channels, *size, generator=generator).to(layer.weight) for size in _SIZES]
+    return [
+        torch.randn(1, layer.in_channels, *size, generator=generator, device="cpu").to(layer.weight) for size in _SIZES
+    ]

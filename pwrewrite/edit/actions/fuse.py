@@ -100,7 +100,7 @@ def _check_removed(op: Op, module: nn.Module, activation: Found) -> None:
     """Checks that a module is the activation that the layer takes over."""
     same = module_activation(module) == activation
     if not same and bare(module):
-        x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), device="cpu")
         plain, numbers = ACTIVATIONS[activation[0]].plain, activation[1]
         # Where it fails, its code calls the activation on inputs of some other shape.
         same = same_outputs(module, lambda x: plain(x, *numbers), [x], 1e-4, 1e-5) is not False

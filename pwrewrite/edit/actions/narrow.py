@@ -174,7 +174,7 @@ def channel_spread(
     if not isinstance(norm, CHANNEL_NORMS) or (activation is not None and activation[0] not in ACTIVATIONS):
         return None
     weight, bias, mean, variance = (getattr(norm, name) for name in _PER_CHANNEL)
-    spread: Tensor = torch.ones(channels) if weight is None else weight.detach().abs()
+    spread: Tensor = torch.ones(channels, device="cpu") if weight is None else weight.detach().abs()
     if spread.is_meta or spread.numel() != channels:
         return None
     if variance is not None and bool((variance == 1).all()) and not bool(mean.any()):

@@ -151,7 +151,7 @@ def _weight_for(
     dtype = getattr(torch, str(settings.dtype), None)
     if not isinstance(dtype, torch.dtype):
         raise wrong(op, "dtype", "unknown dtype", "such as float32", str(settings.dtype))
-    return torch.zeros((), dtype=dtype)
+    return torch.zeros((), dtype=dtype, device="cpu")
 
 
 def _joint_factors(
