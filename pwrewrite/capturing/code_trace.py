@@ -25,6 +25,7 @@ from ..core.files import same_directory
 from ..core.fx_names import taken_by_graphs
 from ..core.nested import Tree
 from .state import CONTAINERS, contents, refill, same
+from .threads import one_at_a_time
 
 
 class NotTraceable(RuntimeError):
@@ -77,7 +78,8 @@ class ShallowTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """As ever, without marks that would have code which is made from the graph wrap the functions again."""
-        graph = super().trace(root, concrete_args)
+        with one_at_a_time:
+            graph = super().trace(root, concrete_args)
         for node in graph.nodes:
             if node.target in _FACTORIES:
                 node.meta.pop("is_wrapped", None)

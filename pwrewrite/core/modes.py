@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+_LOCK = threading.RLock()
+"""Held by one such call at a time: they trace code, for which torch.fx changes what calling any module does."""
 
 
 @contextmanager
@@ -13,7 +17,12 @@ def plain_modes() -> Iterator[None]:
     """No inference mode, in which parameters would be made that cannot be trained, and no autocast around the call.
 
     Under autocast, decompositions and comparisons would be computed in 16 bits. What a model's own code switches on
-    stays as it is.
+    stays as it is. Calls from several threads run one after another.
     """
-    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    with (
+        _LOCK,
+        torch.inference_mode(False),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
         yield

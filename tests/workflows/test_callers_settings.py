@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from functools import partial
@@ -94,6 +95,17 @@ def test_imports_draw_no_random_number() -> None:
     code = "import random, pwrewrite; s = random.getstate(); pwrewrite.rewrite; str(pwrewrite.Plan()); "
     run = [sys.executable, "-c", code + "assert s == random.getstate()"]
     assert subprocess.run(run, check=False, cwd=Path(pwrewrite.__file__).parents[1]).returncode == 0
+
+
+def test_calls_from_several_threads_do_not_meet() -> None:
+    call, model = nn.Module.__call__, net()
+    with ThreadPoolExecutor(3) as pool:
+        made = [pool.submit(pwrewrite.fuse, net(), X, thorough=False) for _ in range(2)]
+        made += [pool.submit(pwrewrite.rewrite, model, X, budget={"macs": 0.6}, thorough=False) for _ in range(2)]
+        reports = [each.result().report for each in made]
+    assert nn.Module.__call__ is call
+    assert [report.after for report in reports[::2]] == [report.after for report in reports[1::2]]
+    assert all(report.passed and report.edits for report in reports)
 
 
 def test_results_can_be_pickled_and_copied() -> None:
