@@ -18,6 +18,7 @@ from ..analysis.records import Analysis
 from ..capturing import Inputs, capture
 from ..capturing.records import Capture, info
 from ..core.cost import Cost
+from ..core.errors import UsageError
 from ..core.numbers import dims
 from ..core.plan import Edit, Estimate, Op, Plan, Skip, SkipReason
 from ..core.verification import Verification
@@ -49,7 +50,10 @@ def propose(captured: Capture, passes: Sequence[Pass]) -> Plan:
     plan = Plan(model=model_facts(captured))
     taken: set[str] = set()
     for each in passes:
-        proposals = each.propose(captured)
+        proposals: object = each.propose(captured)
+        if not isinstance(proposals, (list, tuple)) or not all(isinstance(p, (Op, Skip)) for p in proposals):
+            what = f"the pass {each.name} proposes something else than ops and skips"
+            raise UsageError(what, expected="a list of Op and Skip", got=repr(proposals)[:60])
         ops = tuple(p for p in proposals if isinstance(p, Op) and p.path not in taken)
         taken |= {op.path for op in ops}
         plan = plan + Plan(ops, tuple(p for p in proposals if isinstance(p, Skip)))

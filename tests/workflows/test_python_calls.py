@@ -161,3 +161,15 @@ def test_other_objects_are_refused_in_a_sentence() -> None:
         pwrewrite.register_formula("aten::add", lambda args, kwargs, out: 0)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="the budget limits nothing"):
         pwrewrite.rewrite(net(), X, budget={})
+
+
+@pytest.mark.parametrize("proposals", [None, ["0"]])
+def test_a_pass_that_proposes_no_ops_is_refused(proposals: Any) -> None:
+    class Own(passes.Pass):
+        name = "own"
+
+        def propose(self, capture: pwrewrite.Capture) -> Any:
+            return proposals
+
+    with pytest.raises(UsageError, match="the pass own proposes something else"):
+        pwrewrite.rewrite(net(), X, [Own()])
