@@ -67,11 +67,11 @@ def _recognised(module: nn.Module) -> tuple[Found, bool] | None:
 def _numbers() -> Tensor:
     """Numbers of both signs from 1e-12 to 1e12, most of them between 0.01 and 10, ``(2, 4, 16, 16)`` in float64."""
     generator = torch.Generator().manual_seed(0)
-    near = torch.rand(1500, generator=generator, dtype=torch.float64) * 24 - 12
-    far = 10 ** (torch.rand(540, generator=generator, dtype=torch.float64) * 24 - 12)
-    signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(270)
-    numbers = torch.cat([near, far * signs, _CORNERS, torch.tensor([0.5], dtype=torch.float64)])
-    return numbers[torch.randperm(2048, generator=generator)].reshape(2, 4, 16, 16)
+    near = torch.rand(1500, generator=generator, dtype=torch.float64, device="cpu") * 24 - 12
+    far = 10 ** (torch.rand(540, generator=generator, dtype=torch.float64, device="cpu") * 24 - 12)
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64, device="cpu").repeat(270)
+    numbers = torch.cat([near, far * signs, _CORNERS, torch.tensor([0.5], dtype=torch.float64, device="cpu")])
+    return numbers[torch.randperm(2048, generator=generator, device="cpu")].reshape(2, 4, 16, 16)
 
 
 def _candidates(y: Tensor, x: Tensor) -> Iterator[Found]:
@@ -89,7 +89,7 @@ def _candidates(y: Tensor, x: Tensor) -> Iterator[Found]:
 def _alike_everywhere(module: nn.Module, other: nn.Module, x: Tensor, y: Tensor) -> bool:
     """Whether a module treats every number by itself, in both modes and in float32, with an activation's gradients."""
     with torch.no_grad():
-        order = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(1))
+        order = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(1), device="cpu")
         flat, values = x.flatten()[order], y.flatten()[order]
         small = flat.abs() < 6
         parts = (flat.view(8, 256), values.view(8, 256)), (flat[small][None], values[small][None])
@@ -100,7 +100,7 @@ def _alike_everywhere(module: nn.Module, other: nn.Module, x: Tensor, y: Tensor)
         single = module.eval()(x.float())
         if single.dtype is not torch.float32 or not _close(single.double(), y, x, 1e-4):
             return False
-        if not bool(module(torch.full((1, 1, 1, 1), torch.nan)).isnan().all()):
+        if not bool(module(torch.full((1, 1, 1, 1), torch.nan, device="cpu")).isnan().all()):
             return False
     with torch.enable_grad():
         gradients = list[Tensor]()
