@@ -316,7 +316,7 @@ def test_containers_of_the_users_own(value: Any) -> None:
 
     captured = check(Fn(forward, c=conv()), value, total=ONE)
     assert kinds[-1] is type(value)
-    assert [name for name, _ in captured.inputs] == ["args_0_0"]
+    assert [name for name, _ in captured.inputs] == ["args_0_x" if isinstance(value, UserDict) else "args_0_0"]
     assert info(captured.graph.output_node()).inputs[0].shape == (4, 4, 8, 8)
 
 

@@ -27,7 +27,7 @@ def python() -> list[str]:
 
     if sys.platform != "linux":
         return [sys.executable]
-    folder = tempfile.TemporaryDirectory()
+    folder = tempfile.TemporaryDirectory(dir="/tmp")  # a socket's path must be short
     place = f"{folder.name}/socket"
     command = [sys.executable, __file__, "serve", place]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
