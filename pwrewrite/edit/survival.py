@@ -71,9 +71,9 @@ def survives(
         ours = {path for path, module in modules.items() if isinstance(module, (Factorized, Projected))}
         put_in = {path for path in ours if type(old.get(path)) is not type(modules[path])} if fused is None else fused
         put_in = put_in.union(whole)
-        run = {str(node.target) for node in after.graph.nodes if node.op == "call_module"}
+        still = {str(node.target) for node in after.graph.nodes if node.op == "call_module"}
         for path in called:
-            if module_activation(modules[path]) is not None and path not in run:
+            if module_activation(modules[path]) is not None and path not in still:
                 raise OtherOperations(f"{path} is no longer called")
         first = {id(module): path for path, module in reversed(old.items())}
         names = {path: first[id(module)] for path, module in old.items()}

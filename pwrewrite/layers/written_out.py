@@ -24,8 +24,6 @@ _GRADIENTS, _OVERFLOWS = 1e-6, 80.0
 """Difference of the gradients, at numbers whose exponential float32 can hold."""
 _CORNERS = torch.tensor([0.0, 1.0, -1.0, 3.0, -3.0, 6.0, -6.0], dtype=torch.float64, device="cpu")
 """Where activations may have a corner, and whose gradient there is a matter of taste."""
-_IN_PLACE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid)
-"""Activations of torch that may write into their input."""
 
 
 def written_out(module: nn.Module) -> tuple[Found, bool] | None:
@@ -58,7 +56,7 @@ def _recognised(module: nn.Module) -> tuple[Found, bool] | None:
             return None
         for found in _candidates(y, x):
             other = activation_module(*found)
-            if not _close(y, other(x), x, _CLOSE) or (in_place and not isinstance(other, _IN_PLACE)):
+            if not _close(y, other(x), x, _CLOSE) or (in_place and not hasattr(other, "inplace")):
                 continue
             return (found, in_place) if _alike_everywhere(module, other, x, y) else None
     return None
