@@ -170,18 +170,20 @@ def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Gra
 @contextmanager
 def _without_functions() -> Iterator[None]:
     """Refuses what calls a `torch.autograd.Function` meanwhile, of which a graph would hold the forward only."""
-    kept = vars(torch.autograd.Function)["apply"]
+    kept: Any = None
 
     def apply(kind: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(arg, fx.Proxy) for arg in args):
             raise NotTraceable(f"it calls {kind.__name__}, whose own gradients a graph would not have")
         return kept.__func__(kind, *args, **kwargs)
 
-    torch.autograd.Function.apply = classmethod(apply)
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = kept
+    with one_at_a_time:
+        kept = vars(torch.autograd.Function)["apply"]
+        torch.autograd.Function.apply = classmethod(apply)
+        try:
+            yield
+        finally:
+            torch.autograd.Function.apply = kept
 
 
 def _reason(error: Exception) -> str:
