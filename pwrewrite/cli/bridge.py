@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from ..core.declaring import T, Typed, default_of, read_typed, typed_fields
+from ..core.names import EXPORT_NAMES
 from .config import options_of
 from .running import handled
 
@@ -57,7 +58,19 @@ class Command(_Untyped, TyperCommand):
             with handled(False):
                 ctx.default_map = options_of(str(self.name), ctx.parent.command.commands, flags)
             self.no_args_is_help = self.no_args_is_help and not ctx.default_map
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            if meant := self._export_meant(ctx, error):
+                error.message += f" Did you mean {meant}?"
+            raise
+
+    def _export_meant(self, ctx: Any, error: typer.BadParameter) -> str | None:
+        """The option that takes what was given as the form of a report and is a format of exports."""
+        name = getattr(getattr(error, "param", None), "name", None)
+        flags = [p.opts[0] for p in self.get_params(ctx) if p.opts[0] in ("--to", "--export")]
+        given = [each for each in EXPORT_NAMES if name == "wanted" and f"'{each}'" in error.message]
+        return f"{flags[0]} {given[0]}" if flags and given else None
 
 
 class Commands(_Untyped, TyperGroup):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..core.declaring import option, path
+from ..core.errors import UsageError
 from ..core.numbers import parse_share
 from ..core.options import BUDGET, PASSES, PROOF, engine_option
 
@@ -18,6 +19,14 @@ _of_output, _of_view = partial(option, panel="Output"), partial(option, panel="W
 FORMATS = ("table", "json", "markdown", "html")
 _ENDINGS = {".json": "json", ".md": "markdown", ".html": "html"}
 """The forms that the name of a file asks for."""
+_OTHERS = frozenset(
+    f".{name}"
+    for name in (
+        *("csv", "svg", "xml", "pdf", "png", "jpg", "jpeg", "gif", "webp", "ps", "eps", "yaml", "yml", "toml", "htm"),
+        *("markdown", "rst", "tex", "tsv", "xls", "xlsx", "ods", "doc", "docx", "odt", "jsonl", "parquet"),
+    )
+)
+"""Endings of forms that a report may not have; in a file of any other name it is a table in plain text."""
 TOOLS = ("torch", "fvcore", "thop", "ptflops", "torchinfo")
 
 
@@ -62,6 +71,18 @@ class Reported(Listed):
         """The form of the report: the one that was asked for, or that the file's name asks for, or else a table."""
         ending = self.output.suffix.lower() if self.output is not None else ""
         return self.wanted or self.endings.get(ending, "table")
+
+    def check_ending(self, *more: str) -> None:
+        """Raises `UsageError` where the file's name asks for a form that there is not; ``more`` are further endings."""
+        ending = self.output.suffix.lower() if self.output is not None and self.wanted is None else ""
+        known = (*self.endings, *more)
+        if ending in _OTHERS and ending not in known:
+            raise UsageError(
+                f"no report of this kind is written as {ending}",
+                where=str(self.output),
+                expected=f"a name that ends in {', '.join(known)}, or .txt for the table",
+                hint="--format says the form whatever the name",
+            )
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def plan(
 
     [dim]pwrewrite plan model.py --weights w.pt --budget macs=0.5 --calibration images.npy --out plan.json[/]
     """
-    with working(reported) as progress:
+    with working(reported, *((".csv", ".svg") if planning.pareto else ())) as progress:
         from ..core import files
         from ..targets import open_target
         from ..workflows.plan import frontier, make_plan

@@ -25,6 +25,7 @@ import typer
 
 from ..core.errors import PwrewriteError, UsageError
 from ..core.files import check_writable, same_directory
+from ..core.standard_output import descriptor_to_stderr
 from ..core.text import plain
 from .progress import Say, progressing
 
@@ -122,30 +123,10 @@ def _terminable() -> Iterator[None]:
 @contextlib.contextmanager
 def quiet(debug: bool) -> Iterator[None]:
     """While models run: warnings stay unsaid (not with ``debug``), and what code and libraries print goes to stderr."""
-    with same_directory(), warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), _descriptor_to_stderr():
+    with same_directory(), warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), descriptor_to_stderr():
         if not debug:
             warnings.simplefilter("ignore")
         yield
-
-
-@contextlib.contextmanager
-def _descriptor_to_stderr() -> Iterator[None]:
-    """While this holds, file descriptor 1 is stderr: C code (a solver, a profiler) prints past Python's stdout."""
-    try:
-        if sys.__stdout__ is not None:
-            sys.__stdout__.flush()
-        stdout = os.dup(1)
-    except (OSError, ValueError):  # closed
-        yield
-        return
-    try:
-        with contextlib.suppress(OSError):
-            os.dup2(2, 1)
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.dup2(stdout, 1)
-            os.close(stdout)
 
 
 @contextlib.contextmanager
@@ -177,15 +158,17 @@ def interruptible() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def working(common: Common) -> Iterator[Say]:
+def working(common: Common, *endings: str) -> Iterator[Say]:
     """While a command works: libraries are quiet, Ctrl-C counts, and a person sees each step that is passed on.
 
-    A place for the report that cannot be written is refused first.
+    A place for the report that cannot be written is refused first, and a name that asks for a form that there is not;
+    ``endings`` are those that this report may have beside the usual ones.
     """
     if common.verbose and common.quiet:
         raise UsageError("--verbose and --quiet exclude each other")
     output: Path | None = getattr(common, "output", None)
     if output is not None:
+        common.check_ending(*endings)  # type: ignore[attr-defined]
         check_writable(output)
     shown = progressing(lines=not common.quiet, steps=common.verbose)
     with quiet(common.debug), interruptible(), logged(common), shown as progress:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.standard_output import descriptor_to_stderr
 from .exclusion import Exclusion, Floats
 
 Ints = NDArray[np.intp]
@@ -303,5 +304,6 @@ def _solved(
     if cuts:
         constraints.append(LinearConstraint(np.array(cuts), -np.inf, len(view.starts) - 1))
     options = dict(zip(("mip_rel_gap", "time_limit"), stop))
-    result = milp(losses, integrality=np.ones(count), bounds=Bounds(0, 1), constraints=constraints, options=options)
+    with descriptor_to_stderr():  # which HiGHS prints past, in C
+        result = milp(losses, integrality=np.ones(count), bounds=Bounds(0, 1), constraints=constraints, options=options)
     return result.x, result.status == _NONE, result.mip_dual_bound

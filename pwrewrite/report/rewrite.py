@@ -131,7 +131,7 @@ def _skips(skips: Sequence[Skip]) -> Listing:
             Column("layers", [exact(len(group)) for group in groups.values()]),
             Column("reason", list(groups), right=False, style="yellow"),
             Column("which", [rows.few([s.path for s in g]) for g in groups.values()], right=False, style="cyan"),
-            Column("why", [group[0].detail for group in groups.values()], right=False, joined=True),
+            Column("why", [rows.common_detail(group) for group in groups.values()], right=False, joined=True),
         ]
     )
 

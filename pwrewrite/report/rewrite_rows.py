@@ -168,6 +168,13 @@ def reasons(skips: Sequence[Skip]) -> dict[str, list[Skip]]:
     return {reason: sorted(group, key=lambda skip: natural(skip.path)) for reason, group in ordered}
 
 
+def common_detail(group: Sequence[Skip]) -> str:
+    """Why the skips of one reason are left; that of the first by its name where they say different things."""
+    if len({skip.detail for skip in group}) == 1:
+        return group[0].detail
+    return f"each for its own; {group[0].path or ROOT}: {group[0].detail}"
+
+
 def counts_text(skips: Sequence[Skip]) -> str:
     """How many were left for which reason: ``36 pointwise, 2 no-gain``."""
     return ", ".join(f"{len(group)} {reason}" for reason, group in reasons(skips).items())

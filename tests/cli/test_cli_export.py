@@ -15,6 +15,12 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 
+def test_a_format_of_exports_given_as_the_form_of_the_report(run: Run) -> None:
+    result = run("export", "net.py", "--format", "pt2", "--out", "out")
+    assert result.exit_code == 2
+    assert "--to pt2" in result.stderr
+
+
 def test_a_file_for_a_runtime(run: Run, folder: Path) -> None:
     result = run("export", "net.py", "--to", "onnx,pt2", "--out", "out", "--format", "json")
     assert result.exit_code == 0, result.stderr

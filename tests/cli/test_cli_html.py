@@ -66,6 +66,24 @@ def test_the_name_of_a_file_says_the_form_where_nothing_else_does(
     assert (folder / file).read_text(encoding="utf-8").startswith(begins)
 
 
+@pytest.mark.parametrize(
+    ("command", "file", "known"),
+    [
+        (("plan", "net.py", "--pareto"), "frontier.pdf", ".csv, .svg"),
+        (("plan", "net.py", "--rank", "0.5"), "plan.csv", ".html, or .txt"),
+        (("analyze", "net.py"), "net.SVG", ".csv"),
+        (("check", "net.py", "--max-params", "1M"), "check.yaml", ".xml"),
+    ],
+)
+def test_a_form_that_there_is_not_is_refused(
+    run: Run, folder: Path, command: tuple[str, ...], file: str, known: str
+) -> None:
+    result = run(*command, "--report", file)
+    assert result.exit_code == 2
+    assert known in result.stderr
+    assert not (folder / file).exists()
+
+
 def test_a_compression_is_drawn(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PWREWRITE_CACHE", str(folder / "cache"))
     options = ("--budget", "macs=0.6", "--report", "report.html")

@@ -71,6 +71,12 @@ def test_table(same_as_golden: Golden, width: int) -> None:
     same_as_golden(f"rewrite_{width}.txt", text_of(rewrite.page(report()), width))
 
 
+def test_different_reasons_of_one_kind_are_not_told_of_all() -> None:
+    skips = [Skip(path, SkipReason.NO_GAIN, f"at {width} it would grow") for path, width in (("b", 8), ("a", 4))]
+    line = text_of(rewrite.page(report(skips=tuple(skips))))
+    assert "2  no-gain  a, b: each for its own; a: at 4 it would grow" in line
+
+
 def test_table_of_everything(same_as_golden: Golden) -> None:
     same_as_golden("rewrite_all.txt", text_of(rewrite.page(report(), everything=True)))
 
