@@ -104,6 +104,7 @@ class Program:
             made = torch.export.export(self.model, args, kwargs, dynamic_shapes=shapes if labels else None)
         _drop_idle_squeezes(made)
         _bound_by_alike(made)
+        _spread_sizes(made)
         return made
 
     @property
@@ -192,6 +193,23 @@ def _bound_by_alike(program: ExportedProgram) -> None:
         if any(isinstance(value, (float, torch.SymFloat)) for value in values):
             node.args = (node.args[0], *(float(value) if type(value) is int else value for value in node.args[1:]))
             node.kwargs = {key: float(value) if type(value) is int else value for key, value in node.kwargs.items()}
+    program.graph_module.recompile()
+
+
+def _spread_sizes(program: ExportedProgram) -> None:
+    """Gives operations a size for every axis where one stands for all, as torch takes it: ONNX has no such thing."""
+    for node in program.graph.nodes:
+        if not isinstance(node.target, OpOverload):
+            continue
+        for i, argument in enumerate(node.target._schema.arguments):
+            sizes = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            single, count = [sizes] if type(sizes) is int else sizes, getattr(argument, "N", None)
+            if not count or not isinstance(single, (list, tuple)) or len(single) != 1:
+                continue
+            if i < len(node.args):
+                node.update_arg(i, list(single) * count)
+            else:
+                node.update_kwarg(argument.name, list(single) * count)
     program.graph_module.recompile()
 
 

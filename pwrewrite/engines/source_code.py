@@ -259,8 +259,8 @@ def constructor(module: nn.Module) -> str | None:
     own = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or module._modules
     if not kind.__module__.startswith(_IN_NN) or own:
         return None
-    text = re.sub(r"(mode)=([a-z]+)", r"\1='\2'", f"nn.{module!r}")
     try:
+        text = re.sub(r"(mode)=([a-z]+)", r"\1='\2'", f"nn.{module!r}")
         made = eval(text, {"nn": nn})  # the text of torch's own module
     except Exception:
         return None

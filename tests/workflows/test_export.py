@@ -109,6 +109,23 @@ class Flattening(nn.Module):
         return y.reshape(y.shape[0], -1), kind + torch.arange(x.shape[0])
 
 
+class OneForAll(nn.Module):
+    """Sizes of which one stands for every axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.first.dilation = 1  # type: ignore[assignment]
+        self.second.padding = (1,)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.max_pool2d(self.second(self.first(x)), kernel_size=(3,), stride=[2], padding=1)
+
+
+def test_one_size_for_every_axis(tmp_path: Path) -> None:
+    exported(OneForAll(), X, tmp_path)
+
+
 def test_a_batch_is_not_frozen_and_integers_stay_in_range(tmp_path: Path) -> None:
     result = exported(Flattening(), (torch.randn(1, 3, 8, 8), torch.tensor([4])), tmp_path)
     assert result.inputs["kind"] == "batch int64"
