@@ -16,7 +16,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from ..core.collector import no_collection
 from ..core.errors import CaptureError, InputError, first_line, line_of_model
 from ..core.nested import Args, Kwargs, map_tensors, tensors_of
-from .inputs import Inputs, example_of, input_names, split_inputs
+from ..core.subjects import check_model
+from .inputs import Inputs, example_of, input_names, inputs_of_none, split_inputs
 from .inventory import Inventory
 from .layers import find_layers
 from .lazy import materialized
@@ -70,10 +71,7 @@ def capture(
     >>> [(layer.path, layer.macs) for layer in captured.layers]
     [('0', 7776)]
     """
-    if not isinstance(model, nn.Module):
-        hints = {str: "pwrewrite.load_target opens what a text names", type: "make one of it: it is a class"}
-        hint = hints.get(type(model)) or ("its .module() is one" if hasattr(model, "module") else None)
-        raise InputError("not a model", expected="a torch.nn.Module", got=type(model).__name__, hint=hint)
+    check_model(model)
     args, kwargs = split_inputs(example_inputs)
     attempts = {"auto": ("meta", "real"), "meta": ("meta",), "real": ("real",)}.get(values)
     if attempts is None:
@@ -187,6 +185,8 @@ def value_need(failure: Exception) -> str:
 
 def _refused(error: Exception, model: nn.Module, args: Args, kwargs: Kwargs) -> CaptureError:
     shapes = ", ".join("×".join(map(str, t.shape)) or "scalar" for t in tensors_of((args, kwargs)))
+    if empty := inputs_of_none(model, args, kwargs):
+        shapes += f", and None for {', '.join(empty)}"
     where, line = path_of_failure(error), line_of_model(error)
     if line and not (where and isinstance(error, ShapeError)):  # a module that is called tells enough of shapes
         where = f"{where}, in {line}" if where else line

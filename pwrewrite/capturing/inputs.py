@@ -84,6 +84,16 @@ def input_names(model: nn.Module, args: Args, kwargs: Kwargs) -> list[str]:
     return names
 
 
+def inputs_of_none(model: nn.Module, args: Args, kwargs: Kwargs) -> list[str]:
+    """The parameters of ``forward`` that have no default and are given None."""
+    try:
+        bound = signature(model.forward).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return []
+    parameters = bound.signature.parameters
+    return [n for n, value in bound.arguments.items() if value is None and parameters[n].default is Parameter.empty]
+
+
 def _numbered(name: str, value: object) -> list[str]:
     if isinstance(value, Tensor):
         return [name]

@@ -199,6 +199,15 @@ class Plan(Shown, Record):
         return _Reader(text, name).plan(loads(text, name))
 
     @classmethod
+    def from_dict(cls, data: Mapping[str, object]) -> Plan:
+        """Reads what `to_dict` gave; a `PlanError` says where it makes no sense."""
+        try:
+            text = dumps(dict(data))
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"the plan is no JSON data: {error}") from None
+        return cls.from_json(text)
+
+    @classmethod
     def read(cls, path: str | Path) -> Plan:
         """Reads a plan from a file; raises `PlanError` where that cannot be read or is none."""
         try:

@@ -18,6 +18,7 @@ from ..core.errors import PlanError, RefusedError, first_line, shortened
 from ..core.modes import plain_modes
 from ..core.nested import deep_copy
 from ..core.plan import Edit, Op, Plan, Skip, SkipReason
+from ..core.subjects import check_model
 from .actions import Bench, Decomposer, Refused, prepare
 
 Probe = Callable[[nn.Module], object]
@@ -43,8 +44,10 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         PlanError: If the plan does not fit the model.
         RefusedError: If an op cannot be carried out.
     """
+    check_model(model)
     if not isinstance(plan, Plan):
-        raise PlanError("this is no plan", got=shortened(repr(plan), 80), hint="Plan.read reads one from a file")
+        hint = "Plan.from_dict makes one of its data" if isinstance(plan, dict) else "Plan.read reads one from a file"
+        raise PlanError("this is no plan", got=shortened(repr(plan), 80), hint=hint)
     applied = carry_out(model, plan)
     if applied.skips:
         first = applied.skips[0]

@@ -34,6 +34,7 @@ from ..capturing import Inputs, capture, split_inputs, value_need
 from ..core.errors import CaptureError, InputError, RefusedError, first_line
 from ..core.modes import plain_modes
 from ..core.nested import map_tensors, tensors_of
+from ..core.subjects import check_model
 from ..layers import tracing
 from ..layers.comparing import alike, outputs_of
 from ..layers.kernels import CPU_DTYPES, enabled, unwatched
@@ -86,6 +87,7 @@ def freeze(model: nn.Module, example_inputs: Inputs | None = None, *, keep_nan: 
             ``example_inputs``; says why.
         InputError: If ``example_inputs`` are not positional tensors.
     """
+    check_model(model)
     training = next((name or "the model" for name, module in model.named_modules() if module.training), None)
     if training is not None:
         raise RefusedError("the model is in training mode", where=training, hint="call model.eval() first")

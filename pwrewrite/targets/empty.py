@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -26,8 +26,8 @@ def weights_are_empty() -> bool:
 
 
 @contextlib.contextmanager
-def empty_weights() -> Iterator[None]:
-    """While it lasts, parameters that modules register are on the meta device."""
+def empty_weights() -> Iterator[Callable[[], bool]]:
+    """While it lasts, parameters that modules register are on the meta device; gives what tells whether any did."""
     register = nn.Module.register_parameter
     moved: dict[int, tuple[weakref.ref[nn.Parameter], nn.Parameter]] = {}
 
@@ -42,7 +42,7 @@ def empty_weights() -> Iterator[None]:
         register(module, name, param)
 
     with replaced(nn.Module, "register_parameter", register_empty), real_weights(False):
-        yield
+        yield lambda: bool(moved)
 
 
 @contextlib.contextmanager

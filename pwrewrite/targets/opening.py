@@ -28,6 +28,7 @@ from ..core.options import TargetOptions
 from ..core.plan import Plan
 from ..core.random_state import check_seed, keeping_random_state
 from ..core.records import Shown
+from ..core.subjects import check_model
 from ..core.text import NO_WEIGHTS
 from . import storage
 from .checkpoints import check_checkpoint
@@ -144,6 +145,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, trust_target: bo
     """
     plan = storage.read_plan(folder)
     if model is not None:
+        check_model(model)
         return storage.restore(folder, _with_shapes(model, plan))
     return load_target(str(folder), trust_target=trust_target, need_inputs=False).model
 

@@ -9,7 +9,7 @@
 ====================== ===============================================================================
 
 Everything is built where torch's default device says, with empty weights on request. What fails with empty weights is
-built for real, and only the real error is told; a user's file is then executed twice.
+built for real, and only the real error is told; a user's file is then executed twice, where it made any weights.
 """
 
 from __future__ import annotations
@@ -133,13 +133,16 @@ def resolve_model(
     if empty and target.startswith(("torchvision:", "timm:")):  # some of these models run themselves when they are made
         buildings.append(torch.device("meta"))
     for building in buildings:
+        emptied: object = None
         try:
-            with building:
+            with building as emptied:
                 resolved = _resolve(target, args or {})
             if not has_lazy_modules(resolved[0]):  # which cannot learn their shapes from weights without values
                 return resolved
         except TargetError as error:
             if error.__cause__ is None:  # it was not the model's code that raised
+                raise
+            if callable(emptied) and not emptied():  # nor did it see an empty weight
                 raise
     return _resolve(target, args or {})
 

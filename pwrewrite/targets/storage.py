@@ -21,6 +21,7 @@ from ..core.errors import OutputError, PlanError, TargetError, WeightsError, fir
 from ..core.files import check_room, new_folder, read_text, recover, refusing
 from ..core.json_text import dumps, loads
 from ..core.plan import SCHEMA, Edit, Plan
+from ..core.subjects import check_folder, check_model
 from .weights import load_state, without_values
 
 WEIGHTS, PLAN, REPORT, README = "model.safetensors", "plan.json", "report.json", "README.md"
@@ -52,6 +53,8 @@ def save(
     Raises:
         OutputError: If the folder exists, cannot be written, or the model keeps what cannot be saved.
     """
+    check_folder(folder)
+    check_model(model)
     check_place(folder, force=force)
     names = {old: new for edit in edits for old, new in edit.renamed.items()}
     with new_folder(folder, _FILES) as scratch:
@@ -131,6 +134,7 @@ def is_saved(path: str | Path) -> bool:
 
 def read_plan(folder: str | Path) -> Plan:
     """The plan of a saved folder; `TargetError` if it is none, `PlanError` if the plan makes no sense."""
+    check_folder(folder)
     if not is_saved(folder):
         expected = f"a folder with {PLAN} and {WEIGHTS}"
         raise TargetError("not a folder that pwrewrite saved", where=str(folder), expected=expected)

@@ -28,6 +28,7 @@ from ..core.declaring import from_keywords, refuse_unknown
 from ..core.errors import InputError, UsageError
 from ..core.modes import plain_modes
 from ..core.random_state import keeping_random_state
+from ..core.subjects import check_model
 from ..core.verification import Check, Verification
 from .context import Context, Options, Results, context_of
 from .evaluation import check_evaluation
@@ -68,8 +69,7 @@ def verify(original: nn.Module, rewritten: nn.Module, example_inputs: Inputs, **
     (False, 'shapes (static)')
     """
     for model, name in (original, "original"), (rewritten, "rewritten"):
-        if not isinstance(model, nn.Module):
-            raise InputError(f"{name} is not a model", expected="a torch.nn.Module", got=type(model).__name__)
+        check_model(model, name)
     known = from_keywords(Options, options)
     refuse_unknown("verify", options, Options)
     if known.captured is not None and known.captured.model is not original:

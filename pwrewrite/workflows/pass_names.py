@@ -9,6 +9,7 @@ passes as given, on everything that no ``PATH=FORM`` names, then the layers that
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -126,6 +127,7 @@ def as_list(values: object) -> tuple[Any, ...]:
 def named_pass(name: object, kinds: Sequence[type[Pass]] | None = None) -> type[Pass] | Pass:
     """A pass, or the class of this name among ``kinds`` (all by default)."""
     if isinstance(name, Pass) or (isinstance(name, type) and issubclass(name, Pass)):
+        _check_named(name)
         return name
     by_name: dict[str, type[Pass]] = {kind.name: kind for kind in kinds or ALL}
     kind = by_name.get(name) if isinstance(name, str) else None
@@ -141,6 +143,21 @@ def named_pass(name: object, kinds: Sequence[type[Pass]] | None = None) -> type[
         )
     hint = did_you_mean(by_name, name, n=2)
     raise UsageError(f"there is no pass {name!r}", expected=", ".join(by_name), hint=hint)
+
+
+def _check_named(each: type[Pass] | Pass) -> None:
+    """Raises `UsageError` for a pass of the user's own that has no name."""
+    name, kind = getattr(each, "name", None), each if isinstance(each, type) else type(each)
+    if isinstance(name, str) and name:
+        return
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", kind.__name__).lower()
+    raise UsageError(
+        "a pass without a name, which plans and reports call it by",
+        where=kind.__qualname__,
+        expected="a text in the class",
+        got=None if name is None else shortened(repr(name), 80),
+        hint=f'name = "{words}" in class {kind.__name__}',
+    )
 
 
 def _check(options: PassOptions, forms: Sequence[LayerForm], kinds: Sequence[type[Pass]]) -> None:

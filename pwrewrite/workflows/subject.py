@@ -13,6 +13,7 @@ from ..capturing.inputs import Inputs, split_inputs, tensors_for
 from ..capturing.lazy import materialized
 from ..core.errors import InputError, RefusedError
 from ..core.plan import Plan
+from ..core.subjects import check_model
 from ..edit.apply import copy_of
 from ..report.records import Report
 from ..targets import LoadedModel, class_name
@@ -31,11 +32,10 @@ def loaded_of(model: Subject, example_inputs: Inputs | None) -> LoadedModel:
     An `InputError` says that it is no model, or that there are no inputs.
     """
     if not isinstance(model, LoadedModel):
-        if not isinstance(model, nn.Module):
-            hint = "pwrewrite.load_target opens what a text names" if isinstance(model, str) else None
-            if isinstance(model, torch.export.ExportedProgram):
-                hint = "rewrite the module before torch.export; analyze takes the program's .module()"
+        if isinstance(model, torch.export.ExportedProgram):
+            hint = "rewrite the module before torch.export; analyze takes the program's .module()"
             raise InputError("this is not a model", expected="a torch.nn.Module", got=type(model).__name__, hint=hint)
+        check_model(model)
         if example_inputs is None:
             raise InputError("there are no example inputs", expected="a tensor, a tuple of inputs or a dict of them")
         model = LoadedModel(model, (), "")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..core.declaring import changed, flag_of, from_keywords, refuse_unknown
-from ..core.errors import UsageError
+from ..core.errors import PlanError, UsageError, shortened
 from ..core.numbers import parse_time
 from ..core.options import Budget, LayerOptions, PassOptions, Proof
 from ..core.plan import Plan
@@ -43,8 +43,15 @@ def what_from_keywords(function: str, what: object, options: Mapping[str, object
     proof = from_keywords(Proof, rest)
     plan, budget = rest.pop("plan", None), rest.pop("budget", None)
     passes = rest.pop("passes", None)
+    if isinstance(what, Mapping) and "ops" in what:
+        what = Plan.from_dict(what)
     if isinstance(plan, (str, Path)):
         plan = Plan.read(plan)
+    elif isinstance(plan, Mapping):
+        plan = Plan.from_dict(plan)
+    elif plan is not None and not isinstance(plan, Plan):
+        got = shortened(repr(plan), 80)
+        raise PlanError("this is no plan", expected="a Plan, its data, or the name of a file with one", got=got)
     if isinstance(what, Plan):
         plan, what = _only(what, plan, "plan"), None
     elif isinstance(what, (Budget, Mapping, float)) or (isinstance(what, str) and "=" in what):

@@ -260,6 +260,15 @@ def test_a_model_that_does_not_bear_empty_weights_is_built_for_real(tmp_path: Pa
     assert not load_target(file, empty=True).model.conv.weight.is_meta
 
 
+def test_a_file_that_fails_whatever_the_weights_runs_once(tmp_path: Path) -> None:
+    file = write(
+        tmp_path, "m.py", "open('ran', 'a').write('once ')\nraise ValueError\n".replace("ran", f"{tmp_path}/ran")
+    )
+    with pytest.raises(TargetError):
+        load_target(file, empty=True)
+    assert (tmp_path / "ran").read_text() == "once "
+
+
 # The file behaves as under `python model.py`
 
 

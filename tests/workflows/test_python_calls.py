@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.optimize
 import torch
 from torch import nn
 
 import pwrewrite
 from pwrewrite import passes
-from pwrewrite.core.errors import InputError, PlanError, RefusedError, UsageError
+from pwrewrite.core.errors import CaptureError, InputError, PlanError, RefusedError, TargetError, UsageError
 from pwrewrite.core.options import GateOptions
+from pwrewrite.core.plan import Plan
 
 X = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -66,9 +69,36 @@ def test_options_are_keywords(options: dict[str, Any]) -> None:
     assert pwrewrite.rewrite(net(), X, verify=False, **options).edits
 
 
+class Nameless(passes.Pass):
+    def propose(self, capture: Any) -> list[Any]:
+        return []
+
+
+class TwoMaps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
+        return self.first(x) + self.second(y)
+
+
 REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "no such pass": (lambda: pwrewrite.rewrite(net(), X, ["insert-botleneck"]), UsageError, "did you mean insert-bo"),
     "no pass": (lambda: pwrewrite.rewrite(net(), X, [42]), UsageError, "this is no pass"),
+    "no name": (lambda: pwrewrite.rewrite(net(), X, [Nameless()]), UsageError, 'name = "nameless" in class Nameless'),
+    "no name to fuse": (lambda: pwrewrite.fuse(net(), X, [Nameless]), UsageError, "a pass without a name"),
+    "no folder": (lambda: pwrewrite.load(5), TargetError, "this names no folder"),  # type: ignore[arg-type]
+    "no folder to save in": (lambda: pwrewrite.save(None, net(), Plan()), TargetError, "names no folder"),  # type: ignore[arg-type]
+    "no model to save": (lambda: pwrewrite.save("x", 5, Plan()), InputError, "not a model"),  # type: ignore[arg-type]
+    "nothing to unfuse": (lambda: pwrewrite.unfuse(None), InputError, "not a model"),  # type: ignore[arg-type]
+    "a result": (lambda: pwrewrite.unfuse(pwrewrite.fuse(net(), X)), InputError, "its .model is one"),  # type: ignore[arg-type]
+    "nothing to freeze": (lambda: pwrewrite.freeze("net.py"), InputError, "load_target"),  # type: ignore[arg-type]
+    "no original": (lambda: pwrewrite.apply(None, Plan()), InputError, "not a model"),  # type: ignore[arg-type]
+    "data of a plan": (lambda: pwrewrite.apply(net(), {"ops": []}), PlanError, "Plan.from_dict"),  # type: ignore[arg-type]
+    "no data of a plan": (lambda: pwrewrite.rewrite(net(), X, {"ops": [{}]}), PlanError, "schema"),
+    "a number as plan": (lambda: pwrewrite.rewrite(net(), X, plan=5), PlanError, "this is no plan"),
+    "a needed None": (lambda: pwrewrite.analyze(TwoMaps(), (X, None)), CaptureError, "and None for y"),
     "no such fusing pass": (lambda: pwrewrite.fuse(net(), X, ["fold-batchnorm"]), UsageError, "mean fold-batch-norm"),
     "no such option": (lambda: pwrewrite.rewrite(net(), X, budgets=0.5), UsageError, "no option 'budgets'"),
     "no such option of verify": (lambda: pwrewrite.verify(net(), net(), X, max_eror=1), UsageError, "mean max_error"),
@@ -101,6 +131,27 @@ def test_texts_are_read_as_the_command_reads_them(tmp_path: Path) -> None:
     plan = pwrewrite.plan(net(), X, 0.5)
     (tmp_path / "plan.json").write_text(plan.to_json())
     assert pwrewrite.rewrite(net(), X, plan=str(tmp_path / "plan.json"), verify=False).edits
+
+
+def test_the_data_of_a_plan_stands_for_it() -> None:
+    plan = pwrewrite.plan(net(), X, 0.5)
+    for how in ({"what": plan.to_dict()}, {"plan": plan.to_dict()}):
+        assert pwrewrite.rewrite(net(), X, verify=False, **how).plan.ops == plan.ops
+    assert Plan.from_dict(plan.to_dict()) == plan
+
+
+def test_what_a_solver_prints_stays_off_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
+    def chatty(*args: Any, **kwargs: Any) -> Any:
+        os.write(1, b"from C")
+        return solve(*args, **kwargs)
+
+    solve = scipy.optimize.milp
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scipy.optimize, "milp", chatty)
+        pwrewrite.plan(net(), X, {"macs": 0.5, "params": 0.7})
+    written = capfd.readouterr()
+    assert written.out == ""
+    assert "from C" in written.err
 
 
 def exported() -> nn.Module:

@@ -22,6 +22,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ...core.nested import deep_copy
 from ...core.plan import Edit, Op
+from ...core.subjects import check_model
 from ...layers import PointwiseActivation
 from ...layers.unfused import Unfused
 from ..swap import replace_module, stem
@@ -115,6 +116,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     >>> [type(module).__name__ for module in pwrewrite.unfuse(fused)[0]]
     ['Conv2d', 'ReLU']
     """
+    check_model(model)
     result = deep_copy(model)
     summed = _adds_residuals(result)
     for fused in [module for module in result.modules() if isinstance(module, PointwiseActivation)]:
