@@ -159,21 +159,26 @@ class Difference(Shown, Record):
 def compare(before: Costs, after: Costs) -> Difference:
     """What differs between two models, by the paths of their layers; a layer's factors are one with it."""
     nothing = LayerCosts("")
+    removed = {path: layer for path, layer in before.layers.items() if path not in after.layers}
     added = {path: layer for path, layer in after.layers.items() if path not in before.layers}
-    layers, same = [], 0
-    for path, old in before.layers.items():
-        if (new := after.layers.get(path)) is not None:
-            same += old == new
-            if old != new:
-                layers.append(LayerDifference(path, "changed", old, new))
-        elif parts := [part for part in added if part.startswith(f"{path}.")]:
-            factors = [added.pop(part) for part in parts]
-            layers.append(LayerDifference(path, "changed", old, _together(factors)))
-        else:
-            layers.append(LayerDifference(path, "removed", old, nothing))
+    both = [(path, old, after.layers[path]) for path, old in before.layers.items() if path not in removed]
+    same = sum(old == new for _, old, new in both)
+    layers = [LayerDifference(path, "changed", old, new) for path, old, new in both if old != new]
+    for path in list(removed):
+        if factors := _popped_inside(path, added):
+            layers.append(LayerDifference(path, "changed", removed.pop(path), _together(factors)))
+    for path in list(added):
+        if factors := _popped_inside(path, removed):
+            layers.append(LayerDifference(path, "changed", _together(factors), added.pop(path)))
+    layers += [LayerDifference(path, "removed", old, nothing) for path, old in removed.items()]
     layers += [LayerDifference(path, "added", nothing, new) for path, new in added.items()]
     layers.sort(key=lambda layer: (-abs(layer.growth("macs")), -abs(layer.growth("params"))))
     return Difference(before, after, tuple(layers), same)
+
+
+def _popped_inside(path: str, layers: dict[str, LayerCosts]) -> list[LayerCosts]:
+    """The layers inside of a path, which are taken out."""
+    return [layers.pop(part) for part in list(layers) if part.startswith(f"{path}.")]
 
 
 def _together(layers: list[LayerCosts]) -> LayerCosts:

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from ..core.convolution import CONV_MODULES, stock_convolution
 from ..core.plan import Skip, SkipReason
 from ..core.text import few
+from ..layers import PointwiseActivation
 from .functions import argument
 from .records import Capture, Layer
 
@@ -57,6 +58,9 @@ def eligible(capture: Capture, layer: Layer, owners: Owners | None = None) -> Sk
         return _read_without_call(layer, owners or Owners(capture)) or _not_called(capture, layer)
     owners = owners or Owners(capture)
     module = owners.modules.get(layer.path)
+    if isinstance(module, PointwiseActivation):
+        why = "fused already; rewrite the model before fuse, or what pwrewrite.unfuse(model) makes of it"
+        return Skip(layer.path, SkipReason.ALREADY_FUSED, why)
     if module is not None and (isinstance(module, _LAYERS) or not layer.functional):
         refused = module_refusal(layer.path, module, owners.holders) or _read_directly(layer, owners)
         if refused and refused.reason is SkipReason.OVERRIDDEN_FORWARD and computes_weight(layer, owners):

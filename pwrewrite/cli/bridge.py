@@ -18,8 +18,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from ..core.declaring import T, Typed, default_of, read_typed, typed_fields
 from ..core.names import EXPORT_NAMES
-from .config import options_of
-from .running import handled
+from .config import Place, options_of
+from .running import handled, note_project
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,11 @@ class Command(_Untyped, TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Reads what was typed over the project's options."""
         if not ctx.resilient_parsing and not {"-h", "--help"} & set(args):
-            flags = {(p.opts[0].lstrip("-")): p.name for p in self.get_params(ctx) if p.name not in _NEVER}
+            places = {p.opts[0].lstrip("-"): _place(p) for p in self.get_params(ctx) if p.name not in _NEVER}
             with handled(False):
-                ctx.default_map = options_of(str(self.name), ctx.parent.command.commands, flags)
+                file, ctx.default_map = options_of(str(self.name), ctx.parent.command.commands, places)
+            names = {place.name: name for name, place in places.items()}
+            note_project(file, [names[name] for name in ctx.default_map])
             self.no_args_is_help = self.no_args_is_help and not ctx.default_map
         try:
             return super().parse_args(ctx, args)
@@ -71,6 +73,11 @@ class Command(_Untyped, TyperCommand):
         flags = [p.opts[0] for p in self.get_params(ctx) if p.opts[0] in ("--to", "--export")]
         given = [each for each in EXPORT_NAMES if name == "wanted" and f"'{each}'" in error.message]
         return f"{flags[0]} {given[0]}" if flags and given else None
+
+
+def _place(parameter: Any) -> Place:
+    flag, several = (bool(getattr(parameter, name, False)) for name in ("is_flag", "multiple"))
+    return Place(parameter.name, flag, several)
 
 
 class Commands(_Untyped, TyperGroup):

@@ -12,20 +12,30 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.errors import UsageError, first_line
+from ..core.errors import UsageError, first_line, shortened
 from ..core.files import read_text
 from ..core.text import did_you_mean
 
 OWN, SHARED = "pwrewrite.toml", "pyproject.toml"
 
 
-def options_of(command: str, commands: Iterable[str], flags: Mapping[str, str]) -> dict[str, object]:
-    """The options that the project gives a command: parameter to a text, a list of texts, or whether a flag is given.
+@dataclass(frozen=True)
+class Place:
+    """Where an option of a file goes: a parameter, and whether that is a flag or may be given several times."""
 
-    ``flags`` are its options as the file writes them, to the parameters that they fill. A `UsageError` names what is no
-    command or option, and the nearest.
+    name: str
+    flag: bool = False
+    several: bool = False
+
+
+def options_of(command: str, commands: Iterable[str], places: Mapping[str, Place]) -> tuple[str, dict[str, object]]:
+    """The project's file, and the options that it gives a command: parameter to a text, a list of texts, or a flag.
+
+    ``places`` are its options as the file writes them. A `UsageError` names what is no command or option, and the
+    nearest, or a value that an option does not take.
     """
     file, tables = _read()
     for name, table in tables.items():
@@ -37,10 +47,10 @@ def options_of(command: str, commands: Iterable[str], flags: Mapping[str, str]) 
     mine = tables.get(command, {})
     assert isinstance(mine, dict)
     for name, value in mine.items():
-        if name not in flags:
-            raise _unknown(f"option of {command}", name, flags, file)
-        options[flags[name]] = _typed(value, f"{file}, {command}.{name}")
-    return options
+        if name not in places:
+            raise _unknown(f"option of {command}", name, places, file)
+        options[places[name].name] = _typed(value, places[name], name, f"{file}, {command}.{name}")
+    return file, options
 
 
 def _read() -> tuple[str, dict[str, object]]:
@@ -63,18 +73,22 @@ def _read() -> tuple[str, dict[str, object]]:
     return OWN, {}
 
 
-def _typed(value: object, where: str) -> object:
-    """A value as the command line has it: texts, lists of texts, and flags."""
-    match value:
-        case bool():
+def _typed(value: object, place: Place, name: str, where: str) -> object:
+    """A value as the command line has it: a text, a list of texts, or a flag."""
+    if place.flag:
+        if isinstance(value, bool):
             return value
-        case str() | int() | float():
-            return str(value)
-        case list():
-            return [str(item) for item in value]
-        case dict():
-            return [f"{key}={item}" for key, item in value.items()]
-    raise UsageError("this is no value of an option", where=where, expected="a text, a number, true, a list or a table")
+        raise UsageError(f"{name} is on or off", where=where, expected="true or false", got=repr(value))
+    single = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    if single:
+        return [str(value)] if place.several else str(value)
+    if isinstance(value, list) and place.several:
+        return [str(item) for item in value]
+    if isinstance(value, dict) and place.several:
+        return [f"{key}={item}" for key, item in value.items()]
+    expected = "a text, a number, a list or a table" if place.several else "one text or number"
+    got = shortened(repr(value), 80)
+    raise UsageError(f"this is no value of an option: {name}", where=where, expected=expected, got=got)
 
 
 def _unknown(what: str, name: str, known: Iterable[str], file: str) -> UsageError:

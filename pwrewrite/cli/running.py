@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -35,6 +35,15 @@ if TYPE_CHECKING:
 BROKEN_PIPE = 141
 
 _STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG, errno.EIO)
+
+
+_project: list[str] = []
+"""The options that the project's file gives, for errors: what was not typed is easily overlooked."""
+
+
+def note_project(file: str, names: Sequence[str]) -> None:
+    """Notes which options a project's file gives the command that runs now."""
+    _project[:] = [f"{', '.join(names)} of {file}"] if names else []
 
 
 @contextlib.contextmanager
@@ -73,7 +82,8 @@ def _told(error: BaseException) -> int:
             _say_error("internal error:", f"{what} (run with --debug; please report)")
             return 1
         error = theirs
-    _say_error("error:", str(error))
+    given = f"\n  with: {', '.join(_project)}" if _project and isinstance(error, UsageError) else ""
+    _say_error("error:", str(error) + given)
     return error.exit_code
 
 

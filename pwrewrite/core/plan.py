@@ -32,6 +32,7 @@ class SkipReason(StrEnum):
     QUANTIZED = "quantized"
     COMPLEX = "complex"
     ALREADY_BOTTLENECK = "already-bottleneck"
+    ALREADY_FUSED = "already-fused"
     POINTWISE = "pointwise"
     DEPTHWISE = "depthwise"
     TOO_SMALL = "too-small"

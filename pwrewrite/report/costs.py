@@ -36,9 +36,9 @@ def check_page(check: GateResult) -> Page:
             [
                 Column("", marks, right=False, styles=styles),
                 Column("limit", [finding.name for finding in shown], right=False),
-                Column("model", [amount(f.kind, f.value) for f in shown]),
-                Column("at most", [amount(f.kind, f.limit) for f in shown]),
-                Column("used", [f"{100 * f.value / f.limit:.1f}%" if f.limit else "–" for f in shown], keep=2),
+                Column("model", [_distinct(f)[0] for f in shown]),
+                Column("at most", [_distinct(f)[1] for f in shown]),
+                Column("used", [_used(f) for f in shown], keep=2),
                 Column("baseline", ["–" if f.baseline is None else amount(f.kind, f.baseline) for f in shown], keep=3),
             ]
         ),
@@ -52,6 +52,22 @@ def check_page(check: GateResult) -> Page:
     if check.difference is not None:
         blocks += difference_page(check.difference)[1:]
     return (*blocks, *notes_part(check.notes))
+
+
+def _distinct(finding: Finding) -> tuple[str, str]:
+    """What the model costs and what it may, with all their digits where rounding hides which is more."""
+    value, limit = (amount(finding.kind, n) for n in (finding.value, finding.limit))
+    if finding.value <= finding.limit or value != limit:
+        return value, limit
+    unit = " B" if finding.kind in BYTES else ""
+    return f"{exact(finding.value)}{unit}", f"{exact(finding.limit)}{unit}"
+
+
+def _used(finding: Finding) -> str:
+    if not finding.limit:
+        return "–"
+    text = f"{100 * finding.value / finding.limit:.1f}%"
+    return f">{text}" if text == "100.0%" and finding.value > finding.limit else text
 
 
 def headline(check: GateResult) -> str:

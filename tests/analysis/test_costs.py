@@ -92,6 +92,16 @@ def test_the_factors_of_a_layer_are_one_row() -> None:
     assert row.growth("macs") == difference.after.macs - difference.before.macs
 
 
+def test_the_factors_of_a_layer_are_one_row_the_other_way_round() -> None:
+    model, x = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 1)), torch.randn(1, 16, 9, 9)
+    small = pwrewrite.rewrite(model, x, passes=[pwrewrite.passes.InsertBottleneck(rank=0.25)]).model
+    before, after = pwrewrite.analyze(small, x), pwrewrite.analyze(model, x)
+    (row,) = pwrewrite.diff(before, after).layers
+    assert (row.path, row.change, row.after.what) == ("0", "changed", "3×3 conv2d 16→16")
+    grown = pwrewrite.check(model, x, baseline=before).findings[0]
+    assert grown.layers == (("0", after.params - before.params),)
+
+
 def verdicts(model: nn.Module, baseline: Costs | None = None, **limits: object) -> dict[str, str]:
     check = judge(pwrewrite.analyze(model, X), GateOptions(**limits), baseline)  # type: ignore[arg-type]
     return {finding.kind: finding.severity for finding in check.findings}

@@ -8,7 +8,9 @@ from torch.nn.utils import parametrizations, prune
 
 from pwrewrite.capturing import Capture, capture
 from pwrewrite.capturing.eligibility import Owners, eligible
+from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.core.plan import Skip, SkipReason
+from pwrewrite.layers import PointwiseActivation
 
 X = torch.zeros(1, 4, 8, 8)
 
@@ -210,6 +212,11 @@ def test_a_weight_computed_in_the_graph() -> None:
     assert found is not None
     assert found.reason == SkipReason.PARAMETRIZED
     assert "computed in the graph" in found.detail
+
+
+def test_a_fused_layer() -> None:
+    fused = PointwiseActivation.of_layer(conv := nn.Conv2d(4, 6, 3), ConvSpec.of_module(conv), "relu")
+    assert reason(Plain(fused)) == SkipReason.ALREADY_FUSED
 
 
 def test_not_called() -> None:

@@ -39,6 +39,14 @@ def test_pyproject_and_lists_tables_and_flags(run: Run, folder: Path) -> None:
     assert run("check").exit_code == 1
 
 
+def test_one_text_stands_for_a_list_of_one(run: Run, folder: Path) -> None:
+    text = '[check]\ntarget = "net.py"\nbaseline = "net.py"\nmax-increase = "macs=2%"\ninput = "1x3x16x16"\n'
+    (folder / "pwrewrite.toml").write_text(text)
+    result = run("check")
+    assert result.exit_code == 0, result.stderr
+    assert "within its limit" in result.stdout
+
+
 def test_other_commands_and_files_without_our_table_are_left_alone(run: Run, folder: Path) -> None:
     (folder / "pyproject.toml").write_text("[tool.other]\nx = 1\n")
     assert run("analyze", "net.py").exit_code == 0
@@ -57,6 +65,10 @@ def test_other_commands_and_files_without_our_table_are_left_alone(run: Run, fol
         ("[check\n", "pwrewrite.toml cannot be read"),
         ("[check]\nmax-params = 1979-05-27\n", "no value of an option"),
         ("[check]\nmax-params = 'many'\n", "--max-params is not a number"),
+        ("[check]\nmax-params = ['1k']\n", "one text or number"),
+        ("[check]\nstrict = 'no'\n", "strict is on or off"),
+        ("[check]\nmax-params = 'many'\n", "with: max-params of pwrewrite.toml"),
+        ("[check]\nwarn-at = 0.9\nmax-increase = 'params=0'\n", "with: warn-at, max-increase of pwrewrite.toml"),
         ("[check]\ndebug = true\n", "no such option of check: debug"),
         (f"[check]\nmax-params = {'[' * 5000}{']' * 5000}\n", "pwrewrite.toml cannot be read"),
         (f"[check]\nmax-params = {'9' * 5000}\n", "pwrewrite.toml cannot be read"),

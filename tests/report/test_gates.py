@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +9,12 @@ from pwrewrite.capturing.records import Coverage
 from pwrewrite.core.errors import GateError
 from pwrewrite.core.options import GateOptions
 from pwrewrite.report.costs import hold
+
+
+def test_what_is_just_too_much_is_told_by_all_digits(analysis: Analysis) -> None:
+    text = str(judge(analysis, GateOptions(analysis.params - 1, max_weights=analysis.weight_bytes - 1)))
+    assert re.search(r"parameters +320,000 +319,999 +>100\.0%", text), text
+    assert re.search(r"weights +[0-9,]+ B +[0-9,]+ B +>100\.0%", text), text
 
 
 def test_gates(analysis: Analysis, make_analysis: Callable[..., Analysis]) -> None:
