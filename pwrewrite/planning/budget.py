@@ -139,7 +139,10 @@ def _read(name: str, text: str) -> tuple[Decimal, bool]:
     """A limit in text, and whether it is a ratio."""
     number, unit = amount(text) or (None, "")
     if number is None:
-        raise _refusal("the budget {} is not a number", name, text)
+        parts = [part.strip() for part in f"{name}={text}".split(",")]
+        several = len(parts) > 1 and all("=" in part for part in parts)
+        hint = f"give each limit by itself: {' and '.join(parts)}" if several else None
+        raise _refusal("the budget {} is not a number", name, text, hint)
     if unit == "%":
         return _ratio(name, number / 100, text), True
     if not unit:

@@ -95,7 +95,9 @@ def recover(
         raise UsageError("the time is given twice", hint="leave recover= out: here it is called time")
     names = ("outputs", "batch", "calibration_size", "seed")
     budget = from_keywords(Budget, {name: options.pop(name) for name in names if name in options})
-    chosen = from_keywords(RecoverOptions, {"recover": time, **options})
+    chosen = from_keywords(
+        RecoverOptions, {"recover": str(time) if isinstance(time, (int, float)) else time, **options}
+    )
     refuse_unknown("recover", {k: v for k, v in options.items() if k not in vars(chosen)}, RecoverOptions)
     check_seed(budget.seed)
     own, source = budget.batch, stable(batches, 32)

@@ -402,6 +402,7 @@ BAD: dict[str, tuple[str, tuple[str, ...], int, str]] = {
     "percent above a hundred": ("rewrite", ("--budget", "params=120%"), 2, "a ratio above 1"),
     "unknown kind": ("plan", ("--budget", "mac=0.5"), 2, "did you mean macs?"),
     "unknown unit": ("plan", ("--budget", "macs=5ms"), 2, "ms is a unit of latency"),
+    "several in one": ("plan", ("--budget", "params=9k, macs=0.5"), 2, "by itself: params=9k and macs=0.5"),
     "no number": ("plan", ("--budget", "macs=half"), 2, "is not a number"),
     "no limit": ("plan", ("--budget", "macs"), 2, "KIND=LIMIT"),
     "a kind twice": ("plan", (*BUDGET, "--budget", "flops=0.4"), 2, "more than once"),

@@ -99,6 +99,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "no data of a plan": (lambda: pwrewrite.rewrite(net(), X, {"ops": [{}]}), PlanError, "schema"),
     "a number as plan": (lambda: pwrewrite.rewrite(net(), X, plan=5), PlanError, "this is no plan"),
     "a needed None": (lambda: pwrewrite.analyze(TwoMaps(), (X, None)), CaptureError, "and None for y"),
+    "no time to recover": (lambda: pwrewrite.recover(net(), net(), [X], 0), UsageError, "got: '0'"),  # type: ignore[arg-type]
     "no such fusing pass": (lambda: pwrewrite.fuse(net(), X, ["fold-batchnorm"]), UsageError, "mean fold-batch-norm"),
     "no such option": (lambda: pwrewrite.rewrite(net(), X, budgets=0.5), UsageError, "no option 'budgets'"),
     "no such option of verify": (lambda: pwrewrite.verify(net(), net(), X, max_eror=1), UsageError, "mean max_error"),
