@@ -63,10 +63,25 @@ def check_writable(path: Path) -> None:
             check_room(folder)
 
 
-def check_room(folder: Path) -> None:
-    """Makes a file without a name in a folder; raises `OSError` where there cannot be one, whatever permissions say."""
+def check_room(folder: Path, size: int = 0) -> None:
+    """Makes a file without a name in a folder; raises `OSError` where there cannot be one, whatever permissions say.
+
+    With ``size``, one of so many bytes, where the system can set them aside.
+    """
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"\0")
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+
+
+def lacks_room(error: BaseException) -> bool:
+    """Whether an error says that a disk or a quota is full, also one of libraries that have only its text."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _NO_ROOM
+    return any(f"os error {number})" in str(error) for number in _NO_ROOM)
+
+
+_NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def prune(places: Iterable[Path], limit: int) -> None:

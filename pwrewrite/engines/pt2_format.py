@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..core.files import check_room
 from .apart import run_apart
 from .exporting import Call, Format, Program, Run
 
@@ -19,7 +20,9 @@ class Pt2(Format):
 
     def write(self, program: Program, folder: Path) -> None:
         """Saves the program."""
-        torch.export.save(program.exported, folder / self.main)
+        exported = program.exported
+        check_room(folder, sum(t.nbytes for t in exported.state_dict.values()))  # torch ends the process on a full disk
+        torch.export.save(exported, folder / self.main)
 
     def run(self, program: Program, folder: Path, calls: Sequence[Call]) -> Run:
         """Reads it again and runs it."""

@@ -20,9 +20,9 @@ from torch import nn
 from ..capturing import Inputs, split_inputs
 from ..capturing.inputs import input_names
 from ..core.declaring import from_keywords, refuse_unknown
-from ..core.errors import PwrewriteError, RefusedError, UsageError, VerificationError, first_line
+from ..core.errors import OutputError, PwrewriteError, RefusedError, UsageError, VerificationError, first_line
 from ..core.exports import EXPORT_SCHEMA, Exported, Exports
-from ..core.files import new_folder
+from ..core.files import lacks_room, new_folder
 from ..core.fx_names import named_by_keyword, taken_by_graphs
 from ..core.modes import plain_modes
 from ..core.names import EXPORT_NAMES
@@ -214,6 +214,12 @@ def _exported(
     except PwrewriteError as failure:
         problems = [f"{failure.message}: {failure.got}" if failure.got else failure.message]
     except Exception as failure:  # of other people's exporters and runtimes, which raise anything
+        if lacks_room(failure):
+            reason = getattr(failure, "strerror", None) or first_line(failure)
+            hint = "make room there, or name another place in TMPDIR"
+            raise OutputError(
+                f"cannot write the {each.name} export: {reason}", where=str(folder), hint=hint
+            ) from failure
         problems = [first_line(failure)]
     if any("SyntaxError" in problem for problem in problems) and (named := named_by_keyword(program.model)):
         problems.append(f"torch writes the names of modules into code, and a part of {named} is a keyword: rename it")

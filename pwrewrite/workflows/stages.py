@@ -19,8 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-from ..core.errors import PwrewriteError, first_line
-from ..core.files import cache_folder, prune
+from ..core.errors import OutputError, PwrewriteError, first_line
+from ..core.files import cache_folder, lacks_room, prune
 from .steps import Progress
 
 T = TypeVar("T")
@@ -54,7 +54,8 @@ class Stages:
         except OSError as error:
             why = (error.strerror or str(error)).lower()
             self.notes.append(f"the cache {folder} cannot be written ({why}): a run that is interrupted begins anew")
-        if self._root != folder:
+        self._temporary = self._root != folder
+        if self._temporary:
             self._root = Path(self._scratch.enter_context(TemporaryDirectory()))
 
     def __enter__(self) -> Stages:
@@ -102,5 +103,15 @@ class Stages:
             except (PwrewriteError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
                 self.notes.append(f"{name} was done again: what the cache held of it is damaged: {first_line(error)}")
                 shutil.rmtree(place, ignore_errors=True)
-        self.timed(name, lambda say: make(place, say))
+        try:
+            self.timed(name, lambda say: make(place, say))
+        except OutputError as error:
+            if self._temporary or error.__cause__ is None or not lacks_room(error.__cause__):
+                raise
+            self.notes.append(
+                f"the cache {self._root} is full: {name} was done twice; a run that is interrupted begins anew"
+            )
+            self._root, self._temporary = Path(self._scratch.enter_context(TemporaryDirectory())), True
+            place = self.places[name] = self._root / place.name
+            self.timed(name, lambda say: make(place, say))
         return read(place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import pwrewrite
 from pwrewrite.core.errors import OutputError, RefusedError, UsageError, VerificationError
 from pwrewrite.engines import exporting, pt2_format
+from pwrewrite.targets import storage
 from pwrewrite.workflows.compress import Compressed
 
 DRAW = torch.Generator().manual_seed(0)
@@ -300,6 +302,21 @@ def test_a_full_disk(tmp_path: Path, cache: Path) -> None:
     assert {file: file.read_bytes() for file in (tmp_path / "first").iterdir()} == before
     assert list(cache.glob("compress/*")) == []
     assert again(compressed(net(), tmp_path / "first", force=True)) == ["rewrite", "fuse"]
+
+
+def test_a_full_cache(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = storage._save_weights
+
+    def full(model: nn.Module, path: Path) -> None:
+        if path.is_relative_to(cache):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(model, path)
+
+    monkeypatch.setattr(storage, "_save_weights", full)
+    result = compressed(net(), tmp_path / "out")
+    assert any("is full: rewrite was done twice" in note for note in result.report.notes)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert list(cache.glob("compress/*")) == []
 
 
 @pytest.mark.parametrize("place", ["/proc/self/fd/x", "file/x"])

@@ -7,6 +7,7 @@ norm is folded, 3-D norms, keyword and dict inputs and outputs, inputs whose bat
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -233,6 +234,18 @@ class Scaling(pt2_format.Pt2):
             if key == "1.weight":
                 wrong.state_dict[key] = nn.Parameter(tensor * 1.01)
         torch.export.save(wrong, folder / self.main)
+
+
+@pytest.mark.parametrize("to", ["pt2", "source", "onnx"])
+def test_no_room_for_what_is_written_first(tmp_path: Path, to: str) -> None:
+    net, limits = nn.Conv2d(3, 64, 5).eval(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=f"cannot write the {to} export: .*File too large"):
+            pwrewrite.export(net, X, to=to, out=tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_differs_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
