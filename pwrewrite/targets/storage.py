@@ -194,6 +194,19 @@ def _save_weights(model: nn.Module, path: Path) -> None:
         save_file(state, str(path), metadata={"format": "pt", _ALIASES: json.dumps(aliases)})
     except (SafetensorError, ValueError, KeyError) as error:
         raise OutputError(f"cannot write the weights: {first_line(error)}", where=str(path.name)) from error
+    _order_facts(path)
+
+
+def _order_facts(path: Path) -> None:
+    """Sorts what a file says of itself, whose order safetensors leaves to chance: the same model is the same file."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

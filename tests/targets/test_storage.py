@@ -126,6 +126,15 @@ def test_state_is_the_same_after_a_roundtrip(tmp_path: Path, target: Path) -> No
     assert torch.equal(loaded.scratch, torch.ones(2))
 
 
+def test_the_same_model_is_the_same_file(tmp_path: Path) -> None:
+    model = net()
+    model.add_module('ünd "so"\n', nn.Linear(3, 2))
+    for number in range(12):
+        save(tmp_path / str(number), model, Plan())
+    assert len({(tmp_path / str(number) / storage.WEIGHTS).read_bytes() for number in range(12)}) == 1
+    assert 'ünd "so"\n.weight' in load_file(tmp_path / "0" / storage.WEIGHTS)
+
+
 def test_names_of_old_parameters(tmp_path: Path) -> None:
     saved(tmp_path / "out", net())
     names = json.loads((tmp_path / "out" / "plan.json").read_text())["names"]
