@@ -58,9 +58,10 @@ def _copy(value: Any, memo: dict[Any, Any]) -> Any:
     kind = type(value)
     if kind is dict or (kind is OrderedDict and not vars(value)):
         copied = memo[id(value)] = kind()
-        for key, item in value.items():
-            name = key if type(key) is str else deepcopy(key, memo)
-            copied[name] = item if type(item) in _ATOMS else _copy(item, memo)
+        if value:  # most are empty: hooks
+            for key, item in value.items():
+                name = key if type(key) is str else deepcopy(key, memo)
+                copied[name] = item if type(item) in _ATOMS else _copy(item, memo)
         return copied
     if (kind is tuple or kind is frozenset) and _ATOMS.issuperset(map(type, value)):
         return value

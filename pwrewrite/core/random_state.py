@@ -34,6 +34,15 @@ def keeping_random_state() -> Iterator[None]:
             numpy.set_state(numpy_state)
 
 
+def random_states() -> tuple[object, ...]:
+    """The random states of torch, on every CUDA device in use, Python and NumPy: equal where nothing was drawn."""
+    devices = range(torch.cuda.device_count()) if _cuda_runs() else ()
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+    numpy = sys.modules.get("numpy.random")
+    words, place = (None, 0) if numpy is None else numpy.get_state()[1:3]
+    return *(state.numpy().tobytes() for state in states), random.getstate(), words is None or words.tobytes(), place
+
+
 def seed_all(seed: int) -> None:
     """Seeds torch on every device in use, Python and NumPy; raises `UsageError` for what they do not take."""
     check_seed(seed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
@@ -148,6 +148,10 @@ class MeasuredGroup(JointGroup):
     """A joint group whose losses are too large to be predicted well, and are measured before one is taken."""
 
     prices: Prices = field(default_factory=Prices, init=False)
+
+    @abstractmethod
+    def changed(self, op: Op) -> Collection[str]:
+        """Paths of the modules that a trial of one of the group's ops changes: their weights, statistics or hooks."""
 
     @abstractmethod
     def trial(self, model: nn.Module, norm: Norm, op: Op) -> AbstractContextManager[None]:

@@ -19,7 +19,8 @@ from .gathering import TEMPERATURE
 from .groups import MeasuredGroup
 from .norm import Norm
 from .outputs import class_scores, floating, log_probabilities
-from .running import Chunk, evaluating, first_samples, run_seeded
+from .replay import Replay
+from .running import Chunk, evaluating, first_samples
 
 SAMPLES, FEW = 16, 8
 """On how many inputs the losses of a plan's changes are measured, and on how many those of a whole frontier's."""
@@ -30,7 +31,7 @@ class LossMeter:
 
     def __init__(self, model: nn.Module, norm: Norm, outputs: str, chunk: Chunk) -> None:
         self._model, self._norm, self._outputs, self._chunk = model, norm, outputs, chunk
-        self._before: dict[int, tuple[Chunk, object]] = {}
+        self._replays = dict[int, Replay]()
 
     def loss(self, group: MeasuredGroup, op: Op, samples: int = SAMPLES) -> float:
         """The loss with one of a group's ops; infinite where outputs are not finite any more."""
@@ -39,21 +40,20 @@ class LossMeter:
 
     def _measured(self, group: MeasuredGroup, op: Op, samples: int) -> float:
         with torch.no_grad(), evaluating(self._model):
-            chunk, before = self._reference(samples)
+            replay = self._replay(samples)
             with group.trial(self._model, self._norm, op):
-                after = run_seeded(self._model, chunk, 0)
-        loss = exact_loss(before, after, self._outputs)
+                after = replay.changed(group.changed(op))
+        loss = exact_loss(replay.outputs, after, self._outputs)
         return loss if math.isfinite(loss) else math.inf
 
-    def _reference(self, samples: int) -> tuple[Chunk, object]:
-        """Some inputs, all of the first chunk where it cannot be cut, and what the model makes of them."""
-        if samples not in self._before:
-            chunk = first_samples(self._chunk, samples)
+    def _replay(self, samples: int) -> Replay:
+        """What the model makes of some inputs, all of the first chunk where it cannot be cut."""
+        if samples not in self._replays:
             try:
-                self._before[samples] = chunk, run_seeded(self._model, chunk, 0)
+                self._replays[samples] = Replay(self._model, first_samples(self._chunk, samples))
             except Exception:  # its first axis is no batch, or other inputs have one that was not seen
-                self._before[samples] = self._chunk, run_seeded(self._model, self._chunk, 0)
-        return self._before[samples]
+                self._replays[samples] = Replay(self._model, self._chunk)
+        return self._replays[samples]
 
 
 def exact_loss(first: object, second: object, outputs: str) -> float:

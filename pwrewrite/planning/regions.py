@@ -8,7 +8,7 @@ the gradients at its output. That is much too little where a whole module did mu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -82,6 +82,10 @@ class RegionCandidates(MeasuredGroup):
         if region is None or not region.mappable or not norm.sums(op.path).rows:
             return None
         return _map_of(region, norm.sums(op.path))
+
+    def changed(self, op: Op) -> Collection[str]:
+        """The module."""
+        return (op.path,)
 
     @contextmanager
     def trial(self, model: nn.Module, norm: Norm, op: Op) -> Iterator[None]:

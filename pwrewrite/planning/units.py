@@ -6,7 +6,7 @@ other columns cannot make up for (`pwrewrite.decompose.columns`); nothing else c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
@@ -82,6 +82,11 @@ class UnitCandidates(MeasuredGroup):
     def factors(cls, norm: Norm, op: Op, weight: Tensor) -> Kept | None:
         """What becomes of the kernel of the reader at the op's path."""
         return norm.kept(op, op.path, weight)
+
+    def changed(self, op: Op) -> Collection[str]:
+        """The readers, and what puts their means right."""
+        paths = ((reader.layer.path, reader.norm) for reader in self.unit.readers)
+        return [path for both in paths for path in both if path]
 
     @contextmanager
     def trial(self, model: nn.Module, norm: Norm, op: Op) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.errors import first_line
 from ..core.files import same_directory
-from ..core.random_state import seed_all
+from ..core.random_state import random_states, seed_all
 from .inputs import Arguments, copied
 from .outputs import Flat, flatten
 
@@ -24,7 +23,7 @@ class Outcome:
 
     output: Flat  # nothing where it failed
     error: str  # the first line of the exception; empty where it ran
-    random_state: tuple[bytes, object]  # that the run left, of torch and of Python
+    random_state: tuple[object, ...]  # that the run left
     drew: bool = False
     written: tuple[str, ...] = ()
 
@@ -60,14 +59,6 @@ def device_of(*models: nn.Module) -> torch.device | None:
     return devices.pop() if len(devices) == 1 else None
 
 
-def _random_state(model: nn.Module) -> tuple[bytes, object]:
-    device = device_of(model) if torch.cuda.is_available() else None
-    state = torch.get_rng_state()
-    if device is not None and device.type == "cuda":
-        state = torch.cat((state, torch.cuda.get_rng_state(device)))
-    return state.numpy().tobytes(), random.getstate()
-
-
 def run(model: nn.Module, inputs: Arguments, *, seed: int, training: bool = False, grad: bool = False) -> Outcome:
     """Runs a model once, which is a copy that may change; an exception of the model is an outcome too.
 
@@ -76,7 +67,7 @@ def run(model: nn.Module, inputs: Arguments, *, seed: int, training: bool = Fals
     model.train(training)
     args, kwargs = copied(inputs)
     seed_all(seed)
-    before = _random_state(model)
+    before = random_states()
     try:
         with same_directory(), torch.set_grad_enabled(grad):
             flat = flatten(model(*args, **kwargs))
@@ -84,7 +75,7 @@ def run(model: nn.Module, inputs: Arguments, *, seed: int, training: bool = Fals
         return Outcome(Flat(), first_line(error), before)
     if not grad:
         flat.tensors = {path: t.detach().clone() for path, t in flat.tensors.items()}
-    after = _random_state(model)
+    after = random_states()
     used, given = flatten((args, kwargs)).tensors, flatten(inputs).tensors
     written = tuple(path for path, t in used.items() if not _same(t, given[path]))
     return Outcome(flat, "", after, before != after, written)
