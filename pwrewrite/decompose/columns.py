@@ -120,7 +120,8 @@ class _Sweep:
         self._size, self._factor, self._channels = reader.rows.shape[1] // channels, reader.factor, channels
         large = reader.moment.shape[0] > _LARGE
         unit = _unit(reader.moment.diagonal())
-        inverse = _inverse(reader.moment / unit / unit[:, None], _LARGE_RIDGE if large else RIDGE)
+        ridge = _LARGE_RIDGE if large else RIDGE
+        inverse = torch.cholesky_inverse(_factor(reader.moment / unit / unit[:, None], ridge))
         values = reader.rows * unit
         if len(values) > values.shape[1]:  # a root of what little they come to
             weighted = values if reader.outputs is None else reader.outputs @ values
@@ -202,9 +203,9 @@ def _own(first: Tensor, second: Tensor, size: int) -> Tensor:
     return each[0].mT @ each[1]
 
 
-def _inverse(moment: Tensor, ridge: float) -> Tensor:
-    """The inverse of a moment of unit diagonal."""
-    return torch.cholesky_inverse(ridged_cholesky(moment, moment.new_ones(1, 1), ridge, 10)[0])
+def _factor(moment: Tensor, ridge: float) -> Tensor:
+    """The Cholesky factor of a moment of unit diagonal."""
+    return ridged_cholesky(moment, moment.new_ones(1, 1), ridge, 10)[0]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -247,7 +248,7 @@ def keep(kernel: Tensor, channels: Sequence[int], moment: Tensor | None, mean: T
         others = torch.ones(rows.shape[1], dtype=torch.bool, device=kernel.device)
         others[columns] = False
         cross = rows[:, others] @ moment[others][:, columns] / unit
-        stays = stays + cross @ _inverse(normal, RIDGE) / unit
+        stays = stays + torch.cholesky_solve(cross.mT, _factor(normal, RIDGE)).mT / unit
     shift = rows.new_zeros(len(rows)) if mean is None else rows @ mean.to(rows) - stays @ mean.to(rows)[columns]
     shape = (kernel.shape[0], len(channels), *kernel.shape[2:])
     result = Kept(
