@@ -3,17 +3,20 @@
 A trace holds what the code did once; code that branches on ``self.training``, sets attributes, switches gradients or
 autocast, or that a graph cannot hold is refused. ``if shortcut is None: shortcut = x`` leaves no trace where the input
 is given, so such code is traced with and without it: where the graphs differ only in what stands in its place, a call
-of `value_or` stands there.
+of `value_or` stands there. Where code decides by a value or a size only whether to raise (``assert c % 2 == 0``), a
+call of `required` does so in the graph.
 
 ``x[i] = y`` is a call of ``operator.setitem`` at its place; whoever changes such a graph has to keep the order.
 """
 
 from __future__ import annotations
 
+import builtins
 import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dis import opname
 from itertools import combinations
 from typing import Any
 
@@ -37,6 +40,13 @@ def value_or(value: object, default: object) -> object:
     return default if value is None else value
 
 
+@fx.has_side_effect
+def required(condition: object, wanted: bool, kind: str, message: str) -> None:
+    """Raises what code raises where a condition of it is not as wanted: an error of Python's own, by its name."""
+    if bool(condition) != wanted:
+        raise getattr(builtins, kind)(message)
+
+
 class Item(fx.Proxy):
     """A value in a trace that takes items."""
 
@@ -56,19 +66,33 @@ _FACTORIES = (torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn)
 """Functions that take sizes one by one, ``torch.zeros(len(x), 8)``: torch gives those, unlike a tuple, to no proxy."""
 
 
+Guard = tuple[bool, str, str]
+"""What `required` takes besides its condition."""
+
+
 class ShallowTracer(fx.Tracer):
     """Traces one module's own code; its children are leaves, and the inputs named in ``absent`` are None.
 
-    ``modes`` are those of autograd and autocast that calls were made in.
+    ``modes`` are those of autograd and autocast that calls were made in. ``guards`` are arguments of `required` for the
+    first times that code asks a value for its truth; ``asked`` counts these, and one more than there are is refused.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, absent: Sequence[str] = ()) -> None:
+    def __init__(self, absent: Sequence[str] = (), guards: Sequence[Guard] = ()) -> None:
         super().__init__(autowrap_functions=_FACTORIES)
         self._autowrap_search.append(torch)  # else only what the model's file imports by name is wrapped
-        self.absent = absent
+        self.absent, self.guards, self.asked = absent, guards, 0
         self.modes: set[tuple[object, ...]] = set()
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """The answer with which the code goes on."""
+        self.asked += 1
+        if self.asked > len(self.guards):
+            return super().to_bool(obj)
+        guard = self.guards[self.asked - 1]
+        self.create_proxy("call_function", required, (obj, *guard), {})
+        return guard[0]
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """As ever, and notes the modes."""
@@ -150,8 +174,8 @@ def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Gra
             for training in (not module.training, module.training):
                 for child in flags:
                     child.training = training
-                tracer = ShallowTracer(absent)
-                graphs.append(tracer.trace(module))
+                tracer, graph = _traced(module, absent)
+                graphs.append(graph)
                 switches |= len(tracer.modes) > 1
     except Exception as error:
         line = line_of_model(error)
@@ -165,6 +189,55 @@ def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Gra
     if _text(graphs[0]) != _text(graphs[1]):
         raise NotTraceable(f"{kind}.forward does something else in training, which a graph cannot hold")
     return graphs[1]
+
+
+_MOST_GUARDS = 16
+"""Conditions that code may raise by, above which it is refused: the code runs once or twice more for each."""
+
+
+def _traced(module: nn.Module, absent: Sequence[str]) -> tuple[ShallowTracer, fx.Graph]:
+    """A graph of a module's own code, with what made it."""
+    guards: list[Guard] = []
+    while True:
+        tracer, failure = ShallowTracer(absent, guards), None
+        try:
+            graph = tracer.trace(module)
+        except Exception as error:
+            failure = error
+        if tracer.asked <= len(guards):
+            if failure is not None:
+                raise failure
+            return tracer, graph
+        guard = _next(tracer, module) if len(guards) < _MOST_GUARDS else None
+        if guard is None:
+            raise failure or NotTraceable("it catches an error that depends on a value or a size")
+        guards.append(guard)
+
+
+def _next(tracer: ShallowTracer, module: nn.Module) -> Guard | None:
+    """What code that asks once more for a truth value goes on with; None where it may go on with either."""
+    for wanted in (False, True):
+        other = ShallowTracer(tracer.absent, [*tracer.guards, (not wanted, "", "")])
+        try:
+            other.trace(module)
+        except Exception as error:
+            kind = type(error).__name__
+            if other.asked == tracer.asked and raised_by_code(error) and getattr(builtins, kind, 0) is type(error):
+                place = line_of_model(error) or ""
+                return wanted, kind, place if "Proxy(" in str(error) or not str(error) else str(error)
+    return None
+
+
+def raised_by_code(error: Exception) -> bool:
+    """Whether the model's own code says ``raise``, for no other error; fx refuses code so, too."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or error.__context__ is not None:
+        return False
+    code, room = last.tb_frame.f_code, str(last.tb_frame.f_globals.get("__name__")).partition(".")[0]
+    own = room not in ("torch", __name__.partition(".")[0]) or code is required.__code__
+    return own and opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
 @contextmanager

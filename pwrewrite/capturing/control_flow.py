@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Container, Iterator, Sequence
-from dis import opname
 from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
 from ..core.errors import first_line, line_of_model
 from ..core.nested import Args, Kwargs, Tree
-from .code_trace import Item, ShallowTracer, untouched
+from .code_trace import Item, ShallowTracer, raised_by_code, untouched
 
 _T = TypeVar("_T")
 
@@ -196,19 +195,8 @@ def _trace_once(tracer: _PathTracer, module: nn.Module) -> fx.Graph:
     except (AssertionError, ValueError, LookupError, ArithmeticError, NotImplementedError) as error:
         raise _Raised from error
     except Exception as error:
-        own = (isinstance(error, RuntimeError) and _raised_by_code(error)) or _uses_none(error)
+        own = (isinstance(error, RuntimeError) and raised_by_code(error)) or _uses_none(error)
         raise (_Raised if own else _NotFollowed) from error
-
-
-def _raised_by_code(error: Exception) -> bool:
-    """Whether the model's own code says ``raise``, for no other error; fx refuses code so, too."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None or error.__context__ is not None:
-        return False
-    code, room = last.tb_frame.f_code, str(last.tb_frame.f_globals.get("__name__")).partition(".")[0]
-    return opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS" and room not in ("torch", __name__.partition(".")[0])
 
 
 def _uses_none(error: Exception) -> bool:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.guards import Guarded, caught, either, own_error
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from pwrewrite.capturing.code_trace import NotTraceable
+import pwrewrite
+from pwrewrite.capturing.code_trace import NotTraceable, required
 from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.edit.graph_edit import FunctionalCall, Regraphed, to_graph
 from pwrewrite.forms.specs import linear_spec
@@ -341,3 +344,37 @@ def test_a_functional_call_whose_result_is_not_read_is_rewritten_and_verified() 
     made = rewrite(UnreadResult().eval(), torch.randn(1, 4, 8, 8), [InsertBottleneck(0.25, allow_growth=True)])
     assert made.report.passed, made.report.verification
     assert [edit.path for edit in made.edits] == ["weight"]
+
+
+def test_code_that_only_refuses_by_a_size_is_a_graph_that_refuses() -> None:
+    model, x = nn.Sequential(Guarded(), Guarded()).eval(), torch.randn(2, 16, 8, 8)
+    graph = to_graph(model[0])
+    assert [node.target for node in graph.graph.nodes].count(required) == 4
+    assert torch.equal(graph(x), model[0](x))
+    fused = pwrewrite.fuse(model, x)
+    assert [edit.path for edit in fused.edits if edit.op.action == "fuse"] == [
+        "0.first",
+        "0.second",
+        "1.first",
+        "1.second",
+    ]
+    assert fused.report.passed
+    for wrong, kind, said in (
+        (x[:, :, 1:], AssertionError, r"guards.py:\d+: assert x.shape\[2\] % 2 == 0"),
+        (x[..., 1:], AssertionError, "no map of even size"),
+        (x[:, 1:], ValueError, r"guards.py:\d+"),
+    ):
+        with pytest.raises(kind, match=said):
+            fused.model(wrong)
+    frozen = pwrewrite.freeze(fused.model, x)
+    assert torch.allclose(frozen(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("code", [caught, either, own_error])
+def test_code_that_may_go_on_otherwise_is_refused(code: Callable[[Tensor], Tensor]) -> None:
+    class Scope(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return code(x)
+
+    with pytest.raises(NotTraceable, match=r"Scope.forward does not trace: it .* value or a size"):
+        to_graph(Scope())
