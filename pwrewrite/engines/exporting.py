@@ -29,6 +29,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, ShapesCollection
 
+from ..capturing.code_trace import untouched
 from ..core.errors import RefusedError, UsageError, first_line, line_of_model
 from ..core.names import EXPORT_NAMES
 from ..core.nested import Args, Kwargs, is_plain, map_tensors, tensors_of
@@ -77,7 +78,8 @@ class Program:
                         f"torch.export freezes the axis {label}",
                         where=f"axis {axis} of {name}",
                         got=f"always {shape[axis]}",
-                        hint="x.shape[0] in place of len(x) and int(…) in the model, or --static",
+                        hint="x.shape[0] in place of len(x) and int(…) in the model, and no size that it keeps of a "
+                        "call; or --static",
                     )
         return program
 
@@ -91,7 +93,7 @@ class Program:
     def _plain(self) -> bool:
         """Whether the model returns plain containers, which are known wherever an export is read."""
         args, kwargs = map_tensors(self.inputs, torch.clone)
-        with torch.no_grad():
+        with torch.no_grad(), untouched(self.model):
             return is_plain(self.model(*args, **kwargs))
 
     def _export(self, labels: Mapping[str, object]) -> ExportedProgram:
@@ -100,7 +102,8 @@ class Program:
         for tensor, axes in zip(tensors_of(self.inputs), self.axes):
             if axes:
                 shapes[tensor] = {axis: labels[label] for axis, label in axes.items()}
-        with torch.no_grad(), _quiet(), nullcontext() if self._plain else _plain_outputs(self.model):
+        forms = nullcontext() if self._plain else _plain_outputs(self.model)
+        with torch.no_grad(), _quiet(), untouched(self.model), forms:
             made = torch.export.export(self.model, args, kwargs, dynamic_shapes=shapes if labels else None)
         _drop_idle_squeezes(made)
         _bound_by_alike(made)

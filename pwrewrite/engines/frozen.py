@@ -105,7 +105,9 @@ def freeze(model: nn.Module, example_inputs: Inputs | None = None, *, keep_nan: 
     if example_inputs is not None:
         inputs, named = split_inputs(example_inputs)
         if named or not inputs or any(type(x) is not Tensor for x in inputs):
-            raise InputError("a frozen model takes positional tensors", expected="a tensor or a tuple of tensors")
+            given = f"{', '.join(named)} by name" if named else None
+            expected = "a tensor or a tuple of tensors, in the order of forward"
+            raise InputError("a frozen model takes positional tensors", expected=expected, got=given)
         reason = frozen.make(*inputs)
         if reason is not None:
             raise RefusedError("the model cannot be frozen for these inputs", got=reason)

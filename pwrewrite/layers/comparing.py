@@ -58,10 +58,13 @@ def _sharing(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[int]:
     return [memory.index(pointer) for pointer in memory]
 
 
-def alike(found: Sequence[Tensor], right: Sequence[Tensor], tolerance: float) -> bool:
-    """Whether two runs gave the same up to rounding: as many tensors of the same shapes, dtypes and values."""
+def alike(found: Sequence[Tensor], right: Sequence[Tensor], tolerance: float, floor: float = 0.0) -> bool:
+    """Whether two runs gave the same up to rounding: as many tensors of the same shapes, dtypes and values.
+
+    Differences whose mean square is below that of ``floor`` count as rounding.
+    """
     same = [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in right]
-    return same and all(_near(a, b, tolerance) for a, b in zip(found, right))
+    return same and all(_near(a, b, tolerance, floor) for a, b in zip(found, right))
 
 
 def outputs_of(out: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -69,7 +72,7 @@ def outputs_of(out: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (out,) if isinstance(out, Tensor) else tuple(out)
 
 
-def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
+def _near(a: Tensor, b: Tensor, tolerance: float, floor: float) -> bool:
     """Whether ``a`` is ``b`` up to rounding; values that are not finite have to be the same ones."""
     if not a.is_floating_point():
         return torch.equal(a, b)
@@ -78,4 +81,4 @@ def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
         if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
             return False
         a, b = a[finite], b[finite]
-    return bool((a - b).norm() <= tolerance * b.norm())
+    return bool((a - b).norm() <= max(float(tolerance * b.norm()), floor * b.numel() ** 0.5))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._C import Graph, ListType, Node, TensorType, Value
 
-from .strides import ELEMENTWISE, detach, only_operand
+from .strides import CONVOLUTIONS, ELEMENTWISE, detach, only_operand
 
 _ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "aten::add": operator.add,
@@ -102,8 +102,13 @@ def separate(graph: Graph, *, every: bool) -> None:
     Those are: two that follow each other, which behind a convolution crash the process (in torch 2.15: ``conv(x) + a +
     x``, where ``x`` is read elsewhere too) or give wrong values; one with an operand that is read elsewhere, or
     whose memory is read again later, since the fuser writes the sum into it. With ``every`` all are kept apart.
+
+    And a depthwise convolution behind a 1×1 one, which the fuser joins; it fails on them where the latter has groups.
     """
     nodes = list(graph.nodes())
+    for node in nodes:
+        if _is_depthwise(node) and _behind_grouped(next(node.inputs())):
+            detach(graph, node, 0)
     roots = _roots(nodes)
     last_read: dict[str, Node] = {}
     for node in (*nodes, graph.return_node()):
@@ -128,6 +133,29 @@ def separate(graph: Graph, *, every: bool) -> None:
                 continue  # a view of a number that is a constant crashes the fuser
             if every or len(value.uses()) > 1 or chained[i] or not free[1 - i]:
                 detach(graph, node, i)
+
+
+def _is_depthwise(node: Node) -> bool:
+    """Whether a node is a 2-D convolution with one input channel in each group."""
+    image, weight = _shapes(node)
+    return weight[1:2] == [1] and image[1:2] == weight[:1] != [1]
+
+
+def _behind_grouped(value: Value) -> bool:
+    """Whether a value is that of a 1×1 convolution with groups, or of operations of one tensor behind it."""
+    node = value.node()
+    while (i := only_operand(node)) is not None:
+        node = list(node.inputs())[i].node()
+    image, weight = _shapes(node)
+    return weight[2:] == [1, 1] and image[1:2] != weight[1:2]
+
+
+def _shapes(node: Node) -> tuple[list[int], list[int]]:
+    """Sizes of the image and of the weight of a traced 2-D convolution; empty for any other node."""
+    image, weight = (
+        [sizes_of(value) or [] for value in list(node.inputs())[:2]] if node.kind() in CONVOLUTIONS else 2 * [[]]
+    )
+    return (image, weight) if len(image) == len(weight) == 4 else ([], [])
 
 
 def prepare_numbers(graph: Any) -> None:

@@ -26,7 +26,7 @@ from torch._C import Graph, Node, TensorType, Value
 
 ELEMENTWISE = frozenset({"aten::add", "aten::mul", "aten::div"})
 _PRODUCTS = frozenset({"aten::matmul", "aten::bmm", "aten::linear"})
-_CONVOLUTIONS = frozenset({"aten::_convolution", "aten::conv2d"})
+CONVOLUTIONS = frozenset({"aten::_convolution", "aten::conv2d"})
 _COPIES = frozenset({"aten::alias", "aten::clone"})
 _CONTIGUOUS, _AS_IT_LIES = 0, None
 """Memory formats of a copy; the latter leaves gaps out and keeps the order of axes of images."""
@@ -45,7 +45,7 @@ def keep_kernels(graph: Any) -> None:
                     _copy(graph, node, i, _CONTIGUOUS)
                 elif (strides := _plain_strides(value)) is not None:
                     _restride(graph, node, i, strides)
-                elif value.node().kind() in _CONVOLUTIONS:
+                elif value.node().kind() in CONVOLUTIONS:
                     detach(graph, node, i)
         elif node.kind() in ELEMENTWISE:
             orders = [_order(layout(value)) for value in values]
@@ -93,7 +93,7 @@ def _stands_alone(value: Value) -> bool:
         return node.kind() == "aten::layer_norm"
     source = list(node.inputs())[i]
     maker = source.node().kind()
-    takes = maker in _CONVOLUTIONS or (maker in _PRODUCTS and node.kind() != "aten::silu")
+    takes = maker in CONVOLUTIONS or (maker in _PRODUCTS and node.kind() != "aten::silu")
     return not takes or len(source.uses()) > 1
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..capturing import Inputs, split_inputs
+from ..capturing.code_trace import untouched
 from ..capturing.inputs import input_names
 from ..core.declaring import from_keywords, refuse_unknown
 from ..core.errors import OutputError, PwrewriteError, RefusedError, UsageError, VerificationError, first_line
@@ -152,12 +153,14 @@ def _prepared(
     draws = Draws(example_inputs, torch.device("cpu"), 0)
     names = tuple(input_names(plain, args, kwargs))
     say("which axes may vary", None)
-    axes = batch_axes(plain, draws, names) if not options.static else tuple({} for _ in names)
+    with untouched(plain):
+        axes = batch_axes(plain, draws, names) if not options.static else tuple({} for _ in names)
     if not options.static and not any(axes):
         notes.append("static: the model takes no other batch size than the example's")
     axes, example = _with_dynamic(axes, options.dynamic, names, [tuple(t.shape) for t in tensors_of((args, kwargs))])
     say("running the model at two sizes", None)
-    expected = expectations(plain, draws, axes, example)
+    with untouched(plain):  # a size that code keeps of a run would be fixed in the export
+        expected = expectations(plain, draws, axes, example)
     labels = list(dict.fromkeys(label for each in axes for label in each.values()))
     sizes = {label: k + 2 for k, label in enumerate(labels)} | example
     inputs = draws.resized([{axis: sizes[label] for axis, label in each.items()} for each in axes])

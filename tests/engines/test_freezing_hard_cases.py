@@ -225,6 +225,39 @@ def test_an_activation_times_what_it_reads() -> None:
         close(made(X), model(X))
 
 
+@pytest.mark.parametrize("between", [nn.Identity(), nn.ReLU6(), nn.Hardswish()])
+@pytest.mark.parametrize("groups", [1, 2, 32])
+def test_depthwise_behind_grouped_pointwise(groups: int, between: nn.Module) -> None:
+    """Such a pair is one kernel of oneDNN only without groups; torch's fuser asks it for one all the same."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(32, 32, 1, groups=groups), between, nn.Conv2d(32, 32, 3, padding=1, groups=32)
+    model, x = nn.Sequential(*layers, nn.Conv2d(32, 16, 1)).eval(), torch.randn(1, 32, 14, 14)
+    for each in both(model, x):
+        close(freeze(each, x)(x), model(x))
+
+
+def test_what_large_values_leave_that_cancel_each_other() -> None:
+    """Corners of boxes that an untrained head puts in one place: their distance is rounding, and read twice."""
+
+    class Boxes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(8, 32, 3, padding=1), nn.SiLU())
+            self.conv, self.mean = nn.Conv2d(32, 64, 1, bias=False), nn.Conv2d(16, 1, 1, bias=False)
+            self.conv.weight.data *= 1e-4
+            self.mean.weight.data[:] = torch.arange(16.0).view(1, 16, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            chances = self.conv(self.body(x)).view(len(x), 4, 16, -1).transpose(1, 2).softmax(1)
+            first, second = self.mean(chances).view(len(x), 4, -1).chunk(2, 1)
+            left, right = ((second - first) / 2).split(1, 1)
+            return torch.cat((left * 0.5 - right, left + right * 0.5, first, second), 1)
+
+    torch.manual_seed(0)
+    model, x = Boxes().eval(), torch.randn(1, 8, 8, 8)
+    torch.testing.assert_close(freeze(model, x)(x), model(x), atol=1e-5, rtol=0.0)
+
+
 def test_a_constant_is_not_written() -> None:
     """A sum with a parameter of the output's size, which the fuser might take for memory of its own."""
 

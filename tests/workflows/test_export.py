@@ -248,6 +248,32 @@ def test_no_room_for_what_is_written_first(tmp_path: Path, to: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
+class _KeepsItsSize(nn.Module):
+    """Computes a grid anew where the map has another shape than in the run before, as detectors' heads do."""
+
+    shape: torch.Size | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.grid = nn.Conv2d(3, 8, 3), torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        if self.shape != y.shape:
+            self.grid, self.shape = torch.arange(y.shape[2] * y.shape[3], dtype=y.dtype).view(y.shape[2:]), y.shape
+        return y + self.grid
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute self.grid")
+def test_a_size_that_code_keeps_of_a_run_is_not_fixed(tmp_path: Path) -> None:
+    model, x = _KeepsItsSize().eval(), torch.randn(1, 3, 8, 8)
+    kept = model(x).shape
+    made = pwrewrite.export(model, x, to=["pt2", "onnx"], out=tmp_path / "served")
+    assert made.passed
+    assert made.inputs["x"].startswith("batch×3")
+    assert model.shape == kept
+
+
 def test_what_differs_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pt2_format, "FORMAT", Scaling())
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).eval()
