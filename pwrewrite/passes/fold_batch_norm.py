@@ -65,7 +65,10 @@ class FoldBatchNorm(Pass):
             if norm is (calls or [norm])[0]:
                 proposals.append(_fold(graph, calls or [norm], taken))
                 taken |= {p.settings["layer"] for p in proposals[-1:] if isinstance(p, Op)}
-        return [*proposals, *own_weights(graph, self.name)]
+        own = list(own_weights(graph, self.name))
+        first = {each.path for each in own if isinstance(each, Op)}  # plain before a norm goes into them
+        later = [p for p in proposals if not (isinstance(p, Op) and p.settings["layer"] in first)]
+        return [*later, *own]
 
 
 @dataclass(frozen=True)

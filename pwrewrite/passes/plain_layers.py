@@ -14,7 +14,7 @@ from ..edit.actions.plain_layers import computed_weights
 from ..edit.swap import stem
 from ..layers import PointwiseActivation
 from .base import Pass, Proposal
-from .own_weights import own_weights
+from .own_weights import own_paddings, own_weights
 from .patterns import Graph
 
 
@@ -38,6 +38,17 @@ class BakeWeights(Pass):
             estimate = Estimate(param_count(module), after, macs, own)
             ops.append(Op("bake", path, self.name, {"weights": list(computed)}, estimate))
         return ops
+
+
+class PlainPadding(Pass):
+    """Makes plain layers of convolutions whose own code only runs a padding that they hold."""
+
+    name = "plain-padding"
+    summary = "convolutions whose own code only pads become plain ones"
+    exact = "both"
+
+    def propose(self, capture: Capture) -> list[Proposal]:
+        return list(own_paddings(Graph(capture), self.name))
 
 
 class UnfuseLayers(Pass):

@@ -42,7 +42,10 @@ def page(report: Report, *, everything: bool = False) -> Page:
 def _headline(report: Report) -> str:
     done = Counter(row.edit.op.action for row in report.edits)
     baked = sum(_bakes(row.edit) for row in report.edits)
-    parts = [f"{plural(done['fold'] - baked, 'norm')} folded", f"{plural(done['fuse'], 'layer')} fused"]
+    padded = sum(_pads(row.edit) for row in report.edits)
+    parts = [f"{plural(done['fold'] - baked - padded, 'norm')} folded", f"{plural(done['fuse'], 'layer')} fused"]
+    if padded:
+        parts.append(f"{plural(padded, 'layer')} made plain")
     if baked:
         parts.append(f"{plural(baked, 'weight')} baked")
     if done["merge"]:
@@ -72,7 +75,12 @@ def _saving(report: Report, fusing: FusingReport) -> Table:
 
 def _bakes(edit: Edit) -> bool:
     """Whether an edit folds what a layer's own code makes of its weight, and no norm."""
-    return edit.op.action == "fold" and edit.op.settings.get("side") == "weight"
+    return edit.op.action == "fold" and edit.op.settings.get("side") == "weight" and not _pads(edit)
+
+
+def _pads(edit: Edit) -> bool:
+    """Whether an edit makes a plain layer of one whose own code pads."""
+    return edit.op.action == "fold" and bool(edit.op.settings.get("pads"))
 
 
 Groups = dict[str, list[str]]
@@ -83,7 +91,9 @@ def _done(report: Report) -> Groups:
     groups: Groups = {}
     for edit in (row.edit for row in report.edits):
         what = _WORDS.get(edit.method, edit.method)
-        if _bakes(edit):
+        if _pads(edit):
+            what = "layer whose own code only pads made plain"
+        elif _bakes(edit):
             what = "weight baked that the layer's code computed"
         elif edit.op.action == "fuse":
             what = f"{edit.method.replace('add+', 'addition and ').replace('none', 'nothing')} fused"

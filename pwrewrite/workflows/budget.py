@@ -20,7 +20,7 @@ from ..core.plan import Plan
 from ..core.processes import of_first, world
 from ..core.recovery import Recovery
 from ..core.text import few
-from ..passes.plain_layers import BakeWeights, UnfuseLayers
+from ..passes.plain_layers import BakeWeights, PlainPadding, UnfuseLayers
 from ..planning.allocator import Allocator, Choice
 from ..planning.budget import Limit, budgets_of
 from ..planning.fitting import Fit
@@ -236,7 +236,7 @@ def _exceeded(limit: Limit, before: Mapping[str, float], after: Mapping[str, flo
 
 def planner_of(run: Run, budget: Budget) -> Planner:
     """A calibrated planner for what a run has come to, after what the budget asks for before anything is planned."""
-    run.all([UnfuseLayers(), *([BakeWeights()] if budget.bake else []), *budget.first])
+    run.all([UnfuseLayers(), PlainPadding(), *([BakeWeights()] if budget.bake else []), *budget.first])
     planner = Planner(
         run.state.model,
         run.inputs,

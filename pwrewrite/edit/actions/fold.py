@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +51,13 @@ class FoldSettings:
 
 @dataclass(frozen=True)
 class FoldWeightSettings:
-    """Settings of a ``fold`` with the side ``weight``; ``same``: whether the layer's code pads as TensorFlow does."""
+    """Settings of a ``fold`` with the side ``weight``."""
 
     side: str
     spec: ConvSpec
     layer: str = ""
-    same: bool = False
+    same: bool = False  # whether the layer's code pads as TensorFlow does
+    pads: tuple[int, ...] = ()  # what the layer's code pads its input by, and does nothing else, as ``F.pad`` takes it
 
 
 def fold_norm(bench: Bench, op: Op, settings: FoldSettings) -> Edit:
@@ -164,8 +165,11 @@ def _check(op: Op, module: nn.Module, norm: NormFacts, keep: tuple[str, ...], fi
 
 def fold_weight(bench: Bench, op: Op, settings: FoldWeightSettings) -> Edit:
     """Carries out a ``fold`` op with the side ``weight``."""
-    layer, refused = own_convolution(bench, op, settings.spec, "does more than normalise its weight")
-    new = make_layer(settings.spec, same=settings.same, device="meta", dtype=layer.weight.dtype)
+    does = f"does more than {'pad' if settings.pads else 'normalise its weight'}"
+    layer, refused = own_convolution(bench, op, settings.spec, does)
+    spec, before = _padded(settings)
+    new = make_layer(spec, same=settings.same, device="meta", dtype=layer.weight.dtype)
+    whole = new if before is None else nn.Sequential(before, new)
     fill = bench.fill and not layer.weight.is_meta
     try:
         values = _weight(layer) if fill else torch.empty_like(layer.weight)
@@ -173,13 +177,29 @@ def fold_weight(bench: Bench, op: Op, settings: FoldWeightSettings) -> Edit:
         raise refused from error
     weight = nn.Parameter(values, requires_grad=layer.weight.requires_grad)
     new._parameters.update(weight=weight, bias=layer._parameters.get("bias"))
-    if fill and not agree(copy.deepcopy(layer).eval(), new.eval()):
+    if fill and not agree(copy.deepcopy(layer).eval(), whole.eval()):
         raise refused
     inner = stem(op.path)
-    gone = [name for name, _ in layer.named_parameters() if name not in ("weight", "bias")]
-    edit = Edit(op, "module", "fold", params_before=param_count(layer), params_after=param_count(new), exact="eval")
-    aliases = bench.replace(layer, new.train(layer.training), op.path)
-    return replace(edit, renamed={f"{inner}{name}": (f"{inner}weight",) for name in gone}, aliases=aliases)
+    exact: Literal["eval", "both"] = "both" if settings.pads else "eval"
+    edit = Edit(op, "module", "fold", params_before=param_count(layer), params_after=param_count(new), exact=exact)
+    aliases = bench.replace(layer, whole.train(layer.training), op.path)
+    if before is not None:
+        renamed = {f"{inner}{name}": (f"{inner}1.{name}",) for name, _ in layer.named_parameters()}
+    else:
+        gone = [name for name, _ in layer.named_parameters() if name not in _BOTH]
+        renamed = {f"{inner}{name}": (f"{inner}weight",) for name in gone}
+    return replace(edit, renamed=renamed, aliases=aliases)
+
+
+def _padded(settings: FoldWeightSettings) -> tuple[ConvSpec, nn.Module | None]:
+    """The facts of the plain layer, and a padding in front of it where it cannot pad so itself."""
+    spec, pads = settings.spec, settings.pads
+    if not any(pads):
+        return spec, None
+    if pads[0] != pads[1] or pads[2] != pads[3]:
+        return spec, nn.ZeroPad2d((pads[0], pads[1], pads[2], pads[3]))
+    sides = tuple((left + more, right + more) for (left, right), more in zip(spec.padding, (pads[2], pads[0])))
+    return replace(spec, padding=sides), None
 
 
 def own_convolution(bench: Bench, op: Op, spec: ConvSpec, does: str) -> tuple[nn.Conv2d, Refused]:
