@@ -266,7 +266,7 @@ def _reason(error: Exception) -> str:
         return "it loops over an input, of which a graph would hold the length"
     if "'len' is not supported" in reason:
         return "it takes a length, which a graph would hold"
-    if "used as inputs to control flow" in reason:
+    if "used as inputs to control flow" in reason or "must be a bool, but got" in reason:  # the latter of torch._check
         return "it decides by a value or a size, which a graph would hold"
     if re.search(r"must be .*number.* not '(Item|Attribute|Proxy)'|cannot be interpreted as an integer", reason):
         return "it makes a Python number of a value or a size, which a graph would hold"

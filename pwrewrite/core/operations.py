@@ -323,13 +323,15 @@ _MOVEMENT = """
     normal_ uniform_ random_ fill_ fill zero_ zero tril triu tril_ triu_ tril_indices triu_indices
     diag diagonal diag_embed diagonal_copy meshgrid one_hot bucketize searchsorted
     sort topk nonzero nonzero_static unique_dim _unique2 unique_consecutive argsort isin kthvalue
-    _local_scalar_dense item equal is_same_size
+    _local_scalar_dense item equal is_same_size _is_all_true _is_any_true
     _assert_async _assert_tensor_metadata _unsafe_view _reshape_alias view_as_real view_as_complex resize_
     view reshape expand permute transpose t squeeze unsqueeze select slice narrow as_strided unfold movedim
     _has_same_storage_numel _efficientzerotensor _make_dual _unpack_dual _fw_primal _zerotensor
     select_copy dequantize quantize_per_tensor quantize_per_channel _to_sparse _to_dense to_padded_tensor
     set_ _conj _neg_view resolve_conj resolve_neg complex polar
     _nested_tensor_from_mask bincount histc multinomial floor_divide unsafe_split unsafe_split_with_sizes unsafe_chunk
+    mse_loss smooth_l1_loss huber_loss binary_cross_entropy nll_loss_forward nll_loss2d_forward soft_margin_loss
+    multi_margin_loss multilabel_margin_loss_forward
     torchvision::nms torchvision::roi_align torchvision::ps_roi_align torchvision::roi_pool
 """
 FREE: frozenset[str] = frozenset(

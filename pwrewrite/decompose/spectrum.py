@@ -62,6 +62,16 @@ def left_basis(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return vectors, energies
 
 
+def range_basis(matrix: Tensor) -> Tensor:
+    """As the basis of `left_basis`, but only of what a matrix with more rows than columns spans: ``(*batch, m, n)``."""
+    rows, columns = matrix.shape[-2:]
+    if rows <= columns:
+        return left_basis(matrix)[0]
+    span, narrow = torch.linalg.qr(matrix.to(wide_dtype(matrix)))
+    basis: Tensor = span @ left_basis(narrow)[0]
+    return basis
+
+
 def _gram_of(matrix: Tensor) -> Tensor | None:
     """``(*batch, m, m)``: ``M Mᵀ`` in a wider dtype than the values of a matrix; None where there is none."""
     wide = wide_dtype(matrix)

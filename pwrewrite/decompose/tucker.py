@@ -34,7 +34,7 @@ from .layout import (
     relative,
     wide_dtype,
 )
-from .spectrum import left_basis
+from .spectrum import range_basis
 from .weighting import side_weight
 
 #: Below the first of these squared relative errors ‖W‖² − ‖core‖² has to be corrected for factors that are orthonormal
@@ -257,10 +257,14 @@ class Tucker2Spectrum:
         weighted = self._problem.weighted
         *batch, out, size, inner = weighted.shape
         self.max_ranks = (inner, out)
-        self._out, _ = left_basis(weighted.reshape(*batch, out, size * inner))
-        self._in, _ = left_basis(weighted.reshape(*batch, out * size, inner).mT)
+        # Where a kernel has more channels than all else can span, the rest of the basis meets zeros only.
+        self._out = range_basis(weighted.reshape(*batch, out, size * inner))
+        self._in = range_basis(weighted.reshape(*batch, out * size, inner).mT)
         core = project(0, self._out.mT, project(1, self._in.mT, weighted.to(wide_dtype(weighted))))
-        energy = core.square().sum(-2).reshape(groups, out, inner).sum(0) * self._problem.scale**2
+        block = core.square().sum(-2)
+        block = block.reshape(groups, *block.shape[-2:]).sum(0) * self._problem.scale**2
+        energy = block.new_zeros(out, inner)
+        energy[: len(block), : block.shape[1]] = block
         self.losses = energy.new_zeros(out + 1, inner + 1)
         self.losses[1:, :inner] = energy.flip(1).cumsum(1).flip(1).cumsum(0)
         self.losses[:out] += energy.sum(1).flip(0).cumsum(0).flip(0)[:, None]
@@ -273,4 +277,9 @@ class Tucker2Spectrum:
         rank_out = check_rank(rank_out, self.max_ranks[1], "rank_out")
         if sweeps:
             return self._problem.solve(rank_in, rank_out, "hooi", sweeps, tolerance)
-        return self._problem.finish(self._out[..., :rank_out], self._in[..., :rank_in])
+        return self._problem.finish(_columns(self._out, rank_out), _columns(self._in, rank_in))
+
+
+def _columns(basis: Tensor, rank: int) -> Tensor:
+    """The first columns of an orthonormal basis, of more than it has in any order."""
+    return (torch.linalg.qr(basis, "complete")[0] if rank > basis.shape[-1] else basis)[..., :rank]

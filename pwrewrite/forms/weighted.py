@@ -81,7 +81,7 @@ class WeightedLayer:
     def _take(self, rows: Tensor) -> None:
         self.rows = rows
         self.moved = self._moved(rows)  # W C
-        self.scale = max(self.trace(self.moved @ rows.mT) * self.factor, 0.0)
+        self.scale = max(self._inner(self.moved, rows) * self.factor, 0.0)
 
     def bare(self) -> WeightedLayer:
         """The same layer without what forms have made of it."""
@@ -102,16 +102,14 @@ class WeightedLayer:
     def loss_of(self, delta: Tensor) -> float:
         """The loss of a change of the kernel, in forward layout."""
         rows = delta.reshape(self.rows.shape).to(self.rows)
-        return max(self.trace(self._moved(rows) @ rows.mT) * self.factor, 0.0)
+        return max(self._inner(self._moved(rows), rows) * self.factor, 0.0)
 
     def _moved(self, rows: Tensor) -> Tensor:
         return rows if self.inputs is None else rows @ self.inputs
 
-    def trace(self, square: Tensor) -> float:
-        """``tr(G X)`` over the groups, for ``X (groups, out/groups, out/groups)``."""
-        if self.gradients is None:
-            return float(square.diagonal(dim1=-2, dim2=-1).sum())
-        return float((self.gradients * square.mT).sum())
+    def _inner(self, first: Tensor, second: Tensor) -> float:
+        """``tr(G A Bᵀ)`` over the groups, for two of ``(groups, out/groups, patch)``."""
+        return float(((first if self.gradients is None else self.gradients @ first) * second).sum())
 
     def gradient_root(self) -> Tensor | None:
         """Some ``R`` with ``G = R Rᵀ``; None where ``G`` is the identity."""

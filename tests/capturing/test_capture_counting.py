@@ -259,6 +259,7 @@ A, B, V = torch.zeros(5, 6), torch.zeros(6, 7), torch.zeros(6)
         (lambda s, a, b: torch.inner(a, b.t()), (A, B), 5 * 6 * 7),
         (lambda s, a, b: torch.linalg.multi_dot([a, b]), (A, B), 5 * 6 * 7),
         (lambda s, a, b: a.matmul(b).relu_().sum(), (A, B), 5 * 6 * 7),
+        (lambda s, a, b: F.mse_loss(a, a * 2) + F.smooth_l1_loss(a, a) + a.matmul(b).sum(), (A, B), 5 * 6 * 7),
     ],
 )
 def test_products(function: Any, inputs: tuple[Tensor, ...], expected: int) -> None:

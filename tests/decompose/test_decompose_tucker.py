@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from decompose_cases import SPECTRA, decaying, kernel_loss, kernels, moment
@@ -269,3 +271,26 @@ def test_eigendecompositions_do_not_give_up(monkeypatch: pytest.MonkeyPatch) -> 
     assert tucker2(large, rank_in=32, rank_out=32).relative_error < 1
     monkeypatch.setattr(torch.linalg, "svd", fails_until(10**6))
     assert float(SPECTRA["expansion"](kernel.double()).relative_errors[6]) > 0
+
+
+@pytest.mark.parametrize("shape", [(3000, 4, 3), (3, 900, 2, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_more_channels_than_all_else_spans_are_not_decomposed_among_themselves(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    eigh: Any = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: (sizes.append(gram.shape[-1]), eigh(gram))[1])
+    kernel = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    spectrum = Tucker2Spectrum(kernel)
+    assert max(sizes, default=0) <= 12
+    assert spectrum.max_ranks == (shape[1], shape[0])
+    energy = kernel.square().sum()
+    for rank_in, rank_out in ((1, 2), (2, 3), (shape[1] - 1, 3), (4, min(shape[0], 20))):
+        made = spectrum.truncate(rank_in, rank_out)
+        assert made.core.shape[:2] == (rank_out, rank_in)
+        error = (made.reconstruct() - kernel).square().sum()
+        # Sums of some thousand squares; where they are next to nothing, of the rounding of each.
+        torch.testing.assert_close(
+            error / energy, (spectrum.losses[rank_out, rank_in] / energy).to(dtype), atol=1e-6, rtol=1e-4
+        )

@@ -235,6 +235,10 @@ def test_a_copy_of_an_edited_module_holds_all_of_it() -> None:
             lambda m, x: F.conv2d(x if x.shape[0] > 1 else x * 2, m.weight),
             "it decides by a value or a size, which a graph would hold (test_apply.py:",
         ),
+        (
+            lambda m, x: (torch._check(x.shape[1] == 8), F.conv2d(x, m.weight))[1],
+            "it decides by a value or a size, which a graph would hold (test_apply.py:",
+        ),
         (lambda m, x: F.conv2d(x, m.weight) / len(x), "it takes a length, which a graph would hold (test_apply.py:"),
         (lambda m, x: F.conv2d(x, m.weight) * (2 if m.training else 1), "in training"),
         (lambda m, x: (setattr(m, "last", x), F.conv2d(x, m.weight))[1], "sets last"),
