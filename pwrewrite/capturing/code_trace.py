@@ -113,6 +113,14 @@ class ShallowTracer(fx.Tracer):
         """Every child is a leaf."""
         return True
 
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> object:
+        """As ever; a part of a ``Sequential``, ``self.layers[1:3]``, which is no submodule, calls its own ones."""
+        if type(m) is nn.Sequential and all(m is not other for other in self.root.modules()):
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A value that takes items."""
         return Item(node, self)

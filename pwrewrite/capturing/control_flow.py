@@ -130,6 +130,8 @@ class _PathTracer(ShallowTracer):
         try:
             self.path_of_module(m)
         except NameError:
+            if type(m) is nn.Sequential:
+                return super().call_module(m, forward, args, kwargs)
             return self.create_proxy("call_function", m, args, kwargs, name=type(m).__name__)
         return super().call_module(m, forward, args, kwargs)
 

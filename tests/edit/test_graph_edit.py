@@ -378,3 +378,21 @@ def test_code_that_may_go_on_otherwise_is_refused(code: Callable[[Tensor], Tenso
 
     with pytest.raises(NotTraceable, match=r"Scope.forward does not trace: it .* value or a size"):
         to_graph(Scope())
+
+
+def test_a_part_of_a_sequential_is_its_modules() -> None:
+    class Stages(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = (nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1))
+            self.features = nn.Sequential(*layers)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            first = self.features[0:3](x)
+            return [first, self.features[3:](first)]
+
+    model, x = Stages().eval(), torch.randn(2, 16, 8, 8)
+    assert all(map(torch.equal, to_graph(model)(x), model(x)))
+    fused = pwrewrite.fuse(model, x)
+    assert fused.report.passed
+    assert [edit.path for edit in fused.edits if edit.op.action == "fuse"] == ["features.0"]
