@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -164,21 +164,24 @@ def compare(before: Costs, after: Costs) -> Difference:
     both = [(path, old, after.layers[path]) for path, old in before.layers.items() if path not in removed]
     same = sum(old == new for _, old, new in both)
     layers = [LayerDifference(path, "changed", old, new) for path, old, new in both if old != new]
-    for path in list(removed):
-        if factors := _popped_inside(path, added):
-            layers.append(LayerDifference(path, "changed", removed.pop(path), _together(factors)))
-    for path in list(added):
-        if factors := _popped_inside(path, removed):
-            layers.append(LayerDifference(path, "changed", _together(factors), added.pop(path)))
+    for path, factors in _popped_inside(removed, added).items():
+        layers.append(LayerDifference(path, "changed", removed.pop(path), _together(factors)))
+    for path, factors in _popped_inside(added, removed).items():
+        layers.append(LayerDifference(path, "changed", _together(factors), added.pop(path)))
     layers += [LayerDifference(path, "removed", old, nothing) for path, old in removed.items()]
     layers += [LayerDifference(path, "added", nothing, new) for path, new in added.items()]
     layers.sort(key=lambda layer: (-abs(layer.growth("macs")), -abs(layer.growth("params"))))
     return Difference(before, after, tuple(layers), same)
 
 
-def _popped_inside(path: str, layers: dict[str, LayerCosts]) -> list[LayerCosts]:
-    """The layers inside of a path, which are taken out."""
-    return [layers.pop(part) for part in list(layers) if part.startswith(f"{path}.")]
+def _popped_inside(paths: Container[str], layers: dict[str, LayerCosts]) -> dict[str, list[LayerCosts]]:
+    """The layers inside of paths, by these; they are taken out."""
+    inside: dict[str, list[LayerCosts]] = {}
+    for part in list(layers):
+        above = (part[:i] for i, character in enumerate(part) if character == ".")
+        if (path := next((path for path in above if path in paths), None)) is not None:
+            inside.setdefault(path, []).append(layers.pop(part))
+    return inside
 
 
 def _together(layers: list[LayerCosts]) -> LayerCosts:
