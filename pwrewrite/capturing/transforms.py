@@ -10,8 +10,11 @@ has for them. Where that would need a value, both branches of a ``cond`` and one
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -51,18 +54,66 @@ def rewrapped(t: Tensor, inner: Tensor) -> Tensor | None:
     return wrapper
 
 
+_COMPILER = "torch._dynamo"
+
+
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Runs what is wrapped with ``torch.compile``, before or now, as the code it was made from."""
-    import sys
-
-    stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
     def leave(model: object = None, **settings: object) -> object:
         return leave if model is None else model
 
-    with replaced(torch, "compile", leave), stance:
+    with replaced(torch, "compile", leave), _at_rest():
         yield
+
+
+def _at_rest() -> AbstractContextManager[object]:
+    """Nothing is compiled; a compiler that is not there yet is not loaded for that."""
+    compiler = sys.modules.get(_COMPILER)
+    if compiler is None:
+        return _no_compiler()
+    return nullcontext() if isinstance(compiler, _NoCompiler) else torch.compiler.set_stance("force_eager")
+
+
+class _NoCompiler(ModuleType):
+    """Stands for torch's compiler, which takes seconds to import, where all that is asked of it is to leave code alone.
+
+    Many of torch's functions on ``meta`` ask for nothing else. Whoever asks for more gets the compiler itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(_COMPILER)
+        self.__dict__["left"] = []
+
+    def disable(self, function: Callable[..., object], *args: object, **settings: object) -> Callable[..., object]:
+        """The function as it is."""
+        self.__dict__["left"].append(function)
+        return function
+
+    def __getattr__(self, name: str) -> object:
+        if name[:2] == "__" and name != "__path__":  # of whoever looks through all modules
+            raise AttributeError(name)
+        _take_out(self)
+        return getattr(import_module(_COMPILER), name)
+
+
+@contextmanager
+def _no_compiler() -> Iterator[None]:
+    """A `_NoCompiler` in the compiler's place, of which afterwards nothing is left."""
+    stand_in = sys.modules[_COMPILER] = _NoCompiler()
+    try:
+        yield
+    finally:
+        _take_out(stand_in)
+
+
+def _take_out(stand_in: _NoCompiler) -> None:
+    """Forgets what was left alone, too: once there is a compiler, it wants to be asked."""
+    if sys.modules.get(_COMPILER) is stand_in:
+        del sys.modules[_COMPILER]
+    for function in stand_in.__dict__["left"]:
+        vars(function).pop("__dynamo_disable", None)
 
 
 def in_python(operator: HigherOrderOperator) -> Callable[..., object] | None:
