@@ -115,7 +115,8 @@ def cases() -> list[tuple[str, nn.Module, Tensor]]:
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="kernels are named otherwise there")
 def test_no_partition_runs_a_reference_kernel() -> None:
     environment = {**os.environ, "ONEDNN_VERBOSE": "profile_exec"}
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     assert sum("graph,exec" in line for line in lines) > 2 * len(cases())
     assert [line for line in lines if "ref:any" in line or ("simple:any" in line and "binary" in line)] == []
