@@ -178,7 +178,7 @@ def _popped_inside(paths: Container[str], layers: dict[str, LayerCosts]) -> dict
     """The layers inside of paths, by these; they are taken out."""
     inside: dict[str, list[LayerCosts]] = {}
     for part in list(layers):
-        above = (part[:i] for i, character in enumerate(part) if character == ".")
+        above = ("", *(part[:i] for i, character in enumerate(part) if character == "."))
         if (path := next((path for path in above if path in paths), None)) is not None:
             inside.setdefault(path, []).append(layers.pop(part))
     return inside

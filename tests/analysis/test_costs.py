@@ -102,6 +102,14 @@ def test_the_factors_of_a_layer_are_one_row_the_other_way_round() -> None:
     assert grown.layers == (("0", after.params - before.params),)
 
 
+def test_the_factors_of_a_model_that_is_one_layer_are_one_row() -> None:
+    model, x = nn.Conv2d(16, 16, 3), torch.randn(1, 16, 9, 9)
+    small = pwrewrite.rewrite(model, x, passes=[pwrewrite.passes.InsertBottleneck(rank=0.25)]).model
+    there, back = (pwrewrite.analyze(each, x) for each in (model, small))
+    assert [(row.path, row.change) for row in pwrewrite.diff(there, back).layers] == [("", "changed")]
+    assert [(row.path, row.change) for row in pwrewrite.diff(back, there).layers] == [("", "changed")]
+
+
 def verdicts(model: nn.Module, baseline: Costs | None = None, **limits: object) -> dict[str, str]:
     check = judge(pwrewrite.analyze(model, X), GateOptions(**limits), baseline)  # type: ignore[arg-type]
     return {finding.kind: finding.severity for finding in check.findings}

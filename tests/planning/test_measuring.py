@@ -44,7 +44,8 @@ def test_what_is_measured_is_what_the_op_carried_out_loses() -> None:
     for group in made.measured:
         for op in (c.op for c in group.candidates if c.op is not None):
             kinds.setdefault((op.action, op.path, bool(op.settings.get("drop"))), []).append((group, op))
-    ops = [each[place] for each in kinds.values() for place in sorted({0, len(each) // 2, len(each) - 1})]
+    few = [key for key in kinds if sum(key[::2] == other[::2] for other in list(kinds)[: list(kinds).index(key)]) < 3]
+    ops = [kinds[key][place] for key in few for place in sorted({0, len(kinds[key]) - 1})]
     assert {op.action for _, op in ops} == {"narrow", "substitute"}
     assert {op.settings["drop"] for _, op in ops if op.action == "substitute"} == {True, False}
     for group, op in ops:
