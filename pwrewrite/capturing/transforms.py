@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -86,12 +86,14 @@ class _NoCompiler(ModuleType):
         super().__init__(_COMPILER)
         self.__dict__["left"] = []
 
-    def disable(self, function: Callable[..., object], *args: object, **settings: object) -> Callable[..., object]:
-        """The function as it is."""
-        self.__dict__["left"].append(function)
-        return function
+    def disable(self, fn: object = None, *args: object, **settings: object) -> object:
+        """A function as it is."""
+        if type(fn) is not FunctionType or sys.modules.get(_COMPILER) is not self:
+            return self.__getattr__("disable")(fn, *args, **settings)
+        self.__dict__["left"].append(fn)
+        return fn
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         if name[:2] == "__" and name != "__path__":  # of whoever looks through all modules
             raise AttributeError(name)
         _take_out(self)

@@ -68,6 +68,7 @@ print([function is mark for function, mark in marks(where)])
     [
         "torch._dynamo.graph_break()",
         "import torch._dynamo.config as config; assert config.cache_size_limit",
+        "import torch._dynamo as it; x = it.disable(recursive=False)(lambda t: t * 2)(x)",
     ],
 )
 def test_who_asks_for_more_gets_it(extra: str) -> None:
