@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..capturing.functions import argument, words
-from ..capturing.records import Capture, NodeInfo, info
+from ..capturing.records import Capture, NodeInfo, info, shape_of
 from ..core.operations import OPERATIONS
 
 Shape = tuple[int, ...]
@@ -133,7 +133,7 @@ def _along_dims(call: _Call, reach: Reach) -> State:
 def _multiplied(call: _Call, reach: Reach) -> State:
     """Through a matrix product with a constant on the right; in attention, and between two parts, all is seen."""
     left = call.node.args[0] if call.facts.op != "attention" else None
-    on_the_left = isinstance(left, fx.Node) and info(left).outputs[0].shape == call.input
+    on_the_left = isinstance(left, fx.Node) and shape_of(left) == call.input
     return reach if on_the_left and reach.axis != -1 else WHOLE
 
 

@@ -206,6 +206,14 @@ def info(node: fx.Node) -> NodeInfo:
     return facts
 
 
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """The shape of the first tensor that a node gives, or assigns items to; None where there is none."""
+    while info(node).op == "setitem" and isinstance(node.args[0], fx.Node):  # it returns nothing
+        node = node.args[0]
+    outputs = info(node).outputs
+    return outputs[0].shape if outputs else None
+
+
 def set_info(node: fx.Node, facts: NodeInfo) -> None:
     """Gives a node its facts."""
     node.meta[_KEY] = facts

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..capturing.control_flow import decided
 from ..capturing.eligibility import eligible
-from ..capturing.records import Capture, Layer, info
+from ..capturing.records import Capture, Layer, info, shape_of
 from ..core.operations import OPERATIONS
 from ..core.plan import Skip, SkipReason
 from ..edit.actions.project import CHANNEL_NORMS
@@ -311,8 +311,7 @@ class _Walk:
             return None
         first = self.where[wide[0]]
         for other in (n for n in node.all_input_nodes if n not in sources):
-            own = info(other).outputs[0].shape
-            back = len(shape) - first.axis
+            own, back = shape_of(other) or (), len(shape) - first.axis  # () for a number
             if len(own) >= back and own[-back] != 1:
                 self._refuse(wide[0], SkipReason.SHARED_CHANNELS, f"{describe(node)} joins them with another tensor")
                 return None

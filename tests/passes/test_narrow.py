@@ -458,3 +458,30 @@ def test_random_networks_at_full_width_are_the_same(network: Network) -> None:
 @given(networks())
 def test_random_networks_run_with_fewer_channels(network: Network) -> None:
     check_pass(Narrow(0.5), network.model, network.x)
+
+
+class AddsWhatIsWritten(nn.Module):
+    """Adds to a layer's output, multiplies and joins it with, a map into which code has assigned items."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
+        self.last, self.how = nn.Conv2d(12 if how == "cat" else 6, 4, 1), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x[:, :1] = 0.0
+        y = F.relu(self.second(x))
+        y = self.third(y)
+        if self.how == "matmul":
+            return self.last(x @ y)
+        return self.last(torch.cat([x, y], 1) if self.how == "cat" else y + x if self.how == "add" else x * y)
+
+
+@pytest.mark.parametrize("how", ["add", "mul", "cat", "matmul"])
+def test_maps_into_which_items_are_assigned_are_other_tensors(how: str) -> None:
+    model, x = AddsWhatIsWritten(how).eval(), torch.randn(2, 6, 8, 8)
+    rewritten = pwrewrite.rewrite(model, x, budget={"macs": 0.9})
+    assert rewritten.report.passed
+    assert all("third" not in op.path for op in rewritten.plan.ops if op.action == "narrow")
+    assert pwrewrite.analyze(model, x).layers
