@@ -2,9 +2,10 @@
 
 What is merged is any part of the graph that reads one value and gives one, out of convolutions, linear maps, norms with
 fixed statistics, average pools that count what they pad, identities, scales, shifts, sums and differences, with a sum
-in it: the training form of RepVGG, MobileOne, RepViT, FastViT, Diverse Branch Block and ACNet, a residual addition
-around a convolution, two heads that are averaged. `Affine` has the algebra, and says what is not exact: a shift in
-front of a kernel that pads with zeros, of which the border has none; two k×k kernels in a row.
+or a scale in it that code makes: the training form of RepVGG, MobileOne, RepViT, FastViT, Diverse Branch Block and
+ACNet, a residual addition around a convolution, two heads that are averaged, LayerScale behind a convolution. `Affine`
+has the algebra, and says what is not exact: a shift in front of a kernel that pads with zeros, of which the border has
+none; two k×k kernels in a row.
 
 Of the parts that end in one value the largest is taken that is exact and takes no more MACs than its layers. The code
 around it becomes a graph, so one module's code must make the sum; code with decisions, hooks, layers that are called
@@ -56,7 +57,7 @@ class MergeBranches(Pass):
                 if not candidate.worth:
                     continue
                 better = candidate.proposal()
-                if isinstance(better, Op) or proposal is None:
+                if isinstance(better, Op) or (proposal is None and candidate.sums):
                     proposal, region = better, candidate
             if isinstance(proposal, Op):
                 taken.update(region.nodes)
@@ -132,10 +133,16 @@ class _Region:
         return [self.graph.layers[node.name] for node in self.nodes if node.name in self.graph.layers]
 
     @property
+    def sums(self) -> bool:
+        """Whether it holds a sum of two maps."""
+        kinds = [(KINDS.get(function_of(node)), len(_inputs(self.graph, node))) for node in self.nodes]
+        return any(kind in ("add", "sub") and operands == 2 for kind, operands in kinds)
+
+    @property
     def worth(self) -> bool:
-        """Whether it holds a layer and a sum of two maps."""
-        sums = any(KINDS.get(function_of(n)) in ("add", "sub") and len(_inputs(self.graph, n)) == 2 for n in self.nodes)
-        return sums and bool(self.layers) and len(info(self.source).outputs) == 1
+        """Whether it holds a layer and a sum, a scale or a shift that code makes."""
+        made = any(KINDS.get(function_of(node)) for node in self.nodes)
+        return made and bool(self.layers) and len(info(self.source).outputs) == 1
 
     def proposal(self) -> Proposal:
         layers, graph = self.layers, self.graph

@@ -15,6 +15,7 @@ _SHOWN = 5
 _WORDS = {
     "fold": "batch norm folded",
     "branches": "branches and their sum merged",
+    "scale": "scale in code folded",
     "remove": "module without effect removed",
     "canonicalize": "activation written out, now torch's own",
     "channels-last": "channels_last",
@@ -50,8 +51,11 @@ def _headline(report: Report) -> str:
         parts.append(f"{plural(baked, 'weight')} baked")
     if done["merge"]:
         parts.append(f"{plural(done['merge'], 'pair')} merged")
-    if done["merge-branches"]:
-        parts.append(f"{plural(done['merge-branches'], 'sum')} of branches merged")
+    merged = Counter(row.edit.method for row in report.edits if row.edit.op.action == "merge-branches")
+    if merged["branches"]:
+        parts.append(f"{plural(merged['branches'], 'sum')} of branches merged")
+    if merged["scale"]:
+        parts.append(f"{plural(merged['scale'], 'scale')} folded")
     if done["channels-last"]:
         parts.append("channels_last")
     return ", ".join(parts) + rows.and_outputs(report.verification)

@@ -97,6 +97,57 @@ def test_scales_differences_and_numbers() -> None:
     }
 
 
+class LayerScale(nn.Module):
+    """A residual block whose code scales its last layer's output."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.last, self.norm = conv(3), conv(3), nn.BatchNorm2d(4)
+        self.gamma, self.how = nn.Parameter(torch.rand(4, 1, 1)), how
+        self.register_buffer("across", torch.rand(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.last(torch.relu(self.first(x)))
+        match self.how:
+            case "gamma":
+                y = self.gamma * y
+            case "number":
+                y = y * 0.1
+            case "half":
+                y = y / 2
+            case "norm":
+                y = self.norm(y).mul_(self.gamma)
+            case "read twice":
+                return y * self.gamma + y
+            case "shared":
+                return torch.relu(y * self.gamma) + self.gamma
+            case "columns":
+                y = y * self.across
+            case "itself":
+                y = y * y.mean()
+        return torch.relu(y + x)
+
+
+@pytest.mark.parametrize("how", ["gamma", "number", "half", "norm"])
+def test_a_scale_behind_a_layer_is_folded(how: str) -> None:
+    model = lively(LayerScale(how))
+    check_pass(MergeBranches(), model, X, edits={"last": "scale"}, skips={})
+    fused = pwrewrite.fuse(model, X)
+    assert fused.report.passed, fused.report.verification
+    assert fused.after["kernels"] == 2
+    assert "1 scale folded" in str(fused.report)
+
+
+def test_a_scale_that_is_read_elsewhere_stays_there() -> None:
+    done = check_pass(MergeBranches(), lively(LayerScale("shared")), X, edits={"last": "scale"}, skips={})
+    assert "gamma" in done.model.state_dict()
+
+
+@pytest.mark.parametrize("how", ["columns", "itself"])
+def test_what_is_no_scale_of_channels_that_could_go_stays(how: str) -> None:
+    check_pass(MergeBranches(), lively(LayerScale(how)), X, edits={}, skips={})
+
+
 def test_heads_that_are_averaged() -> None:
     class Heads(nn.Module):
         def __init__(self) -> None:

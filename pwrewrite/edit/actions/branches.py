@@ -55,6 +55,11 @@ class BranchSettings:
     channels: Offset  # of what the branches read
     removed: tuple[str, ...] = ()  # paths of the modules with weights that are no longer called
 
+    @property
+    def method(self) -> str:
+        """What an edit calls it."""
+        return "branches" if {"add", "sub"} & {kind for kind, _ in self.calls} else "scale"
+
 
 def merge_branches(bench: Bench, op: Op, settings: BranchSettings) -> Edit:
     """Carries out a ``merge-branches`` op; a `RefusedError` says that the merged weight does not fit into its dtype."""
@@ -95,7 +100,7 @@ def merge_branches(bench: Bench, op: Op, settings: BranchSettings) -> Edit:
     for parameter in new.parameters():
         train_like(parameter, *sources.values())
     names = tuple(f"{path}.{name}" for name, _ in new.named_parameters())
-    edit = Edit(op, "graph", "branches", params_before=sum(p.numel() for p in sources.values()), exact="eval")
+    edit = Edit(op, "graph", settings.method, params_before=sum(p.numel() for p in sources.values()), exact="eval")
     bench.replace(module, graph_module)
     aliases = bench.replace(old, new.train(old.training), path)
     for each in removed.values():
