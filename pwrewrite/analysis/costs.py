@@ -76,8 +76,9 @@ class Costs(Record):
         try:
             return cls.from_data(data, name)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
             raise InputError(
-                f"{name} is not a whole analysis: {type(error).__name__} {shortened(str(error), 80)}",
+                f"{name} is not a whole analysis: {kind}{shortened(str(error), 120)}",
                 expected=f"every key of schema {SCHEMA}",
             ) from None
 
@@ -94,17 +95,26 @@ class Costs(Record):
         return cls(
             target,
             tuple(f"{'×'.join(map(str, i['shape']))} {i['dtype']}" for i in model["inputs"]),
-            int(totals["params"]),
-            int(totals["macs"]),
-            int(totals["weight_bytes"]),
-            int(totals["peak_activation_bytes"]),
-            {str(x["path"]): LayerCosts(_in_words(x), *(int(x[key]) for key in _LAYER_COSTS)) for x in layers},
+            _cost(totals, "params"),
+            _cost(totals, "macs"),
+            _cost(totals, "weight_bytes"),
+            _cost(totals, "peak_activation_bytes"),
+            {str(x["path"]): LayerCosts(_in_words(x), *(_cost(x, key) for key in _LAYER_COSTS)) for x in layers},
         )
+
+
+def _cost(of: Mapping[str, object], key: str) -> int:
+    """A whole number that is not negative, of the totals or of a layer."""
+    value = of[key]
+    if type(value) is not int or value < 0:
+        where = f"layer {of['path'] or '(root)'}" if "path" in of else "totals"
+        raise ValueError(f"{key} of {where} is {shortened(repr(value), 40)}, not a whole number from 0 on")
+    return value
 
 
 def _in_words(layer: Mapping[str, object]) -> str:
     """``3×3 conv2d 64→128 /2``."""
-    parts = [str(layer["op"]), f"{int(str(layer['in_channels']))}→{int(str(layer['out_channels']))}"]
+    parts = [str(layer["op"]), f"{_cost(layer, 'in_channels')}→{_cost(layer, 'out_channels')}"]
     kernel, stride = layer["kernel"], layer["stride"]
     if isinstance(kernel, list):
         parts.insert(0, "×".join(map(str, kernel)))

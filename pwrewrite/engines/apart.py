@@ -21,6 +21,7 @@ from threading import Lock
 import torch
 
 from ..core.errors import RefusedError
+from ..core.numbers import plural
 from . import exporting
 from .exporting import Call, Program, Run
 
@@ -133,4 +134,4 @@ def run_apart(load: str, program: Program, folder: Path, calls: Sequence[Call], 
     # Classes that became plain containers have other paths, and the same order.
     ordered = [dict(zip(names, each.values())) if len(each) == len(names) else each for each in named]
     named = [each if set(each) == set(names) else other for each, other in zip(named, ordered)]
-    return Run(named, seconds, f"torch {torch.__version__}, CPU, {threads} threads")
+    return Run(named, seconds, f"torch {torch.__version__}, CPU, {plural(threads, 'thread')}")

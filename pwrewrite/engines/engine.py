@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..core.errors import PwrewriteError, RefusedError, UsageError, first_line
 from ..core.names import ENGINE_NAMES
 from ..core.nested import Args, Kwargs, tensors_of
+from ..core.numbers import plural
 from ..edit.actions.plain_layers import unfuse
 from ..layers.factorized import Factorized
 from .exporting import Installable, Program
@@ -35,7 +36,7 @@ class Ran:
     threads: int
 
     def __str__(self) -> str:
-        return f"{self.engine} {self.version}, {self.provider}, {self.precision}, {self.threads} threads"
+        return f"{self.engine} {self.version}, {self.provider}, {self.precision}, {plural(self.threads, 'thread')}"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 
 from ..core.errors import RefusedError, first_line
 from ..core.fx_names import keywords_spelt_out
+from ..core.numbers import plural
 from .exporting import Call, Format, Program, Run, measured
 
 _SUFFIX = "_quantized"
@@ -61,7 +62,7 @@ class Onnx(Format):
 
         outputs = [call(inputs) for inputs in calls]
         version, provider = import_module("onnxruntime").__version__, session.get_providers()[0]
-        engine = f"onnxruntime {version}, {provider}, {torch.get_num_threads()} threads"
+        engine = f"onnxruntime {version}, {provider}, {plural(torch.get_num_threads(), 'thread')}"
         return Run(outputs, measured(lambda: call(calls[0])), engine, call)
 
     def values(self, program: Program, folder: Path, call: Call) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core.nested import tensors_of
+from ..core.numbers import plural
 from .exporting import Call, Format, Program, Run, measured
 
 _LAYERS = frozenset(("Convolution", "GroupConvolution", "ConvolutionBackpropData", "Deconvolution", "FullyConnected"))
@@ -59,7 +60,7 @@ class Openvino(Format):
 
         outputs = [call(inputs) for inputs in calls]
         version = import_module("openvino").__version__.partition("-")[0]
-        engine = f"OpenVINO {version}, CPU, {self.precision}, {torch.get_num_threads()} threads"
+        engine = f"OpenVINO {version}, CPU, {self.precision}, {plural(torch.get_num_threads(), 'thread')}"
         return Run(outputs, measured(lambda: call(calls[0])), engine, call)
 
     def compiled(self, model: object) -> Any:

@@ -16,6 +16,7 @@ from .groups import Candidate, Group
 _REMEDIES = {
     SkipReason.PARAMETRIZED: "bake the parametrizations into plain weights first (--bake)",
     SkipReason.EXCLUDED: "include more layers",
+    SkipReason.ALREADY_BOTTLENECK: "plan from the original model: layers that were rewritten stay as they are",
     SkipReason.HOOKS: "take the hooks off the layers first",
 }
 """What helps against a reason for which a layer is left."""

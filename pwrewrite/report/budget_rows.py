@@ -61,7 +61,8 @@ def recovered(recovery: Recovery | None) -> list[Line]:
     """How the result was trained; nothing where it was not."""
     if recovery is None:
         return []
-    steps = f"{plural(recovery.steps, 'step')}, {recovery.epochs:.3g} epochs, in {duration(recovery.seconds)}"
+    epochs = f"{recovery.epochs:.3g} {'epoch' if recovery.epochs == 1 else 'epochs'}"
+    steps = f"{plural(recovery.steps, 'step')}, {epochs}, in {duration(recovery.seconds)}"
     kept = f"kept as after {exact(recovery.kept)}" if recovery.kept else "kept as before"
     norms = "" if recovery.norms == "none" else f"; batch norms {recovery.norms}"
     labels = " and labels" if recovery.labelled else ""

@@ -15,6 +15,7 @@ from torch import nn
 from ..capturing import Inputs
 from ..core.errors import RefusedError
 from ..core.names import JOINT_FORM_NAMES
+from ..core.numbers import plural
 from ..core.options import Budget
 from ..core.plan import Plan
 from ..core.processes import of_first, world
@@ -146,7 +147,8 @@ class Budgeted:
         if result.latency is not None:
             before["latency"], after["latency"] = result.latency
         reached = {kind: after[kind] / before[kind] for kind in result.limits if before.get(kind)}
-        missed = self._missed(before, after, f"±{result.spread:.0%}, {result.threads} threads")
+        timing = f"±{result.spread:.0%}, {plural(result.threads, 'thread')}" if result.threads else ""
+        missed = self._missed(before, after, timing)
         if missed and not self.budget.best_effort:
             raise missed[0]
         return replace(

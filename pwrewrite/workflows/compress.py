@@ -29,6 +29,7 @@ from ..core.files import new_folder, read_text
 from ..core.modes import plain_modes
 from ..core.names import ENGINE_NAMES
 from ..core.nested import hash_tensors, tensors_of
+from ..core.numbers import plural
 from ..core.options import Budget, CompressOptions, ExportOptions, PassOptions, Proof, TargetOptions
 from ..core.plan import Plan
 from ..core.processes import world
@@ -305,7 +306,8 @@ def _measured(
     if not engine:
         with with_threads(budget.threads):
             first, then = latencies(models, before.example_inputs)
-        return f"torch {torch.__version__}, {budget.threads or torch.get_num_threads()} threads", {"": (first, then)}
+        threads = plural(budget.threads or torch.get_num_threads(), "thread")
+        return f"torch {torch.__version__}, {threads}", {"": (first, then)}
     times = time_everywhere(models, *split_inputs(drawn_inputs(before.example_inputs)), threads=budget.threads)
     if engine not in times.times:
         raise RefusedError(f"the models cannot be measured in {engine}", got="; ".join(times.notes))

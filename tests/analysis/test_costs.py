@@ -64,6 +64,17 @@ def test_a_file_that_is_no_analysis(text: str, error: type[Exception], says: str
         Costs.from_json(text, "main.json")
 
 
+@pytest.mark.parametrize("value", [-5, "many", 2.5, True, None])
+@pytest.mark.parametrize("layer", [False, True])
+def test_a_file_with_a_number_that_is_none_is_refused_by_name(layer: bool, value: object) -> None:
+    data = pwrewrite.analyze(net(), X).to_dict()
+    part: dict[str, object] = data["layers"][1] if layer else data["totals"]  # type: ignore[index, assignment]
+    part["macs"] = value
+    where = "layer 2" if layer else "totals"
+    with pytest.raises(InputError, match=f"macs of {where} is {value!r}, not a whole number"):
+        Costs.from_json(json.dumps(data), "main.json")
+
+
 def test_layers_that_are_added_removed_and_changed() -> None:
     difference = compare(costs(net()), costs(net(16, more=True)))
     assert {(layer.path, layer.change) for layer in difference.layers} == {

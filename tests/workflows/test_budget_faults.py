@@ -263,6 +263,14 @@ def test_computed_weights_are_a_reason_with_a_remedy(name: str, tmp_path: Path) 
     assert pwrewrite.apply(model, plan)(x).shape == before.shape
 
 
+def test_what_is_already_rewritten_says_to_plan_from_the_original() -> None:
+    model, x = nn.Sequential(nn.Conv2d(8, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval(), torch.zeros(1, 8, 12, 12)
+    small = pwrewrite.rewrite(model, x, passes=["insert-bottleneck"], rank=0.25).model
+    with pytest.raises(RefusedError, match="already-bottleneck") as caught:
+        pwrewrite.plan(small, (x,), {"macs": 0.01})
+    assert "or plan from the original model" in str(caught.value)
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_fused_model_is_unfused(residual: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -290,7 +298,7 @@ def test_a_missed_time_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = network(), images(2)
     with pytest.raises(RefusedError, match=r"latency=0\.5 is missed") as caught:
         pwrewrite.rewrite(model, x, budget={"latency": 0.5}, calibration=images(40), threads=1)
-    assert "720 ms of 1e+03 ms (±30%, 1 threads)" in str(caught.value)
+    assert "720 ms of 1e+03 ms (±30%, 1 thread)" in str(caught.value)
     assert "--best-effort" in str(caught.value)
     result = pwrewrite.rewrite(
         model, x, budget={"latency": 0.5}, calibration=images(40), threads=1, best_effort=True, verify=False
