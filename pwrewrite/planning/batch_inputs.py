@@ -1,8 +1,9 @@
 """One batch of calibration inputs: which part of it the model takes, by the example inputs, and how it is cut.
 
-A batch is an array, a tuple or list of positional inputs, or a dict: of keyword inputs, or the one input of a model
-that takes a dict. What comes beside the inputs are labels where it looks like them (an integer, or a whole float, for
-each sample; ``0`` and ``1`` in a row for each sample), else a target, which is left out with a note.
+A batch is an array, a tuple or list of positional inputs, or a dict: of keyword inputs (alone, or first in a tuple), or
+the one input of a model that takes a dict. What comes beside the inputs are labels where it looks like them (an
+integer, or a whole float, for each sample; ``0`` and ``1`` in a row for each sample), else a target, which is left out
+with a note.
 """
 
 from __future__ import annotations
@@ -85,10 +86,13 @@ def sort_out(batch: object, number: int, args: Args, kwargs: Kwargs) -> tuple[Ba
     beside: Sequence[object]
     if isinstance(batch, (list, tuple)) and not batch:  # an empty last batch of lists
         return Batch((), {}, None, 0, number), None
+    behind: Sequence[object] = ()
+    if _named_first(batch, args or tuple(kwargs.values())):
+        batch, *behind = batch
     if isinstance(batch, Mapping):
         one = args[0] if len(args) == 1 and not kwargs and isinstance(args[0], Mapping) else None
         taken = _by_name(batch, number, args, kwargs if one is None else one)
-        beside = [batch[name] for name in batch if name not in taken]
+        beside = [*behind, *(batch[name] for name in batch if name not in taken)]
         values, named = ((), taken) if one is None else ((taken,), {})
     else:
         example = args or tuple(kwargs.values())
@@ -104,6 +108,11 @@ def sort_out(batch: object, number: int, args: Args, kwargs: Kwargs) -> tuple[Ba
     left_out = beside and labels is None and samples
     note = f"{described(beside[0])} beside the inputs was taken for targets and left out" if left_out else None
     return Batch(values, named, labels, samples, number, 0, whole), note
+
+
+def _named_first(batch: object, example: Args) -> TypeGuard[Sequence[object]]:
+    """Whether a batch is a dict of keyword inputs with labels or targets behind it."""
+    return isinstance(batch, (list, tuple)) and isinstance(batch[0], Mapping) and not isinstance(example[0], Mapping)
 
 
 def _by_name(batch: Mapping[str, object], number: int, args: Args, wanted: Mapping[str, object]) -> Kwargs:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..capturing import Inputs, capture
 from ..capturing.inputs import tensors_for
@@ -21,6 +21,7 @@ from ..core.random_state import check_seed
 from ..core.records import Shown
 from ..core.recovery import Recovery
 from ..edit.apply import copy_of
+from ..planning.batch_inputs import is_array
 from ..planning.batches import Batches, stable
 from ..planning.fitting import Fit
 from ..planning.outputs import Measured, kind_of_outputs
@@ -28,6 +29,7 @@ from ..planning.planner import Planner
 from ..planning.recovery import Recoverer
 from ..planning.room import samples_in_run
 from ..planning.running import Chunk, device_of, evaluating, run_seeded
+from ..targets.arrays import LABEL_NAMES
 from .steps import Progress, silent
 
 
@@ -164,10 +166,19 @@ def _inputs_of(model: nn.Module, source: Iterable[object], own: Callable[..., ob
     parameters = inspect.signature(model.forward).parameters
     if batch is None:
         raise UsageError("the inputs are empty", hint="an iterator that was gone through gives nothing more")
-    if isinstance(batch, Mapping):
-        return {name: value for name, value in batch.items() if name in parameters}
+    inner = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if isinstance(inner, Mapping) and (named := {name: inner[name] for name in inner if name in parameters}):
+        return _tensors(named)
+    if isinstance(batch, Mapping):  # the one input of a model that takes a dict
+        return (_tensors({name: value for name, value in batch.items() if name not in LABEL_NAMES}),)
     if not isinstance(batch, (tuple, list)):
         return (torch.as_tensor(batch),)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters.values())
-    return tuple(value if isinstance(value, Tensor) else torch.as_tensor(value) for value in batch[: max(1, needed)])
+    taken = batch[: max(1, needed)]
+    return tuple(_tensors(each) if isinstance(each, Mapping) else torch.as_tensor(each) for each in taken)
+
+
+def _tensors(named: Mapping[str, Tree]) -> dict[str, Tree]:
+    """Arrays as tensors, by name."""
+    return {name: torch.as_tensor(value) if is_array(value) else value for name, value in named.items()}

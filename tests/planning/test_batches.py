@@ -78,6 +78,13 @@ def test_inputs_by_name() -> None:
     labels = batches.labels()
     assert labels is not None
     assert labels.tolist() == [0, 1, 2, 3, 4]
+    alone = {name: batch[name] for name in example}
+    for tuple_ in ((alone, torch.arange(5)), [batch, torch.randn(5)], (alone, torch.arange(5), {"id": 3}), (alone,)):
+        read = Batches([tuple_], example, chunk=2)
+        assert [len(kwargs["mask"]) for _, kwargs in read] == [2, 2, 1]
+        assert (read.labels() is None) == (len(tuple_) == 1)
+        assert read.labels() is None or read.labels().tolist() == [0, 1, 2, 3, 4]  # type: ignore[union-attr]
+    assert "lacks mask" in refusal([({"image": images(2)}, torch.arange(2))], example)
     chunk = next(iter(Batches([images(3)], {"image": IMAGE})))
     assert list(chunk[1]) == ["image"]
     assert "lacks mask" in refusal([{"image": images(2)}], example)

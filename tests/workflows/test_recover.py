@@ -156,6 +156,33 @@ def test_blocks_that_were_narrowed_are_not_compared() -> None:
     assert result.report.after < result.report.before
 
 
+class Named(nn.Module):
+    """A model of two inputs, or of one dict of them."""
+
+    def __init__(self, *, one: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.scale, self.one = nn.Linear(4, 5), nn.Linear(2, 5), one
+        self.forward = self.of_one if one else self.of_two  # type: ignore[assignment]
+
+    def of_two(self, x: Tensor, side: Tensor) -> Tensor:
+        return self.net(x) * self.scale(side)
+
+    def of_one(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.of_two(batch["x"], batch["side"])
+
+
+@pytest.mark.parametrize("labels", ["none", "in", "behind"])
+@pytest.mark.parametrize("one", [False, True])
+def test_batches_of_named_inputs(one: bool, labels: str) -> None:
+    batches: list[Any] = []
+    for part in torch.randn(40, 6).split(8):
+        batch, classes = {"x": part[:, :4].numpy(), "side": part[:, 4:].numpy()}, torch.arange(8) % 5
+        batches.append({"none": batch, "in": {**batch, "label": classes}, "behind": (batch, classes)}[labels])
+    report = recover(Named(one=one), Named(one=one), batches, "1epochs", outputs="logits").report
+    assert report.labelled == (labels != "none")
+
+
 @pytest.mark.parametrize(
     ("classes", "expected", "got"),
     [((3, 2), "(8, 3)", "(8, 2)"), ((1, 2), "(8, 1)", "(8, 2)"), ((3, 1), "(8, 3)", "(8, 1)")],
