@@ -73,10 +73,10 @@ def best_attempt(
         first: The first.
         ways: The other ways to plan, by name.
         notes: What the planner of the first had noted before it.
-        again: Carries out and fits what another planner chooses; None where that does not come into question.
+        again: Carries out and fits what another planner chooses; None where that does not meet the limits.
         say: Called at each step.
     """
-    tried = {str(first.planner.settings.sensitivity): first}
+    tried = {str(first.planner.settings.sensitivity) if "weights" in ways else "the first plan": first}
     for name, way in ways.items():
         say(f"planning {name if ' ' in name else f'by {name}'}", None)
         planner = way(first.planner)
@@ -84,12 +84,16 @@ def best_attempt(
         if (attempt := again(planner)) is not None:
             tried[name] = attempt
     kept = min(tried, key=lambda name: tried[name].loss)
-    losses = ", ".join(f"{name} {attempt.loss:.3g}" for name, attempt in tried.items())
+    names = dict.fromkeys((*tried, *ways))
+    losses = ", ".join(
+        f"{name} {f'{tried[name].loss:.3g}' if name in tried else 'misses the limits'}" for name in names
+    )
     how = ["in every norm"] if "weights" in ways else []
     how += [name for name in ways if name.startswith("without ")]
+    plan = f"the plan {kept}" if kept.startswith("without ") else kept
     tried[kept].planner.notes.append(
         f"the loss measured is {'far ' if 'weights' in ways else ''}above the predicted one: planned "
-        f"{' and '.join(how)} (held-out loss: {losses}); {kept} is kept"
+        f"{' and '.join(how)} (held-out loss: {losses}); {plan} is kept"
     )
     return tried[kept]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -225,6 +226,25 @@ def test_a_prediction_far_from_what_is_measured_is_told() -> None:
         assert predicted is not None
         told.append(any("measured loss" in note for note in report.notes))
         assert told[-1] is (measured > 4 * predicted and measured > 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ((0.3, None), "(held-out loss: the first plan 0.3, without narrow misses the limits); the first plan is kept"),
+        ((0.3, 0.2), "(held-out loss: the first plan 0.3, without narrow 0.2); the plan without narrow is kept"),
+    ],
+)
+def test_other_plans_are_told_by_what_they_are(losses: tuple[float, float | None], told: str) -> None:
+    def attempt(loss: float) -> Any:
+        planner = SimpleNamespace(settings=SimpleNamespace(sensitivity="loss"), notes=[])
+        return other_plans.Attempt(planner, None, None, SimpleNamespace(held_out=SimpleNamespace(loss=loss)))  # type: ignore[arg-type]
+
+    first, other = attempt(losses[0]), None if losses[1] is None else attempt(losses[1])
+    ways: dict[str, Any] = {"without narrow": lambda planner: planner}
+    best = other_plans.best_attempt(first, ways, [], lambda planner: other, lambda what, share: None)
+    (note,) = best.planner.notes
+    assert note == f"the loss measured is above the predicted one: planned without narrow {told}"
 
 
 def test_where_the_prediction_fails_held_out_inputs_choose_among_the_norms(monkeypatch: pytest.MonkeyPatch) -> None:
