@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 from ..core.numbers import exact, plural, size
 from ..core.plan import Edit
@@ -28,10 +29,12 @@ def page(report: Report, *, everything: bool = False) -> Page:
     fusing = report.fusing
     assert fusing is not None
     blocks: list[Block] = [Title(report.target, [_headline(report)]), Line(""), _saving(report, fusing)]
-    blocks += [*verdicts(report.verification), Section("Fused"), _groups(_done(report), everything)]
+    blocks += verdicts(report.verification)
+    if report.edits:
+        blocks += [Section("Fused"), _done_listing(_done(report), everything)]
     if report.skips:
         blocks.append(Section("Left as they are", plural(len(report.skips), "place")))
-        blocks.append(_groups(_left(report), everything))
+        blocks.append(_left_listing(report, everything))
     notes = rows.notes(report)
     if fusing.engine:
         notes.append(f"the latency is that in {fusing.engine}")
@@ -88,7 +91,7 @@ def _pads(edit: Edit) -> bool:
 
 
 Groups = dict[str, list[str]]
-"""What was done or why something was left, and the paths of it."""
+"""What was done, and the paths of it."""
 
 
 def _done(report: Report) -> Groups:
@@ -105,23 +108,31 @@ def _done(report: Report) -> Groups:
     return groups
 
 
-def _left(report: Report) -> Groups:
-    groups: Groups = {}
+def _left_listing(report: Report, everything: bool) -> Listing:
+    groups: dict[tuple[str, str], list[str]] = {}
     for skip in report.skips:
-        groups.setdefault(f"{skip.reason}: {skip.detail}", []).append(skip.path)
-    return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
+        groups.setdefault((skip.reason, skip.detail), []).append(skip.path)
+    groups = dict(sorted(groups.items(), key=lambda item: -len(item[1])))
+    return Listing(
+        [
+            Column("places", [exact(len(paths)) for paths in groups.values()]),
+            Column("reason", [reason for reason, _ in groups], right=False, style="yellow"),
+            _where(groups.values(), everything),
+            Column("why", [detail for _, detail in groups], right=False, joined=True),
+        ]
+    )
 
 
-def _groups(groups: Groups, everything: bool) -> Listing:
+def _done_listing(groups: Groups, everything: bool) -> Listing:
     return Listing(
         [
             Column("places", [exact(len(paths)) for paths in groups.values()]),
             Column("what", list(groups), right=False),
-            Column(
-                "where",
-                [rows.few(paths, len(paths) if everything else _SHOWN) for paths in groups.values()],
-                right=False,
-                style="cyan",
-            ),
+            _where(groups.values(), everything),
         ]
     )
+
+
+def _where(groups: Iterable[list[str]], everything: bool) -> Column:
+    named = [rows.few(paths, len(paths) if everything else _SHOWN) for paths in groups]
+    return Column("where", named, right=False, style="cyan")

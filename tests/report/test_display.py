@@ -170,3 +170,38 @@ def test_the_picture_of_a_frontier_names_its_axes() -> None:
     assert "MACs left, of 4.09 G" in texts
     assert "least predicted loss (square-root scale)" in texts
     assert "<net>\\x1b" in texts
+
+
+class Reversed(nn.Module):
+    """Takes the length of a list, which no graph holds, and is told with the line that does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList([nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)])
+
+    def forward(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [
+            torch.relu(conv(m)) for conv, m in zip(reversed(self.convolutions), reversed(maps), strict=len(maps) > 1)
+        ]
+
+
+def test_what_fusing_left_is_told_with_places_and_whole_reasons() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = Reversed()
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            return self.heads([x, x + 1])
+
+    report = pwrewrite.fuse(Net().eval(), torch.zeros(1, 3, 8, 8)).report
+    told = " ".join(str(report).split())
+    assert report.skips
+    assert all(skip.detail in told and f" {skip.reason} " in told and skip.path in told for skip in report.skips)
+    assert max(len(skip.detail) for skip in report.skips) > 100
+
+
+def test_where_nothing_was_fused_there_is_no_list_of_it() -> None:
+    report = pwrewrite.fuse(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)).eval(), torch.zeros(1, 3)).report
+    assert not report.edits
+    assert "Fused" not in str(report)
