@@ -373,6 +373,21 @@ def test_without_a_budget_and_beyond_it(tmp_path: Path) -> None:
         compressed(net().to("meta"))
 
 
+def test_an_interrupt_leaves_the_stages_that_are_whole(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pt2_format.Pt2, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compressed(net(), tmp_path / "out", export=["pt2"])
+    assert not [file for file in tmp_path.iterdir() if file != cache]
+    assert sorted(stage.name.partition("-")[0] for stage in cache.glob("compress/*")) == ["fuse", "rewrite"]
+    assert again(compressed(net(), tmp_path / "out", export=["pt2"])) == ["export"]
+
+
 def test_an_export_that_differs_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = pt2_format.Pt2.run
 

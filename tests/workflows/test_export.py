@@ -274,6 +274,25 @@ def test_a_size_that_code_keeps_of_a_run_is_not_fixed(tmp_path: Path) -> None:
     assert model.shape == kept
 
 
+@pytest.mark.parametrize("where", ["write", "run"])
+def test_an_interrupt_leaves_nothing_and_what_was_there_as_it_was(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = nn.Conv2d(3, 4, 3).eval()
+    pwrewrite.export(net, X, to="onnx", out=tmp_path / "there")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pt2_format.Pt2, where, interrupted)
+    for out in ("there", "new"):
+        with pytest.raises(KeyboardInterrupt):
+            pwrewrite.export(net, X, to=["onnx", "pt2"], out=tmp_path / out, force=out == "there")
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    assert [file.name for file in tmp_path.iterdir()] == ["there"]
+
+
 def test_what_differs_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pt2_format, "FORMAT", Scaling())
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).eval()
