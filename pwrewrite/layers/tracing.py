@@ -39,6 +39,8 @@ _create_function_from_graph _last_executed_optimized_graph"""
 FUSER = all(hasattr(_C, name) for name in _NEEDED.split())
 """Whether this build of torch has oneDNN graphs behind its interpreter."""
 
+OTHER_VALUES = "a traced run gives other values, or other outputs share memory"
+
 _INNER_BYTES = 256 * 2**20  # bytes of values inside that are compared, at most
 _ROUNDING = 8 * 2.0**-24  # of a float32 after some operations, relative to it
 
@@ -119,7 +121,7 @@ def _compiled(
         outputs = outputs_of(function(*trials[0]))
         optimised = _C._last_executed_optimized_graph()
         if not all(same_function(function, run, trial, tolerance) for trial in trials):
-            return "a traced run gives other values, or other outputs share memory"
+            return OTHER_VALUES
         if not _same_inside(inner, trials[-1], tolerance):
             return "a traced run gives other values inside"
     except Exception as error:
@@ -164,5 +166,6 @@ def _same_inside(graph: Graph, inputs: Sequence[Tensor], tolerance: float) -> bo
         function(*copies(inputs))
         results.append(tensors_of(function(*copies(inputs))))
     # What little is left where large values cancel each other is rounding of those.
-    largest = max((float(t.nan_to_num(0, 0, 0).square().mean()) ** 0.5 for t in results[0] if t.numel()), default=0.0)
+    floating = [t.nan_to_num(0, 0, 0) for t in results[0] if t.is_floating_point() and t.numel()]
+    largest = max((float(t.square().mean()) ** 0.5 for t in floating), default=0.0)
     return alike(results[1], results[0], tolerance, _ROUNDING * largest)

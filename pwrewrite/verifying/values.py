@@ -172,7 +172,7 @@ def _layers_instead(context: Context, inputs: Arguments, verdict: Verdict) -> bo
         if raised is not None:
             return False
         rounding = {key: max(e, rounding.get(key, 0.0)) for key, e in alone.items()}
-    worst, compared = 0.0, 0
+    nearest, compared = (0.0, limit), 0
     for key, error in between.items():
         if not rounding.get(key, inf) <= SCRAMBLED:
             break
@@ -182,10 +182,12 @@ def _layers_instead(context: Context, inputs: Arguments, verdict: Verdict) -> bo
         if not error <= allowed:
             verdict.exceeded = [f"{key[0]} differs by {error:.2e}, allowed {allowed:.2e}"]
             return True
-        compared, worst = compared + 1, max(worst, error)
+        compared, nearest = compared + 1, max(nearest, (error, allowed), key=lambda each: each[0] / each[1])
     if compared:
         verdict.exceeded = []
-        verdict.detail = f"error {worst:.1e} over the {compared} layers before values decide, allowed {limit:.1e}"
+        error, allowed = nearest
+        verdict.detail = f"error {error:.1e} over the {compared} layers before values decide, allowed {allowed:.1e}"
+        verdict.detail += " there" if allowed > limit else ""
         verdict.notes.append(
             "values decide which results come out, and rounding alone changes that: "
             f"the {compared} layers before were compared instead of the outputs"

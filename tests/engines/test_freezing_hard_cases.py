@@ -523,3 +523,39 @@ def test_an_old_weight_norm_is_named_with_its_remedy() -> None:
     model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3))).eval()
     with pytest.raises(RefusedError, match="WeightNorm of the older kind"):
         freeze(model, torch.randn(1, 3, 8, 8))
+
+
+class Nearest(nn.Module):
+    """The nearest vectors of a code book, how far they are off, and their numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.then, self.book = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Embedding(16, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.then(self.first(x))
+        index = (y.flatten(2).transpose(1, 2) @ self.book.weight.t()).max(-1)[1]
+        found = self.book(index).transpose(1, 2).view_as(y)
+        return found, nn.functional.mse_loss(y, found), index
+
+
+def test_outputs_that_are_whole_numbers() -> None:
+    model, x = Nearest().eval(), torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    made = freeze(model, x)
+    with torch.no_grad():
+        for found, right in zip(made(x), model(x)):
+            torch.testing.assert_close(found, right)
+
+
+def test_outputs_that_rounding_turns_over_are_named_so() -> None:
+    class Chaotic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.body(x) * 1e8).sin()
+
+    with pytest.raises(RefusedError, match="rounding alone changes its outputs"):
+        freeze(Chaotic().eval(), X)

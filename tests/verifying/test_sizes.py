@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -226,6 +227,15 @@ def test_where_rounding_reorders_results_the_layers_before_are_compared() -> Non
     worse = verify(model, wrong, x, edits=EXACT)
     assert "numerics (eval)" in failed(worse)
     assert worse.diverges_at == "head"
+
+
+def test_what_is_allowed_is_that_of_the_layer_whose_error_is_reported() -> None:
+    model, x = Ranked(), torch.randn(1, 3, 24, 24)
+    model.head = nn.Sequential(model.head, Around(nn.Identity(), lambda y: y + 3e3 - 3e3))  # rounds to some 1e-4
+    detail = check(verify(model, edited(model), x, edits=EXACT), "numerics (eval)").detail
+    found = re.fullmatch("error (.*) over the [0-9]+ layers before values decide, allowed (.*) there", detail)
+    assert found is not None, detail
+    assert float(found[1]) <= float(found[2])
 
 
 def test_a_branch_above_the_examples_size_is_run() -> None:
