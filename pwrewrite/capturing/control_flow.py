@@ -5,7 +5,7 @@ on proxies, once for every way in which its decisions can go: each time a proxy 
 length, the trace is repeated with the other answers, and with inputs left out that may be. What holds in every trace
 holds for every input.
 
-Limits: at most `MOST_PATHS` ways are tried. A length or a whole number (``range(x.shape[-1] // 32)``, ``int(x.sum())``)
+Limits: at most `MOST_PATHS` ways. A length or a whole number (``range(x.shape[-1] // 32)``, ``int(x.sum())``)
 is tried as a few values only; of inputs that may be left out none, one, all but one and all are. Code that proxies
 cannot follow at all gets the answer None, "unknown".
 """
@@ -13,7 +13,7 @@ cannot follow at all gets the answer None, "unknown".
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
@@ -21,18 +21,16 @@ from torch import Tensor, fx, nn
 from ..core.errors import first_line, line_of_model
 from ..core.nested import Args, Kwargs, Tree
 from .code_trace import Item, ShallowTracer, raised_by_code, untouched
+from .same_code import FACTS, alike_key, asks_for_facts, may_change, question
 
 _T = TypeVar("_T")
 
 MOST_PATHS = 256
-"""Ways through one module's code that are tried."""
+"""Ways through one module's code, without those that raise."""
+
+_MOST_TRIED = 2 * MOST_PATHS
 
 _STOCK = (nn.Sequential.forward, nn.Identity.forward)
-
-
-_FACTS = ("shape", "ndim", "dtype", "device", "is_cuda", "is_meta", "layout", "requires_grad")
-_FACT_METHODS = ("size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "get_device")
-
 
 _RANKS = (4, 3, 2, 5)
 """What ``len(x.shape)`` may be."""
@@ -50,19 +48,19 @@ _LEFT_OUT = "left out"
 class _Value(Item):
     """A value in a trace; asking it for a number or its length is a decision."""
 
-    def _decide(self, options: Sequence[_T]) -> _T:
+    def _decide(self, options: Sequence[_T], asked: Hashable = None) -> _T:
         tracer = self.tracer
         assert isinstance(tracer, _PathTracer)
-        return options[tracer.decide(len(options))]
+        return options[tracer.decide(len(options), asked)]
 
     def __len__(self) -> int:
-        return self._decide(_COUNTS)
+        return self._decide(_COUNTS, ("length", self.node.name))
 
     def __contains__(self, value: object) -> bool:
         return self._decide((False, True))
 
     def __int__(self) -> int:
-        return self._decide(_COUNTS)
+        return self._decide(_COUNTS, question(self.node))
 
     __index__ = __ceil__ = __floor__ = __round__ = __trunc__ = __int__
 
@@ -83,31 +81,48 @@ class _Attribute(fx.proxy.Attribute, _Value):
     """An attribute of a value, such as its shape."""
 
     def __len__(self) -> int:
-        return self._decide(_RANKS)
+        asked = ("length", question(self.node)) if self.attr in FACTS else None
+        return self._decide(_RANKS, asked)
 
 
 class _PathTracer(ShallowTracer):
-    """Traces one way: decisions take the option in ``answers``, later ones their first; ``options`` counts theirs."""
+    """Traces one way: decisions take the option in ``answers``, later ones their first; ``options`` counts theirs.
+
+    Facts (``len(x.shape)``) that are asked for again are as before, unless something may have changed them.
+    """
 
     def __init__(self, answers: list[int]) -> None:
         super().__init__()
         self.answers = answers
         self.options: list[int] = []
+        self._known: dict[Hashable, int] = {}
 
-    def decide(self, options: int) -> int:
-        """The scheduled option of the next decision."""
+    def decide(self, options: int, asked: Hashable = None) -> int:
+        """The scheduled option of the next decision; ``asked`` is a key of what is asked."""
+        key = None if asked is None else (options, asked)
+        if key in self._known:
+            return self._known[key]
         self.options.append(options)
         if len(self.options) > len(self.answers):
             self.answers.append(0)
-        return self.answers[len(self.options) - 1]
+        answer = self.answers[len(self.options) - 1]
+        if key is not None:
+            self._known[key] = answer
+        return answer
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> fx.Node:
+        """As ever, and forgets answers that may be other ones after it."""
+        if may_change(kind, target, args, kwargs):
+            self._known.clear()
+        return super().create_node(kind, target, args, kwargs, *rest, **named)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """The truth value of a proxy, which is a decision."""
-        return self.decide(2) == 0
+        return self.decide(2, question(obj.node)) == 0
 
     def iter(self, obj: Tree) -> Iterator[fx.Proxy]:
         """The items of a proxy, of which there are a decided number."""
-        return iter([obj[i] for i in range(_COUNTS[:3][self.decide(3)])])
+        return iter([obj[i] for i in range(_COUNTS[:3][self.decide(3, ("items", obj.node.name))])])
 
     def create_args_for_root(
         self, root_fn: Callable[..., object], is_module: bool, concrete_args: Any = None
@@ -150,16 +165,34 @@ class _Raised(RuntimeError):
 
 def paths(module: nn.Module) -> list[fx.Graph] | None:
     """The graphs of all ways through a module's own code, its children being leaves, without ways that raise; None
-    where the code cannot be followed, raises on all ways or has more than `MOST_PATHS` of them (see `unfollowed`).
+    where the code cannot be followed, raises on all ways or has more than `MOST_PATHS` of them.
     """
-    found = _ways(module)
-    return None if isinstance(found, str) else found
+    return Ways().graphs(module)
 
 
-def unfollowed(module: nn.Module) -> str | None:
-    """What of a module's own code `paths` cannot follow, with its line where there is one; None where it can."""
-    found = _ways(module)
-    return found if isinstance(found, str) else None
+class Ways:
+    """The ways through the code of modules, followed once for all modules that are alike."""
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, list[fx.Graph] | str] = {}
+
+    def graphs(self, module: nn.Module) -> list[fx.Graph] | None:
+        """As `paths`; modules that are alike share the graphs."""
+        found = self._of(module)
+        return None if isinstance(found, str) else found
+
+    def unfollowed(self, module: nn.Module) -> str | None:
+        """What of a module's own code cannot be followed, with its line where there is one; None where it can."""
+        found = self._of(module)
+        return found if isinstance(found, str) else None
+
+    def _of(self, module: nn.Module) -> list[fx.Graph] | str:
+        if module not in self._found:
+            key = alike_key(module)
+            if key not in self._found:
+                self._found[key] = _ways(module)
+            self._found[module] = self._found[key]
+        return self._found[module]
 
 
 def _ways(module: nn.Module) -> list[fx.Graph] | str:
@@ -167,7 +200,7 @@ def _ways(module: nn.Module) -> list[fx.Graph] | str:
     raised: list[str] = []
     pending: list[list[int]] = [[]]
     done = 0
-    while pending and done + len(pending) <= MOST_PATHS:  # each that is pending is a way or more
+    while pending and len(graphs) + len(pending) <= MOST_PATHS and done < _MOST_TRIED:  # each pending is one or more
         scheduled, done = pending.pop(), done + 1
         tracer = _PathTracer(list(scheduled))
         try:
@@ -286,7 +319,7 @@ def calls_of(graph: fx.Graph, plain: Container[str] = ()) -> tuple[str, ...]:
         name = getattr(node.target, "__name__", str(node.target))
         if node.op == "placeholder":
             made[node] = str(node.target)
-        elif _asks_for_facts(node) or (read and all(each == _FACT for each in read)):
+        elif asks_for_facts(node) or (read and all(each == _FACT for each in read)):
             made[node] = _FACT
         elif node.op in ("call_function", "call_method") and name in plain and read:
             made[node] = read[0]
@@ -355,13 +388,6 @@ def _taken_from(owner: nn.Module, value: object, passes_on: Callable[[nn.Module]
     return value, items
 
 
-def _asks_for_facts(node: fx.Node) -> bool:
-    """Whether a node reads a tensor's shape, dtype or the like, and none of its values."""
-    if node.op == "call_method":
-        return node.target in _FACT_METHODS
-    return node.op == "call_function" and node.target is getattr and node.args[1] in _FACTS
-
-
 def _only_read_by(
     owner: nn.Module,
     node: fx.Node,
@@ -372,7 +398,7 @@ def _only_read_by(
     """Whether only ``readers`` read what lies at a key of a node's value."""
     for user in node.users:
         name = _item(user) if key else None
-        if user in readers or _asks_for_facts(user) or (name is not None and name != key[0]):
+        if user in readers or asks_for_facts(user) or (name is not None and name != key[0]):
             continue
         rest = key if name is None else key[1:]
         passing = name is not None or (user.op == "call_module" and passes_on(owner.get_submodule(str(user.target))))

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable
 from functools import cache, cached_property
 
 from torch import Tensor, fx, nn
 
 from ..capturing.code_trace import NotTraceable, trace
-from ..capturing.control_flow import Key, handed_on, paths, unfollowed
+from ..capturing.control_flow import Key, Ways, handed_on
 from ..capturing.eligibility import Owners, eligible
 from ..capturing.records import Capture, Layer, info
 from ..core.operations import OPERATIONS
@@ -38,7 +37,7 @@ class Graph:
         modules: Path to module, every alias included.
         calls: Path to how many nodes call that module; ``code`` to the functions that its own code calls.
         layers: Name of a node to the layer that it calls.
-        ways: All ways through a module's own code, as `paths`.
+        ways: All ways through a module's own code, as `paths` of `capturing.control_flow`.
     """
 
     def __init__(self, capture: Capture) -> None:
@@ -53,8 +52,8 @@ class Graph:
         for node in self.nodes:
             if node.op in ("call_function", "call_method"):
                 self.code.setdefault(info(node).path, []).append(node)
-        self.ways: Callable[[nn.Module], list[fx.Graph] | None] = cache(paths)
-        self._unfollowed = cache(unfollowed)
+        self._ways = Ways()
+        self.ways = self._ways.graphs
         self._plain = cache(_is_plain)
         self._link = cache(self._unlinked)
 
@@ -208,7 +207,7 @@ class Graph:
         found = handed_on(module, before, behind, _passing, key=key, only=only, ways=self.ways)
         where = f"the code of {owner}" if owner else "the model's own code"
         if found is None:
-            line = None if self.ways(module) is not None else self._unfollowed(module)
+            line = None if self.ways(module) is not None else self._ways.unfollowed(module)
             return f"{where} decides by values or sizes in a way that cannot be followed" + (
                 f": {line}" if line else ""
             )

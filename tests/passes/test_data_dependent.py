@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
 from typing import Any
@@ -217,10 +218,82 @@ def test_too_many_ways_are_unknown() -> None:
     assert handed_on(many, many.a, None, lambda m: False) is None
 
 
+class Ranks(nn.Module):
+    """Code that asks for the number of dimensions again and again, and says it where it is another one."""
+
+    def __init__(self, channels: int, more: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.a, self.b, self.more = nn.Linear(channels, channels), nn.Linear(channels, channels), more
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x)
+        for i in range(4):
+            if len(y.shape) not in (3, 4):
+                raise ValueError(f"{i}: 3 or 4 dimensions, not {len(y.shape)}, for {len(y)}")
+            y = self.more(y) if len(y.shape) == 3 else y * 2
+        return self.b(y)  # type: ignore[no-any-return]
+
+
+def test_what_is_asked_again_is_answered_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    once = control_flow._trace_once
+    monkeypatch.setattr(control_flow, "_trace_once", lambda *given: tried.append(1) or once(*given))
+    module = Ranks(4)
+    graphs = paths(module)
+    assert graphs is not None
+    assert len(graphs) == 5  # of more dimensions at first, second, ... or never: ``y * 2`` is another value
+    assert len(tried) < 50
+    assert handed_on(module, module.b, None, lambda m: False) == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.unsqueeze_(0),
+        lambda x: F.relu(x, True),
+        lambda x: torch.add(x, 1, out=x),
+        lambda x: x.append(x),  # type: ignore[operator]
+        lambda x: x.__setitem__(0, 1),
+        lambda x: setattr(x, "data", x + 1),
+        lambda x: nn.ReLU(True)(x),
+    ],
+    ids=["method", "function", "out", "list", "item", "attribute", "module"],
+)
+def test_what_may_have_changed_is_asked_anew(change: Callable[[Tensor], object]) -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x if x.shape[0] > 1 else x + 1
+            y = y if x.shape[0] > 1 else y + 2
+            change(x)
+            return y if x.shape[0] > 1 else y + 3
+
+    graphs = paths(Twice())
+    assert graphs is not None
+    assert len(graphs) == 4
+
+
+def test_modules_that_are_alike_are_followed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    followed = []
+    once = control_flow._ways
+    monkeypatch.setattr(control_flow, "_ways", lambda module: followed.append(module) or once(module))
+    ways = control_flow.Ways()
+    double = operator.neg
+    same = [Ranks(4), Ranks(4), Ranks(4)]
+    assert all(ways.graphs(module) is ways.graphs(same[0]) for module in same)
+    assert len(followed) == 1
+    others = [Ranks(5), Ranks(4, double), Ranks(4), Ranks(4), Ranks(4)]
+    others[2].a = nn.Linear(4, 4, bias=False)
+    others[3].extra = object()
+    others[4].b = others[4].a
+    for other in others:
+        ways.graphs(other)
+    assert len(followed) == 1 + len(others)
+
+
 def test_more_decisions_than_ways_are_not_tried_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     class Many(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return sum((x for _ in range(MOST_PATHS) if len(x)), start=x)
+            return sum((x for i in range(MOST_PATHS) if len(x + i)), start=x)
 
     tried = []
     once = control_flow._trace_once
