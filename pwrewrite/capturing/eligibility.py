@@ -11,6 +11,7 @@ the applier looks for them. A hook registered globally for all modules is not ta
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -67,6 +68,9 @@ def eligible(capture: Capture, layer: Layer, owners: Owners | None = None) -> Sk
             remedy = "fold-batch-norm, or bake in a budget, makes it a plain one"
             why = f"{type(module).__qualname__} computes its weight in each call; {remedy}"
             return Skip(layer.path, SkipReason.PARAMETRIZED, why)
+        if refused and refused.reason is SkipReason.OVERRIDDEN_FORWARD and (parts := _part(layer, module)):
+            why = f"{type(module).__qualname__} uses parts of its weight ({parts}); make each a layer of its own"
+            return Skip(layer.path, SkipReason.OVERRIDDEN_FORWARD, why)
         return refused or (_functional(layer, owners) if layer.functional else None)
     return _functional(layer, owners)
 
@@ -100,8 +104,19 @@ def computes_weight(layer: Layer, owners: Owners) -> bool:
     module = owners.modules.get(layer.path)
     if not layer.functional or not isinstance(module, nn.Conv2d) or [*module.children(), *module.buffers()]:
         return False
+    if _part(layer, module):
+        return False
     users = {user.name for read in owners.reads.get(layer.weight, ()) for user in read.users}
     return bool(users) and users.isdisjoint(call.node for call in layer.calls)
+
+
+def _part(layer: Layer, module: nn.Module) -> str:
+    """The channels of a weight that the calls of a convolution read, where those are not all of them."""
+    spec, weight = layer.spec, module._parameters.get("weight")
+    if spec is None or weight is None or spec.weight_shape == tuple(weight.shape):
+        return ""
+    used = spec.weight_shape
+    return f"{used[0]}×{used[1]} of {weight.shape[0]}×{weight.shape[1]} channels" if prod(used) < weight.numel() else ""
 
 
 def find_holders(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:

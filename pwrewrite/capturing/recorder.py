@@ -129,7 +129,10 @@ class Recorder(TorchFunctionMode):
         path = self._paths.get(id(module))
         rule = None
         if path is None:
-            path = self.inventory.stray_name(module) or self._scope()
+            name = self.inventory.stray_name(module)
+            if not name and type(module) is nn.Sequential:  # made as the code runs, ``self.layers[1:3]``: part of it
+                return _original_call(module, *args, **kwargs)
+            path = name or self._scope()
         elif transforming() is None:
             kind: type = type(module)
             rule = leaf_rule(kind)

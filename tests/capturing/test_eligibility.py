@@ -305,3 +305,18 @@ def test_a_projection_that_attention_reads_without_calling_it() -> None:
     assert found is not None
     assert found.reason == SkipReason.WEIGHT_READ
     assert found.detail == "it is not called: its weight is read directly, by attention"
+
+
+def test_parts_of_one_weight_are_no_computed_weight() -> None:
+    class Halves(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            left = F.conv2d(x, self.weight[:8, :8], None, self.stride, self.padding)
+            return torch.cat([left, F.conv2d(x, self.weight[8:, 8:], None, self.stride, self.padding)], 1)
+
+    made = capture(nn.Sequential(Halves(16, 16, 3, padding=1)), torch.randn(1, 8, 8, 8))
+    found = eligible(made, made.layer("0"))
+    assert found is not None
+    assert found.reason is SkipReason.OVERRIDDEN_FORWARD
+    assert found.detail.endswith(
+        "Halves uses parts of its weight (8×8 of 16×16 channels); make each a layer of its own"
+    )

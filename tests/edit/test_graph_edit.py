@@ -396,3 +396,20 @@ def test_a_part_of_a_sequential_is_its_modules() -> None:
     fused = pwrewrite.fuse(model, x)
     assert fused.report.passed
     assert [edit.path for edit in fused.edits if edit.op.action == "fuse"] == ["features.0"]
+
+
+def test_a_function_behind_a_part_of_a_sequential_is_fused() -> None:
+    class Stages(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.Sigmoid(), nn.Conv2d(16, 16, 1))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            first = self.features[0:2](x)
+            return [first, nn.functional.relu(self.features[2:](first))]
+
+    model, x = Stages().eval(), torch.randn(2, 16, 8, 8)
+    fused = pwrewrite.fuse(model, x)
+    assert fused.report.passed
+    assert not fused.plan.skips
+    assert "features.2" in [edit.path for edit in fused.edits if edit.op.action == "fuse"]
