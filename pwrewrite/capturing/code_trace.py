@@ -12,6 +12,7 @@ call of `required` does so in the graph.
 from __future__ import annotations
 
 import builtins
+import inspect
 import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -75,12 +76,14 @@ class ShallowTracer(fx.Tracer):
 
     ``modes`` are those of autograd and autocast that calls were made in. ``guards`` are arguments of `required` for the
     first times that code asks a value for its truth; ``asked`` counts these, and one more than there are is refused.
+    Where ``alone``, code gets nothing for its ``*args`` and ``**kwargs``, and a graph raises that gets anything.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, absent: Sequence[str] = (), guards: Sequence[Guard] = ()) -> None:
+    def __init__(self, absent: Sequence[str] = (), guards: Sequence[Guard] = (), *, alone: bool = False) -> None:
         super().__init__(autowrap_functions=_FACTORIES)
+        self.alone = alone
         self._autowrap_search.append(torch)  # else only what the model's file imports by name is wrapped
         self.absent, self.guards, self.asked = absent, guards, 0
         self.modes: set[tuple[object, ...]] = set()
@@ -129,9 +132,38 @@ class ShallowTracer(fx.Tracer):
         self, root_fn: Callable[..., object], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[object]]:
         """As ever, with None for what is absent."""
-        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        if self.alone:
+            function, args = self._named_args(root_fn)
+        else:
+            try:
+                function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+            except ValueError as error:  # torch writes into the code of the wrapper
+                raise NotTraceable("its forward is wrapped, and takes *args, **kwargs or keywords only") from error
         left_out = [isinstance(arg, fx.Proxy) and str(arg.node.target) in self.absent for arg in args]
         return function, [None if out else arg for arg, out in zip(args, left_out)]
+
+    def _named_args(self, root_fn: Callable[..., object]) -> tuple[Callable[..., object], list[object]]:
+        """A function that calls code with the inputs that it names, and those."""
+        parameters = [*inspect.signature(inspect.unwrap(root_fn)).parameters.values()][1:]
+        named = [p for p in parameters if p.kind not in _MORE]
+        keywords = [p.name for p in named if p.kind is p.KEYWORD_ONLY]
+        args = [self.root, *(self._input(p.name, p.default) for p in named)]
+        more = ["*" * (1 + (p.kind is p.VAR_KEYWORD)) + p.name for p in parameters if p.kind in _MORE]
+        for name, given in [(name, self._input(name)) for name in more]:
+            refusal = f"this code was made a graph for calls without {name}, and is given some"
+            self.create_proxy("call_function", required, (given, False, "TypeError", refusal), {})
+
+        def function(*given: object) -> object:
+            first = len(given) - len(keywords)
+            return root_fn(*given[:first], **dict(zip(keywords, given[first:])))
+
+        return function, args
+
+    def _input(self, name: str, default: object = inspect.Parameter.empty) -> fx.Proxy:
+        return self.create_proxy("placeholder", name, () if default is inspect.Parameter.empty else (default,), {})
+
+
+_MORE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 _OPTIONAL = 3
@@ -148,7 +180,16 @@ def trace(module: nn.Module) -> fx.Graph:
     kind = type(module).__name__
     if taken := taken_by_graphs(module):
         raise NotTraceable(f"{kind} calls something of its own {taken}, which is a name that graphs of torch take")
-    graph = _same_in_both_modes(module)
+    alone = False
+    try:
+        graph = _same_in_both_modes(module)
+    except NotTraceable:
+        alone = any(
+            p.kind in _MORE for p in inspect.signature(inspect.unwrap(type(module).forward)).parameters.values()
+        )
+        if not alone:
+            raise
+        graph = _same_in_both_modes(module, alone=True)
     inputs = {str(node.target): node.args[0] for node in graph.nodes if node.op == "placeholder" and node.args}
     flags = [name for name, default in inputs.items() if isinstance(default, bool)]
     if flags:  # ``if flag is True`` leaves no trace, either
@@ -158,7 +199,7 @@ def trace(module: nn.Module) -> fx.Graph:
         raise NotTraceable(f"{kind}.forward takes {len(optional)} inputs optionally, at most {_OPTIONAL} are tried out")
     try:
         without = {
-            absent: _same_in_both_modes(module, absent)
+            absent: _same_in_both_modes(module, absent, alone=alone)
             for n in range(1, len(optional) + 1)
             for absent in combinations(optional, n)
         }
@@ -172,7 +213,7 @@ def trace(module: nn.Module) -> fx.Graph:
     raise NotTraceable(f"{kind}.forward takes {', '.join(optional)} optionally, and does something else without")
 
 
-def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Graph:
+def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = (), *, alone: bool = False) -> fx.Graph:
     """The graph of a module's own code, inputs in ``absent`` being None; refused if it is another one in training."""
     kind = type(module).__name__
     flags = {child: child.training for child in module.modules()}
@@ -182,7 +223,7 @@ def _same_in_both_modes(module: nn.Module, absent: Sequence[str] = ()) -> fx.Gra
             for training in (not module.training, module.training):
                 for child in flags:
                     child.training = training
-                tracer, graph = _traced(module, absent)
+                tracer, graph = _traced(module, absent, alone)
                 graphs.append(graph)
                 switches |= len(tracer.modes) > 1
     except Exception as error:
@@ -203,11 +244,11 @@ _MOST_GUARDS = 16
 """Conditions that code may raise by, above which it is refused: the code runs once or twice more for each."""
 
 
-def _traced(module: nn.Module, absent: Sequence[str]) -> tuple[ShallowTracer, fx.Graph]:
+def _traced(module: nn.Module, absent: Sequence[str], alone: bool) -> tuple[ShallowTracer, fx.Graph]:
     """A graph of a module's own code, with what made it."""
     guards: list[Guard] = []
     while True:
-        tracer, failure = ShallowTracer(absent, guards), None
+        tracer, failure = ShallowTracer(absent, guards, alone=alone), None
         try:
             graph = tracer.trace(module)
         except Exception as error:
@@ -225,7 +266,7 @@ def _traced(module: nn.Module, absent: Sequence[str]) -> tuple[ShallowTracer, fx
 def _next(tracer: ShallowTracer, module: nn.Module) -> Guard | None:
     """What code that asks once more for a truth value goes on with; None where it may go on with either."""
     for wanted in (False, True):
-        other = ShallowTracer(tracer.absent, [*tracer.guards, (not wanted, "", "")])
+        other = ShallowTracer(tracer.absent, [*tracer.guards, (not wanted, "", "")], alone=tracer.alone)
         try:
             other.trace(module)
         except Exception as error:

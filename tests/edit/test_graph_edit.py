@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -413,3 +414,63 @@ def test_a_function_behind_a_part_of_a_sequential_is_fused() -> None:
     assert fused.report.passed
     assert not fused.plan.skips
     assert "features.2" in [edit.path for edit in fused.edits if edit.op.action == "fuse"]
+
+
+def wrapped(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def outer(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        return forward(self, *args, **kwargs)
+
+    return outer
+
+
+class More(nn.Module):
+    """Code that looks at arguments which it does not name, as that of blocks which once took more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if len(args) > 0 or kwargs.get("scale") is not None:
+            x = x * 2
+        return nn.functional.relu(self.conv(x))
+
+
+class Wrapped(More):
+    """The same in a wrapper, with a keyword."""
+
+    @wrapped
+    def forward(self, x: Tensor, *, scale: float = 1.0, **kwargs: object) -> Tensor:
+        return nn.functional.relu(self.conv(x)) * scale
+
+
+class Calls(nn.Module):
+    """Code that calls another's with more arguments."""
+
+    def __init__(self, block: nn.Module, *args: object, **kwargs: object) -> None:
+        super().__init__()
+        self.block, self.given, self.named = block, args, kwargs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x, *self.given, **self.named)  # type: ignore[no-any-return]
+
+
+def test_code_that_looks_at_more_arguments_is_a_graph_for_calls_without() -> None:
+    for model in (More().eval(), Wrapped().eval()):
+        x, graph = torch.randn(2, 16, 8, 8), to_graph(model)
+        assert torch.equal(graph(x), model(x))
+        with pytest.raises(TypeError, match=r"for calls without \*\*kwargs, and is given some"):
+            graph(x, other=2)
+    assert torch.equal(graph(x, scale=0.5), model(x, scale=0.5))
+    with pytest.raises(TypeError, match=r"for calls without \*args, and is given some"):
+        to_graph(More())(x, 1)
+
+
+def test_layers_of_code_that_is_given_more_arguments_are_left() -> None:
+    x = torch.randn(2, 16, 8, 8)
+    for model, fuses in ((Calls(More()), True), (Calls(More(), 1), False), (Calls(More(), scale=2), False)):
+        fused = pwrewrite.fuse(model.eval(), x)
+        assert fused.report.passed
+        assert ("block.conv" in [edit.path for edit in fused.edits]) == fuses
+        assert fuses or ["is given some" in skip.detail for skip in fused.plan.skips] == [True]
