@@ -15,10 +15,12 @@ import builtins
 import inspect
 import operator
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dis import opname
+from dis import get_instructions, opname
 from itertools import combinations
+from types import FrameType
 from typing import Any
 
 import torch
@@ -49,7 +51,14 @@ def required(condition: object, wanted: bool, kind: str, message: str) -> None:
 
 
 class Item(fx.Proxy):
-    """A value in a trace that takes items."""
+    """A value in a trace that takes items, and has a length where code goes on with one only."""
+
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
+        return _Attribute(self, name)
+
+    def __len__(self) -> int:
+        assert isinstance(self.tracer, ShallowTracer)
+        return self.tracer.length(self)
 
     def __setitem__(self, key: object, value: object) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
@@ -63,19 +72,24 @@ class Item(fx.Proxy):
         super().__setattr__(name, value)
 
 
+class _Attribute(fx.proxy.Attribute, Item):
+    """An attribute of a value, such as its shape."""
+
+
 _FACTORIES = (torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn)
 """Functions that take sizes one by one, ``torch.zeros(len(x), 8)``: torch gives those, unlike a tuple, to no proxy."""
 
 
-Guard = tuple[bool, str, str]
-"""What `required` takes besides its condition."""
+Guard = tuple[int, str, str]
+"""What `required` takes besides its condition; with a length in the first place, which is no bool, for ``len(x)``."""
 
 
 class ShallowTracer(fx.Tracer):
     """Traces one module's own code; its children are leaves, and the inputs named in ``absent`` are None.
 
     ``modes`` are those of autograd and autocast that calls were made in. ``guards`` are arguments of `required` for the
-    first times that code asks a value for its truth; ``asked`` counts these, and one more than there are is refused.
+    first times that code asks a value for its truth or length; ``asked`` counts these, and one more than there are is
+    refused: ``lengths`` are what may be answered where it asks for a length.
     Where ``alone``, code gets nothing for its ``*args`` and ``**kwargs``, and a graph raises that gets anything.
     """
 
@@ -86,6 +100,8 @@ class ShallowTracer(fx.Tracer):
         self.alone = alone
         self._autowrap_search.append(torch)  # else only what the model's file imports by name is wrapped
         self.absent, self.guards, self.asked = absent, guards, 0
+        self.lengths: list[int] = []
+        self._sizes: dict[str, Guard] = {}
         self.modes: set[tuple[object, ...]] = set()
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -95,7 +111,33 @@ class ShallowTracer(fx.Tracer):
             return super().to_bool(obj)
         guard = self.guards[self.asked - 1]
         self.create_proxy("call_function", required, (obj, *guard), {})
+        return bool(guard[0])
+
+    def length(self, obj: fx.Proxy) -> int:
+        """The length with which the code goes on."""
+        self.asked += 1
+        if self.asked > len(self.guards):
+            self.lengths = _numbers(sys._getframe(2), self.root)
+            raise NotTraceable("it takes a length, which a graph would hold")
+        guard = self.guards[self.asked - 1]
+        self._require_length(obj, guard)
+        if type(obj) is Item:
+            self._sizes[obj.node.name] = guard
         return guard[0]
+
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        """The items of what has a known length."""
+        guard = self._sizes.get(obj.node.name) if type(obj) is Item else None
+        if guard is None:
+            return super().iter(obj)
+        self._require_length(obj, guard)  # which code may have changed
+        return iter([self.create_proxy("call_function", operator.getitem, (obj, i), {}) for i in range(guard[0])])
+
+    def _require_length(self, obj: fx.Proxy, guard: Guard) -> None:
+        length, *refusal = guard
+        size = self.create_proxy("call_function", len, (obj,), {})
+        same = self.create_proxy("call_function", operator.eq, (size, length), {})
+        self.create_proxy("call_function", required, (same, True, *refusal), {})
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """As ever, and notes the modes."""
@@ -134,11 +176,10 @@ class ShallowTracer(fx.Tracer):
         """As ever, with None for what is absent."""
         if self.alone:
             function, args = self._named_args(root_fn)
+        elif _hides_more(root_fn):  # torch would write into the code of the wrapper
+            raise NotTraceable("its forward is wrapped, and takes *args, **kwargs or keywords only")
         else:
-            try:
-                function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-            except ValueError as error:  # torch writes into the code of the wrapper
-                raise NotTraceable("its forward is wrapped, and takes *args, **kwargs or keywords only") from error
+            function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         left_out = [isinstance(arg, fx.Proxy) and str(arg.node.target) in self.absent for arg in args]
         return function, [None if out else arg for arg, out in zip(args, left_out)]
 
@@ -164,6 +205,14 @@ class ShallowTracer(fx.Tracer):
 
 
 _MORE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _hides_more(function: Callable[..., object]) -> bool:
+    """Whether a function wraps one that takes more than positional inputs, and takes others itself."""
+    inner = inspect.unwrap(function)
+    takes, hidden = ([*inspect.signature(f, follow_wrapped=False).parameters.values()] for f in (function, inner))
+    more = any(p.kind in (*_MORE, p.KEYWORD_ONLY) for p in hidden)
+    return more and [(p.name, p.kind) for p in takes] != [(p.name, p.kind) for p in hidden]
 
 
 _OPTIONAL = 3
@@ -264,17 +313,46 @@ def _traced(module: nn.Module, absent: Sequence[str], alone: bool) -> tuple[Shal
 
 
 def _next(tracer: ShallowTracer, module: nn.Module) -> Guard | None:
-    """What code that asks once more for a truth value goes on with; None where it may go on with either."""
-    for wanted in (False, True):
-        other = ShallowTracer(tracer.absent, [*tracer.guards, (not wanted, "", "")], alone=tracer.alone)
+    """What code that asks once more for a truth value or a length goes on with; None where not with one only."""
+    goes_on: list[int] = []
+    refusal = None
+    for answer in tracer.lengths or (True, False):
+        other = ShallowTracer(tracer.absent, [*tracer.guards, (answer, "", "")], alone=tracer.alone)
         try:
             other.trace(module)
         except Exception as error:
             kind = type(error).__name__
             if other.asked == tracer.asked and raised_by_code(error) and getattr(builtins, kind, 0) is type(error):
                 place = line_of_model(error) or ""
-                return wanted, kind, place if "Proxy(" in str(error) or not str(error) else str(error)
-    return None
+                refusal = kind, place if "Proxy(" in str(error) or not str(error) else str(error)
+                continue
+        goes_on.append(answer)
+        if len(goes_on) > 1:
+            return None
+    return None if refusal is None or not goes_on else (goes_on[0], *refusal)
+
+
+_LENGTHS = (0, 1, 2, 3, 4097, 65537)
+"""Lengths that code may go on with besides those that it names."""
+
+
+def _numbers(frame: FrameType | None, module: nn.Module) -> list[int]:
+    """Lengths to ask code about: what its instructions, its variables and its module hold, and numbers beside these."""
+    while frame is not None and _room(frame) in ("torch", __name__.partition(".")[0]):
+        frame = frame.f_back
+    if frame is None:
+        return []
+    found: list[Any] = [each.argval for each in get_instructions(frame.f_code)]
+    for held in (*frame.f_locals.values(), *vars(module).values(), *module._modules.values()):
+        sized = isinstance(held, (*CONTAINERS, tuple, nn.ModuleList, nn.ModuleDict, nn.Sequential))
+        found.append(len(held) if sized else held)
+    named = {n for each in found for n in (each if isinstance(each, (tuple, frozenset)) else [each]) if type(n) is int}
+    beside = {n + step for n in named if 0 <= n <= 4096 for step in (-1, 0, 1)}
+    return sorted(n for n in beside.union(_LENGTHS) if n >= 0)
+
+
+def _room(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).partition(".")[0]
 
 
 def raised_by_code(error: Exception) -> bool:
@@ -284,7 +362,7 @@ def raised_by_code(error: Exception) -> bool:
         last = last.tb_next
     if last is None or error.__context__ is not None:
         return False
-    code, room = last.tb_frame.f_code, str(last.tb_frame.f_globals.get("__name__")).partition(".")[0]
+    code, room = last.tb_frame.f_code, _room(last.tb_frame)
     own = room not in ("torch", __name__.partition(".")[0]) or code is required.__code__
     return own and opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from ..core.errors import first_line, line_of_model
 from ..core.nested import Args, Kwargs, Tree
-from .code_trace import Item, ShallowTracer, raised_by_code, untouched
+from .code_trace import Item, NotTraceable, ShallowTracer, raised_by_code, untouched
 from .same_code import FACTS, alike_key, asks_for_facts, may_change, question
 
 _T = TypeVar("_T")
@@ -220,7 +220,7 @@ def _ways(module: nn.Module) -> list[fx.Graph] | str:
 
 def _place(error: Exception) -> str:
     cause = error.__cause__ or error
-    return line_of_model(cause) or first_line(cause)
+    return line_of_model(cause) or (str(cause) if isinstance(cause, NotTraceable) else first_line(cause))
 
 
 def _trace_once(tracer: _PathTracer, module: nn.Module) -> fx.Graph:

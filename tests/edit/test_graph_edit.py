@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.guards import Guarded, caught, either, own_error
+from helpers.guards import Guarded, Levels, at_least, caught, either, multiples, own_error, some_lengths
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -474,3 +474,41 @@ def test_layers_of_code_that_is_given_more_arguments_are_left() -> None:
         assert fused.report.passed
         assert ("block.conv" in [edit.path for edit in fused.edits]) == fuses
         assert fuses or ["is given some" in skip.detail for skip in fused.plan.skips] == [True]
+
+
+def test_code_that_goes_on_with_one_length_only_is_a_graph_that_refuses_others() -> None:
+    maps = [torch.randn(2, 16, 8, 8) for _ in range(5)]
+    model = Levels(4).eval()
+    graph = to_graph(model)
+    assert all(map(torch.equal, graph(maps[:4]), model(maps[:4])))
+    for wrong in (maps, maps[:3]):
+        with pytest.raises(AssertionError):
+            graph(wrong)
+    with pytest.raises(ValueError, match="maps have four dimensions"):
+        graph([each[0] for each in maps[:4]])
+    fused = pwrewrite.fuse(model, {"maps": maps[:4]})
+    assert fused.report.passed
+    assert not fused.plan.skips
+    assert [edit.op.action for edit in fused.edits].count("fuse") == 4
+
+
+@pytest.mark.parametrize("code", [some_lengths, at_least, multiples, lambda x: x * len(x)])
+def test_code_that_goes_on_with_several_lengths_is_refused(code: Callable[[Tensor], Tensor]) -> None:
+    class Scope(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return code(x)
+
+    with pytest.raises(NotTraceable, match=r"Scope.forward does not trace: it takes a length"):
+        to_graph(Scope())
+
+
+def test_a_list_that_grows_is_not_taken_for_one_of_the_length_it_had() -> None:
+    class Grows(nn.Module):
+        def forward(self, maps: list[Tensor]) -> list[Tensor]:
+            if len(maps) != 2:
+                raise ValueError("two maps")
+            maps.append(maps[0])
+            return [x * 2 for x in maps]
+
+    with pytest.raises(ValueError, match="two maps"):
+        to_graph(Grows())([torch.randn(2), torch.randn(2)])

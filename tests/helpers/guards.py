@@ -47,3 +47,37 @@ def own_error(x: Tensor) -> Tensor:
     if x.shape[1] % 2:
         raise _Odd
     return x
+
+
+class Levels(nn.Module):
+    """Code that takes as many maps as it has layers, each of four dimensions."""
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(levels))
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """A layer and an activation for each."""
+        assert len(maps) == len(self.convs)
+        if len(maps[0].shape) != 4:
+            raise ValueError("maps have four dimensions")
+        return [F.relu(conv(x)) for conv, x in zip(self.convs, maps, strict=True)]
+
+
+def some_lengths(x: Tensor) -> Tensor:
+    """Takes two lengths."""
+    assert len(x) in (5, 7)
+    return x
+
+
+def at_least(x: Tensor) -> Tensor:
+    """Takes many lengths."""
+    if len(x.shape) < 4:
+        raise ValueError("too few")
+    return x
+
+
+def multiples(x: Tensor) -> Tensor:
+    """Takes lengths that it does not name."""
+    assert len(x) % 12 == 0
+    return x

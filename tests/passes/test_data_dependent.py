@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Callable
@@ -288,6 +289,19 @@ def test_modules_that_are_alike_are_followed_once(monkeypatch: pytest.MonkeyPatc
     for other in others:
         ways.graphs(other)
     assert len(followed) == 1 + len(others)
+
+
+def test_wrapped_code_that_is_not_followed_is_named_so() -> None:
+    def plain(self: nn.Module, x: Tensor, **more: object) -> Tensor:
+        return x
+
+    @functools.wraps(plain)
+    def outer(self: nn.Module, *args: Any, **more: Any) -> Tensor:
+        return plain(self, *args, **more)
+
+    kind = type("Wrapped", (nn.Module,), {"forward": outer})
+    why = "its forward is wrapped, and takes *args, **kwargs or keywords only"
+    assert control_flow.Ways().unfollowed(kind()) == why
 
 
 def test_more_decisions_than_ways_are_not_tried_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
