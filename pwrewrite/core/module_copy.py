@@ -9,6 +9,7 @@ was shared is shared in the copy.
 from __future__ import annotations
 
 import copyreg
+import gc
 from collections import OrderedDict
 from copy import deepcopy
 from functools import cache
@@ -21,6 +22,11 @@ _M = TypeVar("_M", bound=nn.Module)
 
 _ATOMS = frozenset((int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device))
 """Types of which ``deepcopy`` returns the object itself, or an equal one that cannot change."""
+
+_PLAIN: dict[str, int] = {}
+_ORDERED: OrderedDict[str, int] = OrderedDict()
+_VIEWS = {type(getattr(made, name)()): name for made in (_PLAIN, _ORDERED) for name in ("keys", "values", "items")}
+"""What a dict gives of its keys and values, which a module may hold (``self.names = self.layers.keys()``)."""
 
 
 def copy_module(module: _M, memo: dict[Any, Any]) -> _M:
@@ -70,6 +76,9 @@ def _copy(value: Any, memo: dict[Any, Any]) -> Any:
         return copied
     if kind is Tensor:
         return _copy_tensor(value, memo)
+    if kind in _VIEWS:  # which deepcopy refuses
+        (viewed,) = gc.get_referents(value)
+        return getattr(_copy(viewed, memo), _VIEWS[kind])()
     if kind is nn.Parameter and not vars(value):
         parameter = memo[id(value)] = nn.Parameter(value.data.clone(), value.requires_grad)  # as it copies itself
         return parameter

@@ -16,10 +16,10 @@ from torch import nn
 
 from ..core.errors import PlanError, RefusedError, first_line, shortened
 from ..core.modes import plain_modes
-from ..core.nested import deep_copy
 from ..core.plan import Edit, Op, Plan, Skip, SkipReason
 from ..core.subjects import check_model
 from .actions import Bench, Decomposer, Refused, prepare
+from .swap import copy_of
 
 Probe = Callable[[nn.Module], object]
 
@@ -86,16 +86,6 @@ def carry_out(
         changed, edits, others = _without_culprits(work, [edit.op for edit in edits], probe, failure)
         skips |= others
     return Applied(changed, tuple(edits), tuple(skips[id(op)] for op in plan.ops if id(op) in skips))
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy; raises `RefusedError` if the model cannot be copied."""
-    try:
-        return deep_copy(model)
-    except Exception as error:
-        message = f"the model cannot be copied, and it is never changed in place: {first_line(error)}"
-        hint = "handles such as locks, files, generators or streams are the usual cause; make them in forward"
-        raise RefusedError(message, where=type(model).__name__, hint=hint) from error
 
 
 _Done = tuple[nn.Module, list[Edit], dict[int, Skip]]

@@ -16,10 +16,23 @@ from typing import NamedTuple
 
 from torch import Tensor, fx, nn
 
+from ..core.errors import RefusedError, first_line
+from ..core.nested import deep_copy
+
 REGISTRIES = frozenset(("_modules", "_parameters", "_buffers"))
 """Attributes in which a module registers what it holds."""
 
 _OPAQUE = (type, ModuleType, FrameType, CodeType, Tensor, fx.Graph, str, bytes, int, float)
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy; raises `RefusedError` if the model cannot be copied."""
+    try:
+        return deep_copy(model)
+    except Exception as error:
+        message = f"the model cannot be copied, and it is never changed in place: {first_line(error)}"
+        hint = "handles such as locks, files, generators or streams are the usual cause; make them in forward"
+        raise RefusedError(message, where=type(model).__name__, hint=hint) from error
 
 
 def names_of(model: nn.Module, module: nn.Module) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from torch import fx
 
 from ..capturing.eligibility import eligible
 from ..capturing.functions import argument
-from ..capturing.records import Layer, info, shape_of
+from ..capturing.records import Layer, info
 from ..core.operations import OPERATIONS
 from ..edit.actions.project import CHANNEL_NORMS
 from .patterns import Graph
@@ -58,8 +58,8 @@ class Flow:
 def channel_axis(node: fx.Node) -> bool:
     """Whether a node joins tensors along axis 1, the channels of a batch."""
     dim = argument(node, 1, "dim", node.kwargs.get("axis", 0))
-    shapes = [shape_of(source) or () for source in node.all_input_nodes]
-    return isinstance(dim, int) and all(len(shape) >= 2 and dim % len(shape) == 1 for shape in shapes)
+    made = [info(source).outputs for source in node.all_input_nodes]  # none by an assignment to items, ``x[:, :4] = y``
+    return isinstance(dim, int) and all(m and len(m[0].shape) >= 2 and dim % len(m[0].shape) == 1 for m in made)
 
 
 def joined(node: fx.Node) -> list[fx.Node]:
@@ -137,7 +137,7 @@ class _Walk:
             return self._block(node, "joins the branch's channels with themselves")
         if not channel_axis(node):
             return self._block(node, "joins them along another axis")
-        earlier = sum((shape_of(tensor) or (0, 0))[1] for tensor in tensors[: tensors.index(source)])
+        earlier = sum(info(tensor).outputs[0].shape[1] for tensor in tensors[: tensors.index(source)])
         return Segment(earlier + segment.offset, segment.channels, segment.repeat)
 
     def _consumer(self, node: fx.Node, source: fx.Node, segment: Segment) -> Segment | None:

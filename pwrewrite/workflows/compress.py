@@ -34,7 +34,7 @@ from ..core.options import Budget, CompressOptions, ExportOptions, PassOptions, 
 from ..core.plan import Plan
 from ..core.processes import world
 from ..core.records import Shown
-from ..edit.apply import copy_of
+from ..edit.swap import copy_of
 from ..engines.choosing import time_everywhere
 from ..engines.engine import engine_named, with_threads
 from ..engines.exporting import format_named

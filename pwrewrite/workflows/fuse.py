@@ -32,7 +32,7 @@ from ..core.numbers import plural
 from ..core.options import Proof
 from ..core.plan import Plan, SkipReason
 from ..core.verification import Check, Verification
-from ..edit.apply import copy_of
+from ..edit.swap import copy_of
 from ..layers import PointwiseActivation
 from ..layers.kernels import LOSES_NAN, in_channels_last
 from ..passes import FUSING, FusePointwiseActivation, Pass

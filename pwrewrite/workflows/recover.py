@@ -20,7 +20,7 @@ from ..core.options import Budget, RecoverOptions
 from ..core.random_state import check_seed
 from ..core.records import Shown
 from ..core.recovery import Recovery
-from ..edit.apply import copy_of
+from ..edit.swap import copy_of
 from ..planning.batch_inputs import is_array
 from ..planning.batches import Batches, stable
 from ..planning.fitting import Fit

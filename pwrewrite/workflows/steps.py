@@ -23,8 +23,9 @@ from ..core.numbers import dims
 from ..core.plan import Edit, Estimate, Op, Plan, Skip, SkipReason
 from ..core.verification import Verification
 from ..edit.actions import Decomposer
-from ..edit.apply import carry_out, copy_of
+from ..edit.apply import carry_out
 from ..edit.survival import probe_for
+from ..edit.swap import copy_of
 from ..forms import FORMS
 from ..layers.factorized import build
 from ..passes import Pass

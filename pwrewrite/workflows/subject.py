@@ -14,7 +14,7 @@ from ..capturing.lazy import materialized
 from ..core.errors import InputError, RefusedError
 from ..core.plan import Plan
 from ..core.subjects import check_model
-from ..edit.apply import copy_of
+from ..edit.swap import copy_of
 from ..report.records import Report
 from ..targets import LoadedModel, class_name
 

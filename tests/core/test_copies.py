@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm, weight_norm
 
 import pwrewrite
+from pwrewrite.core.errors import RefusedError
 from pwrewrite.core.nested import deep_copy
 
 
@@ -184,3 +186,23 @@ def test_a_fresh_model_with_an_old_norm_is_fused_and_rewritten(norm: object, ran
     with torch.no_grad():
         torch.testing.assert_close(fused.model(x), model(x), rtol=1e-4, atol=1e-5)
     assert pwrewrite.rewrite(model, x, [pwrewrite.passes.InsertBottleneck(0.25)], thorough=False).report.passed
+
+
+def test_views_of_dicts_are_those_of_the_copied_dicts() -> None:
+    model = nn.Sequential(OrderedDict(a=nn.Linear(2, 2), b=nn.ReLU()))
+    holder = Holder(inner=model, names=model._modules.keys(), sizes={"a": 1}, order=OrderedDict(b=2))
+    holder.values, holder.items = holder.sizes.values(), holder.order.items()
+    copied = deep_copy(holder)
+    copied.inner.append(nn.ReLU())
+    copied.sizes["c"] = 3
+    assert list(copied.names) == ["a", "b", "2"]
+    assert list(copied.values) == [1, 3]
+    assert list(copied.items) == [("b", 2)]
+    assert list(holder.names) == ["a", "b"]
+
+
+def test_a_model_that_cannot_be_copied_is_not_exported(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2)).eval()
+    model.lines = (line for line in ())
+    with pytest.raises(RefusedError, match="the model cannot be copied"):
+        pwrewrite.export(model, torch.randn(1, 2), to=["pt2"], out=str(tmp_path / "out"))

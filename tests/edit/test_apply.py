@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from pwrewrite.capturing import capture
 from pwrewrite.core.errors import PlanError, RefusedError
 from pwrewrite.core.plan import Op, Plan, Skip, SkipReason
-from pwrewrite.edit.apply import Applied, apply, carry_out, copy_of
+from pwrewrite.edit.apply import Applied, apply, carry_out
 from pwrewrite.edit.survival import survives
+from pwrewrite.edit.swap import copy_of
 from pwrewrite.layers.factorized import Factorized
 from pwrewrite.passes import FactorizeLinear, InsertBottleneck, Pass
 

@@ -485,3 +485,23 @@ def test_maps_into_which_items_are_assigned_are_other_tensors(how: str) -> None:
     assert rewritten.report.passed
     assert all("third" not in op.path for op in rewritten.plan.ops if op.action == "narrow")
     assert pwrewrite.analyze(model, x).layers
+
+
+class Assigned(nn.Module):
+    """Code that assigns to some of the channels of a map, and joins the map with others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.part = nn.Conv2d(6, 16, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.gate, self.last = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(32, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x[:, :4] = self.part(x[:, :4])
+        y = x * torch.sigmoid(self.gate(x))
+        return self.last(torch.cat([x, y], 1))  # type: ignore[no-any-return]
+
+
+def test_maps_with_items_that_were_assigned_are_planned() -> None:
+    result = pwrewrite.rewrite(Assigned().eval(), X, budget={"macs": 0.6})
+    assert result.report.passed

@@ -20,12 +20,11 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ...core.nested import deep_copy
 from ...core.plan import Edit, Op
 from ...core.subjects import check_model
 from ...layers import PointwiseActivation
 from ...layers.unfused import Unfused
-from ..swap import replace_module, stem
+from ..swap import copy_of, replace_module, stem
 from .bench import ELSEWHERE, Bench, param_count
 from .settings import wrong
 
@@ -110,6 +109,9 @@ def unfuse(model: nn.Module) -> nn.Module:
         The copy, which computes the same up to rounding: in the place of a fused layer it has the layer alone (such as
         an ``nn.Conv2d``), an ``nn.Sequential`` of layer and activation, or a module that also adds a residual.
 
+    Raises:
+        RefusedError: If the model cannot be copied.
+
     >>> import torch, pwrewrite
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.ReLU()).eval()
     >>> fused = pwrewrite.fuse(model, torch.randn(1, 3, 8, 8)).model
@@ -117,7 +119,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     ['Conv2d', 'ReLU']
     """
     check_model(model)
-    result = deep_copy(model)
+    result = copy_of(model)
     summed = _adds_residuals(result)
     for fused in [module for module in result.modules() if isinstance(module, PointwiseActivation)]:
         result = replace_module(result, fused, _unfused(fused, id(fused) in summed))
