@@ -20,7 +20,7 @@ from ..core.nested import Tree, tensors_of
 from ..core.random_state import random_states, seed_all
 from .running import Chunk, run_seeded
 
-_BYTES = 2**28
+_BYTES = 2**29
 """The most that is kept. Calls that are deepest in others go first, as few of them save what one above them does."""
 _DEPTH = 2
 """How far into containers that modules hold it is seen whether a run changes them."""
