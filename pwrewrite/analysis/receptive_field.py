@@ -133,7 +133,7 @@ def _along_dims(call: _Call, reach: Reach) -> State:
 def _multiplied(call: _Call, reach: Reach) -> State:
     """Through a matrix product with a constant on the right; in attention, and between two parts, all is seen."""
     left = call.node.args[0] if call.facts.op != "attention" else None
-    on_the_left = isinstance(left, fx.Node) and shape_of(left) == call.input
+    on_the_left = shape_of(left) == call.input
     return reach if on_the_left and reach.axis != -1 else WHOLE
 
 

@@ -206,11 +206,11 @@ def info(node: fx.Node) -> NodeInfo:
     return facts
 
 
-def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """The shape of the first tensor that a node gives, or assigns items to; None where there is none."""
-    while info(node).op == "setitem" and isinstance(node.args[0], fx.Node):  # it returns nothing
-        node = node.args[0]
-    outputs = info(node).outputs
+def shape_of(value: object) -> tuple[int, ...] | None:
+    """The shape of the first tensor that an argument in a graph is, or assigns items to; None where it is no tensor."""
+    while isinstance(value, fx.Node) and info(value).op == "setitem":  # it returns nothing
+        value = value.args[0]
+    outputs = info(value).outputs if isinstance(value, fx.Node) else ()
     return outputs[0].shape if outputs else None
 
 

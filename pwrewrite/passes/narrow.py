@@ -180,6 +180,17 @@ def plain_readers(graph: Graph, unit: Unit) -> list[Reader] | None:
     return readers
 
 
+def made_shares(graph: Graph, unit: Unit) -> Tensor:
+    """``(channels,)``: the share of squared weights that makes each channel, summed over the layers that make them."""
+    shares = torch.zeros(unit.channels, dtype=torch.float64, device="cpu")
+    for layer in (*unit.producers, *unit.depthwise):
+        kernel = _kernel(graph, layer)
+        if kernel is not None and len(kernel) == unit.channels:
+            energies = kernel.square().flatten(1).sum(1).cpu()
+            shares += energies / energies.sum().clamp(min=1e-300)
+    return shares
+
+
 def _kernel(graph: Graph, layer: Layer) -> Tensor | None:
     """A layer's kernel in forward layout; None on meta."""
     weight, spec = weight_of(layer, graph.owners), spec_of(layer)

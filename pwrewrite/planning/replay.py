@@ -40,13 +40,11 @@ class _Call:
 class Replay:
     """A model, in evaluation and without gradients, on fixed inputs.
 
-    Attributes:
-        outputs: What the model, as it was at first, makes of the inputs.
-        chunk: The inputs.
+    ``outputs`` are what the model, as it was at first, makes of them.
     """
 
     def __init__(self, model: nn.Module, chunk: Chunk) -> None:
-        self.chunk, self._model = chunk, model
+        self._chunk, self._model = chunk, model
         self._calls = list[nn.Module]()
         self._noted = dict[int, _Call]()
         held = list[tuple[Tree, Tree]]()
@@ -86,7 +84,7 @@ class Replay:
             return call(inner, module, *args, **kwargs)
 
         with replaced(nn.Module, "__call__", patched):
-            return run_seeded(self._model, self.chunk, _SEED)
+            return run_seeded(self._model, self._chunk, _SEED)
 
     def _noting(self) -> Any:
         """Calls a module and notes it, unless it writes into what it reads, or gives that or anything but a tensor."""

@@ -12,16 +12,15 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 
 from ..core.plan import Op, Skip
 from ..decompose.columns import Elimination, Kept, Reader, eliminate
-from ..decompose.layout import from_forward_layout, to_forward_layout
+from ..decompose.layout import from_forward_layout
 from ..forms.form import ranks_to_try
 from ..passes.base import spec_of, weight_of
 from ..passes.channel_units import Unit
-from ..passes.narrow import Narrow, Sizes, narrow_op, plain_readers
+from ..passes.narrow import Narrow, Sizes, made_shares, narrow_op, plain_readers
 from .groups import Candidate, MeasuredGroup
 from .latency import LatencyTable, Variant
 from .norm import Norm
@@ -68,11 +67,12 @@ class UnitCandidates(MeasuredGroup):
                 "bytes": _bytes(unit, Sizes(), unit.channels),
             }
             candidates = [Candidate(0.0, before)]
-            shares = _shares(norm, unit) if norm.statistics is None else torch.zeros(unit.channels, device="cpu")
+            shares = made_shares(replaceable.graph, unit) if norm.statistics is None else None
             for width in widths:
                 loss = found.loss(width)
                 error = (loss / scale) ** 0.5 if scale > 0 else 0.0
-                loss += float(shares.sum() - shares[list(found.kept(width))].sum())
+                if shares is not None:
+                    loss += float(shares.sum() - shares[list(found.kept(width))].sum())
                 if most is not None and error > most:
                     continue
                 sizes = Sizes()
@@ -136,18 +136,6 @@ def _swept(norm: Norm, unit: Unit, least: int) -> tuple[Elimination, float] | No
     if not {*order} <= {*range(unit.channels)} or len({*order}) < len(order):  # of a damaged file
         (scale, *order), losses = work_out()
     return Elimination(unit.channels, tuple(map(int, order)), tuple(losses)), scale
-
-
-def _shares(norm: Norm, unit: Unit) -> Tensor:
-    """``(channels,)``: how much of the squared weights that make the channels each one has, summed over the layers."""
-    shares = torch.zeros(unit.channels, dtype=torch.float64, device="cpu")
-    for layer in (*unit.producers, *unit.depthwise):
-        weight, spec = weight_of(layer, norm.replaceable.graph.owners), spec_of(layer)
-        if weight is not None and spec.out_channels == unit.channels:
-            kernel = to_forward_layout(weight.detach(), spec.groups, spec.transposed)
-            rows = kernel.flatten(1).double().square().sum(1).cpu()
-            shares += rows / rows.sum().clamp(min=1e-300)
-    return shares
 
 
 def _scale(readers: Sequence[Reader]) -> float:

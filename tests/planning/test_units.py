@@ -208,3 +208,20 @@ def test_latencies_of_units_are_those_of_their_layers(monkeypatch: pytest.Monkey
         assert keep.costs["latency"] == sum(layer.params for layer in layers_of(unit))
         assert others
         assert all(one.costs["latency"] < keep.costs["latency"] for one in others)
+
+
+def test_without_inputs_what_goes_of_the_layers_before_is_lost_too() -> None:
+    model = mobile()
+    with torch.no_grad():
+        model.conv1.weight[:12] *= 10
+    planner = Planner(model, (X,), None, Budget({"macs": 0.5}))
+    (unit,) = (
+        group for group in planner.allocator.groups if isinstance(group, UnitCandidates) and group.path == "conv1"
+    )
+    energies = model.conv1.weight.detach().double().square().sum((1, 2, 3))
+    for candidate in unit.candidates[1:]:
+        assert candidate.op is not None
+        gone = [i for i in range(24) if i not in candidate.op.settings["keep"]]
+        # The error is that of what the layer behind lacks, whose square is its share of the loss.
+        expected = candidate.error**2 + float(energies[gone].sum() / energies.sum())
+        assert candidate.loss == pytest.approx(expected, rel=1e-6)

@@ -18,7 +18,8 @@ from torch import fx, nn
 
 from ...capturing import Capture, NodeInfo, info
 from ...capturing.functions import argument, function_name
-from .units import Share, Unit, operand_shapes, shape_of, words
+from ...capturing.records import shape_of
+from .units import Share, Unit, operand_shapes, words
 
 _COMPLEX = "complex: three real convolutions"
 _FAILS = "matrix-vector products counted as 0"

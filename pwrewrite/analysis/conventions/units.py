@@ -16,6 +16,7 @@ import networkx as nx
 from torch import fx, nn
 
 from ...capturing import Capture, NodeInfo, TensorSpec, info
+from ...capturing.records import shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +155,6 @@ def visits(root: nn.Module, stop: Callable[[nn.Module], bool] | None = None) -> 
             if stop is None or not stop(child):
                 stack.append(child)
     return counts
-
-
-def shape_of(value: object) -> tuple[int, ...] | None:
-    """Shape of a graph argument; None where it is no tensor."""
-    outputs = info(value).outputs if isinstance(value, fx.Node) else ()
-    return outputs[0].shape if outputs else None
 
 
 def operand_shapes(node: fx.Node) -> list[tuple[int, ...]]:
