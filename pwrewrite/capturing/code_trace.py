@@ -18,9 +18,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dis import get_instructions, opname
 from itertools import combinations
-from types import FrameType
 from typing import Any
 
 import torch
@@ -30,6 +28,7 @@ from ..core.errors import first_line, line_of_model
 from ..core.files import same_directory
 from ..core.fx_names import taken_by_graphs
 from ..core.nested import Tree
+from .guards import Guard, lengths_to_try, raised_by_code, required
 from .state import CONTAINERS, contents, refill, same
 from .threads import one_at_a_time
 
@@ -41,13 +40,6 @@ class NotTraceable(RuntimeError):
 def value_or(value: object, default: object) -> object:
     """An input, or what the code takes in its place where it was left out."""
     return default if value is None else value
-
-
-@fx.has_side_effect
-def required(condition: object, wanted: bool, kind: str, message: str) -> None:
-    """Raises what code raises where a condition of it is not as wanted: an error of Python's own, by its name."""
-    if bool(condition) != wanted:
-        raise getattr(builtins, kind)(message)
 
 
 class Item(fx.Proxy):
@@ -78,10 +70,6 @@ class _Attribute(fx.proxy.Attribute, Item):
 
 _FACTORIES = (torch.zeros, torch.ones, torch.empty, torch.rand, torch.randn)
 """Functions that take sizes one by one, ``torch.zeros(len(x), 8)``: torch gives those, unlike a tuple, to no proxy."""
-
-
-Guard = tuple[int, str, str]
-"""What `required` takes besides its condition; with a length in the first place, which is no bool, for ``len(x)``."""
 
 
 class ShallowTracer(fx.Tracer):
@@ -117,7 +105,7 @@ class ShallowTracer(fx.Tracer):
         """The length with which the code goes on."""
         self.asked += 1
         if self.asked > len(self.guards):
-            self.lengths = _numbers(sys._getframe(2), self.root)
+            self.lengths = lengths_to_try(sys._getframe(2), self.root)
             raise NotTraceable("it takes a length, which a graph would hold")
         guard = self.guards[self.asked - 1]
         self._require_length(obj, guard)
@@ -330,41 +318,6 @@ def _next(tracer: ShallowTracer, module: nn.Module) -> Guard | None:
         if len(goes_on) > 1:
             return None
     return None if refusal is None or not goes_on else (goes_on[0], *refusal)
-
-
-_LENGTHS = (0, 1, 2, 3, 4097, 65537)
-"""Lengths that code may go on with besides those that it names."""
-
-
-def _numbers(frame: FrameType | None, module: nn.Module) -> list[int]:
-    """Lengths to ask code about: what its instructions, its variables and its module hold, and numbers beside these."""
-    while frame is not None and _room(frame) in ("torch", __name__.partition(".")[0]):
-        frame = frame.f_back
-    if frame is None:
-        return []
-    found: list[Any] = [each.argval for each in get_instructions(frame.f_code)]
-    for held in (*frame.f_locals.values(), *vars(module).values(), *module._modules.values()):
-        sized = isinstance(held, (*CONTAINERS, tuple, nn.ModuleList, nn.ModuleDict, nn.Sequential))
-        found.append(len(held) if sized else held)
-    named = {n for each in found for n in (each if isinstance(each, (tuple, frozenset)) else [each]) if type(n) is int}
-    beside = {n + step for n in named if 0 <= n <= 4096 for step in (-1, 0, 1)}
-    return sorted(n for n in beside.union(_LENGTHS) if n >= 0)
-
-
-def _room(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__")).partition(".")[0]
-
-
-def raised_by_code(error: Exception) -> bool:
-    """Whether the model's own code says ``raise``, for no other error; fx refuses code so, too."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None or error.__context__ is not None:
-        return False
-    code, room = last.tb_frame.f_code, _room(last.tb_frame)
-    own = room not in ("torch", __name__.partition(".")[0]) or code is required.__code__
-    return own and opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
 @contextmanager

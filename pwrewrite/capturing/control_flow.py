@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 
 from ..core.errors import first_line, line_of_model
 from ..core.nested import Args, Kwargs, Tree
-from .code_trace import Item, NotTraceable, ShallowTracer, raised_by_code, untouched
+from .code_trace import Item, NotTraceable, ShallowTracer, untouched
+from .guards import raised_by_code
 from .same_code import FACTS, alike_key, asks_for_facts, may_change, question
 
 _T = TypeVar("_T")

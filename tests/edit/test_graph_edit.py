@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 import pwrewrite
-from pwrewrite.capturing.code_trace import NotTraceable, required
+from pwrewrite.capturing.code_trace import NotTraceable
+from pwrewrite.capturing.guards import required
 from pwrewrite.core.convolution import ConvSpec
 from pwrewrite.edit.graph_edit import FunctionalCall, Regraphed, to_graph
 from pwrewrite.forms.specs import linear_spec
